@@ -1,0 +1,31 @@
+"""Checkpoints: bytes on disk become named tensors, and a model's name becomes a path.
+
+Two formats are read, Hugging Face directories with safetensors and GGUF files; both give the same
+`Checkpoint`. This package checks that a file is what it claims to be before anything is read from it. It
+knows nothing of architectures, of tokenizers or of how weights are laid out for the kernels.
+"""
+
+from pathlib import Path
+
+from engine.checkpoints.base import Checkpoint, Tensor
+from engine.checkpoints.resolve import resolve_model
+from engine.errors import CheckpointError
+
+__all__ = ["Checkpoint", "Tensor", "open_checkpoint", "resolve_model"]
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a Hugging Face directory or a GGUF file; headers are read and checked, weights are not.
+
+    Raises `CheckpointError` if the path holds no model, a broken one, or one in another format.
+    """
+    path = Path(path)
+    if path.is_dir():
+        from engine.checkpoints.huggingface import open_huggingface
+
+        return open_huggingface(path)
+    if path.is_file():
+        from engine.checkpoints.gguf import open_gguf
+
+        return open_gguf(path)
+    raise CheckpointError(f"{path}: not found; expected a directory with config.json or a .gguf file")

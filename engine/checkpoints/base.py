@@ -1,0 +1,174 @@
+"""What every checkpoint format gives: a configuration and named tensors whose rows are read on demand.
+
+A tensor is one contiguous range of a file. Rows are read with plain file reads and not through a memory
+map, because mapped pages count as the process's memory until the whole map is closed, and loading must not
+hold a second copy of the weights. Knows the element types; does not know how a format finds its tensors.
+"""
+
+import math
+import mmap
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.errors import CheckpointError
+
+# (elements, bytes) of the smallest piece that can be read alone.
+BLOCK_SIZES = {
+    "F32": (1, 4),
+    "F16": (1, 2),
+    "BF16": (1, 2),
+    "Q8_0": (32, 34),
+    "Q4_0": (32, 18),
+    "Q4_1": (32, 20),
+}
+SUPPORTED_DTYPES = ", ".join(BLOCK_SIZES)
+
+# Pieces of 512 KiB in float32 keep the library's temporary arrays in cache and out of the peak memory.
+DEQUANTIZE_BLOCKS = 4096
+
+
+class WeightFile:
+    """An open file that any thread may read ranges of."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        try:
+            self._file = path.open("rb", buffering=0)
+            self.num_bytes = path.stat().st_size
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
+
+    def read(self, offset: int, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """The bytes `[offset, offset + num_bytes)` as a fresh uint8 array."""
+        data = np.empty(num_bytes, dtype=np.uint8)
+        view = data.data
+        done = 0
+        with self._lock:
+            try:
+                self._file.seek(offset)
+                while done < num_bytes:
+                    count = self._file.readinto(view[done:])
+                    if not count:
+                        break
+                    done += count
+            except OSError as error:
+                raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
+        if done < num_bytes:
+            raise CheckpointError(
+                f"{self.path}: ended at byte {offset + done}, expected at least {offset + num_bytes};"
+                " the file was cut while it was open"
+            )
+        return data
+
+    def map(self) -> mmap.mmap:
+        """A read-only map of the whole file, to parse a header of unknown length and then close."""
+        return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One named tensor of a checkpoint, row-major: `[out, in]` for a linear layer's weight."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: WeightFile = field(repr=False, compare=False)
+    offset: int = field(repr=False, compare=False)
+
+    def rows(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows `[start, stop)` as a fresh float32 array `[stop - start, *shape[1:]]`, read from disk now.
+
+        The rows of a 1-D tensor are its elements. Raises `CheckpointError` if the element type is not
+        supported, and `IndexError` if the rows are not all inside the tensor.
+        """
+        if self.dtype not in BLOCK_SIZES:
+            raise CheckpointError(
+                f"{self.file.path}: tensor {self.name!r} has type {self.dtype},"
+                f" expected one of {SUPPORTED_DTYPES}"
+            )
+        if not self.shape or 0 in self.shape:
+            raise CheckpointError(
+                f"{self.file.path}: tensor {self.name!r} has shape {list(self.shape)}, expected rows"
+            )
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise IndexError(f"rows [{start}, {stop}) of {self.name!r}, which has {self.shape[0]}")
+        row_size = math.prod(self.shape[1:])
+        block, block_bytes = BLOCK_SIZES[self.dtype]
+        first = start * row_size // block
+        last = -(-stop * row_size // block)
+        raw = self.file.read(self.offset + first * block_bytes, (last - first) * block_bytes)
+        values = to_float32(raw, self.dtype)
+        # Only a quantized 1-D tensor can begin or end inside a block.
+        skipped = start * row_size - first * block
+        values = values[skipped : skipped + (stop - start) * row_size]
+        return values.reshape(stop - start, *self.shape[1:])
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open model: its configuration and its tensors by name.
+
+    `config` is the parsed config.json of a Hugging Face directory, or the metadata of a GGUF file, where
+    arrays of strings are lists and arrays of numbers are NumPy arrays.
+    """
+
+    path: Path
+    format: Literal["safetensors", "gguf"]
+    config: dict[str, Any]
+    tensors: Mapping[str, Tensor]
+    files: tuple[WeightFile, ...] = field(repr=False, default=())
+
+    def close(self) -> None:
+        """Close the files; no tensor can be read afterwards."""
+        for file in self.files:
+            file.close()
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def to_float32(raw: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float32]:
+    """Whole blocks of a supported type as flat float32 values, exactly or as the format defines them."""
+    if dtype == "F32":
+        return raw.view("<f4").astype(np.float32, copy=False)
+    if dtype == "F16":
+        return raw.view("<f2").astype(np.float32)
+    if dtype == "BF16":
+        # A bfloat16 is the upper half of a float32.
+        bits = raw.view("<u2").astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
+    return _dequantize(raw, dtype)
+
+
+def _dequantize(raw: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float32]:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    block, block_bytes = BLOCK_SIZES[dtype]
+    num_blocks = len(raw) // block_bytes
+    values = np.empty(num_blocks * block, dtype=np.float32)
+    for begin in range(0, num_blocks, DEQUANTIZE_BLOCKS):
+        end = min(begin + DEQUANTIZE_BLOCKS, num_blocks)
+        piece = raw[begin * block_bytes : end * block_bytes].reshape(1, -1)
+        values[begin * block : end * block] = dequantize(piece, GGMLQuantizationType[dtype])[0]
+    return values

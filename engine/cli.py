@@ -1,0 +1,255 @@
+"""The command `pagellm`: arguments in, text or JSON out. Everything else is the API's business.
+
+Standard output carries results alone; progress and errors go to standard error. Exit status 0, 2 with one
+line for bad input, 130 after Ctrl-C.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from engine.config import EngineConfig
+from engine.errors import PagellmError, RequestError
+from engine.outputs import RequestOutput
+from engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from engine.llm import LLM
+
+_DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    try:
+        options = _parser().parse_args(arguments)
+        command: Callable[[argparse.Namespace], None] = options.command
+        command(options)
+        sys.stdout.flush()
+    except PagellmError as error:
+        print(f"pagellm: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader has gone (`pagellm ... | head`); nothing may be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="pagellm", description="Serve small language models on CPUs.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    generate = commands.add_parser("generate", help="continue texts", description=_generate.__doc__)
+    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="standard input if there is none")
+    generate.add_argument("--chat", action="store_true", help="ask each prompt as a chat's first message")
+    _add_model(generate)
+    _add_sampling(generate, max_tokens=128, temperature=0.0)
+    generate.add_argument("--n", type=int, default=1, help="completions of each prompt")
+    generate.set_defaults(command=_generate)
+
+    chat = commands.add_parser("chat", help="talk with the model", description=_chat.__doc__)
+    chat.add_argument("--system", help="what the system message says")
+    _add_model(chat)
+    _add_sampling(chat, max_tokens=512, temperature=0.6)
+    chat.set_defaults(command=_chat)
+
+    bench = commands.add_parser("bench", help="measure this machine", description=_bench.__doc__)
+    _add_model(bench)
+    bench.add_argument("--prefill", type=int, default=512, metavar="N", help="tokens of each prompt")
+    bench.add_argument("--decode", type=int, default=128, metavar="N", help="tokens to generate after it")
+    bench.add_argument("--batch", type=_integers, default=[1, 4, 16], metavar="N,N,...", help="sequences at once")
+    bench.add_argument("--repeat", type=int, default=3, metavar="N", help="runs, whose median is reported")
+    bench.add_argument("--quantization", choices=["none"], default="none", help="how the weights are kept")
+    bench.set_defaults(command=_bench)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default=_DEFAULT_MODEL, help="a known name, a path or a hub id (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON for machines")
+    group = parser.add_argument_group("engine")
+    group.add_argument("--block-size", type=int, metavar="N", help="tokens of a KV block")
+    group.add_argument("--num-blocks", type=int, metavar="N", help="blocks of the KV cache")
+    group.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences that run at once")
+    group.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="tokens of one step")
+    group.add_argument("--max-model-len", type=int, metavar="N", help="tokens of prompt and output")
+    group.add_argument("--num-threads", type=int, metavar="N", help="threads (default: all cores)")
+    group.add_argument(
+        "--no-prefix-caching", dest="enable_prefix_caching", action="store_false", default=None,
+        help="compute every prompt from its first token",
+    )  # fmt: skip
+
+
+def _add_sampling(parser: argparse.ArgumentParser, max_tokens: int, temperature: float) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N")
+    group.add_argument("--min-tokens", type=int, default=0, metavar="N")
+    group.add_argument("--temperature", type=float, default=temperature, metavar="T", help="0 is greedy")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="P")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
+    group.add_argument("--presence-penalty", type=float, default=0.0, metavar="X")
+    group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X")
+    group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given repeatedly")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-text token")
+    group.add_argument("--logprobs", type=int, metavar="N", help="log-probabilities of the N likeliest tokens")
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected positive integers such as 1,4,16")
+    return values
+
+
+def _llm(options: argparse.Namespace) -> "LLM":
+    given = {name: getattr(options, name) for name in EngineConfig.__dataclass_fields__ if hasattr(options, name)}
+    config = EngineConfig(**{name: value for name, value in given.items() if value is not None})
+    from engine.llm import LLM
+
+    return LLM(options.model, config=config)
+
+
+def _sampling_params(options: argparse.Namespace) -> SamplingParams:
+    names = SamplingParams.__dataclass_fields__.keys() & vars(options).keys()
+    return SamplingParams(**{name: getattr(options, name) for name in names})
+
+
+def _generate(options: argparse.Namespace) -> None:
+    """Continue each prompt; several are served together."""
+    params = _sampling_params(options)
+    prompts: list[Any] = options.prompts or _prompt_from_stdin()
+    llm = _llm(options)
+    texts = prompts
+    if options.chat:
+        prompts = [llm.chat_prompt([{"role": "user", "content": text}]) for text in texts]
+    if options.json:
+        outputs = [_to_json(output) for output in llm.generate(prompts, params)]
+        for output, text in zip(outputs, texts, strict=True):
+            output["prompt"] = text
+        print(json.dumps({"model": options.model, "outputs": outputs}, ensure_ascii=False))
+    elif len(prompts) == 1 and params.n == 1:
+        for piece in llm.stream(prompts[0], params):
+            print(piece, end="", flush=True)
+        print()
+    else:
+        _print_in_order(llm, texts, prompts, params)
+
+
+def _prompt_from_stdin() -> list[str]:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise RequestError("PROMPT: found none, expected one as an argument or on standard input")
+    return [sys.stdin.read()]
+
+
+def _print_in_order(llm: "LLM", texts: list[str], prompts: list[Any], params: SamplingParams) -> None:
+    """Streams the completions of several requests, which run together, one below the other."""
+    streams: list[tuple[str, Iterator[str]]] = []
+    for text, stream in zip(texts, llm.stream_all(prompts, params), strict=True):
+        streams += [(text, completion) for completion in stream]
+    for index, (text, completion) in enumerate(streams):
+        print(f"{'' if index == 0 else chr(10)}>>> {' '.join(text.split())}")
+        for piece in completion:
+            print(piece, end="", flush=True)
+        print()
+
+
+def _to_json(output: RequestOutput) -> dict[str, Any]:
+    return {
+        "prompt": output.prompt,
+        "prompt_token_ids": output.prompt_token_ids,
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "finish_reason": output.finish_reason,
+        "outputs": [asdict(completion) for completion in output.outputs],
+    }
+
+
+def _chat(options: argparse.Namespace) -> None:
+    """Talk with the model: one message a line, Ctrl-C stops an answer, Ctrl-D ends; with --json, one JSON
+    object an answer."""
+    params = _sampling_params(options)
+    llm = _llm(options)
+    messages = [{"role": "system", "content": options.system}] if options.system else []
+    interactive = sys.stdin.isatty() and not options.json
+    while True:
+        try:
+            line = input("> " if interactive else "")
+        except EOFError:
+            break
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line})
+        try:
+            answer = _answer(llm, messages, params, options.json)
+        except RequestError as error:
+            messages.pop()
+            if not interactive:
+                raise
+            print(f"pagellm: {error}", file=sys.stderr)
+            continue
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _answer(llm: "LLM", messages: list[dict[str, str]], params: SamplingParams, as_json: bool) -> str:
+    prompt = llm.chat_prompt(messages)
+    if as_json:
+        output = _to_json(llm.generate([prompt], params)[0])
+        answer = output["text"]
+        print(json.dumps({"role": "assistant", "content": answer} | output, ensure_ascii=False), flush=True)
+        return str(answer)
+    pieces = []
+    try:
+        for piece in llm.stream(prompt, params):
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    print()
+    return "".join(pieces)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    """Measure prefill and decode speed, in tokens a second, with random prompts."""
+    from engine.throughput import measure
+
+    for name in ("prefill", "decode", "repeat"):
+        if getattr(options, name) < 1:
+            raise RequestError(f"--{name}: found {getattr(options, name)}, expected a positive integer")
+    llm = _llm(options)
+    results = []
+    if not options.json:
+        print(f"{options.model}, {llm.engine.num_threads} threads, tokens a second")
+        print(f"{'batch':>6} {f'prefill {options.prefill}':>16} {f'decode {options.decode}':>16}")
+    for batch in options.batch:
+        result = measure(llm.engine, batch, options.prefill, options.decode, options.repeat)
+        results.append(asdict(result))
+        if not options.json:
+            print(f"{batch:>6} {result.prefill_tokens_per_s:>16.1f} {result.decode_tokens_per_s:>16.1f}", flush=True)
+    if options.json:
+        settings = {"model": options.model, "quantization": options.quantization}
+        print(json.dumps(settings | {"num_threads": llm.engine.num_threads, "results": results}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Compiles the kernels once a machine: finds them in the user's cache, or builds them with progress shown.
+
+All models share one compiled step, because its signature depends on no model; so a step of a tiny made-up
+model, run through the ordinary runner, compiles everything.
+"""
+
+import hashlib
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from numba.core import event
+
+import kernels
+from engine.block_manager import BlockManager
+from engine.cache import cache_dir
+from engine.config import EngineConfig
+from engine.model_runner import ModelRunner
+from engine.progress import progress
+from engine.sampling_params import SamplingParams
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence
+from kernels.activation import SILU_GATED
+from kernels.jit import cache_on_disk
+from kernels.packing import pack_columns, pack_inputs
+from kernels.transformer import Architecture, Weights, lay_out
+
+# What a full compilation reports; a wrong number only makes the bar end early or late.
+_NUM_COMPILATIONS = 75
+
+_ready = False
+
+
+def compile_kernels(show: bool = True) -> None:
+    """Makes all kernels ready to run in this process; the second call does nothing.
+
+    Takes some tens of seconds the first time on a machine, with progress on standard error if `show`, and a
+    fraction of a second from then on. Where the cache directory is not writable it says so and compiles.
+    """
+    global _ready
+    if _ready:
+        return
+    directory = cache_dir() / "kernels" / _sources_key()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+        cache_on_disk(directory)
+    except OSError as error:
+        print(f"pagellm: compiled kernels cannot be kept in {directory}: {error.strerror}", file=sys.stderr)
+    with _CompilationProgress(show):
+        _run_tiny_model()
+    _ready = True
+
+
+def _sources_key() -> str:
+    """Changes with the kernels' sources and with Numba: what is cached for one key never goes stale."""
+    digest = hashlib.sha256(numba.__version__.encode())
+    for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _run_tiny_model() -> None:
+    arch = Architecture(
+        num_layers=1,
+        hidden_size=16,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=16,
+        intermediate_size=16,
+        vocab_size=16,
+        layer_norm=False,
+        norm_epsilon=1e-5,
+        activation=SILU_GATED,
+        rotary=True,
+        attention_scale=0.25,
+    )
+    offsets, size = lay_out(arch, max_positions=1, tied=True)
+    table = np.ones((1, 8), np.float32)
+    weights = Weights(values=np.zeros(size, np.float32), offsets=offsets, cos=table, sin=table)
+    config = EngineConfig(num_blocks=1, max_num_batched_tokens=1)
+    runner = ModelRunner(arch, weights, config, num_threads=1)
+    scheduler = Scheduler(config, BlockManager(num_blocks=1, block_size=config.block_size))
+    scheduler.add(Sequence(0, [0], SamplingParams()))
+    runner.run(scheduler.schedule())
+    runner.close()
+    matrix = np.zeros((1, 16), np.float32)
+    pack_columns(matrix, 0, weights.values, 0)
+    pack_inputs(matrix, 0, 16, weights.values, 0)
+
+
+class _CompilationProgress(event.Listener):  # type: ignore[misc]
+    """A progress bar that appears with the first compilation, and not at all if everything is cached."""
+
+    def __init__(self, show: bool) -> None:
+        self._show = show
+        self._stack = ExitStack()
+        self._advance: Any = None
+
+    def __enter__(self) -> None:
+        self._stack.enter_context(event.install_listener("numba:compile", self))
+
+    def __exit__(self, *_exception: object) -> None:
+        self._stack.close()
+
+    def on_start(self, _event: event.Event) -> None:
+        if self._advance is None:
+            label = "Compiling kernels, once for this machine"
+            self._advance = self._stack.enter_context(progress(label, _NUM_COMPILATIONS, show=self._show))
+
+    def on_end(self, _event: event.Event) -> None:
+        self._advance(1)

@@ -1,0 +1,157 @@
+"""LLM: the offline API. Prompts in, finished outputs (or a stream of text) out."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.config import EngineConfig
+from engine.errors import RequestError
+from engine.llm_engine import LLMEngine
+from engine.outputs import CompletionOutput, RequestOutput
+from engine.sampling_params import SamplingParams
+from engine.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model, ready to generate.
+
+    model: a known name, a local path (a Hugging Face directory or a .gguf file) or a hub id. Further keyword
+    arguments are those of `EngineConfig`. Raises `CheckpointError` and `ConfigError`; its methods raise
+    `RequestError` before anything is computed if one of the requests cannot be served.
+    """
+
+    def __init__(
+        self,
+        model: str = "smollm2-135m-instruct",
+        *,
+        config: EngineConfig | None = None,
+        show_progress: bool = True,
+        **settings: Any,
+    ) -> None:
+        if config is not None and settings:
+            raise TypeError(f"config and {', '.join(settings)} were both given, expected one or the other")
+        self.engine = LLMEngine(model, config or EngineConfig(**settings), show_progress)
+        self._request_ids = (f"llm-{number}" for number in itertools.count())
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self.engine.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """One finished output a prompt, in order.
+
+        prompts: one or several, each a text or a list of token ids; sampling_params: one for all, or one for
+        each.
+        """
+        many = _as_list(prompts)
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or SamplingParams()] * len(many)
+        else:
+            params = list(sampling_params)
+        if len(params) != len(many):
+            raise RequestError(f"sampling_params: found {len(params)}, expected {len(many)}, one for each prompt")
+        return self._finish(self._add(many, params))
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Like `generate`, for one conversation or several.
+
+        messages: a list of {"role": ..., "content": ...}, laid out by the model's own chat template.
+        """
+        if messages and isinstance(messages[0], Mapping):
+            conversations: list[Any] = [messages]
+        else:
+            conversations = list(messages)
+        return self.generate([self.chat_prompt(one) for one in conversations], sampling_params)
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The token ids of a conversation, up to where the assistant's answer begins."""
+        text = self.tokenizer.apply_chat_template(messages)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
+        """Yields a completion's text piece by piece, as soon as no stop string can take it back.
+
+        Leaving the loop early gives the request up.
+        """
+        params = sampling_params or SamplingParams()
+        if params.n != 1:
+            raise RequestError(f"n: found {params.n}, expected 1 for a stream")
+        return self.stream_all([prompt], params)[0][0]
+
+    def stream_all(
+        self, prompts: Sequence[Prompt], sampling_params: SamplingParams | None = None
+    ) -> list[list[Iterator[str]]]:
+        """A stream for each completion of each prompt. All run together, whichever is being read."""
+        outputs = self._add(prompts, [sampling_params or SamplingParams()] * len(prompts))
+        return [[self._follow(output, completion) for completion in output.outputs] for output in outputs]
+
+    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """The logits after each of the tokens, [len(token_ids), vocab_size], through the paged path."""
+        params = SamplingParams(temperature=0, max_tokens=1)
+        output = self.engine.add_request(next(self._request_ids), token_ids, params, return_logits=True)
+        self._finish([output])
+        assert output.logits is not None
+        return output.logits
+
+    def close(self) -> None:
+        """Gives up what is under way and ends the threads."""
+        self.engine.close()
+
+    def _add(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[RequestOutput]:
+        """Adds all requests or, if one of them is bad, none."""
+        outputs: list[RequestOutput] = []
+        try:
+            for prompt, param in zip(prompts, params, strict=True):
+                outputs.append(self.engine.add_request(next(self._request_ids), prompt, param))
+        except BaseException:
+            self._give_up(outputs)
+            raise
+        return outputs
+
+    def _finish(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
+        """Takes steps until all of the requests have ended; an interrupt gives them up."""
+        try:
+            while not all(output.finished for output in outputs):
+                self.engine.step()
+        finally:
+            self._give_up(outputs)
+        return outputs
+
+    def _follow(self, output: RequestOutput, completion: CompletionOutput) -> Iterator[str]:
+        sent = 0
+        try:
+            while True:
+                if len(completion.text) > sent:
+                    yield completion.text[sent:]
+                    sent = len(completion.text)
+                if completion.finished:
+                    break
+                self.engine.step()
+        except BaseException:
+            self._give_up([output])
+            raise
+
+    def _give_up(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            self.engine.abort(output.request_id)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]

@@ -1,0 +1,65 @@
+"""One small file an architecture: a checkpoint's config and tensor names become one `ModelSpec`."""
+
+from engine.checkpoints import Checkpoint
+from engine.errors import CheckpointError
+from engine.models import gpt2, llama
+from engine.models.spec import ModelSpec, Source
+
+__all__ = ["ModelSpec", "Source", "read_spec"]
+
+_HUGGINGFACE = {
+    "gpt2": gpt2.from_huggingface,
+    "llama": llama.from_huggingface,
+    "mistral": llama.from_huggingface,
+    "qwen2": llama.from_huggingface,
+}
+_GGUF = {"gpt2": gpt2.from_gguf, "llama": llama.from_gguf, "qwen2": llama.from_gguf}
+
+# Tensors of published checkpoints that repeat what the configuration says or what another tensor holds.
+_REDUNDANT = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "lm_head.weight", "rope_freqs.weight")
+
+
+def read_spec(checkpoint: Checkpoint) -> ModelSpec:
+    """Finds the checkpoint's architecture and maps it; checks that every tensor is there in its shape.
+
+    Raises `CheckpointError` for an architecture that is not supported, a bad field of the configuration, a
+    missing or misshapen tensor, or a tensor that this architecture has no place for.
+    """
+    key, readers = (
+        ("model_type", _HUGGINGFACE) if checkpoint.format == "safetensors" else ("general.architecture", _GGUF)
+    )
+    name = checkpoint.config.get(key)
+    if name not in readers:
+        raise CheckpointError(
+            f"{checkpoint.path}: {key}: found {name!r}, expected a supported architecture: {', '.join(readers)}"
+        )
+    spec = readers[name](checkpoint)
+    _check_tensors(checkpoint, spec)
+    return spec
+
+
+def _check_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    used = set()
+    for parts in (*spec.layers, spec.rest):
+        for sources in parts.values():
+            for source in sources:
+                _check_shape(checkpoint, source)
+                used.add(source.tensor)
+    for name in checkpoint.tensors:
+        if name not in used and not name.endswith(_REDUNDANT):
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {name} has no place in architecture {spec.architecture} with this "
+                "configuration"
+            )
+
+
+def _check_shape(checkpoint: Checkpoint, source: Source) -> None:
+    tensor = checkpoint.tensors.get(source.tensor)
+    if tensor is None:
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {source.tensor} is missing, expected with shape {source.shape}"
+        )
+    if tensor.shape != source.shape:
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {source.tensor} has shape {tensor.shape}, expected {source.shape}"
+        )

@@ -1,0 +1,33 @@
+"""Progress of long work on standard error: a bar on a terminal, a line at begin and end elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Advance = Callable[[float], None]
+
+
+@contextmanager
+def progress(label: str, total: float, unit: str = "", show: bool = True) -> Iterator[Advance]:
+    """Yields a function that is called with each amount of work done, out of `total`.
+
+    unit: "bytes" shows sizes and speed. Nothing is shown unless `show`.
+    """
+    if not show:
+        yield lambda _amount: None
+        return
+    if not sys.stderr.isatty():
+        start = time.perf_counter()
+        print(f"{label} ...", file=sys.stderr, flush=True)
+        yield lambda _amount: None
+        print(f"{label}: done in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = [TextColumn("{task.description}"), BarColumn()]
+    columns.append(DownloadColumn() if unit == "bytes" else TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda amount: bar.advance(task, amount)

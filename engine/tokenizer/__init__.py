@@ -1,0 +1,13 @@
+"""Text to tokens and back: byte-level BPE, incremental detokenization, chat templates.
+ In the order in which data flows: `directory`, `tokenizer_json` and `gguf_metadata` read a description
+(`spec`); `tokenizer` encodes with `added_tokens`, `pretokenizers` and `bpe`; `detokenizer` streams text out;
+`chat_template` makes prompts of conversations.
+"""
+
+from engine.tokenizer.chat_template import ChatTemplate
+from engine.tokenizer.detokenizer import IncrementalDetokenizer
+from engine.tokenizer.loading import load_tokenizer
+from engine.tokenizer.spec import TokenizerSpec
+from engine.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["ChatTemplate", "IncrementalDetokenizer", "Tokenizer", "TokenizerSpec", "load_tokenizer"]

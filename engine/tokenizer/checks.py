@@ -1,0 +1,52 @@
+"""Checks of values read from a checkpoint: a failure says where, what was found and what was expected."""
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from engine.errors import CheckpointError
+
+T = TypeVar("T")
+
+_JSON_NAMES: dict[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    int: "an integer",
+    bool: "true or false",
+}
+
+
+def found(value: object) -> str:
+    """A value as an error message shows it: short, whatever its size."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def expect(value: object, kind: type[T], where: str) -> T:
+    """`value` itself if it is of exactly that JSON type (so `true` is no integer).
+
+    Raises:
+        CheckpointError: it is of another type.
+    """
+    if type(value) is not kind:
+        raise CheckpointError(f"{where}: found {found(value)}, expected {_JSON_NAMES[kind]}")
+    return value
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object that the file holds.
+
+    Raises:
+        CheckpointError: the file cannot be read, is no JSON, or holds something other than an object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    return expect(value, dict, str(path))
+
+
+def read_json_object_if_present(path: Path) -> dict[str, Any]:
+    """As `read_json_object`, but a file that does not exist reads as an empty object."""
+    return read_json_object(path) if path.exists() else {}

@@ -1,0 +1,42 @@
+"""The incremental detokenizer: text as it becomes complete, token by token.
+ A token is bytes, and a character may be spread over several tokens: what has arrived of it is held back
+until the rest comes. It knows nothing of stop strings or of the request.
+"""
+
+from codecs import getincrementaldecoder
+from collections.abc import Iterable
+
+from engine.tokenizer.tokenizer import Tokenizer
+
+
+class IncrementalDetokenizer:
+    """Decodes one stream of ids.
+
+    The pieces it returns, joined, with `finish()` at the end, are exactly `tokenizer.decode(ids)` of all the
+    ids with the same `skip_special_tokens`. Each token costs O(1), however long the stream.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+
+    def append(self, token_id: int) -> str:
+        """The text that this token completes: "" while a character is unfinished.
+
+        Raises:
+            RequestError: an id that the model cannot produce.
+        """
+        if token_id in self._skipped:
+            return ""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    def extend(self, token_ids: Iterable[int]) -> str:
+        """As `append`, for several tokens at once."""
+        return "".join([self.append(token_id) for token_id in token_ids])
+
+    def finish(self) -> str:
+        """The rest at the stream's end: U+FFFD for an unfinished character. Ready for another stream then."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest

@@ -1,0 +1,103 @@
+"""Reads a tokenizer from the metadata of a GGUF file, given as a plain mapping of its keys.
+ The keys are those of the GGUF specification (`tokenizer.ggml.*`). Only byte-level BPE, which GGUF calls
+"gpt2".
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from engine.errors import CheckpointError
+from engine.tokenizer import pretokenizers
+from engine.tokenizer.added_tokens import AddedToken
+from engine.tokenizer.checks import expect, found
+from engine.tokenizer.spec import TokenizerSpec
+
+_PREFIX = "tokenizer.ggml."
+
+# Token types, by their numbers in the GGUF specification.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
+
+# A GGUF file names one end token, where the model's generation config may have named several. These end a
+# turn in every model that has them.
+_END_OF_TURN = frozenset(
+    {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>"}
+)
+
+
+def read_gguf_metadata(metadata: Mapping[str, Any]) -> TokenizerSpec:
+    """The tokenizer that the metadata describes.
+
+    Raises:
+        CheckpointError: a key is missing, malformed, or names something that is not supported.
+    """
+    model = metadata.get(f"{_PREFIX}model")
+    if model != "gpt2":
+        raise CheckpointError(
+            f"{_PREFIX}model: found {found(model)}, expected 'gpt2' (byte-level BPE; SentencePiece, WordPiece"
+            " and Unigram are not supported)"
+        )
+    pre = expect(metadata.get(f"{_PREFIX}pre"), str, f"{_PREFIX}pre")
+    tokens = _strings(metadata, "tokens")
+    types = expect(metadata.get(f"{_PREFIX}token_type"), list, f"{_PREFIX}token_type")
+    if len(types) != len(tokens):
+        raise CheckpointError(
+            f"{_PREFIX}token_type: found {len(types)} entries, expected {len(tokens)}, one for each token"
+        )
+    vocab = dict(zip(tokens, range(len(tokens)), strict=True))
+    if len(vocab) != len(tokens):
+        twice = next(token for index, token in enumerate(tokens) if vocab[token] != index)
+        raise CheckpointError(f"{_PREFIX}tokens: found {found(twice)} twice, expected each token once")
+    added_tokens = []
+    for token_id, kind in enumerate(types):
+        if kind == _NORMAL:
+            continue
+        if kind == _UNUSED:
+            del vocab[tokens[token_id]]
+        elif kind not in (_UNKNOWN, _CONTROL, _USER_DEFINED):
+            raise CheckpointError(f"{_PREFIX}token_type[{token_id}]: found {found(kind)}, expected 1 to 5")
+        elif tokens[token_id]:
+            added_tokens.append(AddedToken(token_id, tokens[token_id], special=kind != _USER_DEFINED))
+    pretokenizer = pretokenizers.from_gguf_name(pre)
+    family = pretokenizers.PATTERN_OF_GGUF_PRE[pre]
+    chat_template = metadata.get("tokenizer.chat_template")
+    if chat_template is not None:
+        expect(chat_template, str, "tokenizer.chat_template")
+    add_bos_token = metadata.get(f"{_PREFIX}add_bos_token", family == "llama3")
+    return TokenizerSpec(
+        vocab=vocab,
+        merges=_strings(metadata, "merges"),
+        pretokenizer=pretokenizer,
+        added_tokens=tuple(added_tokens),
+        # GGUF has no field for these two: they follow from the family.
+        normalize_nfc=family == "qwen2",
+        ignore_merges=family == "llama3",
+        bos_token_id=_token_id(metadata, "bos", len(tokens)),
+        add_bos_token=expect(add_bos_token, bool, f"{_PREFIX}add_bos_token"),
+        eos_token_ids=_end_ids(metadata, added_tokens, len(tokens)),
+        chat_template=chat_template,
+        model_vocab_size=len(tokens),
+    )
+
+
+def _strings(metadata: Mapping[str, Any], name: str) -> list[str]:
+    values = expect(metadata.get(_PREFIX + name), list, _PREFIX + name)
+    if not set(map(type, values)) <= {str}:
+        index = next(index for index, value in enumerate(values) if type(value) is not str)
+        raise CheckpointError(f"{_PREFIX}{name}[{index}]: found {found(values[index])}, expected a string")
+    return values
+
+
+def _token_id(metadata: Mapping[str, Any], role: str, num_tokens: int) -> int | None:
+    where = f"{_PREFIX}{role}_token_id"
+    if metadata.get(where) is None:
+        return None
+    token_id = expect(metadata[where], int, where)
+    if not 0 <= token_id < num_tokens:
+        raise CheckpointError(f"{where}: found {token_id}, expected an id from 0 to {num_tokens - 1}")
+    return token_id
+
+
+def _end_ids(metadata: Mapping[str, Any], added_tokens: list[AddedToken], num_tokens: int) -> tuple[int, ...]:
+    named = [_token_id(metadata, role, num_tokens) for role in ("eos", "eot", "eom")]
+    by_content = [token.id for token in added_tokens if token.special and token.content in _END_OF_TURN]
+    return tuple(id_ for id_ in [*named, *by_content] if id_ is not None)

@@ -1,0 +1,38 @@
+"""The one way to a tokenizer: from a model's directory, or from the metadata of a GGUF file."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from engine.errors import CheckpointError
+from engine.tokenizer.directory import read_directory
+from engine.tokenizer.gguf_metadata import read_gguf_metadata
+from engine.tokenizer.tokenizer import Tokenizer
+
+
+def load_tokenizer(
+    source: str | PathLike[str] | Mapping[str, Any], *, model_vocab_size: int | None = None
+) -> Tokenizer:
+    """The tokenizer of a checkpoint.
+
+    Args:
+        source: a model's directory (`tokenizer.json`, or `vocab.json` and `merges.txt`), or a GGUF file's
+            metadata.
+        model_vocab_size: how many ids the model can produce, where that is known better than from the source.
+            An id below it that no token has decodes to nothing; an id from it on is an error.
+
+    Raises:
+        CheckpointError: the tokenizer cannot be found, read or supported.
+    """
+    if isinstance(source, Mapping):
+        spec = read_gguf_metadata(source)
+    else:
+        directory = Path(source)
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory}: found no directory, expected one that holds a tokenizer")
+        spec = read_directory(directory)
+    if model_vocab_size is not None:
+        spec = replace(spec, model_vocab_size=model_vocab_size)
+    return Tokenizer(spec)

@@ -1,0 +1,33 @@
+"""What a checkpoint says about its tokenizer, whichever files it was read from.
+ The readers (`tokenizer_json`, `directory`, `gguf_metadata`) make a `TokenizerSpec`; `Tokenizer` is built
+from one.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from engine.tokenizer.added_tokens import AddedToken
+from engine.tokenizer.pretokenizers import Pretokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerSpec:
+    """A byte-level BPE tokenizer, described.
+
+    `eos_token_ids` has the tokenizer's own end token first, then every other id that ends a turn.
+    `model_vocab_size` is the number of rows of the model's output, which padding often makes larger than the
+    vocabulary.
+    """
+
+    vocab: Mapping[str, int]
+    merges: Sequence[str]
+    pretokenizer: Pretokenizer
+    added_tokens: tuple[AddedToken, ...] = ()
+    normalize_nfc: bool = False
+    ignore_merges: bool = False
+    unk_token: str | None = None
+    bos_token_id: int | None = None
+    add_bos_token: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    chat_template: str | None = None
+    model_vocab_size: int | None = None

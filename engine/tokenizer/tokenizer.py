@@ -1,0 +1,201 @@
+"""The tokenizer: text to token ids and back, by byte-level BPE.
+ The order of `encode` is the reference's: added tokens are cut out, the stretches between them are normalised
+and cut into words, each word is merged. It knows no model: which files the vocabulary came from is the
+readers' business.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+from unicodedata import normalize
+
+from engine.errors import CheckpointError, RequestError
+from engine.tokenizer.added_tokens import AddedVocabulary
+from engine.tokenizer.bpe import Bpe
+from engine.tokenizer.byte_alphabet import token_to_bytes
+from engine.tokenizer.chat_template import ChatTemplate
+from engine.tokenizer.checks import found
+from engine.tokenizer.spec import TokenizerSpec
+
+
+class Tokenizer:
+    """Byte-level BPE as GPT-2, Llama 3, Qwen2 and SmolLM use it.
+
+    `decode(encode(text)) == text` for every valid Unicode text, if the tokenizer has no normaliser, adds no
+    prefix space or BOS, and has an entry for each byte. Safe to use from several threads.
+
+    Attributes:
+        vocab_size: the highest id plus one, added tokens included.
+        model_vocab_size: the number of ids that the model can produce, at least `vocab_size`. An id that no
+            token has (padding of the model's vocabulary) stands for no bytes.
+        bos_token_id, eos_token_ids: the ids that begin a text, and all that end a turn (its own end token
+            first).
+        special_ids: the ids of all special tokens.
+        add_bos_token: whether `encode` puts the BOS first.
+        chat_template: the model's chat template, if it has one.
+
+    Raises:
+        CheckpointError: the parts of the description contradict each other.
+    """
+
+    def __init__(self, spec: TokenizerSpec) -> None:
+        self._bpe = Bpe(spec.vocab, spec.merges, ignore_merges=spec.ignore_merges, unk_token=spec.unk_token)
+        self._added = AddedVocabulary(spec.added_tokens, _to_nfc if spec.normalize_nfc else str)
+        self._pretokenizer = spec.pretokenizer
+        self._words = _WordCache(self._bpe)
+        self._token_of_id = {token_id: token for token, token_id in spec.vocab.items()}
+        self._added_bytes = {token.id: token.content.encode("utf-8") for token in spec.added_tokens}
+        self.vocab_size = max(chain(self._token_of_id, self._added_bytes), default=-1) + 1
+        self.model_vocab_size = max(self.vocab_size, spec.model_vocab_size or 0)
+        self.special_ids = frozenset(token.id for token in spec.added_tokens if token.special)
+        self.bos_token_id = self._known(spec.bos_token_id, "bos_token_id")
+        self.eos_token_ids = tuple(dict.fromkeys(spec.eos_token_ids))
+        for token_id in self.eos_token_ids:
+            self._known(token_id, "eos_token_id")
+        self.add_bos_token = spec.add_bos_token
+        if self.add_bos_token and self.bos_token_id is None:
+            raise CheckpointError("add_bos_token: found true without a BOS token, expected a bos_token")
+        self.chat_template = None
+        if spec.chat_template is not None:
+            self.chat_template = ChatTemplate(
+                spec.chat_template,
+                bos_token=self._content(self.bos_token_id),
+                eos_token=self._content(self.eos_token_id),
+            )
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The tokenizer's own end token."""
+        return self.eos_token_ids[0] if self.eos_token_ids else None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
+        """The ids of the text.
+
+        Args:
+            add_special_tokens: put the BOS first, if this tokenizer is configured to (`add_bos_token`).
+            parse_special: recognise special tokens that are written out in the text. Without it a user's text
+                cannot forge an end of turn.
+
+        Raises:
+            RequestError: not a string, or one with a lone surrogate, which is no character and has no UTF-8.
+        """
+        if not isinstance(text, str):
+            raise RequestError(f"text: found {found(text)}, expected a string")
+        ids: list[int] = []
+        if add_special_tokens and self.add_bos_token and self.bos_token_id is not None:
+            ids.append(self.bos_token_id)
+        try:
+            for piece in self._added.split(text, parse_special=parse_special):
+                if isinstance(piece, str):
+                    ids.extend(chain.from_iterable(map(self._words.__getitem__, self._pretokenizer(piece))))
+                else:
+                    ids.append(piece.id)
+        except UnicodeEncodeError:
+            at, char = next((at, char) for at, char in enumerate(text) if "\ud800" <= char <= "\udfff")
+            raise RequestError(
+                f"text: found the lone surrogate U+{ord(char):04X} at character {at}, expected valid Unicode"
+            ) from None
+        return ids
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of the ids; bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            RequestError: an id outside `0 .. model_vocab_size - 1`.
+        """
+        skipped = self.special_ids if skip_special_tokens else frozenset()
+        return b"".join([self.token_bytes(id_) for id_ in ids if id_ not in skipped]).decode(
+            "utf-8", "replace"
+        )
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for: often a part of a character only.
+
+        Raises:
+            RequestError: an id outside `0 .. model_vocab_size - 1`.
+        """
+        try:
+            in_range = 0 <= token_id < self.model_vocab_size
+        except TypeError:
+            in_range = False
+        if not in_range:
+            raise RequestError(
+                f"token id: found {found(token_id)}, expected one from 0 to {self.model_vocab_size - 1}"
+            )
+        added = self._added_bytes.get(token_id)
+        return added if added is not None else token_to_bytes(self._token_of_id.get(token_id, ""))
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """The conversation as the text that the model was trained on.
+
+        The template writes every special token itself, so encode the result with `add_special_tokens=False`.
+
+        Raises:
+            RequestError: the model has no chat template, or the template refuses the messages.
+            CheckpointError: the template itself is broken or hostile.
+        """
+        if self.chat_template is None:
+            raise RequestError(
+                "chat: this model has no chat template; send it a plain prompt instead of messages"
+            )
+        return self.chat_template.render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
+        )
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> list[int]:
+        """The ids of a conversation as `apply_chat_template` lays it out, up to where the answer begins."""
+        text = self.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
+        )
+        return self.encode(text, add_special_tokens=False)
+
+    def _known(self, token_id: int | None, field: str) -> int | None:
+        if token_id is not None and not 0 <= token_id < self.model_vocab_size:
+            raise CheckpointError(
+                f"{field}: found {token_id}, expected an id from 0 to {self.model_vocab_size - 1}"
+            )
+        return token_id
+
+    def _content(self, token_id: int | None) -> str | None:
+        return None if token_id is None else self.decode([token_id])
+
+
+class _WordCache(dict[str, tuple[int, ...]]):
+    """Word -> ids. Words repeat so much that nearly all of `encode` is look-ups here.
+
+    Bounded both ways: a long word is not kept, and a full cache starts again from empty, which costs less
+    than keeping order.
+    """
+
+    _MAX_WORDS = 1 << 17
+    _MAX_WORD_CHARS = 32
+
+    def __init__(self, bpe: Bpe) -> None:
+        super().__init__()
+        self._bpe = bpe
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        ids = self._bpe.encode_word(word)
+        if len(word) <= self._MAX_WORD_CHARS:
+            if len(self) >= self._MAX_WORDS:
+                self.clear()
+            self[word] = ids
+        return ids
+
+
+def _to_nfc(text: str) -> str:
+    return normalize("NFC", text)

@@ -1,0 +1,64 @@
+"""How every kernel is compiled: two decorators, so that no kernel differs in its settings.
+
+`nogil`, because a team of Python threads runs the kernels side by side; no `fastmath`, because a reduction's
+order must be the one that is written (batch invariance). An entry point is what Python calls; the whole
+machine code beneath it can be cached on disk with it. Kernels are what kernels call.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+
+_entry_points: list[Any] = []
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compiles a function that other kernels call."""
+    return numba.njit(nogil=True, error_model="numpy")(function)
+
+
+def entry_point(function: Callable[..., Any]) -> Any:
+    """Compiles a function that Python calls on its first call, or loads it from the cache."""
+    dispatcher = kernel(function)
+    _entry_points.append(dispatcher)
+    return dispatcher
+
+
+def cache_on_disk(directory: Path) -> None:
+    """Keeps what entry points compile from now on in a writable directory, and finds it there again.
+
+    Numba notices neither an edit in another file than the entry point's own, nor another version of itself,
+    so the directory must be one that belongs to these sources alone. Machine code for another processor has
+    another name in it. Numba's global setting is changed only for the moment in which it is read.
+    """
+    previous = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(directory)
+    try:
+        for dispatcher in _entry_points:
+            dispatcher.enable_caching()
+    finally:
+        numba.config.CACHE_DIR = previous
+
+
+def by_height(heights: tuple[int, ...], make: Callable[[int], Any]) -> Any:
+    """A kernel `(height, *arguments)` that calls the variant `make(height)` with the arguments.
+
+    Register tiles need their height at compile time; this is where a height known only at run time meets
+    them. A height that is not among `heights` falls to the last one.
+    """
+    *shorter, height = heights
+    variant = make(height)
+    if not shorter:
+        return kernel(lambda rows, *arguments: variant(*arguments))
+    otherwise = by_height(tuple(shorter), make)
+
+    @kernel
+    def choose(rows, *arguments):  # type: ignore[no-untyped-def]
+        if rows == height:
+            variant(*arguments)
+        else:
+            otherwise(rows, *arguments)
+
+    return choose

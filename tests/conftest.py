@@ -1,0 +1,34 @@
+"""What the tests share: fixtures of small random models, the real weights, and hypothesis profiles."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from engine import LLM, CheckpointError
+
+MODELS = Path(__file__).parent / "fixtures" / "models"
+
+settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("default")
+
+
+def model_path(name: str) -> Path:
+    """A small random checkpoint: its directory, or its GGUF file."""
+    gguf = MODELS / name / "model.gguf"
+    return gguf if gguf.exists() else MODELS / name
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Iterator[LLM]:
+    """The default model with its real weights; without them the test is skipped, and in CI it fails."""
+    try:
+        llm = LLM("smollm2-135m-instruct", max_model_len=2048, show_progress=False)
+    except CheckpointError as error:
+        if os.environ.get("CI"):
+            pytest.fail(f"THE REAL WEIGHTS CANNOT BE FETCHED: {error}")
+        pytest.skip(f"the real weights cannot be fetched: {error}")
+    yield llm
+    llm.close()

@@ -1,0 +1,328 @@
+"""From a name to a path: local paths, known models out of a wheel, the hub. Nothing here uses the network."""
+
+import errno
+import hashlib
+import importlib.util
+import os
+import sys
+import threading
+import time
+import types
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from engine.checkpoints import fetch, resolve, resolve_model
+from engine.checkpoints.fetch import KnownModel
+from engine.errors import CheckpointError
+
+MEMBER = "tiny_model/tiny.gguf"
+CONTENT = b"GGUF" + bytes(range(256)) * 40
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PAGELLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def wheel(tmp_path: Path) -> Path:
+    """A wheel that pip itself would take."""
+    path = tmp_path / "index" / "tiny_model-1.0-py3-none-any.whl"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(MEMBER, CONTENT)
+        info = "tiny_model-1.0.dist-info"
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return path
+
+
+@pytest.fixture
+def model(wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> KnownModel:
+    """A known model `tiny`, and a pip that copies its wheel."""
+    model = KnownModel(
+        name="tiny",
+        package="tiny-model",
+        version="1.0",
+        wheel_bytes=wheel.stat().st_size,
+        wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        member=MEMBER,
+        member_bytes=len(CONTENT),
+        member_sha256=hashlib.sha256(CONTENT).hexdigest(),
+        licence="MIT",
+    )
+    monkeypatch.setitem(resolve.KNOWN_MODELS, "tiny", model)
+    replace_pip(monkeypatch, f"shutil.copy({str(wheel)!r}, sys.argv[1])")
+    return model
+
+
+def replace_pip(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """In the place of pip runs `code`, with the download directory as its only argument."""
+
+    def command(model: KnownModel, directory: Path) -> list[str]:
+        return [sys.executable, "-c", f"import os, shutil, sys, time\n{code}", str(directory)]
+
+    monkeypatch.setattr(fetch, "pip_command", command)
+
+
+def refusal(name: str) -> str:
+    """The message with which the name is refused."""
+    with pytest.raises(CheckpointError) as caught:
+        resolve_model(name, progress=False)
+    return str(caught.value)
+
+
+def files_in(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+
+
+# Known models
+
+
+def test_a_known_model_is_fetched_once(
+    model: KnownModel, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = resolve_model("tiny")
+    assert path == cache / "models" / "tiny-model-1.0" / "tiny.gguf"
+    assert path.read_bytes() == CONTENT
+    assert files_in(cache) == ["models/tiny-model-1.0/tiny.gguf"]
+    captured = capsys.readouterr()
+    assert "Fetching tiny (MIT)" in captured.err
+    assert not captured.out
+    replace_pip(monkeypatch, "sys.exit('asked twice')")
+    assert resolve_model("tiny") == path
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip")
+def test_pip_fetches_from_the_index_that_the_user_set(
+    model: KnownModel, wheel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("PAGELLM_CACHE", str(wheel.parent.parent / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    assert fetch.fetch(model, progress=False).read_bytes() == CONTENT
+    absent = replace(model, version="2.0")
+    with pytest.raises(
+        CheckpointError, match=r"could not download tiny-model==2\.0: No matching distribution"
+    ):
+        fetch.fetch(absent, progress=False)
+
+
+def test_progress_can_be_off(model: KnownModel, capsys: pytest.CaptureFixture[str]) -> None:
+    resolve_model("tiny", progress=False)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_file_of_another_size_is_fetched_again(model: KnownModel) -> None:
+    model.path.parent.mkdir(parents=True)
+    model.path.write_bytes(CONTENT[:100])
+    assert resolve_model("tiny", progress=False).read_bytes() == CONTENT
+
+
+def test_many_may_fetch_at_once(model: KnownModel, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_pip(monkeypatch, f"time.sleep(0.2); shutil.copy({str(wheel)!r}, sys.argv[1])")
+    found: list[bytes] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(resolve_model("tiny", progress=False).read_bytes()))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [CONTENT] * 4
+    assert os.listdir(model.path.parent) == ["tiny.gguf"]
+
+
+def test_an_interrupt_leaves_nothing(
+    model: KnownModel, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid_file = tmp_path / "pid"
+    replace_pip(monkeypatch, f"open({str(pid_file)!r}, 'w').write(f'{{os.getpid()}}\\n'); time.sleep(60)")
+
+    def interrupt(directory: Path) -> int:
+        if pid_file.exists() and pid_file.read_text().endswith("\n"):
+            raise KeyboardInterrupt
+        return 0
+
+    monkeypatch.setattr(fetch, "_bytes_under", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        resolve_model("tiny", progress=False)
+    assert os.listdir(model.path.parent) == []
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid_file.read_text()), 0)
+
+
+def test_what_a_killed_process_left_is_removed(model: KnownModel) -> None:
+    old, recent = model.path.parent / ".fetch-old", model.path.parent / ".fetch-recent"
+    for directory in (old, recent):
+        directory.mkdir(parents=True)
+        (directory / "part").touch()
+    long_ago = time.time() - 2 * fetch.STALE_AFTER_S
+    os.utime(old, (long_ago, long_ago))
+    resolve_model("tiny", progress=False)
+    assert sorted(os.listdir(model.path.parent)) == [".fetch-recent", "tiny.gguf"]
+
+
+def test_another_wheel_is_refused(model: KnownModel, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(resolve.KNOWN_MODELS, "tiny", replace(model, wheel_sha256="0" * 64))
+    message = refusal("tiny")
+    assert f"sha256 {model.wheel_sha256}, expected {'0' * 64}" in message
+    assert files_in(cache) == []
+
+
+def test_another_member_is_refused(model: KnownModel, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(resolve.KNOWN_MODELS, "tiny", replace(model, member_sha256="0" * 64))
+    assert f"{MEMBER} has sha256 {model.member_sha256}, expected {'0' * 64}" in refusal("tiny")
+    monkeypatch.setitem(resolve.KNOWN_MODELS, "tiny", replace(model, member="tiny_model/other.gguf"))
+    assert "cannot take tiny_model/other.gguf out of it" in refusal("tiny")
+    assert files_in(cache) == []
+
+
+def test_what_pip_says_is_passed_on(model: KnownModel, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_pip(monkeypatch, "print('WARNING: retrying'); sys.exit('ERROR: no route to host')")
+    assert "pip could not download tiny-model==1.0: no route to host; expected a reachable" in refusal("tiny")
+    replace_pip(monkeypatch, "sys.exit(1)")
+    assert "it said nothing" in refusal("tiny")
+    replace_pip(monkeypatch, "pass")
+    assert "pip could not download" in refusal("tiny")
+    assert files_in(cache) == []
+
+
+def test_an_interpreter_without_pip(model: KnownModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match="ensurepip"):
+        fetch.pip_command(model, Path())
+
+
+def test_a_cache_that_cannot_be_written(model: KnownModel, cache: Path) -> None:
+    cache.write_text("a file where the directory should be")
+    message = refusal("tiny")
+    assert message.startswith(f"{model.path}: cannot keep tiny there: ")
+    assert "PAGELLM_CACHE" in message
+
+
+def test_a_full_disk(model: KnownModel, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert os.strerror(errno.ENOSPC) in refusal("tiny")
+    assert files_in(cache) == []
+
+
+def test_the_default_model_is_known_and_pinned() -> None:
+    model = resolve.KNOWN_MODELS[resolve.DEFAULT_MODEL]
+    assert model.path.suffix == ".gguf"
+    assert len(model.wheel_sha256) == len(model.member_sha256) == 64
+
+
+# Local paths
+
+
+def test_a_local_path_wins_over_a_known_name(
+    model: KnownModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny").write_bytes(CONTENT)
+    assert resolve_model("tiny") == Path("tiny")
+
+
+def test_a_directory_with_a_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    (tmp_path / "model.safetensors").touch()
+    assert resolve_model(str(tmp_path)) == tmp_path
+
+
+def test_a_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "m.gguf").write_bytes(CONTENT)
+    assert resolve_model("~/m.gguf") == tmp_path / "m.gguf"
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ([], "no weights, expected model.safetensors or model.safetensors.index.json"),
+        (["config.json", "pytorch_model.bin"], "only safetensors and GGUF are supported"),
+        (["a.gguf"], "a directory with GGUF files, name the file itself"),
+        (["model.safetensors"], "weights, but no config.json"),
+    ],
+)
+def test_a_directory_without_a_model(tmp_path: Path, files: list[str], reason: str) -> None:
+    for file in files:
+        (tmp_path / file).touch()
+    message = refusal(str(tmp_path))
+    assert message.startswith(f"{tmp_path}: no model in this directory: ")
+    assert reason in message
+
+
+def test_a_file_that_is_no_model(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"12345678")
+    assert "begins with b'1234', expected a GGUF file (b'GGUF'), or the directory" in refusal(str(path))
+
+
+@pytest.mark.parametrize(
+    "name", ["", "smollm3", "./absent", "absent/model.gguf", "/no/such/dir", "a/b/c", "x\0y", "n" * 5000]
+)
+def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
+    message = refusal(name)
+    assert message.startswith(f"{name!r}: no such model; expected ")
+    assert "smollm2-135m-instruct" in message
+
+
+# The hub
+
+
+def install_hub(monkeypatch: pytest.MonkeyPatch, download: Any) -> None:
+    hub, utils = types.ModuleType("huggingface_hub"), types.ModuleType("huggingface_hub.utils")
+    hub.snapshot_download = download  # type: ignore[attr-defined]
+    utils.disable_progress_bars = lambda: None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.utils", utils)
+
+
+def test_a_hub_id_is_downloaded_without_other_formats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, list[str]]] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        (tmp_path / "config.json").touch()
+        (tmp_path / "model.safetensors").touch()
+        return str(tmp_path)
+
+    install_hub(monkeypatch, download)
+    assert resolve_model("org/some-model.v1", progress=False) == tmp_path
+    [(name, patterns)] = asked
+    assert name == "org/some-model.v1"
+    assert {"config.json", "model*.safetensors", "tokenizer*.json"} <= set(patterns)
+    assert not any("bin" in pattern for pattern in patterns)
+
+
+def test_a_hub_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(name: str, allow_patterns: list[str]) -> NoReturn:
+        raise ConnectionError("no route to the hub\nmore lines")
+
+    install_hub(monkeypatch, download)
+    message = refusal("org/model")
+    assert "the hub did not give it: no route to the hub;" in message
+    assert "pip install 'pagellm[hub]'" in message
+
+
+def test_without_the_hub_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    message = refusal("org/model")
+    assert "pip install 'pagellm[hub]'" in message
+    assert "smollm2-135m-instruct" in message
