@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 from statistics import median
 
+from engine.errors import RequestError
 from engine.llm_engine import LLMEngine
 from engine.sampling_params import SamplingParams
 
@@ -27,6 +28,8 @@ def measure(engine: LLMEngine, batch: int, prefill: int, decode: int, repeat: in
 
     Raises `RequestError` if so many tokens do not fit the engine's settings.
     """
+    if batch > engine.config.max_num_seqs:
+        raise RequestError(f"batch: found {batch}, expected at most max_num_seqs, {engine.config.max_num_seqs}")
     rng = random.Random(0)
     prefill_times, step_times = [], []
     _run(engine, rng, batch, prefill=1, decode=1)  # touches memory that the first step would pay for
@@ -47,20 +50,27 @@ def measure(engine: LLMEngine, batch: int, prefill: int, decode: int, repeat: in
 def _run(
     engine: LLMEngine, rng: random.Random, batch: int, prefill: int, decode: int
 ) -> tuple[list[float], list[float]]:
-    """The seconds of each step, those that do nothing but decode the whole batch apart."""
-    params = SamplingParams(temperature=0, max_tokens=decode + 1, ignore_eos=True)
-    for index in range(batch):
-        prompt = [rng.randrange(engine.spec.vocab_size) for _ in range(prefill)]
-        engine.add_request(f"bench-{index}", prompt, params)
-    mixed, decoding = [], []
+    """The seconds of each prefill step, and of `decode` steps that decode the whole batch and nothing else."""
+    params = SamplingParams(temperature=0, max_tokens=None if decode else 1, ignore_eos=True)
+    prefilling: list[float] = []
+    decoding: list[float] = []
+    request_ids = [f"bench-{index}" for index in range(batch)]
     try:
-        while engine.has_unfinished:
+        for request_id in request_ids:
+            prompt = [rng.randrange(engine.spec.vocab_size) for _ in range(prefill)]
+            engine.add_request(request_id, prompt, params)
+        while engine.has_unfinished and len(decoding) < max(decode, 1):
             running = engine.scheduler.running
             decodes = len(running) == batch and all(s.num_tokens - s.num_computed_tokens == 1 for s in running)
             start = time.perf_counter()
             engine.step()
-            (decoding if decodes else mixed).append(time.perf_counter() - start)
+            (decoding if decodes else prefilling).append(time.perf_counter() - start)
     finally:
-        for index in range(batch):
-            engine.abort(f"bench-{index}")
-    return mixed, decoding
+        for request_id in request_ids:
+            engine.abort(request_id)
+    if len(decoding) < decode:
+        raise RequestError(
+            f"decode: found {decode} tokens after prompts of {prefill}, expected so few that {batch} sequences "
+            f"fit max_model_len, {engine.config.max_model_len}, and {engine.config.num_blocks} KV blocks"
+        )
+    return prefilling, decoding

@@ -10,9 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import regex
+
 # Unicode's White_Space property. `str.strip()` alone would also take U+001C..U+001F.
 _EN_AND_EM_SPACES = "".join(map(chr, range(0x2000, 0x200B)))
 _WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + _EN_AND_EM_SPACES
+# What Unicode's UTS 18 calls a word character; other definitions leave out combining marks or joiners.
+_WORD_CHARACTER = regex.compile(r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,5 +105,6 @@ class _Finder:
 
 
 def _touches_a_word(text: str, start: int, stop: int) -> bool:
-    before, after = text[start - 1 : start], text[stop : stop + 1]
-    return any(char.isalnum() or char == "_" for char in (before, after))
+    before = text[start - 1] if start else ""
+    after = text[stop] if stop < len(text) else ""
+    return _WORD_CHARACTER.search(before + after) is not None

@@ -12,7 +12,7 @@ from engine.errors import CheckpointError
 from engine.tokenizer.added_tokens import AddedToken
 from engine.tokenizer.checks import expect, found, read_json_object, read_json_object_if_present
 from engine.tokenizer.pretokenizers import Pretokenizer
-from engine.tokenizer.spec import TokenizerSpec
+from engine.tokenizer.spec import NO_TOKENIZER, TokenizerSpec
 from engine.tokenizer.tokenizer_json import check_vocab, read_added_token, read_tokenizer_json
 
 # vocab.json and merges.txt say nothing of the pre-tokenizer; the class that wrote them does.
@@ -22,19 +22,17 @@ _GPT2_END_OF_TEXT = "<|endoftext|>"
 
 
 def read_directory(directory: Path) -> TokenizerSpec:
-    """The tokenizer of a model's directory.
+    """The tokenizer of a model's directory; where there is none, one without a vocabulary.
 
     Raises:
-        CheckpointError: no tokenizer in it, or one that cannot be read or is not supported.
+        CheckpointError: a tokenizer that cannot be read or is not supported.
     """
     if (directory / "tokenizer.json").exists():
         spec = read_tokenizer_json(directory / "tokenizer.json")
     elif (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
         spec = read_vocab_files(directory)
     else:
-        raise CheckpointError(
-            f"{directory}: found no tokenizer, expected tokenizer.json, or vocab.json and merges.txt"
-        )
+        spec = NO_TOKENIZER
     return _with_roles(spec, directory)
 
 

@@ -10,7 +10,7 @@ from engine.errors import CheckpointError
 from engine.tokenizer import pretokenizers
 from engine.tokenizer.added_tokens import AddedToken
 from engine.tokenizer.checks import expect, found
-from engine.tokenizer.spec import TokenizerSpec
+from engine.tokenizer.spec import NO_TOKENIZER, TokenizerSpec
 
 _PREFIX = "tokenizer.ggml."
 
@@ -25,11 +25,13 @@ _END_OF_TURN = frozenset(
 
 
 def read_gguf_metadata(metadata: Mapping[str, Any]) -> TokenizerSpec:
-    """The tokenizer that the metadata describes.
+    """The tokenizer that the metadata describes; where it describes none, one without a vocabulary.
 
     Raises:
         CheckpointError: a key is missing, malformed, or names something that is not supported.
     """
+    if f"{_PREFIX}tokens" not in metadata:
+        return NO_TOKENIZER
     model = metadata.get(f"{_PREFIX}model")
     if model != "gpt2":
         raise CheckpointError(

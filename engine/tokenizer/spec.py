@@ -31,3 +31,7 @@ class TokenizerSpec:
     eos_token_ids: tuple[int, ...] = ()
     chat_template: str | None = None
     model_vocab_size: int | None = None
+
+
+# Of a checkpoint that brings no tokenizer: it serves token ids, and they decode to nothing.
+NO_TOKENIZER = TokenizerSpec(vocab={}, merges=(), pretokenizer=Pretokenizer.named("gpt2"))

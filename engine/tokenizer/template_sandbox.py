@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.errors import CheckpointError, RequestError
 
-_MAX_STEPS = 1_000_000
+_MAX_STEPS = 250_000
 _MAX_CHARS = 1 << 26
 _MAX_INTEGER_BITS = 1 << 12
 

@@ -77,10 +77,14 @@ class Tokenizer:
                 cannot forge an end of turn.
 
         Raises:
-            RequestError: not a string, or one with a lone surrogate, which is no character and has no UTF-8.
+            RequestError: not a string, any text where the checkpoint brought no tokenizer, or one with a lone surrogate, which is no character and has no UTF-8.
         """
         if not isinstance(text, str):
             raise RequestError(f"text: found {found(text)}, expected a string")
+        if text and self.vocab_size == 0:
+            raise RequestError(
+                f"text: found {found(text)}, expected token ids: this model came without a tokenizer"
+            )
         ids: list[int] = []
         if add_special_tokens and self.add_bos_token and self.bos_token_id is not None:
             ids.append(self.bos_token_id)

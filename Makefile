@@ -1,0 +1,32 @@
+# Everything here starts from Python 3.11 or later, pip and a package registry; nothing else is needed.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint bench clean
+
+# The environment is rebuilt when the project's dependencies change.
+.venv/ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("make: found Python %d.%d, expected 3.11 or later (make PYTHON=...)" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+	touch $@
+
+demo: .venv/ready
+	$(BIN)/pagellm generate --chat --max-tokens 48 \
+		"What is the capital of France?" \
+		"Why is the sky blue? Answer in one sentence." \
+		"Write a haiku about the sea."
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/ready
+	$(BIN)/pagellm bench --prefill 512 --decode 64 --batch 1,16
+
+clean:
+	rm -rf .venv build *.egg-info

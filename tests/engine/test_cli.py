@@ -1,0 +1,141 @@
+"""The command line: exact JSON, one line and status 2 for bad input, results alone on standard output."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import LLM, SamplingParams
+from engine.cli import main
+from tests.conftest import model_path
+
+TINY = str(model_path("llama_tiny"))
+MODEL = ["--model", TINY, "--num-blocks", "16"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command prints when all is well."""
+    assert main(arguments) == 0
+    return capsys.readouterr().out
+
+
+def test_json_is_one_document_with_exact_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "ab", "cd", *MODEL, "--max-tokens", "5", "--ignore-eos", "--logprobs", "1", "--json"]
+    document = json.loads(run(capsys, *arguments))
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logprobs=1)
+    llm = LLM(TINY, num_blocks=16, show_progress=False)
+    expected = llm.generate(["ab", "cd"], params)
+    llm.close()
+    assert [output["prompt"] for output in document["outputs"]] == ["ab", "cd"]
+    for output, reference in zip(document["outputs"], expected, strict=True):
+        assert output["text"] == reference.text
+        assert output["token_ids"] == reference.token_ids
+        assert output["finish_reason"] == "length"
+        assert len(output["outputs"][0]["logprobs"]) == 5
+
+
+def test_text_goes_to_standard_output_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "ab", *MODEL, "--max-tokens", "5", "--ignore-eos"]
+    document = json.loads(run(capsys, *arguments, "--json"))
+    assert run(capsys, *arguments) == document["outputs"][0]["text"] + "\n"
+
+
+def test_several_completions_are_printed_below_their_prompts(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "ab", "cd", *MODEL, "--max-tokens", "3", "--ignore-eos", "--n", "2", "--seed", "1"]
+    arguments += ["--temperature", "1"]
+    document = json.loads(run(capsys, *arguments, "--json"))
+    expected = [
+        f">>> {output['prompt']}\n{completion['text']}\n"
+        for output in document["outputs"]
+        for completion in output["outputs"]
+    ]
+    assert run(capsys, *arguments) == "\n".join(expected)
+
+
+def test_the_prompt_may_come_on_standard_input(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["generate", *MODEL, "--max-tokens", "3", "--ignore-eos", "--json"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ab"))
+    assert json.loads(run(capsys, *arguments))["outputs"][0]["prompt"] == "ab"
+
+
+def test_a_chat_answers_each_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n\nho\n"))
+    lines = run(capsys, "chat", *MODEL, "--max-tokens", "3", "--temperature", "0", "--json").splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert [answer["role"] for answer in answers] == ["assistant", "assistant"]
+    assert len(answers[1]["prompt_token_ids"]) > len(answers[0]["prompt_token_ids"])
+
+
+def test_bench_reports_each_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", *MODEL, "--prefill", "8", "--decode", "4", "--batch", "1,3", "--repeat", "1"]
+    document = json.loads(run(capsys, *arguments, "--json"))
+    assert [result["batch"] for result in document["results"]] == [1, 3]
+    assert all(result["prefill_tokens_per_s"] > 0 for result in document["results"])
+    assert all(result["decode_tokens_per_s"] > 0 for result in document["results"])
+    assert len(run(capsys, *arguments).splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "a", "--model", "no-such-model"], "no-such-model"),
+        (["generate", "a", *MODEL, "--top-p", "2"], "top_p: found 2.0"),
+        (["generate", "", *MODEL], "no tokens"),
+        (["generate", "a" * 5000, *MODEL], "expected at most"),
+        (["generate", "a", *MODEL, "--block-size", "0"], "block_size: found 0"),
+        (["generate", "a", *MODEL, "--max-tokens", "0"], "max_tokens: found 0"),
+        (["bench", *MODEL, "--prefill", "0"], "--prefill: found 0"),
+        (["bench", *MODEL, "--prefill", "5000"], "expected at most"),
+        (["bench", *MODEL, "--prefill", "100", "--decode", "500", "--batch", "1"], "decode"),
+        (["bench", *MODEL, "--batch", "200", "--prefill", "1", "--decode", "1"], "batch"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    line = captured.err.splitlines()[-1]
+    assert line.startswith("pagellm: ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["generate", "--max-tokens", "x"], ["bench", "--batch", "1,x"], ["bench", "--x"]]
+)
+def test_a_bad_argument_is_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_status:
+        main(arguments)
+    assert exit_status.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = [sys.executable, "-m", "engine.cli", "generate", "ab", *MODEL, "--ignore-eos"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[2]
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert b"Traceback" not in process.stderr.read()
+    assert process.wait() == 0
+
+
+def test_help_needs_no_model(capsys: pytest.CaptureFixture[str]) -> None:
+    def helped(*arguments: str) -> Any:
+        with pytest.raises(SystemExit) as exit_status:
+            main([*arguments, "--help"])
+        assert exit_status.value.code == 0
+        return capsys.readouterr().out
+
+    assert "generate" in helped()
+    assert "--top-k" in helped("generate")

@@ -1,0 +1,267 @@
+"""The offline API and the engine under it, on a small random model with a tokenizer."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from engine import LLM, ConfigError, FinishReason, LLMEngine, RequestError, SamplingParams
+from tests.conftest import model_path
+
+TINY = str(model_path("llama_tiny"))
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    llm = LLM(TINY, num_blocks=32, block_size=4, show_progress=False)
+    yield llm
+    llm.close()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind(llm: LLM) -> Iterator[None]:
+    yield
+    llm.engine.scheduler.check()
+    assert not llm.engine.has_unfinished
+    assert llm.engine.block_manager.num_free_blocks == llm.engine.block_manager.num_blocks
+
+
+def test_a_batch_gives_one_output_a_prompt_in_order(llm: LLM) -> None:
+    outputs = llm.generate(["ab", [1, 2, 3], "abc"], GREEDY)
+    assert [output.prompt for output in outputs] == ["ab", None, "abc"]
+    assert [output.prompt_token_ids for output in outputs][1] == [1, 2, 3]
+    assert all(len(output.token_ids) == 8 for output in outputs)
+    assert all(output.finish_reason is FinishReason.LENGTH for output in outputs)
+    assert llm.generate("abc", GREEDY)[0].token_ids == outputs[2].token_ids
+
+
+def test_the_text_is_what_the_tokens_decode_to(llm: LLM) -> None:
+    [output] = llm.generate("ab", GREEDY)
+    assert output.text == llm.tokenizer.decode(output.token_ids, skip_special_tokens=True)
+
+
+def test_a_stream_yields_the_text_of_generate(llm: LLM) -> None:
+    assert "".join(llm.stream("ab", GREEDY)) == llm.generate("ab", GREEDY)[0].text
+
+
+def test_a_stream_left_early_gives_its_request_up(llm: LLM) -> None:
+    stream = llm.stream("ab", GREEDY)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+
+
+def test_streams_that_run_together_give_what_each_gives_alone(llm: LLM) -> None:
+    params = SamplingParams(n=2, seed=7, max_tokens=6, ignore_eos=True)
+    streams = llm.stream_all(["ab", "cd"], params)
+    texts = [["".join(completion) for completion in request] for request in streams]
+    alone = [llm.generate(prompt, params)[0] for prompt in ("ab", "cd")]
+    assert texts == [[completion.text for completion in output.outputs] for output in alone]
+
+
+def test_logits_have_a_row_for_each_token_and_predict_the_greedy_one(llm: LLM) -> None:
+    logits = llm.logits([1, 2, 3, 4, 5])
+    assert logits.shape == (5, llm.engine.spec.vocab_size)
+    [output] = llm.generate([1, 2, 3, 4, 5], GREEDY)
+    assert int(np.argmax(logits[-1])) == output.token_ids[0]
+
+
+def test_prompt_logprobs_are_the_log_softmax_of_the_logits(llm: LLM) -> None:
+    prompt = [1, 2, 3, 4, 5, 6]
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=3, logprobs=0)
+    [output] = llm.generate([prompt], params)
+    logits = llm.logits(prompt).astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None
+    for index, logprob in enumerate(output.prompt_logprobs[1:], 1):
+        assert logprob is not None
+        assert logprob.token_id == prompt[index]
+        assert logprob.logprob == pytest.approx(expected[index - 1, prompt[index]], abs=1e-4)
+        best = np.argsort(-expected[index - 1], kind="stable")[:3]
+        assert [token for token, _ in logprob.top] == best.tolist()
+    assert output.outputs[0].logprobs is not None
+    assert output.outputs[0].logprobs[0].logprob == pytest.approx(expected[-1].max(), abs=1e-4)
+    assert output.outputs[0].logprobs[0].top == ()
+
+
+def test_a_completion_of_n_is_what_its_seed_gives_alone(llm: LLM) -> None:
+    [together] = llm.generate("ab", SamplingParams(n=3, seed=10, max_tokens=8, ignore_eos=True))
+    for index, completion in enumerate(together.outputs):
+        [alone] = llm.generate("ab", SamplingParams(seed=10 + index, max_tokens=8, ignore_eos=True))
+        assert completion.token_ids == alone.token_ids
+
+
+def test_without_a_seed_two_requests_differ(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=24, temperature=2.0, ignore_eos=True)
+    first, second = llm.generate(["ab", "ab"], params)
+    assert first.token_ids != second.token_ids
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_stop_string_ends_the_text_before_it_even_across_tokens(llm: LLM, length: int) -> None:
+    [free] = llm.generate("ab", SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
+    stop = free.text[4 : 4 + length]
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, stop=[stop])
+    [output] = llm.generate("ab", params)
+    assert output.text == free.text[: free.text.index(stop)]
+    assert output.finish_reason is FinishReason.STOP
+    assert output.outputs[0].stop_reason == stop
+    assert "".join(llm.stream("ab", params)) == output.text
+
+
+def test_a_stop_token_ends_the_output_and_is_part_of_it(llm: LLM) -> None:
+    [free] = llm.generate("ab", GREEDY)
+    token = free.token_ids[3]
+    end = free.token_ids.index(token) + 1
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, stop_token_ids=[token])
+    [output] = llm.generate("ab", params)
+    assert output.token_ids == free.token_ids[:end]
+    assert output.finish_reason is FinishReason.STOP
+    assert output.outputs[0].stop_reason == token
+
+
+def test_min_tokens_keeps_stop_tokens_away(llm: LLM) -> None:
+    [free] = llm.generate("ab", GREEDY)
+    params = SamplingParams(temperature=0, max_tokens=8, stop_token_ids=free.token_ids[:1], min_tokens=5)
+    [output] = llm.generate("ab", params)
+    assert len(output.token_ids) >= 5
+    assert free.token_ids[0] not in output.token_ids[:5]
+
+
+def test_the_models_own_end_token_ends_unless_it_is_ignored(llm: LLM) -> None:
+    eos = llm.tokenizer.eos_token_ids[0]
+    to_eos = SamplingParams(temperature=0, max_tokens=4, logit_bias={eos: 1e6})
+    [ended] = llm.generate("ab", to_eos)
+    assert (ended.token_ids, ended.finish_reason, ended.text) == ([eos], FinishReason.STOP, "")
+    to_length = SamplingParams(temperature=0, max_tokens=4, logit_bias={eos: 1e6}, ignore_eos=True)
+    [ignored] = llm.generate("ab", to_length)
+    assert (ignored.token_ids, ignored.finish_reason) == ([eos] * 4, FinishReason.LENGTH)
+
+
+def test_a_logit_bias_of_minus_infinity_forbids_a_token(llm: LLM) -> None:
+    [free] = llm.generate("ab", GREEDY)
+    banned = SamplingParams(
+        temperature=0, max_tokens=8, ignore_eos=True, logit_bias=dict.fromkeys(free.token_ids, float("-inf"))
+    )
+    [output] = llm.generate("ab", banned)
+    assert not set(output.token_ids) & set(free.token_ids)
+
+
+def test_a_chat_is_the_prompt_that_the_template_makes(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    prompt = llm.tokenizer.apply_chat_template(messages)
+    token_ids = llm.tokenizer.encode(prompt, add_special_tokens=False)
+    [output] = llm.chat(messages, GREEDY)
+    assert output.prompt_token_ids == token_ids
+    assert [o.token_ids for o in llm.chat([messages, messages], GREEDY)] == [output.token_ids] * 2
+
+
+def test_a_second_request_finds_the_first_ones_prompt_in_the_cache(llm: LLM) -> None:
+    prompt = list(range(30, 47))
+    llm.generate([prompt], GREEDY)
+    [output] = llm.generate([prompt], GREEDY)
+    assert output.metrics.num_cached_tokens == 16
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "no tokens"),
+        ([], "no tokens"),
+        ([1, -1], "token id -1"),
+        ([1, 10**9], "token id 1000000000"),
+        ([1, 2.5], "2.5"),
+        ([1] * 129, "129 tokens, expected at most 128"),
+    ],
+)
+def test_a_bad_prompt_is_refused_and_the_next_one_is_served(llm: LLM, prompt: object, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        llm.generate(["ab", prompt], GREEDY)  # type: ignore[list-item]
+    assert not llm.engine.has_unfinished
+    assert len(llm.generate("ab", GREEDY)[0].token_ids) == 8
+
+
+def test_a_prompt_of_exactly_max_model_len_gives_one_token(llm: LLM) -> None:
+    max_len = llm.engine.config.max_model_len
+    assert max_len is not None
+    [output] = llm.generate([[1] * max_len], GREEDY)
+    assert (len(output.token_ids), output.finish_reason) == (1, FinishReason.LENGTH)
+    assert llm.logits([1] * max_len).shape[0] == max_len
+
+
+def test_a_request_id_in_use_is_refused(llm: LLM) -> None:
+    llm.engine.add_request("same", "ab", GREEDY)
+    with pytest.raises(RequestError, match="same"):
+        llm.engine.add_request("same", "ab", GREEDY)
+    llm.engine.abort("same")
+
+
+def test_abort_in_every_state_frees_everything(llm: LLM) -> None:
+    engine = llm.engine
+    long_prompt = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    for steps in range(7):  # waiting, prefill, decodes, finished
+        output = engine.add_request("one", list(range(1, 9)), long_prompt)
+        for _ in range(steps):
+            engine.step()
+        engine.abort("one")
+        assert output.finished
+        assert output.finish_reason is (FinishReason.LENGTH if steps >= 4 else FinishReason.ABORT)
+        assert len(output.token_ids) == min(steps, 4)
+    assert engine.abort("unknown") is None
+
+
+def test_an_interrupted_step_leaves_the_engine_able_to_serve(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = llm.generate("ab", GREEDY)[0].token_ids
+    run = llm.engine.runner.run
+
+    def interrupted(*arguments: object) -> object:
+        monkeypatch.setattr(llm.engine.runner, "run", run)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm.engine.runner, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["ab", "cd"], GREEDY)
+    assert not llm.engine.has_unfinished
+    assert llm.generate("ab", GREEDY)[0].token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"block_size": 0}, "block_size: found 0"),
+        ({"num_blocks": -1}, "num_blocks: found -1"),
+        ({"max_num_seqs": 1.5}, "max_num_seqs: found 1.5"),
+        ({"max_num_batched_tokens": True}, "max_num_batched_tokens: found True"),
+        ({"max_model_len": 257}, "max_model_len: found 257, expected at most 256"),
+        ({"max_model_len": 64, "num_blocks": 2, "block_size": 16}, "expected at most 32"),
+        ({"enable_prefix_caching": 1}, "enable_prefix_caching: found 1"),
+        ({"num_threads": 0}, "num_threads: found 0"),
+    ],
+)
+def test_a_bad_setting_is_one_clear_error(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LLM(TINY, show_progress=False, **settings)
+
+
+def test_a_small_cache_limits_the_context() -> None:
+    llm = LLM(TINY, num_blocks=2, block_size=4, show_progress=False)
+    assert llm.engine.config.max_model_len == 8
+    with pytest.raises(RequestError, match="expected at most 8"):
+        llm.generate([[1] * 9])
+    [output] = llm.generate([[1] * 5], SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))
+    assert (len(output.token_ids), output.finish_reason) == (3, FinishReason.LENGTH)
+    llm.close()
+
+
+def test_a_checkpoint_without_a_tokenizer_serves_token_ids() -> None:
+    engine = LLMEngine(str(model_path("llama_mha")))
+    output = engine.add_request("ids", [1, 2, 3], GREEDY)
+    while engine.has_unfinished:
+        engine.step()
+    assert (len(output.token_ids), output.text) == (8, "")
+    with pytest.raises(RequestError, match="without a tokenizer"):
+        engine.add_request("text", "ab", GREEDY)
+    engine.close()

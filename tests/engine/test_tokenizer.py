@@ -1,0 +1,548 @@
+"""The tokenizer: exact ids, round trips, every source it is read from, and bad sources refused by name."""
+
+import json
+import random
+import string
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.errors import CheckpointError, RequestError
+from engine.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
+from engine.tokenizer.bpe import merge_symbols
+from engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
+from engine.tokenizer.pretokenizers import PATTERN_OF_GGUF_PRE, PATTERNS, Pretokenizer
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+GPT2 = FIXTURES / "gpt2"
+EXPECTED = json.loads((FIXTURES / "tokenizer" / "expected.json").read_text(encoding="utf-8"))
+FAMILIES = sorted(EXPECTED["families"])
+
+
+@cache
+def gpt2() -> Tokenizer:
+    return load_tokenizer(GPT2)
+
+
+@cache
+def gpt2_vocab() -> dict[str, int]:
+    return json.loads((GPT2 / "vocab.json").read_text(encoding="utf-8"))
+
+
+@cache
+def gpt2_merges() -> list[str]:
+    return (GPT2 / "merges.txt").read_text(encoding="utf-8").split("\n")[1:-1]
+
+
+def tokenizer_json(family: str = "gpt2", *, pairs: bool = False) -> dict[str, Any]:
+    """A `tokenizer.json` as the reference library wrote it, with GPT-2's vocabulary."""
+    data = json.loads(json.dumps(EXPECTED["families"][family]["tokenizer_json"]))
+    merges = [merge.split(" ") for merge in gpt2_merges()] if pairs else gpt2_merges()
+    data["model"] |= {"vocab": gpt2_vocab(), "merges": merges}
+    return data
+
+
+def small_json(**model: Any) -> dict[str, Any]:
+    """A `tokenizer.json` of the 256 bytes and three merges: `h e`, `l l`, `he ll`."""
+    tokens = [*CHAR_OF_BYTE, "he", "ll", "hell"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return {
+        "model": {"type": "BPE", "vocab": vocab, "merges": ["h e", "l l", "he ll"]} | model,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+        "added_tokens": [],
+    }
+
+
+def small_gguf(**changes: Any) -> dict[str, Any]:
+    """GGUF metadata of the 256 bytes, three merges, one control, one user-defined and one unused token."""
+    metadata = {
+        "model": "gpt2",
+        "pre": "smollm",
+        "tokens": [*CHAR_OF_BYTE, "he", "ll", "hell", "<|im_end|>", "<tool>", "[PAD261]"],
+        "token_type": [1] * 259 + [3, 4, 5],
+        "merges": ["h e", "l l", "he ll"],
+        "bos_token_id": 259,
+        "eos_token_id": 259,
+    }
+    named = {
+        f"tokenizer.ggml.{key}": value for key, value in (metadata | changes).items() if value is not None
+    }
+    return named | {"tokenizer.chat_template": "{{ messages[0].content }}{{ eos_token }}"}
+
+
+def write(directory: Path, **files: Any) -> Path:
+    """Writes `name=object` as `name.json`."""
+    for name, value in files.items():
+        (directory / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
+    return directory
+
+
+def load_json(directory: Path, data: dict[str, Any], **files: Any) -> Tokenizer:
+    return load_tokenizer(write(directory, tokenizer=data, **files))
+
+
+# Exact ids
+
+
+def test_gpt2_gives_the_known_ids() -> None:
+    assert gpt2().encode("The capital of France is") == [464, 3139, 286, 4881, 318]
+    assert gpt2().encode("hello<|endoftext|>") == [31373, 50256]
+    assert gpt2().decode([464, 3139, 286, 4881, 318]) == "The capital of France is"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pairs", [False, True])
+def test_every_family_gives_the_ids_of_the_reference_library(
+    tmp_path: Path, family: str, pairs: bool
+) -> None:
+    tokenizer = load_json(tmp_path, tokenizer_json(family, pairs=pairs))
+
+    ids = [tokenizer.encode(text) for text in EXPECTED["texts"]]
+
+    assert ids == EXPECTED["families"][family]["ids"]
+
+
+# Laws
+
+any_text = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@given(any_text)
+def test_any_text_comes_back(text: str) -> None:
+    assert gpt2().decode(gpt2().encode(text)) == text
+    assert gpt2().decode(gpt2().encode(text, parse_special=False)) == text
+
+
+@given(any_text)
+@pytest.mark.parametrize("name", sorted(PATTERNS))
+def test_the_words_of_a_text_join_to_the_text(name: str, text: str) -> None:
+    assert "".join(Pretokenizer.named(name)(text)) == text
+
+
+@given(st.text(st.sampled_from("abc"), max_size=40), st.randoms(use_true_random=False))
+def test_merges_equal_a_naive_search_for_the_best_pair(word: str, rng: random.Random) -> None:
+    pairs = [
+        f"{a} {b}" for a in ("a", "b", "c", "ab", "bc", "abc") for b in ("a", "b", "c", "ab", "ca", "abc")
+    ]
+    rng.shuffle(pairs)
+    ranks = {pair: rank for rank, pair in enumerate(pairs[: rng.randrange(len(pairs))])}
+
+    assert merge_symbols(list(word), ranks) == naive_merge(list(word), ranks)
+
+
+def naive_merge(symbols: list[str], ranks: dict[str, int]) -> list[str]:
+    while True:
+        candidates = [
+            (ranks[" ".join(symbols[at : at + 2])], at)
+            for at in range(len(symbols) - 1)
+            if " ".join(symbols[at : at + 2]) in ranks
+        ]
+        if not candidates:
+            return symbols
+        _, at = min(candidates)
+        symbols = [*symbols[:at], symbols[at] + symbols[at + 1], *symbols[at + 2 :]]
+
+
+@given(any_text)
+def test_smollm_is_digits_one_by_one_and_then_gpt2(text: str) -> None:
+    words = []
+    gpt2_words = Pretokenizer.named("gpt2")
+    stretch = ""
+    for char in text:
+        if unicodedata.category(char)[0] == "N":
+            words += gpt2_words(stretch) if stretch else []
+            words.append(char)
+            stretch = ""
+        else:
+            stretch += char
+    words += gpt2_words(stretch) if stretch else []
+
+    assert Pretokenizer.named("smollm")(text) == words
+
+
+# Hostile texts
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 200_000, " " * 200_000, "".join(random.Random(0).choices(string.ascii_letters, k=200_000))]
+)
+def test_a_huge_word_is_encoded_and_not_cached(text: str) -> None:
+    tokenizer = load_tokenizer(GPT2)
+
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer._words) == 0
+
+
+def test_the_word_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(GPT2)
+    monkeypatch.setattr(type(tokenizer._words), "_MAX_WORDS", 100)
+    text = " ".join(map(str, range(10_000)))
+
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer._words) <= 100
+
+
+def test_a_lone_surrogate_is_refused_with_its_place() -> None:
+    with pytest.raises(RequestError, match=r"U\+D83D at character 3"):
+        gpt2().encode("abc\ud83ddef")
+
+
+def test_what_is_no_text_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"text: found b'abc'"):
+        gpt2().encode(b"abc")  # type: ignore[arg-type]
+
+
+# Special tokens
+
+
+def test_special_tokens_in_a_text_are_recognised_only_when_asked() -> None:
+    assert gpt2().encode("a<|endoftext|>", parse_special=True) == [64, 50256]
+    assert 50256 not in gpt2().encode("a<|endoftext|>", parse_special=False)
+
+
+def test_added_tokens_that_are_not_special_are_recognised_always() -> None:
+    tokenizer = load_tokenizer(small_gguf())
+    assert tokenizer.encode("<tool><|im_end|>", parse_special=False)[0] == 260
+    assert tokenizer.encode("<tool><|im_end|>") == [260, 259]
+    assert tokenizer.special_ids == {259}
+
+
+def test_bos_comes_first_only_where_the_tokenizer_says_so(tmp_path: Path) -> None:
+    llama3 = load_json(tmp_path, tokenizer_json("llama3"))
+    assert llama3.add_bos_token
+    assert llama3.bos_token_id == 50256
+    assert llama3.encode("a") == [50256, 64]
+    assert llama3.encode("a", add_special_tokens=False) == [64]
+    assert not gpt2().add_bos_token
+    assert gpt2().encode("a") == [64]
+
+
+def test_add_bos_token_of_the_configuration_decides(tmp_path: Path) -> None:
+    config = {"add_bos_token": False, "bos_token": "<|im_start|>"}
+    tokenizer = load_json(tmp_path, tokenizer_json("llama3"), tokenizer_config=config)
+    assert tokenizer.encode("a") == [64]
+    assert tokenizer.bos_token_id == 50257
+
+
+def test_decoding_can_leave_special_tokens_out() -> None:
+    ids = gpt2().encode("a<|endoftext|>b")
+    assert gpt2().decode(ids) == "a<|endoftext|>b"
+    assert gpt2().decode(ids, skip_special_tokens=True) == "ab"
+
+
+def test_ignore_merges_takes_a_whole_word_that_is_a_token(tmp_path: Path) -> None:
+    unreachable = small_json(merges=["h e", "l l"])
+    assert load_json(tmp_path, unreachable).encode("hell") == [256, 257]
+    unreachable["model"]["ignore_merges"] = True
+    assert load_json(tmp_path, unreachable).encode("hell") == [258]
+
+
+# Bytes and ids
+
+
+def test_token_bytes_are_the_bytes_of_the_token() -> None:
+    assert b"".join(map(gpt2().token_bytes, gpt2().encode("né 👍"))) == "né 👍".encode()
+    assert gpt2().token_bytes(50256) == b"<|endoftext|>"
+
+
+@pytest.mark.parametrize("bad", [-1, 50257, 10**20, "1", None, [1]])
+def test_an_id_out_of_range_is_refused(bad: Any) -> None:
+    with pytest.raises(RequestError, match="token id: found .* expected one from 0 to 50256"):
+        gpt2().token_bytes(bad)
+
+
+def test_an_id_of_the_padded_vocabulary_decodes_to_nothing(tmp_path: Path) -> None:
+    padded = load_tokenizer(GPT2, model_vocab_size=50304)
+    assert (padded.vocab_size, padded.model_vocab_size) == (50257, 50304)
+    assert padded.decode([64, 50303, 65]) == "ab"
+    with pytest.raises(RequestError, match="50304"):
+        padded.decode([50304])
+    by_config = load_json(tmp_path, small_json(), config={"vocab_size": 320})
+    assert by_config.decode([319]) == ""
+    assert load_tokenizer(small_gguf()).decode([261]) == ""
+
+
+def test_a_byte_that_the_vocabulary_lacks_is_dropped_or_unknown(tmp_path: Path) -> None:
+    data = small_json()
+    del data["model"]["vocab"]["ÿ"], data["model"]["vocab"][CHAR_OF_BYTE[4]]
+    assert load_json(tmp_path, data).encode("h\x04ell") == [258]
+    data["model"]["unk_token"] = "!"
+    tokenizer = load_json(tmp_path, data)
+    assert tokenizer.decode(tokenizer.encode("h\x04ell")) == "h!ell"
+
+
+# Sources
+
+
+def test_a_directory_says_which_tokens_begin_and_end(tmp_path: Path) -> None:
+    tokenizer = load_json(
+        tmp_path,
+        tokenizer_json("qwen2"),
+        special_tokens_map={"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
+        tokenizer_config={
+            "bos_token": None,
+            "eos_token": {"content": "<|im_end|>"},
+            "chat_template": "plain",
+        },
+        generation_config={"eos_token_id": [50258, 50256]},
+        config={"eos_token_id": 50256, "vocab_size": 50304},
+    )
+    assert tokenizer.bos_token_id == 50256
+    assert tokenizer.eos_token_id == 50258
+    assert tokenizer.eos_token_ids == (50258, 50256)
+    assert tokenizer.chat_template is not None
+    assert tokenizer.chat_template.source == "plain"
+
+
+def test_of_several_chat_templates_the_default_one_is_taken_and_a_file_wins(tmp_path: Path) -> None:
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    tokenizer = load_json(tmp_path, small_json(), tokenizer_config={"chat_template": named})
+    assert tokenizer.chat_template is not None
+    assert tokenizer.chat_template.source == "d"
+    (tmp_path / "chat_template.jinja").write_text("from the file")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.chat_template is not None
+    assert tokenizer.chat_template.source == "from the file"
+
+
+def test_vocab_and_merges_take_their_special_tokens_from_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nh e\nl l\nhe ll\n", encoding="utf-8")
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": "<|im_end|>",
+        "added_tokens_decoder": {"259": {"content": "<|im_end|>", "special": True}},
+    }
+    write(tmp_path, vocab=small_json()["model"]["vocab"], tokenizer_config=config)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("hell<|im_end|>") == [258, 259]
+    assert tokenizer.eos_token_ids == (259,)
+    assert tokenizer.decode(tokenizer.encode("e\u0301")) == "\u00e9"
+
+
+def test_tokenizer_json_is_preferred_to_vocab_and_merges(tmp_path: Path) -> None:
+    write(tmp_path, vocab={}, tokenizer=small_json())
+    (tmp_path / "merges.txt").write_text("")
+    assert load_tokenizer(tmp_path).encode("hell") == [258]
+
+
+def test_gguf_metadata_makes_a_tokenizer() -> None:
+    tokenizer = load_tokenizer(small_gguf(eot_token_id=258))
+    assert tokenizer.encode("hell<|im_end|>12") == [258, 259, 0x31, 0x32]
+    assert tokenizer.vocab_size == 261
+    assert tokenizer.bos_token_id == 259
+    assert tokenizer.eos_token_ids == (259, 258)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}]) == "hi<|im_end|>"
+    assert tokenizer.encode_chat([{"role": "user", "content": "hell"}]) == [258, 259]
+
+
+def test_gguf_adds_a_bos_as_the_metadata_or_else_the_family_says() -> None:
+    assert load_tokenizer(small_gguf(pre="llama-bpe")).encode("a") == [259, 0x61]
+    assert load_tokenizer(small_gguf(pre="llama-bpe", add_bos_token=False)).encode("a") == [0x61]
+    assert load_tokenizer(small_gguf(add_bos_token=True)).encode("a") == [259, 0x61]
+
+
+def test_gguf_ends_a_turn_at_the_usual_tokens_too() -> None:
+    assert load_tokenizer(small_gguf(eos_token_id=258)).eos_token_ids == (258, 259)
+
+
+@pytest.mark.parametrize("pre", sorted(PATTERN_OF_GGUF_PRE))
+def test_every_gguf_pre_tokenizer_is_a_known_pattern(pre: str) -> None:
+    assert load_tokenizer(small_gguf(pre=pre)).encode("hell", add_special_tokens=False) == [258]
+
+
+# Bad sources
+
+
+def edit(*path: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
+    def apply(data: Any) -> None:
+        for key in path[:-1]:
+            data = data[key]
+        data[path[-1]] = to
+
+    return apply
+
+
+ADDED = {"id": 259, "content": "<a>", "special": True}
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "<a>"}}],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (edit("model", to=[]), "tokenizer.json: model: found .*, expected an object"),
+        (edit("model", "type", to="WordPiece"), "model.type: found 'WordPiece', expected 'BPE'"),
+        (edit("model", "vocab", to=None), "model.vocab: found None, expected an object"),
+        (edit("model", "vocab", "he", to="x"), r"model.vocab\['he'\]: found 'x', expected an id"),
+        (edit("model", "vocab", "he", to=True), r"model.vocab\['he'\]: found True, expected an id"),
+        (edit("model", "vocab", "he", to=-1), r"model.vocab\['he'\]: found -1, expected an id"),
+        (edit("model", "vocab", "he", to=0), "model.vocab: found an id that two tokens share"),
+        (edit("model", "merges", to="h e"), "model.merges: found 'h e', expected a list"),
+        (edit("model", "merges", to=["h e", 1]), "model.merges: found 1, expected"),
+        (edit("model", "merges", to=["h e", ["l", "l"]]), r"model.merges: found \['l', 'l'\], expected"),
+        (edit("model", "merges", to=[["h", "e", "l"]]), "model.merges: found .*, expected"),
+        (edit("model", "merges", to=["he"]), r"merges\[0\]: found 'he', expected two tokens"),
+        (edit("model", "merges", to=["h x"]), r"merges\[0\]: found 'h x', expected two tokens"),
+        (edit("model", "byte_fallback", to=True), "model.byte_fallback: found True, expected none"),
+        (edit("model", "dropout", to=0.1), "model.dropout: found 0.1, expected none"),
+        (edit("model", "end_of_word_suffix", to="</w>"), "model.end_of_word_suffix: found '</w>'"),
+        (edit("model", "unk_token", to="<unk>"), "model.unk_token: found '<unk>', expected a token"),
+        (edit("normalizer", to={"type": "Lowercase"}), "normalizer.type: found 'Lowercase', expected NFC"),
+        (
+            edit("normalizer", to={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Strip"}]}),
+            r"normalizer.normalizers\[1\].type: found 'Strip'",
+        ),
+        (edit("pre_tokenizer", to=None), "pre_tokenizer: found None, expected an object"),
+        (
+            edit("pre_tokenizer", to={"type": "Metaspace"}),
+            "pre_tokenizer: ends with 'Metaspace', expected Byte",
+        ),
+        (
+            edit("pre_tokenizer", to={"type": "Sequence", "pretokenizers": []}),
+            "pre_tokenizer: ends with None, expected ByteLevel",
+        ),
+        (
+            edit(
+                "pre_tokenizer",
+                to={"type": "Sequence", "pretokenizers": [{"type": "Punctuation"}, {"type": "ByteLevel"}]},
+            ),
+            r"pre_tokenizer.pretokenizers\[0\].type: found 'Punctuation', expected ByteLevel, Split or Digits",
+        ),
+        (
+            edit("post_processor", to={"type": "RobertaProcessing"}),
+            "post_processor.type: found 'RobertaProcessing'",
+        ),
+        (edit("post_processor", to=TEMPLATE), "post_processor.single: found .*, expected the text"),
+        (edit("added_tokens", to=[ADDED | {"content": ""}]), r"added_tokens\[0\]: found '' with id 259"),
+        (
+            edit("added_tokens", to=[ADDED | {"special": 1}]),
+            r"added_tokens\[0\].special: found 1, expected true",
+        ),
+        (
+            edit("added_tokens", to=[ADDED | {"id": None}]),
+            r"added_tokens\[0\].id: found None, expected an integer",
+        ),
+    ],
+)
+def test_a_bad_tokenizer_json_is_refused_by_field(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    data = small_json()
+    change(data)
+    with pytest.raises(CheckpointError, match=message):
+        load_json(tmp_path, data)
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ({"pattern": {"Regex": "("}}, "is no regular expression"),
+        ({"pattern": {"Glob": "*"}}, r"pattern: found .*, expected Regex or String"),
+        ({"pattern": "x"}, "pattern: found 'x', expected an object"),
+        ({"behavior": "Removed"}, "behavior: found 'Removed' with invert False, expected 'Isolated'"),
+        ({"invert": True}, "behavior: found 'Isolated' with invert True"),
+    ],
+)
+def test_a_bad_split_is_refused(tmp_path: Path, split: dict[str, Any], message: str) -> None:
+    data = small_json()
+    step = {"type": "Split", "pattern": {"Regex": "x"}, "behavior": "Isolated", "invert": False} | split
+    data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [step, {"type": "ByteLevel"}]}
+    with pytest.raises(CheckpointError, match=message):
+        load_json(tmp_path, data)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", "{", r"tokenizer.json: cannot be read as JSON"),
+        ("tokenizer.json", "[]", r"tokenizer.json: found \[\], expected an object"),
+        ("tokenizer.json", '{"model": ' + "[" * 100_000, "tokenizer.json: cannot be read as JSON"),
+        (
+            "tokenizer_config.json",
+            '{"eos_token": "<no>"}',
+            "eos_token: found '<no>', expected a token of the voc",
+        ),
+        (
+            "tokenizer_config.json",
+            '{"eos_token": 1}',
+            "tokenizer_config.json: eos_token: found 1, expected a str",
+        ),
+        ("tokenizer_config.json", '{"add_bos_token": true}', "add_bos_token: found true without a BOS token"),
+        ("tokenizer_config.json", '{"add_bos_token": 1}', "add_bos_token: found 1, expected true or false"),
+        ("tokenizer_config.json", '{"chat_template": 1}', "chat_template: found 1, expected a string"),
+        ("generation_config.json", '{"eos_token_id": "2"}', "eos_token_id: found '2', expected an integer"),
+        ("config.json", '{"eos_token_id": [1000]}', "eos_token_id: found 1000, expected an id from 0 to 258"),
+        ("config.json", '{"bos_token_id": -5}', "bos_token_id: found -5, expected an id from 0 to 258"),
+        ("config.json", '{"vocab_size": "many"}', "vocab_size: found 'many', expected an integer"),
+    ],
+)
+def test_a_bad_file_of_a_directory_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+    write(tmp_path, tokenizer=small_json())
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"found no tokenizer, expected tokenizer.json, or vocab.json"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(CheckpointError, match="found no directory"):
+        load_tokenizer(tmp_path / "missing")
+
+
+def test_an_unknown_tokenizer_class_is_refused_where_only_it_tells_the_pattern(tmp_path: Path) -> None:
+    (tmp_path / "merges.txt").write_text("")
+    write(tmp_path, vocab={}, tokenizer_config={"tokenizer_class": "LlamaTokenizer"})
+    with pytest.raises(
+        CheckpointError, match="tokenizer_class: found 'LlamaTokenizer', expected one of GPT2"
+    ):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "llama"}, "tokenizer.ggml.model: found 'llama', expected 'gpt2'"),
+        ({"model": None}, "tokenizer.ggml.model: found None, expected 'gpt2'"),
+        ({"pre": "default"}, "tokenizer.ggml.pre: found 'default', expected one of gpt-2"),
+        ({"pre": None}, "tokenizer.ggml.pre: found None, expected a string"),
+        ({"tokens": ["a", 1]}, r"tokenizer.ggml.tokens\[1\]: found 1, expected a string"),
+        ({"tokens": ["a", "a"], "token_type": [1, 1]}, "tokenizer.ggml.tokens: found 'a' twice"),
+        ({"token_type": [1]}, "tokenizer.ggml.token_type: found 1 entries, expected 262"),
+        ({"token_type": [1] * 261 + [9]}, r"tokenizer.ggml.token_type\[261\]: found 9"),
+        ({"merges": None}, "tokenizer.ggml.merges: found None, expected a list"),
+        ({"merges": ["h x"]}, r"merges\[0\]: found 'h x', expected two tokens"),
+        ({"eos_token_id": 262}, "tokenizer.ggml.eos_token_id: found 262, expected an id from 0 to 261"),
+        ({"add_bos_token": 1}, "tokenizer.ggml.add_bos_token: found 1, expected true or false"),
+        ({"add_bos_token": True, "bos_token_id": None}, "add_bos_token: found true without a BOS token"),
+    ],
+)
+def test_bad_gguf_metadata_is_refused_by_key(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(small_gguf(**changes))
+
+
+# Cheapness
+
+
+def test_importing_the_package_does_not_import_jinja2() -> None:
+    program = "import sys, engine.tokenizer; print('jinja2' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
+def test_a_description_alone_makes_a_tokenizer() -> None:
+    vocab = {char: byte for byte, char in enumerate(CHAR_OF_BYTE)}
+    tokenizer = Tokenizer(TokenizerSpec(vocab, [], Pretokenizer.named("gpt2")))
+    assert tokenizer.encode("é") == [0xC3, 0xA9]
+    assert tokenizer.eos_token_id is None
