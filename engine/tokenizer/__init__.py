@@ -1,5 +1,6 @@
 """Text to tokens and back: byte-level BPE, incremental detokenization, chat templates.
- In the order in which data flows: `directory`, `tokenizer_json` and `gguf_metadata` read a description
+
+In the order in which data flows: `directory`, `tokenizer_json` and `gguf_metadata` read a description
 (`spec`); `tokenizer` encodes with `added_tokens`, `pretokenizers` and `bpe`; `detokenizer` streams text out;
 `chat_template` makes prompts of conversations.
 """

@@ -1,5 +1,6 @@
 """Added tokens: those that are recognised in the text as a whole, before any pre-tokenization or merge.
- `AddedVocabulary` cuts a text into added tokens and the stretches between them, by the rules of the Hugging
+
+`AddedVocabulary` cuts a text into added tokens and the stretches between them, by the rules of the Hugging
 Face `tokenizers` library: of several tokens at one place the longest wins, tokens marked `normalized` are
 looked for in the normalised text and all others in the raw text first, and `lstrip`/`rstrip` tokens swallow
 the whitespace beside them. It knows nothing of what happens to the stretches.

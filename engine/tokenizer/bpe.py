@@ -1,5 +1,6 @@
 """Byte-pair encoding of one word: its bytes are merged pair by pair, the pair of lowest rank first.
- Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units" (2016), on bytes as in GPT-2.
+
+Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units" (2016), on bytes as in GPT-2.
 `Bpe` knows the vocabulary and the merges; it does not know how a text was cut into words.
 """
 

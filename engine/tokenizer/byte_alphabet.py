@@ -1,5 +1,6 @@
 """The byte-level alphabet: one printable character for each of the 256 bytes.
- Byte-level BPE vocabularies are text files, so GPT-2 writes a byte that is not printable (or is a space) as a
+
+Byte-level BPE vocabularies are text files, so GPT-2 writes a byte that is not printable (or is a space) as a
 character from U+0100 upwards: a space is "Ġ". Every vocabulary that this package reads is written so. This
 module knows that table and nothing about vocabularies.
 """

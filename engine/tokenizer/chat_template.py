@@ -1,5 +1,6 @@
 """Chat templates: a conversation to the prompt text that a model was trained on.
- A template is a Jinja program that comes with the checkpoint. This module checks the messages and says whose
+
+A template is a Jinja program that comes with the checkpoint. This module checks the messages and says whose
 fault a failure is: a `RequestError` for the messages, a `CheckpointError` for the template. How a foreign
 program is kept in bounds is `template_sandbox`'s business, which is imported when the first template is
 rendered.

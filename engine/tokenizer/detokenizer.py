@@ -1,5 +1,6 @@
 """The incremental detokenizer: text as it becomes complete, token by token.
- A token is bytes, and a character may be spread over several tokens: what has arrived of it is held back
+
+A token is bytes, and a character may be spread over several tokens: what has arrived of it is held back
 until the rest comes. It knows nothing of stop strings or of the request.
 """
 
@@ -27,9 +28,8 @@ class IncrementalDetokenizer:
         Raises:
             RequestError: an id that the model cannot produce.
         """
-        if token_id in self._skipped:
-            return ""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        data = self._tokenizer.token_bytes(token_id)
+        return "" if token_id in self._skipped else self._decoder.decode(data)
 
     def extend(self, token_ids: Iterable[int]) -> str:
         """As `append`, for several tokens at once."""

@@ -1,5 +1,6 @@
 """Reads a tokenizer from a model's directory, as the Hugging Face hub lays it out.
- The vocabulary comes from `tokenizer.json` or else from GPT-2's pair `vocab.json` and `merges.txt`; the roles
+
+The vocabulary comes from `tokenizer.json` or else from GPT-2's pair `vocab.json` and `merges.txt`; the roles
 of tokens and the chat template come from the small files beside it, each of which may be missing.
 """
 

@@ -1,5 +1,6 @@
 """Reads a tokenizer from the metadata of a GGUF file, given as a plain mapping of its keys.
- The keys are those of the GGUF specification (`tokenizer.ggml.*`). Only byte-level BPE, which GGUF calls
+
+The keys are those of the GGUF specification (`tokenizer.ggml.*`). Only byte-level BPE, which GGUF calls
 "gpt2".
 """
 

@@ -1,5 +1,6 @@
 """Pre-tokenizers: how a text is cut into the words that BPE then merges inside.
- The patterns of the supported model families stand here by name, together with the names that GGUF files give
+
+The patterns of the supported model families stand here by name, together with the names that GGUF files give
 them and the reading of the `pre_tokenizer` section of a `tokenizer.json`. A pre-tokenizer knows characters
 only: nothing of bytes, vocabularies or merges.
 """

@@ -1,5 +1,6 @@
 """What a checkpoint says about its tokenizer, whichever files it was read from.
- The readers (`tokenizer_json`, `directory`, `gguf_metadata`) make a `TokenizerSpec`; `Tokenizer` is built
+
+The readers (`tokenizer_json`, `directory`, `gguf_metadata`) make a `TokenizerSpec`; `Tokenizer` is built
 from one.
 """
 

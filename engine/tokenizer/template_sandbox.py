@@ -1,5 +1,6 @@
 """A Jinja sandbox for chat templates, which are programs from whoever published the checkpoint.
- Jinja's immutable sandbox keeps a template from Python's internals and from changing what it is given. On top
+
+Jinja's immutable sandbox keeps a template from Python's internals and from changing what it is given. On top
 of it, loop rounds and macro calls are counted, products and powers are kept small, and the output has a
 largest size, so that no template runs without end. Memory is not bounded in full: a template can still build
 long strings by concatenation.

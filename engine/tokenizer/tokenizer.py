@@ -1,11 +1,13 @@
 """The tokenizer: text to token ids and back, by byte-level BPE.
- The order of `encode` is the reference's: added tokens are cut out, the stretches between them are normalised
+
+The order of `encode` is the reference's: added tokens are cut out, the stretches between them are normalised
 and cut into words, each word is merged. It knows no model: which files the vocabulary came from is the
 readers' business.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
+from operator import index
 from typing import Any
 from unicodedata import normalize
 
@@ -77,7 +79,8 @@ class Tokenizer:
                 cannot forge an end of turn.
 
         Raises:
-            RequestError: not a string, any text where the checkpoint brought no tokenizer, or one with a lone surrogate, which is no character and has no UTF-8.
+            RequestError: not a string, a text with a lone surrogate (which has no UTF-8), or any
+                text where the checkpoint brought no tokenizer.
         """
         if not isinstance(text, str):
             raise RequestError(f"text: found {found(text)}, expected a string")
@@ -108,9 +111,9 @@ class Tokenizer:
             RequestError: an id outside `0 .. model_vocab_size - 1`.
         """
         skipped = self.special_ids if skip_special_tokens else frozenset()
-        return b"".join([self.token_bytes(id_) for id_ in ids if id_ not in skipped]).decode(
-            "utf-8", "replace"
-        )
+        # Looked up before it is compared: what is no id is refused, not skipped.
+        pieces = [data for id_ in ids if (data := self.token_bytes(id_)) and id_ not in skipped]
+        return b"".join(pieces).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for: often a part of a character only.
@@ -119,15 +122,15 @@ class Tokenizer:
             RequestError: an id outside `0 .. model_vocab_size - 1`.
         """
         try:
-            in_range = 0 <= token_id < self.model_vocab_size
+            id_ = index(token_id)
         except TypeError:
-            in_range = False
-        if not in_range:
+            id_ = -1
+        if not 0 <= id_ < self.model_vocab_size:
             raise RequestError(
                 f"token id: found {found(token_id)}, expected one from 0 to {self.model_vocab_size - 1}"
             )
-        added = self._added_bytes.get(token_id)
-        return added if added is not None else token_to_bytes(self._token_of_id.get(token_id, ""))
+        added = self._added_bytes.get(id_)
+        return added if added is not None else token_to_bytes(self._token_of_id.get(id_, ""))
 
     def apply_chat_template(
         self,

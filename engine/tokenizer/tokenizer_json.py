@@ -1,5 +1,6 @@
 """Reads the `tokenizer.json` of the Hugging Face `tokenizers` library, where it holds a byte-level BPE.
- What it describes beyond that (other models, other normalisers, other pre-tokenizers) is refused by name
+
+What it describes beyond that (other models, other normalisers, other pre-tokenizers) is refused by name
 rather than tokenized almost right.
 """
 

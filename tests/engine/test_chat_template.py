@@ -38,8 +38,8 @@ def test_a_template_sees_the_special_tokens_the_tools_and_further_variables() ->
 
 
 def test_loop_controls_and_generation_blocks_work() -> None:
-    source = "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% endif %}{% if i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}"
-    assert render(source) == "02"
+    skip_1_stop_at_3 = "{% if i == 1 %}{% continue %}{% endif %}{% if i == 3 %}{% break %}{% endif %}"
+    assert render("{% for i in range(9) %}" + skip_1_stop_at_3 + "{{ i }}{% endfor %}") == "02"
     assert render("{% generation %}{{ messages[0].content }}{% endgeneration %}") == "Hello"
 
 
@@ -100,7 +100,7 @@ def test_a_template_that_does_not_parse_is_a_checkpoint_error(source: str) -> No
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "{{ 9 ** 9 ** 9 ** 9 }}",
+        "{{ 9 ** 999999999 }}",
         "{{ 'a' * 10**10 }}",
         "{{ 10**10 * [0] }}",
         "{% for i in range(90000) %}{{ 'a' * 1000 }}{% endfor %}",
