@@ -22,7 +22,7 @@ _NONE = -1
 
 def chained_hash(previous: int, tokens: bytes) -> int:
     """The hash of a block whose predecessor has hash `previous` (0 for the first): xxHash's XXH3, 64 bits."""
-    return xxhash.xxh3_64_intdigest(tokens, previous)
+    return int(xxhash.xxh3_64_intdigest(tokens, previous))
 
 
 class _FreeList:
@@ -45,7 +45,7 @@ class _FreeList:
             block = self._next[block]
 
     def pop_first(self) -> int:
-        block = self._next[self._end]
+        block: int = self._next[self._end]
         self.remove(block)
         return block
 

@@ -70,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(bench)
     bench.add_argument("--prefill", type=int, default=512, metavar="N", help="tokens of each prompt")
     bench.add_argument("--decode", type=int, default=128, metavar="N", help="tokens to generate after it")
-    bench.add_argument("--batch", type=_integers, default=[1, 4, 16], metavar="N,N,...", help="sequences at once")
+    bench.add_argument(
+        "--batch", type=_integers, default=[1, 4, 16], metavar="N,N,...", help="sequences at once"
+    )
     bench.add_argument("--repeat", type=int, default=3, metavar="N", help="runs, whose median is reported")
     bench.add_argument("--quantization", choices=["none"], default="none", help="how the weights are kept")
     bench.set_defaults(command=_bench)
@@ -109,7 +111,9 @@ def _add_sampling(parser: argparse.ArgumentParser, max_tokens: int, temperature:
     group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given repeatedly")
     group.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-text token")
-    group.add_argument("--logprobs", type=int, metavar="N", help="log-probabilities of the N likeliest tokens")
+    group.add_argument(
+        "--logprobs", type=int, metavar="N", help="log-probabilities of the N likeliest tokens"
+    )
 
 
 def _integers(text: str) -> list[int]:
@@ -123,7 +127,9 @@ def _integers(text: str) -> list[int]:
 
 
 def _llm(options: argparse.Namespace) -> "LLM":
-    given = {name: getattr(options, name) for name in EngineConfig.__dataclass_fields__ if hasattr(options, name)}
+    given = {
+        name: getattr(options, name) for name in EngineConfig.__dataclass_fields__ if hasattr(options, name)
+    }
     config = EngineConfig(**{name: value for name, value in given.items() if value is not None})
     from engine.llm import LLM
 
@@ -245,7 +251,10 @@ def _bench(options: argparse.Namespace) -> None:
         result = measure(llm.engine, batch, options.prefill, options.decode, options.repeat)
         results.append(asdict(result))
         if not options.json:
-            print(f"{batch:>6} {result.prefill_tokens_per_s:>16.1f} {result.decode_tokens_per_s:>16.1f}", flush=True)
+            print(
+                f"{batch:>6} {result.prefill_tokens_per_s:>16.1f} {result.decode_tokens_per_s:>16.1f}",
+                flush=True,
+            )
     if options.json:
         settings = {"model": options.model, "quantization": options.quantization}
         print(json.dumps(settings | {"num_threads": llm.engine.num_threads, "results": results}))

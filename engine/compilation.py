@@ -94,7 +94,7 @@ def _run_tiny_model() -> None:
     pack_inputs(matrix, 0, 16, weights.values, 0)
 
 
-class _CompilationProgress(event.Listener):  # type: ignore[misc]
+class _CompilationProgress(event.Listener):
     """A progress bar that appears with the first compilation, and not at all if everything is cached."""
 
     def __init__(self, show: bool) -> None:

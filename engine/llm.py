@@ -60,7 +60,9 @@ class LLM:
         else:
             params = list(sampling_params)
         if len(params) != len(many):
-            raise RequestError(f"sampling_params: found {len(params)}, expected {len(many)}, one for each prompt")
+            raise RequestError(
+                f"sampling_params: found {len(params)}, expected {len(many)}, one for each prompt"
+            )
         return self._finish(self._add(many, params))
 
     def chat(

@@ -250,7 +250,9 @@ class LLMEngine:
 def _load_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> Tokenizer:
     if checkpoint.format == "safetensors":
         return load_tokenizer(checkpoint.path, model_vocab_size=vocab_size)
-    metadata = {key: getattr(value, "tolist", lambda value=value: value)() for key, value in checkpoint.config.items()}
+    metadata = {
+        key: getattr(value, "tolist", lambda value=value: value)() for key, value in checkpoint.config.items()
+    }
     return load_tokenizer(metadata, model_vocab_size=vocab_size)
 
 
@@ -258,8 +260,8 @@ def _complete(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
     """The settings with what the user left open filled in for this model and machine."""
     if config.max_model_len is not None and config.max_model_len > spec.max_positions:
         raise ConfigError(
-            f"max_model_len: found {config.max_model_len}, expected at most {spec.max_positions}, the context "
-            "of this model"
+            f"max_model_len: found {config.max_model_len}, expected at most {spec.max_positions}, the "
+            "context of this model"
         )
     wanted_len = config.max_model_len or spec.max_positions
     num_blocks = config.num_blocks

@@ -185,7 +185,9 @@ def _collect(rows: list[_Row], outputs: Outputs) -> RunnerOutput:
             result.token_ids.append(token)
         count = int(outputs.num_logprobs[i])
         if count >= 0:
-            top = zip(outputs.top_ids[i, :count].tolist(), outputs.top_logprobs[i, :count].tolist(), strict=True)
+            top = zip(
+                outputs.top_ids[i, :count].tolist(), outputs.top_logprobs[i, :count].tolist(), strict=True
+            )
             logprob = TokenLogprob(token, float(outputs.logprobs[i]), tuple(top))
             if row.target < 0:
                 result.logprobs[seq_id] = logprob

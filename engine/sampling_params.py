@@ -114,7 +114,11 @@ def _error(name: str, found: Any, expected: str) -> RequestError:
 
 def _number(name: str, value: Any, low: float, high: float) -> None:
     if not _is_number(value) or not low <= value <= high or math.isinf(value):
-        raise _error(name, value, f"a number from {low:g} to {high:g}" if high < math.inf else f"a number, {low:g} or more")
+        raise _error(
+            name,
+            value,
+            f"a number from {low:g} to {high:g}" if high < math.inf else f"a number, {low:g} or more",
+        )
 
 
 def _integer(name: str, value: Any, low: int | None, high: int | None) -> None:

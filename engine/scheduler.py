@@ -1,4 +1,4 @@
-"""Which tokens run in the next step: one token budget for prefill chunks and decodes, first come first served.
+"""Which tokens run in the next step: one budget for prefill chunks and decodes, first come first served.
 
 A pure state machine, driven by the engine and by the simulator through the same calls: `add`, `schedule`,
 `commit` and `abort`. It knows no clock, no text and no arrays. A sequence is admitted when all of its tokens
@@ -23,7 +23,9 @@ class ScheduledBatch:
 
     sequences: list[Sequence] = field(default_factory=list)
     num_new_tokens: list[int] = field(default_factory=list)
-    samples: list[bool] = field(default_factory=list)  # whether that reaches the last token: the next is sampled
+    samples: list[bool] = field(
+        default_factory=list
+    )  # whether that reaches the last token: the next is sampled
     preempted: list[Sequence] = field(default_factory=list)
 
     @property
@@ -58,8 +60,8 @@ class Scheduler:
             raise RequestError("prompt: found no tokens, expected at least one")
         if length > self.max_len:
             raise RequestError(
-                f"prompt: found {length} tokens, expected at most {self.max_len}, what max_model_len and the KV "
-                "cache allow"
+                f"prompt: found {length} tokens, expected at most {self.max_len}, what max_model_len and the "
+                "KV cache allow"
             )
         max_tokens = sequence.sampling_params.max_tokens
         # A prompt that fills everything still gives the one token that needs no slot of its own.

@@ -21,7 +21,7 @@ class Sequence:
     """A prompt and what has been generated after it.
 
     stop_token_ids: tokens that end it, the model's end-of-text tokens included unless they are ignored.
-    reads_cache: whether it may take KV from the prefix cache; one that wants the logits of its prompt may not.
+    reads_cache: whether it may take KV from the prefix cache; not where its prompt's logits are wanted.
     """
 
     __slots__ = (

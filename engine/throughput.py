@@ -29,7 +29,9 @@ def measure(engine: LLMEngine, batch: int, prefill: int, decode: int, repeat: in
     Raises `RequestError` if so many tokens do not fit the engine's settings.
     """
     if batch > engine.config.max_num_seqs:
-        raise RequestError(f"batch: found {batch}, expected at most max_num_seqs, {engine.config.max_num_seqs}")
+        raise RequestError(
+            f"batch: found {batch}, expected at most max_num_seqs, {engine.config.max_num_seqs}"
+        )
     rng = random.Random(0)
     prefill_times, step_times = [], []
     _run(engine, rng, batch, prefill=1, decode=1)  # touches memory that the first step would pay for
@@ -50,7 +52,7 @@ def measure(engine: LLMEngine, batch: int, prefill: int, decode: int, repeat: in
 def _run(
     engine: LLMEngine, rng: random.Random, batch: int, prefill: int, decode: int
 ) -> tuple[list[float], list[float]]:
-    """The seconds of each prefill step, and of `decode` steps that decode the whole batch and nothing else."""
+    """The seconds of each prefill step, and of `decode` steps that do nothing but decode the whole batch."""
     params = SamplingParams(temperature=0, max_tokens=None if decode else 1, ignore_eos=True)
     prefilling: list[float] = []
     decoding: list[float] = []
@@ -61,7 +63,9 @@ def _run(
             engine.add_request(request_id, prompt, params)
         while engine.has_unfinished and len(decoding) < max(decode, 1):
             running = engine.scheduler.running
-            decodes = len(running) == batch and all(s.num_tokens - s.num_computed_tokens == 1 for s in running)
+            decodes = len(running) == batch and all(
+                s.num_tokens - s.num_computed_tokens == 1 for s in running
+            )
             start = time.perf_counter()
             engine.step()
             (decoding if decodes else prefilling).append(time.perf_counter() - start)
@@ -70,7 +74,7 @@ def _run(
             engine.abort(request_id)
     if len(decoding) < decode:
         raise RequestError(
-            f"decode: found {decode} tokens after prompts of {prefill}, expected so few that {batch} sequences "
-            f"fit max_model_len, {engine.config.max_model_len}, and {engine.config.num_blocks} KV blocks"
+            f"decode: found {decode} tokens after prompts of {prefill}, expected so few that {batch} "
+            f"sequences fit max_model_len, {engine.config.max_model_len}, and {engine.config.num_blocks} blocks"
         )
     return prefilling, decoding

@@ -133,5 +133,3 @@ def _rotary_tables(
 def weights_bytes(spec: ModelSpec) -> int:
     """Bytes of a model's packed float32 weights."""
     return 4 * transformer.lay_out(architecture_of(spec), spec.max_positions, spec.tied)[1]
-
-

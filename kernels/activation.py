@@ -13,7 +13,7 @@ _SQRT_2_OVER_PI = 0.7978845608028654
 
 
 @kernel
-def activate(kind, x, start, size, up_offset, out):  # type: ignore[no-untyped-def]
+def activate(kind, x, start, size, up_offset, out):
     """`out[i] = f(x[start + i])`; for SILU_GATED times `x[start + up_offset + i]` (SwiGLU, Shazeer 2020).
 
     x and out must be readable and writable up to a whole vector.

@@ -72,7 +72,9 @@ def value_cache_size(num_blocks: int, block_size: int, num_kv_heads: int, head_d
 
 
 @kernel
-def store_kv(k, k_start, v, v_start, head_dim, num_kv_heads, block_size, slot, keys, values, layer_k, layer_v):  # type: ignore[no-untyped-def]
+def store_kv(
+    k, k_start, v, v_start, head_dim, num_kv_heads, block_size, slot, keys, values, layer_k, layer_v
+):
     """Writes one token's keys and values, [num_kv_heads, head_dim] each, into cache slot `slot`."""
     block, offset = slot // block_size, slot % block_size
     stride = (head_dim + LANES - 1) // LANES * LANES
@@ -86,11 +88,13 @@ def store_kv(k, k_start, v, v_start, head_dim, num_kv_heads, block_size, slot, k
 
 def _score_tile(height: int) -> Any:
     @kernel
-    def score(queries, q_start, head_dim, zeros, keys, k_start, block_size, scores, out_start):  # type: ignore[no-untyped-def]
+    def score(queries, q_start, head_dim, zeros, keys, k_start, block_size, scores, out_start):
         """Scores of `height` query rows against the `LANES` keys from `k_start` on."""
         tile = start_tile(height, 1, zeros, 0)
         for d in range(head_dim):
-            tile = outer_product(tile, height, queries, q_start + d * height, 1, keys, k_start + d * block_size)
+            tile = outer_product(
+                tile, height, queries, q_start + d * height, 1, keys, k_start + d * block_size
+            )
         store_tile(tile, height, scores, out_start, _SCORE_STRIDE)
 
     return score
@@ -98,7 +102,7 @@ def _score_tile(height: int) -> Any:
 
 def _value_tile(height: int) -> Any:
     @kernel
-    def accumulate(scores, s_start, count, values, value_rows, column, out, out_start, out_stride):  # type: ignore[no-untyped-def]
+    def accumulate(scores, s_start, count, values, value_rows, column, out, out_start, out_stride):
         """Adds `count` keys' values, weighted by the scores, to `LANES` columns of `height` output rows."""
         tile = load_tile(height, out, out_start, out_stride)
         for j in range(count):
@@ -115,7 +119,7 @@ _accumulate = by_height(TILE_HEIGHTS, _value_tile)
 
 
 @kernel
-def _softmax_row(scores, start, visible, running, row, out, out_start, out_size):  # type: ignore[no-untyped-def]
+def _softmax_row(scores, start, visible, running, row, out, out_start, out_size):
     """Turns one row's scores into weights and rescales what the row has summed up so far.
 
     running[row]: the greatest score and the sum of weights so far, updated. The first `visible` of the tile's
@@ -142,9 +146,10 @@ def _softmax_row(scores, start, visible, running, row, out, out_start, out_size)
 
 
 @kernel
-def _attend_tile(  # type: ignore[no-untyped-def]
-    qkv, qkv_stride, first_token, num_tokens, first_position, kv_head, num_heads, num_kv_heads, head_dim, scale,
-    keys, values, layer_k, layer_v, block_size, block_table, queries, out, scores, running, value_rows, zeros
+def _attend_tile(
+    qkv, qkv_stride, first_token, num_tokens, first_position, kv_head, num_heads, num_kv_heads, head_dim,
+    scale, keys, values, layer_k, layer_v, block_size, block_table, queries, out, scores, running,
+    value_rows, zeros
 ):  # fmt: skip
     """Attention of `num_tokens` query tokens (flat rows from `first_token` on) for one KV head.
 
@@ -195,7 +200,7 @@ def _attend_tile(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def attention(  # type: ignore[no-untyped-def]
+def attention(
     counters, qkv, qkv_stride, num_heads, num_kv_heads, head_dim, scale, keys, values, layer_k, layer_v,
     block_size, block_tables, query_start_loc, seq_lens, tile_sequence, tile_start, scratch, packed
 ):  # fmt: skip
@@ -240,7 +245,7 @@ def attention(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _write_rows(  # type: ignore[no-untyped-def]
+def _write_rows(
     out, running, count, group_size, head_dim, stride, first_token, kv_head, num_heads, num_tokens, packed
 ):  # fmt: skip
     """Normalises a query tile's sums and scatters them to their places as packed activations."""

@@ -33,13 +33,14 @@ def cache_on_disk(directory: Path) -> None:
     so the directory must be one that belongs to these sources alone. Machine code for another processor has
     another name in it. Numba's global setting is changed only for the moment in which it is read.
     """
-    previous = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(directory)
+    config: Any = numba.config
+    previous = config.CACHE_DIR
+    config.CACHE_DIR = str(directory)
     try:
         for dispatcher in _entry_points:
             dispatcher.enable_caching()
     finally:
-        numba.config.CACHE_DIR = previous
+        config.CACHE_DIR = previous
 
 
 def by_height(heights: tuple[int, ...], make: Callable[[int], Any]) -> Any:
@@ -55,7 +56,7 @@ def by_height(heights: tuple[int, ...], make: Callable[[int], Any]) -> Any:
     otherwise = by_height(tuple(shorter), make)
 
     @kernel
-    def choose(rows, *arguments):  # type: ignore[no-untyped-def]
+    def choose(rows, *arguments):
         if rows == height:
             variant(*arguments)
         else:

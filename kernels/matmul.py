@@ -17,11 +17,9 @@ _ROWS_PER_ITEM = 8 * GROUP
 _PANEL_VECTORS = PANEL // LANES
 
 
-
-
 def _tile(height: int) -> Any:
     @kernel
-    def tile(x, x_start, w, w_start, bias_start, out, out_start, out_stride, K, accumulate):  # type: ignore[no-untyped-def]
+    def tile(x, x_start, w, w_start, bias_start, out, out_start, out_stride, K, accumulate):
         accumulators = start_tile(height, _PANEL_VECTORS, w, bias_start)
         for k in range(K):
             accumulators = outer_product(
@@ -39,7 +37,7 @@ _multiply_tile = by_height(TILE_HEIGHTS, _tile)
 
 
 @kernel
-def matmul(counters, x, M, K, weights, w_start, bias_start, N, out, accumulate):  # type: ignore[no-untyped-def]
+def matmul(counters, x, M, K, weights, w_start, bias_start, N, out, accumulate):
     """One thread's share of `out[m, n] (+)= bias[n] + sum over k of x[m, k] * w[n, k]`.
 
     x: packed activations of M rows; weights: the float32 buffer that holds the panels at `w_start` and the

@@ -1,4 +1,4 @@
-"""Normalisation of one token's hidden state: LayerNorm (Ba et al. 2016) and RMSNorm (Zhang and Sennrich 2019)."""
+"""Normalisation of a hidden state: LayerNorm (Ba et al. 2016) and RMSNorm (Zhang and Sennrich 2019)."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from kernels.simd import LANES, broadcast, fma, load, reduce_add, store
 
 
 @kernel
-def _sum_of_squares(x, start, size, mean):  # type: ignore[no-untyped-def]
+def _sum_of_squares(x, start, size, mean):
     """The sum over i of (x[start + i] - mean)^2: whole vectors first, then the rest one by one."""
     whole = size - size % LANES
     center = broadcast(mean)
@@ -22,7 +22,7 @@ def _sum_of_squares(x, start, size, mean):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _mean(x, start, size):  # type: ignore[no-untyped-def]
+def _mean(x, start, size):
     whole = size - size % LANES
     total = broadcast(np.float32(0.0))
     for i in range(0, whole, LANES):
@@ -34,7 +34,7 @@ def _mean(x, start, size):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def normalize(x, start, size, center, epsilon, weights, w_start, b_start, out):  # type: ignore[no-untyped-def]
+def normalize(x, start, size, center, epsilon, weights, w_start, b_start, out):
     """`out[i] = (x[i] - mean) / sqrt(variance + epsilon) * w[i] + b[i]` for one row of `size` floats.
 
     center: LayerNorm; otherwise RMSNorm, whose mean counts as 0. `weights` holds scale and bias at `w_start`

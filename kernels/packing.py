@@ -19,7 +19,7 @@ elif host_has("avx") or host_has("neon"):  # 16 registers of 8 floats, or 32 of 
 else:  # 16 registers of 4 floats: 12 accumulators
     GROUP, PANEL = 3, LANES
 
-TILE_HEIGHTS = tuple(height for height in (1, 2, 3, 4, 6, 8) if height < GROUP) + (GROUP,)
+TILE_HEIGHTS = (*(height for height in (1, 2, 3, 4, 6, 8) if height < GROUP), GROUP)
 
 
 def padded(size: int) -> int:
@@ -33,7 +33,7 @@ def padded_rows(num_rows: int) -> int:
 
 
 @kernel
-def tile_height(num_rows):  # type: ignore[no-untyped-def]
+def tile_height(num_rows):
     """The height of the smallest tile that holds `num_rows` (1 to GROUP) rows."""
     for height in TILE_HEIGHTS:
         if num_rows <= height:
@@ -42,13 +42,13 @@ def tile_height(num_rows):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def group_height(num_rows, group):  # type: ignore[no-untyped-def]
+def group_height(num_rows, group):
     """The height of row group number `group` of `num_rows` rows."""
     return tile_height(min(GROUP, num_rows - group * GROUP))
 
 
 @entry_point
-def pack_columns(rows, first_column, panels, start):  # type: ignore[no-untyped-def]
+def pack_columns(rows, first_column, panels, start):
     """Writes weight rows [n, K] as output columns from `first_column` on of the panels at `panels[start]`."""
     num_columns, K = rows.shape
     for n in range(num_columns):
@@ -59,7 +59,7 @@ def pack_columns(rows, first_column, panels, start):  # type: ignore[no-untyped-
 
 
 @entry_point
-def pack_inputs(rows, first_input, K, panels, start):  # type: ignore[no-untyped-def]
+def pack_inputs(rows, first_input, K, panels, start):
     """Like `pack_columns` for a matrix stored as [K, N]: `rows` are its inputs from `first_input` on."""
     num_inputs, N = rows.shape
     for i in range(num_inputs):
@@ -69,7 +69,7 @@ def pack_inputs(rows, first_input, K, panels, start):  # type: ignore[no-untyped
 
 
 @kernel
-def unpack_column(panels, start, K, column, out, out_start):  # type: ignore[no-untyped-def]
+def unpack_column(panels, start, K, column, out, out_start):
     """Copies one output column (a row of the weight matrix) of the panels to `out[out_start : + K]`."""
     base = start + (column // PANEL) * K * PANEL + column % PANEL
     for k in range(K):
@@ -77,7 +77,7 @@ def unpack_column(panels, start, K, column, out, out_start):  # type: ignore[no-
 
 
 @kernel
-def pack_row(source, source_start, K, row, num_rows, packed):  # type: ignore[no-untyped-def]
+def pack_row(source, source_start, K, row, num_rows, packed):
     """Copies `source[source_start : + K]` to its place as activation row `row` of `num_rows`."""
     group = row // GROUP
     height = group_height(num_rows, group)

@@ -4,7 +4,7 @@ from kernels.jit import kernel
 
 
 @kernel
-def rotate(x, start, head_dim, cos, sin, position):  # type: ignore[no-untyped-def]
+def rotate(x, start, head_dim, cos, sin, position):
     """Rotates one head's vector `x[start : + head_dim]` in place.
 
     cos, sin: [max_model_len, rotary_dim / 2], the tables of the angles position * frequency; dimensions from

@@ -17,13 +17,13 @@ _SUM_CHUNK = 1024
 
 
 @kernel
-def _mul_hi_lo(a, b):  # type: ignore[no-untyped-def]
+def _mul_hi_lo(a, b):
     product = np.uint64(a) * np.uint64(b)
     return np.uint32(product >> np.uint64(32)), np.uint32(product & np.uint64(0xFFFFFFFF))
 
 
 @kernel
-def philox(seed, counter):  # type: ignore[no-untyped-def]
+def philox(seed, counter):
     """64 random bits for a (seed, counter) pair of uint64: Philox4x32-10 (Salmon et al. 2011)."""
     key0, key1 = np.uint32(seed & np.uint64(0xFFFFFFFF)), np.uint32(seed >> np.uint64(32))
     c0, c1 = np.uint32(counter & np.uint64(0xFFFFFFFF)), np.uint32(counter >> np.uint64(32))
@@ -38,13 +38,13 @@ def philox(seed, counter):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def uniform(seed, counter):  # type: ignore[no-untyped-def]
+def uniform(seed, counter):
     """A float64 in [0, 1) for a (seed, counter) pair."""
     return np.float64(philox(seed, counter) >> np.uint64(11)) * 2.0**-53
 
 
 @kernel
-def greatest(x, size):  # type: ignore[no-untyped-def]
+def greatest(x, size):
     """The greatest of `x[:size]`."""
     whole = size - size % LANES
     best = broadcast(np.float32(-np.inf))
@@ -57,7 +57,7 @@ def greatest(x, size):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def argmax(x, size):  # type: ignore[no-untyped-def]
+def argmax(x, size):
     """The first index of the greatest of `x[:size]`."""
     best = greatest(x, size)
     for i in range(size):
@@ -67,7 +67,7 @@ def argmax(x, size):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def exponentials(x, size, shift, out):  # type: ignore[no-untyped-def]
+def exponentials(x, size, shift, out):
     """`out[i] = exp(x[i] - shift)`; returns their sum. x and out reach up to a whole vector."""
     sum_of_chunks = 0.0
     for chunk in range(0, size, _SUM_CHUNK):
@@ -87,7 +87,7 @@ def exponentials(x, size, shift, out):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def penalize(logits, tokens, prompt_len, repetition, frequency, presence, counts):  # type: ignore[no-untyped-def]
+def penalize(logits, tokens, prompt_len, repetition, frequency, presence, counts):
     """Applies the penalties in place.
 
     tokens: prompt and output so far; repetition (Keskar et al. 2019) looks at both, frequency and presence
@@ -110,12 +110,12 @@ def penalize(logits, tokens, prompt_len, repetition, frequency, presence, counts
 
 
 @kernel
-def _bucket(distance):  # type: ignore[no-untyped-def]
+def _bucket(distance):
     return min(np.int64(distance * _BUCKETS_PER_NAT), _BUCKETS - 1)
 
 
 @kernel
-def _cutoff(scaled, weights, size, top, top_k, top_p):  # type: ignore[no-untyped-def]
+def _cutoff(scaled, weights, size, top, top_k, top_p):
     """Where top-k and then top-p end: (value, id); a token stays if it is greater, or equal with id <= id.
 
     Ties go to the lower id. The candidates are sorted only within the histogram bucket of each boundary.
@@ -156,7 +156,7 @@ def _cutoff(scaled, weights, size, top, top_k, top_p):  # type: ignore[no-untype
 
 
 @kernel
-def _sorted_bucket(scaled, size, top, bucket, count):  # type: ignore[no-untyped-def]
+def _sorted_bucket(scaled, size, top, bucket, count):
     """The ids in one histogram bucket, greatest value first, lower ids first among equals."""
     ids = np.empty(count, np.int64)
     values = np.empty(count, np.float32)
@@ -173,7 +173,7 @@ def _sorted_bucket(scaled, size, top, bucket, count):  # type: ignore[no-untyped
 
 
 @kernel
-def sample(logits, size, temperature, top_k, top_p, min_p, seed, position, scaled, weights):  # type: ignore[no-untyped-def]
+def sample(logits, size, temperature, top_k, top_p, min_p, seed, position, scaled, weights):
     """The sampled token id. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 filter nothing.
 
     scaled, weights: working memory, [vocab_size] up to a whole vector.
@@ -205,7 +205,7 @@ def sample(logits, size, temperature, top_k, top_p, min_p, seed, position, scale
 
 
 @kernel
-def top_tokens(logits, size, ids):  # type: ignore[no-untyped-def]
+def top_tokens(logits, size, ids):
     """Fills `ids` with the ids of the greatest logits, greatest first, lower ids first among equals."""
     count = 0
     for i in range(size if ids.size else 0):
@@ -221,7 +221,7 @@ def top_tokens(logits, size, ids):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def log_sum_exp(logits, size, scratch):  # type: ignore[no-untyped-def]
+def log_sum_exp(logits, size, scratch):
     """The logarithm of the sum of exp(logits): a log-probability is a logit minus this."""
     top = greatest(logits, size)
     return np.float64(top) + np.log(exponentials(logits, size, top, scratch))

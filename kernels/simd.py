@@ -39,7 +39,7 @@ vector = Float32Vector()
 
 
 @register_model(Float32Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, data_model_manager: Any, fe_type: Any) -> None:
         super().__init__(data_model_manager, fe_type, _VECTOR)
 
@@ -49,7 +49,8 @@ def host_has(feature: str) -> bool:
 
     Numba's own override (`NUMBA_CPU_FEATURES`) wins, so a test can compile for a lesser machine.
     """
-    override = numba.config.CPU_FEATURES
+    config: Any = numba.config
+    override = config.CPU_FEATURES
     if override is not None:
         return f"+{feature}" in override.split(",")
     return bool(binding.get_host_cpu_features().get(feature, False))
@@ -167,7 +168,7 @@ def _overload_arithmetic(python_operator: Any, emit_name: str) -> None:
         return vector(vector, vector), emit
 
     @overload(python_operator)
-    def _choose(a, b):  # type: ignore[no-untyped-def]
+    def _choose(a, b):
         if a == vector and b == vector:
             return lambda a, b: by_lane(a, b)
         return None

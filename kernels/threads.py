@@ -32,13 +32,13 @@ def new_counters() -> NDArray[np.int64]:
 
 
 @kernel
-def next_item(counters):  # type: ignore[no-untyped-def]
+def next_item(counters):
     """Takes the next work item of this phase; numbers run on past the last one."""
     return atomic_add(counters, _NEXT_ITEM, 1)
 
 
 @kernel
-def barrier(counters, num_threads):  # type: ignore[no-untyped-def]
+def barrier(counters, num_threads):
     """Waits until all threads of the team are here; the next phase's items start from zero."""
     generation = atomic_load(counters, _GENERATION)
     if atomic_add(counters, _ARRIVED, 1) == num_threads - 1:
@@ -84,11 +84,9 @@ class ThreadTeam:
     def _start_threads(self) -> None:
         self._process_id = os.getpid()
         self._inboxes = [SimpleQueue() for _ in range(self.num_threads)]
-        targets = [(_lead, (self._inboxes,))]
-        targets += [(_follow, (self._inboxes, index)) for index in range(1, self.num_threads)]
-        for index, (target, arguments) in enumerate(targets):
+        for index in range(self.num_threads):
             threading.Thread(
-                target=target, args=arguments, name=f"pagellm-kernel-{index}", daemon=True
+                target=_serve, args=(self._inboxes, index), name=f"pagellm-kernel-{index}", daemon=True
             ).start()
 
 
@@ -97,6 +95,13 @@ class _Job:
     function: Any
     arguments: tuple[Any, ...]
     done: "SimpleQueue[BaseException | None]"
+
+
+def _serve(inboxes: "list[SimpleQueue[_Job | None]]", index: int) -> None:
+    if index == 0:
+        _lead(inboxes)
+    else:
+        _follow(inboxes, index)
 
 
 def _lead(inboxes: "list[SimpleQueue[_Job | None]]") -> None:

@@ -1,8 +1,8 @@
 """The whole step as one compiled function: embedding, all layers, logits and sampling for every new token.
 
-`step` is what each member of a thread team runs; it serves every decoder of the GPT-2 and Llama families, told
-apart by a few numbers in `Architecture`. All weights lie in one float32 buffer that `Architecture` and the
-offset table describe, so one compiled signature serves every model.
+`step` is what each member of a thread team runs; it serves every decoder of the GPT-2 and Llama families,
+told apart by a few numbers in `Architecture`. All weights lie in one float32 buffer that `Architecture` and
+the offset table describe, so one compiled signature serves every model.
 
 Buffers of hidden states are flat, their rows padded to whole panels; the padding holds zeros or is ignored.
 """
@@ -125,12 +125,12 @@ class Workspace(NamedTuple):
 
 
 @kernel
-def _padded(size):  # type: ignore[no-untyped-def]
+def _padded(size):
     return (size + PANEL - 1) // PANEL * PANEL
 
 
 @kernel
-def _embed(arch, weights, batch, work):  # type: ignore[no-untyped-def]
+def _embed(arch, weights, batch, work):
     stride = _padded(arch.hidden_size)
     offsets = weights.offsets[arch.num_layers]
     row = next_item(work.counters)
@@ -148,7 +148,7 @@ def _embed(arch, weights, batch, work):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _normalize_rows(arch, weights, w_start, b_start, rows, scratch, work):  # type: ignore[no-untyped-def]
+def _normalize_rows(arch, weights, w_start, b_start, rows, scratch, work):
     """Normalises the hidden states of `rows` and packs them for a matmul."""
     stride = _padded(arch.hidden_size)
     item = next_item(work.counters)
@@ -162,7 +162,7 @@ def _normalize_rows(arch, weights, w_start, b_start, rows, scratch, work):  # ty
 
 
 @kernel
-def _rotate_and_store(arch, weights, cache, batch, layer_k, layer_v, work):  # type: ignore[no-untyped-def]
+def _rotate_and_store(arch, weights, cache, batch, layer_k, layer_v, work):
     """Rotates the new queries and keys in place and writes keys and values to their cache slots."""
     heads, kv_heads, head_dim = arch.num_heads, arch.num_kv_heads, arch.head_dim
     stride = _padded((heads + 2 * kv_heads) * head_dim)
@@ -171,7 +171,14 @@ def _rotate_and_store(arch, weights, cache, batch, layer_k, layer_v, work):  # t
         start = row * stride
         if arch.rotary:
             for head in range(heads + kv_heads):
-                rotate(work.wide, start + head * head_dim, head_dim, weights.cos, weights.sin, batch.positions[row])
+                rotate(
+                    work.wide,
+                    start + head * head_dim,
+                    head_dim,
+                    weights.cos,
+                    weights.sin,
+                    batch.positions[row],
+                )
         k_start = start + heads * head_dim
         store_kv(
             work.wide, k_start, work.wide, k_start + kv_heads * head_dim, head_dim, kv_heads,
@@ -181,7 +188,7 @@ def _rotate_and_store(arch, weights, cache, batch, layer_k, layer_v, work):  # t
 
 
 @kernel
-def _activate_rows(arch, num_rows, scratch, work):  # type: ignore[no-untyped-def]
+def _activate_rows(arch, num_rows, scratch, work):
     """Applies the activation to what the up projection wrote and packs it for the down projection."""
     up_offset = _padded(arch.intermediate_size)
     stride = up_offset * (2 if arch.activation == SILU_GATED else 1)
@@ -193,7 +200,7 @@ def _activate_rows(arch, num_rows, scratch, work):  # type: ignore[no-untyped-de
 
 
 @kernel
-def _layer(thread, num_threads, layer, arch, weights, cache, batch, all_rows, work):  # type: ignore[no-untyped-def]
+def _layer(thread, num_threads, layer, arch, weights, cache, batch, all_rows, work):
     """One decoder layer, in phases that a barrier separates."""
     counters, scratch, num_rows = work.counters, work.scratch[thread], all_rows.size
     offsets = weights.offsets[layer]
@@ -243,7 +250,7 @@ def _layer(thread, num_threads, layer, arch, weights, cache, batch, all_rows, wo
 
 
 @kernel
-def _answer_row(arch, outputs, row, logits, scratch, counts):  # type: ignore[no-untyped-def]
+def _answer_row(arch, outputs, row, logits, scratch, counts):
     """Does what `outputs` asks of one row of logits, which it may overwrite."""
     size = arch.vocab_size
     if outputs.logits_rows[row] >= 0:
@@ -279,7 +286,7 @@ def _answer_row(arch, outputs, row, logits, scratch, counts):  # type: ignore[no
 
 
 @kernel
-def _answer(thread, num_threads, arch, weights, outputs, work):  # type: ignore[no-untyped-def]
+def _answer(thread, num_threads, arch, weights, outputs, work):
     """The last norm, the logits and what is asked of them, for `LOGIT_ROWS` rows at a time."""
     counters = work.counters
     offsets = weights.offsets[arch.num_layers]
@@ -304,7 +311,7 @@ def _answer(thread, num_threads, arch, weights, outputs, work):  # type: ignore[
 
 
 @entry_point
-def step(thread, num_threads, arch, weights, cache, batch, outputs, work):  # type: ignore[no-untyped-def]
+def step(thread, num_threads, arch, weights, cache, batch, outputs, work):
     """Computes all new tokens of a batch through all layers; every thread of the team calls it.
 
     Fills the cache slots of the new tokens and the out fields of `outputs`.
@@ -368,9 +375,7 @@ def new_workspace(arch: Architecture, max_tokens: int, num_threads: int) -> Work
     qkv_size = heads_size + 2 * arch.num_kv_heads * arch.head_dim
     up_size = padded(arch.intermediate_size) * (2 if arch.activation == SILU_GATED else 1)
     widest_input = max(arch.hidden_size, heads_size, arch.intermediate_size)
-    per_thread = max(
-        scratch_size(arch.num_heads // arch.num_kv_heads, arch.head_dim), padded(widest_input)
-    )
+    per_thread = max(scratch_size(arch.num_heads // arch.num_kv_heads, arch.head_dim), padded(widest_input))
     return Workspace(
         hidden=np.zeros(rows * padded(arch.hidden_size), np.float32),
         packed=np.zeros(max(rows, LOGIT_ROWS) * widest_input, np.float32),

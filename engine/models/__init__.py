@@ -26,12 +26,15 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
     missing or misshapen tensor, or a tensor that this architecture has no place for.
     """
     key, readers = (
-        ("model_type", _HUGGINGFACE) if checkpoint.format == "safetensors" else ("general.architecture", _GGUF)
+        ("model_type", _HUGGINGFACE)
+        if checkpoint.format == "safetensors"
+        else ("general.architecture", _GGUF)
     )
     name = checkpoint.config.get(key)
     if name not in readers:
         raise CheckpointError(
-            f"{checkpoint.path}: {key}: found {name!r}, expected a supported architecture: {', '.join(readers)}"
+            f"{checkpoint.path}: {key}: found {name!r}, expected an architecture that is supported: "
+            f"{', '.join(readers)}"
         )
     spec = readers[name](checkpoint)
     _check_tensors(checkpoint, spec)
@@ -48,8 +51,8 @@ def _check_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> None:
     for name in checkpoint.tensors:
         if name not in used and not name.endswith(_REDUNDANT):
             raise CheckpointError(
-                f"{checkpoint.path}: tensor {name} has no place in architecture {spec.architecture} with this "
-                "configuration"
+                f"{checkpoint.path}: tensor {name} has no place in architecture {spec.architecture} with "
+                "this configuration"
             )
 
 

@@ -25,7 +25,7 @@ def scaled(plain: tuple[float, ...], scaling: Fields | None) -> tuple[float, ...
 
 
 def _llama3(plain: tuple[float, ...], factor: float, scaling: Fields) -> tuple[float, ...]:
-    """Llama 3.1's scaling: long wavelengths are divided by the factor, short ones kept, those between mixed."""
+    """Llama 3.1's scaling: long waves are stretched by the factor, short ones kept, those between mixed."""
     low, high = scaling.number("low_freq_factor"), scaling.number("high_freq_factor")
     original = scaling.integer("original_max_position_embeddings")
     if high <= low:

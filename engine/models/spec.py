@@ -15,8 +15,8 @@ class Source:
     """One tensor of a checkpoint and how its rows become output columns of a part.
 
     shape: as the checkpoint stores it, [outputs, inputs], or [inputs, outputs] where `transposed`; one number
-    for vectors. paired_heads: the rows of each of so many heads are stored as rotary pairs (0, 1), (2, 3), ...
-    and not as (0, D/2), (1, D/2 + 1), ...
+    for vectors. paired_heads: the rows of each of so many heads are stored as rotary pairs (0, 1),
+    (2, 3), ... and not as (0, D/2), (1, D/2 + 1), ...
     """
 
     tensor: str

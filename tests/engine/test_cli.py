@@ -24,7 +24,18 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_json_is_one_document_with_exact_tokens(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["generate", "ab", "cd", *MODEL, "--max-tokens", "5", "--ignore-eos", "--logprobs", "1", "--json"]
+    arguments = [
+        "generate",
+        "ab",
+        "cd",
+        *MODEL,
+        "--max-tokens",
+        "5",
+        "--ignore-eos",
+        "--logprobs",
+        "1",
+        "--json",
+    ]
     document = json.loads(run(capsys, *arguments))
     params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logprobs=1)
     llm = LLM(TINY, num_blocks=16, show_progress=False)
@@ -45,7 +56,19 @@ def test_text_goes_to_standard_output_and_nothing_else(capsys: pytest.CaptureFix
 
 
 def test_several_completions_are_printed_below_their_prompts(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["generate", "ab", "cd", *MODEL, "--max-tokens", "3", "--ignore-eos", "--n", "2", "--seed", "1"]
+    arguments = [
+        "generate",
+        "ab",
+        "cd",
+        *MODEL,
+        "--max-tokens",
+        "3",
+        "--ignore-eos",
+        "--n",
+        "2",
+        "--seed",
+        "1",
+    ]
     arguments += ["--temperature", "1"]
     document = json.loads(run(capsys, *arguments, "--json"))
     expected = [
@@ -64,7 +87,9 @@ def test_the_prompt_may_come_on_standard_input(
     assert json.loads(run(capsys, *arguments))["outputs"][0]["prompt"] == "ab"
 
 
-def test_a_chat_answers_each_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chat_answers_each_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n\nho\n"))
     lines = run(capsys, "chat", *MODEL, "--max-tokens", "3", "--temperature", "0", "--json").splitlines()
     answers = [json.loads(line) for line in lines]
@@ -107,7 +132,8 @@ def test_bad_input_is_one_line_and_status_2(
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["generate", "--max-tokens", "x"], ["bench", "--batch", "1,x"], ["bench", "--x"]]
+    "arguments",
+    [[], ["fly"], ["generate", "--max-tokens", "x"], ["bench", "--batch", "1,x"], ["bench", "--x"]],
 )
 def test_a_bad_argument_is_one_line_and_status_2(
     capsys: pytest.CaptureFixture[str], arguments: list[str]

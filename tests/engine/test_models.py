@@ -74,7 +74,7 @@ def test_gpt2s_published_sizes_are_configurations_alone(
         ("llama_mha", setting(num_key_value_heads=3), "3 KV heads"),
         ("llama_mha", setting(hidden_act="gelu"), "hidden_act: found 'gelu'"),
         ("llama_mha", setting(rms_norm_eps=-1), "rms_norm_eps: found -1"),
-        ("llama_mha", setting(vocab_size=50), "shape .* expected"),
+        ("llama_mha", setting(vocab_size=50), r"shape .* expected"),
         ("llama_mha", setting(attention_bias=True), "bias is missing"),
         ("llama_bias", setting(attention_bias=False), "has no place"),
         ("llama_mha", setting(rope_parameters={"rope_type": "yarn", "factor": 4}), "rope_type: found 'yarn'"),
@@ -112,7 +112,7 @@ def test_a_tensor_without_a_place_is_named(tmp_path: Path) -> None:
     def edit(_config: dict[str, Any], tensors: dict[str, Any]) -> None:
         tensors["model.layers.0.self_attn.q_norm.weight"] = np.zeros(4, np.float32)
 
-    with pytest.raises(CheckpointError, match="q_norm.weight has no place"):
+    with pytest.raises(CheckpointError, match=r"q_norm\.weight has no place"):
         edited(tmp_path, "llama_mha", edit)
 
 

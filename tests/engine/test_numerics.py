@@ -1,4 +1,4 @@
-"""Logits of small random checkpoints against an independent implementation's (see fixtures/models/make.py)."""
+"""Logits of small random checkpoints against an independent implementation's: fixtures/models/make.py."""
 
 import numpy as np
 import pytest

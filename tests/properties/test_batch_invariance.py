@@ -1,8 +1,8 @@
 """Law 2: what a request is answered never depends on how it was served, bit for bit.
 
-Requests are drawn with everything that may surround them (arrivals, budgets, block sizes, threads, cache hits,
-a cache so small that sequences are preempted), and each answer is compared with the same request alone in an
-engine that computes it in one piece.
+Requests are drawn with everything that may surround them (arrivals, budgets, block sizes, threads, cache
+hits, a cache so small that sequences are preempted), and each answer is compared with the same request alone
+in an engine that computes it in one piece.
 """
 
 from dataclasses import dataclass
@@ -62,7 +62,9 @@ def bits(logits: NDArray[np.float32] | None) -> bytes:
 
 
 # A small alphabet and shared beginnings, so that prefixes are found in the cache.
-_prefixes = st.sampled_from([(), (5, 6, 7, 8, 9, 10, 11, 12), (5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18)])
+_prefixes = st.sampled_from(
+    [(), (5, 6, 7, 8, 9, 10, 11, 12), (5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18)]
+)
 _suffixes = st.lists(st.integers(1, 3), min_size=1, max_size=20).map(tuple)
 
 
@@ -79,9 +81,7 @@ def requests(draw: st.DrawFn) -> Request:
         prompt_logprobs=draw(st.sampled_from([None, None, 1])),
         ignore_eos=True,
     )
-    return Request(
-        draw(_prefixes) + draw(_suffixes), params, draw(st.integers(0, 6)), draw(st.booleans())
-    )
+    return Request(draw(_prefixes) + draw(_suffixes), params, draw(st.integers(0, 6)), draw(st.booleans()))
 
 
 @st.composite
