@@ -75,6 +75,6 @@ def _run(
     if len(decoding) < decode:
         raise RequestError(
             f"decode: found {decode} tokens after prompts of {prefill}, expected so few that {batch} "
-            f"sequences fit max_model_len, {engine.config.max_model_len}, and {engine.config.num_blocks} blocks"
+            f"sequences fit {engine.config.max_model_len} tokens of context and {engine.config.num_blocks} blocks"
         )
     return prefilling, decoding
