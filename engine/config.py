@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from engine.errors import ConfigError
 
+MAX_THREADS = 1024
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -34,6 +36,8 @@ class EngineConfig:
         for name in ("num_blocks", "max_model_len", "num_threads"):
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
+        if self.num_threads is not None and self.num_threads > MAX_THREADS:
+            raise ConfigError(f"num_threads: found {self.num_threads}, expected at most {MAX_THREADS}")
         if not isinstance(self.enable_prefix_caching, bool):
             raise ConfigError(
                 f"enable_prefix_caching: found {self.enable_prefix_caching!r}, expected True or False"

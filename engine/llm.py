@@ -74,7 +74,7 @@ class LLM:
 
         messages: a list of {"role": ..., "content": ...}, laid out by the model's own chat template.
         """
-        if messages and isinstance(messages[0], Mapping):
+        if not messages or isinstance(messages[0], Mapping):
             conversations: list[Any] = [messages]
         else:
             conversations = list(messages)

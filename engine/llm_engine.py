@@ -59,16 +59,15 @@ class LLMEngine:
     """
 
     def __init__(self, model: str, config: EngineConfig | None = None, show_progress: bool = False) -> None:
-        path = resolve_model(model, show_progress)
-        checkpoint = open_checkpoint(path)
-        self.spec = read_spec(checkpoint)
-        self.tokenizer = _load_tokenizer(checkpoint, self.spec.vocab_size)
-        self.config = _complete(config or EngineConfig(), self.spec)
-        compile_kernels(show_progress)
+        with open_checkpoint(resolve_model(model, show_progress)) as checkpoint:
+            self.spec = read_spec(checkpoint)
+            self.tokenizer = _load_tokenizer(checkpoint, self.spec.vocab_size)
+            self.config = _complete(config or EngineConfig(), self.spec)
+            assert self.config.num_blocks is not None
+            assert self.config.max_model_len is not None
+            compile_kernels(show_progress)
+            weights = load_weights(checkpoint, self.spec, self.config.max_model_len, show_progress)
         self.num_threads = self.config.num_threads or usable_cores()
-        assert self.config.num_blocks is not None
-        assert self.config.max_model_len is not None
-        weights = load_weights(checkpoint, self.spec, self.config.max_model_len, show_progress)
         self.block_manager = BlockManager(
             self.config.num_blocks, self.config.block_size, self.config.enable_prefix_caching
         )
@@ -102,6 +101,8 @@ class LLMEngine:
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._check_token_ids("prompt", token_ids)
         self._check_token_ids("logit_bias", list(params.logit_bias))
+        self._check_token_ids("stop_token_ids", list(params.stop_token_ids))
+        token_ids = [int(token) for token in token_ids]  # they may have been NumPy's
         if params.seed is None:
             params = replace(params, seed=random.getrandbits(63))
         completions = [
@@ -263,11 +264,16 @@ def _complete(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
             f"max_model_len: found {config.max_model_len}, expected at most {spec.max_positions}, the "
             "context of this model"
         )
+    block_bytes = spec.kv_bytes_per_token * config.block_size
+    if config.num_blocks is not None and config.num_blocks * block_bytes > _memory_bytes("SC_PHYS_PAGES"):
+        raise ConfigError(
+            f"num_blocks: found {config.num_blocks} of {block_bytes} bytes each, expected no more than the "
+            f"{_memory_bytes('SC_PHYS_PAGES')} bytes of memory hold"
+        )
     wanted_len = config.max_model_len or spec.max_positions
     num_blocks = config.num_blocks
     if num_blocks is None:
-        block_bytes = spec.kv_bytes_per_token * config.block_size
-        affordable = max(1, _free_memory_bytes() // 4 // block_bytes)
+        affordable = max(1, _memory_bytes("SC_AVPHYS_PAGES") // 4 // block_bytes)
         num_blocks = min(affordable, config.max_num_seqs * -(-wanted_len // config.block_size))
     capacity = num_blocks * config.block_size
     if config.max_model_len is not None and capacity < config.max_model_len:
@@ -278,8 +284,8 @@ def _complete(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
     return replace(config, num_blocks=num_blocks, max_model_len=min(wanted_len, capacity))
 
 
-def _free_memory_bytes() -> int:
+def _memory_bytes(pages: str) -> int:
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
-        return 4 << 30
+        return 4 << 30  # a system that does not say

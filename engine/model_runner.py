@@ -52,7 +52,8 @@ class ModelRunner:
         self.weights = weights
         self.block_size = config.block_size
         self.cache = new_cache(arch, config.num_blocks, config.block_size)
-        self.workspace = new_workspace(arch, config.max_num_batched_tokens, num_threads)
+        max_tokens = min(config.max_num_batched_tokens, config.capacity_tokens)
+        self.workspace = new_workspace(arch, max_tokens, num_threads)
         self.team = ThreadTeam(num_threads)
         self._tile_tokens = tokens_per_query_tile(arch.num_heads // arch.num_kv_heads)
 
@@ -139,7 +140,7 @@ def _outputs(rows: list[_Row], vocab_size: int) -> Outputs:
         history.append(row.sequence.token_ids if samples and p.has_penalties else [])
         row_bias = dict(p.logit_bias) if samples else {}
         if samples and row.sequence.num_output_tokens < p.min_tokens:
-            row_bias |= dict.fromkeys(row.sequence.stop_token_ids, -np.inf)
+            row_bias |= {t: -np.inf for t in row.sequence.stop_token_ids if t < vocab_size}
         bias.append(row_bias)
     logits_rows = np.cumsum([row.wants_logits for row in rows], dtype=np.int32) - 1
     return Outputs(

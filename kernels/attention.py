@@ -25,6 +25,7 @@ from kernels.simd import (
     load_tile,
     maximum,
     outer_product,
+    prefetch,
     reduce_add,
     reduce_max,
     start_tile,
@@ -119,6 +120,23 @@ _accumulate = by_height(TILE_HEIGHTS, _value_tile)
 
 
 @kernel
+def _prefetch_run(keys, layer_k, values, layer_v, head_block, offset, head_dim, stride, block_size):
+    """Asks for what one block holds of the next key tile.
+
+    A decode waits for memory alone, and the processor's own prefetching ends at each page, which is about a
+    block.
+    """
+    run = min(block_size - offset, KEY_TILE)
+    key = layer_k + head_block * head_dim * block_size + offset
+    value = layer_v + (head_block * block_size + offset) * stride
+    for d in range(head_dim):
+        for j in range(0, run, LANES):
+            prefetch(keys, key + d * block_size + j)
+    for i in range(0, run * stride, LANES):
+        prefetch(values, value + i)
+
+
+@kernel
 def _softmax_row(scores, start, visible, running, row, out, out_start, out_size):
     """Turns one row's scores into weights and rescales what the row has summed up so far.
 
@@ -176,6 +194,12 @@ def _attend_tile(
             block, offset = block_table[position // block_size], position % block_size
             run = min(block_size - offset, tile_start + tile_keys - position)
             head_block = block * num_kv_heads + kv_head
+            if num_rows <= GROUP and position + KEY_TILE < num_keys:
+                ahead = position + KEY_TILE
+                _prefetch_run(
+                    keys, layer_k, values, layer_v, block_table[ahead // block_size] * num_kv_heads + kv_head,
+                    ahead % block_size, head_dim, stride, block_size,
+                )  # fmt: skip
             for j in range(run):
                 value_rows[position - tile_start + j] = (
                     layer_v + (head_block * block_size + offset + j) * stride

@@ -111,7 +111,7 @@ def penalize(logits, tokens, prompt_len, repetition, frequency, presence, counts
 
 @kernel
 def _bucket(distance):
-    return min(np.int64(distance * _BUCKETS_PER_NAT), _BUCKETS - 1)
+    return np.int64(min(distance * _BUCKETS_PER_NAT, _BUCKETS - 1.0))
 
 
 @kernel
@@ -146,12 +146,12 @@ def _cutoff(scaled, weights, size, top, top_k, top_p):
         while bucket < _BUCKETS - 1 and reached + masses[bucket] < target:
             reached += masses[bucket]
             bucket += 1
+        least_value, least_id = value, last_id
         for i in _sorted_bucket(scaled, size, top, bucket, counts[bucket]):
-            if scaled[i] < value or (scaled[i] == value and i > last_id):
+            if reached >= target or scaled[i] < least_value or (scaled[i] == least_value and i > least_id):
                 break
             reached += weights[i]
-            if reached >= target:
-                return scaled[i], i
+            value, last_id = scaled[i], i
     return value, last_id
 
 

@@ -24,6 +24,7 @@ LANES = 16
 _F32 = ir.FloatType()
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
+_BYTE_POINTER = ir.IntType(8).as_pointer()
 _VECTOR = ir.VectorType(_F32, LANES)
 _INT_VECTOR = ir.VectorType(_I32, LANES)
 
@@ -117,6 +118,22 @@ def store(_typing: Any, array: Any, index: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector), emit
+
+
+@intrinsic
+def prefetch(_typing: Any, array: Any, index: Any) -> Any:
+    """Asks for the cache line of `array[index]` ahead of its use; any index is harmless."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.bitcast(
+            _element_pointer(context, builder, signature.args[0], *arguments), _BYTE_POINTER
+        )
+        kind = ir.FunctionType(ir.VoidType(), [_BYTE_POINTER, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [pointer, _I32(0), _I32(2), _I32(1)])  # to read, into the second level, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), emit
 
 
 @intrinsic

@@ -139,6 +139,30 @@ def test_the_models_own_end_token_ends_unless_it_is_ignored(llm: LLM) -> None:
     assert (ignored.token_ids, ignored.finish_reason) == ([eos] * 4, FinishReason.LENGTH)
 
 
+def test_extreme_filters_stay_within_the_vocabulary(llm: LLM) -> None:
+    for temperature in (1e-30, 1e-6, 1e30):
+        for top_p in (1e-300, 0.5, 1.0):
+            params = SamplingParams(temperature=temperature, top_p=top_p, top_k=3, max_tokens=4, seed=1)
+            [output] = llm.generate("ab", params)
+            assert all(0 <= token < llm.engine.spec.vocab_size for token in output.token_ids)
+
+
+def test_a_stop_token_that_the_model_lacks_is_refused(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="stop_token_ids: found token id 999999"):
+        llm.generate("ab", SamplingParams(stop_token_ids=[999999], min_tokens=1))
+
+
+def test_numpy_token_ids_are_token_ids(llm: LLM) -> None:
+    [output] = llm.generate(np.array([1, 2, 3]), GREEDY)  # type: ignore[arg-type]
+    assert output.prompt_token_ids == [1, 2, 3]
+    assert type(output.prompt_token_ids[0]) is int
+
+
+def test_an_empty_conversation_is_refused(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="messages"):
+        llm.chat([])
+
+
 def test_a_logit_bias_of_minus_infinity_forbids_a_token(llm: LLM) -> None:
     [free] = llm.generate("ab", GREEDY)
     banned = SamplingParams(
@@ -239,6 +263,8 @@ def test_an_interrupted_step_leaves_the_engine_able_to_serve(
         ({"max_model_len": 64, "num_blocks": 2, "block_size": 16}, "expected at most 32"),
         ({"enable_prefix_caching": 1}, "enable_prefix_caching: found 1"),
         ({"num_threads": 0}, "num_threads: found 0"),
+        ({"num_threads": 10**6}, "num_threads: found 1000000, expected at most 1024"),
+        ({"num_blocks": 10**12}, "num_blocks: found 1000000000000"),
     ],
 )
 def test_a_bad_setting_is_one_clear_error(settings: dict[str, int], message: str) -> None:
