@@ -75,6 +75,7 @@ def _run(
     if len(decoding) < decode:
         raise RequestError(
             f"decode: found {decode} tokens after prompts of {prefill}, expected so few that {batch} "
-            f"sequences fit {engine.config.max_model_len} tokens of context and {engine.config.num_blocks} blocks"
+            f"sequences fit {engine.config.max_model_len} tokens of context and "
+            f"{engine.config.num_blocks} KV blocks"
         )
     return prefilling, decoding

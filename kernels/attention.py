@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from kernels.jit import by_height, kernel
-from kernels.packing import GROUP, TILE_HEIGHTS, group_height, pack_row
+from kernels.jit import by_height, kernel, shared
+from kernels.packing import GROUP, TILE_HEIGHTS, group_height, pack_row, padded_rows
 from kernels.simd import (
     LANES,
     broadcast,
@@ -42,6 +42,7 @@ _SCORE_STRIDE = KEY_TILE + LANES
 _MASKED = np.float32(-1e30)
 
 
+@shared
 def tokens_per_query_tile(group_size: int) -> int:
     """Tokens of one query tile when `group_size` query heads share a KV head."""
     return max(1, QUERY_TILE_ROWS // group_size)
@@ -53,12 +54,14 @@ def scratch_size(group_size: int, head_dim: int) -> int:
     return rows * (_lanes(head_dim) * 2 + _SCORE_STRIDE + 2) + 2 * LANES
 
 
+@shared
 def _scratch_rows(group_size: int) -> int:
-    rows = max(QUERY_TILE_ROWS, group_size)
-    return -(-rows // GROUP) * GROUP
+    return padded_rows(max(QUERY_TILE_ROWS, group_size))
 
 
+@shared
 def _lanes(head_dim: int) -> int:
+    """head_dim rounded up to whole vectors."""
     return -(-head_dim // LANES) * LANES
 
 
@@ -78,7 +81,7 @@ def store_kv(
 ):
     """Writes one token's keys and values, [num_kv_heads, head_dim] each, into cache slot `slot`."""
     block, offset = slot // block_size, slot % block_size
-    stride = (head_dim + LANES - 1) // LANES * LANES
+    stride = _lanes(head_dim)
     for head in range(num_kv_heads):
         key = layer_k + (block * num_kv_heads + head) * head_dim * block_size + offset
         value = layer_v + ((block * num_kv_heads + head) * block_size + offset) * stride
@@ -176,13 +179,13 @@ def _attend_tile(
     """
     group_size = num_heads // num_kv_heads
     num_rows = num_tokens * group_size
-    stride = (head_dim + LANES - 1) // LANES * LANES
+    stride = _lanes(head_dim)
     for row in range(num_rows):
         token, head = first_token + row // group_size, kv_head * group_size + row % group_size
         for d in range(head_dim):
             out[d] = qkv[token * qkv_stride + head * head_dim + d] * scale
         pack_row(out, 0, head_dim, row, num_rows, queries)
-    out[: (num_rows + GROUP - 1) // GROUP * GROUP * stride] = 0.0
+    out[: padded_rows(num_rows) * stride] = 0.0
     running[:num_rows, 0] = _MASKED
     running[:num_rows, 1] = 0.0
 
@@ -237,9 +240,9 @@ def attention(
     the output as activations [num_tokens, num_heads * head_dim].
     """
     group_size = num_heads // num_kv_heads
-    tile_tokens = max(1, QUERY_TILE_ROWS // group_size)
-    rows = (max(QUERY_TILE_ROWS, group_size) + GROUP - 1) // GROUP * GROUP
-    stride = (head_dim + LANES - 1) // LANES * LANES
+    tile_tokens = tokens_per_query_tile(group_size)
+    rows = _scratch_rows(group_size)
+    stride = _lanes(head_dim)
     queries = scratch[: rows * stride]
     out = scratch[rows * stride : 2 * rows * stride]
     scores = scratch[2 * rows * stride : 2 * rows * stride + rows * _SCORE_STRIDE + LANES]

@@ -1,15 +1,19 @@
-"""How every kernel is compiled: two decorators, so that no kernel differs in its settings.
+"""How every kernel is compiled: three decorators, so that no kernel differs in its settings.
 
 `nogil`, because a team of Python threads runs the kernels side by side; no `fastmath`, because a reduction's
 order must be the one that is written (batch invariance). An entry point is what Python calls; the whole
-machine code beneath it can be cached on disk with it. Kernels are what kernels call.
+machine code beneath it can be cached on disk with it. Kernels are what kernels call; a shared function is
+Python's as well.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numba
+from numba.extending import register_jitable
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _entry_points: list[Any] = []
 
@@ -41,6 +45,12 @@ def cache_on_disk(directory: Path) -> None:
             dispatcher.enable_caching()
     finally:
         config.CACHE_DIR = previous
+
+
+def shared(function: Function) -> Function:
+    """Lets kernels call a function that stays plain Python for everybody else: the arithmetic of layouts."""
+    register_jitable(function)
+    return function
 
 
 def by_height(heights: tuple[int, ...], make: Callable[[int], Any]) -> Any:

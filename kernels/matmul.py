@@ -8,7 +8,7 @@ invariance). Only M and N are ever split; a tile keeps all of its accumulators i
 from typing import Any
 
 from kernels.jit import by_height, kernel
-from kernels.packing import GROUP, PANEL, TILE_HEIGHTS, group_height
+from kernels.packing import GROUP, PANEL, TILE_HEIGHTS, group_height, padded
 from kernels.simd import LANES, add_tile, outer_product, start_tile, store_tile
 from kernels.threads import next_item
 
@@ -44,7 +44,7 @@ def matmul(counters, x, M, K, weights, w_start, bias_start, N, out, accumulate):
     bias (padded to whole panels) at `bias_start`; out: flat, its rows `padded(N)` apart, `padded_rows(M)` of
     them. All threads of the team call it; a barrier must follow.
     """
-    num_panels = (N + PANEL - 1) // PANEL
+    num_panels = padded(N) // PANEL
     num_row_blocks = (M + _ROWS_PER_ITEM - 1) // _ROWS_PER_ITEM
     out_stride = num_panels * PANEL
     item = next_item(counters)

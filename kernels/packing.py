@@ -9,7 +9,7 @@ holds them. The sizes follow the number of vector registers of the host.
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.jit import entry_point, kernel
+from kernels.jit import entry_point, kernel, shared
 from kernels.simd import LANES, host_has
 
 if host_has("avx512f"):  # 32 registers of 16 floats: 24 accumulators
@@ -22,11 +22,13 @@ else:  # 16 registers of 4 floats: 12 accumulators
 TILE_HEIGHTS = (*(height for height in (1, 2, 3, 4, 6, 8) if height < GROUP), GROUP)
 
 
+@shared
 def padded(size: int) -> int:
     """`size` rounded up to whole panels."""
     return -(-size // PANEL) * PANEL
 
 
+@shared
 def padded_rows(num_rows: int) -> int:
     """`num_rows` rounded up to whole groups: what a buffer needs, because tiles write whole groups."""
     return -(-num_rows // GROUP) * GROUP

@@ -17,7 +17,7 @@ from kernels.attention import attention, key_cache_size, scratch_size, store_kv,
 from kernels.jit import entry_point, kernel
 from kernels.matmul import matmul
 from kernels.norm import normalize
-from kernels.packing import GROUP, PANEL, pack_row, padded, padded_rows, panels_size, unpack_column
+from kernels.packing import GROUP, pack_row, padded, padded_rows, panels_size, unpack_column
 from kernels.rope import rotate
 from kernels.sampling import log_sum_exp, penalize, sample, top_tokens
 from kernels.simd import LANES
@@ -125,13 +125,8 @@ class Workspace(NamedTuple):
 
 
 @kernel
-def _padded(size):
-    return (size + PANEL - 1) // PANEL * PANEL
-
-
-@kernel
 def _embed(arch, weights, batch, work):
-    stride = _padded(arch.hidden_size)
+    stride = padded(arch.hidden_size)
     offsets = weights.offsets[arch.num_layers]
     row = next_item(work.counters)
     while row < batch.token_ids.size:
@@ -150,7 +145,7 @@ def _embed(arch, weights, batch, work):
 @kernel
 def _normalize_rows(arch, weights, w_start, b_start, rows, scratch, work):
     """Normalises the hidden states of `rows` and packs them for a matmul."""
-    stride = _padded(arch.hidden_size)
+    stride = padded(arch.hidden_size)
     item = next_item(work.counters)
     while item < rows.size:
         normalize(
@@ -165,7 +160,7 @@ def _normalize_rows(arch, weights, w_start, b_start, rows, scratch, work):
 def _rotate_and_store(arch, weights, cache, batch, layer_k, layer_v, work):
     """Rotates the new queries and keys in place and writes keys and values to their cache slots."""
     heads, kv_heads, head_dim = arch.num_heads, arch.num_kv_heads, arch.head_dim
-    stride = _padded((heads + 2 * kv_heads) * head_dim)
+    stride = padded((heads + 2 * kv_heads) * head_dim)
     row = next_item(work.counters)
     while row < batch.token_ids.size:
         start = row * stride
@@ -190,7 +185,7 @@ def _rotate_and_store(arch, weights, cache, batch, layer_k, layer_v, work):
 @kernel
 def _activate_rows(arch, num_rows, scratch, work):
     """Applies the activation to what the up projection wrote and packs it for the down projection."""
-    up_offset = _padded(arch.intermediate_size)
+    up_offset = padded(arch.intermediate_size)
     stride = up_offset * (2 if arch.activation == SILU_GATED else 1)
     row = next_item(work.counters)
     while row < num_rows:
@@ -221,7 +216,7 @@ def _layer(thread, num_threads, layer, arch, weights, cache, batch, all_rows, wo
     _rotate_and_store(arch, weights, cache, batch, layer_k, layer_v, work)
     barrier(counters, num_threads)
     attention(
-        counters, work.wide, _padded(qkv_size), heads, kv_heads, head_dim, np.float32(arch.attention_scale),
+        counters, work.wide, padded(qkv_size), heads, kv_heads, head_dim, np.float32(arch.attention_scale),
         cache.keys, cache.values, layer_k, layer_v, cache.block_size, batch.block_tables,
         batch.query_start_loc, batch.seq_lens, batch.tile_sequence, batch.tile_start, scratch, work.packed,
     )  # fmt: skip
@@ -234,7 +229,7 @@ def _layer(thread, num_threads, layer, arch, weights, cache, batch, all_rows, wo
 
     _normalize_rows(arch, weights, offsets[MLP_NORM], offsets[MLP_NORM_B], all_rows, scratch, work)
     barrier(counters, num_threads)
-    up_size = _padded(arch.intermediate_size) * 2 if arch.activation == SILU_GATED else arch.intermediate_size
+    up_size = padded(arch.intermediate_size) * 2 if arch.activation == SILU_GATED else arch.intermediate_size
     matmul(
         counters, work.packed, num_rows, hidden, weights.values, offsets[UP], offsets[UP_B], up_size,
         work.wide, False,
@@ -290,7 +285,7 @@ def _answer(thread, num_threads, arch, weights, outputs, work):
     """The last norm, the logits and what is asked of them, for `LOGIT_ROWS` rows at a time."""
     counters = work.counters
     offsets = weights.offsets[arch.num_layers]
-    stride = _padded(arch.vocab_size)
+    stride = padded(arch.vocab_size)
     for first in range(0, outputs.rows.size, LOGIT_ROWS):
         rows = outputs.rows[first : first + LOGIT_ROWS]
         _normalize_rows(
