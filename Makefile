@@ -1,12 +1,13 @@
 # Everything here starts from Python 3.11 or later, pip and a package registry; nothing else is needed.
-PYTHON ?= python3
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 
 .PHONY: demo test lint bench clean
 
 # The environment is rebuilt when the project's dependencies change.
 .venv/ready: pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit("make: found Python %d.%d, expected 3.11 or later (make PYTHON=...)" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11 or later, expected one (make PYTHON=...)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
 	touch $@

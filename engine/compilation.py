@@ -105,8 +105,8 @@ class _CompilationProgress(event.Listener):
     def __enter__(self) -> None:
         self._stack.enter_context(event.install_listener("numba:compile", self))
 
-    def __exit__(self, *_exception: object) -> None:
-        self._stack.close()
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
 
     def on_start(self, _event: event.Event) -> None:
         if self._advance is None:
