@@ -8,6 +8,9 @@ from typing import Any
 from engine.errors import RequestError
 
 MAX_LOGPROBS = 100
+# Keeps every product and sum of a logit within float32.
+_LARGEST = 1e30
+_PENALTY_RANGE = (1e-3, 1e3)
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,12 @@ class SamplingParams:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         _integer("n", self.n, 1, 1024)
-        _number("temperature", self.temperature, 0.0, math.inf)
+        _number("temperature", self.temperature, 0.0, _LARGEST)
         _integer("top_k", self.top_k, -1, None)
         if not (_is_number(self.top_p) and 0.0 < self.top_p <= 1.0):
             raise _error("top_p", self.top_p, "a number above 0 and up to 1")
         _number("min_p", self.min_p, 0.0, 1.0)
-        if not (_is_number(self.repetition_penalty) and 0.0 < self.repetition_penalty < math.inf):
-            raise _error("repetition_penalty", self.repetition_penalty, "a number above 0")
+        _number("repetition_penalty", self.repetition_penalty, *_PENALTY_RANGE)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if self.seed is not None:
@@ -91,8 +93,8 @@ class SamplingParams:
             raise _error("logit_bias", self.logit_bias, "a mapping of token id to number")
         for token, bias in self.logit_bias.items():
             _integer("logit_bias", token, 0, None)
-            if not _is_number(bias) or math.isnan(bias) or bias == math.inf:
-                raise _error(f"logit_bias[{token}]", bias, "a number below infinity")
+            if not _is_number(bias) or not (abs(bias) <= _LARGEST or bias == -math.inf):
+                raise _error(f"logit_bias[{token}]", bias, f"a number up to {_LARGEST:g}, or minus infinity")
 
     @property
     def has_penalties(self) -> bool:
@@ -113,12 +115,8 @@ def _error(name: str, found: Any, expected: str) -> RequestError:
 
 
 def _number(name: str, value: Any, low: float, high: float) -> None:
-    if not _is_number(value) or not low <= value <= high or math.isinf(value):
-        raise _error(
-            name,
-            value,
-            f"a number from {low:g} to {high:g}" if high < math.inf else f"a number, {low:g} or more",
-        )
+    if not _is_number(value) or not low <= value <= high:
+        raise _error(name, value, f"a number from {low:g} to {high:g}")
 
 
 def _integer(name: str, value: Any, low: int | None, high: int | None) -> None:

@@ -66,7 +66,7 @@ class ThreadTeam:
         self._inboxes: list[SimpleQueue[_Job | None]] = []
 
     def run(self, function: Any, *arguments: Any) -> None:
-        """Returns when every member has returned; an exception of the leader's is raised here."""
+        """Returns when every member has returned; an exception of one of them is raised here."""
         if self._process_id != os.getpid():  # first use, or a fork, which keeps no thread but the caller's
             self._start_threads()
         job = _Job(function, arguments, SimpleQueue())
@@ -80,6 +80,9 @@ class ThreadTeam:
         if self._process_id == os.getpid():
             self._inboxes[0].put(None)
         self._process_id = -1
+
+    def __del__(self) -> None:
+        self.close()
 
     def _start_threads(self) -> None:
         self._process_id = os.getpid()

@@ -26,7 +26,7 @@ def matmul(x: ArrayLike, weights: ArrayLike, bias: ArrayLike) -> Floats:
 
 
 def rounding_bound(x: ArrayLike, weights: ArrayLike, bias: ArrayLike) -> Floats:
-    """How far float32 sums of the products may be from `matmul`, in any order of adding (Higham 2002, 3.1)."""
+    """How far float32 sums of the products may be from `matmul`, added in any order (Higham 2002, 3.1)."""
     unit = 2.0**-24
     n = np.asarray(x).shape[1] + 2
     magnitudes = matmul(np.abs(x), np.abs(weights), np.abs(bias))
@@ -94,8 +94,8 @@ def rotary(x: ArrayLike, position: int, frequencies: ArrayLike) -> Floats:
 def attention(queries: ArrayLike, keys: ArrayLike, values: ArrayLike, scale: float) -> Floats:
     """Causal attention (Vaswani et al. 2017) of one sequence's last T tokens to all of its S tokens.
 
-    queries: [T, num_heads, head_dim]; keys, values: [S, num_kv_heads, head_dim]. Consecutive query heads share
-    a KV head (Ainslie et al. 2023).
+    queries: [T, num_heads, head_dim]; keys, values: [S, num_kv_heads, head_dim]. Consecutive query heads
+    share a KV head (Ainslie et al. 2023).
     """
     queries, keys, values = _exact(queries), _exact(keys), _exact(values)
     num_queries, num_heads, _ = queries.shape

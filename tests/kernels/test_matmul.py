@@ -87,10 +87,11 @@ def test_small_integers_are_exact(M: int) -> None:
 
 
 def test_an_element_begins_from_its_bias_and_adds_in_the_order_of_k() -> None:
-    """The definition of an element's bits, which every other test of equality rests on."""
-    K = 40
-    x, weights, bias = operands(1, 1, K)
-    chain = bias[0]
-    for k in range(K):  # the product of two float32 is exact in float64, so this rounds once or almost once
-        chain = np.float32(np.float64(x[0, k]) * np.float64(weights[0, k]) + np.float64(chain))
-    assert abs(multiply(x, weights, bias)[0, 0] - chain) <= 4 * np.spacing(np.abs(chain))
+    """The definition of an element's bits, which batch invariance rests on: 1 is lost beside 2^25."""
+    lost = np.array([[1.0, 2.0**25, -(2.0**25), 0.0]], np.float32)
+    found = np.array([[2.0**25, -(2.0**25), 1.0, 0.0]], np.float32)
+    ones = np.ones((1, 4), np.float32)
+    zero, one = np.zeros(1, np.float32), np.ones(1, np.float32)
+    assert multiply(lost, ones, zero) == 0.0
+    assert multiply(found, ones, zero) == 1.0
+    assert multiply(found, ones, one) == 1.0

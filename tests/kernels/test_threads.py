@@ -1,0 +1,195 @@
+"""The thread team: each item once, phases kept apart, and usable again after whatever happened."""
+
+import os
+import signal
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from kernels.jit import kernel
+from kernels.simd import atomic_add
+from kernels.threads import ThreadTeam, barrier, new_counters, next_item
+
+Ints = NDArray[np.int64]
+
+
+@kernel
+def count_items(thread, num_threads, counters, phases, items, done):  # type: ignore[no-untyped-def]
+    """Counts how often each item of each phase is done."""
+    for phase in range(phases):
+        item = next_item(counters)
+        while item < items:
+            atomic_add(done, phase * items + item, 1)
+            item = next_item(counters)
+        barrier(counters, num_threads)
+
+
+@kernel
+def rotate_values(thread, num_threads, counters, phases, values):  # type: ignore[no-untyped-def]
+    """values[p + 1][i] = values[p][i + 1] + 1: right only if each phase sees the whole one before."""
+    items = values.shape[1]
+    for phase in range(phases):
+        item = next_item(counters)
+        while item < items:
+            values[phase + 1, item] = values[phase, (item + 1) % items] + 1
+            item = next_item(counters)
+        barrier(counters, num_threads)
+
+
+def counts(team: ThreadTeam, phases: int = 3, items: int = 17) -> Ints:
+    done = np.zeros(phases * items, np.int64)
+    team.run(count_items, new_counters(), phases, items, done)
+    return done
+
+
+def assert_usable(team: ThreadTeam) -> None:
+    assert (counts(team) == 1).all()
+
+
+@pytest.fixture
+def team() -> Any:
+    team = ThreadTeam(3)
+    yield team
+    team.close()
+
+
+def team_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("pagellm-kernel-")}
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 4, 5])
+def test_every_item_of_every_phase_is_done_once(num_threads: int) -> None:
+    team = ThreadTeam(num_threads)
+    for items in (0, 1, 2, 1000):
+        assert (counts(team, 20, items) == 1).all()
+    team.close()
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_a_phase_begins_when_the_one_before_has_ended(num_threads: int) -> None:
+    team, phases, items = ThreadTeam(num_threads), 100, 64
+    values = np.zeros((phases + 1, items), np.int64)
+    values[0] = np.arange(items)
+    team.run(rotate_values, new_counters(), phases, values)
+    np.testing.assert_array_equal(values[-1], (np.arange(items) + phases) % items + phases)
+    team.close()
+
+
+def test_each_member_is_called_once_with_its_index_and_the_arguments(team: ThreadTeam) -> None:
+    calls: list[tuple[Any, ...]] = []
+    team.run(lambda *arguments: calls.append(arguments), "a", 2)
+    assert sorted(calls) == [(0, 3, "a", 2), (1, 3, "a", 2), (2, 3, "a", 2)]
+
+
+def test_run_returns_when_the_slowest_member_has_returned(team: ThreadTeam) -> None:
+    done = []
+
+    def slow_but_for_the_leader(thread: int, _num_threads: int) -> None:
+        if thread != 0:
+            threading.Event().wait(0.02)
+        done.append(thread)
+
+    team.run(slow_but_for_the_leader)
+    assert sorted(done) == [0, 1, 2]
+
+
+def test_one_team_serves_many_quick_jobs(team: ThreadTeam) -> None:
+    done, counters = np.zeros(2 * 5, np.int64), new_counters()
+    for _ in range(500):
+        team.run(count_items, counters, 2, 5, done)
+    assert (done == 500).all()
+
+
+def test_callers_of_one_team_are_served_one_after_the_other(team: ThreadTeam) -> None:
+    assert_usable(team)
+    done, counters = np.zeros(2 * 5, np.int64), new_counters()
+
+    def call() -> None:
+        for _ in range(50):
+            team.run(count_items, counters, 2, 5, done)
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert (done == 200).all()
+
+
+@pytest.mark.parametrize("member", [0, 1, 2])
+def test_an_exception_in_any_member_is_raised_and_the_team_goes_on(team: ThreadTeam, member: int) -> None:
+    def fail(thread: int, _num_threads: int) -> None:
+        if thread == member:
+            raise ValueError(f"member {thread}")
+
+    with pytest.raises(ValueError, match=f"member {member}"):
+        team.run(fail)
+    assert_usable(team)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="the platform cannot interrupt a thread")
+def test_an_interrupt_of_the_caller_lets_the_job_end_and_the_team_goes_on(team: ThreadTeam) -> None:
+    release, finished = threading.Event(), []
+    main = threading.main_thread().ident
+
+    def interrupt_the_caller(thread: int, _num_threads: int) -> None:
+        if thread == 1:
+            assert main is not None
+            signal.pthread_kill(main, signal.SIGINT)
+        release.wait(60)
+        finished.append(thread)
+
+    with pytest.raises(KeyboardInterrupt):
+        team.run(interrupt_the_caller)
+    assert finished == []
+    release.set()
+    assert_usable(team)
+    assert sorted(finished) == [0, 1, 2]
+
+
+def test_a_closed_team_ends_its_threads_and_starts_new_ones_when_it_is_used_again() -> None:
+    before = team_threads()
+    team = ThreadTeam(3)
+    assert team_threads() == before
+    assert_usable(team)
+    threads = team_threads() - before
+    assert len(threads) == 3
+    team.close()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert_usable(team)
+    team.close()
+
+
+def test_closing_an_unused_team_or_one_twice_does_nothing() -> None:
+    ThreadTeam(2).close()
+    team = ThreadTeam(2)
+    assert_usable(team)
+    team.close()
+    team.close()
+
+
+def test_teams_do_not_disturb_each_other() -> None:
+    teams = [ThreadTeam(2) for _ in range(3)]
+    for _ in range(10):
+        for team in teams:
+            assert_usable(team)
+    for team in teams:
+        team.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_team_works_on_in_a_forked_process(team: ThreadTeam) -> None:
+    assert_usable(team)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # a team that waits for threads that the fork did not copy never ends
+        os._exit(0 if (counts(team) == 1).all() else 1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert_usable(team)
