@@ -10,9 +10,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from engine.config import EngineConfig
+from engine.config import DEFAULT_MODEL, EngineConfig
 from engine.errors import PagellmError, RequestError
 from engine.outputs import RequestOutput
 from engine.sampling_params import SamplingParams
@@ -20,23 +21,27 @@ from engine.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from engine.llm import LLM
 
-_DEFAULT_MODEL = "smollm2-135m-instruct"
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a ?
     try:
         options = _parser().parse_args(arguments)
         command: Callable[[argparse.Namespace], None] = options.command
         command(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except PagellmError as error:
         print(f"pagellm: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:
+    except (OSError, UnicodeError) as error:
+        if not isinstance(error, BrokenPipeError):
+            print(f"pagellm: standard input or output: {error}", file=sys.stderr)
+            return 2
         # The reader has gone (`pagellm ... | head`); nothing may be written at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -81,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", default=_DEFAULT_MODEL, help="a known name, a path or a hub id (default: %(default)s)"
+        "--model", default=DEFAULT_MODEL, help="a known name, a path or a hub id (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON for machines")
     group = parser.add_argument_group("engine")
@@ -153,7 +158,7 @@ def _generate(options: argparse.Namespace) -> None:
         outputs = [_to_json(output) for output in llm.generate(prompts, params)]
         for output, text in zip(outputs, texts, strict=True):
             output["prompt"] = text
-        print(json.dumps({"model": options.model, "outputs": outputs}, ensure_ascii=False))
+        print(json.dumps({"model": options.model, "outputs": outputs}, allow_nan=False))
     elif len(prompts) == 1 and params.n == 1:
         for piece in llm.stream(prompts[0], params):
             print(piece, end="", flush=True)
@@ -222,7 +227,8 @@ def _answer(llm: "LLM", messages: list[dict[str, str]], params: SamplingParams, 
     if as_json:
         output = _to_json(llm.generate([prompt], params)[0])
         answer = output["text"]
-        print(json.dumps({"role": "assistant", "content": answer} | output, ensure_ascii=False), flush=True)
+        document = {"role": "assistant", "content": answer} | output
+        print(json.dumps(document, allow_nan=False), flush=True)
         return str(answer)
     pieces = []
     try:

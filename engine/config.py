@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from engine.errors import ConfigError
 
+DEFAULT_MODEL = "smollm2-135m-instruct"
 MAX_THREADS = 1024
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.config import EngineConfig
-from engine.errors import RequestError
+from engine.config import DEFAULT_MODEL, EngineConfig
+from engine.errors import PagellmError, RequestError
 from engine.llm_engine import LLMEngine
-from engine.outputs import CompletionOutput, RequestOutput
+from engine.outputs import CompletionOutput, FinishReason, RequestOutput
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 
@@ -28,7 +28,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str = "smollm2-135m-instruct",
+        model: str = DEFAULT_MODEL,
         *,
         config: EngineConfig | None = None,
         show_progress: bool = True,
@@ -74,22 +74,16 @@ class LLM:
 
         messages: a list of {"role": ..., "content": ...}, laid out by the model's own chat template.
         """
-        if not messages or isinstance(messages[0], Mapping):
-            conversations: list[Any] = [messages]
-        else:
-            conversations = list(messages)
+        several = not isinstance(messages, str) and messages and isinstance(messages[0], list | tuple)
+        conversations: list[Any] = list(messages) if several else [messages]
         return self.generate([self.chat_prompt(one) for one in conversations], sampling_params)
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """The token ids of a conversation, up to where the assistant's answer begins."""
-        text = self.tokenizer.apply_chat_template(messages)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer.encode_chat(messages)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
-        """Yields a completion's text piece by piece, as soon as no stop string can take it back.
-
-        Leaving the loop early gives the request up.
-        """
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> "CompletionStream":
+        """A completion's text piece by piece, as soon as no stop string can take it back."""
         params = sampling_params or SamplingParams()
         if params.n != 1:
             raise RequestError(f"n: found {params.n}, expected 1 for a stream")
@@ -97,10 +91,13 @@ class LLM:
 
     def stream_all(
         self, prompts: Sequence[Prompt], sampling_params: SamplingParams | None = None
-    ) -> list[list[Iterator[str]]]:
+    ) -> "list[list[CompletionStream]]":
         """A stream for each completion of each prompt. All run together, whichever is being read."""
         outputs = self._add(prompts, [sampling_params or SamplingParams()] * len(prompts))
-        return [[self._follow(output, completion) for completion in output.outputs] for output in outputs]
+        return [
+            [CompletionStream(self.engine, output.request_id, completion) for completion in output.outputs]
+            for output in outputs
+        ]
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """The logits after each of the tokens, [len(token_ids), vocab_size], through the paged path."""
@@ -134,23 +131,46 @@ class LLM:
             self._give_up(outputs)
         return outputs
 
-    def _follow(self, output: RequestOutput, completion: CompletionOutput) -> Iterator[str]:
-        sent = 0
-        try:
-            while True:
-                if len(completion.text) > sent:
-                    yield completion.text[sent:]
-                    sent = len(completion.text)
-                if completion.finished:
-                    break
-                self.engine.step()
-        except BaseException:
-            self._give_up([output])
-            raise
-
     def _give_up(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
             self.engine.abort(output.request_id)
+
+
+class CompletionStream(Iterator[str]):
+    """The text of one completion as it grows; reading it takes the engine's steps.
+
+    Closing or dropping it before its end gives the completion up. Raises `PagellmError` if the model's logits
+    stop being finite numbers.
+    """
+
+    def __init__(self, engine: LLMEngine, request_id: str, completion: CompletionOutput) -> None:
+        self._engine = engine
+        self._request_id = request_id
+        self._completion = completion
+        self._sent = 0
+
+    def __next__(self) -> str:
+        try:
+            while len(self._completion.text) == self._sent:
+                if self._completion.finish_reason is FinishReason.ERROR:
+                    raise PagellmError("the model gave no finite logits, or every token was forbidden")
+                if self._completion.finished:
+                    raise StopIteration
+                self._engine.step()
+        except BaseException:
+            self.close()
+            raise
+        piece = self._completion.text[self._sent :]
+        self._sent += len(piece)
+        return piece
+
+    def close(self) -> None:
+        """Gives the completion up if it has not ended."""
+        if not self._completion.finished:
+            self._engine.abort(self._request_id, self._completion.index)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

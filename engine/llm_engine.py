@@ -97,6 +97,8 @@ class LLMEngine:
         params = sampling_params or SamplingParams()
         if request_id in self._requests:
             raise RequestError(f"request_id: {request_id!r} is in use, expected a new one")
+        if not isinstance(prompt, str | Items | np.ndarray) or isinstance(prompt, bytes | bytearray):
+            raise RequestError(f"prompt: found {prompt!r}, expected a text or a list of token ids")
         text = prompt if isinstance(prompt, str) else None
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._check_token_ids("prompt", token_ids)
@@ -121,12 +123,17 @@ class LLMEngine:
         self._requests[request_id] = request
         return output
 
-    def abort(self, request_id: str) -> RequestOutput | None:
-        """Gives a request up, whatever state it is in; returns what it got so far, None if it is unknown."""
+    def abort(self, request_id: str, index: int | None = None) -> RequestOutput | None:
+        """Gives a request, or one completion of it, up, whatever state it is in.
+
+        Returns what it got so far; None if the request is unknown or has ended.
+        """
         request = self._requests.get(request_id)
         if request is None:
             return None
         for completion in request.completions:
+            if index is not None and completion.output.index != index:
+                continue
             self.scheduler.abort(completion.sequence)
             if not completion.output.finished:
                 self._finish(request, completion, FinishReason.ABORT)
@@ -142,6 +149,7 @@ class LLMEngine:
             s.seq_id for s in batch.sequences if self._by_seq_id[s.seq_id][0].logits is not None
         )
         result = self.runner.run(batch, wanted)
+        self._end_without_token(batch, result)
         self.scheduler.commit(batch, result.token_ids)
         return self._outputs(batch, result)
 
@@ -187,13 +195,22 @@ class LLMEngine:
                     num_cached_tokens=sequence.num_cached_tokens,
                 )
 
+    def _end_without_token(self, batch: ScheduledBatch, result: RunnerOutput) -> None:
+        sampled = [s for s, samples in zip(batch.sequences, batch.samples, strict=True) if samples]
+        for sequence, token_id in zip(sampled, result.token_ids, strict=True):
+            if token_id < 0:
+                self.scheduler.abort(sequence, FinishReason.ERROR)
+
     def _outputs(self, batch: ScheduledBatch, result: RunnerOutput) -> list[RequestOutput]:
         now = time.perf_counter()
         changed: dict[str, RequestOutput] = {}
         for sequence, samples in zip(batch.sequences, batch.samples, strict=True):
             request, completion = self._by_seq_id[sequence.seq_id]
             self._collect_prompt(request, sequence, result)
-            if samples:
+            if sequence.finish_reason is FinishReason.ERROR:
+                self._finish(request, completion, FinishReason.ERROR)
+                changed[request.output.request_id] = request.output
+            elif samples:
                 self._append_token(request, completion, result.logprobs.get(sequence.seq_id), now)
                 changed[request.output.request_id] = request.output
         return list(changed.values())
@@ -265,16 +282,17 @@ def _complete(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
             "context of this model"
         )
     block_bytes = spec.kv_bytes_per_token * config.block_size
-    if config.num_blocks is not None and config.num_blocks * block_bytes > _memory_bytes("SC_PHYS_PAGES"):
-        raise ConfigError(
-            f"num_blocks: found {config.num_blocks} of {block_bytes} bytes each, expected no more than the "
-            f"{_memory_bytes('SC_PHYS_PAGES')} bytes of memory hold"
-        )
     wanted_len = config.max_model_len or spec.max_positions
     num_blocks = config.num_blocks
     if num_blocks is None:
         affordable = max(1, _memory_bytes("SC_AVPHYS_PAGES") // 4 // block_bytes)
         num_blocks = min(affordable, config.max_num_seqs * -(-wanted_len // config.block_size))
+    memory = _memory_bytes("SC_PHYS_PAGES")
+    if num_blocks * block_bytes > memory:
+        raise ConfigError(
+            f"num_blocks: found {num_blocks} of block_size {config.block_size}, {block_bytes} bytes each, "
+            f"expected no more than the {memory} bytes of memory hold"
+        )
     capacity = num_blocks * config.block_size
     if config.max_model_len is not None and capacity < config.max_model_len:
         raise ConfigError(

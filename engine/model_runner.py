@@ -24,7 +24,8 @@ _SEED_MASK = (1 << 64) - 1
 class RunnerOutput:
     """What a step gave, by sequence of the batch that asked for it."""
 
-    token_ids: list[int] = field(default_factory=list)  # sampled, in the order of batch.samples
+    # Sampled, in the order of batch.samples; -1 where the logits name no token.
+    token_ids: list[int] = field(default_factory=list)
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # of the sampled token, by seq_id
     # Of prompt tokens, by seq_id: (index of the token in the prompt, its log-probabilities).
     prompt_logprobs: dict[int, list[tuple[int, TokenLogprob]]] = field(default_factory=dict)
@@ -39,7 +40,7 @@ class _Row:
     sequence: Sequence
     token_row: int  # in the flat batch
     position: int  # of the token whose logits these are
-    target: int  # the next prompt token, whose log-probability is wanted, or -1 to sample
+    target: int  # the next token of the prompt, or -1 to sample it
     wants_logits: bool
 
 

@@ -17,6 +17,7 @@ class FinishReason(StrEnum):
     STOP = "stop"  # an end-of-text token, a stop token or a stop string
     LENGTH = "length"  # max_tokens or max_model_len
     ABORT = "abort"  # the caller gave it up
+    ERROR = "error"  # the model's logits were no finite numbers, or every token was forbidden
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Progress of long work on standard error: a bar on a terminal, a line at begin and end elsewhere."""
+"""Progress of long work on standard error: a bar on a terminal, lines elsewhere if it takes long."""
 
 import sys
 import time
@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Advance = Callable[[float], None]
+
+# Shorter work needs no word where nobody watches a bar.
+_LONG_S = 2.0
 
 
 @contextmanager
@@ -18,10 +21,7 @@ def progress(label: str, total: float, unit: str = "", show: bool = True) -> Ite
         yield lambda _amount: None
         return
     if not sys.stderr.isatty():
-        start = time.perf_counter()
-        print(f"{label} ...", file=sys.stderr, flush=True)
-        yield lambda _amount: None
-        print(f"{label}: done in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+        yield from _lines(label)
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
@@ -31,3 +31,19 @@ def progress(label: str, total: float, unit: str = "", show: bool = True) -> Ite
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=total)
         yield lambda amount: bar.advance(task, amount)
+
+
+def _lines(label: str) -> Iterator[Advance]:
+    """One line when the work turns out to be long, one when it is done."""
+    start = time.perf_counter()
+    announced = False
+
+    def advance(_amount: float) -> None:
+        nonlocal announced
+        if not announced and time.perf_counter() - start > _LONG_S:
+            announced = True
+            print(f"{label} ...", file=sys.stderr, flush=True)
+
+    yield advance
+    if announced:
+        print(f"{label}: done in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)

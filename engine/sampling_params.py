@@ -60,6 +60,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        for name, nothing in (("stop", ()), ("stop_token_ids", ()), ("logit_bias", {})):
+            if getattr(self, name) is None:  # as clients of other engines say "none"
+                object.__setattr__(self, name, nothing)
         _integer("n", self.n, 1, 1024)
         _number("temperature", self.temperature, 0.0, _LARGEST)
         _integer("top_k", self.top_k, -1, None)

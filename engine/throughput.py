@@ -32,6 +32,11 @@ def measure(engine: LLMEngine, batch: int, prefill: int, decode: int, repeat: in
         raise RequestError(
             f"batch: found {batch}, expected at most max_num_seqs, {engine.config.max_num_seqs}"
         )
+    if prefill + decode > (engine.config.max_model_len or 0):
+        raise RequestError(
+            f"prefill + decode: found {prefill} + {decode} tokens, expected at most max_model_len, "
+            f"{engine.config.max_model_len}"
+        )
     rng = random.Random(0)
     prefill_times, step_times = [], []
     _run(engine, rng, batch, prefill=1, decode=1)  # touches memory that the first step would pay for

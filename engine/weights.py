@@ -44,7 +44,7 @@ _ACTIVATIONS = {
     "gelu": activation.GELU,
     "relu": activation.RELU,
 }
-# Parts whose rows stay as they are: vectors, and a table that is only looked up.
+# A table that is only looked up: its rows stay as they are, like vectors.
 _PLAIN_PARTS = ("position_embedding",)
 
 
@@ -128,8 +128,3 @@ def _rotary_tables(
         return empty, empty
     angles = np.outer(np.arange(max_model_len, dtype=np.float64), np.asarray(frequencies))
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-
-
-def weights_bytes(spec: ModelSpec) -> int:
-    """Bytes of a model's packed float32 weights."""
-    return 4 * transformer.lay_out(architecture_of(spec), spec.max_positions, spec.tied)[1]

@@ -174,14 +174,17 @@ def _sorted_bucket(scaled, size, top, bucket, count):
 
 @kernel
 def sample(logits, size, temperature, top_k, top_p, min_p, seed, position, scaled, weights):
-    """The sampled token id. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 filter nothing.
+    """The sampled token id, or -1 if no token is allowed.
 
+    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 filter nothing.
     scaled, weights: working memory, [vocab_size] up to a whole vector.
     """
+    top = greatest(logits, size)
+    if top == -np.inf:
+        return -1
     if temperature == 0:
         return argmax(logits, size)
     # Dividing after subtracting the greatest keeps a tiny temperature from overflowing.
-    top = greatest(logits, size)
     for i in range(size):
         scaled[i] = (logits[i] - top) / temperature
     total = exponentials(scaled, size, np.float32(0.0), weights)

@@ -86,7 +86,7 @@ class Outputs(NamedTuple):
     """What is asked of each row of logits, and where the answers go; R rows."""
 
     rows: NDArray[np.int64]  # [R], flat token rows
-    targets: NDArray[np.int32]  # [R], the token whose log-probability is wanted, or -1 to sample one
+    targets: NDArray[np.int32]  # [R], the token that follows, or -1 to sample it
     temperature: NDArray[np.float32]  # [R]
     top_k: NDArray[np.int32]  # [R]
     top_p: NDArray[np.float64]  # [R]
@@ -103,7 +103,7 @@ class Outputs(NamedTuple):
     bias_values: NDArray[np.float32]
     bias_start: NDArray[np.int32]  # [R + 1]
     num_logprobs: NDArray[np.int32]  # [R], how many top tokens, or -1 for no log-probabilities
-    tokens: NDArray[np.int32]  # [R], out: sampled
+    tokens: NDArray[np.int32]  # [R], out: sampled, or -1 where the logits name no token
     logprobs: NDArray[np.float32]  # [R], out: of the token or target
     top_ids: NDArray[np.int32]  # [R, max(num_logprobs)], out
     top_logprobs: NDArray[np.float32]  # [R, max(num_logprobs)], out
@@ -250,16 +250,19 @@ def _answer_row(arch, outputs, row, logits, scratch, counts):
     size = arch.vocab_size
     if outputs.logits_rows[row] >= 0:
         outputs.logits[outputs.logits_rows[row]] = logits[:size]
-    num_logprobs = outputs.num_logprobs[row]
-    raw_logits, normalizer, target = logits, 0.0, outputs.targets[row]
+    num_logprobs, target = outputs.num_logprobs[row], outputs.targets[row]
+    raw_logits = logits
+    normalizer = log_sum_exp(logits, size, scratch[0])
     ids = outputs.top_ids[row, : max(num_logprobs, 0)]
     if num_logprobs >= 0:
-        normalizer = log_sum_exp(logits, size, scratch[0])
         top_tokens(logits, size, ids)
         for i in range(ids.size):
             outputs.top_logprobs[row, i] = logits[ids[i]] - normalizer
     if target >= 0:
         outputs.logprobs[row] = logits[target] - normalizer
+        return
+    if not np.isfinite(normalizer):
+        outputs.tokens[row] = -1
         return
     if num_logprobs >= 0:
         raw_logits = logits.copy()
@@ -276,7 +279,7 @@ def _answer_row(arch, outputs, row, logits, scratch, counts):
         outputs.seeds[row], outputs.positions[row], scratch[0], scratch[1],
     )  # fmt: skip
     outputs.tokens[row] = token
-    if num_logprobs >= 0:
+    if num_logprobs >= 0 and token >= 0:
         outputs.logprobs[row] = raw_logits[token] - normalizer
 
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from engine.checkpoints.fetch import KnownModel, fetch
 from engine.checkpoints.gguf import MAGIC
 from engine.checkpoints.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, missing_weights
+from engine.config import DEFAULT_MODEL
 from engine.errors import CheckpointError
-
-DEFAULT_MODEL = "smollm2-135m-instruct"
 
 KNOWN_MODELS = {
     model.name: model

@@ -31,7 +31,7 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
         else ("general.architecture", _GGUF)
     )
     name = checkpoint.config.get(key)
-    if name not in readers:
+    if not isinstance(name, str) or name not in readers:
         raise CheckpointError(
             f"{checkpoint.path}: {key}: found {name!r}, expected an architecture that is supported: "
             f"{', '.join(readers)}"

@@ -27,7 +27,7 @@ class Fields:
     def number(self, name: str, default: Any = _REQUIRED) -> float:
         """A positive finite number."""
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
             raise self.error(name, value, "a positive number")
         return float(value)
 

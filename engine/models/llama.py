@@ -20,7 +20,10 @@ def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
     theta = fields.number("rope_theta", 10000.0)
     if scaling is not None and scaling.has("rope_theta"):
         theta = scaling.number("rope_theta")
-    rotary_dim = int(head_dim * fields.number("partial_rotary_factor", 1.0))
+    rotary_factor = fields.number("partial_rotary_factor", 1.0)
+    if rotary_factor > 1:
+        raise fields.error("partial_rotary_factor", rotary_factor, "a number up to 1")
+    rotary_dim = int(head_dim * rotary_factor)
     max_positions = fields.integer("max_position_embeddings", 2048, maximum=1 << 30)
     windowed = model_type == "mistral" or fields.boolean("use_sliding_window", False)
     if windowed and fields.has("sliding_window"):
@@ -60,6 +63,8 @@ def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
     if fields.integer("attention.value_length", head_dim) != head_dim:
         raise fields.error("attention.value_length", fields.integer("attention.value_length"), str(head_dim))
     rotary_dim = fields.integer("rope.dimension_count", head_dim)
+    if rotary_dim > head_dim or (architecture == "llama" and rotary_dim != head_dim):
+        raise fields.error("rope.dimension_count", rotary_dim, f"{head_dim}, the size of a head")
     frequencies = rope.frequencies(rotary_dim, fields.number("rope.freq_base", 10000.0))
     if fields.choice("rope.scaling.type", {"none": "none", "linear": "linear"}, "none") == "linear":
         factor = fields.number("rope.scaling.factor")

@@ -2,11 +2,14 @@
 
 import math
 
+from engine.errors import CheckpointError
 from engine.models.fields import Fields
 
 
 def frequencies(rotary_dim: int, theta: float) -> tuple[float, ...]:
     """theta^(-2i / rotary_dim) for each pair i of rotated dimensions (Su et al. 2021)."""
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise CheckpointError(f"rotary embeddings: found {rotary_dim} dimensions, expected an even number")
     return tuple(theta ** (-2.0 * i / rotary_dim) for i in range(rotary_dim // 2))
 
 

@@ -64,6 +64,12 @@ class ModelSpec:
                 f"{self.architecture}: {self.num_heads} attention heads cannot share {self.num_kv_heads} KV "
                 "heads; expected a multiple"
             )
+        rotary_dim = 2 * len(self.rope_frequencies or ())
+        if rotary_dim > self.head_dim:
+            raise CheckpointError(
+                f"{self.architecture}: {rotary_dim} dimensions of a head are rotated, expected at most "
+                f"{self.head_dim}, its size"
+            )
 
     @property
     def tied(self) -> bool:

@@ -103,12 +103,17 @@ def _with_roles(spec: TokenizerSpec, directory: Path) -> TokenizerSpec:
     for path in (directory / "generation_config.json", model_path):
         ids = _read_ids(read_json_object_if_present(path).get("eos_token_id"), f"{path}: eos_token_id")
         eos_token_ids += tuple(ids)
-    add_bos_token = tokenizer_config.get("add_bos_token")
-    if add_bos_token is not None:
-        expect(add_bos_token, bool, f"{tokenizer_path}: add_bos_token")
     model_vocab_size = model_config.get("vocab_size")
     if model_vocab_size is not None:
         expect(model_vocab_size, int, f"{model_path}: vocab_size")
+        if not spec.vocab:
+            # A configuration written without a tokenizer keeps its class's default ids, which mean nothing.
+            eos_token_ids = tuple(id_ for id_ in eos_token_ids if 0 <= id_ < model_vocab_size)
+            if bos_token_id is not None and not 0 <= bos_token_id < model_vocab_size:
+                bos_token_id = None
+    add_bos_token = tokenizer_config.get("add_bos_token")
+    if add_bos_token is not None:
+        expect(add_bos_token, bool, f"{tokenizer_path}: add_bos_token")
     return replace(
         spec,
         bos_token_id=bos_token_id,

@@ -126,6 +126,13 @@ def test_one_token_more_than_a_cached_block_hits_it() -> None:
     assert hit(manager, 1, 2, 9) == [0]
 
 
+def test_token_ids_may_be_as_large_as_any_vocabulary() -> None:
+    manager = BlockManager(num_blocks=4, block_size=2)
+    serve(manager, 262_143, 1)
+    assert hit(manager, 262_143, 1, 5) == [0]
+    assert hit(manager, 262_143 - 65_536, 1, 5) == []
+
+
 def test_one_token_less_than_a_block_is_not_cached() -> None:
     manager = BlockManager(num_blocks=4, block_size=3)
     serve(manager, 1, 2)
@@ -285,6 +292,16 @@ def test_an_evicted_block_number_never_continues_an_old_chain() -> None:
     assert hit(manager, 8, 9, 3) == [1, 0]
     assert hit(manager, 1, 2, 3) == []
     assert hit(manager, 8, 2, 3) == [1]
+
+
+def test_a_sequence_never_evicts_the_prefix_that_it_hits() -> None:
+    manager = BlockManager(num_blocks=2, block_size=2)
+    first, second = serve(manager, 1, 1), serve(manager, 2, 2)
+    manager.free(first)
+    manager.free(second)
+    again = compute(manager, admit(manager, 1, 1, 5))
+    assert again.block_table == [0, 1]
+    assert hit(manager, 1, 1, 6) == [0]
 
 
 # Collisions: a miss, never a wrong hit

@@ -117,7 +117,8 @@ def test_bench_reports_each_batch(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "a", *MODEL, "--max-tokens", "0"], "max_tokens: found 0"),
         (["bench", *MODEL, "--prefill", "0"], "--prefill: found 0"),
         (["bench", *MODEL, "--prefill", "5000"], "expected at most"),
-        (["bench", *MODEL, "--prefill", "100", "--decode", "500", "--batch", "1"], "decode"),
+        (["bench", *MODEL, "--prefill", "100", "--decode", "500", "--batch", "1"], "prefill + decode"),
+        (["bench", *MODEL, "--prefill", "100", "--decode", "100", "--batch", "2"], "decode: found 100"),
         (["bench", *MODEL, "--batch", "200", "--prefill", "1", "--decode", "1"], "batch"),
     ],
 )
@@ -126,7 +127,7 @@ def test_bad_input_is_one_line_and_status_2(
 ) -> None:
     assert main(arguments) == 2
     captured = capsys.readouterr()
-    line = captured.err.splitlines()[-1]
+    [line] = captured.err.splitlines()
     assert line.startswith("pagellm: ")
     assert message in line
 
@@ -154,6 +155,17 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert process.stderr is not None
     assert b"Traceback" not in process.stderr.read()
     assert process.wait() == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_output_that_cannot_be_written_is_one_line() -> None:
+    command = [sys.executable, "-m", "engine.cli", "generate", "ab", *MODEL, "--ignore-eos"]
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, cwd=Path(__file__).parents[2], check=False
+        )
+    assert process.returncode == 2
+    assert len(process.stderr.splitlines()) == 1
 
 
 def test_help_needs_no_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from engine import LLM, ConfigError, FinishReason, LLMEngine, RequestError, SamplingParams
+from engine import LLM, ConfigError, FinishReason, LLMEngine, PagellmError, RequestError, SamplingParams
 from tests.conftest import model_path
 
 TINY = str(model_path("llama_tiny"))
@@ -48,7 +48,41 @@ def test_a_stream_yields_the_text_of_generate(llm: LLM) -> None:
 def test_a_stream_left_early_gives_its_request_up(llm: LLM) -> None:
     stream = llm.stream("ab", GREEDY)
     next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
+
+
+def test_a_stream_dropped_before_it_is_read_gives_its_request_up(llm: LLM) -> None:
+    stream = llm.stream("ab", GREEDY)
+    assert llm.engine.has_unfinished
+    del stream
+    assert not llm.engine.has_unfinished
+
+
+def test_closing_one_stream_leaves_its_siblings_alone(llm: LLM) -> None:
+    params = SamplingParams(n=2, seed=3, max_tokens=12, ignore_eos=True)
+    [[first, second]] = llm.stream_all(["ab"], params)
+    next(first)
+    first.close()
+    assert "".join(second) == llm.generate("ab", params)[0].outputs[1].text
+
+
+def test_logits_that_are_no_numbers_end_the_request_with_an_error() -> None:
+    llm = LLM(TINY, num_blocks=32, show_progress=False)
+    llm.engine.runner.weights.values[:] = np.nan
+    [output] = llm.generate("ab", GREEDY)
+    assert (output.finish_reason, output.token_ids) == (FinishReason.ERROR, [])
+    with pytest.raises(PagellmError, match="finite"):
+        list(llm.stream("cd", GREEDY))
+    assert llm.engine.block_manager.num_free_blocks == 32
+    llm.close()
+
+
+def test_a_request_whose_every_token_is_forbidden_ends_with_an_error(llm: LLM) -> None:
+    bias = dict.fromkeys(range(llm.engine.spec.vocab_size), float("-inf"))
+    forbidden = SamplingParams(temperature=0, max_tokens=4, logit_bias=bias)
+    bad, good = llm.generate(["ab", "ab"], [forbidden, GREEDY])
+    assert bad.finish_reason is FinishReason.ERROR
+    assert len(good.token_ids) == 8
 
 
 def test_streams_that_run_together_give_what_each_gives_alone(llm: LLM) -> None:
@@ -159,8 +193,9 @@ def test_numpy_token_ids_are_token_ids(llm: LLM) -> None:
 
 
 def test_an_empty_conversation_is_refused(llm: LLM) -> None:
-    with pytest.raises(RequestError, match="messages"):
-        llm.chat([])
+    for messages in ([], "hello", [1]):
+        with pytest.raises(RequestError, match="messages"):
+            llm.chat(messages)  # type: ignore[arg-type]
 
 
 def test_a_logit_bias_of_minus_infinity_forbids_a_token(llm: LLM) -> None:
@@ -196,6 +231,9 @@ def test_a_second_request_finds_the_first_ones_prompt_in_the_cache(llm: LLM) -> 
         ([1, -1], "token id -1"),
         ([1, 10**9], "token id 1000000000"),
         ([1, 2.5], "2.5"),
+        (None, "found None"),
+        (b"ab", "found b'ab'"),
+        ({1: 2}, "found {1: 2}"),
         ([1] * 129, "129 tokens, expected at most 128"),
     ],
 )
@@ -265,6 +303,7 @@ def test_an_interrupted_step_leaves_the_engine_able_to_serve(
         ({"num_threads": 0}, "num_threads: found 0"),
         ({"num_threads": 10**6}, "num_threads: found 1000000, expected at most 1024"),
         ({"num_blocks": 10**12}, "num_blocks: found 1000000000000"),
+        ({"block_size": 10**12}, "block_size 1000000000000"),
     ],
 )
 def test_a_bad_setting_is_one_clear_error(settings: dict[str, int], message: str) -> None:

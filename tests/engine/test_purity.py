@@ -23,7 +23,7 @@ IMPURE_BUILTINS = {"__import__", "eval", "exec", "id", "input", "open", "print"}
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The absolute name of every module that a file imports, at its top or inside, by statement or by name."""
+    """The absolute name of every module that a file imports, at its top or inside, or loads by its name."""
     package = path.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(path.read_text("utf-8"), str(path))):
         if isinstance(node, ast.Import):
@@ -35,11 +35,11 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
             for argument in node.args:
-                yield from (n.value for n in ast.walk(argument) if isinstance(n, ast.Constant))
+                yield from (str(n.value) for n in ast.walk(argument) if isinstance(n, ast.Constant))
 
 
 def packages_of(path: Path) -> set[str]:
-    return {str(name).partition(".")[0] for name in imports(path)}
+    return {name.partition(".")[0] for name in imports(path)}
 
 
 def files_of(package: str) -> list[Path]:
