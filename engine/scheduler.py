@@ -64,9 +64,8 @@ class Scheduler:
                 "KV cache allow"
             )
         max_tokens = sequence.sampling_params.max_tokens
-        # A prompt that fills everything still gives the one token that needs no slot of its own.
-        longest = max(self.max_len, length + 1)
-        sequence.max_len = longest if max_tokens is None else min(length + max_tokens, longest)
+        # A prompt that fills everything still gives one token, which needs no slot of its own.
+        sequence.max_len = self.max_len if max_tokens is None else min(length + max_tokens, self.max_len)
         self.waiting.append(sequence)
 
     def schedule(self) -> ScheduledBatch:
@@ -104,7 +103,7 @@ class Scheduler:
         return finished
 
     def abort(self, sequence: Sequence, reason: FinishReason = FinishReason.ABORT) -> None:
-        """Ends a sequence from outside, whatever state it is in; a finished one stays as it is."""
+        """Ends a sequence that was added, whatever state it is in; a finished one stays as it is."""
         if sequence.status is SequenceStatus.FINISHED:
             return
         if sequence.status is SequenceStatus.RUNNING:
