@@ -115,11 +115,11 @@ class LLMEngine:
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None] * len(token_ids)
         request = _Request(output, completions, time.perf_counter())
-        if return_logits:
-            request.logits = np.zeros((len(token_ids), self.spec.vocab_size), np.float32)
         for completion in completions:
             self.scheduler.add(completion.sequence)  # raises for the first, or for none of them
             self._by_seq_id[completion.sequence.seq_id] = (request, completion)
+        if return_logits:
+            request.logits = np.zeros((len(token_ids), self.spec.vocab_size), np.float32)
         self._requests[request_id] = request
         return output
 
@@ -269,7 +269,8 @@ def _load_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> Tokenizer:
     if checkpoint.format == "safetensors":
         return load_tokenizer(checkpoint.path, model_vocab_size=vocab_size)
     metadata = {
-        key: getattr(value, "tolist", lambda value=value: value)() for key, value in checkpoint.config.items()
+        key: value.tolist() if isinstance(value, np.ndarray) else value
+        for key, value in checkpoint.config.items()
     }
     return load_tokenizer(metadata, model_vocab_size=vocab_size)
 

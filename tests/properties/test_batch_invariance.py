@@ -101,7 +101,7 @@ def configs(draw: st.DrawFn) -> EngineConfig:
 
 @pytest.mark.parametrize("model", MODELS)
 @given(config=configs(), drawn=st.lists(requests(), min_size=1, max_size=6))
-@settings(max_examples=25, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 def test_an_answer_does_not_depend_on_how_it_was_served(
     model: str, config: EngineConfig, drawn: list[Request]
 ) -> None:
