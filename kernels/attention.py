@@ -198,7 +198,7 @@ def _attend_tile(
             run = min(block_size - offset, tile_start + tile_keys - position)
             head_block = block * num_kv_heads + kv_head
             if num_rows <= GROUP and position + KEY_TILE < num_keys:
-                ahead = position + KEY_TILE
+                ahead = position + KEY_TILE  # each piece of this tile asks for its counterpart in the next
                 _prefetch_run(
                     keys, layer_k, values, layer_v, block_table[ahead // block_size] * num_kv_heads + kv_head,
                     ahead % block_size, head_dim, stride, block_size,

@@ -6,9 +6,6 @@ groups of `GROUP` rows, [K, GROUP] each; a last group of fewer rows has the heig
 holds them. The sizes follow the number of vector registers of the host.
 """
 
-import numpy as np
-from numpy.typing import NDArray
-
 from kernels.jit import entry_point, kernel, shared
 from kernels.simd import LANES, host_has
 
@@ -91,9 +88,3 @@ def pack_row(source, source_start, K, row, num_rows, packed):
 def panels_size(N: int, K: int) -> int:
     """The number of floats of a packed [N, K] weight matrix."""
     return padded(N) * K
-
-
-def as_matrix(panels: NDArray[np.float32], N: int, K: int) -> NDArray[np.float32]:
-    """The packed panels of a weight matrix as the plain matrix [N, K] (a copy): for inspection and tests."""
-    by_panel = panels.reshape(-1, K, PANEL).transpose(0, 2, 1)
-    return np.ascontiguousarray(by_panel.reshape(-1, K)[:N])

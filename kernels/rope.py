@@ -4,8 +4,8 @@ from kernels.jit import kernel
 
 
 @kernel
-def rotate(x, start, head_dim, cos, sin, position):
-    """Rotates one head's vector `x[start : + head_dim]` in place.
+def rotate(x, start, cos, sin, position):
+    """Rotates one head's vector that begins at `x[start]`, in place.
 
     cos, sin: [max_model_len, rotary_dim / 2], the tables of the angles position * frequency; dimensions from
     rotary_dim on stay as they are.

@@ -216,8 +216,7 @@ def top_tokens(logits, size, ids):
             continue
         place = count if count < ids.size else count - 1
         while place > 0 and logits[i] > logits[ids[place - 1]]:
-            if place < ids.size:
-                ids[place] = ids[place - 1]
+            ids[place] = ids[place - 1]
             place -= 1
         ids[place] = i
         count = min(count + 1, ids.size)

@@ -169,7 +169,6 @@ def _rotate_and_store(arch, weights, cache, batch, layer_k, layer_v, work):
                 rotate(
                     work.wide,
                     start + head * head_dim,
-                    head_dim,
                     weights.cos,
                     weights.sin,
                     batch.positions[row],
@@ -251,6 +250,8 @@ def _answer_row(arch, outputs, row, logits, scratch, counts):
     if outputs.logits_rows[row] >= 0:
         outputs.logits[outputs.logits_rows[row]] = logits[:size]
     num_logprobs, target = outputs.num_logprobs[row], outputs.targets[row]
+    if target >= 0 and num_logprobs < 0:
+        return
     raw_logits = logits
     normalizer = log_sum_exp(logits, size, scratch[0])
     ids = outputs.top_ids[row, : max(num_logprobs, 0)]

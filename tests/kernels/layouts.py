@@ -53,3 +53,9 @@ def packed_weights(weights: Matrix, bias: Matrix) -> tuple[Matrix, int, int]:
 
 def whole_panels(num_columns: int) -> int:
     return -(-num_columns // PANEL) * PANEL
+
+
+def as_matrix(panels: Matrix, N: int, K: int) -> Matrix:
+    """The packed panels of a weight matrix as the plain matrix [N, K]."""
+    by_panel = panels.reshape(-1, K, PANEL).transpose(0, 2, 1)
+    return np.ascontiguousarray(by_panel.reshape(-1, K)[:N])

@@ -9,7 +9,6 @@ from kernels.packing import (
     GROUP,
     PANEL,
     TILE_HEIGHTS,
-    as_matrix,
     group_height,
     pack_columns,
     pack_inputs,
@@ -20,7 +19,7 @@ from kernels.packing import (
     tile_height,
     unpack_column,
 )
-from tests.kernels.layouts import heights_of_groups, packed_rows, random_matrix, unpacked_rows
+from tests.kernels.layouts import as_matrix, heights_of_groups, packed_rows, random_matrix, unpacked_rows
 
 SIZES = sorted({1, 2, 3, 7, GROUP - 1, GROUP, GROUP + 1, PANEL - 1, PANEL, PANEL + 1, 2 * PANEL + 5} - {0})
 

@@ -21,7 +21,7 @@ def rotated(x: Matrix, position: int, rotary_dim: int) -> Matrix:
     buffer = np.full(len(x) + 16, 7.0, np.float32)
     buffer[5 : 5 + len(x)] = x
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    rotate(buffer, 5, len(x), cos, sin, np.int32(position))
+    rotate(buffer, 5, cos, sin, np.int32(position))
     assert (buffer[:5] == 7.0).all()
     assert (buffer[5 + len(x) :] == 7.0).all()
     return buffer[5 : 5 + len(x)].copy()
