@@ -14,7 +14,7 @@ BIN := .venv/bin
 
 demo: .venv/ready
 	$(BIN)/pagellm generate --chat --max-tokens 48 \
-		"What is the capital of France?" \
+		"Who wrote Romeo and Juliet?" \
 		"Why is the sky blue? Answer in one sentence." \
 		"Write a haiku about the sea."
 

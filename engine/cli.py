@@ -8,12 +8,13 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from engine.config import DEFAULT_MODEL, EngineConfig
+from engine.config import DEFAULT_MODEL, QUANTIZATIONS, EngineConfig
 from engine.errors import PagellmError, RequestError
 from engine.outputs import RequestOutput
 from engine.sampling_params import SamplingParams
@@ -79,8 +80,13 @@ def _parser() -> argparse.ArgumentParser:
         "--batch", type=_integers, default=[1, 4, 16], metavar="N,N,...", help="sequences at once"
     )
     bench.add_argument("--repeat", type=int, default=3, metavar="N", help="runs, whose median is reported")
-    bench.add_argument("--quantization", choices=["none"], default="none", help="how the weights are kept")
     bench.set_defaults(command=_bench)
+
+    warmup = commands.add_parser(
+        "warmup", help="compile the kernels ahead of time", description=_warmup.__doc__
+    )
+    warmup.add_argument("--json", action="store_true", help="print JSON for machines")
+    warmup.set_defaults(command=_warmup)
     return parser
 
 
@@ -96,6 +102,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="tokens of one step")
     group.add_argument("--max-model-len", type=int, metavar="N", help="tokens of prompt and output")
     group.add_argument("--num-threads", type=int, metavar="N", help="threads (default: all cores)")
+    group.add_argument(
+        "--quantization", choices=QUANTIZATIONS,
+        help="format of the weights (default: auto, as the checkpoint has them if they are in 8 or 4 bits)",
+    )  # fmt: skip
     group.add_argument(
         "--no-prefix-caching", dest="enable_prefix_caching", action="store_false", default=None,
         help="compute every prompt from its first token",
@@ -262,8 +272,22 @@ def _bench(options: argparse.Namespace) -> None:
                 flush=True,
             )
     if options.json:
-        settings = {"model": options.model, "quantization": options.quantization}
+        settings = {"model": options.model, "quantization": llm.engine.config.quantization}
         print(json.dumps(settings | {"num_threads": llm.engine.num_threads, "results": results}))
+
+
+def _warmup(options: argparse.Namespace) -> None:
+    """Compile the kernels for this machine, or see that they are in the cache."""
+    from engine.compilation import compile_kernels
+
+    start = time.perf_counter()
+    directory = compile_kernels()
+    seconds = time.perf_counter() - start
+    if options.json:
+        print(json.dumps({"seconds": seconds, "directory": str(directory) if directory else None}))
+    else:
+        where = f"kept in {directory}" if directory else "for this process only"
+        print(f"kernels ready after {seconds:.1f} s, {where}")
 
 
 if __name__ == "__main__":

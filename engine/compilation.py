@@ -26,35 +26,39 @@ from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from kernels.activation import SILU_GATED
 from kernels.jit import cache_on_disk
-from kernels.packing import pack_columns, pack_inputs
-from kernels.transformer import Architecture, Weights, lay_out
+from kernels.packing import FLOAT32, aligned_zeros, encode, pack_blocks
+from kernels.transformer import LAYER_PARTS, Architecture, Weights, lay_out
 
 # What a full compilation reports; a wrong number only makes the bar end early or late.
-_NUM_COMPILATIONS = 75
+_NUM_COMPILATIONS = 117
 
 _ready = False
+_directory: Path | None = None
 
 
-def compile_kernels(show: bool = True) -> None:
+def compile_kernels(show: bool = True) -> Path | None:
     """Makes all kernels ready to run in this process; the second call does nothing.
 
     Takes some tens of seconds the first time on a machine, with progress on standard error if `show`, and a
-    fraction of a second from then on. Where the cache directory is not writable it says so and compiles.
+    fraction of a second from then on. Returns the directory that they are kept in. Where it is not writable
+    it says so, compiles for this process alone and returns None.
     """
-    global _ready
+    global _ready, _directory
     if _ready:
-        return
+        return _directory
     directory = cache_dir() / "kernels" / _sources_key()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
         cache_on_disk(directory)
+        _directory = directory
     except OSError as error:
         print(f"pagellm: compiled kernels cannot be kept in {directory}: {error.strerror}", file=sys.stderr)
     with _CompilationProgress(show):
         _run_tiny_model()
     _ready = True
+    return _directory
 
 
 def _sources_key() -> str:
@@ -80,18 +84,19 @@ def _run_tiny_model() -> None:
         rotary=True,
         attention_scale=0.25,
     )
-    offsets, size = lay_out(arch, max_positions=1, tied=True)
+    formats = np.full((2, LAYER_PARTS), FLOAT32, np.int64)
+    offsets, size = lay_out(arch, formats, max_positions=1, tied=True)
     table = np.ones((1, 8), np.float32)
-    weights = Weights(values=np.zeros(size, np.float32), offsets=offsets, cos=table, sin=table)
+    values = aligned_zeros(size)
+    weights = Weights(values=values, offsets=offsets, formats=formats, cos=table, sin=table)
     config = EngineConfig(num_blocks=1, max_num_batched_tokens=1)
     runner = ModelRunner(arch, weights, config, num_threads=1)
     scheduler = Scheduler(config, BlockManager(num_blocks=1, block_size=config.block_size))
     scheduler.add(Sequence(0, [0], SamplingParams()))
     runner.run(scheduler.schedule())
     runner.close()
-    matrix = np.zeros((1, 16), np.float32)
-    pack_columns(matrix, 0, weights.values, 0)
-    pack_inputs(matrix, 0, 16, weights.values, 0)
+    words, halves = encode(FLOAT32, np.zeros((1, 16), np.float32))
+    pack_blocks(words, halves, 0, 0, 1, values.view(np.uint32), 0)
 
 
 class _CompilationProgress(event.Listener):

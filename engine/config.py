@@ -7,6 +7,7 @@ from engine.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MAX_THREADS = 1024
+QUANTIZATIONS = ("auto", "none", "bf16", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class EngineConfig:
     chunks and decodes together. max_model_len: tokens of prompt and output. None: the model's own limit, or
     what the KV cache holds if that is less.
     num_threads: threads that compute. None: one for each core that this process may use.
+    quantization: the format of the weight matrices. "auto": as the checkpoint has them, where it has them in
+    blocks of 8 or 4 bits (GGUF's Q8_0, Q4_0, Q4_1), and float32 where not; "none": float32; "bf16", "int8",
+    "int4": converted on load, where the checkpoint has them otherwise. With anything but float32, activations
+    are rounded to bfloat16 or to int8 blocks on their way into a product, and the KV cache is bfloat16.
     """
 
     block_size: int = 16
@@ -30,6 +35,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     max_model_len: int | None = None
     num_threads: int | None = None
+    quantization: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -39,6 +45,10 @@ class EngineConfig:
                 _check_positive(name, getattr(self, name))
         if self.num_threads is not None and self.num_threads > MAX_THREADS:
             raise ConfigError(f"num_threads: found {self.num_threads}, expected at most {MAX_THREADS}")
+        if self.quantization not in QUANTIZATIONS:
+            raise ConfigError(
+                f"quantization: found {self.quantization!r}, expected one of {', '.join(QUANTIZATIONS)}"
+            )
         if not isinstance(self.enable_prefix_caching, bool):
             raise ConfigError(
                 f"enable_prefix_caching: found {self.enable_prefix_caching!r}, expected True or False"

@@ -26,7 +26,7 @@ from engine.scheduler import ScheduledBatch, Scheduler
 from engine.sequence import Sequence
 from engine.stopping import StopChecker
 from engine.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer
-from engine.weights import architecture_of, load_weights
+from engine.weights import architecture_of, formats_of, kv_bytes_per_token, load_weights
 
 
 @dataclass
@@ -62,11 +62,13 @@ class LLMEngine:
         with open_checkpoint(resolve_model(model, show_progress)) as checkpoint:
             self.spec = read_spec(checkpoint)
             self.tokenizer = _load_tokenizer(checkpoint, self.spec.vocab_size)
-            self.config = _complete(config or EngineConfig(), self.spec)
+            config = config or EngineConfig()
+            formats = formats_of(checkpoint, self.spec, config.quantization)
+            self.config = _complete(config, self.spec, kv_bytes_per_token(self.spec, formats))
             assert self.config.num_blocks is not None
             assert self.config.max_model_len is not None
             compile_kernels(show_progress)
-            weights = load_weights(checkpoint, self.spec, self.config.max_model_len, show_progress)
+            weights = load_weights(checkpoint, self.spec, formats, self.config.max_model_len, show_progress)
         self.num_threads = self.config.num_threads or usable_cores()
         self.block_manager = BlockManager(
             self.config.num_blocks, self.config.block_size, self.config.enable_prefix_caching
@@ -275,14 +277,14 @@ def _load_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> Tokenizer:
     return load_tokenizer(metadata, model_vocab_size=vocab_size)
 
 
-def _complete(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
+def _complete(config: EngineConfig, spec: ModelSpec, token_bytes: int) -> EngineConfig:
     """The settings with what the user left open filled in for this model and machine."""
     if config.max_model_len is not None and config.max_model_len > spec.max_positions:
         raise ConfigError(
             f"max_model_len: found {config.max_model_len}, expected at most {spec.max_positions}, the "
             "context of this model"
         )
-    block_bytes = spec.kv_bytes_per_token * config.block_size
+    block_bytes = token_bytes * config.block_size
     wanted_len = config.max_model_len or spec.max_positions
     num_blocks = config.num_blocks
     if num_blocks is None:

@@ -4,6 +4,8 @@ Tensors are read a few rows at a time and go straight to their packed places, so
 copy of the weights.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,7 +13,21 @@ from engine.checkpoints import Checkpoint, Tensor
 from engine.models import ModelSpec, Source
 from engine.progress import progress
 from kernels import activation, transformer
-from kernels.packing import pack_columns, pack_inputs, padded
+from kernels.attention import token_words
+from kernels.packing import (
+    BFLOAT16,
+    BLOCK,
+    FLOAT32,
+    INT4,
+    INT4_MIN,
+    INT8,
+    aligned_zeros,
+    encode,
+    from_gguf,
+    num_blocks,
+    pack_blocks,
+    padded,
+)
 from kernels.transformer import Architecture, Weights
 
 # Bytes of float32 that one read may take: large enough to be quick, small beside any model.
@@ -44,8 +60,17 @@ _ACTIVATIONS = {
     "gelu": activation.GELU,
     "relu": activation.RELU,
 }
-# A table that is only looked up: its rows stay as they are, like vectors.
-_PLAIN_PARTS = ("position_embedding",)
+# Parts that a product multiplies by; vectors and tables that are only looked up stay float32.
+_MATRICES = {"qkv", "output", "up", "down", "embedding", "lm_head"}
+# The formats that hold a quantized type of a checkpoint without a change of value, and what is made of a part
+# whose tensors have these types when nothing else is asked for.
+_QUANTIZED = {"Q8_0": (INT8,), "Q4_0": (INT4, INT4_MIN), "Q4_1": (INT4_MIN,)}
+_KEPT_FORMATS = {
+    frozenset({"Q8_0"}): INT8,
+    frozenset({"Q4_0"}): INT4,
+    frozenset({"Q4_1"}): INT4_MIN,
+    frozenset({"Q4_0", "Q4_1"}): INT4_MIN,
+}
 
 
 def architecture_of(spec: ModelSpec) -> Architecture:
@@ -66,10 +91,50 @@ def architecture_of(spec: ModelSpec) -> Architecture:
     )
 
 
-def load_weights(checkpoint: Checkpoint, spec: ModelSpec, max_model_len: int, show: bool) -> Weights:
+def formats_of(checkpoint: Checkpoint, spec: ModelSpec, quantization: str) -> NDArray[np.int64]:
+    """The table of formats of `kernels.transformer.Weights` for a `quantization` of `EngineConfig`."""
+    formats = np.full((spec.num_layers + 1, transformer.LAYER_PARTS), FLOAT32, np.int64)
+    for row, parts in enumerate((*spec.layers, spec.rest)):
+        in_layer = row < spec.num_layers
+        for name in _MATRICES & parts.keys():
+            dtypes = {checkpoint.tensors[source.tensor].dtype for source in parts[name]}
+            index = (_LAYER_PARTS if in_layer else _REST_PARTS)[name]
+            formats[row, index] = _format_of(dtypes, quantization, in_layer)
+    if spec.tied:
+        formats[-1, transformer.LM_HEAD] = formats[-1, transformer.EMBEDDING]
+    return formats
+
+
+def _format_of(dtypes: set[str], quantization: str, in_layer: bool) -> int:
+    """The format of a matrix that is stacked from tensors of these types."""
+    kept = _KEPT_FORMATS.get(frozenset(dtypes), FLOAT32)
+    if quantization == "auto":
+        return kept
+    if quantization == "int4":
+        if kept in (INT4, INT4_MIN):
+            return kept
+        # Four bits are too few for the embedding and for the logits: llama.cpp keeps more for them, too.
+        return INT4_MIN if in_layer else INT8
+    return {"none": FLOAT32, "bf16": BFLOAT16, "int8": INT8}[quantization]
+
+
+def kv_format(formats: NDArray[np.int64]) -> int:
+    """Of the KV cache: bfloat16 where the weights are rounded, too."""
+    return FLOAT32 if (formats == FLOAT32).all() else BFLOAT16
+
+
+def kv_bytes_per_token(spec: ModelSpec, formats: NDArray[np.int64]) -> int:
+    """Bytes of keys and values that one token of context takes in all layers."""
+    words = token_words(kv_format(formats), spec.head_dim)
+    return spec.num_layers * spec.num_kv_heads * words * 4
+
+
+def load_weights(
+    checkpoint: Checkpoint, spec: ModelSpec, formats: NDArray[np.int64], max_model_len: int, show: bool
+) -> Weights:
     """Reads and packs all weights; raises `CheckpointError` if a tensor cannot be read."""
-    offsets, size = transformer.lay_out(architecture_of(spec), spec.max_positions, spec.tied)
-    values = np.zeros(size, np.float32)
+    offsets, size = transformer.lay_out(architecture_of(spec), formats, spec.max_positions, spec.tied)
+    values = aligned_zeros(size)
     total = sum(
         int(np.prod(source.shape))
         for parts in (*spec.layers, spec.rest)
@@ -83,38 +148,53 @@ def load_weights(checkpoint: Checkpoint, spec: ModelSpec, max_model_len: int, sh
                 column = 0
                 for source in sources:
                     tensor = checkpoint.tensors[source.tensor]
-                    start = int(offsets[row, indices[name]])
-                    _load(tensor, source, values, start, column, plain=name in _PLAIN_PARTS)
+                    start, format = int(offsets[row, indices[name]]), int(formats[row, indices[name]])
+                    if name in _MATRICES:
+                        _load_matrix(tensor, source, format, values, start, column)
+                    else:
+                        _load_plain(tensor, source, values, start + column)
                     column += source.shape[1 if source.transposed else 0]
                     if name in ("up", "up_b"):
                         column = padded(column)  # the gate and the linear half each begin on a panel
                     advance(4 * int(np.prod(source.shape)))
     cos, sin = _rotary_tables(spec.rope_frequencies, max_model_len)
-    return Weights(values=values, offsets=offsets, cos=cos, sin=sin)
+    return Weights(values=values, offsets=offsets, formats=formats, cos=cos, sin=sin)
 
 
-def _load(
-    tensor: Tensor, source: Source, values: NDArray[np.float32], start: int, column: int, plain: bool
+def _load_matrix(
+    tensor: Tensor, source: Source, format: int, values: NDArray[np.float32], start: int, column: int
 ) -> None:
-    """Puts one tensor into its part at `values[start:]`, as output columns from `column` on."""
+    """Puts one matrix into its part at `values[start:]`, as output columns from `column` on."""
+    K = source.shape[0 if source.transposed else 1]
+    head_dim = source.shape[0] // source.paired_heads if source.paired_heads else 1
+    unit = BLOCK if source.transposed else head_dim  # rows that belong together
+    step = max(1, _READ_BYTES // (4 * source.shape[1]) // unit) * unit
+    for first in range(0, source.shape[0], step):
+        last = min(first + step, source.shape[0])
+        if tensor.dtype in _QUANTIZED and format in _QUANTIZED[tensor.dtype] and not source.transposed:
+            raw = _unpair(tensor.quantized_rows(first, last), source, head_dim)
+            words, halves = from_gguf(tensor.dtype, format, raw)
+        else:
+            rows = _unpair(tensor.rows(first, last), source, head_dim)
+            words, halves = encode(format, rows.T if source.transposed else rows)
+        first_column, first_block = (column, first // BLOCK) if source.transposed else (column + first, 0)
+        pack_blocks(words, halves, first_column, first_block, num_blocks(K), values.view(np.uint32), start)
+
+
+def _load_plain(tensor: Tensor, source: Source, values: NDArray[np.float32], start: int) -> None:
+    """Puts a vector, or a table that is only looked up, at `values[start:]` as it is."""
     width = source.shape[1] if len(source.shape) == 2 else 1
     head_dim = source.shape[0] // source.paired_heads if source.paired_heads else 1
     step = max(1, _READ_BYTES // (4 * width) // head_dim) * head_dim
     for first in range(0, source.shape[0], step):
-        rows = tensor.rows(first, min(first + step, source.shape[0]))
-        if source.paired_heads:
-            rows = _unpair(rows, head_dim)
-        if len(source.shape) == 1 or plain:
-            begin = start + (column + first) * width
-            values[begin : begin + rows.size] = rows.reshape(-1)
-        elif source.transposed:
-            pack_inputs(rows, first, source.shape[0], values, start)
-        else:
-            pack_columns(rows, column + first, values, start)
+        rows = _unpair(tensor.rows(first, min(first + step, source.shape[0])), source, head_dim)
+        values[start + first * width : start + first * width + rows.size] = rows.reshape(-1)
 
 
-def _unpair(rows: NDArray[np.float32], head_dim: int) -> NDArray[np.float32]:
+def _unpair(rows: NDArray[Any], source: Source, head_dim: int) -> NDArray[Any]:
     """Rows of whole heads, stored as rotary pairs, in the half-split order that the kernels rotate."""
+    if not source.paired_heads:
+        return rows
     pairs = rows.reshape(-1, head_dim // 2, 2, rows.size // len(rows))
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 

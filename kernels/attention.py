@@ -1,43 +1,59 @@
 """Fused attention over a paged KV cache: online softmax, no attention matrix (Milakov and Gimelshein 2018).
 
 A work item is one query tile (a run of a sequence's new tokens) for one KV head with all the query heads that
-share it; decodes and prefill chunks are the same thing with other run lengths. It walks over the keys in
-tiles of `KEY_TILE` positions that begin at multiples of `KEY_TILE` of the sequence itself. So the
-order of every sum depends on key positions alone: not on the block size, the chunk, or the neighbours (batch
-invariance). A key that a row may not see gets weight exactly 0, which changes no bit of the row's sums.
+share it; decodes and prefill chunks are the same thing with other run lengths. The keys are walked through in
+chunks of `KEY_CHUNK` positions and, within them, tiles of `KEY_TILE`, which begin at multiples of the
+sequence's own positions. Each chunk gives a state of its own (sums, greatest score, sum of weights), and the
+states are merged in the order of the chunks. So the order of every sum depends on key positions alone: not on
+the block size, the prefill chunk, the neighbours, or whether the chunks of a long context were work items of
+their own, as they are in a decode (batch invariance). A key that a row may not see gets weight exactly 0,
+which changes no bit of the row's sums.
 
-The cache of one layer: keys [num_blocks, num_kv_heads, head_dim, block_size], so that neighbouring lanes are
-neighbouring keys; values [num_blocks, num_kv_heads, block_size, padded head_dim].
+A tile's keys and values are gathered from their blocks into panels, and both products are those of
+kernels.matmul. The cache of one layer, in words: keys [num_blocks, num_kv_heads, key words, block_size], so
+that neighbouring words are neighbouring keys; values [num_blocks, num_kv_heads, block_size, value words]. A
+word is one dimension as float32 or two as bfloat16.
 """
-
-from typing import Any
 
 import numpy as np
 
-from kernels.jit import by_height, kernel, shared
-from kernels.packing import GROUP, TILE_HEIGHTS, group_height, pack_row, padded_rows
+from kernels.jit import kernel, plain, shared
+from kernels.matmul import multiply_group
+from kernels.packing import (
+    BLOCK,
+    CHUNK,
+    FLOAT32,
+    GROUP,
+    PANEL,
+    activation_words,
+    block_words,
+    num_blocks,
+    pack_row,
+    padded,
+    padded_rows,
+)
 from kernels.simd import (
     LANES,
     broadcast,
     exp,
     first_lane,
+    fma,
     load,
-    load_tile,
+    load_bfloat16,
     maximum,
-    outer_product,
     prefetch,
     reduce_add,
     reduce_max,
-    start_tile,
     store,
-    store_tile,
+    store_bfloat16,
 )
 from kernels.threads import next_item
 
 KEY_TILE = 64
+KEY_CHUNK = 512
 QUERY_TILE_ROWS = 96
-# A row of scores has room for one vector that begins at the tile's last key.
-_SCORE_STRIDE = KEY_TILE + LANES
+# A query tile of at most so many rows waits for memory, so the chunks of its keys are items of their own.
+SPLIT_ROWS = GROUP
 # Stands for minus infinity where inf - inf would be NaN: exp(_MASKED - anything real) is exactly 0.
 _MASKED = np.float32(-1e30)
 
@@ -48,239 +64,380 @@ def tokens_per_query_tile(group_size: int) -> int:
     return max(1, QUERY_TILE_ROWS // group_size)
 
 
-def scratch_size(group_size: int, head_dim: int) -> int:
-    """Floats of working memory of one thread."""
-    rows = _scratch_rows(group_size)
-    return rows * (_lanes(head_dim) * 2 + _SCORE_STRIDE + 2) + 2 * LANES
+@shared
+def state_words(head_dim: int) -> int:
+    """Words of one row's state: a sum for each dimension, then the greatest score and the sum of weights."""
+    return padded(head_dim) + LANES
 
 
 @shared
-def _scratch_rows(group_size: int) -> int:
+def key_words(format: int, head_dim: int) -> int:
+    """Words of one key."""
+    return head_dim if format == FLOAT32 else -(-head_dim // 2)
+
+
+@shared
+def value_words(format: int, head_dim: int) -> int:
+    """Words of one value: whole vectors."""
+    return -(-head_dim // LANES) * (LANES if format == FLOAT32 else LANES // 2)
+
+
+def token_words(format: int, head_dim: int) -> int:
+    """Words of one token's key and value for one KV head."""
+    return key_words(format, head_dim) + value_words(format, head_dim)
+
+
+@shared
+def _tile_rows(group_size: int) -> int:
     return padded_rows(max(QUERY_TILE_ROWS, group_size))
 
 
 @shared
-def _lanes(head_dim: int) -> int:
-    """head_dim rounded up to whole vectors."""
-    return -(-head_dim // LANES) * LANES
+def _panel_words(head_dim: int) -> int:
+    """Room for a tile of keys or of values, in either format."""
+    return KEY_TILE * max(num_blocks(head_dim) * BLOCK, padded(head_dim))
 
 
-def key_cache_size(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> int:
-    """Floats of one layer's keys."""
-    return num_blocks * num_kv_heads * head_dim * block_size
+def scratch_size(group_size: int, head_dim: int) -> int:
+    """Words of working memory of one thread; zeros at first."""
+    rows = _tile_rows(group_size)
+    per_row = num_blocks(head_dim) * BLOCK + KEY_TILE + 2 * state_words(head_dim)
+    return PANEL + 2 * _panel_words(head_dim) + rows * per_row + GROUP * KEY_TILE
 
 
-def value_cache_size(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> int:
-    """Floats of one layer's values."""
-    return num_blocks * num_kv_heads * block_size * _lanes(head_dim)
+@shared
+def key_cache_size(format: int, cache_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> int:
+    """Words of one layer's keys."""
+    return cache_blocks * num_kv_heads * key_words(format, head_dim) * block_size
+
+
+@shared
+def value_cache_size(
+    format: int, cache_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
+) -> int:
+    """Words of one layer's values."""
+    return cache_blocks * num_kv_heads * block_size * value_words(format, head_dim)
+
+
+@shared
+def max_tiles(num_tokens: int, num_seqs: int, num_chunks: int, group_size: int) -> int:
+    """Work items of a batch at most, whose longest context has `num_chunks` chunks."""
+    return num_tokens // tokens_per_query_tile(group_size) + num_seqs * (1 + num_chunks)
+
+
+@shared
+def max_states(num_tokens: int, num_seqs: int, num_chunks: int, group_size: int) -> int:
+    """States of a batch at most: only a sequence's last query tile is so small that it is split."""
+    return num_tokens + num_seqs * (SPLIT_ROWS // group_size) * num_chunks
+
+
+@kernel
+def plan_tiles(query_start_loc, seq_lens, group_size, tile_sequence, tile_start, tile_chunk, state_start):
+    """Writes the work items of a batch, those with the most keys first, and each token's first state.
+
+    For the arrays see `attention`; `max_tiles` and `max_states` say how large. Returns the number of items.
+    """
+    tile_tokens = tokens_per_query_tile(group_size)
+    num_tiles, num_states = 0, 0
+    state_start[0] = 0
+    for sequence in range(seq_lens.size):
+        first, end = query_start_loc[sequence], query_start_loc[sequence + 1]
+        last_tile = first + (end - 1 - first) // tile_tokens * tile_tokens
+        num_chunks = (seq_lens[sequence] + KEY_CHUNK - 1) // KEY_CHUNK
+        splits = (end - last_tile) * group_size <= SPLIT_ROWS and num_chunks > 1
+        for token in range(first, end):
+            num_states += num_chunks if splits and token >= last_tile else 1
+            state_start[token + 1] = num_states
+        start = last_tile - tile_tokens if splits else last_tile
+        while start >= first:
+            tile_sequence[num_tiles], tile_start[num_tiles], tile_chunk[num_tiles] = sequence, start, -1
+            num_tiles += 1
+            start -= tile_tokens
+    for sequence in range(seq_lens.size):
+        first, end = query_start_loc[sequence], query_start_loc[sequence + 1]
+        last_tile = first + (end - 1 - first) // tile_tokens * tile_tokens
+        if state_start[end] - state_start[end - 1] > 1:
+            for chunk in range(state_start[end] - state_start[end - 1]):
+                tile_sequence[num_tiles], tile_start[num_tiles] = sequence, last_tile
+                tile_chunk[num_tiles] = chunk
+                num_tiles += 1
+    return num_tiles
 
 
 @kernel
 def store_kv(
-    k, k_start, v, v_start, head_dim, num_kv_heads, block_size, slot, keys, values, layer_k, layer_v
-):
-    """Writes one token's keys and values, [num_kv_heads, head_dim] each, into cache slot `slot`."""
+    format, k, k_start, v, v_start, head_dim, num_kv_heads, block_size, slot, keys, values, layer_k, layer_v,
+    scratch
+):  # fmt: skip
+    """Writes one token's keys and values, [num_kv_heads, head_dim] each, into cache slot `slot`.
+
+    scratch: two heads, each up to a whole vector and one more.
+    """
     block, offset = slot // block_size, slot % block_size
-    stride = _lanes(head_dim)
+    words, stride = key_words(format, head_dim), value_words(format, head_dim)
+    converted = -(-head_dim // LANES) * LANES
     for head in range(num_kv_heads):
-        key = layer_k + (block * num_kv_heads + head) * head_dim * block_size + offset
+        key = layer_k + (block * num_kv_heads + head) * words * block_size + offset
         value = layer_v + ((block * num_kv_heads + head) * block_size + offset) * stride
         for d in range(head_dim):
-            keys[key + d * block_size] = k[k_start + head * head_dim + d]
-            values[value + d] = v[v_start + head * head_dim + d]
-
-
-def _score_tile(height: int) -> Any:
-    @kernel
-    def score(queries, q_start, head_dim, zeros, keys, k_start, block_size, scores, out_start):
-        """Scores of `height` query rows against the `LANES` keys from `k_start` on."""
-        tile = start_tile(height, 1, zeros, 0)
+            scratch[d] = v[v_start + head * head_dim + d]
+        for d in range(head_dim, converted):
+            scratch[d] = 0.0
+        for d in range(0, head_dim, LANES):
+            if format == FLOAT32:
+                store(values, value + d, load(scratch, d))
+            else:
+                store_bfloat16(values, value + d // 2, load(scratch, d))
         for d in range(head_dim):
-            tile = outer_product(
-                tile, height, queries, q_start + d * height, 1, keys, k_start + d * block_size
-            )
-        store_tile(tile, height, scores, out_start, _SCORE_STRIDE)
-
-    return score
-
-
-def _value_tile(height: int) -> Any:
-    @kernel
-    def accumulate(scores, s_start, count, values, value_rows, column, out, out_start, out_stride):
-        """Adds `count` keys' values, weighted by the scores, to `LANES` columns of `height` output rows."""
-        tile = load_tile(height, out, out_start, out_stride)
-        for j in range(count):
-            tile = outer_product(
-                tile, height, scores, s_start + j, _SCORE_STRIDE, values, value_rows[j] + column
-            )
-        store_tile(tile, height, out, out_start, out_stride)
-
-    return accumulate
-
-
-_score = by_height(TILE_HEIGHTS, _score_tile)
-_accumulate = by_height(TILE_HEIGHTS, _value_tile)
+            scratch[d] = k[k_start + head * head_dim + d]
+        source = 0
+        if format != FLOAT32:
+            source = converted
+            for d in range(0, head_dim, LANES):
+                store_bfloat16(scratch, converted + d // 2, load(scratch, d))
+        for w in range(words):
+            keys[key + w * block_size] = scratch[source + w]
 
 
 @kernel
-def _prefetch_run(keys, layer_k, values, layer_v, head_block, offset, head_dim, stride, block_size):
-    """Asks for what one block holds of the next key tile.
+def _gather_keys(
+    keys, head_at, block_words, words, block_size, block_table, start, end, last, panels, panels_at,
+    panel_words
+):  # fmt: skip
+    """Copies the keys of positions `start` to `end` to the columns of panels.
 
-    A decode waits for memory alone, and the processor's own prefetching ends at each page, which is about a
-    block.
+    The words of block b begin at `head_at + b * block_words`. Asks at the same pace for the next tile, as far
+    as position `last`: a decode waits for memory alone, and the processor's own prefetching ends at each
+    page, which is about a block.
     """
-    run = min(block_size - offset, KEY_TILE)
-    key = layer_k + head_block * head_dim * block_size + offset
-    value = layer_v + (head_block * block_size + offset) * stride
-    for d in range(head_dim):
-        for j in range(0, run, LANES):
-            prefetch(keys, key + d * block_size + j)
-    for i in range(0, run * stride, LANES):
-        prefetch(values, value + i)
+    position = start
+    while position < end:
+        at = head_at + block_table[position // block_size] * block_words + position % block_size
+        ahead = min(position + KEY_TILE, last)
+        next_at = head_at + block_table[ahead // block_size] * block_words + ahead % block_size
+        column = position - start
+        target = panels_at + column // PANEL * panel_words + column % PANEL
+        if block_size % LANES == 0:  # then a vector never leaves its block, and may read on behind `end`
+            for _ in range(words):
+                prefetch(keys, next_at)
+                store(panels, target, load(keys, at))
+                at += block_size
+                next_at += block_size
+                target += PANEL
+            position += LANES
+        else:
+            for _ in range(words):
+                panels[target] = keys[at]
+                at += block_size
+                target += PANEL
+            position += 1
 
 
 @kernel
-def _softmax_row(scores, start, visible, running, row, out, out_start, out_size):
-    """Turns one row's scores into weights and rescales what the row has summed up so far.
+def _gather_values(
+    format, values, head_at, block_words, stride, block_size, block_table, start, end, last, head_dim, panels,
+    panels_at
+):  # fmt: skip
+    """Like `_gather_keys` for the values, as floats, in panels [dimensions / PANEL, KEY_TILE, PANEL]."""
+    position = start
+    while position < end:
+        offset = position % block_size
+        at = head_at + block_table[position // block_size] * block_words + offset * stride
+        ahead = min(position + KEY_TILE, last)
+        next_at = head_at + block_table[ahead // block_size] * block_words + ahead % block_size * stride
+        target = panels_at + (position - start) * PANEL
+        run = min(block_size - offset, end - position)
+        for i in range(0, run * stride, LANES):
+            prefetch(values, next_at + i)
+        for d in range(0, head_dim, LANES):
+            panel = target + d // PANEL * (KEY_TILE * PANEL) + d % PANEL
+            if format == FLOAT32:
+                for j in range(run):
+                    store(panels, panel + j * PANEL, load(values, at + d + j * stride))
+            else:
+                for j in range(run):
+                    store(panels, panel + j * PANEL, load_bfloat16(values, at + d // 2 + j * stride))
+        position += run
 
-    running[row]: the greatest score and the sum of weights so far, updated. The first `visible` of the tile's
-    keys count.
+
+@kernel
+def _softmax_row(scratch, scores_at, visible, count, state, size, weights_at):
+    """Turns one row's `count` scores into packed weights and rescales the row's sums so far.
+
+    The first `visible` keys count, the others get weight 0. state: where the row's state is in `scratch`.
     """
-    for j in range(max(visible, 0), KEY_TILE):
-        scores[start + j] = _MASKED
-    greatest = load(scores, start)
-    for j in range(LANES, KEY_TILE, LANES):
-        greatest = maximum(greatest, load(scores, start + j))
-    old = running[row, 0]
+    for j in range(max(visible, 0), count):
+        scratch[scores_at + j] = _MASKED
+    greatest = load(scratch, scores_at)
+    for j in range(LANES, count, LANES):
+        greatest = maximum(greatest, load(scratch, scores_at + j))
+    old = scratch[state + size]
     new = max(old, reduce_max(greatest))
     total = broadcast(np.float32(0.0))
-    for j in range(0, KEY_TILE, LANES):
-        weight = exp(load(scores, start + j) - broadcast(new))
-        store(scores, start + j, weight)
+    for j in range(0, count, LANES):
+        weight = exp(load(scratch, scores_at + j) - broadcast(new))
         total = total + weight
-    scale = first_lane(exp(broadcast(old - new)))
-    if scale != 1.0:
-        for d in range(0, out_size, LANES):
-            store(out, out_start + d, load(out, out_start + d) * broadcast(scale))
-    running[row, 0] = new
-    running[row, 1] = running[row, 1] * scale + reduce_add(total)
+        store(scratch, weights_at + j * GROUP, weight)
+    if new > old:
+        scale = first_lane(exp(broadcast(old - new)))
+        for d in range(0, size, LANES):
+            store(scratch, state + d, load(scratch, state + d) * broadcast(scale))
+        scratch[state + size] = new
+        scratch[state + size + 1] *= scale
+    scratch[state + size + 1] += reduce_add(total)
 
 
 @kernel
-def _attend_tile(
-    qkv, qkv_stride, first_token, num_tokens, first_position, kv_head, num_heads, num_kv_heads, head_dim,
-    scale, keys, values, layer_k, layer_v, block_size, block_table, queries, out, scores, running,
-    value_rows, zeros
+def _merge(total, total_at, part, part_at, size):
+    """Adds the state of a later chunk of keys to that of the chunks before it."""
+    greatest = max(total[total_at + size], part[part_at + size])
+    old = exp(broadcast(total[total_at + size] - greatest))
+    new = exp(broadcast(part[part_at + size] - greatest))
+    for d in range(0, size, LANES):
+        store(total, total_at + d, fma(load(total, total_at + d), old, load(part, part_at + d) * new))
+    total[total_at + size] = greatest
+    total[total_at + size + 1] = total[total_at + size + 1] * first_lane(old) + part[
+        part_at + size + 1
+    ] * first_lane(new)
+
+
+@kernel
+def _attend_chunk(
+    format, first_key, end_key, first_position, num_rows, group_size, kv_head, num_kv_heads, head_dim, keys,
+    values, layer_k, layer_v, block_size, block_table, scratch, queries, scores, weights, key_panels,
+    value_panels, state
 ):  # fmt: skip
-    """Attention of `num_tokens` query tokens (flat rows from `first_token` on) for one KV head.
-
-    Leaves in `out` one row of unnormalised sums for each (token, query head of the group), token-major, and
-    in `running` each row's greatest score and sum of weights.
-    """
-    group_size = num_heads // num_kv_heads
-    num_rows = num_tokens * group_size
-    stride = _lanes(head_dim)
+    """Attention of a query tile's rows to the keys `first_key` to `end_key` of one KV head; fills `state`."""
+    words, stride = key_words(format, head_dim), value_words(format, head_dim)
+    row_words, size = state_words(head_dim), padded(head_dim)
+    blocks = num_blocks(head_dim)
+    panel_words = blocks * block_words(format) * PANEL
+    zero = broadcast(np.float32(0.0))
     for row in range(num_rows):
-        token, head = first_token + row // group_size, kv_head * group_size + row % group_size
-        for d in range(head_dim):
-            out[d] = qkv[token * qkv_stride + head * head_dim + d] * scale
-        pack_row(out, 0, head_dim, row, num_rows, queries)
-    out[: padded_rows(num_rows) * stride] = 0.0
-    running[:num_rows, 0] = _MASKED
-    running[:num_rows, 1] = 0.0
-
-    num_keys = first_position + num_tokens
-    for tile_start in range(0, num_keys, KEY_TILE):
-        tile_keys = min(KEY_TILE, num_keys - tile_start)
-        position = tile_start
-        while position < tile_start + tile_keys:  # the tile's pieces of one block each
-            block, offset = block_table[position // block_size], position % block_size
-            run = min(block_size - offset, tile_start + tile_keys - position)
-            head_block = block * num_kv_heads + kv_head
-            if num_rows <= GROUP and position + KEY_TILE < num_keys:
-                ahead = position + KEY_TILE  # each piece of this tile asks for its counterpart in the next
-                _prefetch_run(
-                    keys, layer_k, values, layer_v, block_table[ahead // block_size] * num_kv_heads + kv_head,
-                    ahead % block_size, head_dim, stride, block_size,
-                )  # fmt: skip
-            for j in range(run):
-                value_rows[position - tile_start + j] = (
-                    layer_v + (head_block * block_size + offset + j) * stride
-                )
-            for j in range(0, run, LANES):
-                for first in range(0, num_rows, GROUP):
-                    _score(
-                        group_height(num_rows, first // GROUP), queries, first * head_dim, head_dim, zeros,
-                        keys, layer_k + head_block * head_dim * block_size + offset + j, block_size,
-                        scores, first * _SCORE_STRIDE + position - tile_start + j,
-                    )  # fmt: skip
-            position += run
-        for row in range(num_rows):
-            visible = first_position + row // group_size + 1 - tile_start
-            _softmax_row(scores, row * _SCORE_STRIDE, visible, running, row, out, row * stride, stride)
+        at = state + row * row_words
+        for d in range(0, row_words, LANES):
+            store(scratch, at + d, zero)
+        scratch[at + size] = _MASKED
+    key_block, value_block = num_kv_heads * words * block_size, num_kv_heads * stride * block_size
+    head_k, head_v = layer_k + kv_head * words * block_size, layer_v + kv_head * stride * block_size
+    for tile_start in range(first_key, end_key, KEY_TILE):
+        tile_end = min(tile_start + KEY_TILE, end_key)
+        tile_keys = tile_end - tile_start
+        _gather_keys(
+            keys, head_k, key_block, words, block_size, block_table, tile_start, tile_end, end_key - 1,
+            scratch, key_panels, panel_words,
+        )  # fmt: skip
         for first in range(0, num_rows, GROUP):
-            for column in range(0, stride, LANES):
-                _accumulate(
-                    group_height(num_rows, first // GROUP), scores, first * _SCORE_STRIDE, tile_keys,
-                    values, value_rows, column, out, first * stride + column, stride,
+            height = min(GROUP, num_rows - first)
+            # Of the tile's keys, those that the group's last row sees.
+            seen = min(tile_keys, first_position + (first + height - 1) // group_size + 1 - tile_start)
+            for panel in range(-(-seen // PANEL)):
+                multiply_group(
+                    format, height, scratch, queries + first * activation_words(format, head_dim),
+                    scratch, key_panels + panel * panel_words, blocks, scratch, plain(0),
+                    scratch, scores + first * KEY_TILE + panel * PANEL, plain(KEY_TILE), plain(False),
+                )  # fmt: skip
+        _gather_values(
+            format, values, head_v, value_block, stride, block_size, block_table, tile_start, tile_end,
+            end_key - 1, head_dim, scratch, value_panels,
+        )  # fmt: skip
+        # Whole blocks of keys are multiplied, zeros behind the last.
+        for panel in range(value_panels, value_panels + size * KEY_TILE, KEY_TILE * PANEL):
+            for at in range(panel + tile_keys * PANEL, panel + num_blocks(tile_keys) * BLOCK * PANEL, LANES):
+                store(scratch, at, zero)
+        for first in range(0, num_rows, GROUP):
+            height = min(GROUP, num_rows - first)
+            seen = min(tile_keys, first_position + (first + height - 1) // group_size + 1 - tile_start)
+            if seen <= 0:
+                continue
+            for row in range(first, first + height):
+                visible = min(first_position + row // group_size + 1 - tile_start, tile_keys)
+                _softmax_row(
+                    scratch, scores + row * KEY_TILE, visible, num_blocks(seen) * BLOCK,
+                    state + row * row_words, size, weights + (row - first) * CHUNK,
+                )  # fmt: skip
+            for panel in range(size // PANEL):
+                multiply_group(
+                    plain(FLOAT32), height, scratch, weights,
+                    scratch, value_panels + panel * KEY_TILE * PANEL, num_blocks(seen), scratch, plain(0),
+                    scratch, state + first * row_words + panel * PANEL, row_words, plain(True),
                 )  # fmt: skip
 
 
 @kernel
 def attention(
-    counters, qkv, qkv_stride, num_heads, num_kv_heads, head_dim, scale, keys, values, layer_k, layer_v,
-    block_size, block_tables, query_start_loc, seq_lens, tile_sequence, tile_start, scratch, packed
+    counters, format, qkv, qkv_stride, num_heads, num_kv_heads, head_dim, scale, keys, values, layer_k,
+    layer_v, block_size, block_tables, query_start_loc, seq_lens, tile_sequence, tile_start, tile_chunk,
+    state_start, states, scratch
 ):  # fmt: skip
-    """One thread's share of causal attention of all new tokens of a batch, written as packed activations.
+    """One thread's share of causal attention of all new tokens of a batch.
 
-    qkv: flat rows of [num_heads + 2 * num_kv_heads, head_dim], rotated; keys, values: the flat caches, with
-    this layer's part from `layer_k` and `layer_v` on; block_tables: [num_seqs, max_blocks]; query_start_loc:
-    [num_seqs + 1]; seq_lens: [num_seqs], the new tokens included; tile_sequence, tile_start: [num_tiles],
-    each query tile's sequence and its first flat token row; scratch: this thread's working memory; packed:
-    the output as activations [num_tokens, num_heads * head_dim].
+    format: of the cache, FLOAT32 or BFLOAT16; qkv: flat rows of [num_heads + 2 * num_kv_heads, head_dim],
+    rotated; keys, values: the flat caches, with this layer's part from `layer_k` and `layer_v` on;
+    block_tables: [num_seqs, max_blocks]; query_start_loc: [num_seqs + 1]; seq_lens: [num_seqs], with the new
+    tokens; tile_sequence, tile_start, tile_chunk: [num_tiles], each query tile's sequence, its first flat
+    token row, and the one chunk of keys that it looks at or -1 for all; state_start: [num_tokens + 1], each
+    token's first state; states: out, [num_states, num_heads, state_words]; scratch: this thread's own.
     """
     group_size = num_heads // num_kv_heads
     tile_tokens = tokens_per_query_tile(group_size)
-    rows = _scratch_rows(group_size)
-    stride = _lanes(head_dim)
-    queries = scratch[: rows * stride]
-    out = scratch[rows * stride : 2 * rows * stride]
-    scores = scratch[2 * rows * stride : 2 * rows * stride + rows * _SCORE_STRIDE + LANES]
-    running = scratch[scratch.size - LANES - 2 * rows : scratch.size - LANES].reshape((rows, 2))
-    zeros = scratch[scratch.size - LANES :]
-    zeros[:] = 0.0
-    value_rows = np.empty(KEY_TILE, np.int64)
+    row_words, size, rows = state_words(head_dim), padded(head_dim), _tile_rows(group_size)
+    # The scratch begins with the zeros that the products start from.
+    key_panels = PANEL
+    value_panels = key_panels + _panel_words(head_dim)
+    queries = value_panels + _panel_words(head_dim)
+    scores = queries + rows * num_blocks(head_dim) * BLOCK
+    weights = scores + rows * KEY_TILE
+    total = weights + GROUP * KEY_TILE
+    part = total + rows * row_words
 
-    num_tokens = query_start_loc[-1]
-    num_items = tile_sequence.size * num_kv_heads
     item = next_item(counters)
-    while item < num_items:
-        # The last tiles of a prompt see the most keys: longest first keeps all threads busy to the end.
-        tile, kv_head = tile_sequence.size - 1 - item // num_kv_heads, item % num_kv_heads
-        sequence, first_token = tile_sequence[tile], tile_start[tile]
+    while item < tile_sequence.size * num_kv_heads:
+        tile, kv_head = item // num_kv_heads, item % num_kv_heads
+        sequence, first_token, chunk = tile_sequence[tile], tile_start[tile], tile_chunk[tile]
         end = query_start_loc[sequence + 1]
         count = min(tile_tokens, end - first_token)
+        num_rows = count * group_size
         first_position = seq_lens[sequence] - end + first_token
-        _attend_tile(
-            qkv, qkv_stride, first_token, count, first_position, kv_head, num_heads, num_kv_heads, head_dim,
-            scale, keys, values, layer_k, layer_v, block_size, block_tables[sequence], queries, out, scores,
-            running, value_rows, zeros
-        )  # fmt: skip
-        _write_rows(out, running, count, group_size, head_dim, stride, first_token, kv_head, num_heads,
-                    num_tokens, packed)  # fmt: skip
+        num_keys = first_position + count
+        for row in range(num_rows):
+            token, head = first_token + row // group_size, kv_head * group_size + row % group_size
+            source = token * qkv_stride + head * head_dim
+            for d in range(0, head_dim, LANES):
+                store(scratch, part + d, load(qkv, source + d) * broadcast(scale))
+            pack_row(format, scratch, part, head_dim, row, scratch, queries)
+        first_key = max(chunk, 0) * KEY_CHUNK
+        end_key = min(first_key + KEY_CHUNK, num_keys) if chunk >= 0 else num_keys
+        for key in range(first_key, end_key, KEY_CHUNK):
+            state = total if key == first_key else part
+            _attend_chunk(
+                format, key, min(key + KEY_CHUNK, end_key), first_position, num_rows, group_size, kv_head,
+                num_kv_heads, head_dim, keys, values, layer_k, layer_v, block_size, block_tables[sequence],
+                scratch, queries, scores, weights, key_panels, value_panels, state
+            )  # fmt: skip
+            if key > first_key:
+                for row in range(num_rows):
+                    if first_position + row // group_size >= key:
+                        _merge(scratch, total + row * row_words, scratch, part + row * row_words, size)
+        for row in range(num_rows):
+            token, head = first_token + row // group_size, kv_head * group_size + row % group_size
+            target = ((state_start[token] + max(chunk, 0)) * num_heads + head) * row_words
+            for d in range(0, row_words, LANES):
+                store(states, target + d, load(scratch, total + row * row_words + d))
         item = next_item(counters)
 
 
 @kernel
-def _write_rows(
-    out, running, count, group_size, head_dim, stride, first_token, kv_head, num_heads, num_tokens, packed
-):  # fmt: skip
-    """Normalises a query tile's sums and scatters them to their places as packed activations."""
-    for row in range(count * group_size):
-        token, head = first_token + row // group_size, kv_head * group_size + row % group_size
-        group = token // GROUP
-        height = group_height(num_tokens, group)
-        base = group * GROUP * num_heads * head_dim + token % GROUP + head * head_dim * height
-        inverse = np.float32(1.0) / running[row, 1]
-        for d in range(head_dim):
-            packed[base + d * height] = out[row * stride + d] * inverse
+def merge_states(states, first, end, num_heads, head_dim, out):
+    """Joins one token's states `first` to `end`, in order, to the attention's output [num_heads * head_dim].
+
+    out: up to a whole panel more. Overwrites the first state.
+    """
+    row_words, size = state_words(head_dim), padded(head_dim)
+    for head in range(num_heads):
+        total = (first * num_heads + head) * row_words
+        for state in range(first + 1, end):
+            _merge(states, total, states, (state * num_heads + head) * row_words, size)
+        inverse = broadcast(np.float32(1.0) / states[total + size + 1])
+        for d in range(0, size, LANES):
+            store(out, head * head_dim + d, load(states, total + d) * inverse)

@@ -1,7 +1,9 @@
 """How every kernel is compiled: three decorators, so that no kernel differs in its settings.
 
 `nogil`, because a team of Python threads runs the kernels side by side; no `fastmath`, because a reduction's
-order must be the one that is written (batch invariance). An entry point is what Python calls; the whole
+order must be the one that is written (batch invariance). No reference counts (`_nrt`): a count is an atomic
+on a cache line that all threads share, and with them attention took 1.6 times as long; so a kernel allocates
+nothing, and what it needs is given to it. An entry point is what Python calls; the whole
 machine code beneath it can be cached on disk with it. Kernels are what kernels call; a shared function is
 Python's as well.
 """
@@ -15,12 +17,18 @@ from numba.extending import register_jitable
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+_SETTINGS: dict[str, Any] = {
+    "nogil": True,
+    "error_model": "numpy",
+    "no_cfunc_wrapper": True,
+    "_nrt": False,
+}
 _entry_points: list[Any] = []
 
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compiles a function that other kernels call."""
-    return numba.njit(nogil=True, error_model="numpy")(function)
+    return numba.njit(**_SETTINGS)(function)
 
 
 def entry_point(function: Callable[..., Any]) -> Any:
@@ -53,23 +61,37 @@ def shared(function: Function) -> Function:
     return function
 
 
-def by_height(heights: tuple[int, ...], make: Callable[[int], Any]) -> Any:
-    """A kernel `(height, *arguments)` that calls the variant `make(height)` with the arguments.
+@shared
+def plain(value: Any) -> Any:
+    """A constant as an argument like any other: Numba compiles a callee anew for each literal it is given."""
+    return bool(value) if isinstance(value, bool) else int(value)
 
-    Register tiles need their height at compile time; this is where a height known only at run time meets
-    them. A height that is not among `heights` falls to the last one.
+
+def by_height(heights: tuple[int, ...], make: Callable[[int], Any]) -> Any:
+    """A kernel `(rows, *arguments)` that calls `make(height)` of the least height that holds `rows` rows.
+
+    Register tiles need their height at compile time; this is where a number known only at run time meets
+    them. At most seven ascending heights; one flat kernel, because each level of calls is optimised again.
     """
-    *shorter, height = heights
-    variant = make(height)
-    if not shorter:
-        return kernel(lambda rows, *arguments: variant(*arguments))
-    otherwise = by_height(tuple(shorter), make)
+    variants = [make(height) for height in heights]
+    limits = heights + heights[-1:] * (7 - len(heights))
+    first, second, third, fourth, fifth, sixth, last = variants + variants[-1:] * (7 - len(variants))
 
     @kernel
     def choose(rows, *arguments):
-        if rows == height:
-            variant(*arguments)
+        if rows <= limits[0]:
+            first(*arguments)
+        elif rows <= limits[1]:
+            second(*arguments)
+        elif rows <= limits[2]:
+            third(*arguments)
+        elif rows <= limits[3]:
+            fourth(*arguments)
+        elif rows <= limits[4]:
+            fifth(*arguments)
+        elif rows <= limits[5]:
+            sixth(*arguments)
         else:
-            otherwise(rows, *arguments)
+            last(*arguments)
 
     return choose

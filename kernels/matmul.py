@@ -1,68 +1,224 @@
 """Matrix multiplication on packed operands: activations [M, K] times weights [N, K], plus a bias.
 
-Every output element is one chain of multiply-adds over k = 0 .. K-1 that starts from its bias, whatever tile
-it falls into, so its bits depend neither on M nor on its neighbours nor on who computes it (batch
-invariance). Only M and N are ever split; a tile keeps all of its accumulators in registers.
+Every output element is one chain of additions over k = 0 .. K-1 that starts from its bias, whatever tile it
+falls into, so its bits depend neither on M nor on its neighbours nor on who computes it (batch invariance).
+In the integer formats the chain goes block by block: a block's sum is an exact int32, then scaled and added.
+Only M and N are ever split; a tile keeps all of its accumulators in registers.
 """
 
 from typing import Any
 
 from kernels.jit import by_height, kernel
-from kernels.packing import GROUP, PANEL, TILE_HEIGHTS, group_height, padded
-from kernels.simd import LANES, add_tile, outer_product, start_tile, store_tile
+from kernels.packing import (
+    BFLOAT16,
+    CHUNK,
+    FLOAT32,
+    GROUP,
+    INT4_MIN,
+    INT8,
+    INT_CHUNK,
+    PANEL,
+    SCALE,
+    SCALED_SUM,
+    START_INT4,
+    START_INT4_MIN,
+    START_INT8,
+    activation_words,
+    block_words,
+    num_blocks,
+    padded,
+    panel_block_words,
+)
+from kernels.simd import (
+    LANES,
+    add_scaled,
+    dot_bfloat16,
+    dot_int4,
+    dot_int8,
+    outer_product,
+    outer_product_float16,
+    prefetch,
+    start_int_tile,
+    start_tile,
+    write_tile,
+)
 from kernels.threads import next_item
 
-# Rows that meet a panel while it is in the nearest cache; a work item is one panel times so many rows.
+_VECTORS = PANEL // LANES
+# Rows of a tile of 32-bit sums; the integer formats keep two sums an element, so theirs has half as many.
+_HEIGHTS = tuple(height for height in (1, 2, 3, 4, 6, 8, 12) if height <= GROUP)
+_INT_HEIGHTS = tuple(height for height in (1, 2, 3, 4, 6) if height <= max(1, GROUP // 2))
+# Rows that meet a panel while it is in the nearest cache.
 _ROWS_PER_ITEM = 8 * GROUP
-_PANEL_VECTORS = PANEL // LANES
-
-
-def _tile(height: int) -> Any:
-    @kernel
-    def tile(x, x_start, w, w_start, bias_start, out, out_start, out_stride, K, accumulate):
-        accumulators = start_tile(height, _PANEL_VECTORS, w, bias_start)
-        for k in range(K):
-            accumulators = outer_product(
-                accumulators, height, x, x_start + k * height, 1, w, w_start + k * PANEL
-            )
-        if accumulate:
-            add_tile(accumulators, height, out, out_start, out_stride)
-        else:
-            store_tile(accumulators, height, out, out_start, out_stride)
-
-    return tile
-
-
-_multiply_tile = by_height(TILE_HEIGHTS, _tile)
+# Words of weights of a work item of few rows: long runs of memory, read from one end to the other.
+_WORDS_PER_ITEM = 16384
+# How far ahead of a product the weights are asked for: the processor's own prefetching ends at each page.
+_PREFETCH_WORDS = 2048
+_PREFETCH_HEIGHT = 4
 
 
 @kernel
-def matmul(counters, x, M, K, weights, w_start, bias_start, N, out, accumulate):
+def _prefetch_weights(height, w, at):
+    """Asks for a panel's row of words ahead of its use where the product waits for memory."""
+    if height <= _PREFETCH_HEIGHT:
+        for v in range(0, PANEL, LANES):
+            prefetch(w, at + _PREFETCH_WORDS + v)
+
+
+def _float32_tile(height: int) -> Any:
+    @kernel
+    def multiply(x, x_at, w, w_at, blocks, words, bias, bias_at, out, out_at, out_stride, accumulate):
+        tile = start_tile(height, _VECTORS, bias, bias_at)
+        for k in range(blocks * words):
+            at = x_at + k // CHUNK * (GROUP * CHUNK) + k % CHUNK
+            _prefetch_weights(height, w, w_at + k * PANEL)
+            tile = outer_product(tile, height, x, at, CHUNK, w, w_at + k * PANEL)
+        write_tile(tile, height, out, out_at, out_stride, accumulate)
+
+    return multiply
+
+
+def _bfloat16_tile(height: int) -> Any:
+    @kernel
+    def multiply(x, x_at, w, w_at, blocks, words, bias, bias_at, out, out_at, out_stride, accumulate):
+        tile = start_tile(height, _VECTORS, bias, bias_at)
+        for pair in range(blocks * words):
+            at = x_at + pair // CHUNK * (GROUP * CHUNK) + pair % CHUNK
+            _prefetch_weights(height, w, w_at + pair * PANEL)
+            tile = dot_bfloat16(tile, height, x, at, CHUNK, w, w_at + pair * PANEL)
+        write_tile(tile, height, out, out_at, out_stride, accumulate)
+
+    return multiply
+
+
+def _int8_tile(height: int) -> Any:
+    @kernel
+    def multiply(x, x_at, w, w_at, blocks, words, bias, bias_at, out, out_at, out_stride, accumulate):
+        tile = start_tile(height, _VECTORS, bias, bias_at)
+        for _ in range(blocks):
+            ints = start_int_tile(height, _VECTORS, x, x_at + START_INT8, INT_CHUNK)
+            for word in range(words):
+                _prefetch_weights(height, w, w_at + word * PANEL)
+                ints = dot_int8(ints, height, x, x_at + word, INT_CHUNK, w, w_at + word * PANEL)
+            w_at += words * PANEL
+            tile = add_scaled(tile, ints, height, x, x_at + SCALE, INT_CHUNK, w, w_at)
+            w_at += PANEL // 2
+            x_at += GROUP * INT_CHUNK
+        write_tile(tile, height, out, out_at, out_stride, accumulate)
+
+    return multiply
+
+
+def _int4_tile(height: int) -> Any:
+    @kernel
+    def multiply(x, x_at, w, w_at, blocks, words, bias, bias_at, out, out_at, out_stride, accumulate, minima):
+        tile = start_tile(height, _VECTORS, bias, bias_at)
+        start = START_INT4_MIN if minima else START_INT4
+        for _ in range(blocks):
+            ints = start_int_tile(height, _VECTORS, x, x_at + start, INT_CHUNK)
+            for word in range(words):
+                _prefetch_weights(height, w, w_at + word * PANEL)
+                ints = dot_int4(ints, height, x, x_at + word, INT_CHUNK, w, w_at + word * PANEL)
+            w_at += words * PANEL
+            tile = add_scaled(tile, ints, height, x, x_at + SCALE, INT_CHUNK, w, w_at)
+            w_at += PANEL // 2
+            if minima:
+                tile = outer_product_float16(tile, height, x, x_at + SCALED_SUM, INT_CHUNK, w, w_at)
+                w_at += PANEL // 2
+            x_at += GROUP * INT_CHUNK
+        write_tile(tile, height, out, out_at, out_stride, accumulate)
+
+    return multiply
+
+
+_multiply_float32 = by_height(_HEIGHTS, _float32_tile)
+_multiply_bfloat16 = by_height(_HEIGHTS, _bfloat16_tile)
+_multiply_int8 = by_height(_INT_HEIGHTS, _int8_tile)
+_multiply_int4 = by_height(_INT_HEIGHTS, _int4_tile)
+
+
+@kernel
+def multiply_group(
+    format, rows, x, x_start, w, w_start, blocks, bias, bias_start, out, out_start, out_stride, accumulate
+):  # fmt: skip
+    """One tile: the first `rows` rows of an activation group times one panel, `blocks` blocks of inputs.
+
+    x: the group at word `x_start`; w: the panel at word `w_start`; bias: `PANEL` floats at `bias_start` that
+    every row starts from; out: rows `out_stride` apart, written or, with `accumulate`, added to. The tile may
+    be higher than `rows`, up to the whole group.
+    """
+    words = block_words(format)
+    if format == FLOAT32:
+        _multiply_float32(
+            rows,
+            x,
+            x_start,
+            w,
+            w_start,
+            blocks,
+            words,
+            bias,
+            bias_start,
+            out,
+            out_start,
+            out_stride,
+            accumulate,
+        )
+    elif format == BFLOAT16:
+        _multiply_bfloat16(
+            rows,
+            x,
+            x_start,
+            w,
+            w_start,
+            blocks,
+            words,
+            bias,
+            bias_start,
+            out,
+            out_start,
+            out_stride,
+            accumulate,
+        )
+    else:
+        for first in range(0, rows, _INT_HEIGHTS[-1]):
+            x_at, out_at = x_start + first * INT_CHUNK, out_start + first * out_stride
+            if format == INT8:
+                _multiply_int8(
+                    rows - first, x, x_at, w, w_start, blocks, words, bias, bias_start, out, out_at,
+                    out_stride, accumulate,
+                )  # fmt: skip
+            else:
+                _multiply_int4(
+                    rows - first, x, x_at, w, w_start, blocks, words, bias, bias_start, out, out_at,
+                    out_stride, accumulate, format == INT4_MIN,
+                )  # fmt: skip
+
+
+@kernel
+def matmul(counters, format, x, M, K, weights, w_start, bias_start, N, out, accumulate):
     """One thread's share of `out[m, n] (+)= bias[n] + sum over k of x[m, k] * w[n, k]`.
 
-    x: packed activations of M rows; weights: the float32 buffer that holds the panels at `w_start` and the
-    bias (padded to whole panels) at `bias_start`; out: flat, its rows `padded(N)` apart, `padded_rows(M)` of
-    them. All threads of the team call it; a barrier must follow.
+    x: packed activations of M rows for this format; weights: the buffer that holds the panels at word
+    `w_start` and the bias (floats, padded to whole panels) at `bias_start`; out: flat, its rows `padded(N)`
+    apart, `padded_rows(M)` of them. All threads of the team call it; a barrier must follow.
     """
     num_panels = padded(N) // PANEL
-    num_row_blocks = (M + _ROWS_PER_ITEM - 1) // _ROWS_PER_ITEM
     out_stride = num_panels * PANEL
+    blocks, row_words = num_blocks(K), activation_words(format, K)
+    panel_words = blocks * panel_block_words(format)
+    panels_per_item = max(1, _WORDS_PER_ITEM // panel_words) if M <= GROUP else 1
+    num_runs = (num_panels + panels_per_item - 1) // panels_per_item
+    num_row_blocks = (M + _ROWS_PER_ITEM - 1) // _ROWS_PER_ITEM
     item = next_item(counters)
-    while item < num_panels * num_row_blocks:
-        panel = item % num_panels
-        first_row = item // num_panels * _ROWS_PER_ITEM
-        for row in range(first_row, min(first_row + _ROWS_PER_ITEM, M), GROUP):
-            _multiply_tile(
-                group_height(M, row // GROUP),
-                x,
-                row * K,
-                weights,
-                w_start + panel * K * PANEL,
-                bias_start + panel * PANEL,
-                out,
-                row * out_stride + panel * PANEL,
-                out_stride,
-                K,
-                accumulate,
-            )
+    while item < num_runs * num_row_blocks:
+        first_panel = item % num_runs * panels_per_item
+        first_row = item // num_runs * _ROWS_PER_ITEM
+        for panel in range(first_panel, min(first_panel + panels_per_item, num_panels)):
+            for row in range(first_row, min(first_row + _ROWS_PER_ITEM, M), GROUP):
+                multiply_group(
+                    format, min(GROUP, M - row), x, row * row_words, weights, w_start + panel * panel_words,
+                    blocks, weights, bias_start + panel * PANEL, out, row * out_stride + panel * PANEL,
+                    out_stride, accumulate,
+                )  # fmt: skip
         item = next_item(counters)

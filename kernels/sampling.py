@@ -3,38 +3,51 @@
 The order is: repetition, frequency and presence penalties, logit bias, temperature, top-k, top-p (over what
 top-k left), min-p. Log-probabilities are the model's own, before any of these. The draw is a function of
 (seed, position) alone, so what a row samples never depends on the other rows.
+
+Nothing is sorted. Tokens rank by logit, the lower id first among equals, and every filter keeps a beginning
+of that ranking: the logits above a cut and the first few ("ties") that equal it. So a filter is a cut, which
+is found by halving a range, and a draw is a walk along the ids. Sums add up float32 within a block of tokens
+and float64 from block to block, in an order that the ids give.
 """
+
+import math
 
 import numpy as np
 
 from kernels.jit import kernel
-from kernels.simd import LANES, broadcast, exp, load, maximum, reduce_add, reduce_max, store
+from kernels.simd import (
+    LANES,
+    broadcast,
+    exp,
+    first_lane,
+    load,
+    maximum,
+    reduce_add,
+    reduce_max,
+    store,
+    store_within,
+    where_at_least,
+)
 
-# Candidates are ordered by histogram: buckets of equal width below the greatest logit, the last one open.
-_BUCKETS = 2048
-_BUCKETS_PER_NAT = 64.0
-_SUM_CHUNK = 1024
-
-
-@kernel
-def _mul_hi_lo(a, b):
-    product = np.uint64(a) * np.uint64(b)
-    return np.uint32(product >> np.uint64(32)), np.uint32(product & np.uint64(0xFFFFFFFF))
+# Tokens that are looked at together, and passed over together where none of them is of interest.
+_BLOCK = 16 * LANES
+# A token that is so many nats less likely than the likeliest is never drawn: `exp` ends there.
+_NATS = 87.3
 
 
 @kernel
 def philox(seed, counter):
     """64 random bits for a (seed, counter) pair of uint64: Philox4x32-10 (Salmon et al. 2011)."""
-    key0, key1 = np.uint32(seed & np.uint64(0xFFFFFFFF)), np.uint32(seed >> np.uint64(32))
-    c0, c1 = np.uint32(counter & np.uint64(0xFFFFFFFF)), np.uint32(counter >> np.uint64(32))
-    c2, c3 = np.uint32(0), np.uint32(0)
+    word, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    key0, key1 = seed & word, seed >> half
+    c0, c1, c2, c3 = counter & word, counter >> half, np.uint64(0), np.uint64(0)
     for _ in range(10):
-        high0, low0 = _mul_hi_lo(np.uint32(0xD2511F53), c0)
-        high1, low1 = _mul_hi_lo(np.uint32(0xCD9E8D57), c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
-        key0 = np.uint32(key0 + np.uint32(0x9E3779B9))
-        key1 = np.uint32(key1 + np.uint32(0xBB67AE85))
-    return (np.uint64(c1) << np.uint64(32)) | np.uint64(c0)
+        product0, product1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1 = (product1 >> half) ^ c1 ^ key0, product1 & word
+        c2, c3 = (product0 >> half) ^ c3 ^ key1, product0 & word
+        key0 = (key0 + np.uint64(0x9E3779B9)) & word
+        key1 = (key1 + np.uint64(0xBB67AE85)) & word
+    return c1 << half | c0
 
 
 @kernel
@@ -44,12 +57,21 @@ def uniform(seed, counter):
 
 
 @kernel
+def _greatest_by_lane(x, start):
+    """The greatest of `x[start : start + _BLOCK]` in each lane."""
+    best = load(x, start)
+    for i in range(start + LANES, start + _BLOCK, LANES):
+        best = maximum(load(x, i), best)
+    return best
+
+
+@kernel
 def greatest(x, size):
     """The greatest of `x[:size]`."""
-    whole = size - size % LANES
     best = broadcast(np.float32(-np.inf))
-    for i in range(0, whole, LANES):
-        best = maximum(load(x, i), best)
+    whole = size - size % _BLOCK
+    for start in range(0, whole, _BLOCK):
+        best = maximum(_greatest_by_lane(x, start), best)
     result = reduce_max(best)
     for i in range(whole, size):
         result = max(result, x[i])
@@ -60,30 +82,14 @@ def greatest(x, size):
 def argmax(x, size):
     """The first index of the greatest of `x[:size]`."""
     best = greatest(x, size)
-    for i in range(size):
-        if x[i] == best:
-            return i
+    for start in range(0, size, _BLOCK):
+        end = min(start + _BLOCK, size)
+        if end - start == _BLOCK and reduce_max(_greatest_by_lane(x, start)) < best:
+            continue
+        for i in range(start, end):
+            if x[i] == best:
+                return i
     return 0
-
-
-@kernel
-def exponentials(x, size, shift, out):
-    """`out[i] = exp(x[i] - shift)`; returns their sum. x and out reach up to a whole vector."""
-    sum_of_chunks = 0.0
-    for chunk in range(0, size, _SUM_CHUNK):
-        end = min(chunk + _SUM_CHUNK, size)
-        whole = chunk + (end - chunk) // LANES * LANES
-        total = broadcast(np.float32(0.0))
-        for i in range(chunk, whole, LANES):
-            value = exp(load(x, i) - broadcast(shift))
-            store(out, i, value)
-            total = total + value
-        sum_of_chunks += np.float64(reduce_add(total))
-        if whole < end:
-            store(out, whole, exp(load(x, whole) - broadcast(shift)))
-            for i in range(whole, end):
-                sum_of_chunks += np.float64(out[i])
-    return sum_of_chunks
 
 
 @kernel
@@ -110,120 +116,178 @@ def penalize(logits, tokens, prompt_len, repetition, frequency, presence, counts
 
 
 @kernel
-def _bucket(distance):
-    return np.int64(min(distance * _BUCKETS_PER_NAT, _BUCKETS - 1.0))
+def _walk(logits, size, top, inverse, cut, ties, target, scratch):
+    """Adds up the weights of the kept tokens in the order of ids until the sum exceeds `target`.
 
-
-@kernel
-def _cutoff(scaled, weights, size, top, top_k, top_p):
-    """Where top-k and then top-p end: (value, id); a token stays if it is greater, or equal with id <= id.
-
-    Ties go to the lower id. The candidates are sorted only within the histogram bucket of each boundary.
+    Returns the sum and the token that it ended with. A token weighs exp((logit - top) * inverse); kept are
+    those above `cut` and the first `ties` that equal it. A logit that is no number makes the sum none.
+    scratch: [size up to a whole vector], of which no more than _BLOCK is used.
     """
-    masses = np.zeros(_BUCKETS, np.float64)
-    counts = np.zeros(_BUCKETS, np.int64)
-    for i in range(size):
-        bucket = _bucket(np.float64(top - scaled[i])) if scaled[i] > -np.inf else _BUCKETS - 1
-        masses[bucket] += weights[i]
-        counts[bucket] += 1
-
-    value, last_id, mass = np.float32(-np.inf), size, 0.0
-    if 0 < top_k < size:
-        kept, bucket = 0, 0
-        while kept + counts[bucket] < top_k:
-            kept += counts[bucket]
-            mass += masses[bucket]
-            bucket += 1
-        ids = _sorted_bucket(scaled, size, top, bucket, counts[bucket])
-        for i in ids[: top_k - kept]:
-            mass += weights[i]
-            value, last_id = scaled[i], i
-    else:
-        for bucket in range(_BUCKETS):
-            mass += masses[bucket]
-    if top_p < 1.0:
-        target, reached, bucket = top_p * mass, 0.0, 0
-        while bucket < _BUCKETS - 1 and reached + masses[bucket] < target:
-            reached += masses[bucket]
-            bucket += 1
-        least_value, least_id = value, last_id
-        for i in _sorted_bucket(scaled, size, top, bucket, counts[bucket]):
-            if reached >= target or scaled[i] < least_value or (scaled[i] == least_value and i > least_id):
+    tops, inverses, cuts = broadcast(top), broadcast(inverse), broadcast(cut)
+    zero, one = broadcast(np.float32(0.0)), broadcast(np.float32(1.0))
+    weight_at_cut = np.float64(first_lane(exp((cuts - tops) * inverses)))
+    reached = 0.0
+    for start in range(0, size, _BLOCK):
+        end = min(start + _BLOCK, size)
+        if end - start == _BLOCK:
+            if reduce_max(_greatest_by_lane(logits, start)) < cut:
+                continue
+            above, equal = zero, zero  # what those above the cut weigh, how many are equal to it
+            for i in range(start, end, LANES):
+                x = load(logits, i)
+                above = above + where_at_least(cuts, x, zero, exp((x - tops) * inverses))
+            if ties > 0:
+                for i in range(start, end, LANES):
+                    x = load(logits, i)
+                    equal = equal + where_at_least(x, cuts, where_at_least(cuts, x, one, zero), zero)
+            taken = min(np.float64(reduce_add(equal)), ties)
+            amount = np.float64(reduce_add(above)) + taken * weight_at_cut
+            if not reached + amount > target:
+                reached += amount
+                ties -= taken
+                continue
+        # The walk ends in this block, token by token: the sum exceeds the target, or there are no more.
+        for i in range(start, end, LANES):
+            store(scratch, i - start, exp((load(logits, i) - tops) * inverses))
+        token = start
+        for i in range(start, end):
+            weight = np.float64(scratch[i - start])
+            if logits[i] == cut:
+                ties -= 1.0
+            if logits[i] < cut or (logits[i] == cut and ties < 0) or weight == 0:
+                continue
+            token = i
+            reached += weight
+            if reached > target:
                 break
-            reached += weights[i]
-            value, last_id = scaled[i], i
-    return value, last_id
+        return reached, token
+    return reached, 0
 
 
 @kernel
-def _sorted_bucket(scaled, size, top, bucket, count):
-    """The ids in one histogram bucket, greatest value first, lower ids first among equals."""
-    ids = np.empty(count, np.int64)
-    values = np.empty(count, np.float32)
-    found = 0
-    for i in range(size):
-        inside = bucket == _BUCKETS - 1
-        if scaled[i] > -np.inf:
-            inside = _bucket(np.float64(top - scaled[i])) == bucket
-        if inside:
-            ids[found] = i
-            values[found] = -scaled[i]
-            found += 1
-    return ids[np.argsort(values, kind="mergesort")]
+def _keep(x, size, low, high, out):
+    """Copies those of `x[:size]` from low to high, in their order, to `out`, which may be `x`.
+
+    Returns how many there are with the -inf that fill the last vector up.
+    """
+    lows, highs = broadcast(low), broadcast(high)
+    kept, whole = 0, size - size % LANES
+    for i in range(0, whole, LANES):
+        kept += store_within(out, kept, load(x, i), lows, highs)
+    for i in range(whole, size):
+        if low <= x[i] <= high:
+            out[kept] = x[i]
+            kept += 1
+    while kept % LANES:
+        out[kept] = -np.inf
+        kept += 1
+    return kept
+
+
+@kernel
+def _cutoff(logits, size, low, top, inverse, target, scratch):
+    """The greatest logit such that it and those above it weigh `target` or more, and the weight above it.
+
+    Only logits from `low` on are considered; if they weigh less, the cut leaves all of them. At an inverse
+    temperature of 0 every token weighs 1, which makes a top-k of the target.
+    scratch: [size up to a whole vector].
+
+    Quickselect (Hoare 1961) by values: a pass weighs what reaches the middle between low and high. Both then
+    snap to logits that are there, so that it ends soon whatever the scale, and what is outside is dropped.
+    """
+    tops, inverses = broadcast(top), broadcast(inverse)
+    zero, one = broadcast(np.float32(0.0)), broadcast(np.float32(1.0))
+    nothing = broadcast(np.float32(-np.inf))
+    weigh = inverse > 0
+    above, high = 0.0, top
+    count = _keep(logits, size, low, high, scratch)
+    while low < high:
+        middle = low * np.float32(0.5) + high * np.float32(0.5)
+        if not low < middle < high:
+            middle = high
+        middles = broadcast(middle)
+        # The logits nearest to the middle: those from it on negated, as there is no minimum of vectors.
+        weight, from_middle, to_middle = 0.0, nothing, nothing
+        for start in range(0, count, _BLOCK):
+            total = zero
+            for i in range(start, min(start + _BLOCK, count), LANES):
+                x = load(scratch, i)
+                total = total + where_at_least(x, middles, exp((x - tops) * inverses) if weigh else one, zero)
+                from_middle = maximum(where_at_least(x, middles, zero - x, nothing), from_middle)
+                to_middle = maximum(where_at_least(x, middles, nothing, x), to_middle)
+            weight += np.float64(reduce_add(total))
+        if above + weight >= target:
+            low = -reduce_max(from_middle)
+        else:
+            above += weight
+            high = reduce_max(to_middle)
+        count = _keep(scratch, count, low, high, scratch)
+    return low, above
 
 
 @kernel
 def sample(logits, size, temperature, top_k, top_p, min_p, seed, position, scaled, weights):
     """The sampled token id, or -1 if no token is allowed.
 
-    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 filter nothing.
-    scaled, weights: working memory, [vocab_size] up to a whole vector.
+    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 filter nothing. Reads `logits` up to a whole vector.
+    scaled, weights: working memory, [vocab_size up to a whole vector].
     """
     top = greatest(logits, size)
-    if top == -np.inf:
+    if not abs(top) < np.inf:
         return -1
     if temperature == 0:
         return argmax(logits, size)
-    # Dividing after subtracting the greatest keeps a tiny temperature from overflowing.
-    for i in range(size):
-        scaled[i] = (logits[i] - top) / temperature
-    total = exponentials(scaled, size, np.float32(0.0), weights)
-    value, last_id = np.float32(-np.inf), size
-    if 0 < top_k < size or top_p < 1.0:
-        value, last_id = _cutoff(scaled, weights, size, np.float32(0.0), top_k, top_p)
-    if value > -np.inf or min_p > 0:
-        total = 0.0
-        for i in range(size):
-            if scaled[i] < value or (scaled[i] == value and i > last_id) or weights[i] < min_p:
-                weights[i] = 0.0
-            total += weights[i]
-    target, reached, chosen = uniform(seed, position) * total, 0.0, 0
-    for i in range(size):
-        if weights[i] > 0:
-            chosen = i
-            reached += weights[i]
-            if reached > target:
-                break
-    return chosen
+    inverse = np.float32(min(1.0 / np.float64(temperature), 3e38))
+    lowest = np.float32(max(top - _NATS * temperature, -3e38))
+    cut, ties = np.float32(-np.inf), 0.0
+    if 0 < top_k < size:
+        cut, above = _cutoff(logits, size, lowest, top, np.float32(0.0), np.float64(top_k), scaled)
+        ties = top_k - above
+    if top_p < 1.0:
+        mass, _ = _walk(logits, size, top, inverse, cut, ties, np.inf, weights)
+        # Tokens that weigh less than this are, all together, less than the share that may be left out.
+        bound = top + temperature * math.log((1.0 - top_p) * mass / size)
+        low = max(np.float32(bound - abs(bound) * 2.0**-23), lowest, cut)
+        value, above = _cutoff(logits, size, low, top, inverse, top_p * mass, scaled)
+        weight = np.float64(first_lane(exp(broadcast((value - top) * inverse))))
+        needed = max(np.ceil((top_p * mass - above) / weight), 1.0)
+        ties = needed if value > cut else min(needed, ties)
+        cut = value
+    if min_p > 0:
+        # What float32 cannot tell from min_p of the greatest is kept.
+        bound = top + temperature * (math.log(np.float64(min_p)) - 2.0**-24)
+        value = np.float32(bound)
+        if value > cut or (value == cut and value < bound):
+            cut, ties = value, (np.inf if value >= bound else 0.0)
+    total, _ = _walk(logits, size, top, inverse, cut, ties, np.inf, weights)
+    _, token = _walk(logits, size, top, inverse, cut, ties, uniform(seed, position) * total, weights)
+    return token
 
 
 @kernel
 def top_tokens(logits, size, ids):
     """Fills `ids` with the ids of the greatest logits, greatest first, lower ids first among equals."""
     count = 0
-    for i in range(size if ids.size else 0):
-        if count == ids.size and not logits[i] > logits[ids[count - 1]]:
-            continue
-        place = count if count < ids.size else count - 1
-        while place > 0 and logits[i] > logits[ids[place - 1]]:
-            ids[place] = ids[place - 1]
-            place -= 1
-        ids[place] = i
-        count = min(count + 1, ids.size)
+    for start in range(0, size if ids.size else 0, _BLOCK):
+        end = min(start + _BLOCK, size)
+        if count == ids.size and end - start == _BLOCK:
+            best = reduce_max(_greatest_by_lane(logits, start))
+            if best <= logits[ids[count - 1]]:
+                continue
+        for i in range(start, end):
+            if count == ids.size and not logits[i] > logits[ids[count - 1]]:
+                continue
+            place = count if count < ids.size else count - 1
+            while place > 0 and logits[i] > logits[ids[place - 1]]:
+                ids[place] = ids[place - 1]
+                place -= 1
+            ids[place] = i
+            count = min(count + 1, ids.size)
 
 
 @kernel
 def log_sum_exp(logits, size, scratch):
     """The logarithm of the sum of exp(logits): a log-probability is a logit minus this."""
     top = greatest(logits, size)
-    return np.float64(top) + np.log(exponentials(logits, size, top, scratch))
+    total, _ = _walk(logits, size, top, np.float32(1.0), np.float32(-np.inf), 0.0, np.inf, scratch)
+    return np.float64(top) + math.log(total)

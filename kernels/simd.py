@@ -1,11 +1,13 @@
-"""The few LLVM operations that every kernel is built from: 16-lane float32 vectors and atomics.
+"""The few LLVM operations that every kernel is built from: 16-lane vectors, register tiles and atomics.
 
-This is the only module that emits LLVM IR. A vector has `LANES` float32 lanes on every machine; LLVM
+This is the only module that emits LLVM IR. A vector has `LANES` lanes of 32 bits on every machine; LLVM
 splits it into as many registers as the host's instruction set needs, so the same kernels run on AVX-512,
 AVX2, plain x86-64 and 64-bit Arm. Lane arithmetic is written with the ordinary operators (`a * b + c` rounds
-twice, `fma(a, b, c)` once where the machine can).
+twice, `fma(a, b, c)` once where the machine can). The dot products of short types use the host's own
+instruction where it has one and a portable form with the same exact integers elsewhere.
 
-Nothing here checks bounds: an index is a promise of the kernel that gives it.
+Arrays are float32 throughout: a "word" is one of their elements, which may hold a float, two bfloat16, four
+int8, eight int4 or an int32. Nothing here checks bounds: an index is a promise of the kernel that gives it.
 """
 
 import operator
@@ -22,27 +24,50 @@ from numba.extending import intrinsic, models, overload, register_model
 LANES = 16
 
 _F32 = ir.FloatType()
+_I8 = ir.IntType(8)
+_I16 = ir.IntType(16)
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
-_BYTE_POINTER = ir.IntType(8).as_pointer()
+_BYTE_POINTER = _I8.as_pointer()
 _VECTOR = ir.VectorType(_F32, LANES)
 _INT_VECTOR = ir.VectorType(_I32, LANES)
+_SHORT_VECTOR = ir.VectorType(_I16, LANES)
+_HALF_VECTOR = ir.VectorType(ir.HalfType(), LANES)
 
 
-class Float32Vector(types.Type):
-    """Numba's type of a vector of `LANES` float32 lanes."""
+class _BFloat16(ir.types.Type):  # type: ignore[misc]
+    """LLVM's `bfloat`, which llvmlite has no class for."""
 
-    def __init__(self) -> None:
-        super().__init__(name=f"float32x{LANES}")
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat16)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat16)
 
 
-vector = Float32Vector()
+_BFLOAT_PAIRS = ir.VectorType(_BFloat16(), 2 * LANES)
 
 
-@register_model(Float32Vector)
+class Vector(types.Type):
+    """Numba's type of a vector of `LANES` lanes, float32 or int32."""
+
+    def __init__(self, lane: str) -> None:
+        self.lane = lane
+        super().__init__(name=f"{lane}x{LANES}")
+
+
+vector = Vector("float32")
+int_vector = Vector("int32")
+
+
+@register_model(Vector)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, data_model_manager: Any, fe_type: Any) -> None:
-        super().__init__(data_model_manager, fe_type, _VECTOR)
+        llvm_type = _VECTOR if fe_type.lane == "float32" else _INT_VECTOR
+        super().__init__(data_model_manager, fe_type, llvm_type)
 
 
 def host_has(feature: str) -> bool:
@@ -62,23 +87,31 @@ def _element_pointer(context: Any, builder: Any, array_type: Any, array: Any, in
     return builder.gep(data, [index])
 
 
-def _vector_pointer(builder: Any, pointer: Any, offset: int) -> Any:
-    return builder.bitcast(builder.gep(pointer, [_I64(offset * LANES)]), _VECTOR.as_pointer())
+def _load(builder: Any, pointer: Any, kind: Any, word: int = 0) -> Any:
+    """Reads a value of any type from `word` words after a float32 pointer."""
+    pointer = builder.bitcast(builder.gep(pointer, [_I64(word)]), kind.as_pointer())
+    return builder.load(pointer, align=4)
 
 
-def _load_vector(builder: Any, pointer: Any, offset: int) -> Any:
-    return builder.load(_vector_pointer(builder, pointer, offset), align=4)
+def _store(builder: Any, pointer: Any, value: Any, word: int = 0) -> None:
+    pointer = builder.bitcast(builder.gep(pointer, [_I64(word)]), value.type.as_pointer())
+    builder.store(value, pointer, align=4)
 
 
 def _splat(builder: Any, value: Any) -> Any:
-    one_lane = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, _I32(0))
+    kind = ir.VectorType(value.type, LANES)
+    one_lane = builder.insert_element(ir.Constant(kind, ir.Undefined), value, _I32(0))
     return builder.shuffle_vector(
-        one_lane, ir.Constant(_VECTOR, ir.Undefined), ir.Constant(_INT_VECTOR, [0] * LANES)
+        one_lane, ir.Constant(kind, ir.Undefined), ir.Constant(_INT_VECTOR, [0] * LANES)
     )
 
 
 def _constant_splat(value: float) -> Any:
     return ir.Constant(_VECTOR, [float(value)] * LANES)
+
+
+def _int_splat(value: int) -> Any:
+    return ir.Constant(_INT_VECTOR, [value] * LANES)
 
 
 def _call(builder: Any, name: str, arguments: list[Any]) -> Any:
@@ -102,7 +135,7 @@ def load(_typing: Any, array: Any, index: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = _element_pointer(context, builder, signature.args[0], *arguments)
-        return _load_vector(builder, pointer, 0)
+        return _load(builder, pointer, _VECTOR)
 
     return vector(array, types.intp), emit
 
@@ -114,7 +147,7 @@ def store(_typing: Any, array: Any, index: Any, value: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = _element_pointer(context, builder, signature.args[0], *arguments[:2])
-        builder.store(arguments[2], _vector_pointer(builder, pointer, 0), align=4)
+        _store(builder, pointer, arguments[2])
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector), emit
@@ -130,7 +163,7 @@ def prefetch(_typing: Any, array: Any, index: Any) -> Any:
         )
         kind = ir.FunctionType(ir.VoidType(), [_BYTE_POINTER, _I32, _I32, _I32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [pointer, _I32(0), _I32(2), _I32(1)])  # to read, into the second level, data
+        builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])  # to read, into the first level, data
         return context.get_dummy_value()
 
     return types.void(array, types.intp), emit
@@ -174,6 +207,133 @@ def maximum(_typing: Any, a: Any, b: Any) -> Any:
         return builder.select(builder.fcmp_ordered(">", *arguments), *arguments)
 
     return vector(vector, vector), emit
+
+
+def _unary(emit_lanes: Any) -> Any:
+    """The body of an intrinsic from one vector to another."""
+
+    def intrinsic_of(_typing: Any, value: Any) -> Any:
+        def emit(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            return emit_lanes(builder, arguments[0])
+
+        return vector(vector), emit
+
+    return intrinsic_of
+
+
+@intrinsic
+def absolute(typing: Any, value: Any) -> Any:
+    """The magnitude of each lane."""
+    return _unary(lambda builder, x: _call(builder, "fabs", [x]))(typing, value)
+
+
+@intrinsic
+def nearest(typing: Any, value: Any) -> Any:
+    """Each lane rounded to a whole number, halves to the even one."""
+    return _unary(lambda builder, x: _call(builder, "rint", [x]))(typing, value)
+
+
+def _load_as_float(kind: Any, convert: Any) -> Any:
+    def intrinsic_of(_typing: Any, array: Any, index: Any) -> Any:
+        _require_float32(array)
+
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            pointer = _element_pointer(context, builder, signature.args[0], *arguments)
+            return convert(builder, _load(builder, pointer, kind))
+
+        return vector(array, types.intp), emit
+
+    return intrinsic_of
+
+
+def _store_as(convert: Any) -> Any:
+    def intrinsic_of(_typing: Any, array: Any, index: Any, value: Any) -> Any:
+        _require_float32(array)
+
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            pointer = _element_pointer(context, builder, signature.args[0], *arguments[:2])
+            _store(builder, pointer, convert(builder, arguments[2]))
+            return context.get_dummy_value()
+
+        return types.void(array, types.intp, vector), emit
+
+    return intrinsic_of
+
+
+def _from_bfloat16(builder: Any, shorts: Any) -> Any:
+    return builder.bitcast(builder.shl(builder.zext(shorts, _INT_VECTOR), _int_splat(16)), _VECTOR)
+
+
+def _to_bfloat16(builder: Any, value: Any) -> Any:
+    bits = builder.bitcast(value, _INT_VECTOR)
+    last = builder.and_(builder.lshr(bits, _int_splat(16)), _int_splat(1))
+    rounded = builder.lshr(builder.add(builder.add(bits, _int_splat(0x7FFF)), last), _int_splat(16))
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    return builder.trunc(builder.select(is_nan, _int_splat(0x7FC0), rounded), _SHORT_VECTOR)
+
+
+def _from_float16(builder: Any, halves: Any) -> Any:
+    """float16 to float32 lanes, exact for finite values."""
+    if host_has("f16c") or host_has("avx512f") or host_has("neon"):
+        return builder.fpext(halves, _VECTOR)
+    # Without the instruction LLVM would call a function of the C runtime. The same bits read as a float32 are
+    # the value times 2^-112.
+    bits = builder.zext(builder.bitcast(halves, _SHORT_VECTOR), _INT_VECTOR)
+    magnitude = builder.shl(builder.and_(bits, _int_splat(0x7FFF)), _int_splat(13))
+    scaled = builder.fmul(builder.bitcast(magnitude, _VECTOR), _constant_splat(2.0**112))
+    sign = builder.shl(builder.and_(bits, _int_splat(0x8000)), _int_splat(16))
+    return builder.bitcast(builder.or_(builder.bitcast(scaled, _INT_VECTOR), sign), _VECTOR)
+
+
+@intrinsic
+def load_bfloat16(typing: Any, array: Any, index: Any) -> Any:
+    """`LANES` bfloat16 from word `index` on, as floats."""
+    return _load_as_float(_SHORT_VECTOR, _from_bfloat16)(typing, array, index)
+
+
+@intrinsic
+def store_bfloat16(typing: Any, array: Any, index: Any, value: Any) -> Any:
+    """Writes `LANES` floats as bfloat16 to the `LANES / 2` words from `index` on, rounded to nearest even."""
+    return _store_as(_to_bfloat16)(typing, array, index, value)
+
+
+@intrinsic
+def load_float16(typing: Any, array: Any, index: Any) -> Any:
+    """`LANES` finite float16 from word `index` on, as floats."""
+    return _load_as_float(_HALF_VECTOR, _from_float16)(typing, array, index)
+
+
+@intrinsic
+def store_int8(typing: Any, array: Any, index: Any, value: Any) -> Any:
+    """Writes `LANES` whole floats from -128 to 127 as int8 to the `LANES / 4` words from `index` on."""
+
+    def convert(builder: Any, floats: Any) -> Any:
+        return builder.trunc(builder.fptosi(floats, _INT_VECTOR), ir.VectorType(_I8, LANES))
+
+    return _store_as(convert)(typing, array, index, value)
+
+
+@intrinsic
+def store_int32(_typing: Any, array: Any, index: Any, value: Any) -> Any:
+    """Writes an int32 to the word at `index`."""
+    _require_float32(array)
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _store(builder, _element_pointer(context, builder, signature.args[0], *arguments[:2]), arguments[2])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.int32), emit
+
+
+@intrinsic
+def load_int32(_typing: Any, array: Any, index: Any) -> Any:
+    """The word at `index` as an int32."""
+    _require_float32(array)
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _load(builder, _element_pointer(context, builder, signature.args[0], *arguments), _I32)
+
+    return types.int32(array, types.intp), emit
 
 
 def _overload_arithmetic(python_operator: Any, emit_name: str) -> None:
@@ -260,8 +420,8 @@ def exp(_typing: Any, value: Any) -> Any:
         for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5):
             p = _call(builder, "fmuladd", [p, r, _constant_splat(coefficient)])
         p = _call(builder, "fmuladd", [p, builder.fmul(r, r), builder.fadd(r, _constant_splat(1.0))])
-        exponent = builder.add(builder.fptosi(n, _INT_VECTOR), ir.Constant(_INT_VECTOR, [127] * LANES))
-        power = builder.bitcast(builder.shl(exponent, ir.Constant(_INT_VECTOR, [23] * LANES)), _VECTOR)
+        exponent = builder.add(builder.fptosi(n, _INT_VECTOR), _int_splat(127))
+        power = builder.bitcast(builder.shl(exponent, _int_splat(23)), _VECTOR)
         return builder.select(underflows, _constant_splat(0.0), builder.fmul(p, power))
 
     return vector(vector), emit
@@ -283,7 +443,7 @@ def start_tile(_typing: Any, rows: Any, vectors: Any, first_row: Any, index: Any
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = _element_pointer(context, builder, signature.args[2], arguments[2], arguments[3])
-        row = [_load_vector(builder, pointer, v) for v in range(num_vectors)]
+        row = [_load(builder, pointer, _VECTOR, v * LANES) for v in range(num_vectors)]
         return context.make_tuple(builder, signature.return_type, row * num_rows)
 
     tile = types.UniTuple(vector, num_rows * num_vectors)
@@ -291,81 +451,298 @@ def start_tile(_typing: Any, rows: Any, vectors: Any, first_row: Any, index: Any
 
 
 @intrinsic(prefer_literal=True)
-def load_tile(_typing: Any, rows: Any, source: Any, index: Any, stride: Any) -> Any:
-    """A register tile of `rows` rows of one vector each, read from `source`, `stride` floats apart."""
+def write_tile(_typing: Any, tile: Any, rows: Any, out: Any, index: Any, stride: Any, accumulate: Any) -> Any:
+    """Writes a register tile's rows to `out` from `index` on, `stride` floats apart, or adds them there."""
     num_rows = _literal(rows)
+    num_vectors = tile.count // num_rows
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = _element_pointer(context, builder, signature.args[1], arguments[1], arguments[2])
-        vectors = []
-        for _ in range(num_rows):
-            vectors.append(_load_vector(builder, pointer, 0))
-            pointer = builder.gep(pointer, [arguments[3]])
-        return context.make_tuple(builder, signature.return_type, vectors)
+        tile_value, _, out_value, index_value, stride_value, accumulates = arguments
+        start = _element_pointer(context, builder, signature.args[2], out_value, index_value)
 
-    return types.UniTuple(vector, num_rows)(rows, source, types.intp, types.intp), emit
-
-
-def _store_tile(accumulate: bool) -> Any:
-    def intrinsic_of(_typing: Any, tile: Any, rows: Any, out: Any, index: Any, stride: Any) -> Any:
-        num_rows = _literal(rows)
-        num_vectors = tile.count // num_rows
-
-        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            tile_value, _, out_value, index_value, stride_value = arguments
-            pointer = _element_pointer(context, builder, signature.args[2], out_value, index_value)
+        def write(adds: bool) -> None:
+            pointer = start
             for row in range(num_rows):
                 for v in range(num_vectors):
                     value = builder.extract_value(tile_value, row * num_vectors + v)
-                    if accumulate:
-                        value = builder.fadd(_load_vector(builder, pointer, v), value)
-                    builder.store(value, _vector_pointer(builder, pointer, v), align=4)
+                    if adds:
+                        value = builder.fadd(_load(builder, pointer, _VECTOR, v * LANES), value)
+                    _store(builder, pointer, value, v * LANES)
                 pointer = builder.gep(pointer, [stride_value])
-            return context.get_dummy_value()
 
-        return types.void(tile, rows, out, types.intp, types.intp), emit
+        with builder.if_else(accumulates) as (add, replace):
+            with add:
+                write(adds=True)
+            with replace:
+                write(adds=False)
+        return context.get_dummy_value()
+
+    return types.void(tile, rows, out, types.intp, types.intp, types.boolean), emit
+
+
+@intrinsic(prefer_literal=True)
+def start_int_tile(_typing: Any, rows: Any, vectors: Any, x: Any, index: Any, stride: Any) -> Any:
+    """A register tile of int32: all lanes of a row start as the int32 in word `x[index + row * stride]`."""
+    num_rows, num_vectors, row_stride = _literal(rows), _literal(vectors), _literal(stride)
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = _element_pointer(context, builder, signature.args[2], *arguments[2:4])
+        values = []
+        for row in range(num_rows):
+            values += [_splat(builder, _load(builder, pointer, _I32, row * row_stride))] * num_vectors
+        return context.make_tuple(builder, signature.return_type, values)
+
+    tile = types.UniTuple(int_vector, num_rows * num_vectors)
+    return tile(rows, vectors, x, types.intp, stride), emit
+
+
+def _tile_update(load_row: Any, load_column: Any, multiply_add: Any) -> Any:
+    """The body of an intrinsic `(tile, rows, x, x_index, x_stride, w, w_index)` that updates a register tile.
+
+    `load_row(builder, pointer)` reads what a row has in common, `load_column(builder, pointer, v)` what the
+    v-th vector of columns has, and `multiply_add(builder, row, column, accumulator)` joins them. `rows` and
+    `x_stride` are compile-time constants, so the reads of all rows need a single address register; with a
+    stride known only at run time the accumulators spill.
+    """
+
+    def intrinsic_of(
+        _typing: Any, tile: Any, rows: Any, x: Any, x_index: Any, x_stride: Any, w: Any, w_index: Any
+    ) -> Any:
+        num_rows, stride = _literal(rows), _literal(x_stride)
+        num_vectors = tile.count // num_rows
+
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            accumulators, _, x_value, x_at, _, w_value, w_at = arguments
+            x_pointer = _element_pointer(context, builder, signature.args[2], x_value, x_at)
+            w_pointer = _element_pointer(context, builder, signature.args[5], w_value, w_at)
+            columns = [load_column(builder, w_pointer, v) for v in range(num_vectors)]
+            updated = []
+            for row in range(num_rows):
+                factor = load_row(builder, builder.gep(x_pointer, [_I64(row * stride)]))
+                for v in range(num_vectors):
+                    accumulator = builder.extract_value(accumulators, row * num_vectors + v)
+                    updated.append(multiply_add(builder, factor, columns[v], accumulator))
+            return context.make_tuple(builder, signature.return_type, updated)
+
+        return tile(tile, rows, x, types.intp, x_stride, w, types.intp), emit
 
     return intrinsic_of
 
 
-@intrinsic(prefer_literal=True)
-def store_tile(typing: Any, tile: Any, rows: Any, out: Any, index: Any, stride: Any) -> Any:
-    """Writes a register tile's rows to `out` from `index` on, `stride` floats apart."""
-    return _store_tile(accumulate=False)(typing, tile, rows, out, index, stride)
+def _float_row(builder: Any, pointer: Any) -> Any:
+    return _splat(builder, builder.load(pointer))
 
 
-@intrinsic(prefer_literal=True)
-def add_tile(typing: Any, tile: Any, rows: Any, out: Any, index: Any, stride: Any) -> Any:
-    """Adds a register tile's rows to `out` from `index` on, `stride` floats apart."""
-    return _store_tile(accumulate=True)(typing, tile, rows, out, index, stride)
+def _multiply_add(builder: Any, row: Any, column: Any, accumulator: Any) -> Any:
+    return _call(builder, "fmuladd", [row, column, accumulator])
 
 
 @intrinsic(prefer_literal=True)
 def outer_product(
-    _typing: Any, tile: Any, rows: Any, x: Any, x_index: Any, x_stride: Any, w: Any, w_index: Any
+    typing: Any, tile: Any, rows: Any, x: Any, x_index: Any, x_stride: Any, w: Any, w_index: Any
 ) -> Any:
     """`tile[r][v] + x[x_index + r * x_stride] * w[w_index + v * LANES ...]`: one rank-1 update.
 
-    `tile` is a tuple of rows * V vectors, row-major. `rows` and `x_stride` are compile-time constants, so the
-    broadcasts need a single address register; with a stride known only at run time the accumulators spill.
+    `tile` is a tuple of rows * V vectors, row-major; see `_tile_update`.
     """
+    update = _tile_update(_float_row, lambda b, w, v: _load(b, w, _VECTOR, v * LANES), _multiply_add)
+    return update(typing, tile, rows, x, x_index, x_stride, w, w_index)
+
+
+@intrinsic(prefer_literal=True)
+def outer_product_float16(
+    typing: Any, tile: Any, rows: Any, x: Any, x_index: Any, x_stride: Any, w: Any, w_index: Any
+) -> Any:
+    """Like `outer_product`, where the words of `w` hold two float16 each."""
+
+    def load_column(builder: Any, pointer: Any, v: int) -> Any:
+        return _from_float16(builder, _load(builder, pointer, _HALF_VECTOR, v * LANES // 2))
+
+    update = _tile_update(_float_row, load_column, _multiply_add)
+    return update(typing, tile, rows, x, x_index, x_stride, w, w_index)
+
+
+@intrinsic(prefer_literal=True)
+def dot_bfloat16(
+    typing: Any, tile: Any, rows: Any, x: Any, x_index: Any, x_stride: Any, w: Any, w_index: Any
+) -> Any:
+    """Like `outer_product`, where each word is a pair of bfloat16: adds both products to each lane."""
+    if host_has("avx512bf16"):
+
+        def load_pairs(builder: Any, pointer: Any, v: int) -> Any:
+            return builder.bitcast(_load(builder, pointer, _INT_VECTOR, v * LANES), _BFLOAT_PAIRS)
+
+        def splat_pair(builder: Any, pointer: Any) -> Any:
+            return builder.bitcast(_splat(builder, _load(builder, pointer, _I32)), _BFLOAT_PAIRS)
+
+        def add_products(builder: Any, row: Any, column: Any, accumulator: Any) -> Any:
+            kind = ir.FunctionType(_VECTOR, [_VECTOR, _BFLOAT_PAIRS, _BFLOAT_PAIRS])
+            function = cgutils.get_or_insert_function(
+                builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512"
+            )
+            return builder.call(function, [accumulator, row, column])
+
+        update = _tile_update(splat_pair, load_pairs, add_products)
+    else:
+
+        def halves(builder: Any, words: Any) -> Any:
+            low = builder.shl(words, _int_splat(16))
+            high = builder.and_(words, _int_splat(-65536))
+            return builder.bitcast(low, _VECTOR), builder.bitcast(high, _VECTOR)
+
+        def add_both(builder: Any, row: Any, column: Any, accumulator: Any) -> Any:
+            for factor, weight in zip(row, column, strict=True):
+                accumulator = _multiply_add(builder, factor, weight, accumulator)
+            return accumulator
+
+        update = _tile_update(
+            lambda b, x: halves(b, _splat(b, _load(b, x, _I32))),
+            lambda b, w, v: halves(b, _load(b, w, _INT_VECTOR, v * LANES)),
+            add_both,
+        )
+    return update(typing, tile, rows, x, x_index, x_stride, w, w_index)
+
+
+def _split_call(builder: Any, name: str, parts: int, result: Any, arguments: list[Any]) -> Any:
+    """Calls an intrinsic of a machine whose registers hold 1 / `parts` of a vector, part by part."""
+    pieces = []
+    for part in range(parts):
+        taken = []
+        for argument in arguments:
+            width = argument.type.count // parts
+            mask = ir.Constant(ir.VectorType(_I32, width), list(range(part * width, (part + 1) * width)))
+            taken.append(
+                builder.shuffle_vector(argument, ir.Constant(argument.type, ir.Undefined), mask)
+                if parts > 1
+                else argument
+            )
+        piece_type = ir.VectorType(result.element, result.count // parts)
+        kind = ir.FunctionType(piece_type, [value.type for value in taken])
+        function = cgutils.get_or_insert_function(builder.module, kind, name)
+        pieces.append(builder.call(function, taken))
+    while len(pieces) > 1:
+        joined = []
+        for low, high in zip(pieces[::2], pieces[1::2], strict=True):
+            width = 2 * low.type.count
+            joined.append(
+                builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(_I32, width), list(range(width))))
+            )
+        pieces = joined
+    return pieces[0]
+
+
+def _multiply_pairs(builder: Any, a: Any, b: Any) -> Any:
+    """a[2i] * b[2i] + a[2i + 1] * b[2i + 1] of int16 lanes, as int32 lanes."""
+    for feature, name, parts in (
+        ("avx512bw", "llvm.x86.avx512.pmaddw.d.512", 1),
+        ("avx2", "llvm.x86.avx2.pmadd.wd", 2),
+        ("sse2", "llvm.x86.sse2.pmadd.wd", 4),
+    ):
+        if host_has(feature):
+            shorts = ir.VectorType(_I16, 2 * LANES)
+            operands = [builder.bitcast(a, shorts), builder.bitcast(b, shorts)]
+            return _split_call(builder, name, parts, _INT_VECTOR, operands)
+    sixteen = _int_splat(16)
+    low, high = (
+        builder.mul(*(builder.ashr(half(value), sixteen) for value in (a, b)))
+        for half in (lambda value: builder.shl(value, sixteen), lambda value: value)
+    )
+    return builder.add(low, high)
+
+
+def _dot_bytes(builder: Any, unsigned: Any, signed: Any, accumulator: Any) -> Any:
+    """accumulator + the four products of each lane's bytes, exact in int32."""
+    for feature, name, parts in (
+        ("avx512vnni", "llvm.x86.avx512.vpdpbusd.512", 1),
+        ("avxvnni", "llvm.x86.avx512.vpdpbusd.256", 2),
+    ):
+        if host_has(feature):
+            return _split_call(builder, name, parts, _INT_VECTOR, [accumulator, unsigned, signed])
+    shorts = ir.VectorType(_I16, 2 * LANES)
+    eight = ir.Constant(shorts, [8] * 2 * LANES)
+    even, odd = (
+        builder.and_(value, _int_splat(0x00FF00FF))
+        for value in (unsigned, builder.lshr(unsigned, _int_splat(8)))
+    )
+    signed = builder.bitcast(signed, shorts)
+    signed_even = builder.ashr(builder.shl(signed, eight), eight)
+    signed_odd = builder.ashr(signed, eight)
+    for a, b in ((even, signed_even), (odd, signed_odd)):
+        products = _multiply_pairs(builder, a, builder.bitcast(b, _INT_VECTOR))
+        accumulator = builder.add(accumulator, products)
+    return accumulator
+
+
+def _int_row(builder: Any, pointer: Any) -> Any:
+    return _splat(builder, _load(builder, pointer, _I32))
+
+
+@intrinsic(prefer_literal=True)
+def dot_int8(
+    typing: Any, tile: Any, rows: Any, x: Any, x_index: Any, x_stride: Any, w: Any, w_index: Any
+) -> Any:
+    """Adds to each int32 lane the four products of a word of int8 `x` and a word of uint8 `w`."""
+    update = _tile_update(
+        _int_row,
+        lambda b, w, v: _load(b, w, _INT_VECTOR, v * LANES),
+        lambda b, row, column, accumulator: _dot_bytes(b, column, row, accumulator),
+    )
+    return update(typing, tile, rows, x, x_index, x_stride, w, w_index)
+
+
+@intrinsic(prefer_literal=True)
+def dot_int4(
+    typing: Any, tile: Any, rows: Any, x: Any, x_index: Any, x_stride: Any, w: Any, w_index: Any
+) -> Any:
+    """Adds to each int32 lane the products of eight int8 `x` and the eight unsigned nibbles of a word of `w`.
+
+    The low nibbles meet the word of `x`, the high nibbles the word four further.
+    """
+
+    def load_nibbles(builder: Any, pointer: Any, v: int) -> Any:
+        words = _load(builder, pointer, _INT_VECTOR, v * LANES)
+        low = _int_splat(0x0F0F0F0F)
+        return builder.and_(words, low), builder.and_(builder.lshr(words, _int_splat(4)), low)
+
+    def load_words(builder: Any, pointer: Any) -> Any:
+        return tuple(_splat(builder, _load(builder, pointer, _I32, word)) for word in (0, 4))
+
+    def add_products(builder: Any, row: Any, column: Any, accumulator: Any) -> Any:
+        for signed, unsigned in zip(row, column, strict=True):
+            accumulator = _dot_bytes(builder, unsigned, signed, accumulator)
+        return accumulator
+
+    update = _tile_update(load_words, load_nibbles, add_products)
+    return update(typing, tile, rows, x, x_index, x_stride, w, w_index)
+
+
+@intrinsic(prefer_literal=True)
+def add_scaled(
+    _typing: Any, tile: Any, ints: Any, rows: Any, x: Any, x_index: Any, x_stride: Any, w: Any, w_index: Any
+) -> Any:
+    """`tile[r][v] + float(ints[r][v]) * (x[x_index + r * x_stride] * w[w_index + ...])`, `w` in float16."""
     num_rows, stride = _literal(rows), _literal(x_stride)
     num_vectors = tile.count // num_rows
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        accumulators, _, x_value, x_at, _, w_value, w_at = arguments
-        x_pointer = _element_pointer(context, builder, signature.args[2], x_value, x_at)
-        w_pointer = _element_pointer(context, builder, signature.args[5], w_value, w_at)
-        columns = [_load_vector(builder, w_pointer, v) for v in range(num_vectors)]
+        accumulators, int_values, _, x_value, x_at, _, w_value, w_at = arguments
+        x_pointer = _element_pointer(context, builder, signature.args[3], x_value, x_at)
+        w_pointer = _element_pointer(context, builder, signature.args[6], w_value, w_at)
+        scales = [
+            _from_float16(builder, _load(builder, w_pointer, _HALF_VECTOR, v * LANES // 2))
+            for v in range(num_vectors)
+        ]
         updated = []
         for row in range(num_rows):
-            factor = _splat(builder, builder.load(builder.gep(x_pointer, [_I64(row * stride)])))
+            factor = _float_row(builder, builder.gep(x_pointer, [_I64(row * stride)]))
             for v in range(num_vectors):
-                accumulator = builder.extract_value(accumulators, row * num_vectors + v)
-                updated.append(_call(builder, "fmuladd", [factor, columns[v], accumulator]))
+                position = row * num_vectors + v
+                value = builder.sitofp(builder.extract_value(int_values, position), _VECTOR)
+                accumulator = builder.extract_value(accumulators, position)
+                updated.append(_multiply_add(builder, value, builder.fmul(factor, scales[v]), accumulator))
         return context.make_tuple(builder, signature.return_type, updated)
 
-    return tile(tile, rows, x, types.intp, x_stride, w, types.intp), emit
+    return tile(tile, ints, rows, x, types.intp, x_stride, w, types.intp), emit
 
 
 def _counter_pointer(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -417,3 +794,39 @@ def yield_thread(_typing: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(), emit
+
+
+@intrinsic
+def where_at_least(_typing: Any, x: Any, bound: Any, chosen: Any, otherwise: Any) -> Any:
+    """By lane `chosen` where `x >= bound`, and `otherwise` elsewhere."""
+
+    def emit(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        x_value, bound_value, *choices = arguments
+        return builder.select(builder.fcmp_ordered(">=", x_value, bound_value), *choices)
+
+    return vector(vector, vector, vector, vector), emit
+
+
+@intrinsic
+def store_within(_typing: Any, array: Any, index: Any, value: Any, low: Any, high: Any) -> Any:
+    """Writes the lanes with `low <= value <= high`, side by side, from flat position `index` on; how many.
+
+    All `LANES` floats from `index` on are written, those behind the kept lanes with anything.
+    """
+    _require_float32(array)
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array_value, index_value, lanes, lows, highs = arguments
+        inside = builder.and_(
+            builder.fcmp_ordered(">=", lanes, lows), builder.fcmp_ordered("<=", lanes, highs)
+        )
+        compress = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(_VECTOR, [_VECTOR, inside.type, _VECTOR]),
+            f"llvm.experimental.vector.compress.v{LANES}f32",
+        )
+        kept = builder.call(compress, [lanes, inside, ir.Constant(_VECTOR, ir.Undefined)])
+        _store(builder, _element_pointer(context, builder, signature.args[0], array_value, index_value), kept)
+        return builder.zext(builder.ctpop(builder.bitcast(inside, ir.IntType(LANES))), _I64)
+
+    return types.int64(array, types.intp, vector, vector, vector), emit

@@ -9,21 +9,26 @@ nothing depends on TBB or OpenMP, several engines can live in one process, and c
 quicker than with `parallel=True`.
 """
 
+import contextlib
+import operator
 import os
 import threading
-from dataclasses import dataclass
+from collections import deque
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.jit import kernel
+from kernels.jit import entry_point, kernel
 from kernels.simd import atomic_add, atomic_load, atomic_store, yield_thread
 
 # Counters that different threads hammer live on different cache lines, 8 int64 apart.
 _ARRIVED, _GENERATION, _NEXT_ITEM = 0, 8, 16
+_LONGEST_RUN = 16
 _SPINS_BEFORE_YIELD = 2000
+_SPINS_BEFORE_SLEEP = 1_000_000
 
 
 def new_counters() -> NDArray[np.int64]:
@@ -35,6 +40,17 @@ def new_counters() -> NDArray[np.int64]:
 def next_item(counters):
     """Takes the next work item of this phase; numbers run on past the last one."""
     return atomic_add(counters, _NEXT_ITEM, 1)
+
+
+@kernel
+def next_rows(counters, num_rows, num_threads):
+    """Takes the next run of this phase's rows: (first, end), empty once all are taken.
+
+    Runs are short where there are few rows, else so long that threads seldom write to the same cache line.
+    """
+    length = min(max(num_rows // (4 * num_threads), 1), _LONGEST_RUN)
+    first = next_item(counters) * length
+    return first, min(first + length, num_rows)
 
 
 @kernel
@@ -53,32 +69,49 @@ def barrier(counters, num_threads):
             yield_thread()
 
 
-class ThreadTeam:
-    """Runs `function(thread_index, num_threads, *arguments)` on `num_threads` threads of its own at once.
+@entry_point
+def _await_change(tickets, seen):
+    """Spins until the ticket is no longer `seen`, for some milliseconds at most."""
+    spins = 0
+    while atomic_load(tickets, 0) == seen and spins < _SPINS_BEFORE_SLEEP:
+        spins += 1
+        if spins % _SPINS_BEFORE_YIELD == 0:
+            yield_thread()
 
-    The caller only waits: a call that has begun always runs to its end on all members, so an interrupt
-    (Ctrl-C) in the caller never leaves a member alone at a barrier. Calls are served one after the other.
+
+class ThreadTeam:
+    """Runs `function(thread_index, num_threads, *arguments)` on `num_threads` threads at once.
+
+    The caller is member 0, the others are threads of the team's own. The function must end with a barrier, so
+    that its work is done when member 0 returns. Calls are served one after the other.
     """
 
     def __init__(self, num_threads: int) -> None:
         self.num_threads = num_threads
         self._process_id = -1
         self._inboxes: list[SimpleQueue[_Job | None]] = []
+        self._tickets = np.zeros(1, np.int64)
+        self._lock = threading.Lock()
 
     def run(self, function: Any, *arguments: Any) -> None:
-        """Returns when every member has returned; an exception of one of them is raised here."""
-        if self._process_id != os.getpid():  # first use, or a fork, which keeps no thread but the caller's
-            self._start_threads()
-        job = _Job(function, arguments, SimpleQueue())
-        self._inboxes[0].put(job)
-        error = job.done.get()
-        if error is not None:
-            raise error
+        """Returns when every member has done its share."""
+        with self._lock:
+            if (
+                self._process_id != os.getpid()
+            ):  # first use, or a fork, which keeps no thread but the caller's
+                self._start_threads()
+            calls: list[Any] = [partial(inbox.put, (function, arguments)) for inbox in self._inboxes]
+            calls.append(partial(function, 0, self.num_threads, *arguments))
+            self._tickets[0] += 1
+            # One call into C: no bytecode runs between the job's announcement and the caller's own share, so
+            # no signal handler either, and an interrupt (Ctrl-C) never leaves a member alone at a barrier.
+            deque(map(operator.call, calls), maxlen=0)
 
     def close(self) -> None:
         """Ends the threads once they are idle; a later `run` starts new ones."""
-        if self._process_id == os.getpid():
-            self._inboxes[0].put(None)
+        for inbox in self._inboxes:
+            inbox.put(None)
+        self._inboxes = []
         self._process_id = -1
 
     def __del__(self) -> None:
@@ -86,54 +119,28 @@ class ThreadTeam:
 
     def _start_threads(self) -> None:
         self._process_id = os.getpid()
-        self._inboxes = [SimpleQueue() for _ in range(self.num_threads)]
-        for index in range(self.num_threads):
+        self._inboxes = [SimpleQueue() for _ in range(self.num_threads - 1)]
+        for index, inbox in enumerate(self._inboxes, start=1):
             threading.Thread(
-                target=_serve, args=(self._inboxes, index), name=f"pagellm-kernel-{index}", daemon=True
+                target=_serve,
+                args=(inbox, self._tickets, index, self.num_threads),
+                name=f"pagellm-kernel-{index}",
+                daemon=True,
             ).start()
 
 
-@dataclass(frozen=True)
-class _Job:
-    function: Any
-    arguments: tuple[Any, ...]
-    done: "SimpleQueue[BaseException | None]"
+_Job = tuple[Any, tuple[Any, ...]]
 
 
-def _serve(inboxes: "list[SimpleQueue[_Job | None]]", index: int) -> None:
-    if index == 0:
-        _lead(inboxes)
-    else:
-        _follow(inboxes, index)
-
-
-def _lead(inboxes: "list[SimpleQueue[_Job | None]]") -> None:
-    """Member 0: passes each job on to the others, does its own share, and reports when all are done."""
-    while True:
-        job = inboxes[0].get()
-        if job is None:
-            for inbox in inboxes[1:]:
-                inbox.put(None)
-            return
-        others = _Job(job.function, job.arguments, SimpleQueue())
-        for inbox in inboxes[1:]:
-            inbox.put(others)
-        error = _work(job, 0, len(inboxes))
-        for _ in inboxes[1:]:
-            error = others.done.get() or error
-        job.done.put(error)
-        del job, others  # an idle team keeps no model alive
-
-
-def _follow(inboxes: "list[SimpleQueue[_Job | None]]", index: int) -> None:
-    while (job := inboxes[index].get()) is not None:
-        job.done.put(_work(job, index, len(inboxes)))
-        del job
-
-
-def _work(job: _Job, index: int, num_threads: int) -> BaseException | None:
-    try:
-        job.function(index, num_threads, *job.arguments)
-    except BaseException as error:
-        return error
-    return None
+def _serve(
+    inbox: "SimpleQueue[_Job | None]", tickets: NDArray[np.int64], index: int, num_threads: int
+) -> None:
+    """What a member does: it waits for a job, awake for a while, because a sleeping thread wakes up late."""
+    while (job := inbox.get()) is not None:
+        seen = int(tickets[0])
+        function, arguments = job
+        # The caller's own share fails in the same way, before any barrier, and tells.
+        with contextlib.suppress(Exception):
+            function(index, num_threads, *arguments)
+        del job, function, arguments  # an idle team keeps no model alive
+        _await_change(tickets, seen)

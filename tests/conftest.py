@@ -12,7 +12,14 @@ from engine import LLM, CheckpointError
 MODELS = Path(__file__).parent / "fixtures" / "models"
 
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# `--hypothesis-profile=quick`: for tests that run many times over, once for each instruction set.
+settings.register_profile("quick", settings.get_profile("default"), max_examples=6)
 settings.load_profile("default")
+
+
+def at_most(examples: int) -> settings:
+    """So many examples, or fewer if the profile wants fewer."""
+    return settings(max_examples=min(examples, settings.default.max_examples))
 
 
 def model_path(name: str) -> Path:

@@ -17,6 +17,32 @@ def _exact(x: ArrayLike) -> Floats:
     return np.asarray(x, np.float64)
 
 
+# Short numbers
+
+
+def bfloat16(x: ArrayLike) -> Floats:
+    """Each number rounded to the nearest with 8 significant bits, ties to the even one, as float32 has them."""
+    x = _exact(x)
+    _, exponent = np.frexp(x)
+    step = np.ldexp(1.0, np.maximum(exponent, -125) - 8)  # below 2^-126 steps no longer shrink
+    rounded = np.rint(x / step) * step
+    return np.where(np.abs(rounded) < 2.0**128, rounded, np.where(np.isnan(x), np.nan, np.copysign(np.inf, x)))
+
+
+def quantized_blocks(x: ArrayLike) -> tuple[Floats, Floats]:
+    """Rows [M, K] in blocks of 32 as whole numbers times a scale: the greatest magnitude becomes 127.
+
+    Returns the numbers [M, blocks, 32] and the scales [M, blocks]. The arithmetic is float32's, because it
+    decides which way a tie goes. Zeros fill up the last block; magnitudes below 1e-30 count as zeros.
+    """
+    x = np.asarray(x, np.float32)
+    blocks = np.pad(x, ((0, 0), (0, -x.shape[1] % 32))).reshape(len(x), -1, 32)
+    greatest = np.abs(blocks).max(axis=2)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        inverse = np.where(greatest > 1e-30, np.float32(127) / greatest, np.float32(0))
+        return _exact(np.rint(blocks * inverse[..., None])), _exact(greatest) / 127
+
+
 # Linear algebra
 
 
@@ -25,10 +51,9 @@ def matmul(x: ArrayLike, weights: ArrayLike, bias: ArrayLike) -> Floats:
     return _exact(x) @ _exact(weights).T + _exact(bias)
 
 
-def rounding_bound(x: ArrayLike, weights: ArrayLike, bias: ArrayLike) -> Floats:
-    """How far float32 sums of the products may be from `matmul`, added in any order (Higham 2002, 3.1)."""
-    unit = 2.0**-24
-    n = np.asarray(x).shape[1] + 2
+def rounding_bound(x: ArrayLike, weights: ArrayLike, bias: ArrayLike, roundings: int) -> Floats:
+    """How far from `matmul` float32 may be if no product goes through more roundings (Higham 2002, 3.1)."""
+    unit, n = 2.0**-24, roundings
     magnitudes = matmul(np.abs(x), np.abs(weights), np.abs(bias))
     return n * unit / (1 - n * unit) * magnitudes + n * np.finfo(np.float32).smallest_subnormal
 

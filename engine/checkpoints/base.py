@@ -92,6 +92,32 @@ class Tensor:
         The rows of a 1-D tensor are its elements. Raises `CheckpointError` if the element type is not
         supported, and `IndexError` if the rows are not all inside the tensor.
         """
+        self._check_rows(start, stop)
+        row_size = math.prod(self.shape[1:])
+        block, block_bytes = BLOCK_SIZES[self.dtype]
+        first = start * row_size // block
+        last = -(-stop * row_size // block)
+        raw = self.file.read(self.offset + first * block_bytes, (last - first) * block_bytes)
+        values = to_float32(raw, self.dtype)
+        # Only a quantized 1-D tensor can begin or end inside a block.
+        skipped = start * row_size - first * block
+        values = values[skipped : skipped + (stop - start) * row_size]
+        return values.reshape(stop - start, *self.shape[1:])
+
+    def quantized_rows(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Rows `[start, stop)` of a matrix in quantized blocks as they are: [rows, blocks, bytes of a block].
+
+        Raises as `rows` does.
+        """
+        self._check_rows(start, stop)
+        block, block_bytes = BLOCK_SIZES[self.dtype]
+        blocks = self.shape[1] // block
+        raw = self.file.read(
+            self.offset + start * blocks * block_bytes, (stop - start) * blocks * block_bytes
+        )
+        return raw.reshape(stop - start, blocks, block_bytes)
+
+    def _check_rows(self, start: int, stop: int) -> None:
         if self.dtype not in BLOCK_SIZES:
             raise CheckpointError(
                 f"{self.file.path}: tensor {self.name!r} has type {self.dtype},"
@@ -103,16 +129,6 @@ class Tensor:
             )
         if not 0 <= start <= stop <= self.shape[0]:
             raise IndexError(f"rows [{start}, {stop}) of {self.name!r}, which has {self.shape[0]}")
-        row_size = math.prod(self.shape[1:])
-        block, block_bytes = BLOCK_SIZES[self.dtype]
-        first = start * row_size // block
-        last = -(-stop * row_size // block)
-        raw = self.file.read(self.offset + first * block_bytes, (last - first) * block_bytes)
-        values = to_float32(raw, self.dtype)
-        # Only a quantized 1-D tensor can begin or end inside a block.
-        skipped = start * row_size - first * block
-        values = values[skipped : skipped + (stop - start) * row_size]
-        return values.reshape(stop - start, *self.shape[1:])
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,3 @@ class ModelSpec:
     def tied(self) -> bool:
         """Whether the output matrix is the embedding."""
         return "lm_head" not in self.rest
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of float32 keys and values that one token of context takes in all layers."""
-        return self.num_layers * self.num_kv_heads * self.head_dim * 2 * 4

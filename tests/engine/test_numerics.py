@@ -12,7 +12,7 @@ CASES = sorted(path.name for path in MODELS.iterdir() if (path / "expected.npz")
 @pytest.mark.parametrize("name", CASES)
 def test_logits_agree_with_the_reference(name: str) -> None:
     expected = np.load(MODELS / name / "expected.npz")
-    llm = LLM(str(model_path(name)), num_blocks=16, num_threads=2, show_progress=False)
+    llm = LLM(str(model_path(name)), num_blocks=16, num_threads=2, quantization="none", show_progress=False)
     logits = llm.logits(expected["input_ids"].tolist())
     llm.close()
     assert logits.dtype == np.float32

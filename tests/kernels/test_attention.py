@@ -3,41 +3,50 @@
 Every cache slot that holds no token is NaN, in this layer and in the others, so whatever reads one shows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.attention import (
+    KEY_CHUNK,
     KEY_TILE,
+    QUERY_TILE_ROWS,
     attention,
     key_cache_size,
+    merge_states,
     scratch_size,
+    state_words,
     store_kv,
+    token_words,
     tokens_per_query_tile,
     value_cache_size,
 )
-from kernels.packing import padded_rows
+from kernels.packing import BFLOAT16, FLOAT32, PANEL
 from kernels.simd import LANES
 from kernels.threads import new_counters
 from tests import oracles
-from tests.kernels.layouts import Matrix, random_matrix, unpacked_rows, whole_panels
+from tests.conftest import at_most
+from tests.kernels.layouts import FORMATS, Exact, Matrix, is_poison, poisoned, random_matrix, whole_panels
 
 NUM_LAYERS, LAYER = 3, 1
+BLOCK_SIZES = [1, 2, 5, 16, 24, 64]
+
+both_formats = pytest.mark.parametrize("format", [FLOAT32, BFLOAT16], ids=FORMATS.get)
 
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of a model and how its scores are scaled."""
+    """The heads of a model, how its scores are scaled, and the format of its cache."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     scale: float = 0.3
+    format: int = FLOAT32
 
     @property
     def group_size(self) -> int:
@@ -72,29 +81,63 @@ def context(heads: Heads, num_tokens: int, seed: int = 0) -> Context:
     )
 
 
-def attend(heads: Heads, batch: list[Run], block_size: int, seed: int = 0) -> list[Matrix]:
-    """Attention of a batch on freshly filled blocks in a random order: [new tokens, num_heads, head_dim]s."""
+@dataclass(frozen=True)
+class Tile:
+    """A work item: a run of new tokens of one sequence of the batch, and one chunk of their keys or all."""
+
+    sequence: int
+    first_token: int
+    chunk: int = -1
+
+
+def query_tiles(heads: Heads, batch: list[Run], split: bool) -> tuple[list[Tile], list[int]]:
+    """The work items of a batch, and how many states each token gets; `split`, one for each chunk of keys."""
+    per_tile = tokens_per_query_tile(heads.group_size)
+    tiles, states, token = [], [], 0
+    for index, run in enumerate(batch):
+        for start in range(run.start, run.end, per_tile):
+            end = min(start + per_tile, run.end)
+            chunks = -(-end // KEY_CHUNK) if split else 1
+            tiles += [Tile(index, token, chunk if split else -1) for chunk in range(chunks)]
+            states += [chunks] * (end - start)
+            token += end - start
+    return tiles, states
+
+
+def attend(
+    heads: Heads, batch: list[Run], block_size: int = 16, *, split: bool = False, seed: int = 0
+) -> list[Matrix]:
+    """Attention of a batch on freshly filled blocks in a random order: [new tokens, num_heads, head_dim]s.
+
+    The order of the work items is random as well.
+    """
+    rng = np.random.default_rng(seed)
     lengths = [run.end for run in batch]
     blocks_of = [-(-length // block_size) for length in lengths]
     num_blocks = sum(blocks_of) + 1
-    order = np.random.default_rng(seed).permutation(num_blocks).astype(np.int32)
+    order = rng.permutation(num_blocks).astype(np.int32)
     block_tables = np.zeros((len(batch), max(blocks_of)), np.int32)
     for row, (first, count) in enumerate(zip(np.cumsum([0, *blocks_of]), blocks_of, strict=False)):
         block_tables[row, :count] = order[first : first + count]
 
-    layer_k = key_cache_size(num_blocks, block_size, heads.num_kv_heads, heads.head_dim)
-    layer_v = value_cache_size(num_blocks, block_size, heads.num_kv_heads, heads.head_dim)
-    keys = np.full(NUM_LAYERS * layer_k + LANES, np.nan, np.float32)
-    values = np.full(NUM_LAYERS * layer_v, np.nan, np.float32)
+    cache_shape = (heads.format, num_blocks, block_size, heads.num_kv_heads, heads.head_dim)
+    layer_k, layer_v = key_cache_size(*cache_shape), value_cache_size(*cache_shape)
+    keys, values = poisoned(NUM_LAYERS * layer_k + LANES), poisoned(NUM_LAYERS * layer_v)
+    whole = -(-heads.head_dim // LANES) * LANES
+    scratch = poisoned(2 * whole + LANES)
     for run, table in zip(batch, block_tables, strict=True):
         k, v = run.context.keys.reshape(-1), run.context.values.reshape(-1)
         for position in range(run.end):
             slot = int(table[position // block_size]) * block_size + position % block_size
             start = position * heads.num_kv_heads * heads.head_dim
             store_kv(
-                k, start, v, start, heads.head_dim, heads.num_kv_heads, block_size, slot, keys, values,
-                LAYER * layer_k, LAYER * layer_v,
+                heads.format, k, start, v, start, heads.head_dim, heads.num_kv_heads, block_size, slot, keys,
+                values, LAYER * layer_k, LAYER * layer_v, scratch[:-LANES],
             )  # fmt: skip
+    for cache, layer in ((keys, layer_k), (values, layer_v)):
+        assert is_poison(cache[: LAYER * layer]), "wrote to the layer before"
+        assert is_poison(cache[(LAYER + 1) * layer :]), "wrote to the layer behind"
+    assert is_poison(scratch[-LANES:]), "wrote past its scratch memory"
 
     counts = [run.end - run.start for run in batch]
     query_start_loc = np.cumsum([0, *counts]).astype(np.int32)
@@ -102,20 +145,43 @@ def attend(heads: Heads, batch: list[Run], block_size: int, seed: int = 0) -> li
     stride = whole_panels(size + 2 * heads.num_kv_heads * heads.head_dim)
     qkv = np.full((num_tokens, stride), np.nan, np.float32)
     qkv[:, :size] = np.concatenate([r.context.queries[r.start : r.end] for r in batch]).reshape(-1, size)
-    per_tile = tokens_per_query_tile(heads.group_size)
-    tiles = [(i, first) for i, count in enumerate(counts) for first in range(0, count, per_tile)]
-    scratch = np.full(scratch_size(heads.group_size, heads.head_dim) + 64, np.nan, np.float32)
-    packed = np.full(padded_rows(num_tokens) * size + 64, 7.0, np.float32)
+
+    tiles, states_of = query_tiles(heads, batch, split)
+    tiles = [tiles[i] for i in rng.permutation(len(tiles))]
+    state_start = np.cumsum([0, *states_of]).astype(np.int32)
+    states = poisoned(int(state_start[-1]) * heads.num_heads * state_words(heads.head_dim) + 64)
+    scratch = np.zeros(scratch_size(heads.group_size, heads.head_dim) + 64, np.float32)
+    scratch[-64:] = 7.0
+    before = keys.copy(), values.copy()
     attention(
-        new_counters(), qkv.reshape(-1), stride, heads.num_heads, heads.num_kv_heads, heads.head_dim,
-        np.float32(heads.scale), keys, values, LAYER * layer_k, LAYER * layer_v, block_size, block_tables,
-        query_start_loc, np.array(lengths, np.int32), np.array([i for i, _ in tiles], np.int32),
-        np.array([query_start_loc[i] + first for i, first in tiles], np.int32), scratch[:-64], packed,
+        new_counters(), heads.format, qkv.reshape(-1), stride, heads.num_heads, heads.num_kv_heads,
+        heads.head_dim, np.float32(heads.scale), keys, values, LAYER * layer_k, LAYER * layer_v, block_size,
+        block_tables, query_start_loc, np.array(lengths, np.int32),
+        np.array([tile.sequence for tile in tiles], np.int32),
+        np.array([tile.first_token for tile in tiles], np.int32),
+        np.array([tile.chunk for tile in tiles], np.int32), state_start, states[:-64], scratch[:-64],
     )  # fmt: skip
-    assert np.isnan(scratch[-64:]).all(), "wrote past its scratch memory"
-    assert (packed[-64:] == 7.0).all(), "wrote past the packed rows"
-    rows = unpacked_rows(packed, num_tokens, size).reshape(num_tokens, heads.num_heads, heads.head_dim)
-    return np.split(rows, query_start_loc[1:-1])
+    assert (scratch[-64:] == 7.0).all(), "wrote past its scratch memory"
+    assert is_poison(states[-64:]), "wrote past the states"
+    for cache, unchanged in zip((keys, values), before, strict=True):
+        assert (cache.view(np.uint32) == unchanged.view(np.uint32)).all(), "wrote to the cache"
+
+    rows = np.full((num_tokens, size + PANEL + 8), 7.0, np.float32)
+    for token in range(num_tokens):
+        first, end = state_start[token], state_start[token + 1]
+        merge_states(states, first, end, heads.num_heads, heads.head_dim, rows[token])
+    assert (rows[:, -8:] == 7.0).all(), "wrote past the output"
+    outputs = rows[:, :size].reshape(num_tokens, heads.num_heads, heads.head_dim)
+    return np.split(outputs, query_start_loc[1:-1])
+
+
+def expected(heads: Heads, run: Run) -> Exact:
+    """In a cache of bfloat16 keys and values are rounded, and so are the scaled queries."""
+    queries = run.context.queries[run.start : run.end] * np.float32(heads.scale)
+    keys, values = run.context.keys[: run.end], run.context.values[: run.end]
+    if heads.format == BFLOAT16:
+        queries, keys, values = (oracles.bfloat16(x) for x in (queries, keys, values))
+    return oracles.attention(queries, keys, values, 1.0)
 
 
 def alone(heads: Heads, whole: Context, block_size: int = 16) -> Matrix:
@@ -123,73 +189,138 @@ def alone(heads: Heads, whole: Context, block_size: int = 16) -> Matrix:
     return attend(heads, [Run(whole, 0, len(whole.queries))], block_size)[0]
 
 
-HEADS = st.builds(
-    lambda groups, head_dim, scale: Heads(groups[0] * groups[1], groups[0], head_dim, scale),
-    # KV heads and the query heads that share each: multi-head, grouped and multi-query attention.
-    st.sampled_from([(1, 1), (3, 1), (2, 2), (2, 3), (1, 4), (1, 7), (3, 5), (1, 13)]),
-    st.sampled_from([4, 5, 6, 15, 16, 17, 20, 32, 48, 64, 80]),
-    st.sampled_from([0.02, 0.2, 1.0]),
-)
-BLOCK_SIZES = st.integers(1, 40)
-# (tokens in the cache, new tokens): decodes, first and later chunks, more than a key tile or a query tile.
-RUNS = st.tuples(
-    st.sampled_from([0, 0, 1, 15, 16, 17, KEY_TILE - 1, KEY_TILE, KEY_TILE + 1, 2 * KEY_TILE + 3]),
-    st.sampled_from([1, 1, 2, 5, 12, 13, 40, 97]),
-)
-
-
-@settings(max_examples=60)
-@given(HEADS, BLOCK_SIZES, st.lists(RUNS, min_size=1, max_size=4))
-def test_agrees_with_the_oracle(heads: Heads, block_size: int, runs: list[tuple[int, int]]) -> None:
-    batch = [
+def runs_of(heads: Heads, runs: list[tuple[int, int]]) -> list[Run]:
+    return [
         Run(context(heads, cached + new, seed), cached, cached + new)
         for seed, (cached, new) in enumerate(runs)
     ]
-    for run, found in zip(batch, attend(heads, batch, block_size), strict=True):
-        expected = oracles.attention(
-            run.context.queries[run.start :], run.context.keys, run.context.values, heads.scale
-        )
-        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
 
 
-@settings(max_examples=40)
-@given(HEADS, BLOCK_SIZES, BLOCK_SIZES, st.integers(1, 150))
-def test_bits_do_not_depend_on_the_block_size(heads: Heads, one: int, other: int, num_tokens: int) -> None:
-    assume(one != other)
+HEADS = st.builds(
+    lambda groups, head_dim, scale, format: Heads(groups[0] * groups[1], groups[0], head_dim, scale, format),
+    # KV heads and the query heads that share each: multi-head, grouped and multi-query attention.
+    st.sampled_from([(1, 1), (3, 1), (2, 2), (2, 3), (1, 4), (1, 7), (3, 5), (1, 13)]),
+    st.sampled_from([4, 5, 6, 15, 16, 17, 20, 32, 33, 48, 64, 80]),
+    st.sampled_from([0.02, 0.2, 1.0]),
+    st.sampled_from([FLOAT32, BFLOAT16]),
+)
+BLOCK_SIZE = st.sampled_from([*BLOCK_SIZES, 3, 7, 17, 32, 40])
+# (tokens in the cache, new tokens): decodes, first and later pieces, more than a tile or a chunk of keys or a
+# query tile.
+RUNS = st.tuples(
+    st.sampled_from(
+        [0, 0, 1, 15, 16, 17, KEY_TILE - 1, KEY_TILE, KEY_TILE + 1, 2 * KEY_TILE + 3, KEY_CHUNK - 1, KEY_CHUNK]
+    ),
+    st.sampled_from([1, 1, 2, 5, 12, 13, 40, 97]),
+)
+LENGTH = st.one_of(
+    st.integers(1, 150), st.sampled_from([KEY_CHUNK - 1, KEY_CHUNK, KEY_CHUNK + 1, 2 * KEY_CHUNK + 9])
+)
+
+
+@at_most(150)
+@given(HEADS, BLOCK_SIZE, st.lists(RUNS, min_size=1, max_size=4), st.booleans())
+def test_agrees_with_the_oracle(
+    heads: Heads, block_size: int, runs: list[tuple[int, int]], split: bool
+) -> None:
+    batch = runs_of(heads, runs)
+    for run, found in zip(batch, attend(heads, batch, block_size, split=split), strict=True):
+        np.testing.assert_allclose(found, expected(heads, run), rtol=0, atol=2e-5)
+
+
+@at_most(100)
+@given(HEADS, st.permutations(BLOCK_SIZES), LENGTH)
+def test_bits_do_not_depend_on_the_block_size(heads: Heads, sizes: list[int], num_tokens: int) -> None:
     whole = context(heads, num_tokens)
-    np.testing.assert_array_equal(alone(heads, whole, one), alone(heads, whole, other))
+    one, *others = sizes[:3]
+    found = alone(heads, whole, one)
+    for other in others:
+        np.testing.assert_array_equal(alone(heads, whole, other), found)
 
 
-@settings(max_examples=40)
-@given(HEADS, BLOCK_SIZES, st.integers(1, 150), st.lists(st.integers(1, 149), max_size=4))
-def test_bits_do_not_depend_on_the_chunks(
-    heads: Heads, block_size: int, num_tokens: int, cuts: list[int]
+@both_formats
+@pytest.mark.parametrize("num_tokens", [KEY_TILE + 1, KEY_CHUNK + KEY_TILE + 1])
+def test_all_block_sizes_give_the_same_bits(format: int, num_tokens: int) -> None:
+    heads = Heads(4, 2, 20, format=format)
+    whole = context(heads, num_tokens)
+    found = alone(heads, whole, BLOCK_SIZES[0])
+    for block_size in BLOCK_SIZES[1:]:
+        np.testing.assert_array_equal(alone(heads, whole, block_size), found)
+
+
+@at_most(100)
+@given(HEADS, BLOCK_SIZE, LENGTH, st.lists(st.integers(1, 2 * KEY_CHUNK), max_size=4), st.booleans())
+def test_bits_do_not_depend_on_the_pieces(
+    heads: Heads, block_size: int, num_tokens: int, cuts: list[int], split: bool
 ) -> None:
     whole = context(heads, num_tokens)
-    bounds = sorted({0, num_tokens, *(cut for cut in cuts if cut < num_tokens)})
-    chunks = [attend(heads, [Run(whole, start, end)], block_size)[0] for start, end in pairwise(bounds)]
-    np.testing.assert_array_equal(np.concatenate(chunks), alone(heads, whole, block_size))
+    bounds = sorted({0, num_tokens, *(cut % num_tokens for cut in cuts)})
+    pieces = [
+        attend(heads, [Run(whole, start, end)], block_size, split=split)[0] for start, end in pairwise(bounds)
+    ]
+    np.testing.assert_array_equal(np.concatenate(pieces), alone(heads, whole, block_size))
 
 
-def test_token_by_token_gives_the_bits_of_the_whole_prompt() -> None:
-    heads = Heads(6, 2, 20)
+@both_formats
+def test_token_by_token_gives_the_bits_of_the_whole_prompt(format: int) -> None:
+    heads = Heads(6, 2, 20, format=format)
     whole = context(heads, 2 * KEY_TILE + 5)
-    decoded = [attend(heads, [Run(whole, t, t + 1)], 16)[0][0] for t in range(len(whole.queries))]
+    decoded = [attend(heads, [Run(whole, t, t + 1)])[0][0] for t in range(len(whole.queries))]
     np.testing.assert_array_equal(np.stack(decoded), alone(heads, whole))
 
 
-@settings(max_examples=40)
-@given(HEADS, BLOCK_SIZES, st.lists(RUNS, min_size=2, max_size=4), st.randoms(use_true_random=False))
-def test_bits_do_not_depend_on_the_batch(
-    heads: Heads, block_size: int, runs: list[tuple[int, int]], random: Random
+@at_most(100)
+@given(HEADS, BLOCK_SIZE, st.sampled_from([0, 1, KEY_TILE, KEY_CHUNK, KEY_CHUNK + 1]), st.integers(1, 40))
+def test_bits_do_not_depend_on_whether_chunks_of_keys_are_work_items(
+    heads: Heads, block_size: int, more: int, new: int
 ) -> None:
-    batch = [
-        Run(context(heads, cached + new, seed), cached, cached + new)
-        for seed, (cached, new) in enumerate(runs)
-    ]
-    random.shuffle(batch)
-    for run, found in zip(batch, attend(heads, batch, block_size), strict=True):
+    run = Run(context(heads, KEY_CHUNK + more + new), KEY_CHUNK + more, KEY_CHUNK + more + new)
+    [split], [joined] = (attend(heads, [run], block_size, split=split) for split in (True, False))
+    np.testing.assert_array_equal(split, joined)
+
+
+@both_formats
+def test_decodes_around_the_end_of_a_chunk_of_keys_have_the_bits_of_the_prompt(format: int) -> None:
+    heads = Heads(4, 2, 16, format=format)
+    whole = context(heads, 2 * KEY_CHUNK + 3)
+    prompt = alone(heads, whole)
+    for end in (KEY_CHUNK, 2 * KEY_CHUNK):
+        for t in range(end - 2, end + 2):
+            for split in (False, True):
+                np.testing.assert_array_equal(
+                    attend(heads, [Run(whole, t, t + 1)], split=split)[0][0], prompt[t]
+                )
+
+
+@at_most(100)
+@given(HEADS, BLOCK_SIZE, st.permutations(range(4)), st.lists(RUNS, min_size=2, max_size=4), st.booleans())
+def test_bits_do_not_depend_on_the_batch(
+    heads: Heads, block_size: int, order: list[int], runs: list[tuple[int, int]], split: bool
+) -> None:
+    batch = runs_of(heads, runs)
+    batch = [batch[i] for i in order if i < len(batch)]
+    for run, found in zip(batch, attend(heads, batch, block_size, split=split), strict=True):
         np.testing.assert_array_equal(found, attend(heads, [run], block_size, seed=1)[0])
+
+
+@both_formats
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 3e38])
+@pytest.mark.parametrize("cached", [5, KEY_TILE + 1])
+def test_bits_do_not_depend_on_neighbours_that_are_no_numbers(
+    format: int, poison: float, cached: int
+) -> None:
+    """Nothing that an item leaves in the working memory reaches the next."""
+    heads = Heads(4, 2, 20, format=format)
+    runs = runs_of(heads, [(cached, 1), (0, 3), (cached, 30)])
+    spoilt = context(heads, 2 * KEY_TILE - 1)
+    for x in (spoilt.queries, spoilt.keys, spoilt.values):
+        x[:] = poison
+    neighbour = Run(spoilt, 3, 2 * KEY_TILE - 1)
+    for seed in range(6):  # so many orders of the work items
+        batch = [neighbour, runs[0], neighbour, runs[1], runs[2]]
+        found = attend(heads, batch, 8, seed=seed)
+        for run, rows in zip((runs[0], runs[1], runs[2]), (found[1], found[3], found[4]), strict=True):
+            np.testing.assert_array_equal(rows, attend(heads, [run], 8)[0])
 
 
 def test_one_thread_is_as_good_as_another() -> None:
@@ -200,36 +331,80 @@ def test_one_thread_is_as_good_as_another() -> None:
     np.testing.assert_array_equal(alone(heads, whole, 8)[-1:], last)
 
 
-def test_more_heads_share_a_kv_head_than_a_query_tile_has_rows() -> None:
-    heads = Heads(100, 1, 8)
+@both_formats
+@pytest.mark.parametrize("group_size", [QUERY_TILE_ROWS - 1, QUERY_TILE_ROWS, QUERY_TILE_ROWS + 4])
+def test_a_query_tile_is_filled_by_the_heads_that_share_a_kv_head(format: int, group_size: int) -> None:
+    heads = Heads(group_size, 1, 8, format=format)
     whole = context(heads, 5)
-    expected = oracles.attention(whole.queries, whole.keys, whole.values, heads.scale)
-    np.testing.assert_allclose(alone(heads, whole, 3), expected, rtol=0, atol=2e-5)
+    run = Run(whole, 0, 5)
+    np.testing.assert_allclose(alone(heads, whole, 3), expected(heads, run), rtol=0, atol=2e-5)
 
 
-def test_the_first_token_sees_itself_alone() -> None:
-    heads = Heads(4, 2, 16)
+@both_formats
+def test_the_first_token_sees_itself_alone(format: int) -> None:
+    heads = Heads(4, 2, 16, format=format)
     whole = context(heads, 9)
-    np.testing.assert_array_equal(alone(heads, whole)[0], whole.values[0].repeat(2, axis=0))
+    value = whole.values[0] if format == FLOAT32 else oracles.bfloat16(whole.values[0])
+    np.testing.assert_array_equal(alone(heads, whole)[0], value.repeat(2, axis=0))
 
 
-@pytest.mark.parametrize("num_tokens", [KEY_TILE, KEY_TILE + 1, 3 * KEY_TILE - 1])
-def test_scores_far_apart_pick_one_key(num_tokens: int) -> None:
+@both_formats
+@pytest.mark.parametrize("num_tokens", [KEY_TILE, KEY_TILE + 1, 3 * KEY_TILE - 1, KEY_CHUNK + 2])
+def test_scores_far_apart_pick_one_key(format: int, num_tokens: int) -> None:
     """Every query matches one key a thousand times better than all others, wherever in the context it is."""
-    heads = Heads(1, 1, 4, scale=1.0)
+    heads = Heads(1, 1, 4, scale=1.0, format=format)
     for winner in (0, 1, KEY_TILE - 1, num_tokens - 1):
         whole = context(heads, num_tokens)
         whole.queries[:] = 1.0
         whole.keys[:] = -1000.0
         whole.keys[winner] = 1000.0
-        np.testing.assert_array_equal(alone(heads, whole, 7)[-1], whole.values[winner])
+        value = whole.values[winner] if format == FLOAT32 else oracles.bfloat16(whole.values[winner])
+        for split in (False, True):
+            last = attend(heads, [Run(whole, num_tokens - 1, num_tokens)], 7, split=split)[0]
+            np.testing.assert_array_equal(last[0, 0], value[0])
 
 
-def test_later_tokens_are_not_seen() -> None:
-    heads = Heads(2, 1, 8)
+@both_formats
+def test_later_tokens_are_not_seen(format: int) -> None:
+    heads = Heads(2, 1, 8, format=format)
     whole = context(heads, 100)
     before = alone(heads, whole)
     changed = context(heads, 100)
     changed.keys[60:], changed.values[60:] = 50.0, -1e6
     np.testing.assert_array_equal(alone(heads, changed)[:60], before[:60])
     assert (alone(heads, changed)[60:] != before[60:]).any()
+
+
+@both_formats
+def test_the_caches_of_kv_heads_are_apart(format: int) -> None:
+    heads = Heads(6, 3, 8, format=format)
+    whole, changed = context(heads, 70), context(heads, 70)
+    changed.keys[:, 1], changed.values[:, 1] = np.nan, np.nan
+    before, after = alone(heads, whole, 5), alone(heads, changed, 5)
+    np.testing.assert_array_equal(after[:, [0, 1, 4, 5]], before[:, [0, 1, 4, 5]])
+    assert np.isnan(after[:, 2:4]).all()
+
+
+@pytest.mark.parametrize("head_dim", [4, 5, 16, 17, 64])
+def test_bfloat16_takes_half_of_the_cache(head_dim: int) -> None:
+    assert token_words(FLOAT32, 64) == 128
+    assert token_words(BFLOAT16, 64) == 64
+    for format in (FLOAT32, BFLOAT16):
+        size = (format, 7, 5, 3, head_dim)
+        words = key_cache_size(*size) + value_cache_size(*size)
+        assert words == 7 * 5 * 3 * token_words(format, head_dim)
+
+
+@both_formats
+def test_what_is_no_number_in_a_visible_key_or_value_shows(format: int) -> None:
+    heads = Heads(2, 1, 8, format=format)
+    for name in ("queries", "keys", "values"):
+        whole = context(heads, 90)
+        array = getattr(whole, name).copy()
+        array[70, 0] = np.nan
+        finite = np.isfinite(alone(heads, replace(whole, **{name: array})))
+        assert not finite[70, 0].any()
+        if name != "queries":
+            assert not finite[70:].any()
+        if name != "values":  # which a weight of 0 does not hide
+            assert finite[:70].all()

@@ -1,15 +1,41 @@
-"""Matrix multiplication: the oracle's numbers for ugly shapes, and a row's bits whatever its neighbours."""
+"""Matrix multiplication in every format: the oracle's numbers, and a row's bits whatever its neighbours.
+
+The oracle multiplies what the formats hold, so the tolerance is that of float32 sums and says nothing of
+quantization.
+"""
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.matmul import matmul
-from kernels.packing import GROUP, PANEL, padded_rows
+from kernels.packing import (
+    BFLOAT16,
+    BLOCK,
+    FLOAT32,
+    GROUP,
+    INT8,
+    PANEL,
+    encode,
+    num_blocks,
+    padded_rows,
+)
 from kernels.threads import new_counters
 from tests import oracles
-from tests.kernels.layouts import Matrix, packed_rows, packed_weights, random_matrix, whole_panels
+from tests.conftest import at_most
+from tests.kernels.layouts import (
+    FORMATS,
+    Exact,
+    Matrix,
+    dequantized,
+    magnitudes,
+    multiplied,
+    packed_rows,
+    packed_weights,
+    random_matrix,
+    whole_panels,
+)
 
 
 def around(*sizes: int) -> st.SearchStrategy[int]:
@@ -18,22 +44,30 @@ def around(*sizes: int) -> st.SearchStrategy[int]:
     return st.sampled_from(sorted({1, 2, 3, 5, 17, *near}))
 
 
-ROWS = around(GROUP, 2 * GROUP, 8 * GROUP, 16 * GROUP)
+FORMAT = st.sampled_from(sorted(FORMATS))
+ROWS = around(GROUP // 2, GROUP, 2 * GROUP, 8 * GROUP, 16 * GROUP)
 COLUMNS = around(PANEL, 2 * PANEL, 67)
-DEPTHS = around(16, 31, 64, 257)
+DEPTHS = around(16, BLOCK, 2 * BLOCK, 257)
+all_formats = pytest.mark.parametrize("format", FORMATS, ids=FORMATS.get)
 
 
-def multiply(x: Matrix, weights: Matrix, bias: Matrix, before: Matrix | None = None) -> Matrix:
-    """`x @ weights.T + bias`, added to what was there `before` if that is given."""
+def multiply(format: int, x: Matrix, weights: Matrix, bias: Matrix, before: Matrix | None = None) -> Matrix:
+    """`x @ weights.T + bias`, added to what was there `before` if that is given.
+
+    Rows of the last group that are no rows are poison.
+    """
     (M, K), N = x.shape, len(weights)
-    values, start, bias_start = packed_weights(weights, bias)
+    values, start, bias_start = packed_weights(format, weights, bias)
     stride = whole_panels(N)
     guard = 64
     out = np.full((padded_rows(M) * stride) + guard, 7.0, np.float32)
     rows = out[:-guard].reshape(-1, stride)
     if before is not None:
         rows[:M, :N] = before
-    matmul(new_counters(), packed_rows(x), M, K, values, start, bias_start, N, out, before is not None)
+    matmul(
+        new_counters(), format, packed_rows(format, x), M, K, values, start, bias_start, N, out,
+        before is not None,
+    )  # fmt: skip
     assert (out[-guard:] == 7.0).all(), "wrote past the end"
     return rows[:M, :N].copy()
 
@@ -43,47 +77,151 @@ def operands(M: int, N: int, K: int) -> tuple[Matrix, Matrix, Matrix]:
     return random_matrix(rng, M, K), random_matrix(rng, N, K), random_matrix(rng, N)
 
 
-@settings(max_examples=150)
-@given(M=ROWS, N=COLUMNS, K=DEPTHS)
-def test_agrees_with_the_oracle(M: int, N: int, K: int) -> None:
-    x, weights, bias = operands(M, N, K)
-    error = np.abs(multiply(x, weights, bias) - oracles.matmul(x, weights, bias))
-    assert (error <= oracles.rounding_bound(x, weights, bias)).all()
+def expected(format: int, x: Matrix, weights: Matrix, bias: Matrix) -> tuple[Exact, Exact]:
+    """The product of what the format holds, and how far float32 may be from it."""
+    K = x.shape[1]
+    blocks = encode(format, weights)
+    held, parts = dequantized(format, blocks)[:, :K], magnitudes(format, blocks)[:, :K]
+    seen = multiplied(format, x)
+    # A product in a format of floats is rounded and goes through K more sums; in the others through the scales'
+    # roundings and through one or two sums a block.
+    roundings = K + 2 if format in (FLOAT32, BFLOAT16) else 2 * num_blocks(K) + 6
+    return oracles.matmul(seen, held, bias), oracles.rounding_bound(seen, parts, bias, roundings)
 
 
-@settings(max_examples=50)
-@given(M=ROWS, N=COLUMNS, K=DEPTHS)
-def test_accumulates_onto_what_was_there(M: int, N: int, K: int) -> None:
+def assert_agrees(format: int, x: Matrix, weights: Matrix, bias: Matrix) -> None:
+    exact, bound = expected(format, x, weights, bias)
+    assert (np.abs(multiply(format, x, weights, bias) - exact) <= bound).all()
+
+
+@at_most(300)
+@given(format=FORMAT, M=ROWS, N=COLUMNS, K=DEPTHS)
+def test_agrees_with_the_oracle(format: int, M: int, N: int, K: int) -> None:
+    assert_agrees(format, *operands(M, N, K))
+
+
+@all_formats
+@pytest.mark.parametrize("M", range(1, GROUP + 2))
+def test_every_height_of_a_tile_agrees_with_the_oracle(format: int, M: int) -> None:
+    assert_agrees(format, *operands(M, PANEL + 3, BLOCK + 5))
+
+
+@all_formats
+@pytest.mark.parametrize("magnitude", [1e-12, 1e12])
+def test_agrees_with_the_oracle_far_from_one(format: int, magnitude: float) -> None:
+    x, weights, bias = operands(GROUP + 1, PANEL + 1, 3 * BLOCK)
+    assert_agrees(format, x * np.float32(magnitude), weights, bias * np.float32(magnitude))
+
+
+@all_formats
+def test_the_greatest_sums_of_a_block_are_exact(format: int) -> None:
+    """All products of a block at the end of their range, of either sign."""
+    for sign in (1.0, -1.0):
+        x = np.full((GROUP + 1, 3 * BLOCK), 127.0 * sign, np.float32)
+        weights = np.full((PANEL, 3 * BLOCK), -127.0, np.float32)
+        assert_agrees(format, x, weights, np.zeros(PANEL, np.float32))
+
+
+@at_most(200)
+@given(format=FORMAT, M=ROWS, N=COLUMNS, K=DEPTHS)
+def test_accumulates_onto_what_was_there(format: int, M: int, N: int, K: int) -> None:
     x, weights, bias = operands(M, N, K)
     before = random_matrix(np.random.default_rng(0), M, N)
-    accumulated = multiply(x, weights, bias, before)
-    np.testing.assert_array_equal(accumulated, before + multiply(x, weights, bias))
+    accumulated = multiply(format, x, weights, bias, before)
+    np.testing.assert_array_equal(accumulated, before + multiply(format, x, weights, bias))
 
 
-@settings(max_examples=100)
-@given(M=ROWS, N=COLUMNS, K=DEPTHS, row=st.integers(0, 1 << 20))
-def test_a_row_of_a_batch_has_the_bits_of_that_row_alone(M: int, N: int, K: int, row: int) -> None:
+@at_most(300)
+@given(format=FORMAT, M=ROWS, N=COLUMNS, K=DEPTHS, row=st.integers(0, 1 << 20))
+def test_a_row_of_a_batch_has_the_bits_of_that_row_alone(
+    format: int, M: int, N: int, K: int, row: int
+) -> None:
     x, weights, bias = operands(M, N, K)
     row %= M
-    alone = multiply(x[row : row + 1], weights, bias)
-    np.testing.assert_array_equal(multiply(x, weights, bias)[row : row + 1], alone)
+    alone = multiply(format, x[row : row + 1], weights, bias)
+    np.testing.assert_array_equal(multiply(format, x, weights, bias)[row : row + 1], alone)
 
 
-@settings(max_examples=50)
-@given(M=ROWS, N=COLUMNS, K=DEPTHS, column=st.integers(0, 1 << 20))
-def test_a_column_has_the_bits_of_that_column_alone(M: int, N: int, K: int, column: int) -> None:
+@all_formats
+def test_a_row_has_the_same_bits_in_every_place_of_every_batch(format: int) -> None:
+    x, weights, bias = operands(1, PANEL + 1, 2 * BLOCK + 1)
+    alone = multiply(format, x, weights, bias)
+    for M in range(2, 2 * GROUP + 2):
+        np.testing.assert_array_equal(multiply(format, x.repeat(M, axis=0), weights, bias), alone.repeat(M, 0))
+
+
+@all_formats
+def test_a_row_has_the_same_bits_beside_rows_that_are_no_numbers(format: int) -> None:
+    M = GROUP + 2
+    x, weights, bias = operands(M, PANEL + 1, 2 * BLOCK + 1)
+    clean = multiply(format, x, weights, bias)
+    for row in range(M):
+        for poison in (np.nan, np.inf):
+            beside = np.full_like(x, poison)
+            beside[row] = x[row]
+            np.testing.assert_array_equal(multiply(format, beside, weights, bias)[row], clean[row])
+
+
+@at_most(200)
+@given(format=FORMAT, M=ROWS, N=COLUMNS, K=DEPTHS, column=st.integers(0, 1 << 20))
+def test_a_column_has_the_bits_of_that_column_alone(
+    format: int, M: int, N: int, K: int, column: int
+) -> None:
     x, weights, bias = operands(M, N, K)
     column %= N
     one = slice(column, column + 1)
-    np.testing.assert_array_equal(multiply(x, weights, bias)[:, one], multiply(x, weights[one], bias[one]))
+    np.testing.assert_array_equal(
+        multiply(format, x, weights, bias)[:, one], multiply(format, x, weights[one], bias[one])
+    )
 
 
+@all_formats
+@pytest.mark.parametrize("M", [1, 2, GROUP - 1, GROUP])
+def test_few_rows_take_many_panels_at_a_time(format: int, M: int) -> None:
+    """More columns than one work item of a decode has."""
+    x, weights, bias = operands(M, 40 * PANEL + 1, BLOCK)
+    assert_agrees(format, x, weights, bias)
+
+
+@all_formats
+def test_what_another_thread_took_is_left_alone(format: int) -> None:
+    x, weights, bias = operands(3, 2 * PANEL, BLOCK)
+    values, start, bias_start = packed_weights(format, weights, bias)
+    out = np.full(padded_rows(3) * 2 * PANEL, 7.0, np.float32)
+    counters = new_counters()
+    counters[:] = 1 << 20  # all items are taken
+    matmul(
+        counters, format, packed_rows(format, x), 3, BLOCK, values, start, bias_start, 2 * PANEL, out, False
+    )
+    assert (out == 7.0).all()
+
+
+@all_formats
+@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("k", [0, 16, BLOCK + 1])
+def test_what_is_no_number_shows_in_its_whole_row(format: int, special: float, k: int) -> None:
+    x, weights, bias = operands(GROUP + 1, PANEL + 1, BLOCK + 2)
+    x[2, k] = special
+    finite = np.isfinite(multiply(format, x, weights, bias))
+    assert not finite[2].any()
+    assert finite[np.arange(len(x)) != 2].all()
+
+
+@pytest.mark.parametrize("format", [FLOAT32, BFLOAT16, INT8], ids=FORMATS.get)
 @pytest.mark.parametrize("M", [1, GROUP, 2 * GROUP + 1])
-def test_small_integers_are_exact(M: int) -> None:
+def test_small_integers_are_exact(format: int, M: int) -> None:
     rng = np.random.default_rng(M)
     x, weights = (rng.integers(-8, 9, (rows, 50)).astype(np.float32) for rows in (M, PANEL + 1))
     bias = rng.integers(-8, 9, PANEL + 1).astype(np.float32)
-    np.testing.assert_array_equal(multiply(x, weights, bias), oracles.matmul(x, weights, bias))
+    if format == INT8:
+        weights[:, ::BLOCK] = 127.0  # so that scales are 1
+        x[:, ::BLOCK] = 127.0
+        exact, bound = expected(format, x, weights, bias)
+        np.testing.assert_array_equal(exact, oracles.matmul(x, weights, bias))
+        assert (np.abs(multiply(format, x, weights, bias) - exact) <= bound).all()
+    else:
+        found = multiply(format, x, weights, bias)
+        np.testing.assert_array_equal(found, oracles.matmul(x, weights, bias))
 
 
 def test_an_element_begins_from_its_bias_and_adds_in_the_order_of_k() -> None:
@@ -92,6 +230,17 @@ def test_an_element_begins_from_its_bias_and_adds_in_the_order_of_k() -> None:
     found = np.array([[2.0**25, -(2.0**25), 1.0, 0.0]], np.float32)
     ones = np.ones((1, 4), np.float32)
     zero, one = np.zeros(1, np.float32), np.ones(1, np.float32)
-    assert multiply(lost, ones, zero) == 0.0
-    assert multiply(found, ones, zero) == 1.0
-    assert multiply(found, ones, one) == 1.0
+    assert multiply(FLOAT32, lost, ones, zero) == 0.0
+    assert multiply(FLOAT32, found, ones, zero) == 1.0
+    assert multiply(FLOAT32, found, ones, one) == 1.0
+
+
+def test_pairs_of_bfloat16_are_added_in_their_order_from_the_bias_on() -> None:
+    """The same for pairs of inputs; within a pair the order is the machine's."""
+    lost = np.array([[1.0, 0.0, 2.0**25, 0.0, -(2.0**25), 0.0]], np.float32)
+    found = np.array([[2.0**25, 0.0, -(2.0**25), 0.0, 1.0, 0.0]], np.float32)
+    ones = np.ones((1, 6), np.float32)
+    zero, one = np.zeros(1, np.float32), np.ones(1, np.float32)
+    assert multiply(BFLOAT16, lost, ones, zero) == 0.0
+    assert multiply(BFLOAT16, found, ones, zero) == 1.0
+    assert multiply(BFLOAT16, found, ones, one) == 1.0

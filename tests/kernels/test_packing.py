@@ -1,106 +1,451 @@
-"""Packed layouts: what goes in comes out, in its place, and nothing else is touched."""
+"""Packed layouts: what goes in comes out, in its place, and nothing else is touched; and what rounding costs."""
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, quants
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from kernels.packing import (
+    BFLOAT16,
+    BLOCK,
+    FLOAT32,
     GROUP,
+    INT4,
+    INT4_MIN,
+    INT8,
+    INT_CHUNK,
     PANEL,
-    TILE_HEIGHTS,
-    group_height,
-    pack_columns,
-    pack_inputs,
+    SCALE,
+    SCALED_SUM,
+    Blocks,
+    activation_words,
+    aligned_zeros,
+    block_halves,
+    block_words,
+    encode,
+    from_gguf,
+    num_blocks,
+    pack_blocks,
     pack_row,
     padded,
     padded_rows,
     panels_size,
-    tile_height,
     unpack_column,
 )
-from tests.kernels.layouts import as_matrix, heights_of_groups, packed_rows, random_matrix, unpacked_rows
+from tests import oracles
+from tests.conftest import at_most
+from tests.kernels.layouts import FORMATS, Exact, Matrix, chunks, dequantized, packed_rows, random_matrix
 
-SIZES = sorted({1, 2, 3, 7, GROUP - 1, GROUP, GROUP + 1, PANEL - 1, PANEL, PANEL + 1, 2 * PANEL + 5} - {0})
+SIZES = sorted({1, 2, 3, 7, PANEL - 1, PANEL, PANEL + 1, 2 * PANEL + 5})
+DEPTHS = sorted({1, 2, 3, 17, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 5})
+ROWS = sorted({1, 2, 3, 7, GROUP - 1, GROUP, GROUP + 1, 3 * GROUP + 2} - {0})
+INTEGER_FORMATS = (INT8, INT4, INT4_MIN)
+
+all_formats = pytest.mark.parametrize("format", FORMATS, ids=FORMATS.get)
+integer_formats = pytest.mark.parametrize("format", INTEGER_FORMATS, ids=FORMATS.get)
+any_format = st.sampled_from(sorted(FORMATS))
 
 
 def rng(*seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def test_sizes_are_rounded_up_to_whole_panels_and_groups() -> None:
+def unpacked(format: int, panels: Matrix, start: int, N: int, K: int) -> Matrix:
+    """The matrix [N, K] that panels hold, column by column, each into the middle of a buffer."""
+    rows = np.empty((N, K), np.float32)
+    for column in range(N):
+        out = np.full(K + 4, np.nan, np.float32)
+        unpack_column(format, panels, start, K, np.int32(column), out, 2)
+        rows[column] = out[2 : 2 + K]
+        assert np.isnan(out[[0, 1, K + 2, K + 3]]).all()
+    return rows
+
+
+def packed(format: int, blocks: Blocks, K: int, start: int = 0) -> Matrix:
+    words, halves = blocks
+    panels = np.zeros(start + panels_size(format, len(words), K), np.float32)
+    pack_blocks(words, halves, 0, 0, num_blocks(K), panels.view(np.uint32), start)
+    return panels
+
+
+def assert_same_bits(found: Matrix, expected: Matrix) -> None:
+    np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
+
+
+# Sizes
+
+
+def test_sizes_are_rounded_up_to_whole_panels_groups_and_blocks() -> None:
     assert [padded(n) for n in (1, PANEL - 1, PANEL, PANEL + 1)] == [PANEL, PANEL, PANEL, 2 * PANEL]
     assert [padded_rows(m) for m in (1, GROUP, GROUP + 1)] == [GROUP, GROUP, 2 * GROUP]
-    assert panels_size(PANEL + 1, 7) == 2 * PANEL * 7
+    assert [num_blocks(k) for k in (1, BLOCK, BLOCK + 1)] == [1, 1, 2]
 
 
-def test_the_tallest_tile_is_a_group() -> None:
-    assert TILE_HEIGHTS[-1] == GROUP
-    assert list(TILE_HEIGHTS) == sorted(set(TILE_HEIGHTS))
+def test_a_weight_takes_as_many_bits_as_its_format_says() -> None:
+    """Those of GGUF's types: 8.5 bits for Q8_0, 4.5 for Q4_0, 5 for Q4_1."""
+    N, K = 4 * PANEL, 8 * BLOCK
+    bits = {format: panels_size(format, N, K) * 32 / (N * K) for format in FORMATS}
+    assert bits == {FLOAT32: 32, BFLOAT16: 16, INT8: 8.5, INT4: 4.5, INT4_MIN: 5}
 
 
-def test_a_tile_is_the_smallest_that_holds_its_rows() -> None:
-    for rows in range(1, GROUP + 1):
-        assert tile_height(rows) == min(h for h in TILE_HEIGHTS if h >= rows)
+@pytest.mark.parametrize("num_words", [1, 15, 16, 1000])
+def test_buffers_begin_on_cache_lines(num_words: int) -> None:
+    for _ in range(5):
+        buffer = aligned_zeros(num_words)
+        assert buffer.ctypes.data % 64 == 0
+        assert buffer.size == num_words
+        assert not buffer.any()
 
 
-@pytest.mark.parametrize("num_rows", [1, GROUP - 1, GROUP, GROUP + 1, 2 * GROUP, 3 * GROUP + 2])
-def test_every_group_but_the_last_is_whole(num_rows: int) -> None:
-    heights = [group_height(num_rows, group) for group in range(-(-num_rows // GROUP))]
-    assert heights == heights_of_groups(num_rows)
+# Weights
 
 
-@pytest.mark.parametrize("K", [1, 5, PANEL])
+@all_formats
+@pytest.mark.parametrize("K", DEPTHS)
 @pytest.mark.parametrize("N", SIZES)
-def test_panels_hold_the_matrix(N: int, K: int) -> None:
-    weights = random_matrix(rng(N, K), N, K)
-    panels = np.zeros(panels_size(N, K), np.float32)
-    pack_columns(weights, 0, panels, 0)
-    np.testing.assert_array_equal(as_matrix(panels, N, K), weights)
-    assert np.count_nonzero(panels) == weights.size
+def test_panels_hold_the_encoded_values(format: int, N: int, K: int) -> None:
+    blocks = encode(format, random_matrix(rng(N, K), N, K))
+    panels = packed(format, blocks, K, start=5)
+    assert not panels[:5].any()
+    np.testing.assert_array_equal(
+        unpacked(format, panels, 5, N, K), dequantized(format, blocks)[:, :K].astype(np.float32)
+    )
+
+
+@given(format=any_format, N=st.integers(1, 3 * PANEL), K=st.integers(1, 3 * BLOCK))
+def test_panels_hold_the_encoded_values_whatever_the_shape(format: int, N: int, K: int) -> None:
+    blocks = encode(format, random_matrix(rng(N, K), N, K))
+    found = unpacked(format, packed(format, blocks, K), 0, N, K)
+    np.testing.assert_array_equal(found, dequantized(format, blocks)[:, :K].astype(np.float32))
+
+
+@all_formats
+def test_panels_hold_any_bits(format: int) -> None:
+    """Words and halves that no encoder writes: every level, and scales of either sign and any exponent."""
+    N, blocks = 2 * PANEL + 3, 5
+    words = rng(format).integers(0, 1 << 32, (N, blocks, block_words(format)), np.uint32)
+    halves = rng(format).integers(0, 0x7C00, (N, blocks, block_halves(format))).astype(np.uint16)
+    halves |= (rng(format, 1).integers(0, 2, halves.shape) << 15).astype(np.uint16)
+    K = blocks * BLOCK
+    found = unpacked(format, packed(format, (words, halves), K), 0, N, K)
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(found, dequantized(format, (words, halves)).astype(np.float32))
 
 
 @given(
-    N=st.integers(1, 3 * PANEL),
-    K=st.integers(1, 20),
+    format=any_format,
+    N=st.integers(1, 2 * PANEL + 5),
+    K=st.integers(1, 4 * BLOCK),
     start=st.sampled_from([0, 16]),
-    step=st.integers(1, 3 * PANEL),
-    transposed=st.booleans(),
+    columns=st.integers(1, 2 * PANEL + 5),
+    blocks=st.integers(1, 4),
 )
-def test_pieces_make_the_whole(N: int, K: int, start: int, step: int, transposed: bool) -> None:
-    weights = random_matrix(rng(N, K), N, K)
-    size = panels_size(N, K)
+def test_pieces_make_the_whole(format: int, N: int, K: int, start: int, columns: int, blocks: int) -> None:
+    words, halves = encode(format, random_matrix(rng(N, K), N, K))
+    size = panels_size(format, N, K)
     values = np.zeros(start + size + 16, np.float32)
-    if transposed:
-        inputs = np.ascontiguousarray(weights.T)
-        for first in range(0, K, step):
-            pack_inputs(inputs[first : first + step], first, K, values, start)
-    else:
-        for first in range(0, N, step):
-            pack_columns(weights[first : first + step], first, values, start)
-    np.testing.assert_array_equal(as_matrix(values[start : start + size], N, K), weights)
+    for n in range(0, N, columns):
+        for block in range(0, num_blocks(K), blocks):
+            piece = slice(n, n + columns), slice(block, block + blocks)
+            pack_blocks(
+                np.ascontiguousarray(words[piece]), np.ascontiguousarray(halves[piece]), n, block,
+                num_blocks(K), values.view(np.uint32), start,
+            )  # fmt: skip
+    assert_same_bits(values[start : start + size], packed(format, (words, halves), K))
     assert not values[:start].any()
     assert not values[start + size :].any()
 
 
-def test_a_column_is_read_back() -> None:
-    N, K, start = PANEL + 3, 9, 5
-    weights = random_matrix(rng(1), N, K)
-    values = np.zeros(start + panels_size(N, K), np.float32)
-    pack_columns(weights, 0, values, start)
-    for column in range(N):
-        out = np.full(K + 4, np.nan, np.float32)
-        unpack_column(values, start, K, np.int32(column), out, 2)
-        np.testing.assert_array_equal(out[2 : 2 + K], weights[column])
-        assert np.isnan(out[[0, 1, K + 2, K + 3]]).all()
+@all_formats
+def test_packing_again_replaces(format: int) -> None:
+    N, K = PANEL + 1, BLOCK + 1
+    panels = np.full(panels_size(format, N, K), -1, np.int32).view(np.float32)
+    words, halves = encode(format, random_matrix(rng(1), N, K))
+    pack_blocks(words, halves, 0, 0, num_blocks(K), panels.view(np.uint32), 0)
+    expected = dequantized(format, (words, halves))[:, :K].astype(np.float32)
+    np.testing.assert_array_equal(unpacked(format, panels, 0, N, K), expected)
 
 
-@given(num_rows=st.integers(1, 4 * GROUP), K=st.integers(1, 20))
-def test_rows_are_packed_where_the_layout_says(num_rows: int, K: int) -> None:
-    rows = random_matrix(rng(num_rows, K), num_rows, K)
-    source = np.concatenate([np.full(3, np.nan, np.float32), rows.reshape(-1)])
-    packed = np.full(padded_rows(num_rows) * K, np.nan, np.float32)
-    for row in range(num_rows):
-        pack_row(source, 3 + row * K, K, row, num_rows, packed)
-    np.testing.assert_array_equal(packed, packed_rows(rows))
-    np.testing.assert_array_equal(unpacked_rows(packed, num_rows, K), rows)
+# Rounding
+
+
+def roundtrip(format: int, weights: Matrix) -> Exact:
+    return dequantized(format, encode(format, weights))[:, : weights.shape[1]]
+
+
+def largest(values: Exact) -> Exact:
+    """Of each block of a row, for every value of the block."""
+    K = values.shape[1]
+    blocks = np.pad(values, ((0, 0), (0, -K % BLOCK))).reshape(len(values), -1, BLOCK)
+    return blocks.max(axis=2).repeat(BLOCK, axis=1)[:, :K]
+
+
+def samples(K: int, magnitude: float) -> Matrix:
+    """Rows of different kinds: normal, all positive, one outlier, far from zero, two values, constant."""
+    r = rng(K)
+    rows = random_matrix(r, 12, K)
+    rows[2:4] = np.abs(rows[2:4])
+    rows[4, 0] = 40.0
+    rows[5, -1] = -40.0
+    rows[6] += 20.0
+    rows[7] -= 20.0
+    rows[8] = np.where(rows[8] > 0, 1.0, -1.0)
+    rows[9] = 1.0
+    rows[10] = -1.0
+    rows[11] = 0.0
+    return rows * np.float32(magnitude)
+
+
+MAGNITUDES = [0.02, 1.0, 1000.0]
+
+
+def test_float32_is_kept() -> None:
+    weights = samples(67, 1.0)
+    np.testing.assert_array_equal(roundtrip(FLOAT32, weights), weights)
+
+
+@pytest.mark.parametrize("magnitude", [1e-39, 1e-3, 1.0, 1e30])
+def test_bfloat16_is_rounded_to_the_nearest(magnitude: float) -> None:
+    weights = samples(67, magnitude)
+    np.testing.assert_array_equal(roundtrip(BFLOAT16, weights), oracles.bfloat16(weights))
+
+
+def test_bfloat16_ties_go_to_the_even_one() -> None:
+    ties = (np.arange(0x3F80, 0x3F90, dtype=np.uint32) << 16 | 0x8000).view(np.float32)
+    for weights in (ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(2))):
+        np.testing.assert_array_equal(roundtrip(BFLOAT16, weights[None]), oracles.bfloat16(weights)[None])
+
+
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+@pytest.mark.parametrize("K", [1, 17, BLOCK, 5 * BLOCK + 3])
+def test_int8_errs_by_half_a_step(K: int, magnitude: float) -> None:
+    """A step is a 127th of the block's greatest magnitude, as float16: 2^-11 more or less of it."""
+    weights = samples(K, magnitude)
+    step = largest(np.abs(weights)) / 127
+    assert (np.abs(roundtrip(INT8, weights) - weights) <= step * (0.5 + 128 * 2.0**-11)).all()
+
+
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+@pytest.mark.parametrize("K", [1, 17, BLOCK, 5 * BLOCK + 3])
+def test_int4_errs_by_half_a_step(K: int, magnitude: float) -> None:
+    """A step is an eighth of the greatest magnitude; beyond the last of the seven the other way, by a whole."""
+    weights = samples(K, magnitude).astype(np.float64)
+    greatest = largest(np.abs(weights))
+    # Levels reach from -8 to 7 on the side of the value that is greatest, the first of several.
+    step = greatest / 8
+    error = np.abs(roundtrip(INT4, weights.astype(np.float32)) - weights)
+    in_reach = np.abs(weights) <= 7.5 * step
+    extreme = (weights == greatest) | (weights == -greatest)
+    rounding = 8 * 2.0**-11 * step
+    assert (error[in_reach] <= (0.5 * step + rounding)[in_reach]).all()
+    assert (error <= step + rounding).all()
+    for row, block in np.ndindex(len(weights), num_blocks(K)):
+        inside = slice(block * BLOCK, (block + 1) * BLOCK)
+        first = np.flatnonzero(extreme[row, inside])[0]
+        assert error[row, inside][first] <= rounding[row, inside][first]
+
+
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+@pytest.mark.parametrize("K", [1, 17, BLOCK, 5 * BLOCK + 3])
+def test_int4_min_errs_by_half_a_step(K: int, magnitude: float) -> None:
+    """A step is a 15th of the way from the least to the greatest; the least is rounded to float16, too."""
+    weights = samples(K, magnitude).astype(np.float64)
+    least = -largest(-weights) + 0.0
+    step = (largest(weights) - least) / 15
+    error = np.abs(roundtrip(INT4_MIN, weights.astype(np.float32)) - weights)
+    assert (error <= step * (0.5 + 16 * 2.0**-11) + 2 * np.abs(least) * 2.0**-11).all()
+
+
+@integer_formats
+def test_levels_are_kept(format: int) -> None:
+    """Weights that the format can hold are held."""
+    levels = {INT8: (-127, 128), INT4: (-8, 8), INT4_MIN: (0, 16)}[format]
+    weights = rng(1).integers(*levels, (40, 3 * BLOCK)).astype(np.float32)
+    weights[:, ::BLOCK], weights[:, 1::BLOCK] = levels[0], levels[1] - 1
+    for scale in (0.5, 1.0, -2.0, 2.0**-10):
+        kept = weights * np.float32(scale) + np.float32(3 * scale if format == INT4_MIN else 0)
+        np.testing.assert_array_equal(roundtrip(format, kept), kept)
+
+
+@all_formats
+def test_zeros_stay_exactly_zero(format: int) -> None:
+    np.testing.assert_array_equal(roundtrip(format, np.zeros((3, 40), np.float32)), np.zeros((3, 40)))
+
+
+@all_formats
+def test_weights_that_are_too_small_for_the_format_become_no_larger(format: int) -> None:
+    for magnitude in (1e-7, 1e-9, 1e-30, 1e-42):
+        weights = samples(BLOCK, magnitude)
+        found = roundtrip(format, weights)
+        assert np.isfinite(found).all()
+        assert (np.abs(found) <= np.abs(weights).max() + 127 * 2.0**-24).all()
+
+
+@all_formats
+def test_encoding_leaves_its_input_alone(format: int) -> None:
+    weights = random_matrix(rng(1), 3, BLOCK)
+    before = weights.copy()
+    weights.flags.writeable = False
+    encode(format, weights)
+    encode(format, random_matrix(rng(1), BLOCK, 3).T)
+    np.testing.assert_array_equal(weights, before)
+
+
+# GGUF
+
+GGUF = [("Q8_0", INT8), ("Q4_0", INT4), ("Q4_0", INT4_MIN), ("Q4_1", INT4_MIN)]
+gguf_types = pytest.mark.parametrize(("dtype", "format"), GGUF)
+
+
+def gguf_blocks(dtype: str, weights: Matrix) -> tuple[NDArray[np.uint8], Matrix]:
+    """Raw blocks [N, blocks, bytes], and what gguf reads them as."""
+    kind = GGMLQuantizationType[dtype]
+    raw = quants.quantize(weights, kind)
+    return raw.reshape(len(weights), weights.shape[1] // BLOCK, -1), quants.dequantize(raw, kind)
+
+
+@gguf_types
+@pytest.mark.parametrize("blocks", [1, 2, 5])
+@pytest.mark.parametrize("N", SIZES)
+def test_gguf_blocks_keep_their_values(dtype: str, format: int, N: int, blocks: int) -> None:
+    K = blocks * BLOCK
+    raw, values = gguf_blocks(dtype, random_matrix(rng(N, blocks), N, K))
+    found = from_gguf(dtype, format, raw)
+    assert found[0].shape == (N, blocks, block_words(format))
+    assert found[1].shape == (N, blocks, block_halves(format))
+    np.testing.assert_array_equal(unpacked(format, packed(format, found, K), 0, N, K), values)
+
+
+@gguf_types
+def test_gguf_blocks_of_all_magnitudes_keep_their_values(dtype: str, format: int) -> None:
+    """From the subnormal scales of float16 to those near its end."""
+    weights = np.concatenate([samples(2 * BLOCK, m) for m in (1e-6, 1e-5, 1e-3, 0.02, 1.0, 100.0, 1000.0)])
+    raw, values = gguf_blocks(dtype, weights)
+    found = packed(format, from_gguf(dtype, format, raw), 2 * BLOCK)
+    np.testing.assert_array_equal(unpacked(format, found, 0, len(weights), 2 * BLOCK), values)
+
+
+@gguf_types
+def test_reading_gguf_blocks_leaves_them_alone(dtype: str, format: int) -> None:
+    for N, K in ((1, BLOCK), (3, 2 * BLOCK)):
+        raw, values = gguf_blocks(dtype, random_matrix(rng(N), N, K))
+        raw.flags.writeable = False
+        blocks = from_gguf(dtype, format, raw)
+        np.testing.assert_array_equal(unpacked(format, packed(format, blocks, K), 0, N, K), values)
+
+
+@pytest.mark.parametrize(("dtype", "format"), [("Q8_0", INT8), ("Q4_0", INT4)])
+def test_an_encoder_errs_no_more_than_that_of_gguf(dtype: str, format: int) -> None:
+    weights = random_matrix(rng(3), 64, 8 * BLOCK)
+    _, values = gguf_blocks(dtype, weights)
+    ours, theirs = (np.square(found - weights).mean() for found in (roundtrip(format, weights), values))
+    assert ours <= theirs * 1.001
+
+
+# Activations
+
+
+def assert_packs(format: int, rows: Matrix) -> None:
+    """Each row goes where the layout says, and the source keeps its floats and is filled up with zeros."""
+    M, K = rows.shape
+    room = num_blocks(K) * BLOCK
+    size = padded_rows(M) * activation_words(format, K)
+    expected = packed_rows(format, rows)
+    assert expected.size == size
+    found = np.full(3 + size + 16, 0xFFFFFFFF, np.uint32).view(np.float32)
+    for row in range(M):
+        source = np.full(3 + room + 5, np.nan, np.float32)
+        source[3 : 3 + K] = rows[row]
+        pack_row(format, source, 3, K, row, found, 3)
+        np.testing.assert_array_equal(source[3 : 3 + K], rows[row])
+        assert not source[3 + K : 3 + room].any()
+        assert np.isnan(source[3 + room :]).all()
+    guards = np.concatenate([found[:3], found[3 + size :]])
+    assert (guards.view(np.uint32) == 0xFFFFFFFF).all()
+    found = found[3 : 3 + size]
+    if format in INTEGER_FORMATS:  # scales may be a rounding or two apart
+        for word in (SCALE, SCALED_SUM):
+            scales, expected_scales = found[word::INT_CHUNK], expected[word::INT_CHUNK]
+            np.testing.assert_allclose(scales, expected_scales, rtol=4 * 2.0**-24, atol=1e-44)
+            scales[:] = expected_scales
+    assert_same_bits(found, expected)
+
+
+@all_formats
+@pytest.mark.parametrize("M", ROWS)
+@pytest.mark.parametrize("K", [1, BLOCK + 1])
+def test_rows_are_packed_where_the_layout_says(format: int, M: int, K: int) -> None:
+    assert_packs(format, random_matrix(rng(M, K), M, K))
+
+
+@at_most(300)
+@given(
+    format=any_format,
+    M=st.integers(1, 3 * GROUP),
+    K=st.integers(1, 3 * BLOCK),
+    magnitude=st.sampled_from([1e-38, 1e-25, 1e-3, 1.0, 1e4, 1e37]),
+)
+def test_rows_of_all_magnitudes_are_packed(format: int, M: int, K: int, magnitude: float) -> None:
+    assert_packs(format, random_matrix(rng(M, K), M, K) * np.float32(magnitude))
+
+
+@all_formats
+def test_zeros_are_packed_as_zeros(format: int) -> None:
+    rows = np.zeros((2, 70), np.float32)
+    rows[1, 40] = 1.0  # a block of its own
+    assert_packs(format, rows)
+    assert not chunks(format, rows)[0].any()
+
+
+@all_formats
+def test_blocks_with_one_outlier_are_packed(format: int) -> None:
+    for index in range(2 * BLOCK):
+        rows = random_matrix(rng(index), 1, 2 * BLOCK)
+        rows[0, index] = 1000.0 * (-1) ** index
+        assert_packs(format, rows)
+
+
+@all_formats
+def test_halves_between_levels_are_packed_to_the_even_one(format: int) -> None:
+    rows = np.arange(-63.5, 64.5, dtype=np.float32).reshape(-1, BLOCK)
+    rows[:, 0] = 127.0
+    assert_packs(format, rows)
+
+
+@all_formats
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_greatest_finite_numbers_are_packed(format: int, sign: int) -> None:
+    """As long as the sum of a block is one, too."""
+    rows = np.full((1, BLOCK), sign * 1e37, np.float32)
+    assert_packs(format, rows)
+    rows[:] = sign * 3e38
+    rows[0, ::2] *= -1
+    assert_packs(format, rows)
+
+
+@all_formats
+@pytest.mark.parametrize("special", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("index", [0, 15, 16, 31, 40])
+def test_what_is_no_number_shows(format: int, special: float, index: int) -> None:
+    """It stays what it is, or it spoils the scale of its block and the sum that comes with it."""
+    row = np.ones(50, np.float32)
+    row[index] = special
+    source, found = np.zeros(2 * BLOCK, np.float32), np.zeros(GROUP * activation_words(format, 50), np.float32)
+    source[:50] = row
+    pack_row(format, source, 0, 50, 0, found, 0)
+    if format in INTEGER_FORMATS:
+        broken, whole = index // BLOCK, 1 - index // BLOCK
+        by_chunk = found.reshape(-1, GROUP, INT_CHUNK)[:, 0]
+        assert np.isnan(by_chunk[broken, [SCALE, SCALED_SUM]]).all()
+        assert np.isfinite(by_chunk[whole, [SCALE, SCALED_SUM]]).all()
+    else:
+        words = found.reshape(-1, GROUP, 16)[:, 0].reshape(-1)
+        values = words if format == FLOAT32 else halves_of(words)
+        np.testing.assert_array_equal(values[:50], row)
+
+
+def halves_of(words: Matrix) -> Matrix:
+    """The bfloat16 in words of two."""
+    return (words.view(np.uint16).astype(np.uint32) << 16).view(np.float32)

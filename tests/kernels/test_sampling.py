@@ -16,18 +16,23 @@ from numpy.typing import NDArray
 from kernels.sampling import argmax, greatest, log_sum_exp, penalize, philox, sample, top_tokens, uniform
 from kernels.simd import LANES
 from tests import oracles
-from tests.kernels.layouts import Matrix, whole_panels
 from tests.oracles import Filters
+
+Logits = NDArray[np.float32]
 
 NO_FILTER = Filters()
 UNDECIDED = 1e-5
 SEED = 12345
 
 
-def row_of(logits: Any) -> tuple[Matrix, int]:
-    """Logits as a row of the step's buffer: filled up to whole panels with what nobody may look at."""
+def whole_vectors(size: int) -> int:
+    return -(-size // LANES) * LANES
+
+
+def row_of(logits: Any) -> tuple[Logits, int]:
+    """Logits as a row of the step's buffer: filled up to whole vectors with what nobody may look at."""
     logits = np.asarray(logits, np.float32)
-    row = np.full(whole_panels(logits.size), np.nan, np.float32)
+    row = np.full(whole_vectors(logits.size), np.nan, np.float32)
     row[: logits.size] = logits
     return row, logits.size
 
@@ -37,7 +42,8 @@ def drawn(
 ) -> NDArray[np.int64]:
     """The tokens that positions 0 .. num - 1 sample."""
     row, size = row_of(logits)
-    scaled, weights = np.full_like(row, np.nan), np.full_like(row, np.nan)
+    scaled, scaled_end = np.split(np.full(row.size + LANES, np.nan, np.float32), [row.size])
+    weights, weights_end = np.split(np.full(row.size + LANES, np.nan, np.float32), [row.size])
     before = row.copy()
     tokens = [
         sample(
@@ -47,6 +53,7 @@ def drawn(
         for position in range(num)
     ]  # fmt: skip
     np.testing.assert_array_equal(row, before)
+    assert np.isnan([scaled_end, weights_end]).all(), "written behind the end of the working memory"
     return np.array(tokens)
 
 
@@ -71,8 +78,11 @@ def decided(logits: Any, temperature: float, filters: Filters) -> bool:
     return all(np.array_equal(kept, oracles.kept(logits, temperature, v)) for v in variants)
 
 
-# Vocabularies smaller than a vector, of whole ones and of a few more, and more than one chunk of a sum.
-SIZES = st.sampled_from([1, 2, 3, LANES - 1, LANES, LANES + 1, 50, 333, 1024, 1030, 3000])
+# Vocabularies smaller than a vector, of whole ones and of a few more, and around whole blocks of a sum.
+BLOCK = 16 * LANES
+SIZES = st.sampled_from(
+    [1, 2, 3, LANES - 1, LANES, LANES + 1, 50, BLOCK - 1, BLOCK, BLOCK + 1, 333, 4 * BLOCK, 1030, 3000]
+)
 FILTERS = st.builds(
     Filters,
     top_k=st.sampled_from([0, 0, 1, 2, 5, 40, 1000]),
@@ -83,15 +93,19 @@ TEMPERATURES = st.sampled_from([1e-30, 1e-4, 0.1, 0.7, 1.0, 1.5, 30.0, 1e30])
 
 
 @st.composite
-def vocabulary(draw: st.DrawFn) -> Matrix:
-    """Logits: all equal, on a grid with many ties, or spread out, some of them impossible."""
+def vocabulary(draw: st.DrawFn) -> Logits:
+    """Logits: all equal, with many ties, or spread out, over all of float32 too, some of them impossible."""
     size, seed = draw(SIZES), draw(st.integers(0, 1000))
     rng = np.random.default_rng(seed)
-    kind = draw(st.sampled_from(["equal", "grid", "normal", "far apart", "huge"]))
+    kind = draw(st.sampled_from(["equal", "grid", "two", "scales", "normal", "far apart", "huge"]))
     if kind == "equal":
         logits = np.full(size, draw(st.sampled_from([0.0, -7.25, 300.0])))
     elif kind == "grid":
         logits = rng.integers(-12, 13, size) / 4
+    elif kind == "two":
+        logits = np.where(rng.random(size) < draw(st.sampled_from([0.01, 0.5, 0.99])), 1.5, 1.25)
+    elif kind == "scales":
+        logits = rng.choice([-1.0, 1.0], size) * 2.0 ** rng.integers(-149, 100, size)
     else:
         logits = rng.standard_normal(size) * {"normal": 4.0, "far apart": 100.0, "huge": 1e8}[kind]
     impossible = draw(st.sampled_from([0.0, 0.0, 0.3, 0.95]))
@@ -147,7 +161,7 @@ def test_uniform_numbers_are_uniform() -> None:
 
 
 @given(vocabulary())
-def test_greedy_takes_the_first_of_the_greatest(logits: Matrix) -> None:
+def test_greedy_takes_the_first_of_the_greatest(logits: Logits) -> None:
     row, size = row_of(logits)
     assert greatest(row, size) == logits.max()
     assert argmax(row, size) == oracles.sample(logits, 0, NO_FILTER, 0.0)
@@ -173,18 +187,41 @@ def test_a_row_without_any_possible_token_gives_none() -> None:
 
 @settings(max_examples=150)
 @given(vocabulary(), TEMPERATURES)
-def test_draws_agree_with_the_oracle(logits: Matrix, temperature: float) -> None:
+def test_draws_agree_with_the_oracle(logits: Logits, temperature: float) -> None:
     assert_draws_agree(logits, temperature)
 
 
 @settings(max_examples=400)
 @given(vocabulary(), TEMPERATURES, FILTERS)
-def test_filtered_draws_agree_with_the_oracle(logits: Matrix, temperature: float, filters: Filters) -> None:
+def test_filtered_draws_agree_with_the_oracle(logits: Logits, temperature: float, filters: Filters) -> None:
     if filters.top_p < 1 and len(np.unique(logits[logits > -np.inf])) == 1:
         filters = Filters(filters.top_k, 0.5, filters.min_p)  # among equals a share of one half is exact
     else:
         assume(decided(logits, temperature, filters))
     assert_draws_agree(logits, temperature, filters)
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        Filters(top_k=50),
+        Filters(top_k=30_000),
+        Filters(top_p=0.95),
+        Filters(min_p=0.05),
+        Filters(50, 0.95),
+        Filters(30_000, 0.9, 1e-3),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["flat", "spread", "peaked", "tied"])
+def test_draws_from_a_large_vocabulary_agree_with_the_oracle(kind: str, filters: Filters) -> None:
+    rng = np.random.default_rng(1)
+    logits = rng.standard_normal(49_157).astype(np.float32) * {"flat": 0.5}.get(kind, 3.0)
+    if kind == "peaked":
+        logits[40_000] = 25.0
+    elif kind == "tied":
+        logits = np.round(logits)
+    assert_draws_agree(logits, 0.8, filters, num=200)
 
 
 @pytest.mark.parametrize("size", [2, LANES, 100, 2050])
@@ -193,6 +230,15 @@ def test_a_share_exactly_at_the_boundary_of_top_p_is_enough(size: int) -> None:
     tokens = drawn(logits, 1.0, Filters(top_p=0.5), num=400)
     assert tokens.max() < size // 2
     assert_draws_agree(logits, 1.0, Filters(top_p=0.5), num=400)
+
+
+@pytest.mark.parametrize(
+    "filters", [Filters(top_k=700), Filters(top_k=1500), Filters(top_p=0.7), Filters(1500, 0.9)], ids=str
+)
+def test_ties_go_to_the_lower_ids_over_many_blocks(filters: Filters) -> None:
+    logits = np.tile([0.0, 0.0, 1.0, -1.0], 3 * BLOCK)
+    assert decided(logits, 1.0, filters)
+    assert_draws_agree(logits, 1.0, filters, num=2000)  # one token more or less would move many of them
 
 
 @pytest.mark.parametrize("k", [1, 2, 7, 8, 9, 29, 30, 31])
@@ -289,7 +335,7 @@ def test_penalties_agree_with_the_oracle(
 
 @settings(max_examples=150)
 @given(vocabulary(), st.integers(0, 30))
-def test_top_tokens_agree_with_the_oracle(logits: Matrix, count: int) -> None:
+def test_top_tokens_agree_with_the_oracle(logits: Logits, count: int) -> None:
     ids = np.full(min(count, logits.size), -1, np.int32)
     top_tokens(*row_of(logits), ids)
     assert ids.tolist() == oracles.top_tokens(logits, count)
@@ -304,10 +350,20 @@ def test_all_tokens_can_be_top_tokens() -> None:
 
 @settings(max_examples=100)
 @given(vocabulary())
-def test_log_probabilities_agree_with_the_oracle(logits: Matrix) -> None:
+def test_log_probabilities_agree_with_the_oracle(logits: Logits) -> None:
+    assume(abs(logits.max()) < 2.0**30)  # beyond, float64 has no room for the logarithm of a sum
     row, size = row_of(logits)
     found = logits.astype(np.float64) - log_sum_exp(row, size, np.full_like(row, np.nan))
     np.testing.assert_allclose(found, oracles.log_softmax(logits), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, LANES + 1, BLOCK, BLOCK + 3])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_the_normalizer_tells_of_logits_that_are_no_finite_numbers(value: float, size: int) -> None:
+    for place in (0, size // 2, size - 1):
+        row, _ = row_of(np.zeros(size))
+        row[place] = value
+        assert not np.isfinite(log_sum_exp(row, size, np.full_like(row, np.nan)))
 
 
 def test_log_probabilities_of_a_large_vocabulary_keep_their_precision() -> None:

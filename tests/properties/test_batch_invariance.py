@@ -5,7 +5,7 @@ hits, a cache so small that sequences are preempted), and each answer is compare
 in an engine that computes it in one piece.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -18,7 +18,19 @@ from engine import EngineConfig, LLMEngine, RequestOutput, SamplingParams
 from tests.conftest import model_path
 
 MAX_LEN = 48
-MODELS = ("llama_gqa", "gpt2_odd_heads", "llama_mqa")
+# Each model in float32, and all formats on one or the other.
+SERVED = (
+    ("llama_gqa", "none"),
+    ("gpt2_odd_heads", "none"),
+    ("llama_mqa", "none"),
+    ("llama_gqa", "bf16"),
+    ("gpt2_odd_heads", "bf16"),
+    ("llama_gqa", "int8"),
+    ("gpt2_odd_heads", "int8"),
+    ("llama_mqa", "int4"),
+    ("gguf_llama_q4_0", "auto"),
+    ("gguf_llama_q4_1", "auto"),
+)
 
 
 @dataclass(frozen=True)
@@ -32,10 +44,15 @@ class Request:
 
 
 @cache
-def alone(model: str) -> LLMEngine:
+def alone(model: str, quantization: str) -> LLMEngine:
     """An engine that runs one request at a time, whole prompts, one thread, no cache."""
     config = EngineConfig(
-        block_size=16, num_blocks=3, max_model_len=MAX_LEN, enable_prefix_caching=False, num_threads=1
+        block_size=16,
+        num_blocks=3,
+        max_model_len=MAX_LEN,
+        enable_prefix_caching=False,
+        num_threads=1,
+        quantization=quantization,
     )
     return LLMEngine(str(model_path(model)), config)
 
@@ -99,18 +116,18 @@ def configs(draw: st.DrawFn) -> EngineConfig:
     )
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "quantization"), SERVED)
 @given(config=configs(), drawn=st.lists(requests(), min_size=1, max_size=6))
 @settings(max_examples=60, suppress_health_check=list(HealthCheck))
 def test_an_answer_does_not_depend_on_how_it_was_served(
-    model: str, config: EngineConfig, drawn: list[Request]
+    model: str, quantization: str, config: EngineConfig, drawn: list[Request]
 ) -> None:
-    engine = LLMEngine(str(model_path(model)), config)
+    engine = LLMEngine(str(model_path(model)), replace(config, quantization=quantization))
     together = serve(engine, drawn)
     engine.close()
     assert engine.block_manager.num_free_blocks == engine.block_manager.num_blocks
     for request, output in zip(drawn, together, strict=True):
-        [expected] = serve(alone(model), [Request(request.token_ids, request.params, 0, True)])
+        [expected] = serve(alone(model, quantization), [Request(request.token_ids, request.params, 0, True)])
         assert output.token_ids == expected.token_ids
         assert output.outputs[0].logprobs == expected.outputs[0].logprobs
         assert output.prompt_logprobs == expected.prompt_logprobs
@@ -129,6 +146,6 @@ def test_preemption_and_cache_hits_really_happen_and_change_nothing() -> None:
     assert sum(output.metrics.num_preemptions for output in together) > 0
     assert sum(output.metrics.num_cached_tokens for output in together) > 0
     for request, output in zip(drawn, together, strict=True):
-        [expected] = serve(alone("llama_gqa"), [request.__class__(request.token_ids, params, 0, False)])
+        [expected] = serve(alone("llama_gqa", "none"), [replace(request, arrival=0)])
         assert output.outputs[0].logprobs == expected.outputs[0].logprobs
         assert output.token_ids == expected.token_ids

@@ -1,0 +1,107 @@
+"""Weights in every format: which one a matrix gets, that files are repacked, and how far logits move."""
+
+import numpy as np
+import pytest
+
+from engine import LLM, ConfigError, EngineConfig
+from engine.checkpoints import open_checkpoint
+from engine.models import read_spec
+from engine.weights import formats_of, kv_format, load_weights
+from kernels import transformer
+from kernels.packing import BFLOAT16, FLOAT32, INT4, INT4_MIN, INT8, unpack_column
+from tests.conftest import MODELS, model_path
+
+LAYER_MATRICES = (transformer.QKV, transformer.OUTPUT, transformer.UP, transformer.DOWN)
+
+
+def formats(model: str, quantization: str) -> tuple[set[int], int]:
+    """The formats of the layers' matrices, and that of the output matrix."""
+    with open_checkpoint(model_path(model)) as checkpoint:
+        spec = read_spec(checkpoint)
+        table = formats_of(checkpoint, spec, quantization)
+    return set(table[:-1, LAYER_MATRICES].ravel().tolist()), int(table[-1, transformer.LM_HEAD])
+
+
+@pytest.mark.parametrize(
+    ("model", "quantization", "layers", "lm_head"),
+    [
+        ("llama_gqa", "auto", FLOAT32, FLOAT32),
+        ("llama_bf16", "auto", FLOAT32, FLOAT32),
+        ("gguf_llama_f32", "auto", FLOAT32, FLOAT32),
+        ("gguf_llama_q8_0", "auto", INT8, INT8),
+        ("gguf_llama_q4_0", "auto", INT4, INT4),
+        ("gguf_llama_q4_1", "auto", INT4_MIN, INT8),
+        ("gguf_llama_q4_0", "none", FLOAT32, FLOAT32),
+        ("gguf_llama_q4_0", "bf16", BFLOAT16, BFLOAT16),
+        ("gguf_llama_q4_0", "int8", INT8, INT8),
+        ("gguf_llama_q4_0", "int4", INT4, INT4),
+        ("gguf_llama_q8_0", "int4", INT4_MIN, INT8),
+        ("llama_gqa", "int8", INT8, INT8),
+        ("llama_gqa", "int4", INT4_MIN, INT8),
+        ("gpt2", "bf16", BFLOAT16, BFLOAT16),
+    ],
+)
+def test_a_matrix_gets_the_format_that_is_asked_for_or_keeps_its_own(
+    model: str, quantization: str, layers: int, lm_head: int
+) -> None:
+    assert formats(model, quantization) == ({layers}, lm_head)
+
+
+@pytest.mark.parametrize("model", ["gguf_llama_q8_0", "gguf_llama_q4_0", "gguf_llama_q4_1"])
+def test_a_quantized_file_is_repacked_without_a_change_of_value(model: str) -> None:
+    with open_checkpoint(model_path(model)) as checkpoint:
+        spec = read_spec(checkpoint)
+        weights = load_weights(checkpoint, spec, formats_of(checkpoint, spec, "auto"), 8, show=False)
+        tensors = {
+            transformer.EMBEDDING: (spec.num_layers, "token_embd.weight"),
+            transformer.DOWN: (0, "blk.0.ffn_down.weight"),
+        }
+        for part, (row, name) in tensors.items():
+            expected = checkpoint.tensors[name].rows(0, checkpoint.tensors[name].shape[0])
+            column = np.zeros(expected.shape[1], np.float32)
+            for n in range(len(expected)):
+                unpack_column(
+                    int(weights.formats[row, part]), weights.values, int(weights.offsets[row, part]),
+                    expected.shape[1], n, column, 0,
+                )  # fmt: skip
+                np.testing.assert_array_equal(column, expected[n])
+
+
+@pytest.mark.parametrize(
+    "model", ["llama_gqa", "llama_bias", "gpt2", "gpt2_odd_heads", "qwen2", "gguf_llama_q4_0"]
+)
+@pytest.mark.parametrize(("quantization", "most"), [("bf16", 0.02), ("int8", 0.05), ("int4", 0.4)])
+def test_logits_of_a_format_are_near_those_of_float32(model: str, quantization: str, most: float) -> None:
+    """As a share of the logits' own spread: a transposed or misplaced block would be far off."""
+    tokens = np.load(MODELS / model / "expected.npz")["input_ids"].tolist()
+    logits = {}
+    for name in ("none", quantization):
+        llm = LLM(str(model_path(model)), num_blocks=16, quantization=name, show_progress=False)
+        logits[name] = llm.logits(tokens)
+        llm.close()
+    error = np.abs(logits[quantization] - logits["none"])
+    assert 0 < error.mean() < most * logits["none"].std()
+
+
+def test_quantized_weights_take_less_memory() -> None:
+    sizes = {}
+    with open_checkpoint(model_path("gguf_llama_q8_0")) as checkpoint:
+        spec = read_spec(checkpoint)
+        for quantization in ("none", "bf16", "auto", "int4"):
+            table = formats_of(checkpoint, spec, quantization)
+            sizes[quantization] = load_weights(checkpoint, spec, table, 8, show=False).values.nbytes
+    assert sizes["none"] > sizes["bf16"] > sizes["auto"] > sizes["int4"]
+
+
+def test_the_cache_is_float32_only_beside_float32_weights() -> None:
+    for quantization, expected in (("none", FLOAT32), ("bf16", BFLOAT16), ("int8", BFLOAT16)):
+        with open_checkpoint(model_path("llama_gqa")) as checkpoint:
+            table = formats_of(checkpoint, read_spec(checkpoint), quantization)
+        assert kv_format(table) == expected
+
+
+def test_an_unknown_quantization_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"quantization: found 'int3', expected one of auto, none, bf16, int8, int4"
+    ):
+        EngineConfig(quantization="int3")
