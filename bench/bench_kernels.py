@@ -1,54 +1,392 @@
-"""Kernels against the machine: float32 matmul beside NumPy's BLAS on the same shapes in the same run.
+"""Kernels by themselves, beside what the machine and NumPy's BLAS do in the same run.
 
-Run: python -m pytest bench/bench_kernels.py --benchmark-group-by=param:shape --benchmark-columns=median,ops
+Products: every format at transformer shapes; float32 and OpenBLAS take turns on the same matrices, and the
+ratio is of medians over the rounds. Both multiply what is at hand: weights and activations in the order that
+each wants (ours are packed, in the engine by whoever wrote them).
+
+Attention: a decode over a long context as a share of the time that memory needs for its keys and values, and
+what a token of a prompt costs from 512 tokens to 8,192, chunk by chunk as the engine does it.
+
+Run: python bench/bench_kernels.py [--json].
 """
 
-import numpy as np
-import pytest
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.machine import bandwidth_gb_s, peak_gops
 from engine.config import usable_cores
+from kernels.activation import SILU_GATED
+from kernels.attention import KEY_CHUNK, attention, key_cache_size, plan_tiles, token_words, value_cache_size
 from kernels.jit import entry_point
 from kernels.matmul import matmul
-from kernels.packing import pack_columns, pack_row, padded, padded_rows, panels_size
+from kernels.packing import (
+    BFLOAT16,
+    BLOCK,
+    FLOAT32,
+    INT4,
+    INT4_MIN,
+    INT8,
+    activation_words,
+    aligned_zeros,
+    encode,
+    num_blocks,
+    pack_blocks,
+    pack_row,
+    padded,
+    padded_rows,
+    panels_size,
+)
 from kernels.threads import ThreadTeam, barrier, new_counters
+from kernels.transformer import Architecture, Batch, new_cache, new_plan, new_workspace
 
-# (M, N, K) of SmolLM2-135M's layers: tokens, outputs, inputs.
-SHAPES = [(1, 3072, 576), (16, 3072, 576), (512, 960, 576), (512, 3072, 576), (512, 576, 1536)]
+FORMATS = {"float32": FLOAT32, "bf16": BFLOAT16, "int8": INT8, "int4": INT4_MIN, "int4, Q4_0": INT4}
+CACHE_FORMATS = {"float32": FLOAT32, "bf16": BFLOAT16}
+
+# M tokens by (N outputs, K inputs).
+TOKENS = (16, 64, 256, 512, 2048)
+MATRICES = ((576, 576), (960, 576), (3072, 576), (576, 1536), (1536, 1536), (3072, 3072))
+PEAKS = ("float32", "bf16", "int8", "int4")  # those that the machine is measured in
+CONTEXT, BATCH = 4096, 8
+BLOCK_SIZE = 16
+CHUNK = 512  # tokens of a prompt in one step
+LONGEST_PROMPT = 8192
+# Layers whose KV a decode reads in turn, so that no cache holds any of it the next time.
+LAYERS = 8
+
+# A turn is not timed at first: until the threads of whoever had the turn before have stopped spinning, and
+# the operating system has spread ours over the cores.
+WARM_UP_SECONDS = 0.1
+TURN_SECONDS = 0.04
+
+# SmolLM2-135M with as few layers, and next to no vocabulary.
+ARCHITECTURE = Architecture(
+    num_layers=LAYERS,
+    hidden_size=576,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    intermediate_size=1536,
+    vocab_size=16,
+    layer_norm=False,
+    norm_epsilon=1e-5,
+    activation=SILU_GATED,
+    rotary=True,
+    attention_scale=0.125,
+)
 
 
 @entry_point
-def multiply(thread, num_threads, counters, x, M, K, weights, bias, N, out):
-    matmul(counters, x, M, K, weights, 0, bias, N, out, False)
-    barrier(counters, num_threads)
-
-
-@entry_point
-def pack(x, packed):
+def _pack(format, x, packed):  # type: ignore[no-untyped-def]
     for row in range(x.shape[0]):
-        pack_row(x[row], 0, x.shape[1], row, x.shape[0], packed)
+        pack_row(format, x[row], 0, x.shape[1], row, packed, 0)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_pagellm(benchmark, shape):
-    M, N, K = shape
-    rng = np.random.default_rng(0)
-    x, w = rng.standard_normal((M, K), np.float32), rng.standard_normal((N, K), np.float32)
-    weights = np.zeros(panels_size(N, K) + padded(N), np.float32)
-    pack_columns(w, 0, weights, 0)
-    packed = np.zeros(padded_rows(M) * K, np.float32)
-    pack(x, packed)
-    out = np.zeros(padded_rows(M) * padded(N), np.float32)
+@entry_point
+def _multiply(thread, num_threads, counters, format, x, M, N, K, weights, copies, bias_at, out):  # type: ignore[no-untyped-def]
+    for copy in range(copies):
+        matmul(
+            counters,
+            num_threads,
+            format,
+            x,
+            M,
+            K,
+            weights,
+            copy * panels_size(format, N, K),
+            bias_at,
+            N,
+            out,
+            False,
+        )
+        barrier(counters, num_threads)
+
+
+@entry_point
+def _plan(arch, batch, plan):  # type: ignore[no-untyped-def]
+    plan.num_tiles[0] = plan_tiles(
+        batch.query_start_loc, plan.seq_lens, arch.num_heads // arch.num_kv_heads, plan.tile_sequence,
+        plan.tile_start, plan.tile_chunk, plan.state_start,
+    )  # fmt: skip
+
+
+@entry_point
+def _attend(thread, num_threads, arch, cache, batch, plan, work, layers):  # type: ignore[no-untyped-def]
+    heads, kv_heads, head_dim = arch.num_heads, arch.num_kv_heads, arch.head_dim
+    layer_k = key_cache_size(cache.format, cache.num_blocks, cache.block_size, kv_heads, head_dim)
+    layer_v = value_cache_size(cache.format, cache.num_blocks, cache.block_size, kv_heads, head_dim)
+    for layer in range(layers):
+        attention(
+            work.counters, cache.format, work.wide, padded((heads + 2 * kv_heads) * head_dim), heads,
+            kv_heads, head_dim, np.float32(arch.attention_scale), cache.keys, cache.values, layer * layer_k,
+            layer * layer_v, cache.block_size, batch.block_tables, batch.query_start_loc, plan.seq_lens,
+            plan.tile_sequence[: plan.num_tiles[0]], plan.tile_start, plan.tile_chunk, plan.state_start,
+            plan.states, work.attention[thread],
+        )  # fmt: skip
+        barrier(work.counters, num_threads)
+
+
+class Product:
+    """A product [M, K] x [K, N] in one format, with as many copies of the weights as are to be read in turn.
+
+    operations: a multiply-add counted as two; num_bytes: of one copy of the weights, of the activations that
+    it reads and the outputs that it writes.
+    """
+
+    def __init__(self, format: int, M: int, N: int, K: int, copies: int = 1) -> None:
+        rng = np.random.default_rng(0)
+        size = panels_size(format, N, K)
+        weights = aligned_zeros(copies * size + padded(N))
+        words, halves = encode(format, rng.standard_normal((N, K), np.float32))
+        pack_blocks(words, halves, 0, 0, num_blocks(K), weights.view(np.uint32), 0)
+        weights[size : copies * size].reshape(copies - 1, size)[:] = weights[:size]
+        packed = aligned_zeros(padded_rows(M) * activation_words(format, K))
+        _pack(format, rng.standard_normal((M, num_blocks(K) * BLOCK), np.float32)[:, :K].copy(), packed)
+        self.copies = copies
+        self.operations = 2 * M * N * K
+        self.num_bytes = 4 * (size + M * activation_words(format, K) + M * N)
+        self._arguments = (
+            new_counters(), format, packed, M, N, K, weights, copies, copies * size,
+            aligned_zeros(padded_rows(M) * padded(N)),
+        )  # fmt: skip
+
+    def run(self, team: ThreadTeam) -> None:
+        """Multiplies by each copy."""
+        team.run(_multiply, *self._arguments)
+
+
+class Attention:
+    """The attention of one batch on scattered blocks, in as many layers as are to be read in turn.
+
+    runs: of each sequence its tokens in the cache and its new tokens. Counted for one layer are the
+    `operations` of both products, the `kv_bytes` of keys and values, and `num_bytes`: those and what is read
+    and written for the new tokens.
+    """
+
+    def __init__(self, format: int, runs: list[tuple[int, int]], layers: int = LAYERS) -> None:
+        arch, rng = ARCHITECTURE, np.random.default_rng(0)
+        self.layers = layers
+        starts, counts = (np.array(column, np.int32) for column in zip(*runs, strict=True))
+        lengths, new_tokens = starts + counts, int(counts.sum())
+        blocks_of = -(-lengths // BLOCK_SIZE)
+        tables = np.zeros((len(runs), blocks_of.max()), np.int32)
+        tables[np.arange(blocks_of.max()) < blocks_of[:, None]] = rng.permutation(blocks_of.sum())
+        cache = new_cache(arch, format, int(blocks_of.sum()), BLOCK_SIZE)
+        work = new_workspace(arch, new_tokens, usable_cores())
+        for words in (cache.keys, cache.values):
+            words[:] = np.resize(_random_words(format, rng), words.size)
+        work.wide[:] = np.resize(_random_words(FLOAT32, rng), work.wide.size)
+        batch = Batch(
+            token_ids=np.zeros(new_tokens, np.int32),
+            num_computed=starts,
+            query_start_loc=np.cumsum([0, *counts], dtype=np.int32),
+            block_tables=tables,
+        )
+        plan = new_plan(arch, new_tokens, len(runs), -(-int(lengths.max()) // KEY_CHUNK))
+        plan.seq_lens[:] = lengths
+        _plan(arch, batch, plan)
+        self._arguments = (arch, cache, batch, plan, work, layers)
+        heads_size = arch.num_heads * arch.head_dim
+        seen_keys = sum(count * start + count * (count + 1) // 2 for start, count in runs)
+        self.operations = 4 * heads_size * seen_keys
+        self.kv_bytes = 4 * arch.num_kv_heads * token_words(format, arch.head_dim) * int(lengths.sum())
+        self.num_bytes = self.kv_bytes + 2 * 4 * new_tokens * heads_size
+
+    def run(self, team: ThreadTeam) -> None:
+        """Attends in each layer."""
+        team.run(_attend, *self._arguments)
+
+
+def seconds_in_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The median over the rounds of what a call takes, when all take turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            call()  # may have to be compiled
+            _call_for(WARM_UP_SECONDS, call)
+            times[name].append(median(_call_for(TURN_SECONDS, call)))
+    return {name: median(values) for name, values in times.items()}
+
+
+def _call_for(seconds: float, call: Callable[[], object]) -> list[float]:
+    """Calls until so much time has passed, at least once; what each call took."""
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def blas_cores() -> float:
+    """How many cores NumPy's BLAS keeps busy on a large product."""
+    a, b = np.ones((2, 2048, 2048), np.float32)
+    np.matmul(a, b)
+    wall, busy = time.perf_counter(), time.process_time()
+    for _ in range(5):
+        np.matmul(a, b)
+    return (time.process_time() - busy) / (time.perf_counter() - wall)
+
+
+def _free_blas() -> None:
+    """Starts anew if the environment tells OpenBLAS what processor this is or how many threads to use."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS_")}
+    if len(kept) < len(os.environ):
+        os.execve(sys.executable, [sys.executable, *sys.argv], kept)
+
+
+@dataclass(frozen=True)
+class ProductRow:
+    """Gop/s of one shape; ratio: of float32 to BLAS."""
+
+    M: int
+    N: int
+    K: int
+    gops: dict[str, float]
+    ratio: float
+
+
+@dataclass(frozen=True)
+class DecodeRow:
+    """A decode's KV bytes a second, and their share of the bandwidth that was measured beside it."""
+
+    cache: str
+    gb_s: float
+    bandwidth_gb_s: float
+    share: float
+
+
+@dataclass(frozen=True)
+class PrefillRow:
+    """A prompt's attention in one layer, a token; growth: to the shortest prompt, of cost and arithmetic."""
+
+    cache: str
+    tokens: int
+    us_per_token: float
+    gops: float
+    cost_growth: float
+    arithmetic_growth: float
+
+
+def products(team: ThreadTeam, rounds: int) -> list[ProductRow]:
+    """Every shape in every format, and by BLAS."""
+    rows = []
+    for (N, K), M in itertools.product(MATRICES, TOKENS):
+        rng = np.random.default_rng(0)
+        x, w = rng.standard_normal((M, K), np.float32), rng.standard_normal((K, N), np.float32)
+        out = np.empty((M, N), np.float32)
+        cases = {name: Product(format, M, N, K) for name, format in FORMATS.items()}
+        calls = {name: partial(case.run, team) for name, case in cases.items()}
+        pair = {"float32": calls.pop("float32"), "BLAS": partial(np.matmul, x, w, out=out)}
+        times = seconds_in_turns(pair, 2 * rounds) | seconds_in_turns(calls, rounds)
+        gops = {name: 2 * M * N * K / 1e9 / seconds for name, seconds in times.items()}
+        rows.append(ProductRow(M, N, K, gops, gops["float32"] / gops["BLAS"]))
+        print(f"{M} x {N} x {K}: {rows[-1].ratio:.2f}", file=sys.stderr, flush=True)
+    return rows
+
+
+def decodes(team: ThreadTeam, rounds: int) -> list[DecodeRow]:
+    """A batch of decodes over a long context in each cache format."""
+    rows = []
+    for name, format in CACHE_FORMATS.items():
+        case = Attention(format, [(CONTEXT - 1, 1)] * BATCH)
+        speeds, bandwidths = [], []
+        for _ in range(rounds):
+            before = bandwidth_gb_s()
+            seconds = seconds_in_turns({name: partial(case.run, team)}, 1)[name] / LAYERS
+            bandwidths.append(max(before, bandwidth_gb_s()))
+            speeds.append(case.kv_bytes / 1e9 / seconds)
+        share = median(speed / bandwidth for speed, bandwidth in zip(speeds, bandwidths, strict=True))
+        rows.append(DecodeRow(name, median(speeds), median(bandwidths), share))
+    return rows
+
+
+def prefills(team: ThreadTeam, rounds: int) -> list[PrefillRow]:
+    """The attention of a whole prompt, of twice as many tokens from row to row, in each cache format."""
+    rows: list[PrefillRow] = []
+    for name, format in CACHE_FORMATS.items():
+        seconds = operations = 0.0
+        shortest: tuple[float, float] | None = None
+        for start in range(0, LONGEST_PROMPT, CHUNK):
+            case = Attention(format, [(start, CHUNK)], layers=1)
+            seconds += seconds_in_turns({name: partial(case.run, team)}, rounds)[name]
+            operations += case.operations
+            tokens = start + CHUNK
+            shortest = shortest or (seconds / tokens, operations / tokens)
+            if tokens & (tokens - 1) == 0:
+                growth = (seconds / tokens / shortest[0], operations / tokens / shortest[1])
+                speed = operations / 1e9 / seconds
+                rows.append(PrefillRow(name, tokens, 1e6 * seconds / tokens, speed, *growth))
+    return rows
+
+
+def _print(product_rows: list[ProductRow], decode_rows: list[DecodeRow], rest: list[PrefillRow]) -> None:
+    if product_rows:
+        names = list(product_rows[0].gops)
+        print(f"Gop/s; BLAS keeps {blas_cores():.1f} of {usable_cores()} cores busy; ratio: float32 to BLAS")
+        print(f"{'M x N x K':>18}", *(f"{name:>11}" for name in names), f"{'ratio':>7}")
+        for row in product_rows:
+            shape = f"{row.M} x {row.N} x {row.K}"
+            print(f"{shape:>18}", *(f"{row.gops[name]:11.0f}" for name in names), f"{row.ratio:7.2f}")
+        peaks = {"BLAS": "", "int4, Q4_0": ""} | {name: f"{peak_gops(name):.0f}" for name in PEAKS}
+        print(f"{'peak':>18}", *(f"{peaks[name]:>11}" for name in names))
+    for decode in decode_rows:
+        print(
+            f"decode, {BATCH} x {CONTEXT} tokens, {decode.cache} cache: {decode.gb_s:.1f} GB/s of KV, "
+            f"{decode.share:.2f} of {decode.bandwidth_gb_s:.1f}"
+        )
+    for prefill in rest:
+        print(
+            f"prefill, {prefill.tokens} tokens, {prefill.cache} cache: {prefill.us_per_token:.2f} us a token "
+            f"and layer, {prefill.gops:.0f} Gop/s; to the shortest: cost {prefill.cost_growth:.2f}, "
+            f"arithmetic {prefill.arithmetic_growth:.2f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Kernels beside the machine's limits and BLAS.")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=("products", "attention"))
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    arguments = parser.parse_args()
+    _free_blas()
+    rounds = arguments.rounds
     team = ThreadTeam(usable_cores())
-    arguments = (new_counters(), packed, M, K, weights, panels_size(N, K), N, out)
-    benchmark(team.run, multiply, *arguments)
+    product_rows = products(team, rounds) if arguments.only != "attention" else []
+    decode_rows = decodes(team, rounds) if arguments.only != "products" else []
+    prefill_rows = prefills(team, rounds) if arguments.only != "products" else []
     team.close()
-    np.testing.assert_allclose(out.reshape(-1, padded(N))[:M, :N], x @ w.T, atol=1e-2)
+    if arguments.json:
+        parts: dict[str, list[Any]] = {
+            "products": product_rows, "decodes": decode_rows, "prefills": prefill_rows
+        }  # fmt: skip
+        print(json.dumps({name: [asdict(row) for row in rows] for name, rows in parts.items()}, indent=2))
+    else:
+        _print(product_rows, decode_rows, prefill_rows)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_blas(benchmark, shape):
-    M, N, K = shape
-    rng = np.random.default_rng(0)
-    x, w = rng.standard_normal((M, K), np.float32), rng.standard_normal((K, N), np.float32)
-    out = np.zeros((M, N), np.float32)
-    benchmark(np.matmul, x, w, out=out)
+def _random_words(format: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Random numbers, one or two to a word."""
+    values = rng.standard_normal(1 << 20, np.float32)
+    if format != FLOAT32:
+        values = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.float32)
+    return values
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.checkpoints import Checkpoint, Tensor
+from engine.errors import CheckpointError
 from engine.models import ModelSpec, Source
 from engine.progress import progress
 from kernels import activation, transformer
@@ -177,6 +178,11 @@ def _load_matrix(
         else:
             rows = _unpair(tensor.rows(first, last), source, head_dim)
             words, halves = encode(format, rows.T if source.transposed else rows)
+        if not np.isfinite(halves.view(np.float16)).all():
+            raise CheckpointError(
+                f"{tensor.file.path}: tensor {tensor.name} has a block whose scale or minimum is no finite "
+                f"float16, in rows {first} to {last - 1}"
+            )
         first_column, first_block = (column, first // BLOCK) if source.transposed else (column + first, 0)
         pack_blocks(words, halves, first_column, first_block, num_blocks(K), values.view(np.uint32), start)
 

@@ -176,6 +176,13 @@ def store_kv(
     block, offset = slot // block_size, slot % block_size
     words, stride = key_words(format, head_dim), value_words(format, head_dim)
     converted = -(-head_dim // LANES) * LANES
+    for head in range(num_kv_heads):  # a decode's slots are far apart and in no cache: ask for all at once
+        key = layer_k + (block * num_kv_heads + head) * words * block_size + offset
+        value = layer_v + ((block * num_kv_heads + head) * block_size + offset) * stride
+        for w in range(words):
+            prefetch(keys, key + w * block_size)
+        for i in range(0, stride, LANES):
+            prefetch(values, value + i)
     for head in range(num_kv_heads):
         key = layer_k + (block * num_kv_heads + head) * words * block_size + offset
         value = layer_v + ((block * num_kv_heads + head) * block_size + offset) * stride
@@ -257,6 +264,27 @@ def _gather_values(
             else:
                 for j in range(run):
                     store(panels, panel + j * PANEL, load_bfloat16(values, at + d // 2 + j * stride))
+        position += run
+
+
+@kernel
+def _prefetch_tile(
+    format, keys, values, layer_k, layer_v, kv_head, num_kv_heads, head_dim, block_size, block_table, start,
+    end
+):  # fmt: skip
+    """Asks for the keys and values of positions `start` to `end` of one KV head, at most a tile."""
+    words, stride = key_words(format, head_dim), value_words(format, head_dim)
+    position = start
+    while position < end:
+        head_block = block_table[position // block_size] * num_kv_heads + kv_head
+        run = min(block_size - position % block_size, end - position)
+        at = layer_k + head_block * words * block_size + position % block_size
+        for _ in range(words):
+            prefetch(keys, at)
+            at += block_size
+        at = layer_v + (head_block * block_size + position % block_size) * stride
+        for i in range(0, run * stride, LANES):
+            prefetch(values, at + i)
         position += run
 
 
@@ -391,8 +419,18 @@ def attention(
     total = weights + GROUP * KEY_TILE
     part = total + rows * row_words
 
+    num_items = tile_sequence.size * num_kv_heads
     item = next_item(counters)
-    while item < tile_sequence.size * num_kv_heads:
+    while item < num_items:
+        following = next_item(counters)
+        if following < num_items:  # its first keys are on their way while this item is computed
+            ahead = following // num_kv_heads
+            start = max(tile_chunk[ahead], 0) * KEY_CHUNK
+            _prefetch_tile(
+                format, keys, values, layer_k, layer_v, following % num_kv_heads, num_kv_heads, head_dim,
+                block_size, block_tables[tile_sequence[ahead]], start,
+                min(start + KEY_TILE, seq_lens[tile_sequence[ahead]]),
+            )  # fmt: skip
         tile, kv_head = item // num_kv_heads, item % num_kv_heads
         sequence, first_token, chunk = tile_sequence[tile], tile_start[tile], tile_chunk[tile]
         end = query_start_loc[sequence + 1]
@@ -424,7 +462,7 @@ def attention(
             target = ((state_start[token] + max(chunk, 0)) * num_heads + head) * row_words
             for d in range(0, row_words, LANES):
                 store(states, target + d, load(scratch, total + row * row_words + d))
-        item = next_item(counters)
+        item = following
 
 
 @kernel

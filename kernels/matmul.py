@@ -50,19 +50,17 @@ _HEIGHTS = tuple(height for height in (1, 2, 3, 4, 6, 8, 12) if height <= GROUP)
 _INT_HEIGHTS = tuple(height for height in (1, 2, 3, 4, 6) if height <= max(1, GROUP // 2))
 # Rows that meet a panel while it is in the nearest cache.
 _ROWS_PER_ITEM = 8 * GROUP
-# Words of weights of a work item of few rows: long runs of memory, read from one end to the other.
+# Words of weights of a work item where there is little to compute: long runs of memory, read from end to end.
 _WORDS_PER_ITEM = 16384
 # How far ahead of a product the weights are asked for: the processor's own prefetching ends at each page.
 _PREFETCH_WORDS = 2048
-_PREFETCH_HEIGHT = 4
 
 
 @kernel
-def _prefetch_weights(height, w, at):
-    """Asks for a panel's row of words ahead of its use where the product waits for memory."""
-    if height <= _PREFETCH_HEIGHT:
-        for v in range(0, PANEL, LANES):
-            prefetch(w, at + _PREFETCH_WORDS + v)
+def _prefetch_weights(w, at):
+    """Asks for a panel's row of words ahead of its use."""
+    for v in range(0, PANEL, LANES):
+        prefetch(w, at + _PREFETCH_WORDS + v)
 
 
 def _float32_tile(height: int) -> Any:
@@ -71,7 +69,7 @@ def _float32_tile(height: int) -> Any:
         tile = start_tile(height, _VECTORS, bias, bias_at)
         for k in range(blocks * words):
             at = x_at + k // CHUNK * (GROUP * CHUNK) + k % CHUNK
-            _prefetch_weights(height, w, w_at + k * PANEL)
+            _prefetch_weights(w, w_at + k * PANEL)
             tile = outer_product(tile, height, x, at, CHUNK, w, w_at + k * PANEL)
         write_tile(tile, height, out, out_at, out_stride, accumulate)
 
@@ -84,7 +82,7 @@ def _bfloat16_tile(height: int) -> Any:
         tile = start_tile(height, _VECTORS, bias, bias_at)
         for pair in range(blocks * words):
             at = x_at + pair // CHUNK * (GROUP * CHUNK) + pair % CHUNK
-            _prefetch_weights(height, w, w_at + pair * PANEL)
+            _prefetch_weights(w, w_at + pair * PANEL)
             tile = dot_bfloat16(tile, height, x, at, CHUNK, w, w_at + pair * PANEL)
         write_tile(tile, height, out, out_at, out_stride, accumulate)
 
@@ -98,7 +96,7 @@ def _int8_tile(height: int) -> Any:
         for _ in range(blocks):
             ints = start_int_tile(height, _VECTORS, x, x_at + START_INT8, INT_CHUNK)
             for word in range(words):
-                _prefetch_weights(height, w, w_at + word * PANEL)
+                _prefetch_weights(w, w_at + word * PANEL)
                 ints = dot_int8(ints, height, x, x_at + word, INT_CHUNK, w, w_at + word * PANEL)
             w_at += words * PANEL
             tile = add_scaled(tile, ints, height, x, x_at + SCALE, INT_CHUNK, w, w_at)
@@ -117,7 +115,7 @@ def _int4_tile(height: int) -> Any:
         for _ in range(blocks):
             ints = start_int_tile(height, _VECTORS, x, x_at + start, INT_CHUNK)
             for word in range(words):
-                _prefetch_weights(height, w, w_at + word * PANEL)
+                _prefetch_weights(w, w_at + word * PANEL)
                 ints = dot_int4(ints, height, x, x_at + word, INT_CHUNK, w, w_at + word * PANEL)
             w_at += words * PANEL
             tile = add_scaled(tile, ints, height, x, x_at + SCALE, INT_CHUNK, w, w_at)
@@ -196,7 +194,7 @@ def multiply_group(
 
 
 @kernel
-def matmul(counters, format, x, M, K, weights, w_start, bias_start, N, out, accumulate):
+def matmul(counters, num_threads, format, x, M, K, weights, w_start, bias_start, N, out, accumulate):
     """One thread's share of `out[m, n] (+)= bias[n] + sum over k of x[m, k] * w[n, k]`.
 
     x: packed activations of M rows for this format; weights: the buffer that holds the panels at word
@@ -207,7 +205,9 @@ def matmul(counters, format, x, M, K, weights, w_start, bias_start, N, out, accu
     out_stride = num_panels * PANEL
     blocks, row_words = num_blocks(K), activation_words(format, K)
     panel_words = blocks * panel_block_words(format)
-    panels_per_item = max(1, _WORDS_PER_ITEM // panel_words) if M <= GROUP else 1
+    panels_per_item = 1
+    if M <= _ROWS_PER_ITEM:
+        panels_per_item = max(1, min(_WORDS_PER_ITEM // panel_words, num_panels // (4 * num_threads)))
     num_runs = (num_panels + panels_per_item - 1) // panels_per_item
     num_row_blocks = (M + _ROWS_PER_ITEM - 1) // _ROWS_PER_ITEM
     item = next_item(counters)

@@ -123,11 +123,12 @@ def aligned_zeros(num_words: int) -> NDArray[np.float32]:
 Blocks = tuple[NDArray[np.uint32], NDArray[np.uint16]]  # words [N, blocks, ...] and halves [N, blocks, ...]
 
 
+@np.errstate(divide="ignore", over="ignore", invalid="ignore")
 def encode(format: int, weights: NDArray[np.float32]) -> Blocks:
     """Weight rows [N, K] as blocks of a format, each value rounded to the nearest that the format has.
 
     INT8 and INT4 scale a block by its greatest magnitude, INT4_MIN spreads it from its least to its greatest
-    value, as GGUF's Q8_0, Q4_0 and Q4_1 do.
+    value, as GGUF's Q8_0, Q4_0 and Q4_1 do. A block that float16 cannot scale gets an infinite scale.
     """
     N, K = weights.shape
     if K % BLOCK:
@@ -139,7 +140,8 @@ def encode(format: int, weights: NDArray[np.float32]) -> Blocks:
     if format == BFLOAT16:
         bits = blocks.view(np.uint32)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return rounded.astype(np.uint16).view(np.uint32), no_halves
+        shorts = np.where(np.isnan(blocks), 0x7FC0, rounded).astype(np.uint16)
+        return shorts.view(np.uint32), no_halves
     if format == INT4_MIN:
         least = blocks.min(axis=2).astype(np.float16)
         scale = ((blocks.max(axis=2) - least) / 15).astype(np.float16)
@@ -155,8 +157,7 @@ def encode(format: int, weights: NDArray[np.float32]) -> Blocks:
         scale = (np.abs(blocks).max(axis=2) / 127).astype(np.float16)
         halves = scale[..., None].view(np.uint16)
         shifted, offset, highest = blocks, 128, 255
-    with np.errstate(divide="ignore"):
-        inverse = np.where(scale == 0, np.float32(0), 1 / scale.astype(np.float32))
+    inverse = np.where(scale == 0, np.float32(0), 1 / scale.astype(np.float32))
     levels = np.rint(shifted * inverse[..., None]) + np.float32(offset)
     quants = levels.clip(0, highest).astype(np.uint8)
     if format != INT8:

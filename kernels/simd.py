@@ -15,9 +15,10 @@ import sys
 from typing import Any
 
 import numba
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 from numba.core.errors import TypingError
 from numba.extending import intrinsic, models, overload, register_model
 
@@ -76,10 +77,10 @@ def host_has(feature: str) -> bool:
     Numba's own override (`NUMBA_CPU_FEATURES`) wins, so a test can compile for a lesser machine.
     """
     config: Any = numba.config
-    override = config.CPU_FEATURES
-    if override is not None:
-        return f"+{feature}" in override.split(",")
-    return bool(binding.get_host_cpu_features().get(feature, False))
+    features = config.CPU_FEATURES
+    if features is None:
+        features = get_host_cpu_features()  # without what Numba itself does without
+    return f"+{feature}" in features.split(",")
 
 
 def _element_pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:

@@ -261,8 +261,8 @@ def _layer(thread, num_threads, layer, arch, weights, cache, batch, plan, work):
     )  # fmt: skip
     barrier(counters, num_threads)
     matmul(
-        counters, formats[QKV], work.packed, num_rows, hidden, weights.values, offsets[QKV], offsets[QKV_B],
-        qkv_size, work.wide, replace,
+        counters, num_threads, formats[QKV], work.packed, num_rows, hidden, weights.values, offsets[QKV],
+        offsets[QKV_B], qkv_size, work.wide, replace,
     )  # fmt: skip
     barrier(counters, num_threads)
     _rotate_and_store(num_threads, arch, weights, cache, num_rows, plan, layer_k, layer_v, scratch, work)
@@ -277,8 +277,8 @@ def _layer(thread, num_threads, layer, arch, weights, cache, batch, plan, work):
     _attended_rows(num_threads, arch, num_rows, plan, formats[OUTPUT], scratch, work)
     barrier(counters, num_threads)
     matmul(
-        counters, formats[OUTPUT], work.packed, num_rows, heads * head_dim, weights.values, offsets[OUTPUT],
-        offsets[OUTPUT_B], hidden, work.hidden, add,
+        counters, num_threads, formats[OUTPUT], work.packed, num_rows, heads * head_dim, weights.values,
+        offsets[OUTPUT], offsets[OUTPUT_B], hidden, work.hidden, add,
     )  # fmt: skip
     barrier(counters, num_threads)
 
@@ -288,15 +288,15 @@ def _layer(thread, num_threads, layer, arch, weights, cache, batch, plan, work):
     )  # fmt: skip
     barrier(counters, num_threads)
     matmul(
-        counters, formats[UP], work.packed, num_rows, hidden, weights.values, offsets[UP], offsets[UP_B],
-        up_size, work.wide, replace,
+        counters, num_threads, formats[UP], work.packed, num_rows, hidden, weights.values, offsets[UP],
+        offsets[UP_B], up_size, work.wide, replace,
     )  # fmt: skip
     barrier(counters, num_threads)
     _activate_rows(num_threads, arch, num_rows, formats[DOWN], scratch, work)
     barrier(counters, num_threads)
     matmul(
-        counters, formats[DOWN], work.packed, num_rows, arch.intermediate_size, weights.values, offsets[DOWN],
-        offsets[DOWN_B], hidden, work.hidden, add,
+        counters, num_threads, formats[DOWN], work.packed, num_rows, arch.intermediate_size, weights.values,
+        offsets[DOWN], offsets[DOWN_B], hidden, work.hidden, add,
     )  # fmt: skip
     barrier(counters, num_threads)
 
@@ -365,7 +365,7 @@ def _answer(thread, num_threads, arch, weights, outputs, work):
         )  # fmt: skip
         barrier(counters, num_threads)
         matmul(
-            counters, formats[LM_HEAD], work.packed, num_rows, arch.hidden_size, weights.values,
+            counters, num_threads, formats[LM_HEAD], work.packed, num_rows, arch.hidden_size, weights.values,
             offsets[LM_HEAD], offsets[LM_HEAD_B], arch.vocab_size, work.logits, plain(False),
         )  # fmt: skip
         barrier(counters, num_threads)

@@ -21,12 +21,13 @@ def _exact(x: ArrayLike) -> Floats:
 
 
 def bfloat16(x: ArrayLike) -> Floats:
-    """Each number rounded to the nearest with 8 significant bits, ties to the even one, as float32 has them."""
+    """Each number rounded to 8 significant bits in the range of float32, ties to the even one."""
     x = _exact(x)
     _, exponent = np.frexp(x)
     step = np.ldexp(1.0, np.maximum(exponent, -125) - 8)  # below 2^-126 steps no longer shrink
     rounded = np.rint(x / step) * step
-    return np.where(np.abs(rounded) < 2.0**128, rounded, np.where(np.isnan(x), np.nan, np.copysign(np.inf, x)))
+    rounded = np.where(np.abs(rounded) < 2.0**128, rounded, np.copysign(np.inf, x))
+    return np.where(np.isnan(x), np.nan, rounded)
 
 
 def quantized_blocks(x: ArrayLike) -> tuple[Floats, Floats]:

@@ -1,9 +1,13 @@
 """Weights in every format: which one a matrix gets, that files are repacked, and how far logits move."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from engine import LLM, ConfigError, EngineConfig
+from engine import LLM, CheckpointError, ConfigError, EngineConfig
 from engine.checkpoints import open_checkpoint
 from engine.models import read_spec
 from engine.weights import formats_of, kv_format, load_weights
@@ -105,3 +109,18 @@ def test_an_unknown_quantization_is_refused() -> None:
         ConfigError, match=r"quantization: found 'int3', expected one of auto, none, bf16, int8, int4"
     ):
         EngineConfig(quantization="int3")
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_a_weight_that_no_block_can_hold_is_refused(tmp_path: Path, quantization: str) -> None:
+    source = model_path("llama_gqa")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"] = tensors["model.layers.0.mlp.down_proj.weight"] * 1e9
+    save_file(tensors, tmp_path / "model.safetensors")
+    for name in ("config.json", "generation_config.json"):
+        shutil.copy(source / name, tmp_path / name)
+    with open_checkpoint(tmp_path) as checkpoint:
+        spec = read_spec(checkpoint)
+        table = formats_of(checkpoint, spec, quantization)
+        with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.down_proj.* no finite float16"):
+            load_weights(checkpoint, spec, table, 8, show=False)

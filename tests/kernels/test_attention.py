@@ -17,7 +17,10 @@ from kernels.attention import (
     QUERY_TILE_ROWS,
     attention,
     key_cache_size,
+    max_states,
+    max_tiles,
     merge_states,
+    plan_tiles,
     scratch_size,
     state_words,
     store_kv,
@@ -90,8 +93,13 @@ class Tile:
     chunk: int = -1
 
 
-def query_tiles(heads: Heads, batch: list[Run], split: bool) -> tuple[list[Tile], list[int]]:
-    """The work items of a batch, and how many states each token gets; `split`, one for each chunk of keys."""
+def query_tiles(heads: Heads, batch: list[Run], split: bool | None) -> tuple[list[Tile], list[int]]:
+    """The work items of a batch, and how many states each token gets.
+
+    split: an item for each chunk of keys of each tile, or of none, or of those that `plan_tiles` chooses.
+    """
+    if split is None:
+        return planned(heads, batch)
     per_tile = tokens_per_query_tile(heads.group_size)
     tiles, states, token = [], [], 0
     for index, run in enumerate(batch):
@@ -104,8 +112,30 @@ def query_tiles(heads: Heads, batch: list[Run], split: bool) -> tuple[list[Tile]
     return tiles, states
 
 
+def planned(heads: Heads, batch: list[Run]) -> tuple[list[Tile], list[int]]:
+    counts = [run.end - run.start for run in batch]
+    longest = max(-(-run.end // KEY_CHUNK) for run in batch)
+    most = sum(counts), len(batch), longest, heads.group_size
+    guard = 5
+    sequence, start, chunk = (np.full(max_tiles(*most) + guard, -7, np.int32) for _ in range(3))
+    state_start = np.full(sum(counts) + 1 + guard, -7, np.int32)
+    num_tiles = plan_tiles(
+        np.cumsum([0, *counts]).astype(np.int32), np.array([run.end for run in batch], np.int32),
+        heads.group_size, sequence, start, chunk, state_start,
+    )  # fmt: skip
+    for array, used in ((sequence, num_tiles), (start, num_tiles), (chunk, num_tiles)):
+        assert used + guard <= array.size
+        assert (array[used:] == -7).all()
+    assert (state_start[-guard:] == -7).all()
+    states = np.diff(state_start[:-guard]).tolist()
+    assert state_start[0] == 0
+    assert sum(states) <= max_states(*most)
+    tiles = zip(sequence.tolist(), start.tolist(), chunk.tolist(), strict=True)
+    return [Tile(*tile) for tile in tiles][:num_tiles], states
+
+
 def attend(
-    heads: Heads, batch: list[Run], block_size: int = 16, *, split: bool = False, seed: int = 0
+    heads: Heads, batch: list[Run], block_size: int = 16, *, split: bool | None = False, seed: int = 0
 ) -> list[Matrix]:
     """Attention of a batch on freshly filled blocks in a random order: [new tokens, num_heads, head_dim]s.
 
@@ -204,12 +234,13 @@ HEADS = st.builds(
     st.sampled_from([0.02, 0.2, 1.0]),
     st.sampled_from([FLOAT32, BFLOAT16]),
 )
+SPLIT = st.sampled_from([False, True, None])
 BLOCK_SIZE = st.sampled_from([*BLOCK_SIZES, 3, 7, 17, 32, 40])
 # (tokens in the cache, new tokens): decodes, first and later pieces, more than a tile or a chunk of keys or a
 # query tile.
 RUNS = st.tuples(
     st.sampled_from(
-        [0, 0, 1, 15, 16, 17, KEY_TILE - 1, KEY_TILE, KEY_TILE + 1, 2 * KEY_TILE + 3, KEY_CHUNK - 1, KEY_CHUNK]
+        [0, 0, 1, 15, 16, 17, KEY_TILE - 1, KEY_TILE, KEY_TILE + 1, 2 * KEY_TILE + 3, KEY_CHUNK - 1]
     ),
     st.sampled_from([1, 1, 2, 5, 12, 13, 40, 97]),
 )
@@ -219,9 +250,9 @@ LENGTH = st.one_of(
 
 
 @at_most(150)
-@given(HEADS, BLOCK_SIZE, st.lists(RUNS, min_size=1, max_size=4), st.booleans())
+@given(HEADS, BLOCK_SIZE, st.lists(RUNS, min_size=1, max_size=4), SPLIT)
 def test_agrees_with_the_oracle(
-    heads: Heads, block_size: int, runs: list[tuple[int, int]], split: bool
+    heads: Heads, block_size: int, runs: list[tuple[int, int]], split: bool | None
 ) -> None:
     batch = runs_of(heads, runs)
     for run, found in zip(batch, attend(heads, batch, block_size, split=split), strict=True):
@@ -249,9 +280,9 @@ def test_all_block_sizes_give_the_same_bits(format: int, num_tokens: int) -> Non
 
 
 @at_most(100)
-@given(HEADS, BLOCK_SIZE, LENGTH, st.lists(st.integers(1, 2 * KEY_CHUNK), max_size=4), st.booleans())
+@given(HEADS, BLOCK_SIZE, LENGTH, st.lists(st.integers(1, 2 * KEY_CHUNK), max_size=4), SPLIT)
 def test_bits_do_not_depend_on_the_pieces(
-    heads: Heads, block_size: int, num_tokens: int, cuts: list[int], split: bool
+    heads: Heads, block_size: int, num_tokens: int, cuts: list[int], split: bool | None
 ) -> None:
     whole = context(heads, num_tokens)
     bounds = sorted({0, num_tokens, *(cut % num_tokens for cut in cuts)})
@@ -275,8 +306,9 @@ def test_bits_do_not_depend_on_whether_chunks_of_keys_are_work_items(
     heads: Heads, block_size: int, more: int, new: int
 ) -> None:
     run = Run(context(heads, KEY_CHUNK + more + new), KEY_CHUNK + more, KEY_CHUNK + more + new)
-    [split], [joined] = (attend(heads, [run], block_size, split=split) for split in (True, False))
-    np.testing.assert_array_equal(split, joined)
+    [joined] = attend(heads, [run], block_size, split=False)
+    for split in (True, None):
+        np.testing.assert_array_equal(attend(heads, [run], block_size, split=split)[0], joined)
 
 
 @both_formats
@@ -286,16 +318,16 @@ def test_decodes_around_the_end_of_a_chunk_of_keys_have_the_bits_of_the_prompt(f
     prompt = alone(heads, whole)
     for end in (KEY_CHUNK, 2 * KEY_CHUNK):
         for t in range(end - 2, end + 2):
-            for split in (False, True):
+            for split in (False, True, None):
                 np.testing.assert_array_equal(
                     attend(heads, [Run(whole, t, t + 1)], split=split)[0][0], prompt[t]
                 )
 
 
 @at_most(100)
-@given(HEADS, BLOCK_SIZE, st.permutations(range(4)), st.lists(RUNS, min_size=2, max_size=4), st.booleans())
+@given(HEADS, BLOCK_SIZE, st.permutations(range(4)), st.lists(RUNS, min_size=2, max_size=4), SPLIT)
 def test_bits_do_not_depend_on_the_batch(
-    heads: Heads, block_size: int, order: list[int], runs: list[tuple[int, int]], split: bool
+    heads: Heads, block_size: int, order: list[int], runs: list[tuple[int, int]], split: bool | None
 ) -> None:
     batch = runs_of(heads, runs)
     batch = [batch[i] for i in order if i < len(batch)]
@@ -408,3 +440,46 @@ def test_what_is_no_number_in_a_visible_key_or_value_shows(format: int) -> None:
             assert not finite[70:].any()
         if name != "values":  # which a weight of 0 does not hide
             assert finite[:70].all()
+
+
+# The plan of a step's work items
+
+
+@at_most(300)
+@given(
+    st.sampled_from([1, 2, 3, 5, 9, 13, QUERY_TILE_ROWS + 1]),
+    st.lists(st.tuples(st.integers(0, 3 * KEY_CHUNK), st.integers(1, 250)), min_size=1, max_size=6),
+)
+def test_every_token_meets_every_chunk_of_its_keys_in_one_item(
+    group_size: int, runs: list[tuple[int, int]]
+) -> None:
+    heads = Heads(group_size, 1, 1)
+    empty = context(heads, 0)
+    batch = [Run(empty, cached, cached + new) for cached, new in runs]
+    tiles, states = planned(heads, batch)
+    starts = np.cumsum([0, *(new for _, new in runs)])
+    met: list[list[int]] = [[] for _ in range(starts[-1])]
+    for tile in tiles:
+        end = min(tile.first_token + tokens_per_query_tile(group_size), starts[tile.sequence + 1])
+        assert starts[tile.sequence] <= tile.first_token < end
+        for token in range(tile.first_token, end):
+            met[token].append(tile.chunk)
+    for sequence, run in enumerate(batch):
+        chunks = list(range(-(-run.end // KEY_CHUNK)))
+        for token in range(starts[sequence], starts[sequence + 1]):
+            assert sorted(met[token]) in ([-1], chunks)
+            assert states[token] == len(met[token])
+
+
+def test_a_long_decode_is_split_and_a_prefill_is_not() -> None:
+    heads = Heads(3, 1, 1)
+    empty = context(heads, 0)
+    decode, prefill, short = (
+        Run(empty, start, end) for start, end in ((4 * KEY_CHUNK, 4 * KEY_CHUNK + 1), (0, 999), (9, 10))
+    )
+    tiles, _ = planned(heads, [decode, prefill, short])
+    assert sorted(tile.chunk for tile in tiles if tile.sequence == 0) == [0, 1, 2, 3, 4]
+    assert sorted(tile.chunk for tile in tiles if tile.sequence == 2) == [-1]
+    whole = QUERY_TILE_ROWS // 3
+    prefill_tiles = [tile for tile in tiles if tile.sequence == 1]
+    assert [t.chunk for t in prefill_tiles if t.first_token + whole < 1 + 999] == [-1] * (998 // whole)

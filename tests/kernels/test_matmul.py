@@ -65,7 +65,7 @@ def multiply(format: int, x: Matrix, weights: Matrix, bias: Matrix, before: Matr
     if before is not None:
         rows[:M, :N] = before
     matmul(
-        new_counters(), format, packed_rows(format, x), M, K, values, start, bias_start, N, out,
+        new_counters(), 1, format, packed_rows(format, x), M, K, values, start, bias_start, N, out,
         before is not None,
     )  # fmt: skip
     assert (out[-guard:] == 7.0).all(), "wrote past the end"
@@ -83,8 +83,8 @@ def expected(format: int, x: Matrix, weights: Matrix, bias: Matrix) -> tuple[Exa
     blocks = encode(format, weights)
     held, parts = dequantized(format, blocks)[:, :K], magnitudes(format, blocks)[:, :K]
     seen = multiplied(format, x)
-    # A product in a format of floats is rounded and goes through K more sums; in the others through the scales'
-    # roundings and through one or two sums a block.
+    # A product of floats is rounded and goes through K more sums; one of integers goes through those of
+    # the scales and through one or two sums a block.
     roundings = K + 2 if format in (FLOAT32, BFLOAT16) else 2 * num_blocks(K) + 6
     return oracles.matmul(seen, held, bias), oracles.rounding_bound(seen, parts, bias, roundings)
 
@@ -147,7 +147,8 @@ def test_a_row_has_the_same_bits_in_every_place_of_every_batch(format: int) -> N
     x, weights, bias = operands(1, PANEL + 1, 2 * BLOCK + 1)
     alone = multiply(format, x, weights, bias)
     for M in range(2, 2 * GROUP + 2):
-        np.testing.assert_array_equal(multiply(format, x.repeat(M, axis=0), weights, bias), alone.repeat(M, 0))
+        found = multiply(format, x.repeat(M, axis=0), weights, bias)
+        np.testing.assert_array_equal(found, alone.repeat(M, axis=0))
 
 
 @all_formats
@@ -164,9 +165,7 @@ def test_a_row_has_the_same_bits_beside_rows_that_are_no_numbers(format: int) ->
 
 @at_most(200)
 @given(format=FORMAT, M=ROWS, N=COLUMNS, K=DEPTHS, column=st.integers(0, 1 << 20))
-def test_a_column_has_the_bits_of_that_column_alone(
-    format: int, M: int, N: int, K: int, column: int
-) -> None:
+def test_a_column_has_the_bits_of_that_column_alone(format: int, M: int, N: int, K: int, column: int) -> None:
     x, weights, bias = operands(M, N, K)
     column %= N
     one = slice(column, column + 1)
@@ -191,7 +190,18 @@ def test_what_another_thread_took_is_left_alone(format: int) -> None:
     counters = new_counters()
     counters[:] = 1 << 20  # all items are taken
     matmul(
-        counters, format, packed_rows(format, x), 3, BLOCK, values, start, bias_start, 2 * PANEL, out, False
+        counters,
+        1,
+        format,
+        packed_rows(format, x),
+        3,
+        BLOCK,
+        values,
+        start,
+        bias_start,
+        2 * PANEL,
+        out,
+        False,
     )
     assert (out == 7.0).all()
 

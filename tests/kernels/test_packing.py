@@ -1,4 +1,4 @@
-"""Packed layouts: what goes in comes out, in its place, and nothing else is touched; and what rounding costs."""
+"""Packed layouts: what goes in comes out, in its place, and nothing else is touched; what rounding costs."""
 
 import numpy as np
 import pytest
@@ -230,11 +230,10 @@ def test_int8_errs_by_half_a_step(K: int, magnitude: float) -> None:
 @pytest.mark.parametrize("magnitude", MAGNITUDES)
 @pytest.mark.parametrize("K", [1, 17, BLOCK, 5 * BLOCK + 3])
 def test_int4_errs_by_half_a_step(K: int, magnitude: float) -> None:
-    """A step is an eighth of the greatest magnitude; beyond the last of the seven the other way, by a whole."""
+    """A step is an eighth of the greatest magnitude; beyond seven the other way it errs by a whole one."""
     weights = samples(K, magnitude).astype(np.float64)
     greatest = largest(np.abs(weights))
-    # Levels reach from -8 to 7 on the side of the value that is greatest, the first of several.
-    step = greatest / 8
+    step = greatest / 8  # eight of them towards the first value that is greatest, seven the other way
     error = np.abs(roundtrip(INT4, weights.astype(np.float32)) - weights)
     in_reach = np.abs(weights) <= 7.5 * step
     extreme = (weights == greatest) | (weights == -greatest)
@@ -432,8 +431,9 @@ def test_what_is_no_number_shows(format: int, special: float, index: int) -> Non
     """It stays what it is, or it spoils the scale of its block and the sum that comes with it."""
     row = np.ones(50, np.float32)
     row[index] = special
-    source, found = np.zeros(2 * BLOCK, np.float32), np.zeros(GROUP * activation_words(format, 50), np.float32)
+    source = np.zeros(2 * BLOCK, np.float32)
     source[:50] = row
+    found = np.zeros(GROUP * activation_words(format, 50), np.float32)
     pack_row(format, source, 0, 50, 0, found, 0)
     if format in INTEGER_FORMATS:
         broken, whole = index // BLOCK, 1 - index // BLOCK

@@ -1,4 +1,4 @@
-"""The vector intrinsics: what a lane computes, the order of reductions, exp, tiles, short numbers, choices."""
+"""The vector intrinsics: what a lane computes, the order of sums, exp, tiles, short numbers, choices."""
 
 from typing import Any
 
@@ -11,6 +11,8 @@ from kernels.jit import kernel
 from kernels.simd import LANES
 from tests import oracles
 from tests.kernels.layouts import Matrix, poisoned, random_matrix
+
+Levels = NDArray[Any]
 
 NAN, INF = np.float32(np.nan), np.float32(np.inf)
 
@@ -269,7 +271,7 @@ def test_a_tile_that_is_written_may_replace_what_is_no_number() -> None:
 
 
 def strided(rows: NDArray[Any], stride: int) -> Matrix:
-    """The words of rows, the first at index 1 and the others `stride` words apart, with poison between them."""
+    """The words of rows, the first at index 1, the others `stride` words apart, with poison between them."""
     words = np.ascontiguousarray(rows).view(np.float32).reshape(len(rows), -1)
     out = poisoned(1 + len(rows) * stride)
     for row, values in enumerate(words):
@@ -334,10 +336,10 @@ def scaled(sums: NDArray[np.int64], scales: Matrix, halves: NDArray[np.float16])
     return sums * (scales[:, None].astype(np.float64) * halves.astype(np.float64))
 
 
-UNIT_SCALES = np.ones(4, np.float32), np.ones(2 * LANES, np.float16)
+UNITS = np.ones(4, np.float32), np.ones(2 * LANES, np.float16)
 
 
-def int8_products(x: NDArray[Any], w: NDArray[Any], starts: NDArray[Any], factors: Any = UNIT_SCALES) -> Matrix:
+def int8_products(x: Levels, w: Levels, starts: Levels, factors: Any = UNITS) -> Matrix:
     """What the kernel makes of int8 x [4, 8] and uint8 w [2 * LANES, 8]."""
     scales, halves = factors
     by_word = w.astype(np.uint8).reshape(2 * LANES, 2, 4).transpose(1, 0, 2)
@@ -349,8 +351,8 @@ def int8_products(x: NDArray[Any], w: NDArray[Any], starts: NDArray[Any], factor
     return out
 
 
-def int4_products(x: NDArray[Any], w: NDArray[Any], starts: NDArray[Any], factors: Any = UNIT_SCALES) -> Matrix:
-    """What the kernel makes of int8 x [4, 32] and uint4 w [2 * LANES, 16]: only words 0, 1, 4 and 5 of x meet it.
+def int4_products(x: Levels, w: Levels, starts: Levels, factors: Any = UNITS) -> Matrix:
+    """What the kernel makes of int8 x [4, 32] and uint4 w [2 * LANES, 16]; words 0, 1, 4 and 5 of x count.
 
     The first eight of w are the low nibbles of two words, the others their high nibbles.
     """
@@ -418,7 +420,7 @@ def test_sums_of_bytes_are_scaled() -> None:
 @pytest.mark.parametrize("special", [NAN, INF])
 def test_a_scale_that_is_no_number_shows(special: float) -> None:
     scales = np.array([1, special, 1, 1], np.float32)
-    found = int8_products(np.ones((4, 8)), np.ones((2 * LANES, 8)), np.zeros(4), (scales, UNIT_SCALES[1]))
+    found = int8_products(np.ones((4, 8)), np.ones((2 * LANES, 8)), np.zeros(4), (scales, UNITS[1]))
     assert np.isfinite(found).all(axis=1).tolist() == [True, False, True, True]
     assert not np.isfinite(found[1]).any()
 
@@ -456,7 +458,8 @@ def test_random_floats_become_bfloat16() -> None:
 
 def test_what_is_no_number_is_none_as_bfloat16() -> None:
     """Also a NaN whose bits would round over into infinity or zero."""
-    bits = np.array([0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF800001] * LANES, np.uint32)
+    kinds = [0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF800001]
+    bits = np.array(kinds * LANES, np.uint32)
     assert np.isnan(as_bfloat16(bits.view(np.float32))).all()
     infinities = np.array([INF, -INF] * LANES, np.float32)
     np.testing.assert_array_equal(as_bfloat16(infinities), infinities)
@@ -491,7 +494,8 @@ def test_a_word_holds_any_int32(value: int) -> None:
 
 
 def test_magnitudes_and_the_nearest_whole_numbers() -> None:
-    x = np.concatenate([np.arange(-8, 8, 0.25), [0.49999997, -0.49999997, 8388607.5, 1e30, -INF, INF, -0.0, 3]])
+    special = [0.49999997, -0.49999997, 8388607.5, 1e30, -INF, INF, -0.0, 3]
+    x = np.concatenate([np.arange(-8, 8, 0.25), special])
     x = np.pad(x, (0, -x.size % LANES)).astype(np.float32)
     out = np.empty(2 * x.size, np.float32)
     magnitudes_and_whole_numbers(x, out)
@@ -513,7 +517,7 @@ def test_lanes_are_chosen_where_they_reach_a_bound() -> None:
 
 
 def test_lanes_within_bounds_are_stored_side_by_side() -> None:
-    """For any of the patterns of lanes: those kept, in their order, how many, and nothing behind the vector."""
+    """For any pattern of lanes: those kept, in their order, how many, and nothing behind the vector."""
     rng = np.random.default_rng(0)
     patterns = [*(1 << np.arange(LANES)), 0, (1 << LANES) - 1, *rng.integers(0, 1 << LANES, 500)]
     for pattern in patterns:

@@ -1,0 +1,87 @@
+"""The default model's weights as GGUF files of several types, so that every engine reads the same numbers.
+
+The published file is Q4_1 with a Q8_0 embedding. The others are made from it, once, and kept in pagellm's
+cache directory: its matrices dequantized and stored again in another type, norms and metadata as they are.
+"""
+
+import os
+import tempfile
+from math import prod
+from pathlib import Path
+
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
+from gguf.quants import dequantize, quantize
+
+from engine.cache import cache_dir
+from engine.checkpoints import open_checkpoint, resolve_model
+from engine.checkpoints.base import BLOCK_SIZES
+from engine.config import DEFAULT_MODEL
+
+# What general.file_type calls each, and the type of the embedding.
+FILE_TYPES = {
+    "F32": (LlamaFileType.ALL_F32, "F32"),
+    "F16": (LlamaFileType.MOSTLY_F16, "F16"),
+    "BF16": (LlamaFileType.MOSTLY_BF16, "BF16"),
+    "Q8_0": (LlamaFileType.MOSTLY_Q8_0, "Q8_0"),
+    "Q4_0": (LlamaFileType.MOSTLY_Q4_0, "Q8_0"),
+}
+PUBLISHED = "Q4_1"
+EMBEDDING = "token_embd.weight"  # tied: the output matrix, too
+
+
+def model_file(file_type: str) -> Path:
+    """The default model with its matrices in one of `FILE_TYPES`, or as it was published, `PUBLISHED`."""
+    source = resolve_model(DEFAULT_MODEL)
+    if file_type == PUBLISHED:
+        return source
+    target = cache_dir() / "bench" / f"{DEFAULT_MODEL}.{file_type}.gguf"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=target.parent, suffix=".partial")
+        os.close(descriptor)
+        try:
+            _convert(source, Path(temporary), file_type)
+            os.replace(temporary, target)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    return target
+
+
+def matrix_sizes(path: Path) -> tuple[int, int, int]:
+    """Bytes of all weights, and the multiply-adds of one token in the layers and in the output matrix."""
+    checkpoint = open_checkpoint(path)
+    checkpoint.close()
+    num_bytes = layers = output = 0
+    for tensor in checkpoint.tensors.values():
+        block, block_bytes = BLOCK_SIZES[tensor.dtype]
+        num_bytes += prod(tensor.shape) // block * block_bytes
+        if tensor.name == EMBEDDING:
+            output = prod(tensor.shape)
+        elif len(tensor.shape) == 2:
+            layers += prod(tensor.shape)
+    return num_bytes, layers, output
+
+
+def _convert(source: Path, target: Path, file_type: str) -> None:
+    reader = GGUFReader(source)
+    number, embedding_type = FILE_TYPES[file_type]
+    writer = GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        value = int(number) if name == "general.file_type" else field.contents()
+        element_type = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+        writer.add_key_value(name, value, field.types[0], element_type)
+    for tensor in reader.tensors:
+        is_matrix = len(tensor.shape) == 2
+        wanted = embedding_type if tensor.name == EMBEDDING else file_type
+        new_type = GGMLQuantizationType[wanted] if is_matrix else tensor.tensor_type
+        data = tensor.data
+        if new_type != tensor.tensor_type:
+            data = quantize(dequantize(data, tensor.tensor_type), new_type)
+        writer.add_tensor(tensor.name, data, raw_dtype=new_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
