@@ -362,7 +362,7 @@ def _attend_chunk(
             for panel in range(-(-seen // PANEL)):
                 multiply_group(
                     format, height, scratch, queries + first * activation_words(format, head_dim),
-                    scratch, key_panels + panel * panel_words, blocks, scratch, plain(0),
+                    scratch, key_panels + panel * panel_words, plain(0), blocks, scratch, plain(0),
                     scratch, scores + first * KEY_TILE + panel * PANEL, plain(KEY_TILE), plain(False),
                 )  # fmt: skip
         _gather_values(
@@ -387,7 +387,8 @@ def _attend_chunk(
             for panel in range(size // PANEL):
                 multiply_group(
                     plain(FLOAT32), height, scratch, weights,
-                    scratch, value_panels + panel * KEY_TILE * PANEL, num_blocks(seen), scratch, plain(0),
+                    scratch, value_panels + panel * KEY_TILE * PANEL, plain(0), num_blocks(seen), scratch,
+                    plain(0),
                     scratch, state + first * row_words + panel * PANEL, row_words, plain(True),
                 )  # fmt: skip
 

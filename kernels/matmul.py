@@ -58,18 +58,18 @@ _PREFETCH_WORDS = 2048
 
 @kernel
 def _prefetch_weights(w, at):
-    """Asks for a panel's row of words ahead of its use."""
+    """Asks for a panel's row of words."""
     for v in range(0, PANEL, LANES):
-        prefetch(w, at + _PREFETCH_WORDS + v)
+        prefetch(w, at + v)
 
 
 def _float32_tile(height: int) -> Any:
     @kernel
-    def multiply(x, x_at, w, w_at, blocks, words, bias, bias_at, out, out_at, out_stride, accumulate):
+    def multiply(x, x_at, w, w_at, ahead, blocks, words, bias, bias_at, out, out_at, out_stride, accumulate):
         tile = start_tile(height, _VECTORS, bias, bias_at)
         for k in range(blocks * words):
             at = x_at + k // CHUNK * (GROUP * CHUNK) + k % CHUNK
-            _prefetch_weights(w, w_at + k * PANEL)
+            _prefetch_weights(w, ahead + w_at + k * PANEL)
             tile = outer_product(tile, height, x, at, CHUNK, w, w_at + k * PANEL)
         write_tile(tile, height, out, out_at, out_stride, accumulate)
 
@@ -78,11 +78,11 @@ def _float32_tile(height: int) -> Any:
 
 def _bfloat16_tile(height: int) -> Any:
     @kernel
-    def multiply(x, x_at, w, w_at, blocks, words, bias, bias_at, out, out_at, out_stride, accumulate):
+    def multiply(x, x_at, w, w_at, ahead, blocks, words, bias, bias_at, out, out_at, out_stride, accumulate):
         tile = start_tile(height, _VECTORS, bias, bias_at)
         for pair in range(blocks * words):
             at = x_at + pair // CHUNK * (GROUP * CHUNK) + pair % CHUNK
-            _prefetch_weights(w, w_at + pair * PANEL)
+            _prefetch_weights(w, ahead + w_at + pair * PANEL)
             tile = dot_bfloat16(tile, height, x, at, CHUNK, w, w_at + pair * PANEL)
         write_tile(tile, height, out, out_at, out_stride, accumulate)
 
@@ -91,12 +91,12 @@ def _bfloat16_tile(height: int) -> Any:
 
 def _int8_tile(height: int) -> Any:
     @kernel
-    def multiply(x, x_at, w, w_at, blocks, words, bias, bias_at, out, out_at, out_stride, accumulate):
+    def multiply(x, x_at, w, w_at, ahead, blocks, words, bias, bias_at, out, out_at, out_stride, accumulate):
         tile = start_tile(height, _VECTORS, bias, bias_at)
         for _ in range(blocks):
             ints = start_int_tile(height, _VECTORS, x, x_at + START_INT8, INT_CHUNK)
             for word in range(words):
-                _prefetch_weights(w, w_at + word * PANEL)
+                _prefetch_weights(w, ahead + w_at + word * PANEL)
                 ints = dot_int8(ints, height, x, x_at + word, INT_CHUNK, w, w_at + word * PANEL)
             w_at += words * PANEL
             tile = add_scaled(tile, ints, height, x, x_at + SCALE, INT_CHUNK, w, w_at)
@@ -109,13 +109,15 @@ def _int8_tile(height: int) -> Any:
 
 def _int4_tile(height: int) -> Any:
     @kernel
-    def multiply(x, x_at, w, w_at, blocks, words, bias, bias_at, out, out_at, out_stride, accumulate, minima):
+    def multiply(
+        x, x_at, w, w_at, ahead, blocks, words, bias, bias_at, out, out_at, out_stride, accumulate, minima
+    ):  # fmt: skip
         tile = start_tile(height, _VECTORS, bias, bias_at)
         start = START_INT4_MIN if minima else START_INT4
         for _ in range(blocks):
             ints = start_int_tile(height, _VECTORS, x, x_at + start, INT_CHUNK)
             for word in range(words):
-                _prefetch_weights(w, w_at + word * PANEL)
+                _prefetch_weights(w, ahead + w_at + word * PANEL)
                 ints = dot_int4(ints, height, x, x_at + word, INT_CHUNK, w, w_at + word * PANEL)
             w_at += words * PANEL
             tile = add_scaled(tile, ints, height, x, x_at + SCALE, INT_CHUNK, w, w_at)
@@ -137,11 +139,13 @@ _multiply_int4 = by_height(_INT_HEIGHTS, _int4_tile)
 
 @kernel
 def multiply_group(
-    format, rows, x, x_start, w, w_start, blocks, bias, bias_start, out, out_start, out_stride, accumulate
+    format, rows, x, x_start, w, w_start, ahead, blocks, bias, bias_start, out, out_start, out_stride,
+    accumulate
 ):  # fmt: skip
     """One tile: the first `rows` rows of an activation group times one panel, `blocks` blocks of inputs.
 
-    x: the group at word `x_start`; w: the panel at word `w_start`; bias: `PANEL` floats at `bias_start` that
+    x: the group at word `x_start`; w: the panel at word `w_start`; ahead: how many words before
+    their use the words of `w` are asked for; bias: `PANEL` floats at `bias_start` that
     every row starts from; out: rows `out_stride` apart, written or, with `accumulate`, added to. The tile may
     be higher than `rows`, up to the whole group.
     """
@@ -153,6 +157,7 @@ def multiply_group(
             x_start,
             w,
             w_start,
+            ahead,
             blocks,
             words,
             bias,
@@ -169,6 +174,7 @@ def multiply_group(
             x_start,
             w,
             w_start,
+            ahead,
             blocks,
             words,
             bias,
@@ -183,12 +189,12 @@ def multiply_group(
             x_at, out_at = x_start + first * INT_CHUNK, out_start + first * out_stride
             if format == INT8:
                 _multiply_int8(
-                    rows - first, x, x_at, w, w_start, blocks, words, bias, bias_start, out, out_at,
+                    rows - first, x, x_at, w, w_start, ahead, blocks, words, bias, bias_start, out, out_at,
                     out_stride, accumulate,
                 )  # fmt: skip
             else:
                 _multiply_int4(
-                    rows - first, x, x_at, w, w_start, blocks, words, bias, bias_start, out, out_at,
+                    rows - first, x, x_at, w, w_start, ahead, blocks, words, bias, bias_start, out, out_at,
                     out_stride, accumulate, format == INT4_MIN,
                 )  # fmt: skip
 
@@ -205,8 +211,9 @@ def matmul(counters, num_threads, format, x, M, K, weights, w_start, bias_start,
     out_stride = num_panels * PANEL
     blocks, row_words = num_blocks(K), activation_words(format, K)
     panel_words = blocks * panel_block_words(format)
-    panels_per_item = 1
+    panels_per_item, ahead = 1, 0
     if M <= _ROWS_PER_ITEM:
+        ahead = _PREFETCH_WORDS
         panels_per_item = max(1, min(_WORDS_PER_ITEM // panel_words, num_panels // (4 * num_threads)))
     num_runs = (num_panels + panels_per_item - 1) // panels_per_item
     num_row_blocks = (M + _ROWS_PER_ITEM - 1) // _ROWS_PER_ITEM
@@ -218,7 +225,7 @@ def matmul(counters, num_threads, format, x, M, K, weights, w_start, bias_start,
             for row in range(first_row, min(first_row + _ROWS_PER_ITEM, M), GROUP):
                 multiply_group(
                     format, min(GROUP, M - row), x, row * row_words, weights, w_start + panel * panel_words,
-                    blocks, weights, bias_start + panel * PANEL, out, row * out_stride + panel * PANEL,
-                    out_stride, accumulate,
+                    ahead if row == first_row else 0, blocks, weights, bias_start + panel * PANEL,
+                    out, row * out_stride + panel * PANEL, out_stride, accumulate,
                 )  # fmt: skip
         item = next_item(counters)
