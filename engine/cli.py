@@ -40,11 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return 130
     except (OSError, UnicodeError) as error:
-        if not isinstance(error, BrokenPipeError):
+        if isinstance(error, OSError):
+            # What is still in the buffer cannot be written at exit either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # otherwise the reader has gone (`pagellm ... | head`)
             print(f"pagellm: standard input or output: {error}", file=sys.stderr)
             return 2
-        # The reader has gone (`pagellm ... | head`); nothing may be written at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
