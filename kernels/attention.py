@@ -254,15 +254,15 @@ def _gather_values(
         next_at = head_at + block_table[ahead // block_size] * block_words + ahead % block_size * stride
         target = panels_at + (position - start) * PANEL
         run = min(block_size - offset, end - position)
-        for i in range(0, run * stride, LANES):
-            prefetch(values, next_at + i)
         for d in range(0, head_dim, LANES):
             panel = target + d // PANEL * (KEY_TILE * PANEL) + d % PANEL
             if format == FLOAT32:
                 for j in range(run):
+                    prefetch(values, next_at + d + j * stride)
                     store(panels, panel + j * PANEL, load(values, at + d + j * stride))
             else:
                 for j in range(run):
+                    prefetch(values, next_at + d // 2 + j * stride)
                     store(panels, panel + j * PANEL, load_bfloat16(values, at + d // 2 + j * stride))
         position += run
 
