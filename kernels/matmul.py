@@ -6,6 +6,7 @@ In the integer formats the chain goes block by block: a block's sum is an exact 
 Only M and N are ever split; a tile keeps all of its accumulators in registers.
 """
 
+from functools import partial
 from typing import Any
 
 from kernels.jit import by_height, kernel
@@ -63,27 +64,16 @@ def _prefetch_weights(w, at):
         prefetch(w, at + v)
 
 
-def _float32_tile(height: int) -> Any:
+def _float_tile(product: Any, height: int) -> Any:
+    """For formats whose words are inputs: `product` is what a word of activations and one of weights add."""
+
     @kernel
     def multiply(x, x_at, w, w_at, ahead, blocks, words, bias, bias_at, out, out_at, out_stride, accumulate):
         tile = start_tile(height, _VECTORS, bias, bias_at)
         for k in range(blocks * words):
             at = x_at + k // CHUNK * (GROUP * CHUNK) + k % CHUNK
             _prefetch_weights(w, ahead + w_at + k * PANEL)
-            tile = outer_product(tile, height, x, at, CHUNK, w, w_at + k * PANEL)
-        write_tile(tile, height, out, out_at, out_stride, accumulate)
-
-    return multiply
-
-
-def _bfloat16_tile(height: int) -> Any:
-    @kernel
-    def multiply(x, x_at, w, w_at, ahead, blocks, words, bias, bias_at, out, out_at, out_stride, accumulate):
-        tile = start_tile(height, _VECTORS, bias, bias_at)
-        for pair in range(blocks * words):
-            at = x_at + pair // CHUNK * (GROUP * CHUNK) + pair % CHUNK
-            _prefetch_weights(w, ahead + w_at + pair * PANEL)
-            tile = dot_bfloat16(tile, height, x, at, CHUNK, w, w_at + pair * PANEL)
+            tile = product(tile, height, x, at, CHUNK, w, w_at + k * PANEL)
         write_tile(tile, height, out, out_at, out_stride, accumulate)
 
     return multiply
@@ -131,8 +121,8 @@ def _int4_tile(height: int) -> Any:
     return multiply
 
 
-_multiply_float32 = by_height(_HEIGHTS, _float32_tile)
-_multiply_bfloat16 = by_height(_HEIGHTS, _bfloat16_tile)
+_multiply_float32 = by_height(_HEIGHTS, partial(_float_tile, outer_product))
+_multiply_bfloat16 = by_height(_HEIGHTS, partial(_float_tile, dot_bfloat16))
 _multiply_int8 = by_height(_INT_HEIGHTS, _int8_tile)
 _multiply_int4 = by_height(_INT_HEIGHTS, _int4_tile)
 
