@@ -136,9 +136,9 @@ def _outputs(rows: list[_Row], vocab_size: int) -> Outputs:
     floats: list[tuple[float, ...]] = []
     history: list[int] = []
     history_start, bias_start = [0], [0]
-    bias: dict[int, dict[int, float]] = {}
+    bias: list[tuple[int, float]] = []
     num_wanted, most_logprobs = 0, 0
-    for index, row in enumerate(rows):
+    for row in rows:
         sequence, p = row.sequence, row.sequence.sampling_params
         samples = row.target < 0
         num_logprobs = _num_logprobs(row, vocab_size)
@@ -172,16 +172,15 @@ def _outputs(rows: list[_Row], vocab_size: int) -> Outputs:
         row_bias = dict(p.logit_bias) if samples else {}
         if samples and sequence.num_output_tokens < p.min_tokens:
             row_bias |= {t: -np.inf for t in sequence.stop_token_ids if t < vocab_size}
-        if row_bias:
-            bias[index] = row_bias
-        bias_start.append(bias_start[-1] + len(row_bias))
+        bias += row_bias.items()
+        bias_start.append(len(bias))
     return Outputs(
         integers=np.array(integers, np.int64).reshape(len(rows), NUM_INTEGERS),
         floats=np.array(floats, np.float64).reshape(len(rows), NUM_FLOATS),
         history=np.array(history, np.int32),
         history_start=np.array(history_start, np.int32),
-        bias_ids=np.array([t for b in bias.values() for t in b], np.int32),
-        bias_values=np.array([v for b in bias.values() for v in b.values()], np.float32),
+        bias_ids=np.array([token for token, _ in bias], np.int32),
+        bias_values=np.array([value for _, value in bias], np.float32),
         bias_start=np.array(bias_start, np.int32),
         tokens=np.zeros(len(rows), np.int32),
         logprobs=np.zeros(len(rows), np.float32),

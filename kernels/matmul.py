@@ -134,46 +134,22 @@ def multiply_group(
 ):  # fmt: skip
     """One tile: the first `rows` rows of an activation group times one panel, `blocks` blocks of inputs.
 
-    x: the group at word `x_start`; w: the panel at word `w_start`; ahead: how many words before
-    their use the words of `w` are asked for; bias: `PANEL` floats at `bias_start` that
-    every row starts from; out: rows `out_stride` apart, written or, with `accumulate`, added to. The tile may
-    be higher than `rows`, up to the whole group.
+    x: the group at word `x_start`; w: the panel at word `w_start`; ahead: how many words before their use the
+    words of `w` are asked for; bias: `PANEL` floats at `bias_start` that every row starts from; out: rows
+    `out_stride` apart, written or, with `accumulate`, added to. The tile may be higher than `rows`, up to the
+    whole group.
     """
     words = block_words(format)
     if format == FLOAT32:
         _multiply_float32(
-            rows,
-            x,
-            x_start,
-            w,
-            w_start,
-            ahead,
-            blocks,
-            words,
-            bias,
-            bias_start,
-            out,
-            out_start,
-            out_stride,
+            rows, x, x_start, w, w_start, ahead, blocks, words, bias, bias_start, out, out_start, out_stride,
             accumulate,
-        )
+        )  # fmt: skip
     elif format == BFLOAT16:
         _multiply_bfloat16(
-            rows,
-            x,
-            x_start,
-            w,
-            w_start,
-            ahead,
-            blocks,
-            words,
-            bias,
-            bias_start,
-            out,
-            out_start,
-            out_stride,
+            rows, x, x_start, w, w_start, ahead, blocks, words, bias, bias_start, out, out_start, out_stride,
             accumulate,
-        )
+        )  # fmt: skip
     else:
         for first in range(0, rows, _INT_HEIGHTS[-1]):
             x_at, out_at = x_start + first * INT_CHUNK, out_start + first * out_stride
