@@ -234,19 +234,6 @@ def nearest(typing: Any, value: Any) -> Any:
     return _unary(lambda builder, x: _call(builder, "rint", [x]))(typing, value)
 
 
-def _load_as_float(kind: Any, convert: Any) -> Any:
-    def intrinsic_of(_typing: Any, array: Any, index: Any) -> Any:
-        _require_float32(array)
-
-        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            pointer = _element_pointer(context, builder, signature.args[0], *arguments)
-            return convert(builder, _load(builder, pointer, kind))
-
-        return vector(array, types.intp), emit
-
-    return intrinsic_of
-
-
 def _store_as(convert: Any) -> Any:
     def intrinsic_of(_typing: Any, array: Any, index: Any, value: Any) -> Any:
         _require_float32(array)
@@ -287,21 +274,21 @@ def _from_float16(builder: Any, halves: Any) -> Any:
 
 
 @intrinsic
-def load_bfloat16(typing: Any, array: Any, index: Any) -> Any:
+def load_bfloat16(_typing: Any, array: Any, index: Any) -> Any:
     """`LANES` bfloat16 from word `index` on, as floats."""
-    return _load_as_float(_SHORT_VECTOR, _from_bfloat16)(typing, array, index)
+    _require_float32(array)
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = _element_pointer(context, builder, signature.args[0], *arguments)
+        return _from_bfloat16(builder, _load(builder, pointer, _SHORT_VECTOR))
+
+    return vector(array, types.intp), emit
 
 
 @intrinsic
 def store_bfloat16(typing: Any, array: Any, index: Any, value: Any) -> Any:
     """Writes `LANES` floats as bfloat16 to the `LANES / 2` words from `index` on, rounded to nearest even."""
     return _store_as(_to_bfloat16)(typing, array, index, value)
-
-
-@intrinsic
-def load_float16(typing: Any, array: Any, index: Any) -> Any:
-    """`LANES` finite float16 from word `index` on, as floats."""
-    return _load_as_float(_HALF_VECTOR, _from_float16)(typing, array, index)
 
 
 @intrinsic

@@ -99,9 +99,12 @@ def to_bfloat16(x, words):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def from_float16(words, out):  # type: ignore[no-untyped-def]
+def from_float16(words, one, minus_zero, out):  # type: ignore[no-untyped-def]
+    """minus_zero + one * each, which is each with its sign, a zero's too."""
     for i in range(0, out.size, LANES):
-        simd.store(out, i, simd.load_float16(words, i // 2))
+        tile = simd.start_tile(1, 1, minus_zero, 0)
+        tile = simd.outer_product_float16(tile, 1, one, 0, 1, words, i // 2)
+        simd.write_tile(tile, 1, out, i, 0, False)
 
 
 @kernel
@@ -469,7 +472,8 @@ def test_every_finite_float16_is_read_exactly() -> None:
     bits = np.arange(1 << 16, dtype=np.uint16)
     values = bits.view(np.float16)
     out = np.empty(bits.size, np.float32)
-    from_float16(bits.view(np.float32), out)
+    one, minus_zero = np.ones(1, np.float32), np.full(LANES, -0.0, np.float32)
+    from_float16(bits.view(np.float32), one, minus_zero, out)
     finite = np.isfinite(values)
     np.testing.assert_array_equal(
         out[finite].view(np.uint32), values[finite].astype(np.float32).view(np.uint32)
