@@ -488,9 +488,10 @@ def _tile_update(load_row: Any, load_column: Any, multiply_add: Any) -> Any:
     """The body of an intrinsic `(tile, rows, x, x_index, x_stride, w, w_index)` that updates a register tile.
 
     `load_row(builder, pointer)` reads what a row has in common, `load_column(builder, pointer, v)` what the
-    v-th vector of columns has, and `multiply_add(builder, row, column, accumulator)` joins them. `rows` and
-    `x_stride` are compile-time constants, so the reads of all rows need a single address register; with a
-    stride known only at run time the accumulators spill.
+    v-th vector of columns has, and `multiply_add(builder, row, column, accumulator)` joins them. `w_index`
+    is where the first vector of columns begins, with the others behind it, or a tuple of where each begins.
+    `rows` and `x_stride` are compile-time constants, so the reads of all rows need a single address register;
+    with a stride known only at run time the accumulators spill.
     """
 
     def intrinsic_of(
@@ -498,12 +499,17 @@ def _tile_update(load_row: Any, load_column: Any, multiply_add: Any) -> Any:
     ) -> Any:
         num_rows, stride = _literal(rows), _literal(x_stride)
         num_vectors = tile.count // num_rows
+        apart = isinstance(w_index, types.UniTuple)
+        place = types.UniTuple(types.intp, num_vectors) if apart else types.intp
 
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             accumulators, _, x_value, x_at, _, w_value, w_at = arguments
             x_pointer = _element_pointer(context, builder, signature.args[2], x_value, x_at)
-            w_pointer = _element_pointer(context, builder, signature.args[5], w_value, w_at)
-            columns = [load_column(builder, w_pointer, v) for v in range(num_vectors)]
+            columns = []
+            for v in range(num_vectors):
+                index = builder.extract_value(w_at, v) if apart else w_at
+                w_pointer = _element_pointer(context, builder, signature.args[5], w_value, index)
+                columns.append(load_column(builder, w_pointer, 0 if apart else v))
             updated = []
             for row in range(num_rows):
                 factor = load_row(builder, builder.gep(x_pointer, [_I64(row * stride)]))
@@ -512,7 +518,7 @@ def _tile_update(load_row: Any, load_column: Any, multiply_add: Any) -> Any:
                     updated.append(multiply_add(builder, factor, columns[v], accumulator))
             return context.make_tuple(builder, signature.return_type, updated)
 
-        return tile(tile, rows, x, types.intp, x_stride, w, types.intp), emit
+        return tile(tile, rows, x, types.intp, x_stride, w, place), emit
 
     return intrinsic_of
 
@@ -545,6 +551,19 @@ def outer_product_float16(
 
     def load_column(builder: Any, pointer: Any, v: int) -> Any:
         return _from_float16(builder, _load(builder, pointer, _HALF_VECTOR, v * LANES // 2))
+
+    update = _tile_update(_float_row, load_column, _multiply_add)
+    return update(typing, tile, rows, x, x_index, x_stride, w, w_index)
+
+
+@intrinsic(prefer_literal=True)
+def outer_product_bfloat16(
+    typing: Any, tile: Any, rows: Any, x: Any, x_index: Any, x_stride: Any, w: Any, w_index: Any
+) -> Any:
+    """Like `outer_product`, where the words of `w` hold two bfloat16 each."""
+
+    def load_column(builder: Any, pointer: Any, v: int) -> Any:
+        return _from_bfloat16(builder, _load(builder, pointer, _SHORT_VECTOR, v * LANES // 2))
 
     update = _tile_update(_float_row, load_column, _multiply_add)
     return update(typing, tile, rows, x, x_index, x_stride, w, w_index)

@@ -62,6 +62,19 @@ def rank_one_float16_tile(first_row, x, w, out):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def rank_one_bfloat16_tile(first_row, x, w, out):  # type: ignore[no-untyped-def]
+    tile = simd.outer_product_bfloat16(simd.start_tile(3, 2, first_row, 0), 3, x, 1, 5, w, 3)
+    simd.write_tile(tile, 3, out, 0, 2 * LANES, False)
+
+
+@kernel
+def scattered_tile(first_row, x, w, places, out):  # type: ignore[no-untyped-def]
+    """Like `rank_one_tile` with one update, by vectors that lie anywhere."""
+    tile = simd.outer_product(simd.start_tile(3, 2, first_row, 0), 3, x, 1, 5, w, places)
+    simd.write_tile(tile, 3, out, 0, 2 * LANES, False)
+
+
+@kernel
 def bfloat16_tile(first_row, x, w, out):  # type: ignore[no-untyped-def]
     tile = simd.dot_bfloat16(simd.start_tile(3, 2, first_row, 0), 3, x, 1, 5, w, 3)
     simd.write_tile(tile, 3, out, 0, 2 * LANES, False)
@@ -301,6 +314,28 @@ def test_a_tile_takes_float16_columns() -> None:
 def bfloat16_words(x: NDArray[Any]) -> NDArray[np.uint16]:
     """The upper halves of floats that bfloat16 can hold."""
     return (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def test_a_tile_takes_rank_one_updates_of_bfloat16() -> None:
+    rng = np.random.default_rng(0)
+    first_row, x = random_matrix(rng, 2 * LANES), random_matrix(rng, 3)
+    w = oracles.bfloat16(rng.standard_normal(2 * LANES))
+    out = np.empty((3, 2 * LANES), np.float32)
+    words = shifted(bfloat16_words(w))
+    rank_one_bfloat16_tile(first_row, strided(x[:, None], 5), words, out.reshape(-1))
+    exact = first_row + np.outer(x.astype(np.float64), w)
+    np.testing.assert_allclose(out, exact, rtol=3e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("places", [(0, LANES), (7, 40), (40, 7), (5, 5)])
+def test_the_columns_of_a_tile_may_lie_anywhere(places: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    first_row, x, w = random_matrix(rng, 2 * LANES), random_matrix(rng, 3), random_matrix(rng, 64)
+    out = np.empty((3, 2 * LANES), np.float32)
+    scattered_tile(first_row, strided(x[:, None], 5), w, places, out.reshape(-1))
+    columns = np.concatenate([w[place : place + LANES] for place in places])
+    exact = first_row + np.outer(x.astype(np.float64), columns)
+    np.testing.assert_allclose(out, exact, rtol=3e-7, atol=1e-6)
 
 
 def test_pairs_of_bfloat16_are_multiplied_and_added() -> None:
