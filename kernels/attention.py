@@ -9,16 +9,24 @@ the block size, the prefill chunk, the neighbours, or whether the chunks of a lo
 their own, as they are in a decode (batch invariance). A key that a row may not see gets weight exactly 0,
 which changes no bit of the row's sums.
 
-A tile's keys and values are gathered from their blocks into panels, and both products are those of
-kernels.matmul. The cache of one layer, in words: keys [num_blocks, num_kv_heads, key words, block_size], so
-that neighbouring words are neighbouring keys; values [num_blocks, num_kv_heads, block_size, value words]. A
-word is one dimension as float32 or two as bfloat16.
+The cache of one layer, in words: keys [num_blocks, num_kv_heads, key words, block_size], so that neighbouring
+words are neighbouring keys; values [num_blocks, num_kv_heads, block_size, value words]. A word is one
+dimension as float32 or two as bfloat16.
 """
 
 import numpy as np
 
+from kernels.attention_products import (
+    KEY_TILE,
+    ROWS,
+    add_values,
+    gather_keys,
+    gather_values,
+    score_keys,
+    side_by_side,
+    tile_places,
+)
 from kernels.jit import kernel, plain, shared
-from kernels.matmul import multiply_group
 from kernels.packing import (
     BLOCK,
     CHUNK,
@@ -26,7 +34,6 @@ from kernels.packing import (
     GROUP,
     PANEL,
     activation_words,
-    block_words,
     num_blocks,
     pack_row,
     padded,
@@ -39,7 +46,6 @@ from kernels.simd import (
     first_lane,
     fma,
     load,
-    load_bfloat16,
     maximum,
     prefetch,
     reduce_add,
@@ -49,7 +55,6 @@ from kernels.simd import (
 )
 from kernels.threads import next_item
 
-KEY_TILE = 64
 KEY_CHUNK = 512
 QUERY_TILE_ROWS = 96
 # A query tile of at most so many rows waits for memory, so the chunks of its keys are items of their own.
@@ -93,16 +98,17 @@ def _tile_rows(group_size: int) -> int:
 
 
 @shared
-def _panel_words(head_dim: int) -> int:
-    """Room for a tile of keys or of values, in either format."""
-    return KEY_TILE * max(num_blocks(head_dim) * BLOCK, padded(head_dim))
+def _value_tile_words(head_dim: int) -> int:
+    """Room for a tile of values, in either format, and for what a panel reads on behind the last."""
+    return KEY_TILE * value_words(FLOAT32, head_dim) + LANES
 
 
 def scratch_size(group_size: int, head_dim: int) -> int:
     """Words of working memory of one thread; zeros at first."""
     rows = _tile_rows(group_size)
     per_row = num_blocks(head_dim) * BLOCK + KEY_TILE + 2 * state_words(head_dim)
-    return PANEL + 2 * _panel_words(head_dim) + rows * per_row + GROUP * KEY_TILE
+    tiles = KEY_TILE * head_dim + _value_tile_words(head_dim)
+    return KEY_TILE + tiles + rows * per_row + GROUP * KEY_TILE
 
 
 @shared
@@ -207,102 +213,20 @@ def store_kv(
 
 
 @kernel
-def _gather_keys(
-    keys, head_at, block_words, words, block_size, block_table, start, end, last, panels, panels_at,
-    panel_words
-):  # fmt: skip
-    """Copies the keys of positions `start` to `end` to the columns of panels.
-
-    The words of block b begin at `head_at + b * block_words`. Asks at the same pace for the next tile, as far
-    as position `last`: a decode waits for memory alone, and the processor's own prefetching ends at each
-    page, which is about a block.
-    """
-    position = start
-    while position < end:
-        at = head_at + block_table[position // block_size] * block_words + position % block_size
-        ahead = min(position + KEY_TILE, last)
-        next_at = head_at + block_table[ahead // block_size] * block_words + ahead % block_size
-        column = position - start
-        target = panels_at + column // PANEL * panel_words + column % PANEL
-        if block_size % LANES == 0:  # then a vector never leaves its block, and may read on behind `end`
-            for _ in range(words):
-                prefetch(keys, next_at)
-                store(panels, target, load(keys, at))
-                at += block_size
-                next_at += block_size
-                target += PANEL
-            position += LANES
-        else:
-            for _ in range(words):
-                panels[target] = keys[at]
-                at += block_size
-                target += PANEL
-            position += 1
-
-
-@kernel
-def _gather_values(
-    format, values, head_at, block_words, stride, block_size, block_table, start, end, last, head_dim, panels,
-    panels_at
-):  # fmt: skip
-    """Like `_gather_keys` for the values, as floats, in panels [dimensions / PANEL, KEY_TILE, PANEL]."""
-    position = start
-    while position < end:
-        offset = position % block_size
-        at = head_at + block_table[position // block_size] * block_words + offset * stride
-        ahead = min(position + KEY_TILE, last)
-        next_at = head_at + block_table[ahead // block_size] * block_words + ahead % block_size * stride
-        target = panels_at + (position - start) * PANEL
-        run = min(block_size - offset, end - position)
-        for d in range(0, head_dim, LANES):
-            panel = target + d // PANEL * (KEY_TILE * PANEL) + d % PANEL
-            if format == FLOAT32:
-                for j in range(run):
-                    prefetch(values, next_at + d + j * stride)
-                    store(panels, panel + j * PANEL, load(values, at + d + j * stride))
-            else:
-                for j in range(run):
-                    prefetch(values, next_at + d // 2 + j * stride)
-                    store(panels, panel + j * PANEL, load_bfloat16(values, at + d // 2 + j * stride))
-        position += run
-
-
-@kernel
-def _prefetch_tile(
-    format, keys, values, layer_k, layer_v, kv_head, num_kv_heads, head_dim, block_size, block_table, start,
-    end
-):  # fmt: skip
-    """Asks for the keys and values of positions `start` to `end` of one KV head, at most a tile."""
-    words, stride = key_words(format, head_dim), value_words(format, head_dim)
-    position = start
-    while position < end:
-        head_block = block_table[position // block_size] * num_kv_heads + kv_head
-        run = min(block_size - position % block_size, end - position)
-        at = layer_k + head_block * words * block_size + position % block_size
-        for _ in range(words):
-            prefetch(keys, at)
-            at += block_size
-        at = layer_v + (head_block * block_size + position % block_size) * stride
-        for i in range(0, run * stride, LANES):
-            prefetch(values, at + i)
-        position += run
-
-
-@kernel
-def _softmax_row(scratch, scores_at, visible, count, state, size, weights_at):
-    """Turns one row's `count` scores into packed weights and rescales the row's sums so far.
+def _softmax_row(scratch, scores_at, visible, state, size, weights_at):
+    """Turns one row's scores of a tile into packed weights and rescales the row's sums so far.
 
     The first `visible` keys count, the others get weight 0. state: where the row's state is in `scratch`.
     """
-    for j in range(max(visible, 0), count):
+    for j in range(max(visible, 0), KEY_TILE):
         scratch[scores_at + j] = _MASKED
     greatest = load(scratch, scores_at)
-    for j in range(LANES, count, LANES):
+    for j in range(LANES, KEY_TILE, LANES):
         greatest = maximum(greatest, load(scratch, scores_at + j))
     old = scratch[state + size]
     new = max(old, reduce_max(greatest))
     total = broadcast(np.float32(0.0))
-    for j in range(0, count, LANES):
+    for j in range(0, KEY_TILE, LANES):
         weight = exp(load(scratch, scores_at + j) - broadcast(new))
         total = total + weight
         store(scratch, weights_at + j * GROUP, weight)
@@ -331,15 +255,17 @@ def _merge(total, total_at, part, part_at, size):
 
 @kernel
 def _attend_chunk(
-    format, first_key, end_key, first_position, num_rows, group_size, kv_head, num_kv_heads, head_dim, keys,
-    values, layer_k, layer_v, block_size, block_table, scratch, queries, scores, weights, key_panels,
-    value_panels, state
+    format, first_key, end_key, first_position, num_rows, last, group_size, kv_head, num_kv_heads, head_dim,
+    keys, values, layer_k, layer_v, block_size, block_table, scratch, queries, scores, weights, key_tile,
+    value_tile, state
 ):  # fmt: skip
-    """Attention of a query tile's rows to the keys `first_key` to `end_key` of one KV head; fills `state`."""
+    """Attention of a query tile's rows to the keys `first_key` to `end_key` of one KV head; fills `state`.
+
+    Asks for each next tile at the pace at which this one is read, as far as position `last`: whoever computes
+    the next chunk is glad of its beginning.
+    """
     words, stride = key_words(format, head_dim), value_words(format, head_dim)
     row_words, size = state_words(head_dim), padded(head_dim)
-    blocks = num_blocks(head_dim)
-    panel_words = blocks * block_words(format) * PANEL
     zero = broadcast(np.float32(0.0))
     for row in range(num_rows):
         at = state + row * row_words
@@ -350,47 +276,54 @@ def _attend_chunk(
     head_k, head_v = layer_k + kv_head * words * block_size, layer_v + kv_head * stride * block_size
     for tile_start in range(first_key, end_key, KEY_TILE):
         tile_end = min(tile_start + KEY_TILE, end_key)
-        tile_keys = tile_end - tile_start
-        _gather_keys(
-            keys, head_k, key_block, words, block_size, block_table, tile_start, tile_end, end_key - 1,
-            scratch, key_panels, panel_words,
-        )  # fmt: skip
-        for first in range(0, num_rows, GROUP):
-            height = min(GROUP, num_rows - first)
-            # Of the tile's keys, those that the group's last row sees.
-            seen = min(tile_keys, first_position + (first + height - 1) // group_size + 1 - tile_start)
-            for panel in range(-(-seen // PANEL)):
-                multiply_group(
-                    format, height, scratch, queries + first * activation_words(format, head_dim),
-                    scratch, key_panels + panel * panel_words, plain(0), blocks, scratch, plain(0),
-                    scratch, scores + first * KEY_TILE + panel * PANEL, plain(KEY_TILE), plain(False),
-                )  # fmt: skip
-        _gather_values(
-            format, values, head_v, value_block, stride, block_size, block_table, tile_start, tile_end,
-            end_key - 1, head_dim, scratch, value_panels,
-        )  # fmt: skip
-        # Whole blocks of keys are multiplied, zeros behind the last.
-        for panel in range(value_panels, value_panels + size * KEY_TILE, KEY_TILE * PANEL):
-            for at in range(panel + tile_keys * PANEL, panel + num_blocks(tile_keys) * BLOCK * PANEL, LANES):
-                store(scratch, at, zero)
-        for first in range(0, num_rows, GROUP):
-            height = min(GROUP, num_rows - first)
-            seen = min(tile_keys, first_position + (first + height - 1) // group_size + 1 - tile_start)
-            if seen <= 0:
+        following = tile_start + KEY_TILE
+        # A vector of keys may hold some behind the end, whose scores are masked.
+        if block_size % LANES == 0:
+            source_k, word_stride = keys, np.int64(block_size)
+            places_k = tile_places(head_k, key_block, plain(1), block_size, block_table, tile_start, last)
+            ahead_k = tile_places(head_k, key_block, plain(1), block_size, block_table, following, last)
+        else:
+            gather_keys(
+                keys, head_k, key_block, words, block_size, block_table, tile_start, tile_end, scratch,
+                key_tile,
+            )  # fmt: skip
+            source_k, word_stride = scratch, np.int64(KEY_TILE)
+            places_k = ahead_k = side_by_side(key_tile, plain(1))
+        # A value behind the end may be no number, which a weight of 0 does not hide.
+        if block_size % LANES == 0 and tile_end - tile_start == KEY_TILE:
+            source_v = values
+            places_v = tile_places(head_v, value_block, stride, block_size, block_table, tile_start, last)
+            ahead_v = tile_places(head_v, value_block, stride, block_size, block_table, following, last)
+        else:
+            gather_values(
+                values, head_v, value_block, stride, block_size, block_table, tile_start, tile_end, scratch,
+                value_tile,
+            )  # fmt: skip
+            source_v = scratch
+            places_v = ahead_v = side_by_side(value_tile, stride)
+        for first in range(0, num_rows, ROWS):
+            height = min(ROWS, num_rows - first)
+            # The group's last row sees the most keys.
+            if first_position + (first + height - 1) // group_size < tile_start:
                 continue
+            query = queries + first // GROUP * GROUP * activation_words(format, head_dim)
+            query += first % GROUP * CHUNK
+            score_keys(
+                format, height, scratch, query, source_k, places_k, ahead_k, word_stride, words,
+                scores + first * KEY_TILE,
+            )  # fmt: skip
             for row in range(first, first + height):
-                visible = min(first_position + row // group_size + 1 - tile_start, tile_keys)
+                visible = min(first_position + row // group_size + 1, tile_end) - tile_start
                 _softmax_row(
-                    scratch, scores + row * KEY_TILE, visible, num_blocks(seen) * BLOCK,
-                    state + row * row_words, size, weights + (row - first) * CHUNK,
+                    scratch, scores + row * KEY_TILE, visible, state + row * row_words, size,
+                    weights + (row - first) * CHUNK,
                 )  # fmt: skip
             for panel in range(size // PANEL):
-                multiply_group(
-                    plain(FLOAT32), height, scratch, weights,
-                    scratch, value_panels + panel * KEY_TILE * PANEL, plain(0), num_blocks(seen), scratch,
-                    plain(0),
-                    scratch, state + first * row_words + panel * PANEL, row_words, plain(True),
+                add_values(
+                    format, height, scratch, weights, source_v, panel, places_v, ahead_v, stride,
+                    state + first * row_words + panel * PANEL, row_words,
                 )  # fmt: skip
+            ahead_k, ahead_v = places_k, places_v  # the first rows have asked for the next tile
 
 
 @kernel
@@ -411,10 +344,10 @@ def attention(
     group_size = num_heads // num_kv_heads
     tile_tokens = tokens_per_query_tile(group_size)
     row_words, size, rows = state_words(head_dim), padded(head_dim), _tile_rows(group_size)
-    # The scratch begins with the zeros that the products start from.
-    key_panels = PANEL
-    value_panels = key_panels + _panel_words(head_dim)
-    queries = value_panels + _panel_words(head_dim)
+    # The scratch begins with the zeros that the products start from, at most a row of a tile's scores.
+    key_tile = KEY_TILE
+    value_tile = key_tile + KEY_TILE * head_dim
+    queries = value_tile + _value_tile_words(head_dim)
     scores = queries + rows * num_blocks(head_dim) * BLOCK
     weights = scores + rows * KEY_TILE
     total = weights + GROUP * KEY_TILE
@@ -423,15 +356,6 @@ def attention(
     num_items = tile_sequence.size * num_kv_heads
     item = next_item(counters)
     while item < num_items:
-        following = next_item(counters)
-        if following < num_items:  # its first keys are on their way while this item is computed
-            ahead = following // num_kv_heads
-            start = max(tile_chunk[ahead], 0) * KEY_CHUNK
-            _prefetch_tile(
-                format, keys, values, layer_k, layer_v, following % num_kv_heads, num_kv_heads, head_dim,
-                block_size, block_tables[tile_sequence[ahead]], start,
-                min(start + KEY_TILE, seq_lens[tile_sequence[ahead]]),
-            )  # fmt: skip
         tile, kv_head = item // num_kv_heads, item % num_kv_heads
         sequence, first_token, chunk = tile_sequence[tile], tile_start[tile], tile_chunk[tile]
         end = query_start_loc[sequence + 1]
@@ -450,9 +374,9 @@ def attention(
         for key in range(first_key, end_key, KEY_CHUNK):
             state = total if key == first_key else part
             _attend_chunk(
-                format, key, min(key + KEY_CHUNK, end_key), first_position, num_rows, group_size, kv_head,
-                num_kv_heads, head_dim, keys, values, layer_k, layer_v, block_size, block_tables[sequence],
-                scratch, queries, scores, weights, key_panels, value_panels, state
+                format, key, min(key + KEY_CHUNK, end_key), first_position, num_rows, num_keys - 1,
+                group_size, kv_head, num_kv_heads, head_dim, keys, values, layer_k, layer_v, block_size,
+                block_tables[sequence], scratch, queries, scores, weights, key_tile, value_tile, state,
             )  # fmt: skip
             if key > first_key:
                 for row in range(num_rows):
@@ -463,7 +387,7 @@ def attention(
             target = ((state_start[token] + max(chunk, 0)) * num_heads + head) * row_words
             for d in range(0, row_words, LANES):
                 store(states, target + d, load(scratch, total + row * row_words + d))
-        item = following
+        item = next_item(counters)
 
 
 @kernel

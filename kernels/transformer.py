@@ -88,7 +88,7 @@ class Cache(NamedTuple):
     """The paged KV cache of all layers: see kernels.attention for a layer's layout."""
 
     keys: NDArray[np.float32]  # [num_layers * layer + LANES], the end so that a vector may begin anywhere
-    values: NDArray[np.float32]  # [num_layers * layer]
+    values: NDArray[np.float32]  # likewise
     format: int  # FLOAT32 or BFLOAT16
     block_size: int
     num_blocks: int
@@ -511,7 +511,7 @@ def new_cache(arch: Architecture, format: int, num_blocks: int, block_size: int)
     size = (format, num_blocks, block_size, arch.num_kv_heads, arch.head_dim)
     return Cache(
         keys=aligned_zeros(arch.num_layers * key_cache_size(*size) + LANES),
-        values=aligned_zeros(arch.num_layers * value_cache_size(*size)),
+        values=aligned_zeros(arch.num_layers * value_cache_size(*size) + LANES),
         format=format,
         block_size=block_size,
         num_blocks=num_blocks,

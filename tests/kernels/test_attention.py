@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from kernels.attention import (
     KEY_CHUNK,
-    KEY_TILE,
     QUERY_TILE_ROWS,
     attention,
     key_cache_size,
@@ -28,6 +27,7 @@ from kernels.attention import (
     tokens_per_query_tile,
     value_cache_size,
 )
+from kernels.attention_products import KEY_TILE
 from kernels.packing import BFLOAT16, FLOAT32, PANEL
 from kernels.simd import LANES
 from kernels.threads import new_counters
