@@ -3,11 +3,22 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engine.beam_search import BeamSearchParams
     from engine.config import EngineConfig
-    from engine.errors import CheckpointError, ConfigError, PagellmError, RequestError
+    from engine.errors import (
+        CheckpointError,
+        ConfigError,
+        PagellmError,
+        PolicyError,
+        ProfileError,
+        ReportError,
+        RequestError,
+        TraceError,
+    )
     from engine.llm import LLM
     from engine.llm_engine import LLMEngine
     from engine.outputs import CompletionOutput, FinishReason, Metrics, RequestOutput
+    from engine.policies import SchedulingPolicy
     from engine.sampling_params import SamplingParams
 
 _MODULES = {
@@ -15,6 +26,8 @@ _MODULES = {
     "LLMEngine": "llm_engine",
     "EngineConfig": "config",
     "SamplingParams": "sampling_params",
+    "BeamSearchParams": "beam_search",
+    "SchedulingPolicy": "policies",
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",
     "FinishReason": "outputs",
@@ -22,11 +35,16 @@ _MODULES = {
     "PagellmError": "errors",
     "CheckpointError": "errors",
     "ConfigError": "errors",
+    "PolicyError": "errors",
+    "ProfileError": "errors",
+    "ReportError": "errors",
     "RequestError": "errors",
+    "TraceError": "errors",
 }
 
 __all__ = [
     "LLM",
+    "BeamSearchParams",
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",
@@ -35,9 +53,14 @@ __all__ = [
     "LLMEngine",
     "Metrics",
     "PagellmError",
+    "PolicyError",
+    "ProfileError",
+    "ReportError",
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "SchedulingPolicy",
+    "TraceError",
 ]
 
 

@@ -14,9 +14,10 @@ from dataclasses import asdict
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from engine.config import DEFAULT_MODEL, QUANTIZATIONS, EngineConfig
+from engine.config import DEFAULT_MODEL, PREEMPTIONS, QUANTIZATIONS, EngineConfig
 from engine.errors import PagellmError, RequestError
 from engine.outputs import RequestOutput
+from engine.policies import POLICIES
 from engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -28,7 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a ?
     try:
-        options = _parser().parse_args(arguments)
+        parser, commands = _parser()
+        arguments = sys.argv[1:] if arguments is None else arguments
+        if not (arguments and arguments[0] in commands.choices):
+            _add_other_commands(commands)
+        options = parser.parse_args(arguments)
         command: Callable[[argparse.Namespace], None] = options.command
         command(options)
         if sys.stdout is not None:
@@ -55,26 +60,26 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> "tuple[argparse.ArgumentParser, argparse._SubParsersAction[Any]]":
     parser = _Parser(prog="pagellm", description="Serve small language models on CPUs.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     generate = commands.add_parser("generate", help="continue texts", description=_generate.__doc__)
     generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="standard input if there is none")
     generate.add_argument("--chat", action="store_true", help="ask each prompt as a chat's first message")
-    _add_model(generate)
+    add_model_options(generate)
     _add_sampling(generate, max_tokens=128, temperature=0.0)
     generate.add_argument("--n", type=int, default=1, help="completions of each prompt")
     generate.set_defaults(command=_generate)
 
     chat = commands.add_parser("chat", help="talk with the model", description=_chat.__doc__)
     chat.add_argument("--system", help="what the system message says")
-    _add_model(chat)
+    add_model_options(chat)
     _add_sampling(chat, max_tokens=512, temperature=0.6)
     chat.set_defaults(command=_chat)
 
     bench = commands.add_parser("bench", help="measure this machine", description=_bench.__doc__)
-    _add_model(bench)
+    add_model_options(bench)
     bench.add_argument("--prefill", type=int, default=512, metavar="N", help="tokens of each prompt")
     bench.add_argument("--decode", type=int, default=128, metavar="N", help="tokens to generate after it")
     bench.add_argument(
@@ -88,10 +93,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     warmup.add_argument("--json", action="store_true", help="print JSON for machines")
     warmup.set_defaults(command=_warmup)
-    return parser
+    return parser, commands
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_other_commands(commands: "argparse._SubParsersAction[Any]") -> None:
+    """Adds what other packages of the distribution have to offer, whom the engine does not know."""
+    from importlib.metadata import entry_points
+
+    for entry_point in entry_points(group="pagellm.commands"):
+        entry_point.load()(commands)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the model, --json, and a flag for each setting of the engine."""
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, help="a known name, a path or a hub id (default: %(default)s)"
     )
@@ -102,6 +116,25 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences that run at once")
     group.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="tokens of one step")
     group.add_argument("--max-model-len", type=int, metavar="N", help="tokens of prompt and output")
+    group.add_argument("--max-prefill-chunk", type=int, metavar="N", help="tokens of one prompt in one step")
+    group.add_argument(
+        "--policy", metavar="NAME",
+        help=f"{', '.join(POLICIES)} or module:Class, a SchedulingPolicy of your own (default: fcfs)",
+    )  # fmt: skip
+    group.add_argument(
+        "--preemption", choices=PREEMPTIONS,
+        help="what happens to the KV of a sequence that makes way (default: auto, the cheaper as measured)",
+    )  # fmt: skip
+    group.add_argument(
+        "--swap-blocks", dest="num_swap_blocks", type=int, metavar="N",
+        help="KV blocks of the second tier (default: as many as --num-blocks with --preemption swap, else 0)",
+    )  # fmt: skip
+    group.add_argument("--swap-dir", metavar="DIR", help="keep them in a file there (default: in memory)")
+    group.add_argument("--watermark", type=float, metavar="X", help="share of the blocks kept for growth")
+    group.add_argument(
+        "--max-preemptions", type=int, metavar="N", help="after so many, a sequence is not preempted again"
+    )
+    group.add_argument("--step-log", metavar="FILE", help="write one line of JSON for each step")
     group.add_argument("--num-threads", type=int, metavar="N", help="threads (default: all cores)")
     group.add_argument(
         "--quantization", choices=QUANTIZATIONS,
@@ -142,11 +175,17 @@ def _integers(text: str) -> list[int]:
     return values
 
 
-def _llm(options: argparse.Namespace) -> "LLM":
+def engine_config(options: argparse.Namespace) -> EngineConfig:
+    """The settings that were given; raises `ConfigError`."""
     given = {
         name: getattr(options, name) for name in EngineConfig.__dataclass_fields__ if hasattr(options, name)
     }
-    config = EngineConfig(**{name: value for name, value in given.items() if value is not None})
+    sys.path.insert(0, os.getcwd())  # where a policy named as module:Class is looked for
+    return EngineConfig(**{name: value for name, value in given.items() if value is not None})
+
+
+def _llm(options: argparse.Namespace) -> "LLM":
+    config = engine_config(options)
     from engine.llm import LLM
 
     return LLM(options.model, config=config)

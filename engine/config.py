@@ -8,6 +8,7 @@ from engine.errors import ConfigError
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MAX_THREADS = 1024
 QUANTIZATIONS = ("auto", "none", "bf16", "int8", "int4")
+PREEMPTIONS = ("auto", "recompute", "swap")
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,17 @@ class EngineConfig:
     max_num_seqs: sequences that run at once. max_num_batched_tokens: tokens computed in one step, prefill
     chunks and decodes together. max_model_len: tokens of prompt and output. None: the model's own limit, or
     what the KV cache holds if that is less.
+    max_prefill_chunk: tokens of one prompt computed in one step at most. None: as many as the step has.
+    policy: who goes first and who makes way: fcfs, prefill_first, priority, shortest_job, fair, slo, or a
+    SchedulingPolicy of your own as module:Class.
+    preemption: what happens to the KV of a sequence that makes way: "recompute" gives it up, "swap" moves it
+    to a second tier of blocks while that has room, "auto" does whichever was measured to be cheaper.
+    num_swap_blocks: blocks of the second tier. None: as many as num_blocks with "swap" or with a swap_dir,
+    else none. swap_dir: the directory of the file that holds them. None: they are in memory.
+    watermark: the share of the blocks that stays free when a sequence is admitted beside others, so that
+    those which run have room to grow. max_preemptions: after so many a sequence gets all the blocks that it
+    may ever need at once, before all others, and keeps them.
+    step_log: a file that gets one line of JSON for each step.
     num_threads: threads that compute. None: one for each core that this process may use.
     quantization: the format of the weight matrices. "auto": as the checkpoint has them, where it has them in
     blocks of 8 or 4 bits (GGUF's Q8_0, Q4_0, Q4_1), and float32 where not; "none": float32; "bf16", "int8",
@@ -34,24 +46,55 @@ class EngineConfig:
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 512
     max_model_len: int | None = None
+    max_prefill_chunk: int | None = None
+    policy: str = "fcfs"
+    preemption: str = "auto"
+    num_swap_blocks: int | None = None
+    swap_dir: str | None = None
+    watermark: float = 0.01
+    max_preemptions: int = 8
+    step_log: str | None = None
     num_threads: int | None = None
     quantization: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_preemptions"):
             _check_positive(name, getattr(self, name))
-        for name in ("num_blocks", "max_model_len", "num_threads"):
+        for name in ("num_blocks", "max_model_len", "max_prefill_chunk", "num_threads"):
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
         if self.num_threads is not None and self.num_threads > MAX_THREADS:
             raise ConfigError(f"num_threads: found {self.num_threads}, expected at most {MAX_THREADS}")
-        if self.quantization not in QUANTIZATIONS:
-            raise ConfigError(
-                f"quantization: found {self.quantization!r}, expected one of {', '.join(QUANTIZATIONS)}"
-            )
+        for name, choices in (("quantization", QUANTIZATIONS), ("preemption", PREEMPTIONS)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"{name}: found {getattr(self, name)!r}, expected one of {', '.join(choices)}"
+                )
         if not isinstance(self.enable_prefix_caching, bool):
             raise ConfigError(
                 f"enable_prefix_caching: found {self.enable_prefix_caching!r}, expected True or False"
+            )
+        for name in ("policy", "swap_dir", "step_log"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value):
+                raise ConfigError(f"{name}: found {value!r}, expected a non-empty string")
+        watermark = self.watermark
+        if isinstance(watermark, bool) or not isinstance(watermark, int | float) or not 0 <= watermark < 1:
+            raise ConfigError(
+                f"watermark: found {watermark!r}, expected a number from 0 up to, not including, 1"
+            )
+        self._check_swap()
+
+    def _check_swap(self) -> None:
+        blocks = self.num_swap_blocks
+        if blocks is not None and (isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 0):
+            raise ConfigError(f"num_swap_blocks: found {blocks!r}, expected an integer from 0 on")
+        if self.preemption == "swap" and blocks == 0:
+            raise ConfigError("num_swap_blocks: found 0 with preemption swap, expected at least 1")
+        if self.preemption == "recompute" and (blocks or self.swap_dir is not None):
+            name, found = ("num_swap_blocks", blocks) if blocks else ("swap_dir", self.swap_dir)
+            raise ConfigError(
+                f"{name}: found {found!r} with preemption recompute, expected swap or auto with it"
             )
 
     @property
@@ -59,6 +102,14 @@ class EngineConfig:
         """Tokens that the KV cache holds; num_blocks must be known."""
         assert self.num_blocks is not None
         return self.num_blocks * self.block_size
+
+    @property
+    def swap_capacity(self) -> int:
+        """Blocks of the second tier; num_blocks must be known."""
+        assert self.num_blocks is not None
+        if self.num_swap_blocks is not None:
+            return self.num_swap_blocks
+        return self.num_blocks if self.preemption == "swap" or self.swap_dir is not None else 0
 
 
 def usable_cores() -> int:

@@ -18,3 +18,19 @@ class CheckpointError(PagellmError):
 
 class RequestError(PagellmError, ValueError):
     """A request that cannot be served: a bad prompt or bad sampling parameters."""
+
+
+class PolicyError(PagellmError):
+    """A scheduling policy that raised, or answered with what is no answer."""
+
+
+class TraceError(PagellmError, ValueError):
+    """A trace, or a description of one, that cannot be read or made."""
+
+
+class ProfileError(PagellmError, ValueError):
+    """A cost profile or a step log that cannot be read, or is of something else."""
+
+
+class ReportError(PagellmError, ValueError):
+    """A report of a replay, or a step log, that cannot be read or written."""

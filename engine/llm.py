@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.beam_search import BeamSearch, BeamSearchParams
 from engine.config import DEFAULT_MODEL, EngineConfig
 from engine.errors import PagellmError, RequestError
 from engine.llm_engine import LLMEngine
@@ -98,6 +99,25 @@ class LLM:
             [CompletionStream(self.engine, output.request_id, completion) for completion in output.outputs]
             for output in outputs
         ]
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams | None = None
+    ) -> list[RequestOutput]:
+        """One output a prompt, whose completions are its best beams, the best one first."""
+        searches: list[BeamSearch] = []
+        try:
+            for prompt in _as_list(prompts):
+                searches.append(
+                    BeamSearch(self.engine, self._request_ids.__next__, prompt, params or BeamSearchParams())
+                )
+            while not all(search.output.finished for search in searches):
+                self.engine.step()
+                for search in searches:
+                    search.advance()
+        finally:
+            for search in searches:
+                search.close()
+        return [search.output for search in searches]
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """The logits after each of the tokens, [len(token_ids), vocab_size], through the paged path."""

@@ -7,13 +7,15 @@ time as well as sequences. One caller at a time; it starts no thread of its own 
 import os
 import random
 import time
+import warnings
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.block_manager import BlockManager
+from engine.block_manager import BlockManager, TransferKind
 from engine.checkpoints import Checkpoint, open_checkpoint, resolve_model
 from engine.compilation import compile_kernels
 from engine.config import EngineConfig, usable_cores
@@ -22,11 +24,33 @@ from engine.model_runner import ModelRunner, RunnerOutput
 from engine.models import ModelSpec, read_spec
 from engine.outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprob
 from engine.sampling_params import SamplingParams
-from engine.scheduler import ScheduledBatch, Scheduler
+from engine.scheduler import Preemption, PreemptionCosts, ScheduledBatch, Scheduler
 from engine.sequence import Sequence
+from engine.step_log import StepLogFile, StepRecord, StepRecorder
 from engine.stopping import StopChecker
 from engine.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer
 from engine.weights import architecture_of, formats_of, kv_bytes_per_token, load_weights
+
+
+class Observer(Protocol):
+    """Hears of what happens to each sequence, as a collector of metrics wants it.
+
+    Times are seconds on the engine's clock.
+    """
+
+    def arrived(self, sequence: Sequence, request_id: str, time_s: float) -> None:
+        """A sequence was taken in; of several completions each is one."""
+
+    def scheduled(self, batch: ScheduledBatch, time_s: float) -> None:
+        """A step was scheduled."""
+
+    def committed(
+        self, batch: ScheduledBatch, sampled: list[Sequence], finished: list[Sequence], time_s: float
+    ) -> None:
+        """A step is done: who got a token, and whose was the last."""
+
+    def aborted(self, sequence: Sequence) -> None:
+        """A sequence ended otherwise."""
 
 
 @dataclass
@@ -43,7 +67,7 @@ class _Completion:
 class _Request:
     output: RequestOutput
     completions: list[_Completion]
-    arrival: float  # time.perf_counter() when it was added
+    arrival: float  # on the engine's clock
     logits: NDArray[np.float32] | None = None  # [prompt tokens, vocab_size], where they are wanted
     unfinished: int = field(init=False)
 
@@ -55,8 +79,10 @@ class LLMEngine:
     """Serves many requests at once on one model.
 
     Raises `CheckpointError` for a model and `ConfigError` for settings that cannot be served. `show_progress`
-    is for fetching, compiling and loading.
+    is for fetching, compiling and loading. observer: may be set to something that hears of every step.
     """
+
+    observer: Observer | None = None
 
     def __init__(self, model: str, config: EngineConfig | None = None, show_progress: bool = False) -> None:
         with open_checkpoint(resolve_model(model, show_progress)) as checkpoint:
@@ -64,20 +90,29 @@ class LLMEngine:
             self.tokenizer = _load_tokenizer(checkpoint, self.spec.vocab_size)
             config = config or EngineConfig()
             formats = formats_of(checkpoint, self.spec, config.quantization)
-            self.config = _complete(config, self.spec, kv_bytes_per_token(self.spec, formats))
+            token_bytes = kv_bytes_per_token(self.spec, formats)
+            self.config = _complete(config, self.spec, token_bytes)
+            self.block_bytes = token_bytes * self.config.block_size
             assert self.config.num_blocks is not None
             assert self.config.max_model_len is not None
+            self.block_manager = BlockManager(
+                self.config.num_blocks,
+                self.config.block_size,
+                self.config.enable_prefix_caching,
+                self.config.swap_capacity,
+            )
+            self.scheduler = Scheduler(self.config, self.block_manager)
             compile_kernels(show_progress)
             weights = load_weights(checkpoint, self.spec, formats, self.config.max_model_len, show_progress)
         self.num_threads = self.config.num_threads or usable_cores()
-        self.block_manager = BlockManager(
-            self.config.num_blocks, self.config.block_size, self.config.enable_prefix_caching
-        )
-        self.scheduler = Scheduler(self.config, self.block_manager)
         self.runner = ModelRunner(architecture_of(self.spec), weights, self.config, self.num_threads)
+        self.scheduler.costs = PreemptionCosts(swap_block_s=self.runner.measure_swap_s())
         self._requests: dict[str, _Request] = {}
         self._by_seq_id: dict[int, tuple[_Request, _Completion]] = {}
         self._next_seq_id = 0
+        self._start = time.perf_counter()
+        self._recorder = StepRecorder(self.scheduler) if self.config.step_log is not None else None
+        self._step_log = None if self.config.step_log is None else StepLogFile(self.config.step_log)
 
     @property
     def has_unfinished(self) -> bool:
@@ -90,11 +125,15 @@ class LLMEngine:
         prompt: str | Items[int],
         sampling_params: SamplingParams | None = None,
         return_logits: bool = False,
+        fork_of: str | None = None,
+        arrival_time: float | None = None,
     ) -> RequestOutput:
         """Takes a request in: a text, or token ids. Raises `RequestError` for one that cannot be served.
 
-        return_logits: its finished output carries the logits of every token of the prompt. The output that is
-        returned is the one that the steps to come will fill.
+        return_logits: its finished output carries the logits of every token of the prompt. fork_of: a request
+        whose tokens so far this prompt begins with; while that runs, they share the blocks of what it has
+        computed of them. arrival_time: when it came, on the engine's clock, if that was before now.
+        The output that is returned is the one that the steps to come will fill.
         """
         params = sampling_params or SamplingParams()
         if request_id in self._requests:
@@ -116,10 +155,19 @@ class LLMEngine:
         output = RequestOutput(request_id, text, token_ids, [c.output for c in completions])
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None] * len(token_ids)
-        request = _Request(output, completions, time.perf_counter())
+        request = _Request(output, completions, self.now() if arrival_time is None else arrival_time)
+        sequence, *sequence.forks = (completion.sequence for completion in completions)
+        parent = None if fork_of is None else self._requests.get(fork_of)
+        if parent is None:
+            self.scheduler.add(sequence, request.arrival)
+        else:
+            self.scheduler.fork(parent.completions[0].sequence, sequence, request.arrival)
         for completion in completions:
-            self.scheduler.add(completion.sequence)  # raises for the first, or for none of them
             self._by_seq_id[completion.sequence.seq_id] = (request, completion)
+            if self._recorder is not None:
+                self._recorder.added(completion.sequence)
+            if self.observer is not None:
+                self.observer.arrived(completion.sequence, request_id, request.arrival)
         if return_logits:
             request.logits = np.zeros((len(token_ids), self.spec.vocab_size), np.float32)
         self._requests[request_id] = request
@@ -136,30 +184,110 @@ class LLMEngine:
         for completion in request.completions:
             if index is not None and completion.output.index != index:
                 continue
-            self.scheduler.abort(completion.sequence)
             if not completion.output.finished:
+                self._end(completion.sequence, FinishReason.ABORT)
                 self._finish(request, completion, FinishReason.ABORT)
         return request.output
 
+    def now(self) -> float:
+        """Seconds since the engine was made: its clock, and the scheduler's."""
+        return time.perf_counter() - self._start
+
     def step(self) -> list[RequestOutput]:
-        """Computes one batch; returns the requests that it gave a token to or finished."""
-        batch = self.scheduler.schedule()
+        """Computes one batch; returns the requests that it gave a token to or finished.
+
+        Raises `PolicyError`, after the step, if the scheduling policy failed in it: the outputs have what the
+        step gave, and the next steps are scheduled first come first served.
+        """
+        start = time.perf_counter()
+        batch = self.scheduler.schedule(start - self._start)
+        record = None if self._recorder is None else self._recorder.scheduled(batch)
+        if self.observer is not None:
+            self.observer.scheduled(batch, start - self._start)
+        self._move_blocks(batch, record)
         if not batch.sequences:
             return []
-        self._note_first_schedule(batch)
+        self._note_admissions(batch)
         wanted = frozenset(
             s.seq_id for s in batch.sequences if self._by_seq_id[s.seq_id][0].logits is not None
         )
+        before_run = time.perf_counter()
         result = self.runner.run(batch, wanted)
-        self._end_without_token(batch, result)
-        self.scheduler.commit(batch, result.token_ids)
-        return self._outputs(batch, result)
+        self._note_costs(batch, time.perf_counter() - before_run)
+        sampled = batch.sampled
+        for sequence, token_id in zip(sampled, result.token_ids, strict=True):
+            if token_id < 0:
+                self._end(sequence, FinishReason.ERROR)
+        finished = self.scheduler.commit(batch, result.token_ids)
+        if self.observer is not None:
+            self.observer.committed(batch, sampled, finished, self.now())
+        outputs = self._outputs(batch.sequences, sampled, result)
+        if self._recorder is not None and record is not None:
+            self._recorder.finished(record, finished)
+            record["duration_s"] = time.perf_counter() - start
+            self._log(record)
+        self.scheduler.policy.raise_error()
+        return outputs
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets every cached prefix; requests under way keep their blocks."""
+        self.block_manager.reset_cache()
 
     def close(self) -> None:
         """Gives up all requests and ends the threads."""
         for request_id in list(self._requests):
             self.abort(request_id)
         self.runner.close()
+        if self._step_log is not None:
+            self._step_log.close()
+            self._recorder = self._step_log = None
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        self.scheduler.abort(sequence, reason)
+        if self._recorder is not None:
+            self._recorder.ended(sequence)
+        if self.observer is not None:
+            self.observer.aborted(sequence)
+
+    def _log(self, record: StepRecord) -> None:
+        """A log that cannot be written must not stop the requests."""
+        assert self._step_log is not None
+        try:
+            self._step_log.write(record)
+        except OSError as error:
+            warnings.warn(f"step_log: {self.config.step_log}: {error}; it ends here", stacklevel=3)
+            self._recorder = None
+
+    def _move_blocks(self, batch: ScheduledBatch, record: StepRecord | None) -> None:
+        """Does the batch's transfers. What the second tier cannot keep or give is computed again."""
+        if not batch.transfers:
+            return
+        start, num_swaps = time.perf_counter(), 0
+        while batch.transfers:
+            transfer = batch.transfers[0]
+            try:
+                self.runner.transfer(transfer)
+                num_swaps += transfer.kind is not TransferKind.COPY
+            except OSError as error:
+                warnings.warn(f"swap: {error}; preempted sequences are computed again", stacklevel=3)
+                self.scheduler.preemption = Preemption.RECOMPUTE
+                self.scheduler.recompute(transfer.sequence, batch)
+            batch.transfers.popleft()
+        seconds = time.perf_counter() - start
+        if num_swaps:
+            costs = self.scheduler.costs
+            per_block = _moving_average(costs.swap_block_s, seconds / num_swaps)
+            self.scheduler.costs = replace(costs, swap_block_s=per_block)
+        if record is not None:
+            record["transfer_s"] = seconds
+
+    def _note_costs(self, batch: ScheduledBatch, seconds: float) -> None:
+        """Learns from a step of prompts what computing a token again would cost."""
+        num_tokens = batch.num_tokens
+        if num_tokens >= 2 * len(batch.sequences):
+            costs = self.scheduler.costs
+            per_token = _moving_average(costs.recompute_token_s, seconds / num_tokens)
+            self.scheduler.costs = replace(costs, recompute_token_s=per_token)
 
     def _check_token_ids(self, name: str, token_ids: list[int]) -> None:
         for index, token in enumerate(token_ids):
@@ -185,36 +313,34 @@ class LLMEngine:
         detokenizer = IncrementalDetokenizer(self.tokenizer, skip_special_tokens=params.skip_special_tokens)
         return _Completion(sequence, output, detokenizer, StopChecker(params))
 
-    def _note_first_schedule(self, batch: ScheduledBatch) -> None:
-        now = time.perf_counter()
-        for sequence in batch.sequences:
-            request, completion = self._by_seq_id[sequence.seq_id]
-            metrics = completion.output.metrics
-            if metrics.first_scheduled_s is None:
-                completion.output.metrics = replace(
-                    metrics,
-                    first_scheduled_s=now - request.arrival,
-                    num_cached_tokens=sequence.num_cached_tokens,
-                )
+    def _note_admissions(self, batch: ScheduledBatch) -> None:
+        now = self.now()
+        for admitted in batch.admitted:
+            for sequence in (admitted.sequence, *admitted.sequence.forks):
+                request, completion = self._by_seq_id[sequence.seq_id]
+                metrics = completion.output.metrics
+                if metrics.first_scheduled_s is None:
+                    completion.output.metrics = replace(
+                        metrics,
+                        first_scheduled_s=now - request.arrival,
+                        num_cached_tokens=admitted.sequence.num_cached_tokens,
+                    )
 
-    def _end_without_token(self, batch: ScheduledBatch, result: RunnerOutput) -> None:
-        sampled = [s for s, samples in zip(batch.sequences, batch.samples, strict=True) if samples]
-        for sequence, token_id in zip(sampled, result.token_ids, strict=True):
-            if token_id < 0:
-                self.scheduler.abort(sequence, FinishReason.ERROR)
-
-    def _outputs(self, batch: ScheduledBatch, result: RunnerOutput) -> list[RequestOutput]:
-        now = time.perf_counter()
+    def _outputs(
+        self, computed: list[Sequence], sampled: list[Sequence], result: RunnerOutput
+    ) -> list[RequestOutput]:
+        now = self.now()
         changed: dict[str, RequestOutput] = {}
-        for sequence, samples in zip(batch.sequences, batch.samples, strict=True):
+        if result.prompt_logprobs or result.logits:
+            for sequence in computed:
+                self._collect_prompt(self._by_seq_id[sequence.seq_id][0], sequence, result)
+        for sequence in sampled:
             request, completion = self._by_seq_id[sequence.seq_id]
-            self._collect_prompt(request, sequence, result)
             if sequence.finish_reason is FinishReason.ERROR:
                 self._finish(request, completion, FinishReason.ERROR)
-                changed[request.output.request_id] = request.output
-            elif samples:
+            else:
                 self._append_token(request, completion, result.logprobs.get(sequence.seq_id), now)
-                changed[request.output.request_id] = request.output
+            changed[request.output.request_id] = request.output
         return list(changed.values())
 
     def _collect_prompt(self, request: _Request, sequence: Sequence, result: RunnerOutput) -> None:
@@ -242,7 +368,7 @@ class LLMEngine:
         stop_string = completion.stop.append(text, len(output.token_ids))
         if stop_string is not None:
             output.stop_reason = stop_string
-            self.scheduler.abort(sequence, FinishReason.STOP)
+            self._end(sequence, FinishReason.STOP)
             self._finish(request, completion, FinishReason.STOP)
         elif sequence.finish_reason is not None:
             if sequence.finish_reason is FinishReason.STOP:
@@ -257,7 +383,7 @@ class LLMEngine:
         output.finish_reason = reason
         output.metrics = replace(
             output.metrics,
-            finished_s=time.perf_counter() - request.arrival,
+            finished_s=self.now() - request.arrival,
             num_preemptions=completion.sequence.num_preemptions,
         )
         del self._by_seq_id[completion.sequence.seq_id]
@@ -265,6 +391,10 @@ class LLMEngine:
         if request.unfinished == 0:
             request.output.logits = request.logits
             del self._requests[request.output.request_id]
+
+
+def _moving_average(before: float, value: float) -> float:
+    return value if before == 0.0 else 0.75 * before + 0.25 * value
 
 
 def _load_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> Tokenizer:
@@ -296,13 +426,19 @@ def _complete(config: EngineConfig, spec: ModelSpec, token_bytes: int) -> Engine
             f"num_blocks: found {num_blocks} of block_size {config.block_size}, {block_bytes} bytes each, "
             f"expected no more than the {memory} bytes of memory hold"
         )
+    config = replace(config, num_blocks=num_blocks)
+    if config.swap_dir is None and (num_blocks + config.swap_capacity) * block_bytes > memory:
+        raise ConfigError(
+            f"num_swap_blocks: found {config.swap_capacity} beside {num_blocks} blocks of {block_bytes} "
+            f"bytes, expected no more than the {memory} bytes of memory hold, or a swap_dir"
+        )
     capacity = num_blocks * config.block_size
     if config.max_model_len is not None and capacity < config.max_model_len:
         raise ConfigError(
             f"max_model_len: found {config.max_model_len}, expected at most {capacity}, what {num_blocks} KV "
             f"blocks of {config.block_size} tokens hold"
         )
-    return replace(config, num_blocks=num_blocks, max_model_len=min(wanted_len, capacity))
+    return replace(config, max_model_len=min(wanted_len, capacity))
 
 
 def _memory_bytes(pages: str) -> int:

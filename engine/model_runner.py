@@ -3,24 +3,29 @@
 Knows arrays and their layout; does not know which sequences should run, or text.
 """
 
+import time
+from array import array
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.block_manager import Transfer, TransferKind
 from engine.config import EngineConfig
 from engine.outputs import TokenLogprob
 from engine.scheduler import ScheduledBatch
 from engine.sequence import Sequence
+from engine.swap_space import FileSwapSpace, MemorySwapSpace, SwapSpace
 from engine.weights import kv_format
-from kernels.attention import KEY_CHUNK
+from kernels.attention import KEY_CHUNK, key_cache_size, value_cache_size
 from kernels.threads import ThreadTeam
 from kernels.transformer import (
     NUM_FLOATS,
     NUM_INTEGERS,
     Architecture,
     Batch,
+    Cache,
     Outputs,
     Weights,
     new_cache,
@@ -34,7 +39,7 @@ from kernels.transformer import (
 class RunnerOutput:
     """What a step gave, by sequence of the batch that asked for it."""
 
-    # Sampled, in the order of batch.samples; -1 where the logits name no token.
+    # Sampled, in the order of batch.sampled; -1 where the logits name no token.
     token_ids: list[int] = field(default_factory=list)
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # of the sampled token, by seq_id
     # Of prompt tokens, by seq_id: (index of the token in the prompt, its log-probabilities).
@@ -55,13 +60,25 @@ class _Row:
 
 
 class ModelRunner:
-    """Owns the weights, the KV cache, the workspace and the threads that compute on them."""
+    """Owns the weights, the KV cache and its second tier, the workspace and the threads that compute.
+
+    Raises `ConfigError` if there is no room for the second tier.
+    """
 
     def __init__(self, arch: Architecture, weights: Weights, config: EngineConfig, num_threads: int) -> None:
         assert config.num_blocks is not None
         self.arch = arch
         self.weights = weights
         self.cache = new_cache(arch, kv_format(weights.formats), config.num_blocks, config.block_size)
+        self._blocks = _block_views(arch, self.cache)
+        self._swap_space: SwapSpace | None = None
+        if config.swap_capacity:
+            block_words = sum(part[:, 0].size for part in self._blocks)
+            self._swap_space = (
+                MemorySwapSpace(config.swap_capacity, block_words)
+                if config.swap_dir is None
+                else FileSwapSpace(config.swap_capacity, block_words, config.swap_dir)
+            )
         max_tokens = min(config.max_num_batched_tokens, config.capacity_tokens)
         self.workspace = new_workspace(arch, max_tokens, num_threads)
         self.team = ThreadTeam(num_threads)
@@ -81,14 +98,45 @@ class ModelRunner:
         self.team.run(step, self.arch, self.weights, self.cache, inputs, self._plan, outputs, self.workspace)
         return _collect(rows, outputs)
 
+    def transfer(self, transfer: Transfer) -> None:
+        """Moves a block's content. Raises `OSError` if the second tier cannot be read or written."""
+        kind, source, target, _ = transfer
+        if kind is TransferKind.COPY:
+            for part in self._blocks:
+                part[:, target] = part[:, source]
+            return
+        assert self._swap_space is not None
+        if kind is TransferKind.SWAP_OUT:
+            content = np.concatenate([part[:, source].ravel() for part in self._blocks])
+            self._swap_space.write(target, content)
+        else:
+            content = self._swap_space.read(source)
+            for part in self._blocks:
+                size = part[:, target].size
+                part[:, target] = content[:size].reshape(part[:, target].shape)
+                content = content[size:]
+
+    def measure_swap_s(self) -> float:
+        """Seconds that moving a block to the second tier takes, or back; 0 if there is none."""
+        if self._swap_space is None:
+            return 0.0
+        content = np.concatenate([part[:, 0].ravel() for part in self._blocks])
+        self._swap_space.write(0, content)  # the first write pays for the memory
+        start = time.perf_counter()
+        self._swap_space.write(0, content)
+        self._swap_space.read(0)
+        return (time.perf_counter() - start) / 2
+
     def close(self) -> None:
-        """Ends the threads."""
+        """Ends the threads and gives the second tier back."""
         self.team.close()
+        if self._swap_space is not None:
+            self._swap_space.close()
 
     def _inputs(self, batch: ScheduledBatch) -> Batch:
         sequences, counts = batch.sequences, batch.num_new_tokens
         starts = [s.num_computed_tokens for s in sequences]
-        token_ids: list[int] = []
+        token_ids = array("i")
         for sequence, start, count in zip(sequences, starts, counts, strict=True):
             token_ids += sequence.token_ids[start : start + count]
         lengths = [len(s.block_table) for s in sequences]
@@ -96,7 +144,7 @@ class ModelRunner:
         for row, length, sequence in zip(block_tables, lengths, sequences, strict=True):
             row[:length] = sequence.block_table
         return Batch(
-            token_ids=np.array(token_ids, np.int32),
+            token_ids=np.frombuffer(token_ids, np.int32),
             num_computed=np.array(starts, np.int32),
             query_start_loc=np.array([0, *accumulate(counts)], np.int32),
             block_tables=block_tables,
@@ -110,6 +158,18 @@ class ModelRunner:
         if longest > self._planned_chunks * KEY_CHUNK:
             self._planned_chunks = 2 * longest // KEY_CHUNK + 1
             self._plan = new_plan(self.arch, *self._batch_limits, self._planned_chunks)
+
+
+def _block_views(arch: Architecture, cache: Cache) -> list[NDArray[np.float32]]:
+    """Keys and values as [num_layers, num_blocks, words of a block]."""
+    size = (cache.format, cache.num_blocks, cache.block_size, arch.num_kv_heads, arch.head_dim)
+    return [
+        words[: arch.num_layers * layer_size].reshape(arch.num_layers, cache.num_blocks, -1)
+        for words, layer_size in (
+            (cache.keys, key_cache_size(*size)),
+            (cache.values, value_cache_size(*size)),
+        )
+    ]
 
 
 def _wanted_rows(batch: ScheduledBatch, logits_of: frozenset[int]) -> list[_Row]:
@@ -126,7 +186,9 @@ def _wanted_rows(batch: ScheduledBatch, logits_of: frozenset[int]) -> list[_Row]
                 for p in range(start, end)
             ]
         if samples:
-            rows.append(_Row(sequence, first + count - 1, start + count - 1, -1, wants_logits))
+            for sampled in (sequence, *batch.forks.get(sequence, ())):
+                wanted = wants_logits and sampled is sequence
+                rows.append(_Row(sampled, first + count - 1, start + count - 1, -1, wanted))
         first += count
     return rows
 

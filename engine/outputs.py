@@ -50,6 +50,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token or string that ended it
     logprobs: list[TokenLogprob] | None = None  # one a token, if asked for
+    cumulative_logprob: float | None = None  # of all its tokens, from a beam search
     metrics: Metrics = field(default_factory=Metrics)
 
     @property

@@ -35,6 +35,9 @@ class SamplingParams:
     logprobs: log-probabilities of each sampled token and so many of the likeliest ones (0: the sampled only),
     the model's own, before penalties and temperature. prompt_logprobs: the same for the prompt's tokens.
     skip_special_tokens: leaves them out of the text.
+    cache_salt: only requests with the same one share cached prefixes, so that tenants can be kept apart.
+    priority: the lowest goes first under the policy "priority". tenant: who is served fairly under "fair".
+    deadline_s: seconds from arrival, for "slo".
     """
 
     n: int = 1
@@ -56,6 +59,10 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    cache_salt: str = ""
+    priority: float = 0
+    tenant: str = ""
+    deadline_s: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -83,6 +90,12 @@ class SamplingParams:
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise _error(name, getattr(self, name), "True or False")
+        for name in ("cache_salt", "tenant"):
+            if not isinstance(getattr(self, name), str):
+                raise _error(name, getattr(self, name), "a string")
+        _number("priority", self.priority, -_LARGEST, _LARGEST)
+        if self.deadline_s is not None:
+            _number("deadline_s", self.deadline_s, 0.0, _LARGEST)
         self._check_collections()
 
     def _check_collections(self) -> None:

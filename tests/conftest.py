@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from engine import LLM, CheckpointError
 
@@ -14,6 +14,8 @@ MODELS = Path(__file__).parent / "fixtures" / "models"
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # `--hypothesis-profile=quick`: for tests that run many times over, once for each instruction set.
 settings.register_profile("quick", settings.get_profile("default"), max_examples=6)
+# `--hypothesis-profile=unshrunk`: for tests/mutation.py, to which a failure in any form will do.
+settings.register_profile("unshrunk", settings.get_profile("default"), phases=[Phase.generate])
 settings.load_profile("default")
 
 

@@ -1,22 +1,24 @@
 """What the block manager does in each case that has a name: exact tables, exact counts."""
 
+from collections.abc import Callable
+
 import pytest
 
-from engine.block_manager import BlockManager, chained_hash
+from engine.block_manager import BlockManager, PrefixCacheStats, TransferKind, chained_hash
 from engine.sampling_params import SamplingParams
-from engine.sequence import Sequence
+from engine.sequence import Sequence, SequenceStatus
 
 _ids = iter(range(10**9))
 
 
-def sequence(*token_ids: int, reads_cache: bool = True) -> Sequence:
-    return Sequence(next(_ids), list(token_ids), SamplingParams(), reads_cache=reads_cache)
+def sequence(*token_ids: int, reads_cache: bool = True, salt: str = "") -> Sequence:
+    return Sequence(next(_ids), token_ids, SamplingParams(cache_salt=salt), reads_cache=reads_cache)
 
 
-def admit(manager: BlockManager, *token_ids: int) -> Sequence:
+def admit(manager: BlockManager, *token_ids: int, salt: str = "") -> Sequence:
     """A sequence with all its blocks."""
-    new = sequence(*token_ids)
-    manager.allocate(new, manager.cached_prefix(new))
+    new = sequence(*token_ids, salt=salt)
+    manager.allocate(new, manager.cached_prefix(new), new.num_tokens)
     return new
 
 
@@ -28,17 +30,46 @@ def compute(manager: BlockManager, computed: Sequence, count: int | None = None)
     return computed
 
 
-def serve(manager: BlockManager, *token_ids: int) -> Sequence:
-    return compute(manager, admit(manager, *token_ids))
+def serve(manager: BlockManager, *token_ids: int, salt: str = "") -> Sequence:
+    return compute(manager, admit(manager, *token_ids, salt=salt))
 
 
-def append(manager: BlockManager, grown: Sequence, token: int) -> None:
+def append(manager: BlockManager, grown: Sequence, token: int) -> tuple[TransferKind, int, int] | None:
+    """Appends a token and gives it its slot; returns what has to be copied for that."""
     grown.token_ids.append(token)
-    manager.grow(grown)
+    transfer = manager.grow(grown)
+    manager.check()
+    if transfer is None:
+        return None
+    assert transfer.sequence is grown
+    return transfer[:3]
 
 
-def hit(manager: BlockManager, *token_ids: int) -> list[int]:
-    return manager.cached_prefix(sequence(*token_ids))
+def fork(manager: BlockManager, parent: Sequence, *token_ids: int) -> Sequence:
+    """A sequence of the given tokens, of which all but the last are what the parent begins with."""
+    child = sequence(*token_ids)
+    manager.fork(parent, child)
+    manager.check()
+    return child
+
+
+def swap_out(manager: BlockManager, swapped: Sequence) -> list[tuple[TransferKind, int, int]]:
+    assert manager.can_swap_out(swapped)
+    transfers = manager.swap_out(swapped)
+    swapped.status = SequenceStatus.SWAPPED
+    manager.check()
+    return [transfer[:3] for transfer in transfers]
+
+
+def swap_in(manager: BlockManager, swapped: Sequence) -> list[tuple[TransferKind, int, int]]:
+    transfers = manager.swap_in(swapped, manager.cached_prefix(swapped), swapped.num_tokens)
+    swapped.status = SequenceStatus.RUNNING
+    manager.check()
+    return [transfer[:3] for transfer in transfers]
+
+
+def hit(manager: BlockManager, *token_ids: int, salt: str = "") -> list[int]:
+    return manager.cached_prefix(sequence(*token_ids, salt=salt))
 
 
 def constant_hash(previous: int, tokens: bytes) -> int:
@@ -59,14 +90,31 @@ def test_a_sequence_takes_as_many_blocks_as_its_tokens_fill(num_tokens: int, blo
 
 def test_the_last_free_block_can_be_had_and_then_none() -> None:
     manager = BlockManager(num_blocks=2, block_size=2)
-    assert manager.can_allocate(sequence(1, 2, 3, 4), [])
-    assert not manager.can_allocate(sequence(1, 2, 3, 4, 5), [])
+    assert manager.can_allocate(4, [])
+    assert not manager.can_allocate(5, [])
     admit(manager, 1, 2)
-    assert manager.can_allocate(sequence(1, 2), [])
-    assert not manager.can_allocate(sequence(1, 2, 3), [])
+    assert manager.can_allocate(2, [])
+    assert not manager.can_allocate(3, [])
     assert admit(manager, 3, 4).block_table == [1]
     assert manager.num_free_blocks == 0
-    assert not manager.can_allocate(sequence(1), [])
+    assert not manager.can_allocate(1, [])
+
+
+def test_blocks_that_are_to_stay_free_cannot_be_had() -> None:
+    manager = BlockManager(num_blocks=3, block_size=2)
+    assert manager.can_allocate(4, [], spare=1)
+    assert not manager.can_allocate(4, [], spare=2)
+    assert not manager.can_allocate(5, [], spare=1)
+
+
+def test_more_slots_than_tokens_can_be_had_at_once() -> None:
+    manager = BlockManager(num_blocks=4, block_size=2)
+    new = sequence(1, 2)
+    manager.allocate(new, [], 7)
+    assert (new.block_table, new.num_slots) == ([0, 1, 2, 3], 8)
+    for token in (3, 4, 5, 6, 7, 8):
+        assert append(manager, new, token) is None
+    assert new.block_table == [0, 1, 2, 3]
 
 
 def test_a_sequence_grows_only_past_a_full_block() -> None:
@@ -182,7 +230,7 @@ def test_a_sequence_that_wants_its_prompts_logits_reads_nothing_but_is_found() -
     serve(manager, 1, 2)
     assert manager.cached_prefix(sequence(1, 2, 3, reads_cache=False)) == []
     reader = sequence(5, 6, 7, reads_cache=False)
-    manager.allocate(reader, [])
+    manager.allocate(reader, [], 3)
     compute(manager, reader)
     assert hit(manager, 5, 6, 7) == [1]
 
@@ -217,11 +265,11 @@ def test_a_cached_block_in_use_costs_an_admission_nothing_and_a_free_one_itself(
     first = serve(manager, 1, 2, 3, 4)
     new = sequence(1, 2, 3, 4, 5)
     assert manager.cached_prefix(new) == [0, 1]
-    assert manager.can_allocate(new, [0, 1])
+    assert manager.can_allocate(5, [0, 1])
     manager.free(first)
     admit(manager, 9)
     assert manager.cached_prefix(new) == [0, 1]
-    assert not manager.can_allocate(new, [0, 1]), "two free blocks, and both are the prefix"
+    assert not manager.can_allocate(5, [0, 1]), "two free blocks, and both are the prefix"
 
 
 def test_equal_blocks_computed_twice_become_one() -> None:
@@ -304,21 +352,33 @@ def test_a_sequence_never_evicts_the_prefix_that_it_hits() -> None:
     assert hit(manager, 1, 1, 6) == [0]
 
 
-# Collisions: a miss, never a wrong hit
+# Collisions: equal hashes are told apart by what the blocks hold
 
 
-def test_a_collision_is_a_miss() -> None:
+def test_blocks_whose_hashes_collide_are_all_found() -> None:
     manager = BlockManager(num_blocks=4, block_size=2, hash_block=constant_hash)
     serve(manager, 1, 2)
     assert hit(manager, 1, 2, 5) == [0]
     assert hit(manager, 3, 4, 5) == []
     second = serve(manager, 3, 4)
     assert second.block_table == [1]
-    assert hit(manager, 3, 4, 5) == []
+    assert hit(manager, 3, 4, 5) == [1]
     assert hit(manager, 1, 2, 5) == [0]
 
 
-def test_equal_tokens_behind_another_prefix_are_a_miss_even_if_the_hash_says_otherwise() -> None:
+@pytest.mark.parametrize("evicted", [0, 1, 2])
+def test_of_blocks_whose_hashes_collide_any_can_be_forgotten(evicted: int) -> None:
+    manager = BlockManager(num_blocks=3, block_size=1, hash_block=constant_hash)
+    held = [serve(manager, token) for token in (1, 2, 3)]
+    manager.free(held[evicted])
+    compute(manager, admit(manager, 9))
+    expected = [[0], [1], [2]]
+    expected[evicted] = []
+    assert [hit(manager, token, 7) for token in (1, 2, 3)] == expected
+    assert hit(manager, 9, 7) == [evicted]
+
+
+def test_equal_tokens_behind_another_prefix_are_another_block_even_if_the_hash_says_otherwise() -> None:
     """The second blocks collide and hold the same tokens; their keys and values differ."""
 
     def hash_of_the_last_block(previous: int, tokens: bytes) -> int:
@@ -329,21 +389,256 @@ def test_equal_tokens_behind_another_prefix_are_a_miss_even_if_the_hash_says_oth
     second = serve(manager, 2, 2, 7, 7)
     assert second.block_table == [2, 3]
     assert hit(manager, 1, 1, 7, 7, 5) == [0, 1]
-    assert hit(manager, 2, 2, 7, 7, 5) == [2]
+    assert hit(manager, 2, 2, 7, 7, 5) == [2, 3]
     assert hit(manager, 7, 7, 5) == []
 
 
-def test_behind_a_block_that_collided_nothing_is_cached() -> None:
-    def collide_at_the_start(previous: int, tokens: bytes) -> int:
-        return chained_hash(previous, tokens) if previous else 1
+# Salts: tenants are kept apart
 
-    manager = BlockManager(num_blocks=8, block_size=1, hash_block=collide_at_the_start)
-    serve(manager, 1, 5)
-    broken = serve(manager, 2, 5, 6)
-    manager.free(broken)
-    assert hit(manager, 2, 5, 6, 7) == []
-    assert hit(manager, 1, 5, 6) == [0, 1]
-    assert admit(manager, 8, 8, 8).block_table == [2, 3, 4], "no more than their place is left of them"
+
+@pytest.mark.parametrize("hash_block", [chained_hash, constant_hash])
+def test_a_prefix_is_found_under_its_own_salt_alone(hash_block: Callable[[int, bytes], int]) -> None:
+    manager = BlockManager(num_blocks=12, block_size=2, hash_block=hash_block)
+    tables = [serve(manager, 1, 2, 3, 4, salt=salt).block_table for salt in ("", "a", "b")]
+    assert tables == [[0, 1], [2, 3], [4, 5]]
+    for salt, table in zip(("", "a", "b"), tables, strict=True):
+        assert hit(manager, 1, 2, 3, 4, 5, salt=salt) == table
+    assert hit(manager, 1, 2, 3, 4, 5, salt="c") == []
+
+
+def test_the_hashes_of_equal_tokens_differ_with_the_salt() -> None:
+    manager = BlockManager(num_blocks=12, block_size=2)
+    hashes = [serve(manager, 1, 2, 3, 4, salt=salt).block_hashes for salt in ("", "a", "b")]
+    assert len({block_hash for each in hashes for block_hash in each}) == 6
+
+
+def test_a_block_that_had_a_salt_loses_it_with_its_content() -> None:
+    manager = BlockManager(num_blocks=1, block_size=1)
+    manager.free(serve(manager, 1, salt="a"))
+    manager.free(serve(manager, 1))
+    assert hit(manager, 1, 2) == [0]
+    assert hit(manager, 1, 2, salt="a") == []
+
+
+# Forks: blocks are shared until somebody writes
+
+
+def test_a_fork_takes_no_block_and_shares_all_that_is_computed() -> None:
+    manager = BlockManager(num_blocks=4, block_size=2)
+    parent = serve(manager, 1, 2, 3)
+    child = fork(manager, parent, 1, 2, 3, 7)
+    assert (parent.block_table, child.block_table) == ([0, 1], [0, 1])
+    assert (child.num_computed_tokens, child.num_registered_blocks) == (3, 1)
+    assert manager.num_free_blocks == 2
+
+
+def test_the_first_to_write_into_a_shared_block_copies_it_and_the_last_writes_in_place() -> None:
+    manager = BlockManager(num_blocks=6, block_size=4)
+    parent = serve(manager, 1, 2, 3, 4, 5)
+    first, second = fork(manager, parent, 1, 2, 3, 4, 5, 7), fork(manager, parent, 1, 2, 3, 4, 5, 8)
+    assert append(manager, parent, 6) == (TransferKind.COPY, 1, 2)
+    assert manager.grow(first) == (TransferKind.COPY, 1, 3, first)
+    assert manager.grow(second) is None
+    assert [s.block_table for s in (parent, first, second)] == [[0, 2], [0, 3], [0, 1]]
+    assert manager.num_free_blocks == 2
+    manager.check()
+
+
+def test_a_fork_at_a_blocks_end_takes_a_new_block_and_copies_nothing() -> None:
+    manager = BlockManager(num_blocks=4, block_size=2)
+    parent = serve(manager, 1, 2)
+    child = fork(manager, parent, 1, 2, 7)
+    assert manager.grow(child) is None
+    assert append(manager, parent, 6) is None
+    assert (parent.block_table, child.block_table) == ([0, 2], [0, 1])
+
+
+def test_a_fork_that_is_shorter_than_its_parent_shares_the_blocks_it_reaches_into() -> None:
+    manager = BlockManager(num_blocks=4, block_size=2)
+    parent = serve(manager, 1, 2, 3, 4, 5)
+    child = fork(manager, parent, 1, 2, 3, 7)
+    assert (child.block_table, child.num_computed_tokens) == ([0, 1], 3)
+    assert manager.grow(child) == (TransferKind.COPY, 1, 3, child)
+    assert append(manager, parent, 6) is None
+
+
+def test_a_fork_never_writes_into_a_block_that_its_parent_filled_and_others_can_find() -> None:
+    manager = BlockManager(num_blocks=4, block_size=2)
+    parent = serve(manager, 1, 2, 3, 4)
+    child = fork(manager, parent, 1, 2, 3, 7)
+    manager.free(parent)
+    assert manager.grow(child) == (TransferKind.COPY, 1, 2, child)
+    compute(manager, child)
+    assert hit(manager, 1, 2, 3, 4, 5) == [0, 1]
+    assert hit(manager, 1, 2, 3, 7, 5) == [0, 2]
+
+
+def test_a_copy_needs_a_free_block_and_writing_in_place_none() -> None:
+    manager = BlockManager(num_blocks=1, block_size=4)
+    parent = serve(manager, 1, 2)
+    child = fork(manager, parent, 1, 2, 7)
+    assert not manager.can_grow(child)
+    manager.free(parent)
+    assert manager.can_grow(child)
+    assert manager.grow(child) is None
+    assert child.block_table == [0]
+
+
+def test_forks_of_a_prompt_of_1000_tokens_hold_its_blocks_once() -> None:
+    manager = BlockManager(num_blocks=100, block_size=16)
+    tokens = range(1000)
+    parent = serve(manager, *tokens)
+    children = [fork(manager, parent, *tokens, 5000 + i) for i in range(3)]
+    assert manager.num_free_blocks == 100 - 63
+    copies = [manager.grow(child) for child in children]
+    assert [copy and copy[:2] for copy in copies] == [(TransferKind.COPY, 62)] * 3
+    assert append(manager, parent, 5003) is None
+    assert manager.num_free_blocks == 100 - 63 - 3
+    for sequence in (parent, *children):
+        manager.free(sequence)
+    assert manager.num_free_blocks == 100
+
+
+# The second tier
+
+
+def test_a_sequence_is_swapped_out_and_in_block_by_block() -> None:
+    manager = BlockManager(num_blocks=4, block_size=2, enable_prefix_caching=False, num_swap_blocks=5)
+    admit(manager, 9)
+    swapped = serve(manager, 1, 2, 3, 4)
+    append(manager, swapped, 5)
+    assert swap_out(manager, swapped) == [(TransferKind.SWAP_OUT, 1, 0), (TransferKind.SWAP_OUT, 2, 1)]
+    assert (swapped.block_table, swapped.swap_table) == ([], [0, 1])
+    assert (swapped.num_computed_tokens, swapped.num_registered_blocks, swapped.num_slots) == (4, 0, 0)
+    assert (manager.num_free_blocks, manager.num_free_swap_blocks) == (3, 3)
+    assert swap_in(manager, swapped) == [(TransferKind.SWAP_IN, 0, 1), (TransferKind.SWAP_IN, 1, 2)]
+    assert (swapped.block_table, swapped.swap_table) == ([1, 2, 3], [])
+    assert (swapped.num_computed_tokens, swapped.num_slots) == (4, 6)
+    assert (manager.num_free_blocks, manager.num_free_swap_blocks) == (0, 5)
+
+
+def test_the_second_tier_gives_out_the_same_blocks_again() -> None:
+    manager = BlockManager(num_blocks=4, block_size=1, enable_prefix_caching=False, num_swap_blocks=3)
+    for _ in range(3):
+        swapped = serve(manager, 1, 2, 3)
+        swapped.token_ids.append(4)
+        swap_out(manager, swapped)
+        assert (swapped.swap_table, manager.num_free_swap_blocks) == ([0, 1, 2], 0)
+        swap_in(manager, swapped)
+        assert (swapped.swap_table, manager.num_free_swap_blocks) == ([], 3)
+        manager.free(swapped)
+
+
+def test_only_what_is_computed_is_swapped_out() -> None:
+    manager = BlockManager(num_blocks=4, block_size=2, num_swap_blocks=5)
+    swapped = compute(manager, admit(manager, 1, 2, 3, 4, 5, 6), 3)
+    assert swap_out(manager, swapped) == [(TransferKind.SWAP_OUT, 0, 0), (TransferKind.SWAP_OUT, 1, 1)]
+
+
+def test_the_cache_may_forget_what_is_swapped_out_from_its_end() -> None:
+    manager = BlockManager(num_blocks=3, block_size=2, num_swap_blocks=3)
+    swapped = serve(manager, 1, 2, 3, 4)
+    append(manager, swapped, 5)
+    swap_out(manager, swapped)
+    assert swapped.num_registered_blocks == 0
+    assert manager.cached_prefix(swapped) == [0, 1], "also the last block: its last token was computed"
+    assert admit(manager, 8, 9).block_table == [2]
+    assert admit(manager, 8, 9).block_table == [1], "the end of the other one is forgotten first"
+    assert manager.cached_prefix(swapped) == [0]
+
+
+def test_hits_and_swapped_blocks_together_make_a_table() -> None:
+    manager = BlockManager(num_blocks=4, block_size=2, num_swap_blocks=3)
+    swapped = serve(manager, 1, 2, 3, 4)
+    append(manager, swapped, 5)
+    swap_out(manager, swapped)
+    others = [admit(manager, 7, 8, 7, 8), admit(manager, 9)]
+    assert [other.block_table for other in others] == [[2, 3], [1]]
+    manager.free(others[0])
+    assert swap_in(manager, swapped) == [(TransferKind.SWAP_IN, 1, 2)]
+    assert swapped.block_table == [0, 2, 3]
+    assert swapped.num_registered_blocks == 1
+    compute(manager, swapped)
+    assert hit(manager, 1, 2, 3, 4, 6) == [0, 2]
+
+
+def test_a_sequence_that_wants_its_prompts_logits_takes_what_it_computed_itself_from_the_cache() -> None:
+    manager = BlockManager(num_blocks=4, block_size=2, num_swap_blocks=4)
+    reader = sequence(1, 2, 3, 4, 5, reads_cache=False)
+    manager.allocate(reader, [], 5)
+    compute(manager, reader, 3)
+    swap_out(manager, reader)
+    assert manager.cached_prefix(reader) == [0]
+    assert swap_in(manager, reader) == [(TransferKind.SWAP_IN, 1, 1)]
+
+
+def test_a_tier_that_is_full_takes_nothing() -> None:
+    manager = BlockManager(num_blocks=6, block_size=2, num_swap_blocks=2)
+    assert not manager.can_swap_out(admit(manager, 1)), "there is nothing to be moved"
+    first, second = serve(manager, 2, 3, 4, 5), serve(manager, 6)
+    swap_out(manager, first)
+    assert not manager.can_swap_out(second)
+    manager.free(first)
+    assert manager.can_swap_out(second)
+    assert manager.num_free_swap_blocks == 2
+
+
+def test_shared_blocks_are_swapped_out_by_each_and_stay_with_the_other() -> None:
+    manager = BlockManager(num_blocks=3, block_size=2, num_swap_blocks=4)
+    parent = serve(manager, 1, 2, 3)
+    child = fork(manager, parent, 1, 2, 3, 7)
+    assert swap_out(manager, child) == [(TransferKind.SWAP_OUT, 0, 0), (TransferKind.SWAP_OUT, 1, 1)]
+    assert (parent.block_table, manager.num_free_blocks) == ([0, 1], 1)
+    assert swap_in(manager, child) == [(TransferKind.SWAP_IN, 1, 2)]
+    assert child.block_table == [0, 2]
+
+
+# Forgetting everything
+
+
+def test_a_reset_forgets_every_prefix_and_takes_no_block_from_anybody() -> None:
+    manager = BlockManager(num_blocks=4, block_size=2)
+    held, gone = serve(manager, 1, 2, 3), serve(manager, 5, 6)
+    manager.free(gone)
+    manager.reset_cache()
+    manager.check()
+    assert hit(manager, 1, 2, 3) == hit(manager, 5, 6, 7) == []
+    assert (held.block_table, manager.num_free_blocks) == ([0, 1], 2)
+    append(manager, held, 4)
+    compute(manager, held)
+    assert hit(manager, 1, 2, 3, 4, 5) == [], "what comes after something forgotten cannot be found"
+    again = serve(manager, 1, 2, 3, 4)
+    assert hit(manager, 1, 2, 3, 4, 5) == again.block_table
+
+
+# Reports
+
+
+def test_the_cache_counts_what_it_was_asked_and_what_it_had() -> None:
+    manager = BlockManager(num_blocks=3, block_size=2)
+    manager.free(serve(manager, 1, 2, 3))
+    again = admit(manager, 1, 2, 5)
+    assert manager.stats == PrefixCacheStats(queries=6, hits=2, evictions=0)
+    manager.free(again)
+    again.was_admitted = True
+    manager.allocate(again, manager.cached_prefix(again), 3)
+    reader = sequence(1, reads_cache=False)
+    manager.allocate(reader, [], 1)
+    assert manager.stats == PrefixCacheStats(queries=6, hits=2, evictions=0)
+    manager.free(again)
+    manager.free(reader)
+    admit(manager, 7, 7, 7, 7, 7, 7)
+    assert manager.stats == PrefixCacheStats(queries=12, hits=2, evictions=2)
+
+
+def test_the_report_counts_blocks_references_and_slots_that_nobody_has_written() -> None:
+    manager = BlockManager(num_blocks=6, block_size=4, num_swap_blocks=3)
+    parent = serve(manager, 1, 2, 3, 4, 5)
+    fork(manager, parent, 1, 2, 3, 4, 7)
+    compute(manager, admit(manager, 8, 8, 8), 2)
+    swapped = serve(manager, 9)
+    swap_out(manager, swapped)
+    assert manager.usage() == {"used": 3, "free": 3, "shared": 1, "unwritten_slots": 5, "swap_used": 1}
 
 
 def test_the_hash_stands_for_the_whole_prefix() -> None:

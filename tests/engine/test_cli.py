@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from engine import LLM, SamplingParams
+from engine import LLM, SamplingParams, SchedulingPolicy
 from engine.cli import main
+from engine.policies import SchedulerStats
+from engine.sequence import Sequence
 from tests.conftest import model_path
 
 TINY = str(model_path("llama_tiny"))
@@ -177,3 +180,90 @@ def test_help_needs_no_model(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert "generate" in helped()
     assert "--top-k" in helped("generate")
+
+
+# Memory and scheduling
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--preemption", "swap"],
+        ["--preemption", "recompute"],
+        ["--preemption", "auto", "--swap-blocks", "12"],
+        ["--policy", "prefill_first"],
+        ["--policy", "tests.engine.test_cli:Backwards"],
+    ],
+)
+def test_pressure_changes_what_is_done_and_nothing_that_is_said(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, options: list[str]
+) -> None:
+    prompts = ["ab cd ef gh", "ij kl mn op", "qr st uv wx"]
+    generate = ["generate", *prompts, "--n", "2", "--temperature", "1", "--seed", "5", "--max-tokens", "40"]
+    common = [*generate, "--ignore-eos", "--json", "--model", TINY, "--block-size", "4"]
+    calm = json.loads(run(capsys, *common))["outputs"]
+    log = tmp_path / "steps.jsonl"
+    arguments = [*common, "--num-blocks", "30", "--max-model-len", "96", *options, "--step-log", str(log)]
+    pressed = json.loads(run(capsys, *arguments))["outputs"]
+    assert [o["token_ids"] for o in pressed] == [o["token_ids"] for o in calm]
+    assert [c["text"] for o in pressed for c in o["outputs"]] == [
+        c["text"] for o in calm for c in o["outputs"]
+    ]
+    preempted = [p for line in log.read_text().splitlines() for p in json.loads(line)["preempted"]]
+    assert preempted
+    if "swap" in options:
+        assert "swap" in {p["by"] for p in preempted}
+
+
+class Backwards(SchedulingPolicy):
+    """The last to arrive goes first."""
+
+    def order(self, sequence: Sequence, stats: SchedulerStats) -> float:
+        return -sequence.arrival_index
+
+
+class Nonsense(SchedulingPolicy):
+    def order(self, sequence: Sequence, stats: SchedulerStats) -> float:
+        return float("nan")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--policy", "lottery"], "pagellm: policy: found 'lottery', expected fcfs, prefill_first,"),
+        (["--policy", "no_such_module:Policy"], "pagellm: policy: 'no_such_module:Policy' cannot be loaded"),
+        (["--policy", "json:JSONDecoder"], "expected a subclass of engine.policies.SchedulingPolicy"),
+        (
+            ["--policy", "tests.engine.test_cli:Nonsense"],
+            "policy Nonsense: order(): found nan, expected a number",
+        ),
+        (["--preemption", "swap", "--swap-blocks", "0"], "num_swap_blocks: found 0 with preemption swap"),
+        (["--preemption", "swap", "--swap-dir", "/no/such"], "swap_dir: /no/such: No such file or directory"),
+        (["--step-log", "/no/such/log"], "step_log: /no/such/log: No such file or directory"),
+    ],
+)
+def test_settings_that_cannot_be_served_are_one_line(
+    capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main(["generate", "ab", *MODEL, *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_the_example_of_a_policy_is_found_beside_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = Path(__file__).parents[2] / "examples"
+    assert len((examples / "chats_and_jobs.py").read_text().splitlines()) < 40
+    monkeypatch.chdir(examples)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "engine.cli", "generate", "ab", "cd", *MODEL),
+            *("--max-tokens", "3", "--json", "--policy", "chats_and_jobs:ChatsAndJobs"),
+        ],
+        env=os.environ | {"PYTHONPATH": str(examples.parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(json.loads(done.stdout)["outputs"]) == 2

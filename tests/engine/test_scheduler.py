@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from engine.block_manager import BlockManager
+from engine.block_manager import BlockManager, TransferKind
 from engine.config import EngineConfig
 from engine.errors import RequestError
 from engine.outputs import FinishReason
 from engine.sampling_params import SamplingParams
-from engine.scheduler import ScheduledBatch, Scheduler
+from engine.scheduler import Admitted, Preempted, Preemption, PreemptionCosts, ScheduledBatch, Scheduler
 from engine.sequence import Sequence, SequenceStatus
 
 EOS = 99
@@ -22,18 +22,33 @@ def scheduler(**settings: Any) -> Scheduler:
     """Blocks of 4 tokens, 16 of them, 16 tokens a step, unless the test says otherwise."""
     config = EngineConfig(**{"block_size": 4, "num_blocks": 16, "max_num_batched_tokens": 16} | settings)
     assert config.num_blocks is not None
-    return Scheduler(config, BlockManager(config.num_blocks, config.block_size, config.enable_prefix_caching))
+    manager = BlockManager(
+        config.num_blocks, config.block_size, config.enable_prefix_caching, config.swap_capacity
+    )
+    return Scheduler(config, manager)
 
 
 def prompt(num_tokens: int, first: int = 0) -> list[int]:
     return list(range(first, first + num_tokens))
 
 
-def add(to: Scheduler, token_ids: list[int], **params: Any) -> Sequence:
+def new(token_ids: list[int], reads_cache: bool = True, **params: Any) -> Sequence:
     sampling_params = SamplingParams(**{"max_tokens": None} | params)
-    sequence = Sequence(next(_ids), token_ids, sampling_params, frozenset({EOS}))
-    to.add(sequence)
+    return Sequence(next(_ids), token_ids, sampling_params, frozenset({EOS}), reads_cache)
+
+
+def add(to: Scheduler, token_ids: list[int], now: float = 0.0, **params: Any) -> Sequence:
+    sequence = new(token_ids, **params)
+    to.add(sequence, now)
     return sequence
+
+
+def add_with_forks(to: Scheduler, token_ids: list[int], num_forks: int, **params: Any) -> list[Sequence]:
+    """Completions of one prompt, the first of which computes it."""
+    first, *forks = completions = [new(token_ids, **params) for _ in range(num_forks + 1)]
+    first.forks = list(forks)
+    to.add(first)
+    return completions
 
 
 Step = list[tuple[Sequence, int, bool]]
@@ -51,9 +66,13 @@ def schedule(of: Scheduler) -> ScheduledBatch:
 
 
 def commit(to: Scheduler, batch: ScheduledBatch, token: int = 50) -> list[Sequence]:
-    finished = to.commit(batch, [token] * sum(batch.samples))
+    finished = to.commit(batch, [token] * len(batch.sampled))
     to.check()
     return finished
+
+
+def transfers(batch: ScheduledBatch) -> list[tuple[TransferKind, int, int, Sequence]]:
+    return [tuple(transfer) for transfer in batch.transfers]
 
 
 def step(of: Scheduler, token: int = 50) -> Step:
@@ -78,7 +97,7 @@ def test_a_prompt_is_computed_and_then_one_token_a_step() -> None:
     a = add(s, prompt(6))
     assert s.has_unfinished
     assert step(s) == [(a, 6, True)]
-    assert a.token_ids == [*prompt(6), 50]
+    assert list(a.token_ids) == [*prompt(6), 50]
     assert (a.num_computed_tokens, a.block_table) == (6, [0, 1])
     assert step(s) == [(a, 1, True)]
     assert step(s) == [(a, 1, True)]
@@ -104,10 +123,10 @@ def test_a_prompt_longer_than_the_budget_is_computed_in_chunks() -> None:
     s = scheduler(max_num_batched_tokens=4)
     a = add(s, prompt(10))
     assert step(s) == [(a, 4, False)]
-    assert a.token_ids == prompt(10)
+    assert list(a.token_ids) == prompt(10)
     assert step(s) == [(a, 4, False)]
     assert step(s) == [(a, 2, True)]
-    assert a.token_ids == [*prompt(10), 50]
+    assert list(a.token_ids) == [*prompt(10), 50]
 
 
 def test_a_chunk_runs_beside_decodes_within_the_budget() -> None:
@@ -143,6 +162,23 @@ def test_admission_waits_for_blocks_and_nobody_overtakes() -> None:
     assert list(s.waiting) == [b, c]
     assert step(s) == [(a, 1, True)]
     assert step(s) == [(b, 5, True), (c, 1, True)]
+
+
+def test_one_that_did_not_fit_is_let_in_when_somebody_leaves() -> None:
+    s = scheduler(num_blocks=4)
+    a, b, c = add(s, prompt(3)), add(s, prompt(9, 20)), add(s, prompt(5, 40))
+    assert step(s) == [(a, 3, True), (b, 9, True)]
+    assert step(s) == [(a, 1, True), (b, 1, True)]
+    s.abort(b)
+    assert work(schedule(s))[-1] == (c, 5, True)
+
+
+def test_one_that_did_not_fit_is_let_in_when_another_has_computed_its_beginning() -> None:
+    s = scheduler(num_blocks=4, max_prefill_chunk=4)
+    a, b = add(s, prompt(8)), add(s, prompt(12))
+    assert step(s) == [(a, 4, False)]
+    assert step(s) == [(a, 4, True), (b, 4, False)]
+    assert (a.block_table, b.block_table) == ([0, 1], [0, 1, 3]), "and what both computed became one"
 
 
 # The prefix cache
@@ -208,10 +244,12 @@ def test_the_youngest_is_preempted_when_blocks_run_out() -> None:
     s, a, b = two_that_fill_the_cache()
     batch = schedule(s)
     assert work(batch) == [(a, 1, True)]
-    assert batch.preempted == [b]
+    assert batch.preempted == [
+        Preempted(b, Preemption.RECOMPUTE, needed_by=b, num_computed_tokens=8, recompute_s=0.0, swap_s=0.0)
+    ]
     assert a.block_table == [0, 1, 4]
     assert (b.status, b.block_table, b.num_computed_tokens) == (SequenceStatus.WAITING, [], 0)
-    assert b.token_ids == [*prompt(8, 20), 50], "what it has generated it keeps"
+    assert list(b.token_ids) == [*prompt(8, 20), 50], "what it has generated it keeps"
     assert (a.num_preemptions, b.num_preemptions) == (0, 1)
 
 
@@ -227,6 +265,16 @@ def test_a_preempted_sequence_returns_first_with_its_own_cached_blocks() -> None
     assert b.output_token_ids == [50, 50]
 
 
+def test_nobody_is_admitted_in_a_step_in_which_somebody_makes_way() -> None:
+    s, a, b = two_that_fill_the_cache(max_num_seqs=2, policy="priority")
+    urgent = add(s, prompt(1, 60), priority=-5)
+    batch = schedule(s)
+    assert ([p.sequence for p in batch.preempted], work(batch)) == ([b], [(a, 1, True)])
+    assert batch.admitted == []
+    commit(s, batch)
+    assert step(s) == [(a, 1, True), (urgent, 1, True)]
+
+
 def test_without_the_cache_a_preempted_sequence_is_computed_again_whole() -> None:
     s, a, b = two_that_fill_the_cache(enable_prefix_caching=False)
     step(s)
@@ -240,11 +288,11 @@ def test_several_preempted_sequences_keep_their_order() -> None:
     d = add(s, prompt(1, 60))
     step(s)
     first = schedule(s)
-    assert (first.preempted, work(first)) == ([c], [(a, 1, True), (b, 1, True)])
+    assert ([p.sequence for p in first.preempted], work(first)) == ([c], [(a, 1, True), (b, 1, True)])
     commit(s, first)
     assert step(s) == [(a, 1, True), (b, 1, True)]
     second = schedule(s)
-    assert (second.preempted, work(second)) == ([b], [(a, 1, True)])
+    assert ([p.sequence for p in second.preempted], work(second)) == ([b], [(a, 1, True)])
     assert list(s.waiting) == [b, c, d]
 
 
@@ -441,3 +489,494 @@ def test_commit_names_those_that_ended_and_makes_room_for_others() -> None:
     a, b, c = add(s, prompt(2), max_tokens=1), add(s, prompt(2, 10)), add(s, prompt(2, 20))
     assert commit(s, schedule(s)) == [a]
     assert step(s) == [(b, 1, True), (c, 2, True)]
+
+
+# Decodes before prompts
+
+
+def test_decodes_come_before_a_prompt_that_began_before_them() -> None:
+    s = scheduler(max_num_batched_tokens=4)
+    a, b = add(s, prompt(6)), add(s, prompt(1, 20))
+    assert step(s) == [(a, 4, False)]
+    assert step(s) == [(a, 2, True), (b, 1, True)]
+    c = add(s, prompt(6, 40))
+    d = add(s, prompt(1, 60))
+    assert step(s) == [(a, 1, True), (b, 1, True), (c, 2, False)]
+    assert step(s) == [(a, 1, True), (b, 1, True), (c, 2, False)]
+    assert step(s) == [(a, 1, True), (b, 1, True), (c, 2, True)]
+    assert step(s) == [(a, 1, True), (b, 1, True), (c, 1, True), (d, 1, True)]
+
+
+def test_never_more_run_than_the_budget_has_tokens_for() -> None:
+    s = scheduler(max_num_batched_tokens=2)
+    a, b, c = (add(s, prompt(1, first), max_tokens=3) for first in (0, 10, 20))
+    assert [step(s) for _ in range(3)] == [[(a, 1, True), (b, 1, True)]] * 3
+    assert step(s) == [(c, 1, True)]
+
+
+def test_nor_do_more_completions_begin_than_the_budget_has_tokens_for() -> None:
+    s = scheduler(max_num_batched_tokens=2)
+    a, b, c = add_with_forks(s, prompt(1), 2)
+    step(s)
+    assert [x.status.value for x in (a, b, c)] == ["running", "running", "waiting"]
+    assert step(s) == [(a, 1, True), (b, 1, True)]
+
+
+def test_a_prompt_is_computed_in_chunks_of_max_prefill_chunk_beside_others() -> None:
+    s = scheduler(max_prefill_chunk=3)
+    a, b = add(s, prompt(7)), add(s, prompt(4, 20))
+    assert step(s) == [(a, 3, False), (b, 3, False)]
+    assert step(s) == [(b, 1, True), (a, 3, False)]
+    assert step(s) == [(a, 1, True), (b, 1, True)]
+
+
+# The watermark
+
+
+def test_the_watermark_stays_free_when_others_run_and_not_when_none_does() -> None:
+    s = scheduler(num_blocks=8, watermark=0.25)
+    a = add(s, prompt(4), max_tokens=2)
+    b, c = add(s, prompt(16, 20)), add(s, prompt(9, 40))
+    assert step(s) == [(a, 4, True), (b, 12, False)]
+    assert s.block_manager.num_free_blocks == 3
+    assert step(s) == [(a, 1, True), (b, 4, True)], "c would leave less than two blocks"
+    assert a.status is SequenceStatus.FINISHED
+    assert step(s) == [(b, 1, True)], "c would leave less than two blocks, for b has grown"
+    s.abort(b)
+    assert step(s) == [(c, 9, True)]
+    s.abort(c)
+    d = add(s, prompt(32, 60))
+    assert step(s) == [(d, 16, False)], "alone it may have all"
+
+
+# Forks: completions of one prompt
+
+
+def test_completions_begin_with_the_blocks_of_the_first_and_get_their_own_tokens() -> None:
+    s = scheduler()
+    a, b, c = add_with_forks(s, prompt(6), 2)
+    batch = schedule(s)
+    assert work(batch) == [(a, 6, True)]
+    assert batch.forks == {a: [b, c]}
+    assert batch.sampled == [a, b, c]
+    assert s.commit(batch, [50, 51, 52]) == []
+    s.check()
+    assert [x.output_token_ids for x in (a, b, c)] == [[50], [51], [52]]
+    assert [x.block_table for x in (a, b, c)] == [[0, 1]] * 3
+    assert s.block_manager.num_free_blocks == 14
+    batch = schedule(s)
+    assert work(batch) == [(a, 1, True), (b, 1, True), (c, 1, True)]
+    assert transfers(batch) == [(TransferKind.COPY, 1, 2, a), (TransferKind.COPY, 1, 3, b)]
+    assert [x.block_table for x in (a, b, c)] == [[0, 2], [0, 3], [0, 1]]
+    commit(s, batch)
+    assert not batch.transfers
+
+
+def test_four_completions_of_1000_tokens_use_the_blocks_of_one_prompt() -> None:
+    s = scheduler(block_size=16, num_blocks=80, max_num_batched_tokens=1000)
+    completions = add_with_forks(s, prompt(1000), 3)
+    assert step(s) == [(completions[0], 1000, True)]
+    assert s.block_manager.num_free_blocks == 80 - 63
+    step(s)
+    assert s.block_manager.num_free_blocks == 80 - 63 - 3
+    assert len({block for x in completions for block in x.block_table[:62]}) == 62
+
+
+def test_the_prompt_of_completions_is_computed_in_chunks_and_they_begin_after_the_last() -> None:
+    s = scheduler(max_num_batched_tokens=4)
+    a, b = add_with_forks(s, prompt(6), 1)
+    first = schedule(s)
+    assert (first.forks, first.sampled) == ({}, [])
+    commit(s, first)
+    assert schedule(s).sampled == [a, b]
+
+
+def test_completions_without_a_seat_wait_and_find_the_prompt_in_the_cache() -> None:
+    s = scheduler(max_num_seqs=1)
+    a, b = add_with_forks(s, prompt(6), 1, max_tokens=2)
+    step(s)
+    assert (b.status, b.output_token_ids) == (SequenceStatus.WAITING, [50])
+    assert step(s) == [(a, 1, True)]
+    assert step(s) == [(b, 3, True)]
+
+
+def test_a_prompt_that_is_taken_out_of_a_step_takes_its_completions_with_it() -> None:
+    s = scheduler()
+    a, b = add_with_forks(s, prompt(4), 1)
+    batch = schedule(s)
+    s.recompute(a, batch)
+    assert (work(batch), batch.forks, batch.sampled) == ([], {}, [])
+    commit(s, batch)
+    assert schedule(s).sampled == [a, b]
+
+
+def test_a_completion_may_end_with_its_first_token() -> None:
+    s = scheduler()
+    a, b, c = add_with_forks(s, prompt(4), 2)
+    batch = schedule(s)
+    assert s.commit(batch, [50, EOS, 51]) == [b]
+    s.check()
+    assert step(s) == [(a, 1, True), (c, 1, True)]
+
+
+def test_when_the_first_ends_with_its_first_token_the_others_keep_its_blocks() -> None:
+    s = scheduler()
+    a, b = add_with_forks(s, prompt(5), 1)
+    batch = schedule(s)
+    assert s.commit(batch, [EOS, 51]) == [a]
+    s.check()
+    assert b.block_table == [0, 1]
+    assert step(s) == [(b, 1, True)]
+
+
+def test_a_completion_aborted_before_it_begins_costs_the_others_nothing() -> None:
+    s = scheduler()
+    a, b, c = add_with_forks(s, prompt(4), 2)
+    s.abort(b)
+    batch = schedule(s)
+    assert batch.sampled == [a, c]
+    s.abort(c)
+    assert s.commit(batch, [60, 61]) == []
+    s.check()
+    assert [x.output_token_ids for x in (a, b, c)] == [[60], [], []]
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_when_the_first_is_aborted_the_next_computes_the_prompt(scheduled: bool) -> None:
+    s = scheduler()
+    a, b, c = add_with_forks(s, prompt(4), 2)
+    batch = schedule(s) if scheduled else ScheduledBatch()
+    s.abort(a)
+    s.check()
+    assert list(s.waiting) == [b]
+    assert s.commit(batch, [60] * len(batch.sampled)) == []
+    assert not b.output_token_ids
+    batch = schedule(s)
+    assert (work(batch), batch.sampled) == ([(b, 4, True)], [b, c])
+
+
+def test_a_preempted_prompt_keeps_its_completions() -> None:
+    s = scheduler(num_blocks=4, max_num_batched_tokens=4, enable_prefix_caching=False)
+    a = add(s, prompt(4))
+    step(s)
+    b, c = add_with_forks(s, prompt(10, 20), 1)
+    assert step(s) == [(a, 1, True)], "no room for b beside a's second block"
+    s.abort(a)
+    assert step(s) == [(b, 4, False)]
+    assert c.status is SequenceStatus.WAITING
+    step(s)
+    assert schedule(s).sampled == [b, c]
+
+
+def test_a_fork_of_one_that_runs_shares_its_blocks() -> None:
+    s = scheduler()
+    a = add(s, prompt(5))
+    step(s)
+    b = new([*prompt(5), 70])
+    s.fork(a, b)
+    s.check()
+    assert (b.status, b.block_table, b.num_computed_tokens) == (SequenceStatus.RUNNING, [0, 1], 5)
+    batch = schedule(s)
+    assert work(batch) == [(a, 1, True), (b, 1, True)]
+    assert transfers(batch) == [(TransferKind.COPY, 1, 2, a)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "params"),
+    [
+        ([*prompt(5), 50, 70], {}),  # more than is computed
+        ([0, 1, 9, 70], {}),  # another beginning
+        ([*prompt(5), 70], {"cache_salt": "of another tenant"}),
+        ([0], {}),  # nothing in common
+    ],
+)
+def test_what_a_fork_cannot_share_is_computed_by_itself(tokens: list[int], params: dict[str, str]) -> None:
+    s = scheduler()
+    a = add(s, prompt(5))
+    step(s)
+    b = new(tokens, **params)
+    s.fork(a, b)
+    s.check()
+    assert (b.status, b.block_table) == (SequenceStatus.WAITING, [])
+    assert work(schedule(s))[1][0] is b
+
+
+def test_a_fork_of_one_that_waits_or_has_ended_waits() -> None:
+    s = scheduler()
+    a = add(s, prompt(5))
+    b, c = new([*prompt(5), 70]), new([*prompt(5), 71])
+    s.fork(a, b)
+    s.abort(a)
+    s.fork(a, c)
+    assert list(s.waiting) == [b, c]
+
+
+def test_a_fork_is_checked_at_the_door() -> None:
+    s = scheduler(num_blocks=2)
+    a = add(s, prompt(5))
+    step(s)
+    with pytest.raises(RequestError, match="found 9 tokens, expected at most 8"):
+        s.fork(a, new(prompt(9)))
+    s.check()
+
+
+# The second tier
+
+
+def test_a_preempted_sequence_moves_out_and_comes_back_where_it_was() -> None:
+    s, a, b = two_that_fill_the_cache(preemption="swap", num_swap_blocks=4, enable_prefix_caching=False)
+    batch = schedule(s)
+    assert work(batch) == [(a, 1, True)]
+    assert batch.preempted == [
+        Preempted(b, Preemption.SWAP, needed_by=b, num_computed_tokens=8, recompute_s=0.0, swap_s=0.0)
+    ]
+    assert transfers(batch) == [(TransferKind.SWAP_OUT, 2, 0, b), (TransferKind.SWAP_OUT, 3, 1, b)]
+    assert (b.status, b.block_table, b.num_computed_tokens) == (SequenceStatus.SWAPPED, [], 8)
+    commit(s, batch)
+    s.abort(a)
+    c = add(s, prompt(1, 60))
+    batch = schedule(s)
+    assert work(batch) == [(b, 1, True), (c, 1, True)]
+    assert batch.admitted == [Admitted(b, SequenceStatus.SWAPPED, 0), Admitted(c, SequenceStatus.WAITING, 0)]
+    assert transfers(batch) == [
+        (TransferKind.SWAP_IN, 0, b.block_table[0], b),
+        (TransferKind.SWAP_IN, 1, b.block_table[1], b),
+    ]
+    assert s.block_manager.num_free_swap_blocks == 4
+
+
+def test_what_the_cache_kept_is_not_moved_back() -> None:
+    s, a, b = two_that_fill_the_cache(preemption="swap", num_swap_blocks=4)
+    step(s)
+    s.abort(a)
+    batch = schedule(s)
+    assert work(batch) == [(b, 1, True)]
+    assert batch.admitted == [Admitted(b, SequenceStatus.SWAPPED, 8)]
+    assert transfers(batch) == []
+    assert b.num_cached_tokens == 0
+
+
+def test_what_was_copied_in_this_step_moves_out_after_it_was_copied() -> None:
+    s = scheduler(num_blocks=4, policy="fair", preemption="swap", num_swap_blocks=4)
+    a, b = new(prompt(5), tenant="a"), new(prompt(5), tenant="b")
+    a.forks = [b]
+    s.add(a)
+    c = add(s, prompt(4, 20), tenant="c")
+    step(s)
+    batch = schedule(s)
+    assert work(batch) == [(c, 1, True), (b, 1, True)]
+    assert transfers(batch) == [
+        (TransferKind.COPY, 1, 3, a),
+        (TransferKind.SWAP_OUT, 0, 0, a),
+        (TransferKind.SWAP_OUT, 3, 1, a),
+    ]
+    assert [x.block_table for x in (a, b, c)] == [[], [0, 1], [2, 3]]
+
+
+def test_one_swapped_out_comes_back_before_any_that_is_new() -> None:
+    s, a, b = two_that_fill_the_cache(preemption="swap", num_swap_blocks=4, policy="priority")
+    step(s)
+    urgent = add(s, prompt(1, 60), priority=-5)
+    assert list(s.waiting) == [b, urgent]
+    s.abort(a)
+    assert step(s) == [(b, 1, True), (urgent, 1, True)]
+
+
+def test_a_tier_that_has_no_room_means_computing_again() -> None:
+    s, _, b = two_that_fill_the_cache(preemption="swap", num_swap_blocks=1)
+    batch = schedule(s)
+    assert batch.preempted == [
+        Preempted(b, Preemption.RECOMPUTE, needed_by=b, num_computed_tokens=8, recompute_s=0.0, swap_s=0.0)
+    ]
+    assert (b.status, transfers(batch)) == (SequenceStatus.WAITING, [])
+
+
+@pytest.mark.parametrize(
+    ("recompute_token_s", "swap_block_s", "by"),
+    [
+        (0.0, 0.0, Preemption.RECOMPUTE),
+        (1.0, 1.9, Preemption.SWAP),  # 8 tokens against 2 blocks out and in
+        (1.0, 2.0, Preemption.RECOMPUTE),
+        (1.0, 2.1, Preemption.RECOMPUTE),
+    ],
+)
+def test_auto_does_what_was_measured_to_be_cheaper(
+    recompute_token_s: float, swap_block_s: float, by: Preemption
+) -> None:
+    s, _, b = two_that_fill_the_cache(preemption="auto", num_swap_blocks=4)
+    s.costs = PreemptionCosts(recompute_token_s, swap_block_s)
+    recompute_s, swap_s = 8 * recompute_token_s, 4 * swap_block_s
+    assert schedule(s).preempted == [Preempted(b, by, b, 8, recompute_s, swap_s)]
+
+
+def test_aborting_one_that_is_swapped_out_gives_back_its_blocks_there() -> None:
+    s, _, b = two_that_fill_the_cache(preemption="swap", num_swap_blocks=2)
+    step(s)
+    assert s.block_manager.num_free_swap_blocks == 0
+    s.abort(b)
+    s.check()
+    assert s.block_manager.num_free_swap_blocks == 2
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_one_whose_transfer_failed_is_computed_again(comes_back: bool) -> None:
+    s, a, b = two_that_fill_the_cache(preemption="swap", num_swap_blocks=4, enable_prefix_caching=False)
+    batch = schedule(s)
+    if comes_back:
+        commit(s, batch)
+        s.abort(a)
+        batch = schedule(s)
+        assert work(batch) == [(b, 1, True)]
+    s.recompute(b, batch)
+    s.check()
+    assert (b.status, b.swap_table, b.num_computed_tokens) == (SequenceStatus.WAITING, [], 0)
+    assert work(batch) == ([] if comes_back else [(a, 1, True)])
+    assert s.block_manager.num_free_swap_blocks == 4
+    commit(s, batch)
+    s.abort(a)
+    assert step(s) == [(b, 9, True)]
+
+
+def test_one_that_was_aborted_is_not_computed_again() -> None:
+    s, _, b = two_that_fill_the_cache(preemption="swap", num_swap_blocks=4)
+    batch = schedule(s)
+    s.abort(b)
+    s.recompute(b, batch)
+    s.check()
+    assert b.status is SequenceStatus.FINISHED
+
+
+def test_transfers_of_a_step_that_was_given_up_are_done_in_the_next_and_first() -> None:
+    s, a, _ = two_that_fill_the_cache(preemption="swap", num_swap_blocks=4, enable_prefix_caching=False)
+    abandoned = schedule(s)
+    abandoned.transfers.popleft()
+    s.abort(a)
+    batch = schedule(s)
+    assert [t[:2] for t in transfers(batch)] == [
+        (TransferKind.SWAP_OUT, 3),
+        (TransferKind.SWAP_IN, 0),
+        (TransferKind.SWAP_IN, 1),
+    ]
+
+
+# A bounded number of preemptions
+
+
+def test_one_that_made_way_often_enough_gets_all_its_blocks_at_once_and_keeps_them() -> None:
+    s, a, b = two_that_fill_the_cache(max_preemptions=1, preemption="recompute")
+    step(s)
+    assert b.num_preemptions == 1
+    s.abort(a)
+    assert step(s) == [(b, 1, True)]
+    assert len(b.block_table) == 5, "20 tokens are all that it may ever have"
+    while s.has_unfinished:
+        assert step(s) == [(b, 1, True)]
+    assert (b.num_tokens, b.num_preemptions) == (20, 1)
+
+
+def test_the_last_token_needs_no_slot_of_its_own() -> None:
+    s, a, b = two_that_fill_the_cache(max_preemptions=1)
+    b.max_len = 17
+    step(s)
+    s.abort(a)
+    step(s)
+    assert len(b.block_table) == 4
+
+
+def test_one_that_may_not_make_way_again_is_passed_over_for_another() -> None:
+    s = scheduler(num_blocks=7, max_preemptions=1, enable_prefix_caching=False)
+    a, b = add(s, prompt(11)), add(s, prompt(11, 20), max_tokens=3)
+    b.num_preemptions = 1
+    step(s)
+    step(s)
+    batch = schedule(s)
+    assert batch.preempted == [
+        Preempted(a, Preemption.RECOMPUTE, needed_by=a, num_computed_tokens=12, recompute_s=0.0, swap_s=0.0)
+    ]
+    assert work(batch) == [(b, 1, True)]
+
+
+def test_one_that_made_way_often_enough_comes_before_all_others() -> None:
+    s = scheduler(num_blocks=5, max_preemptions=1, policy="priority", enable_prefix_caching=False)
+    a, b = add(s, prompt(8)), add(s, prompt(8, 20))
+    step(s)
+    step(s)
+    urgent = add(s, prompt(1, 60), priority=-5)
+    assert list(s.waiting) == [b, urgent]
+    assert step(s) == [(a, 1, True)], "nor does the urgent one pass while there is no room for b"
+
+
+def test_one_that_may_not_make_way_shares_nothing_that_it_will_write_to() -> None:
+    s, a, b = two_that_fill_the_cache(max_preemptions=1)
+    step(s)
+    s.abort(a)
+    step(s)
+    child = new([*list(b.token_ids)[:9], 70])
+    s.fork(b, child)
+    s.check()
+    assert child.status is SequenceStatus.WAITING
+
+
+def test_one_that_was_preempted_after_its_prompt_may_take_it_from_the_cache() -> None:
+    s = scheduler(num_blocks=5)
+    a = add(s, prompt(8))
+    b = new(prompt(8, 20), reads_cache=False)
+    s.add(b)
+    step(s)
+    step(s)
+    s.abort(a)
+    assert step(s) == [(b, 1, True)]
+
+
+def test_one_in_the_middle_of_its_prompt_computes_all_of_it_again_if_it_may_not_read_the_cache() -> None:
+    s = scheduler(num_blocks=4, max_num_batched_tokens=5)
+    a = add(s, prompt(4))
+    b = new(prompt(12, 20), reads_cache=False)
+    s.add(b)
+    assert step(s) == [(a, 4, True), (b, 1, False)]
+    batch = schedule(s)
+    assert ([x.sequence for x in batch.preempted], work(batch)) == ([b], [(a, 1, True)])
+    commit(s, batch)
+    s.abort(a)
+    assert work(schedule(s)) == [(b, 5, False)]
+    assert b.num_cached_tokens == 0
+
+
+# Salts
+
+
+def test_tenants_with_salts_of_their_own_share_no_block() -> None:
+    s = scheduler()
+    a = add(s, prompt(9), cache_salt="a")
+    step(s)
+    b, c = add(s, prompt(9), cache_salt="b"), add(s, prompt(9), cache_salt="a")
+    assert step(s) == [(a, 1, True), (b, 9, True), (c, 1, True)]
+    assert set(a.block_table).isdisjoint(b.block_table)
+    assert a.block_table[:2] == c.block_table[:2]
+
+
+def test_one_whose_transfer_failed_is_not_counted_as_new_when_it_comes_back() -> None:
+    s = scheduler(num_blocks=8)
+    a = add(s, prompt(6))
+    step(s)
+    batch = schedule(s)
+    s.recompute(a, batch)
+    s.check()
+    commit(s, batch)
+    before = (s.block_manager.stats.queries, s.block_manager.stats.hits)
+    assert step(s) == [(a, 3, True)]
+    assert a.num_cached_tokens == 0
+    assert (s.block_manager.stats.queries, s.block_manager.stats.hits) == before == (6, 0)
+
+
+def test_nothing_is_shared_while_content_is_under_way() -> None:
+    """If the transfer failed, the fork would compute on garbage."""
+    s, _, b = two_that_fill_the_cache(preemption="swap", num_swap_blocks=8, enable_prefix_caching=False)
+    step(s)
+    s.abort(s.running[0])
+    batch = schedule(s)
+    assert batch.transfers
+    assert s.running == [b]
+    fork = Sequence(next(_ids), [*b.token_ids[:5], 70], SamplingParams())
+    s.fork(b, fork)
+    assert fork.status is SequenceStatus.WAITING

@@ -1,12 +1,15 @@
 """Law 2: what a request is answered never depends on how it was served, bit for bit.
 
-Requests are drawn with everything that may surround them (arrivals, budgets, block sizes, threads, cache
-hits, a cache so small that sequences are preempted), and each answer is compared with the same request alone
-in an engine that computes it in one piece.
+Requests are drawn with everything that may surround them (arrivals, budgets, block sizes, threads, policies,
+cache hits and resets, forks, aborts, a cache so small that sequences are preempted, swapped or computed
+again), and each answer is compared with the same request alone in an engine that computes it in one piece.
 """
 
+import json
+import tempfile
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from engine import EngineConfig, LLMEngine, RequestOutput, SamplingParams
+from engine import CompletionOutput, EngineConfig, FinishReason, LLMEngine, RequestOutput, SamplingParams
+from engine.policies import POLICIES
 from tests.conftest import model_path
 
 MAX_LEN = 48
@@ -33,7 +37,7 @@ SERVED = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """A request that can be served twice."""
 
@@ -41,6 +45,8 @@ class Request:
     params: SamplingParams
     arrival: int  # the step before which it is added
     return_logits: bool
+    abort: int | None = None  # the step before which it is given up
+    forked_at: int | None = None  # the step before which another one goes on from what it has got so far
 
 
 @cache
@@ -57,20 +63,42 @@ def alone(model: str, quantization: str) -> LLMEngine:
     return LLMEngine(str(model_path(model)), config)
 
 
-def serve(engine: LLMEngine, requests: list[Request]) -> list[RequestOutput]:
-    """Serves all requests, each added before its arrival step."""
-    outputs: dict[int, RequestOutput] = {}
+def serve(
+    engine: LLMEngine, requests: list[Request], cache_resets: frozenset[int] = frozenset()
+) -> dict[Request, RequestOutput]:
+    """Serves all requests, and those that go on from them; each output under the request that it answers."""
+    outputs: dict[Request, RequestOutput] = {}
+    last_arrival = max(request.arrival for request in requests)
     step = 0
-    while len(outputs) < len(requests) or engine.has_unfinished:
-        for index, request in enumerate(requests):
+    while step <= last_arrival or engine.has_unfinished:
+        if step in cache_resets:
+            engine.reset_prefix_cache()
+        for request in requests:
             if request.arrival == step:
-                outputs[index] = engine.add_request(
-                    str(index), request.token_ids, request.params, return_logits=request.return_logits
+                outputs[request] = engine.add_request(
+                    str(len(outputs)), request.token_ids, request.params, return_logits=request.return_logits
                 )
+        for request, output in list(outputs.items()):
+            if request.forked_at == step and not output.finished and output.token_ids:
+                fork = go_on_from(request, output)
+                if fork is not None:
+                    outputs[fork] = engine.add_request(
+                        str(len(outputs)), fork.token_ids, fork.params, fork_of=output.request_id
+                    )
+            if request.abort == step:
+                engine.abort(output.request_id)
         engine.step()
         engine.scheduler.check()
         step += 1
-    return [outputs[index] for index in range(len(requests))]
+    return outputs
+
+
+def go_on_from(request: Request, output: RequestOutput) -> Request | None:
+    """A request that takes another token in the place of the last ones, if it fits."""
+    kept = output.token_ids[: -1 - output.token_ids[-1] % 4]
+    token_ids = (*request.token_ids, *kept, 1 + output.token_ids[-1] % 3)
+    params = replace(request.params, n=1, max_tokens=5, prompt_logprobs=None)
+    return Request(token_ids, params, 0, False) if len(token_ids) <= MAX_LEN - 5 else None
 
 
 def bits(logits: NDArray[np.float32] | None) -> bytes:
@@ -88,50 +116,96 @@ _suffixes = st.lists(st.integers(1, 3), min_size=1, max_size=20).map(tuple)
 @st.composite
 def requests(draw: st.DrawFn) -> Request:
     params = SamplingParams(
+        n=draw(st.sampled_from([1, 1, 2, 3])),
         temperature=draw(st.sampled_from([0.0, 1.0])),
         seed=draw(st.integers(0, 3)),
-        max_tokens=draw(st.integers(1, 10)),
+        max_tokens=draw(st.sampled_from([1, 2, 5, 10, 20])),
         top_k=draw(st.sampled_from([0, 5])),
         top_p=draw(st.sampled_from([1.0, 0.8])),
         repetition_penalty=draw(st.sampled_from([1.0, 1.3])),
         logprobs=draw(st.sampled_from([None, 2])),
         prompt_logprobs=draw(st.sampled_from([None, None, 1])),
         ignore_eos=True,
+        cache_salt=draw(st.sampled_from(["", "", "ours"])),
+        priority=draw(st.integers(0, 2)),
+        tenant=draw(st.sampled_from(["", "theirs"])),
+        deadline_s=draw(st.sampled_from([None, 0.0, 1.0])),
     )
-    return Request(draw(_prefixes) + draw(_suffixes), params, draw(st.integers(0, 6)), draw(st.booleans()))
+    steps = st.none() | st.integers(0, 12)
+    return Request(
+        draw(_prefixes) + draw(_suffixes),
+        params,
+        draw(st.integers(0, 4)),
+        draw(st.booleans()),
+        abort=draw(steps),
+        forked_at=draw(steps),
+    )
 
 
 @st.composite
 def configs(draw: st.DrawFn) -> EngineConfig:
     block_size = draw(st.sampled_from([1, 3, 4, 16, 20]))
     blocks_of_one = -(-MAX_LEN // block_size)
+    preemption = draw(st.sampled_from(["recompute", "swap", "swap", "auto"]))
     return EngineConfig(
         block_size=block_size,
-        num_blocks=blocks_of_one + draw(st.integers(0, 2 * blocks_of_one)),
+        num_blocks=blocks_of_one + draw(st.sampled_from([0, 0, 1, 3, blocks_of_one])),
         max_model_len=MAX_LEN,
-        max_num_seqs=draw(st.integers(1, 6)),
-        max_num_batched_tokens=draw(st.sampled_from([1, 2, 5, 13, 64])),
+        max_num_seqs=draw(st.sampled_from([1, 3, 6, 9])),
+        max_num_batched_tokens=draw(st.sampled_from([1, 5, 13, 64, 64])),
+        max_prefill_chunk=draw(st.sampled_from([None, 3])),
         enable_prefix_caching=draw(st.booleans()),
+        policy=draw(st.sampled_from(list(POLICIES))),
+        preemption=preemption,
+        num_swap_blocks=None if preemption == "recompute" else draw(st.integers(1, 2 * blocks_of_one)),
+        max_preemptions=draw(st.sampled_from([1, 3])),
         num_threads=draw(st.integers(1, 3)),
     )
 
 
 @pytest.mark.parametrize(("model", "quantization"), SERVED)
-@given(config=configs(), drawn=st.lists(requests(), min_size=1, max_size=6))
-@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@given(
+    config=configs(),
+    drawn=st.lists(requests(), min_size=1, max_size=6),
+    cache_resets=st.frozensets(st.integers(0, 12), max_size=2),
+    in_a_file=st.booleans(),
+)
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
 def test_an_answer_does_not_depend_on_how_it_was_served(
-    model: str, quantization: str, config: EngineConfig, drawn: list[Request]
+    model: str,
+    quantization: str,
+    config: EngineConfig,
+    drawn: list[Request],
+    cache_resets: frozenset[int],
+    in_a_file: bool,
 ) -> None:
-    engine = LLMEngine(str(model_path(model)), replace(config, quantization=quantization))
-    together = serve(engine, drawn)
-    engine.close()
+    with tempfile.TemporaryDirectory() as directory:
+        swap_dir = directory if in_a_file and config.num_swap_blocks else None
+        config = replace(config, quantization=quantization, swap_dir=swap_dir)
+        engine = LLMEngine(str(model_path(model)), config)
+        together = serve(engine, drawn, cache_resets)
+        engine.close()
     assert engine.block_manager.num_free_blocks == engine.block_manager.num_blocks
-    for request, output in zip(drawn, together, strict=True):
-        [expected] = serve(alone(model, quantization), [Request(request.token_ids, request.params, 0, True)])
-        assert output.token_ids == expected.token_ids
-        assert output.outputs[0].logprobs == expected.outputs[0].logprobs
+    assert engine.block_manager.num_free_swap_blocks == config.swap_capacity
+    for request, output in together.items():
+        for completion in output.outputs:
+            check_against_alone(model, quantization, request, output, completion)
+
+
+def check_against_alone(
+    model: str, quantization: str, request: Request, output: RequestOutput, completion: CompletionOutput
+) -> None:
+    """One that was given up has the beginning of what it says alone."""
+    params = request.params.of_completion(completion.index)
+    [expected] = serve(alone(model, quantization), [Request(request.token_ids, params, 0, True)]).values()
+    finished = completion.finish_reason is not FinishReason.ABORT
+    length = len(expected.token_ids) if finished else len(completion.token_ids)
+    assert completion.token_ids == expected.token_ids[:length]
+    if params.logprobs is not None:
+        assert completion.logprobs == (expected.outputs[0].logprobs or [])[:length]
+    if finished:
         assert output.prompt_logprobs == expected.prompt_logprobs
-        if request.return_logits:
+        if request.return_logits and all(other.finish_reason == "length" for other in output.outputs):
             assert bits(output.logits) == bits(expected.logits)
 
 
@@ -143,9 +217,34 @@ def test_preemption_and_cache_hits_really_happen_and_change_nothing() -> None:
     engine = LLMEngine(str(model_path("llama_gqa")), config)
     together = serve(engine, drawn)
     engine.close()
-    assert sum(output.metrics.num_preemptions for output in together) > 0
-    assert sum(output.metrics.num_cached_tokens for output in together) > 0
-    for request, output in zip(drawn, together, strict=True):
-        [expected] = serve(alone("llama_gqa", "none"), [replace(request, arrival=0)])
-        assert output.outputs[0].logprobs == expected.outputs[0].logprobs
-        assert output.token_ids == expected.token_ids
+    assert sum(output.metrics.num_preemptions for output in together.values()) > 0
+    assert sum(output.metrics.num_cached_tokens for output in together.values()) > 0
+    for request, output in together.items():
+        check_against_alone("llama_gqa", "none", request, output, output.outputs[0])
+
+
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_sequences_are_really_swapped_out_and_in_and_go_on_where_they_were(
+    tmp_path: Path, in_a_file: bool
+) -> None:
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, logprobs=1)
+    drawn = [Request((40 + i,) * 10, params, 0, False) for i in range(4)]
+    config = EngineConfig(
+        block_size=4,
+        num_blocks=20,
+        max_model_len=MAX_LEN,
+        preemption="swap",
+        swap_dir=str(tmp_path) if in_a_file else None,
+        enable_prefix_caching=False,
+        step_log=str(tmp_path / "steps.jsonl"),
+    )
+    engine = LLMEngine(str(model_path("llama_gqa")), config)
+    together = serve(engine, drawn)
+    engine.close()
+    steps = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    moved = [sum(step["transfers"].get(kind, 0) for step in steps) for kind in ("swap_out", "swap_in")]
+    assert moved[0] == moved[1] > 0
+    computed = sum(count for step in steps for _, _, count, _ in step["scheduled"])
+    assert computed == 4 * (10 + 30 - 1), "no token was computed twice"
+    for request, output in together.items():
+        check_against_alone("llama_gqa", "none", request, output, output.outputs[0])

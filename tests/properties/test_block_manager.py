@@ -3,19 +3,22 @@
 A state machine drives a `BlockManager` as a scheduler would, with prompts over a tiny alphabet so that
 prefixes are shared all the time, and with hashes that collide. It is held against two things that know
 nothing of it: a memory in which each computed slot remembers the whole prefix that its keys and values depend
-on, and a naive model of the cache that names content by its tokens and derives everything else.
+on, and a naive model that names content by its tokens and derives everything else.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import hypothesis.strategies as st
 from hypothesis import note, settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition
 
-from engine.block_manager import BlockManager, chained_hash
+from engine.block_manager import BlockManager, PrefixCacheStats, Transfer, TransferKind, chained_hash
 from engine.sampling_params import SamplingParams
-from engine.sequence import Sequence
+from engine.sequence import Sequence, SequenceStatus
+from tests.properties.covered import covered, rule
+from tests.properties.memory import Memory, constant, names_of_cached_blocks, two_bits
 
 Tokens = tuple[int, ...]
 Hash = Callable[[int, bytes], int]
@@ -23,160 +26,222 @@ Hash = Callable[[int, bytes], int]
 MOST_ALIVE = 6
 
 
-def two_bits(previous: int, tokens: bytes) -> int:
-    """Collides all the time, but tells some blocks apart."""
-    return chained_hash(previous, tokens) & 3
-
-
-def constant(previous: int, tokens: bytes) -> int:
-    """Every block collides with every other one."""
-    return 7
-
-
 @dataclass(frozen=True)
 class Cached:
-    """A block in the cache, named by the tokens from the sequence's start to the block's end."""
+    """A block in the cache, named by its salt and the tokens from the sequence's start to the block's end."""
 
+    salt: str
     prefix: Tokens
 
 
 @dataclass(frozen=True)
 class Private:
-    """A block that one sequence alone can name."""
+    """A block that nobody can find; forks share it."""
 
-    seq_id: int
-    index: int
+    number: int
+
+
+Name = Cached | Private
 
 
 @dataclass
-class NaiveCache:
+class NaiveManager:
     """What the manager should do, by content: no block numbers, no counts, no hash map, no linked list.
 
-    held: of each sequence with blocks, what each is. idle: cached content that nobody holds, the first to be
-    evicted first. offered: of each sequence, its blocks that are private or cached for good.
+    held: of each sequence with blocks, what each is. swapped: of each one that is swapped out, its blocks
+    there. idle: cached content that nobody holds, the first to be evicted first. offered: of each sequence,
+    its blocks that are private or cached for good.
     """
 
     num_blocks: int
     block_size: int
     caches: bool
-    hash_block: Hash
-    held: dict[int, list[Cached | Private]] = field(default_factory=dict)
+    num_swap_blocks: int
+    held: dict[int, list[Name]] = field(default_factory=dict)
+    swapped: dict[int, int] = field(default_factory=dict)
     idle: list[Cached] = field(default_factory=list)
     offered: dict[int, int] = field(default_factory=dict)
+    stats: PrefixCacheStats = field(default_factory=PrefixCacheStats)
+    num_private: int = 0
+
+    @property
+    def references(self) -> Counter[Name]:
+        return Counter(block for table in self.held.values() for block in table)
 
     @property
     def num_free(self) -> int:
-        return self.num_blocks - len({block for table in self.held.values() for block in table})
+        return self.num_blocks - len(self.references)
+
+    @property
+    def num_free_swap(self) -> int:
+        return self.num_swap_blocks - sum(self.swapped.values())
 
     @property
     def cached(self) -> set[Cached]:
-        held = {block for table in self.held.values() for block in table if isinstance(block, Cached)}
-        return held | set(self.idle)
+        return {block for block in self.references if isinstance(block, Cached)} | set(self.idle)
 
-    def hits(self, tokens: Tokens) -> list[Cached]:
-        """All leading blocks that are cached, but never the last token."""
+    def hits(self, salt: str, tokens: Tokens) -> list[Cached]:
+        """All leading full blocks that are cached."""
         hits: list[Cached] = []
-        for end in range(self.block_size, len(tokens), self.block_size):
-            if Cached(tokens[:end]) not in self.cached:
+        cached = self.cached
+        for end in range(self.block_size, len(tokens) + 1, self.block_size):
+            if Cached(salt, tokens[:end]) not in cached:
                 break
-            hits.append(Cached(tokens[:end]))
+            hits.append(Cached(salt, tokens[:end]))
         return hits
 
-    def can_admit(self, tokens: Tokens, hits: list[Cached]) -> bool:
-        free_for_others = self.num_free - len(set(hits) & set(self.idle))
-        return self._blocks_for(tokens) - len(hits) <= free_for_others
+    def fits(self, num_tokens: int, hits: list[Cached], spare: int) -> bool:
+        free_for_others = self.num_free - len(set(hits) & set(self.idle)) - spare
+        return self.blocks_for(num_tokens) - len(hits) <= free_for_others
 
-    def admit(self, seq_id: int, tokens: Tokens, hits: list[Cached]) -> None:
+    def admit(self, seq_id: int, num_tokens: int, hits: list[Cached]) -> None:
         self.idle = [block for block in self.idle if block not in hits]
         self.held[seq_id] = list(hits)
         self.offered[seq_id] = len(hits)
-        while len(self.held[seq_id]) < self._blocks_for(tokens):
-            self.take(seq_id)
+        while len(self.held[seq_id]) < self.blocks_for(num_tokens):
+            self.held[seq_id].append(self.take())
+        self.swapped.pop(seq_id, None)
 
-    def take(self, seq_id: int) -> None:
+    def take(self) -> Private:
         """Blocks that nobody can find are used up before cached content is evicted."""
         if self.num_free == len(self.idle):
             self.idle.pop(0)
-        self.held[seq_id].append(Private(seq_id, len(self.held[seq_id])))
+            self.stats.evictions += self.block_size
+            covered["evictions"] += 1
+        return self.private()
 
-    def computed(self, seq_id: int, tokens: Tokens) -> None:
+    def private(self) -> Private:
+        self.num_private += 1
+        return Private(self.num_private)
+
+    def needs_block(self, seq_id: int, index: int) -> bool:
+        """To write into its block `index`: there must be one, its own, that nobody can find."""
+        table = self.held[seq_id]
+        return index == len(table) or isinstance(table[index], Cached) or self.references[table[index]] > 1
+
+    def grow(self, seq_id: int, index: int) -> bool:
+        """Returns whether content is copied."""
+        table = self.held[seq_id]
+        if index == len(table):
+            table.append(self.take())
+            return False
+        shared, table[index] = table[index], self.take()
+        self.rest([shared])
+        return True
+
+    def fork(self, parent: int, child: int, num_tokens: int) -> None:
+        self.held[child] = self.held[parent][: self.blocks_for(num_tokens)]
+        self.offered[child] = min(self.offered[parent], num_tokens // self.block_size)
+
+    def computed(self, seq_id: int, salt: str, tokens: Tokens) -> None:
         """All of `tokens` are computed: full blocks behind cached ones enter the cache, once."""
         if not self.caches:
             return
         table, full = self.held[seq_id], len(tokens) // self.block_size
         for index in range(self.offered[seq_id], full):
-            block = Cached(tokens[: (index + 1) * self.block_size])
             if index and isinstance(table[index - 1], Private):
-                continue
-            if block not in self.cached and self._hash(block) in {self._hash(other) for other in self.cached}:
-                continue  # the first that has a hash keeps it
-            table[index] = block
-            self.idle = [other for other in self.idle if other != block]
+                break
+            name, own = Cached(salt, tokens[: (index + 1) * self.block_size]), table[index]
+            known = name in self.cached
+            table[index] = name
+            self.idle = [other for other in self.idle if other != name]
+            if not known:  # the sequence's own block becomes the known one, for all that share it
+                for other in self.held.values():
+                    other[:] = [name if block == own else block for block in other]
         self.offered[seq_id] = full
 
     def free(self, seq_id: int) -> None:
         """Last block first, so that no block is evicted before one that follows it."""
-        table = self.held.pop(seq_id, [])
-        for block in reversed(table):
-            if isinstance(block, Cached) and not any(block in other for other in self.held.values()):
-                self.idle.append(block)
+        self.rest(self.held.pop(seq_id, [])[::-1])
+        self.swapped.pop(seq_id, None)
 
-    def _blocks_for(self, tokens: Tokens) -> int:
-        return len(range(0, len(tokens), self.block_size))
+    def rest(self, released: list[Name]) -> None:
+        """Cached content that nobody holds any more can be evicted, the first released first."""
+        references = self.references
+        self.idle += [block for block in released if isinstance(block, Cached) and not references[block]]
 
-    def _hash(self, block: Cached) -> int:
-        value = 0
-        for start in range(0, len(block.prefix), self.block_size):
-            piece = block.prefix[start : start + self.block_size]
-            value = self.hash_block(value, b"".join(token.to_bytes(4, "little") for token in piece))
-        return value
+    def swap_out(self, seq_id: int, num_tokens: int) -> None:
+        self.free(seq_id)
+        self.swapped[seq_id] = self.blocks_for(num_tokens)
+
+    def reset(self) -> None:
+        """Nobody can find anything; who shared a block still shares it."""
+        self.idle = []
+        nameless = {name: self.private() for name in self.references if isinstance(name, Cached)}
+        for table in self.held.values():
+            table[:] = [nameless.get(name, name) if isinstance(name, Cached) else name for name in table]
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return len(range(0, num_tokens, self.block_size))
 
 
 token_ids = st.sampled_from([0, 0, 0, 1])
 prompts = st.lists(token_ids, min_size=1, max_size=14)
+salts = st.sampled_from(["", "", "", "salt", "other"])
 picks = st.integers(0, 10**6)
+mostly = st.sampled_from([True, True, False])
 
 
 class BlockManagerMachine(RuleBasedStateMachine):
-    """Sequences come, are computed in pieces, grow, are preempted, come back and go."""
+    """Sequences come, are computed in pieces, grow, fork, are preempted or swapped out, come back and go.
+
+    Transfers are done, in order, before the next tokens are computed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.waiting: list[Sequence] = []
+        self.waiting: list[Sequence] = []  # swapped ones, too
         self.running: list[Sequence] = []
         self.seen: list[Sequence] = []
+        self.transfers: list[Transfer] = []
         self.next_seq_id = 0
+        covered["examples of the block manager"] += 1
 
     @initialize(
         num_blocks=st.sampled_from([1, 2, 3, 3, 4, 4, 5, 6, 7, 8, 10, 12]),
         block_size=st.sampled_from([1, 2, 2, 3, 4, 5]),
         caches=st.sampled_from([True, True, True, False]),
+        num_swap_blocks=st.sampled_from([0, 1, 2, 3, 5, 8]),
         hash_block=st.sampled_from([chained_hash, chained_hash, two_bits, constant]),
     )
-    def configure(self, num_blocks: int, block_size: int, caches: bool, hash_block: Hash) -> None:
-        self.manager = BlockManager(num_blocks, block_size, caches, hash_block)
-        self.model = NaiveCache(num_blocks, block_size, caches, hash_block)
-        self.memory: list[list[Tokens | None]] = [[None] * block_size for _ in range(num_blocks)]
+    def configure(
+        self, num_blocks: int, block_size: int, caches: bool, num_swap_blocks: int, hash_block: Hash
+    ) -> None:
+        self.manager = BlockManager(num_blocks, block_size, caches, num_swap_blocks, hash_block)
+        self.model = NaiveManager(num_blocks, block_size, caches, num_swap_blocks)
+        self.memory = Memory(num_blocks, block_size, num_swap_blocks)
+        self.collides = hash_block is not chained_hash
 
     @precondition(lambda self: len(self.waiting) + len(self.running) < MOST_ALIVE)
-    @rule(prompt=prompts, reads_cache=st.sampled_from([True, True, True, True, False]))
-    def new(self, prompt: list[int], reads_cache: bool) -> None:
-        self._new(prompt, reads_cache)
+    @rule(
+        prompt=prompts,
+        reads_cache=st.sampled_from([True, True, True, True, False]),
+        salt=salts,
+        at_once=mostly,
+    )
+    def new(self, prompt: list[int], reads_cache: bool, salt: str, at_once: bool) -> None:
+        self._arrive(self._new(prompt, salt, reads_cache), at_once)
 
     @precondition(lambda self: self.seen and len(self.waiting) + len(self.running) < MOST_ALIVE)
     @rule(
         pick=picks,
         length=st.sampled_from([1, 2, 3, 4, 5, 6, 8, 10, 14]),
         suffix=st.lists(token_ids, max_size=3),
+        salt=st.none() | salts,
+        at_once=mostly,
     )
-    def new_with_the_beginning_of_another(self, pick: int, length: int, suffix: list[int]) -> None:
-        """Also of one that is gone: what it left in the cache is still to be found."""
-        self._new(self._pick(self.seen, pick).token_ids[:length] + suffix, True)
+    def new_with_the_beginning_of_another(
+        self, pick: int, length: int, suffix: list[int], salt: str | None, at_once: bool
+    ) -> None:
+        """Also of one that is gone: what it left in the cache is still to be found, under its own salt."""
+        other = self._pick(self.seen, pick)
+        salt = other.sampling_params.cache_salt if salt is None else salt
+        self._arrive(self._new([*other.token_ids[:length], *suffix], salt, True), at_once)
 
     @precondition(lambda self: self.waiting)
-    @rule(pick=picks)
-    def admit(self, pick: int) -> None:
-        self._admit(self._pick(self.waiting, pick))
+    @rule(pick=picks, more=st.sampled_from([0, 0, 0, 1, 3, 7]), spare=st.sampled_from([0, 0, 0, 1, 2]))
+    def admit(self, pick: int, more: int, spare: int) -> None:
+        self._admit(self._pick(self.waiting, pick), more, spare)
 
     @precondition(lambda self: self.waiting)
     @rule(pick=picks, others=st.lists(picks, max_size=1))
@@ -199,144 +264,299 @@ class BlockManagerMachine(RuleBasedStateMachine):
         sequence = self._pick([s for s in self.running if s.num_computed_tokens == s.num_tokens], pick)
         sequence.token_ids.append(token)
 
-    @precondition(lambda self: self.running)
+    @precondition(lambda self: any(self._wants_slot(s) for s in self.running))
     @rule(pick=picks)
     def grow(self, pick: int) -> None:
-        sequence = self._pick(self.running, pick)
-        needs_a_block = len(sequence.block_table) * self.manager.block_size < sequence.num_tokens
-        can_grow = self.manager.can_grow(sequence)
-        assert can_grow == (not needs_a_block or self.model.num_free > 0)
-        if can_grow:
-            before = list(sequence.block_table)
-            self.manager.grow(sequence)
-            assert sequence.block_table[: len(before)] == before
-            assert len(sequence.block_table) == len(before) + needs_a_block
-            if needs_a_block:
-                self.model.take(sequence.seq_id)
+        self._grow(self._pick([s for s in self.running if self._wants_slot(s)], pick))
+
+    @precondition(lambda self: self.running)
+    @rule(tokens=st.lists(token_ids, min_size=1, max_size=6))
+    def decode_all(self, tokens: list[int]) -> None:
+        self._decode_all(tokens)
+
+    @precondition(
+        lambda self: (
+            any(self._can_fork(s) for s in self.running)
+            and len(self.waiting) + len(self.running) < MOST_ALIVE
+        )
+    )
+    @rule(pick=picks, shorter=st.sampled_from([0, 0, 0, 1, 2, 5]), token=token_ids)
+    def fork(self, pick: int, shorter: int, token: int) -> None:
+        """Shares what is computed, all of it or less, and goes on with another token."""
+        parent = self._pick([s for s in self.running if self._can_fork(s)], pick)
+        shared = max(1, parent.num_computed_tokens - shorter)
+        child = self._new([*parent.token_ids[:shared], token], parent.sampling_params.cache_salt, True)
+        table = list(parent.block_table)
+        self.manager.fork(parent, child)
+        self.model.fork(parent.seq_id, child.seq_id, shared)
+        assert child.block_table == table[: self.model.blocks_for(shared)]
+        assert parent.block_table == table
+        assert child.num_computed_tokens == shared
+        self.running.append(child)
+        covered["forks"] += 1
 
     @precondition(lambda self: self.running)
     @rule(pick=picks)
     def preempt(self, pick: int) -> None:
         sequence = self._pick(self.running, pick)
         self._free(sequence)
+        sequence.num_preemptions += 1
         self.running.remove(sequence)
         self.waiting.append(sequence)
+        covered["preemptions by recompute"] += 1
+
+    @precondition(lambda self: self.running and self.model.num_swap_blocks)
+    @rule(pick=picks, token=token_ids)
+    def swap_out(self, pick: int, token: int) -> None:
+        """One that has something left to compute, as all have between steps."""
+        sequence = self._pick(self.running, pick)
+        if sequence.num_computed_tokens == sequence.num_tokens:
+            sequence.token_ids.append(token)
+        num_blocks = self.model.blocks_for(sequence.num_computed_tokens)
+        possible = self.manager.can_swap_out(sequence)
+        assert possible == (0 < num_blocks <= self.model.num_free_swap)
+        if not possible:
+            return
+        table = list(sequence.block_table)
+        transfers = self.manager.swap_out(sequence)
+        self.model.swap_out(sequence.seq_id, sequence.num_computed_tokens)
+        assert [(t.kind, t.source) for t in transfers] == [
+            (TransferKind.SWAP_OUT, block) for block in table[:num_blocks]
+        ]
+        assert [t.target for t in transfers] == sequence.swap_table
+        assert all(t.sequence is sequence for t in transfers)
+        assert sequence.block_table == []
+        self.transfers += transfers
+        sequence.status = SequenceStatus.SWAPPED
+        sequence.num_preemptions += 1
+        self.running.remove(sequence)
+        self.waiting.append(sequence)
+        covered["preemptions by swap"] += 1
 
     @precondition(lambda self: self.running or self.waiting)
     @rule(pick=picks)
     def finish(self, pick: int) -> None:
-        """Running or not: a sequence without blocks has none to give back."""
+        """In any state: a sequence without blocks has none to give back."""
         sequence = self._pick(self.running + self.waiting, pick)
         self._free(sequence)
         self.manager.free(sequence)
         (self.running if sequence in self.running else self.waiting).remove(sequence)
 
+    @precondition(lambda self: self.running and self.model.cached)
+    @rule(tokens=st.lists(token_ids, min_size=3, max_size=6))
+    def reset_cache(self, tokens: list[int]) -> None:
+        """And all go on, so that there is soon something to be found again."""
+        self.manager.reset_cache()
+        self.model.reset()
+        covered["cache resets"] += 1
+        self._decode_all(tokens)
+
     @invariant()
     def blocks_are_conserved(self) -> None:
         self.manager.check()
-        referenced = {block for sequence in self.running for block in sequence.block_table}
-        assert self.manager.num_free_blocks + len(referenced) == self.manager.num_blocks
         assert self.manager.num_free_blocks == self.model.num_free
+        assert self.manager.num_free_swap_blocks == self.model.num_free_swap
+        assert self.manager.stats == self.model.stats
 
     @invariant()
     def sequences_share_exactly_the_blocks_that_the_model_shares(self) -> None:
-        """Hence every reference count is the model's too."""
-        block_of: dict[Cached | Private, int] = {}
-        name_of: dict[int, Cached | Private] = {}
+        """And each block is counted as often as the model has it in a table."""
+        block_of: dict[Name, int] = {}
+        name_of: dict[int, Name] = {}
+        written: Counter[int] = Counter()
+        size = self.manager.block_size
         for sequence in self.running:
             names = self.model.held[sequence.seq_id]
-            for name, block in zip(names, sequence.block_table, strict=True):
+            for index, (name, block) in enumerate(zip(names, sequence.block_table, strict=True)):
                 assert block_of.setdefault(name, block) == block, f"{name} lies in two blocks"
                 assert name_of.setdefault(block, name) == name, f"block {block} serves as two"
+                filled = min(size, max(0, sequence.num_computed_tokens - index * size))
+                written[block] = max(written[block], filled)
+        references = self.model.references
+        counts = [references[name_of[b]] if b in name_of else 0 for b in range(self.manager.num_blocks)]
+        assert list(self.manager._reference_counts) == counts
+        assert self.manager.usage() == {
+            "used": len(references),
+            "free": self.model.num_free,
+            "shared": references.total() - len(references),
+            "unwritten_slots": len(references) * size - written.total(),
+            "swap_used": self.model.num_swap_blocks - self.model.num_free_swap,
+        }
 
     @invariant()
     def computed_positions_hold_the_sequences_own_prefix(self) -> None:
-        for sequence in self.running:
-            self._check_memory(sequence, sequence.block_table, sequence.num_computed_tokens)
+        if not self.transfers:
+            for sequence in self.running:
+                assert self.memory.holds(sequence, sequence.num_computed_tokens), f"wrong KV: {sequence}"
+
+    @invariant()
+    def the_cache_knows_exactly_what_the_model_knows(self) -> None:
+        """And what it names a block by is what the block holds."""
+        names = names_of_cached_blocks(self.manager)
+        assert len(set(names.values())) == len(names)
+        assert {Cached(*name) for name in names.values()} == self.model.cached
+        assert self.memory.holds_what_the_cache_says(self.manager)
 
     @invariant()
     def every_hit_is_right_and_what_can_be_hit_is_hit(self) -> None:
         for sequence in self.waiting:
             hits = self.manager.cached_prefix(sequence)
             assert len(hits) == len(self._expected_hits(sequence))
-            assert len(set(hits)) == len(hits)
-            assert hits == self.manager.cached_prefix(sequence), "a question changed the answer"
-            self._check_memory(sequence, hits, len(hits) * self.manager.block_size)
+            for end in range(len(hits)):
+                assert self.manager.prefix_grew(sequence, hits[:end])
+            if sequence.reads_cache and not sequence.swap_table:
+                assert not self.manager.prefix_grew(sequence, hits)
+            num_tokens = len(hits) * self.manager.block_size
+            assert self.memory.holds(sequence, num_tokens, hits), f"a wrong hit: {sequence}"
 
     def teardown(self) -> None:
         """When all sequences are gone, all blocks are free: the next one can have every one of them."""
         if not hasattr(self, "manager"):
             return
-        for sequence in self.running:
+        self._transfer()
+        self.computed_positions_hold_the_sequences_own_prefix()
+        for sequence in self.running + self.waiting:
             self.manager.free(sequence)
             self.manager.check()
         assert self.manager.num_free_blocks == self.manager.num_blocks
+        assert self.manager.num_free_swap_blocks == self.manager.num_swap_blocks
         size = self.manager.num_blocks * self.manager.block_size
         everything = Sequence(self.next_seq_id, [2] * size, SamplingParams())
-        assert self.manager.can_allocate(everything, [])
-        self.manager.allocate(everything, [])
+        assert self.manager.can_allocate(size, [])
+        self.manager.allocate(everything, [], size)
         assert sorted(everything.block_table) == list(range(self.manager.num_blocks))
         self.manager.check()
 
-    def _new(self, prompt: list[int], reads_cache: bool) -> None:
-        self.waiting.append(Sequence(self.next_seq_id, prompt, SamplingParams(), reads_cache=reads_cache))
-        self.seen.append(self.waiting[-1])
-        note(f"sequence {self.next_seq_id}: {prompt}")
+    def _new(self, prompt: list[int], salt: str, reads_cache: bool) -> Sequence:
+        params = SamplingParams(cache_salt=salt)
+        sequence = Sequence(self.next_seq_id, prompt, params, reads_cache=reads_cache)
+        self.seen.append(sequence)
+        note(f"sequence {self.next_seq_id}: {prompt} {salt!r}")
         self.next_seq_id += 1
+        return sequence
 
-    def _admit(self, sequence: Sequence) -> None:
-        tokens = tuple(sequence.token_ids)
+    def _arrive(self, sequence: Sequence, at_once: bool) -> None:
+        self.waiting.append(sequence)
+        if at_once:
+            self._admit(sequence)
+            self._compute({s: s.num_tokens for s in self.running if s is sequence})
+
+    def _admit(self, sequence: Sequence, more: int = 0, spare: int = 0) -> None:
+        swapped, computed = list(sequence.swap_table), sequence.num_computed_tokens
+        num_tokens = sequence.num_tokens + more
         hits = self._expected_hits(sequence)
         prefix = self.manager.cached_prefix(sequence)
-        fits = self.manager.can_allocate(sequence, prefix)
-        assert fits == self.model.can_admit(tokens, hits)
+        fits = self.manager.can_allocate(num_tokens, prefix, spare)
+        assert fits == self.model.fits(num_tokens, hits, spare)
         if not fits:
             return
-        self.manager.allocate(sequence, prefix)
-        self.model.admit(sequence.seq_id, tokens, hits)
+        size = self.manager.block_size
+        if swapped:
+            transfers = self.manager.swap_in(sequence, prefix, num_tokens)
+            assert transfers == [
+                (TransferKind.SWAP_IN, slot, block, sequence)
+                for slot, block in list(zip(swapped, sequence.block_table, strict=False))[len(prefix) :]
+            ]
+            assert sequence.num_computed_tokens == computed
+            assert sequence.swap_table == []
+            self.transfers += transfers
+            covered["swap-ins"] += 1
+        else:
+            self.manager.allocate(sequence, prefix, num_tokens)
+            assert sequence.num_computed_tokens == len(prefix) * size
+            if self.model.caches and sequence.reads_cache and not sequence.was_admitted:
+                self.model.stats.queries += sequence.num_tokens
+                self.model.stats.hits += len(hits) * size
+        self.model.admit(sequence.seq_id, num_tokens, hits)
+        sequence.was_admitted = True
+        covered["cache hits"] += bool(hits)
+        covered["cache hits under colliding hashes"] += bool(hits) and self.collides
+        sequence.status = SequenceStatus.RUNNING
         self.waiting.remove(sequence)
         self.running.append(sequence)
         assert sequence.block_table[: len(prefix)] == prefix
-        assert len(sequence.block_table) == -(-len(tokens) // self.manager.block_size)
-        assert sequence.num_computed_tokens == len(prefix) * self.manager.block_size
-        assert sequence.num_computed_tokens < len(tokens), "no token is left to compute"
+        assert len(sequence.block_table) == -(-num_tokens // size)
+        assert sequence.num_computed_tokens < sequence.num_tokens, "no token is left to compute"
+
+    def _wants_slot(self, sequence: Sequence) -> bool:
+        """Whether its last token is the only one without a slot of its own."""
+        last = sequence.num_tokens - 1
+        return sequence.num_computed_tokens == last >= sequence.num_slots
+
+    def _can_fork(self, sequence: Sequence) -> bool:
+        return sequence.num_computed_tokens >= max(1, sequence.num_tokens - 1)
+
+    def _grow(self, sequence: Sequence) -> None:
+        """Where the last block is shared, the content moves to one of its own."""
+        index = (sequence.num_tokens - 1) // self.manager.block_size
+        needs = self.model.needs_block(sequence.seq_id, index)
+        can_grow = self.manager.can_grow(sequence)
+        assert can_grow == (not needs or self.model.num_free > 0)
+        if not can_grow:
+            return
+        before = list(sequence.block_table)
+        transfer = self.manager.grow(sequence)
+        after = sequence.block_table
+        if needs and self.model.grow(sequence.seq_id, index):
+            assert transfer == (TransferKind.COPY, before[index], after[index], sequence)
+            assert after == [*before[:index], after[index], *before[index + 1 :]]
+            assert after[index] != before[index]
+            self.transfers.append(transfer)
+            covered["copies"] += 1
+        else:
+            assert transfer is None
+            assert after[: len(before)] == before
+            assert len(after) == len(before) + needs
+        assert self.manager.grow(sequence) is None, "growing twice for one token changes nothing"
+        assert sequence.num_slots >= sequence.num_tokens
+
+    def _decode_all(self, tokens: list[int]) -> None:
+        """What comes after one step of each, as far as blocks go."""
+        for token, sequence in zip(tokens, list(self.running), strict=False):
+            if sequence.num_computed_tokens == sequence.num_tokens:
+                sequence.token_ids.append(token)
+            if self._wants_slot(sequence):
+                self._grow(sequence)
+        self._compute(dict.fromkeys(self.running, 1))
+
+    def _transfer(self) -> None:
+        for transfer in self.transfers:
+            self.memory.move(transfer)
+        self.transfers = []
 
     def _compute(self, counts: dict[Sequence, int]) -> None:
-        writes: dict[tuple[int, int], Tokens] = {}
-        for sequence, count in list(counts.items()):
-            start = sequence.num_computed_tokens
-            slots = len(sequence.block_table) * self.manager.block_size
-            counts[sequence] = min(count, sequence.num_tokens - start, slots - start)
-            for position in range(start, start + counts[sequence]):
-                block, slot = self._slot(sequence, position)
-                assert (block, slot) not in writes, "two sequences write to one slot"
-                writes[block, slot] = tuple(sequence.token_ids[: position + 1])
-        for (block, slot), prefix in writes.items():
-            self.memory[block][slot] = prefix
+        self._transfer()
+        self.computed_positions_hold_the_sequences_own_prefix()
+        writes: set[tuple[int, int]] = set()
+        ends: dict[Sequence, int] = {}
         for sequence, count in counts.items():
-            sequence.num_computed_tokens += count
+            start = sequence.num_computed_tokens
+            ends[sequence] = max(start, min(start + count, sequence.num_tokens, sequence.num_slots))
+            for position in range(start, ends[sequence]):
+                index, slot = divmod(position, self.manager.block_size)
+                written = sequence.block_table[index], slot
+                assert written not in writes, "two sequences write to one slot"
+                writes.add(written)
+            self.memory.write(sequence, start, ends[sequence])
+        for sequence, end in ends.items():
+            sequence.num_computed_tokens = end
             self.manager.register(sequence)
-            self.model.computed(sequence.seq_id, tuple(sequence.token_ids[: sequence.num_computed_tokens]))
+            salt = sequence.sampling_params.cache_salt
+            self.model.computed(sequence.seq_id, salt, tuple(sequence.token_ids[:end]))
             self.manager.check()
 
     def _free(self, sequence: Sequence) -> None:
         self.manager.free(sequence)
         self.model.free(sequence.seq_id)
-        assert sequence.block_table == []
+        assert sequence.block_table == sequence.swap_table == []
         assert sequence.num_computed_tokens == 0
 
     def _expected_hits(self, sequence: Sequence) -> list[Cached]:
-        return self.model.hits(tuple(sequence.token_ids)) if sequence.reads_cache else []
-
-    def _slot(self, sequence: Sequence, position: int) -> tuple[int, int]:
-        index, slot = divmod(position, self.manager.block_size)
-        return sequence.block_table[index], slot
-
-    def _check_memory(self, sequence: Sequence, table: list[int], num_tokens: int) -> None:
-        for position in range(num_tokens):
-            index, slot = divmod(position, self.manager.block_size)
-            own = tuple(sequence.token_ids[: position + 1])
-            assert self.memory[table[index]][slot] == own, f"wrong KV at position {position} of {sequence}"
+        """Never the last token, nor what had not been computed when it was swapped out."""
+        if not self.model.caches or not (sequence.reads_cache or sequence.swap_table):
+            return []
+        usable = sequence.num_computed_tokens if sequence.swap_table else sequence.num_tokens - 1
+        return self.model.hits(sequence.sampling_params.cache_salt, tuple(sequence.token_ids[:usable]))
 
     @staticmethod
     def _pick(sequences: list[Sequence], pick: int) -> Sequence:
@@ -344,4 +564,4 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
 
 TestBlockManager = BlockManagerMachine.TestCase
-TestBlockManager.settings = settings(max_examples=400, stateful_step_count=50)
+TestBlockManager.settings = settings(max_examples=2000, stateful_step_count=40)

@@ -1,38 +1,182 @@
-"""Laws 1, 4, 5 and 6 of the scheduler: fair, within its budget, and nothing that was accepted is lost.
+"""Laws 1, 4, 5 and 6 of the scheduler: in its policy's order, within its budget, and nothing is lost.
 
-A state machine adds, schedules, commits and aborts in any order on caches that are far too small. Between
-`schedule` and `commit` it stands in for the model: each scheduled slot of a simulated memory is written with
-the whole prefix that its keys and values would depend on, after all that the step reads has been checked.
+A state machine adds, forks, schedules, commits and aborts in any order on caches far too small, under
+every policy, also such as answer nonsense. It does the transfers in order, some
+of which fail, and writes each scheduled slot of a simulated memory with the whole prefix that its keys and
+values would depend on. What each step must hold is worked out anew from what the sequences say of themselves.
 Each operation is done to two schedulers, which must agree: the schedule is a function of the operations.
 """
 
 import contextlib
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import compress
+from itertools import count, cycle, islice
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition
 
-from engine.block_manager import BlockManager, chained_hash
+from engine.block_manager import BlockManager, TransferKind, chained_hash
 from engine.config import EngineConfig
-from engine.errors import RequestError
+from engine.errors import PolicyError, RequestError
 from engine.outputs import FinishReason
+from engine.policies import POLICIES
 from engine.sampling_params import SamplingParams
-from engine.scheduler import ScheduledBatch, Scheduler
+from engine.scheduler import Preempted, Preemption, PreemptionCosts, ScheduledBatch, Scheduler
 from engine.sequence import Sequence, SequenceStatus
-
-Tokens = tuple[int, ...]
+from tests.properties import policies
+from tests.properties.covered import covered, rule
+from tests.properties.memory import Memory, two_bits
 
 EOS, STOP = 2, 3
-MOST_ALIVE = 8
+MOST_ALIVE = 10
+
+WAITING, RUNNING, SWAPPED, FINISHED = SequenceStatus
+
+Work = list[tuple[Sequence, int]]
 
 
-def two_bits(previous: int, tokens: bytes) -> int:
-    """Collides all the time, but tells some blocks apart."""
-    return chained_hash(previous, tokens) & 3
+@dataclass
+class Side:
+    """One of the two schedulers, and its sequences by seq_id: all that were accepted."""
+
+    config: EngineConfig
+    hash_block: Callable[[int, bytes], int]
+    sequences: dict[int, Sequence] = field(default_factory=dict)
+    num_policy_errors: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.config.num_blocks is not None
+        self.manager = BlockManager(
+            self.config.num_blocks,
+            self.config.block_size,
+            self.config.enable_prefix_caching,
+            self.config.swap_capacity,
+            self.hash_block,
+        )
+        self.scheduler = Scheduler(self.config, self.manager)
+
+    def state(self) -> list[tuple[object, ...]]:
+        return [
+            (s.seq_id, s.token_ids, s.block_table, s.swap_table, s.num_computed_tokens, s.status)
+            for s in self.sequences.values()
+        ]
+
+    def check(self) -> None:
+        self.scheduler.check()
+        self.waiting = list(self.scheduler.waiting)  # which asks the policy, hence on both sides alike
+        try:
+            self.scheduler.policy.raise_error()
+        except PolicyError:
+            self.num_policy_errors += 1
+
+
+class Rules:
+    """What must happen, worked out from the sequences alone: whose turn it is, who makes way, who fits.
+
+    Knows nothing of the scheduler's queues. Where the policy is none of the product's, its choices are taken
+    from the batch, and all that they leave open is held to the rules.
+    """
+
+    def __init__(self, side: Side) -> None:
+        self.side, self.config, self.manager = side, side.config, side.manager
+        self.policy = self.config.policy
+        self.is_known = self.policy in POLICIES
+        self.costs = PreemptionCosts()
+        self.arrival: dict[int, tuple[int, float]] = {}  # by seq_id: number and time
+        self.begins_like: dict[int, int] = {}  # by seq_id of a fork that has not begun: whom it waits for
+        self.served: Counter[str] = Counter()  # what each tenant has cost
+
+    def alive(self) -> list[Sequence]:
+        return [s for s in self.side.sequences.values() if s.status is not FINISHED]
+
+    def waiting(self) -> list[Sequence]:
+        return [
+            s for s in self.alive() if s.status in (WAITING, SWAPPED) and s.seq_id not in self.begins_like
+        ]
+
+    @property
+    def limit(self) -> int:
+        """Tokens that a sequence may have."""
+        capacity = self.config.capacity_tokens
+        return min(capacity, self.config.max_model_len or capacity)
+
+    def longest(self, sequence: Sequence) -> int:
+        """Tokens of prompt and output at most. One that a full prompt gives has no place in the cache."""
+        wanted = sequence.sampling_params.max_tokens
+        return self.limit if wanted is None else min(self.limit, sequence.num_prompt_tokens + wanted)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return len(range(0, num_tokens, self.config.block_size))
+
+    def accept(self, sequence: Sequence, now: float) -> None:
+        for new in (sequence, *sequence.forks):
+            tenant = new.sampling_params.tenant
+            active = {s.sampling_params.tenant for s in self.alive()}
+            if tenant not in active:
+                least = min((self.served[other] for other in active), default=0)
+                self.served[tenant] = max(self.served[tenant], least)
+            self.arrival[new.seq_id] = len(self.arrival), now
+            self.side.sequences[new.seq_id] = new
+        for child in sequence.forks:
+            self.begins_like[child.seq_id] = sequence.seq_id
+
+    def abort(self, sequence: Sequence) -> None:
+        """The next completion of its prompt takes the place of one that others wait for."""
+        self.begins_like.pop(sequence.seq_id, None)
+        heirs = [child for child, parent in self.begins_like.items() if parent == sequence.seq_id]
+        for child in heirs[:1]:
+            del self.begins_like[child]
+        for child in heirs[1:]:
+            self.begins_like[child] = heirs[0]
+
+    def is_guaranteed(self, sequence: Sequence) -> bool:
+        return sequence.num_preemptions >= self.config.max_preemptions
+
+    def order(self, sequence: Sequence) -> tuple[float, int]:
+        """The place in the policy's order, as the documentation has it."""
+        number, time = self.arrival[sequence.seq_id]
+        params = sequence.sampling_params
+        if self.policy == "priority":
+            return params.priority, number
+        if self.policy == "shortest_job":
+            return self.longest(sequence) + 100 * time, number
+        if self.policy == "slo":
+            return math.inf if params.deadline_s is None else time + params.deadline_s, number
+        return 0, number
+
+    def may_be_next(
+        self, sequence: Sequence, waiting: list[Sequence], status: dict[Sequence, SequenceStatus]
+    ) -> bool:
+        """Whether it is its turn: those that made way too often, those swapped out, then the rest."""
+
+        def rank(s: Sequence) -> int:
+            return 0 if self.is_guaranteed(s) else 1 if status[s] is SWAPPED else 2
+
+        peers = [s for s in waiting if rank(s) == rank(sequence)]
+        if min(map(rank, waiting)) < rank(sequence):
+            return False
+        if not self.is_known:
+            return True
+        if self.policy == "fair" and rank(sequence) == 2:
+            tenant = sequence.sampling_params.tenant
+            if self.served[tenant] > min(self.served[s.sampling_params.tenant] for s in peers):
+                return False
+            peers = [s for s in peers if s.sampling_params.tenant == tenant]
+        return sequence is min(peers, key=self.order)
+
+    def victim(self, candidates: list[Sequence], reported: list[Preempted], index: int) -> Sequence:
+        if not self.is_known:
+            assert index < len(reported), "somebody had to make way"
+            assert reported[index].sequence in candidates
+            return reported[index].sequence
+        if self.policy == "fair":
+            return max(candidates, key=lambda s: (self.served[s.sampling_params.tenant], self.order(s)))
+        return max(candidates, key=self.order)
 
 
 @dataclass(frozen=True)
@@ -43,353 +187,658 @@ class Before:
     waiting: list[Sequence]
     tables: dict[Sequence, list[int]]
     remaining: dict[Sequence, int]
+    computed: dict[Sequence, int]
+    status: dict[Sequence, SequenceStatus]
+    num_preemptions: dict[Sequence, int]
+    cached: set[int]
+    num_free_swap: int
+    prefills_alone: bool
 
 
-@dataclass
-class Served:
-    """One scheduler, and the memory that its batches are computed in."""
+class Expected:
+    """What a step does with those that run: exactly, and in which order."""
 
-    config: EngineConfig
-    hash_block: Callable[[int, bytes], int]
-    sequences: dict[int, Sequence] = field(default_factory=dict)  # all that were accepted, by seq_id
+    def __init__(self, rules: Rules, before: Before, batch: ScheduledBatch) -> None:
+        self.rules, self.before, self.batch = rules, before, batch
+        self.running = list(before.running)
+        self.tables = {s: list(table) for s, table in before.tables.items()}
+        self.num_free_swap = before.num_free_swap
+        self.budget = rules.config.max_num_batched_tokens
+        self.decodes: Work = []
+        self.prefills: Work = []
+        self.preempted: list[tuple[Sequence, Preemption, Sequence, int]] = []
+        self._new_blocks = count(-1, -1)
+        if not before.prefills_alone:
+            self.decode()
+        self.prefill()
+        if before.prefills_alone and not self.prefills and not batch.admitted:
+            self.decode()
 
-    def __post_init__(self) -> None:
-        assert self.config.num_blocks is not None
-        self.manager = BlockManager(
-            self.config.num_blocks,
-            self.config.block_size,
-            self.config.enable_prefix_caching,
-            self.hash_block,
+    @property
+    def num_free(self) -> int:
+        return self.rules.manager.num_blocks - len(set().union(*self.tables.values()))
+
+    def decode(self) -> None:
+        for sequence in self.before.running:
+            if self.before.remaining[sequence] == 1 and sequence in self.running:
+                self.decode_one(sequence)
+        self.budget -= len(self.decodes)
+
+    def decode_one(self, sequence: Sequence) -> None:
+        """It writes into a block of its own; for one, others make way, at the worst itself."""
+        index = (sequence.num_tokens - 1) // self.rules.config.block_size
+        while self.needs_block(sequence, index) and self.num_free == 0:
+            candidates = [
+                s for s in self.running if self.before.num_preemptions[s] < self.rules.config.max_preemptions
+            ]
+            victim = self.rules.victim(candidates, self.batch.preempted, len(self.preempted))
+            self.preempt(victim, sequence)
+            if victim is sequence:
+                return
+        if self.needs_block(sequence, index):
+            self.tables[sequence][index : index + 1] = [next(self._new_blocks)]
+        self.decodes.append((sequence, 1))
+
+    def needs_block(self, sequence: Sequence, index: int) -> bool:
+        table = self.tables[sequence]
+        if index == len(table) or table[index] in self.before.cached:
+            return True
+        return any(table[index] in other for s, other in self.tables.items() if s is not sequence)
+
+    def preempt(self, victim: Sequence, needed_by: Sequence) -> None:
+        computed = self.before.computed[victim]
+        blocks = self.rules.blocks_for(computed)
+        mode, costs = self.rules.config.preemption, self.rules.costs
+        saves = 2 * blocks * costs.swap_block_s < computed * costs.recompute_token_s
+        swaps = (mode == "swap" or (mode == "auto" and saves)) and 0 < blocks <= self.num_free_swap
+        self.num_free_swap -= blocks * swaps
+        by = Preemption.SWAP if swaps else Preemption.RECOMPUTE
+        self.preempted.append((victim, by, needed_by, computed))
+        self.running.remove(victim)
+        del self.tables[victim]
+        self.decodes = [work for work in self.decodes if work[0] is not victim]
+
+    def prefill(self) -> None:
+        for sequence in self.before.running:
+            remaining = self.before.remaining[sequence]
+            if remaining > 1 and sequence in self.running and self.budget:
+                self.prefills.append((sequence, self.chunk(remaining)))
+                self.budget -= self.prefills[-1][1]
+
+    def chunk(self, remaining: int) -> int:
+        return min(remaining, self.budget, self.rules.config.max_prefill_chunk or self.budget)
+
+
+class Driver:
+    """Drives two schedulers that are told the same, and checks the first."""
+
+    def __init__(self, config: EngineConfig, hash_block: Callable[[int, bytes], int]) -> None:
+        self.config = config
+        self.collides = hash_block is two_bits
+        self.sides = [Side(config, hash_block), Side(config, hash_block)]
+        self.main = self.sides[0]
+        self.scheduler, self.manager = self.main.scheduler, self.main.manager
+        self.rules = Rules(self.main)
+        self.memory = Memory(self.manager.num_blocks, config.block_size, config.swap_capacity)
+        self.batches: list[ScheduledBatch] = []  # between schedule and commit: one of each scheduler
+        self.ran = False
+        self.was_reset = False
+        self.now = 0.0
+
+    def measured(self, costs: PreemptionCosts) -> None:
+        self.rules.costs = costs
+        for side in self.sides:
+            side.scheduler.costs = costs
+
+    def everywhere(self, do: Callable[[Side], None]) -> None:
+        for side in self.sides:
+            do(side)
+
+    def add(self, seq_id: int, prompt: list[int], params: SamplingParams, reads_cache: bool) -> None:
+        """Takes a sequence and its forks in, or refuses them at the door and nobody notices."""
+        for side in self.sides:
+            sequences = [
+                Sequence(seq_id + i, prompt, params.of_completion(i), frozenset({EOS}), reads_cache)
+                for i in range(params.n)
+            ]
+            sequences[0].forks = sequences[1:]
+            self._accept(sequences[0], side, lambda s, side=side: side.scheduler.add(s, self.now))
+
+    def fork(self, parent_id: int, child_id: int, tokens: list[int], params: SamplingParams) -> None:
+        """Shares blocks where it can: what both begin with is computed, and there is a seat."""
+        for side in self.sides:
+            parent = side.sequences[parent_id]
+            child = Sequence(child_id, tokens, params, frozenset({EOS}))
+            seats = len(side.scheduler.running)
+            shares = (
+                len(tokens) > 1
+                and parent.status is RUNNING
+                and not self.rules.is_guaranteed(parent)
+                and seats < min(self.config.max_num_seqs, self.config.max_num_batched_tokens)
+                and len(tokens) - 1 <= parent.num_computed_tokens
+                and parent.token_ids[: len(tokens) - 1].tolist() == tokens[:-1]
+                and parent.sampling_params.cache_salt == params.cache_salt
+            )
+            free = side.manager.num_free_blocks
+            accepted = self._accept(
+                child, side, lambda s, side=side, p=parent: side.scheduler.fork(p, s, self.now)
+            )
+            if accepted:
+                assert (child.status is RUNNING) == shares
+                assert side.manager.num_free_blocks == free, "sharing takes no block"
+            if accepted and shares and side is self.main:
+                self._check_shares(parent, child, len(tokens) - 1)
+
+    def _accept(self, sequence: Sequence, side: Side, give: Callable[[Sequence], None]) -> bool:
+        length = sequence.num_tokens
+        if not 1 <= length <= self.rules.limit:
+            with pytest.raises(RequestError, match=f"prompt: found {length or 'no'} tokens"):
+                give(sequence)
+            return False
+        if side is self.main:
+            self.rules.accept(sequence, self.now)
+        for new in (sequence, *sequence.forks):
+            side.sequences[new.seq_id] = new
+        give(sequence)
+        covered["sequences"] += side is self.main
+        return True
+
+    def abort(self, seq_id: int) -> None:
+        for side in self.sides:
+            sequence = side.sequences[seq_id]
+            status, ended, tokens = sequence.status, sequence.finish_reason, list(sequence.token_ids)
+            if side is self.main:
+                if seq_id in self.rules.begins_like:
+                    covered["aborts of an unborn fork"] += 1
+                else:
+                    covered[f"aborts of one {status.value}"] += 1
+                if status is not FINISHED:
+                    self.rules.abort(sequence)
+            side.scheduler.abort(sequence)
+            assert sequence.status is FINISHED
+            assert sequence.finish_reason == (ended or "abort")
+            assert list(sequence.token_ids) == tokens
+            assert sequence.block_table == sequence.swap_table == []
+
+    def schedule(self) -> None:
+        before = self._before()
+        self.batches = [side.scheduler.schedule(self.now) for side in self.sides]
+        self.ran = False
+        self._check_schedule(self.batches[0], before)
+        assert self.memory.holds_what_the_cache_says(self.manager), "what is not computed is cached"
+        a, b = (
+            (
+                [(s.seq_id, s.block_table) for s in batch.sequences],
+                batch.num_new_tokens,
+                batch.samples,
+                [
+                    (p.sequence.seq_id, p.by, p.needed_by.seq_id, p.num_computed_tokens)
+                    for p in batch.preempted
+                ],
+                [(x.sequence.seq_id, x.was, x.num_cached_tokens) for x in batch.admitted],
+                [(t.kind, t.source, t.target, t.sequence.seq_id) for t in batch.transfers],
+            )
+            for batch in self.batches
         )
-        self.scheduler = Scheduler(self.config, self.manager)
-        self.memory: list[list[Tokens | None]] = [
-            [None] * self.config.block_size for _ in range(self.config.num_blocks)
-        ]
+        assert a == b, "the same operations gave another schedule"
 
-    def check(self) -> None:
-        """The scheduler's own check, and the order of arrival in both queues together."""
-        self.scheduler.check()
-        queue = [*self.scheduler.running, *self.scheduler.waiting]
-        ids = [sequence.seq_id for sequence in queue]
-        assert ids == sorted(ids), "somebody was overtaken"
-        alive = [s.seq_id for s in self.sequences.values() if s.status is not SequenceStatus.FINISHED]
-        assert ids == alive, "an accepted sequence is in no queue"
-
-    def schedule(self) -> ScheduledBatch:
-        running, waiting = list(self.scheduler.running), list(self.scheduler.waiting)
-        before = Before(
-            running,
-            waiting,
-            {s: list(s.block_table) for s in running},
-            {s: s.num_tokens - s.num_computed_tokens for s in running},
-        )
-        batch = self.scheduler.schedule()
-        self._check_schedule(batch, before)
-        return batch
-
-    def run(self, batch: ScheduledBatch) -> None:
-        """What a runner does with a batch: read all that came before each chunk, write the chunk."""
+    def run(self, failures: list[bool]) -> None:
+        """What a driver does with a batch: the transfers in order, some of which fail, then the tokens."""
+        fails = cycle(failures)
+        while self.batches[0].transfers:
+            self._transfer(next(fails))
+        batch = self.batches[0]
         written: set[tuple[int, int]] = set()
-        for sequence, count in zip(batch.sequences, batch.num_new_tokens, strict=True):
-            start = sequence.num_computed_tokens
-            for position in range(start, start + count):
-                block, slot = self._slot(sequence, position)
-                assert (block, slot) not in written, "two sequences write to one slot"
-                written.add((block, slot))
-                self.memory[block][slot] = tuple(sequence.token_ids[: position + 1])
-        # The kernels write all new slots of a layer before they read: nothing written may disturb a reader.
-        for sequence, count in zip(batch.sequences, batch.num_new_tokens, strict=True):
-            for position in range(sequence.num_computed_tokens + count):
-                block, slot = self._slot(sequence, position)
-                own = tuple(sequence.token_ids[: position + 1])
-                assert self.memory[block][slot] == own, f"wrong KV at position {position} of {sequence}"
-
-    def commit(self, batch: ScheduledBatch, tokens: list[int]) -> list[Sequence]:
-        """Commits; each sequence must get exactly its token, and the end that follows from its request."""
-        sampled = dict(zip(compress(batch.sequences, batch.samples), tokens, strict=True))
-        aborted = {s for s in batch.sequences if s.status is SequenceStatus.FINISHED}
-        expected_tokens = {s: list(s.token_ids) for s in batch.sequences}
-        expected_computed = {
-            s: s.num_computed_tokens + n for s, n in zip(batch.sequences, batch.num_new_tokens, strict=True)
-        }
-        finished = self.scheduler.commit(batch, tokens)
-        for sequence in batch.sequences:
-            if sequence in aborted:
-                assert sequence.token_ids == expected_tokens[sequence]
-                assert sequence not in finished
+        for sequence, num_new in zip(batch.sequences, batch.num_new_tokens, strict=True):
+            if sequence.status is FINISHED:
                 continue
-            if sequence in sampled:
-                expected_tokens[sequence].append(sampled[sequence])
-            assert sequence.token_ids == expected_tokens[sequence]
-            reason = self.expected_reason(sequence) if sequence in sampled else None
-            assert sequence.finish_reason == reason
-            assert (sequence in finished) == (reason is not None)
-            if reason is None:
-                assert sequence.num_computed_tokens == expected_computed[sequence]
-                self._check_computed_blocks_are_found(sequence)
-        return finished
+            start = sequence.num_computed_tokens
+            for position in range(start, start + num_new):
+                index, slot = divmod(position, self.config.block_size)
+                assert (sequence.block_table[index], slot) not in written, "two sequences write to one slot"
+                written.add((sequence.block_table[index], slot))
+            self.memory.write(sequence, start, start + num_new)
+        # The kernels write all new slots of a layer before they read: nothing written may disturb a reader.
+        counts = dict(zip(batch.sequences, batch.num_new_tokens, strict=True))
+        for sequence in self.scheduler.running:
+            num_tokens = sequence.num_computed_tokens + counts.get(sequence, 0)
+            assert self.memory.holds(sequence, num_tokens), f"wrong KV: {sequence}"
+        self.ran = True
 
-    def expected_reason(self, sequence: Sequence) -> FinishReason | None:
+    def _transfer(self, fails: bool) -> None:
+        """Does the next transfer; one that fails costs its sequence what it had, and no one else anything."""
+        a, b = (batch.transfers[0] for batch in self.batches)
+        assert a[:3] == b[:3]
+        self.memory.move(a, fails)
+        covered["failed transfers" if fails else f"transfers: {a.kind.value}"] += 1
+        for side, batch in zip(self.sides, self.batches, strict=True):
+            sequence = batch.transfers.popleft().sequence
+            if not fails or sequence.status is FINISHED:
+                continue
+            tokens, num_preemptions = list(sequence.token_ids), sequence.num_preemptions
+            side.scheduler.recompute(sequence, batch)
+            assert (sequence.status, sequence.num_computed_tokens) == (WAITING, 0)
+            assert sequence.block_table == sequence.swap_table == []
+            assert (list(sequence.token_ids), sequence.num_preemptions) == (tokens, num_preemptions)
+            assert sequence not in batch.sequences
+            assert sequence not in batch.sampled
+            side.check()
+
+    def interrupt(self, num_transfers: int) -> None:
+        """A step that is given up, after so many of its transfers: the next one goes on from there."""
+        for _ in range(min(num_transfers, len(self.batches[0].transfers))):
+            self._transfer(False)
+        self.batches = []
+        covered["interrupted steps"] += 1
+
+    def commit(self, tokens: list[int]) -> None:
+        """Each sequence must get exactly its token, and the end that follows from its request."""
+        batch = self.batches[0]
+        given = list(islice(cycle(tokens), len(batch.sampled)))
+        expected, steps = self._expected_commit(batch, given)
+        finished = self.scheduler.commit(batch, given)
+        assert self.sides[1].scheduler.commit(self.batches[1], given) is not finished
+        self.batches = []
+        assert [s for s, reason in steps if reason is not None] == finished
+        for sequence, (token_ids, computed) in expected.items():
+            assert list(sequence.token_ids) == token_ids
+            if sequence.status is RUNNING:
+                assert sequence.num_computed_tokens == computed
+        for sequence, reason in steps:
+            assert sequence.finish_reason == reason
+            if reason is not None:
+                assert sequence.block_table == sequence.swap_table == []
+        assert self.memory.holds_what_the_cache_says(self.manager), "what is not computed is cached"
+        for sequence in self.scheduler.running:
+            assert self.memory.holds(sequence, sequence.num_computed_tokens), f"wrong KV: {sequence}"
+        self._check_computed_blocks_are_found()
+
+    def _expected_commit(
+        self, batch: ScheduledBatch, given: list[int]
+    ) -> tuple[dict[Sequence, tuple[list[int], int]], list[tuple[Sequence, FinishReason | None]]]:
+        """Tokens and computed tokens of each, and how each that gets a token goes on, in order."""
+        expected: dict[Sequence, tuple[list[int], int]] = {}
+        steps: list[tuple[Sequence, FinishReason | None]] = []
+        tokens = iter(given)
+        for sequence, num_new, samples in zip(
+            batch.sequences, batch.num_new_tokens, batch.samples, strict=True
+        ):
+            self.rules.served[sequence.sampling_params.tenant] += num_new + 2 * samples
+            is_alive, token_ids = sequence.status is not FINISHED, list(sequence.token_ids)
+            computed = sequence.num_computed_tokens + num_new
+            if samples:
+                token = next(tokens)
+                if is_alive:
+                    token_ids.append(token)
+                for child in batch.forks.get(sequence, []):
+                    token = next(tokens)
+                    if self.rules.begins_like.get(child.seq_id) == sequence.seq_id:
+                        del self.rules.begins_like[child.seq_id]
+                        child_ids = [*child.token_ids, token]
+                        steps.append((child, self._expected_reason(child, child_ids)))
+                        expected[child] = child_ids, len(child_ids) - 1
+                        covered["forks"] += 1
+                if is_alive:
+                    steps.append((sequence, self._expected_reason(sequence, token_ids)))
+            expected[sequence] = token_ids, computed
+        return expected, steps
+
+    def _expected_reason(self, sequence: Sequence, token_ids: list[int]) -> FinishReason | None:
         """What a sequence that just got a token must end with."""
-        params, outputs = sequence.sampling_params, sequence.num_output_tokens
+        params, outputs = sequence.sampling_params, len(token_ids) - sequence.num_prompt_tokens
         stops = {STOP} & set(params.stop_token_ids) | ({EOS} if not params.ignore_eos else set())
-        if outputs > params.min_tokens and sequence.token_ids[-1] in stops:
+        if outputs > params.min_tokens and token_ids[-1] in stops:
             return FinishReason.STOP
-        if sequence.num_tokens >= self.longest(sequence):
+        if len(token_ids) >= self.rules.longest(sequence):
             return FinishReason.LENGTH
         return None
 
-    @property
-    def limit(self) -> int:
-        """Tokens that a sequence may have."""
-        capacity = self.config.capacity_tokens
-        return min(capacity, self.config.max_model_len or capacity)
+    def check(self) -> None:
+        """Each accepted sequence is in one place and its state says which; tables and tiers agree."""
+        self.everywhere(Side.check)
+        rules, alive = self.rules, self.rules.alive()
+        unborn = [s for s in alive if s.seq_id in rules.begins_like]
+        running = [s for s in alive if s.status is RUNNING]
+        assert len(self.scheduler.running) == len(running)
+        assert set(self.scheduler.running) == set(running)
+        waiting = self.main.waiting
+        assert len(waiting) == len(alive) - len(running) - len(unborn)
+        assert set(waiting) == set(rules.waiting())
+        assert self.scheduler.has_unfinished == bool(alive)
+        assert all(s.num_preemptions <= self.config.max_preemptions for s in alive)
+        if rules.is_known and rules.policy != "fair":
+            status = {s: s.status for s in waiting}
+            in_order = (rules.may_be_next(s, waiting[i:], status) for i, s in enumerate(waiting))
+            assert all(in_order), "the queue is out of order"
+        for sequence in alive:
+            assert sequence.num_cached_tokens <= sequence.num_tokens
+            parent = rules.begins_like.get(sequence.seq_id)
+            assert parent is None or sequence in self.main.sequences[parent].forks
+        is_sound = rules.is_known or rules.policy.rpartition(":")[2].startswith("Whimsical")
+        assert all(side.num_policy_errors <= (not is_sound) for side in self.sides)
 
-    def longest(self, sequence: Sequence) -> int:
-        """Tokens that a sequence has at most when it ends; a prompt always gives one."""
-        wanted = sequence.sampling_params.max_tokens
-        by_length = max(self.limit, sequence.num_prompt_tokens + 1)
-        return by_length if wanted is None else min(by_length, sequence.num_prompt_tokens + wanted)
+    def finish(self) -> None:
+        """Nothing accepted is lost: each step computes a token or makes somebody wait, so all ends."""
+        if self.batches:
+            self.run([False])
+            self.commit([0])
+        most_steps = sum(
+            (self.rules.longest(s) + 1) * (self.config.max_preemptions - s.num_preemptions + 1)
+            for s in self.rules.alive()
+        )
+        for _ in range(most_steps):
+            if not self.scheduler.has_unfinished:
+                break
+            self.schedule()
+            self.run([False])
+            self.commit([0])
+        self.check()
+        assert not self.scheduler.has_unfinished
+        assert self.sides[0].state() == self.sides[1].state()
+        assert self.manager.num_free_blocks == self.manager.num_blocks
+        assert self.manager.num_free_swap_blocks == self.manager.num_swap_blocks
+        assert not self.scheduler.waiting
+        assert all(s.finish_reason is not None for s in self.main.sequences.values())
+        covered["evictions"] += self.manager.stats.evictions // self.config.block_size
+        covered["policies that went wrong"] += self.main.num_policy_errors
+        most = max((s.num_preemptions for s in self.main.sequences.values()), default=0)
+        covered["most preemptions of one"] = max(covered["most preemptions of one"], most)
+
+    def _before(self) -> Before:
+        running = list(self.scheduler.running)
+        alive = self.rules.alive()
+        return Before(
+            running,
+            self.rules.waiting(),
+            {s: list(s.block_table) for s in running},
+            {s: s.num_tokens - s.num_computed_tokens for s in running},
+            {s: s.num_computed_tokens for s in alive},
+            {s: s.status for s in alive},
+            {s: s.num_preemptions for s in alive},
+            set(self.manager._cache),
+            self.manager.num_free_swap_blocks,
+            self.scheduler.policy.prefills_alone,
+        )
 
     def _check_schedule(self, batch: ScheduledBatch, before: Before) -> None:
-        continued, preempted, budget = self._expected_of_running(before)
-        assert list(zip(batch.sequences, batch.num_new_tokens, strict=True))[: len(continued)] == continued
-        assert batch.preempted == preempted
-        admitted = batch.sequences[len(continued) :]
-        assert admitted == before.waiting[: len(admitted)]
-        assert not (admitted and preempted), "what was taken from one was given to a later one"
-        for sequence, count in list(zip(batch.sequences, batch.num_new_tokens, strict=True))[
-            len(continued) :
-        ]:
-            assert count == min(budget, sequence.num_tokens - sequence.num_computed_tokens)
-            if not self.config.enable_prefix_caching or not sequence.reads_cache:
-                assert sequence.num_computed_tokens == 0
-            budget -= count
-        assert batch.sequences or not (before.running or before.waiting), "a step without work"
+        expected = Expected(self.rules, before, batch)
+        work = list(zip(batch.sequences, batch.num_new_tokens, strict=True))
+        continued = expected.decodes + expected.prefills
+        assert work[: len(continued)] == continued
+        reported = [(p.sequence, p.by, p.needed_by, p.num_computed_tokens) for p in batch.preempted]
+        assert reported == expected.preempted
+        for victim, by, _, computed in reported:
+            assert victim.status is (SWAPPED if by is Preemption.SWAP else WAITING)
+            assert victim.num_preemptions == before.num_preemptions[victim] + 1
+            assert victim.num_computed_tokens == (computed if by is Preemption.SWAP else 0)
+            covered[f"preemptions by {by.value}"] += 1
+        self._check_admission(batch, before, expected, work[len(continued) :])
         assert batch.num_tokens <= self.config.max_num_batched_tokens
-        assert all(count > 0 for count in batch.num_new_tokens)
-        for sequence, count, samples in zip(
-            batch.sequences, batch.num_new_tokens, batch.samples, strict=True
-        ):
-            assert samples == (sequence.num_computed_tokens + count == sequence.num_tokens)
-            assert count <= sequence.num_tokens - sequence.num_computed_tokens
-        assert self.scheduler.running == [s for s in before.running if s not in preempted] + admitted
+        assert work or reported or not (before.running or before.waiting), "a step without work"
+        for (sequence, num_new), samples in zip(work, batch.samples, strict=True):
+            remaining = sequence.num_tokens - sequence.num_computed_tokens
+            assert 1 <= num_new <= remaining
+            assert num_new <= (self.config.max_prefill_chunk or num_new)
+            assert samples == (num_new == remaining)
+            forks = [c.seq_id for c in batch.forks.get(sequence, [])]
+            begin = [c for c, parent in self.rules.begins_like.items() if parent == sequence.seq_id]
+            assert forks == (begin if samples else [])
         assert len(self.scheduler.running) <= self.config.max_num_seqs
-        if not preempted and budget and len(self.scheduler.running) < self.config.max_num_seqs:
-            self._check_nobody_waits_in_vain()
+        swaps = [t for t in batch.transfers if t.kind is TransferKind.SWAP_OUT]
+        out = sum(self.rules.blocks_for(c) for _, by, _, c in reported if by is Preemption.SWAP)
+        assert len(swaps) >= out, "content is given up before it is moved"
 
-    def _expected_of_running(self, before: Before) -> tuple[list[tuple[Sequence, int]], list[Sequence], int]:
-        """Oldest first within the budget; the youngest makes way for a block, if need be for itself."""
-        tables = {sequence: list(table) for sequence, table in before.tables.items()}
-        running, preempted = list(before.running), []
-        continued: list[tuple[Sequence, int]] = []
-        budget = self.config.max_num_batched_tokens
-        for sequence in before.running:
-            if budget == 0 or sequence not in running:
-                break
-            if len(tables[sequence]) * self.config.block_size < sequence.num_tokens:
-                while sequence in running and len(set().union(*tables.values())) == self.manager.num_blocks:
-                    preempted.append(running.pop())
-                    del tables[preempted[-1]]
-                if sequence not in running:
-                    break
-                tables[sequence].append(-1 - sequence.seq_id)
-            continued.append((sequence, min(budget, before.remaining[sequence])))
-            budget -= continued[-1][1]
-        return continued, preempted, budget
+    def _check_admission(self, batch: ScheduledBatch, before: Before, expected: Expected, work: Work) -> None:
+        admitted = [record.sequence for record in batch.admitted]
+        assert admitted == [sequence for sequence, _ in work]
+        assert not (admitted and batch.preempted), "what was taken from one was given to another"
+        assert self.scheduler.running == expected.running + admitted
+        waiting, budget = list(before.waiting), expected.budget
+        for record, (sequence, num_new) in zip(batch.admitted, work, strict=True):
+            assert self.rules.may_be_next(sequence, waiting, before.status), f"{sequence} overtook: {waiting}"
+            waiting.remove(sequence)
+            assert record.was is before.status[sequence]
+            num_cached = record.num_cached_tokens
+            assert num_cached % self.config.block_size == 0
+            if record.was is SWAPPED:
+                assert sequence.num_computed_tokens == before.computed[sequence]
+                covered["swap-ins"] += 1
+            else:
+                assert sequence.num_computed_tokens == num_cached
+                assert num_cached == 0 or (self.config.enable_prefix_caching and sequence.reads_cache)
+            covered["cache hits"] += num_cached > 0
+            covered["cache hits under colliding hashes"] += num_cached > 0 and self.collides
+            remaining = sequence.num_tokens - sequence.num_computed_tokens
+            assert num_new == min(remaining, budget, self.config.max_prefill_chunk or budget)
+            budget -= num_new
+            assert len(sequence.block_table) == self.rules.blocks_for(self._num_slots(sequence))
+        watermark = int(self.config.watermark * self.manager.num_blocks)
+        if admitted and len(expected.running) + len(admitted) > 1:
+            assert self.manager.num_free_blocks >= watermark, "no room is left to grow"
+        seats = min(self.config.max_num_seqs, self.config.max_num_batched_tokens)
+        if not batch.preempted and budget and len(self.scheduler.running) < seats and waiting:
+            spare = watermark if self.scheduler.running else 0
+            assert any(
+                self.rules.may_be_next(s, waiting, {s: s.status for s in waiting})
+                and not self.manager.can_allocate(self._num_slots(s), self.manager.cached_prefix(s), spare)
+                for s in waiting
+            ), "they wait in vain"
 
-    def _check_nobody_waits_in_vain(self) -> None:
-        """With budget and places left, the first in the queue waits only for blocks."""
-        if self.scheduler.waiting:
-            sequence = self.scheduler.waiting[0]
-            assert -(-sequence.num_tokens // self.config.block_size) > self.manager.num_free_blocks
-            assert not self.manager.can_allocate(sequence, self.manager.cached_prefix(sequence))
+    def _num_slots(self, sequence: Sequence) -> int:
+        """Slots that it gets when it is admitted: all that it can ever fill, if it made way too often."""
+        if self.rules.is_guaranteed(sequence):
+            return max(sequence.num_tokens, self.rules.longest(sequence) - 1)
+        return sequence.num_tokens
 
-    def _check_computed_blocks_are_found(self, sequence: Sequence) -> None:
-        """Another one that begins alike hits all full blocks, unless hashes collide."""
-        alike = Sequence(10**6, [*sequence.token_ids[: sequence.num_computed_tokens], 0], SamplingParams())
-        full = sequence.num_computed_tokens // self.config.block_size
-        if not self.config.enable_prefix_caching:
-            assert self.manager.cached_prefix(alike) == []
-        elif self.hash_block is chained_hash:
-            assert self.manager.cached_prefix(alike) == sequence.block_table[:full]
+    def _check_shares(self, parent: Sequence, child: Sequence, num_tokens: int) -> None:
+        assert child.block_table == parent.block_table[: self.rules.blocks_for(num_tokens)]
+        assert child.num_computed_tokens == num_tokens
+        covered["forks"] += 1
 
-    def _slot(self, sequence: Sequence, position: int) -> tuple[int, int]:
-        index, slot = divmod(position, self.config.block_size)
-        return sequence.block_table[index], slot
+    def _check_computed_blocks_are_found(self) -> None:
+        """Another one that begins alike hits all full blocks; collisions cost nothing."""
+        for sequence in self.scheduler.running[:1]:
+            tokens = [*sequence.token_ids[: sequence.num_computed_tokens], 0]
+            salt = sequence.sampling_params.cache_salt
+            alike = Sequence(10**6, tokens, SamplingParams(cache_salt=salt))
+            full = sequence.num_computed_tokens // self.config.block_size
+            if not self.config.enable_prefix_caching:
+                assert self.manager.cached_prefix(alike) == []
+            elif not self.was_reset and sequence.num_registered_blocks >= full:
+                assert self.manager.cached_prefix(alike) == sequence.block_table[:full]
+
+
+CUSTOM = ["Whimsical", "WhimsicalPrefillFirst", "Faulty", "Faulty", "FaultyPrefillFirst"]
+
+
+mostly = st.sampled_from([True, True, True, False])
 
 
 @st.composite
 def configs(draw: st.DrawFn) -> EngineConfig:
     block_size = draw(st.integers(1, 4))
     num_blocks = draw(st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 10, 12]))
+    preemption = draw(st.sampled_from(["recompute", "swap", "swap", "auto", "auto"]))
+    swap_blocks = {"recompute": st.none(), "swap": st.integers(1, 8), "auto": st.none() | st.integers(1, 8)}
+    policy = draw(st.sampled_from([*POLICIES, *POLICIES, *CUSTOM]))
     return EngineConfig(
         block_size=block_size,
         num_blocks=num_blocks,
         enable_prefix_caching=draw(st.sampled_from([True, True, False])),
-        max_num_seqs=draw(st.sampled_from([1, 2, 3, 4, 5, 5])),
-        max_num_batched_tokens=draw(st.integers(1, 12)),
-        max_model_len=draw(st.none() | st.integers(1, block_size * num_blocks + 2)),
+        max_num_seqs=draw(st.sampled_from([1, 2, 3, 5, 5, 8])),
+        max_num_batched_tokens=draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12, 12])),
+        max_model_len=draw(st.none() | st.none() | st.integers(1, block_size * num_blocks + 2)),
+        max_prefill_chunk=draw(st.sampled_from([None, None, 1, 2, 5])),
+        policy=policy if policy in POLICIES else f"tests.properties.policies:{policy}",
+        preemption=preemption,
+        num_swap_blocks=draw(swap_blocks[preemption]),
+        watermark=draw(st.sampled_from([0.0, 0.0, 0.0, 0.25, 0.5])),
+        max_preemptions=draw(st.sampled_from([1, 1, 2, 3, 8, 8])),
     )
 
 
 @st.composite
-def params(draw: st.DrawFn) -> SamplingParams:
-    max_tokens = draw(st.none() | st.integers(1, 12))
-    return SamplingParams(
-        max_tokens=max_tokens,
-        min_tokens=draw(st.integers(0, 2 if max_tokens is None else min(2, max_tokens))),
-        ignore_eos=draw(st.booleans()),
-        stop_token_ids=draw(st.sampled_from([(), (STOP,)])),
-    )
+def params(draw: st.DrawFn) -> dict[str, Any]:
+    max_tokens = draw(st.sampled_from([None, None, None, 1, 3, 8, 12]))
+    tenant = draw(st.sampled_from(["", "", "a", "b"]))
+    return {
+        "n": draw(st.sampled_from([1, 1, 1, 2, 3])),
+        "max_tokens": max_tokens,
+        "min_tokens": draw(st.integers(0, 2 if max_tokens is None else min(2, max_tokens))),
+        "ignore_eos": draw(mostly),
+        "stop_token_ids": draw(st.sampled_from([(), (STOP,)])),
+        "tenant": tenant,
+        "cache_salt": draw(st.sampled_from(["", "", tenant])),
+        "priority": draw(st.integers(-1, 1)),
+        "deadline_s": draw(st.sampled_from([None, 0.0, 1.0, 3.0])),
+    }
 
 
-prompts = st.lists(st.sampled_from([0, 0, 1, EOS]), max_size=12)
-sampled_tokens = st.lists(st.sampled_from([0, 0, 0, 0, 0, 0, 1, 1, EOS, STOP]), min_size=5, max_size=5)
+faults = st.sampled_from(list(policies.FAULTS)).flatmap(
+    lambda method: st.tuples(st.just(method), st.sampled_from(policies.FAULTS[method]))
+)
+prompts = st.one_of([st.lists(st.sampled_from([0, 0, 1, EOS]), max_size=size) for size in (3, 6, 12)])
+sampled_tokens = st.lists(st.sampled_from([*[0] * 10, *[1] * 4, EOS, STOP]), min_size=5, max_size=5)
+failures = st.sampled_from([[False]] * 4 + [[True], [True, False], [False, False, True]])
+costs = st.builds(PreemptionCosts, st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 0.25, 2.0]))
 picks = st.integers(0, 10**6)
-mostly = st.sampled_from([True, True, True, False])
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Two schedulers that are told the same, in every order that the calls allow."""
+    """Everything that can be called, in every order that is allowed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.next_seq_id = 0
-        self.batches: list[ScheduledBatch] | None = None  # between schedule and commit: one of each scheduler
+        covered["examples of the scheduler"] += 1
 
-    @initialize(config=configs(), hash_block=st.sampled_from([chained_hash, chained_hash, two_bits]))
-    def configure(self, config: EngineConfig, hash_block: Callable[[int, bytes], int]) -> None:
-        self.twins = [Served(config, hash_block), Served(config, hash_block)]
+    @initialize(
+        config=configs(),
+        hash_block=st.sampled_from([chained_hash, chained_hash, two_bits]),
+        fault=faults,
+        after=st.sampled_from([0, 1, 3, 10]),
+        costs=costs,
+    )
+    def configure(
+        self,
+        config: EngineConfig,
+        hash_block: Callable[[int, bytes], int],
+        fault: tuple[str, object],
+        after: int,
+        costs: PreemptionCosts,
+    ) -> None:
+        policies.Faulty.method, policies.Faulty.answer = fault
+        policies.Faulty.after = after
+        self.driver = Driver(config, hash_block)
+        self.driver.measured(costs)
 
     @precondition(lambda self: self._num_alive() < MOST_ALIVE)
-    @rule(arrivals=st.lists(st.tuples(prompts, params()), min_size=1, max_size=4), reads_cache=mostly)
-    def add(self, arrivals: list[tuple[list[int], SamplingParams]], reads_cache: bool) -> None:
+    @rule(
+        arrivals=st.lists(st.tuples(prompts, params()), min_size=1, max_size=4),
+        reads_cache=mostly,
+        wait_s=st.sampled_from([0.0, 0.0, 0.0625, 0.5]),
+    )
+    def add(self, arrivals: list[tuple[list[int], dict[str, Any]]], reads_cache: bool, wait_s: float) -> None:
         for prompt, params in arrivals:
-            self._add(prompt, params, reads_cache)
+            self.driver.now += wait_s
+            self._add(prompt, SamplingParams(**params), reads_cache)
 
-    @precondition(lambda self: self.twins[0].sequences and self._num_alive() < MOST_ALIVE)
+    @precondition(lambda self: self.driver.main.sequences and self._num_alive() < MOST_ALIVE)
     @rule(pick=picks, length=st.integers(1, 12), params=params())
-    def add_with_the_beginning_of_another(self, pick: int, length: int, params: SamplingParams) -> None:
-        sequences = list(self.twins[0].sequences.values())
-        self._add(sequences[pick % len(sequences)].token_ids[:length], params, True)
+    def add_with_the_beginning_of_another(self, pick: int, length: int, params: dict[str, Any]) -> None:
+        self._add(list(self._pick(pick).token_ids[:length]), SamplingParams(**params), True)
 
-    @precondition(lambda self: self.batches is None)
-    @rule()
-    def schedule_and_run(self) -> None:
-        self._schedule_and_run()
-
-    @precondition(lambda self: self.batches is not None)
-    @rule(tokens=sampled_tokens)
-    def commit(self, tokens: list[int]) -> None:
-        self._commit(tokens)
-
-    @precondition(lambda self: self.twins[0].scheduler.has_unfinished)
-    @rule(token_lists=st.lists(sampled_tokens, min_size=1, max_size=4))
-    def some_steps(self, token_lists: list[list[int]]) -> None:
-        """Steps as an engine takes them, so that sequences get somewhere."""
-        for tokens in token_lists:
-            if self.batches is None:
-                self._schedule_and_run()
-            self._commit(tokens)
-
-    @precondition(lambda self: self.twins[0].sequences)
-    @rule(pick=picks)
-    def abort(self, pick: int) -> None:
-        """Whether it waits, runs, was preempted, has finished, or is being computed right now."""
-        seq_id = list(self.twins[0].sequences)[pick % len(self.twins[0].sequences)]
-        for twin in self.twins:
-            sequence = twin.sequences[seq_id]
-            ended = sequence.finish_reason
-            tokens = list(sequence.token_ids)
-            twin.scheduler.abort(sequence)
-            assert sequence.status is SequenceStatus.FINISHED
-            assert sequence.finish_reason == ended or (ended is None and sequence.finish_reason == "abort")
-            assert sequence.token_ids == tokens
-            assert sequence.block_table == []
-
-    @rule()
-    def abort_a_stranger(self) -> None:
-        """One that was never accepted is refused or ignored; the invariants see that no one else notices."""
-        for twin in self.twins:
-            with contextlib.suppress(ValueError):
-                twin.scheduler.abort(Sequence(10**6, [0], SamplingParams()))
-
-    @invariant()
-    def queues_and_blocks_agree(self) -> None:
-        for twin in self.twins:
-            twin.check()
-
-    @invariant()
-    def the_twins_agree(self) -> None:
-        a, b = (
-            [
-                (s.seq_id, s.token_ids, s.block_table, s.num_computed_tokens, s.status, s.finish_reason)
-                for s in twin.sequences.values()
-            ]
-            for twin in self.twins
-        )
-        assert a == b
-
-    def teardown(self) -> None:
-        """Nothing accepted is lost: the oldest computes a token in every step, so all end within a bound."""
-        if not hasattr(self, "twins"):
-            return
-        if self.batches is not None:
-            self._commit([0] * 5)
-        twin = self.twins[0]
-        most_steps = sum(
-            twin.longest(s) for s in twin.sequences.values() if s.status is not SequenceStatus.FINISHED
-        )
-        for _ in range(most_steps):
-            if not twin.scheduler.has_unfinished:
-                break
-            self._schedule_and_run()
-            self._commit([0] * 5)
-            self.queues_and_blocks_agree()
-        self.the_twins_agree()
-        for twin in self.twins:
-            assert not twin.scheduler.has_unfinished
-            assert twin.manager.num_free_blocks == twin.manager.num_blocks
-            assert all(s.status is SequenceStatus.FINISHED for s in twin.sequences.values())
-            assert all(s.finish_reason is not None for s in twin.sequences.values())
-
-    def _num_alive(self) -> int:
-        return len(self.twins[0].scheduler.waiting) + len(self.twins[0].scheduler.running)
-
-    def _add(self, prompt: list[int], params: SamplingParams, reads_cache: bool) -> None:
-        """Takes a sequence in, or refuses it at the door and nobody notices."""
-        for twin in self.twins:
-            sequence = Sequence(self.next_seq_id, prompt, params, frozenset({EOS}), reads_cache)
-            if 1 <= len(prompt) <= twin.limit:
-                twin.scheduler.add(sequence)
-                twin.sequences[sequence.seq_id] = sequence
-                assert twin.scheduler.waiting[-1] is sequence
-            else:
-                with pytest.raises(RequestError, match=f"prompt: found {len(prompt) or 'no'} tokens"):
-                    twin.scheduler.add(sequence)
+    @precondition(
+        lambda self: (
+            self.driver.main.sequences
+            and self._num_alive() < MOST_ALIVE
+            and not self.driver.scheduler._transfers
+        )  # what one of them moves cannot be shared yet
+    )
+    @rule(pick=picks, shorter=st.sampled_from([0, 0, 0, 1, 3]), token=st.integers(0, 1), params=params())
+    def fork(self, pick: int, shorter: int, token: int, params: dict[str, Any]) -> None:
+        """Of one in any state; of one that runs, mostly at the place where it is."""
+        candidates = self.driver.scheduler.running or list(self.driver.main.sequences.values())
+        parent = candidates[pick % len(candidates)]
+        length = max(1, (parent.num_computed_tokens or parent.num_tokens) - shorter)
+        tokens = [*parent.token_ids[:length], token]
+        self.driver.fork(parent.seq_id, self.next_seq_id, tokens, SamplingParams(**params | {"n": 1}))
         self.next_seq_id += 1
 
-    def _schedule_and_run(self) -> None:
-        batches = []
-        for twin in self.twins:
-            batch = twin.schedule()
-            twin.check()
-            twin.run(batch)
-            batches.append(batch)
-        a, b = (
-            ([s.seq_id for s in x.sequences], x.num_new_tokens, x.samples, [s.seq_id for s in x.preempted])
-            for x in batches
-        )
-        assert a == b, "the same operations gave another schedule"
-        self.batches = batches
+    @precondition(lambda self: not self.driver.batches)
+    @rule(wait_s=st.sampled_from([0.0, 0.0625, 1.0]), costs=costs)
+    def schedule(self, wait_s: float, costs: PreemptionCosts) -> None:
+        """Time has passed, and what the driver measures has changed."""
+        self.driver.now += wait_s
+        self.driver.measured(costs)
+        self.driver.schedule()
 
-    def _commit(self, tokens: list[int]) -> None:
-        assert self.batches is not None
-        for twin, batch in zip(self.twins, self.batches, strict=True):
-            twin.commit(batch, tokens[: sum(batch.samples)])
-        self.batches = None
+    @precondition(lambda self: self.driver.batches and not self.driver.ran)
+    @rule(failures=failures)
+    def run(self, failures: list[bool]) -> None:
+        self.driver.run(failures)
+
+    @precondition(lambda self: self.driver.batches and self.driver.batches[0].transfers)
+    @rule(num_transfers=st.integers(0, 3))
+    def interrupt(self, num_transfers: int) -> None:
+        self.driver.interrupt(num_transfers)
+
+    @precondition(lambda self: self.driver.batches)
+    @rule(tokens=sampled_tokens)
+    def commit(self, tokens: list[int]) -> None:
+        if not self.driver.ran:
+            self.driver.run([False])
+        self.driver.commit(tokens)
+
+    @precondition(lambda self: self.driver.scheduler.has_unfinished)
+    @rule(token_lists=st.lists(sampled_tokens, min_size=2, max_size=8), failures=failures)
+    def some_steps(self, token_lists: list[list[int]], failures: list[bool]) -> None:
+        """Steps as an engine takes them, so that sequences get somewhere."""
+        for tokens in token_lists:
+            if not self.driver.batches:
+                self.driver.schedule()
+            if not self.driver.ran:
+                self.driver.run(failures)
+            self.driver.commit(tokens)
+            self.driver.check()
+
+    @precondition(lambda self: self.driver.main.sequences)
+    @rule(pick=picks, alive=mostly)
+    def abort(self, pick: int, alive: bool) -> None:
+        """Whether it waits, runs, was preempted, has finished, is not born or is being computed right now."""
+        sequences = (alive and self.driver.rules.alive()) or list(self.driver.main.sequences.values())
+        self.driver.abort(sequences[pick % len(sequences)].seq_id)
+        # One that was never accepted is refused or ignored; the invariants see that no one else notices.
+        for side in self.driver.sides:
+            with contextlib.suppress(LookupError, ValueError):
+                side.scheduler.abort(Sequence(10**6, [0], SamplingParams()))
+
+    @precondition(lambda self: self.driver.scheduler.running and list(self.driver.manager._cache))
+    @rule()
+    def reset_cache(self) -> None:
+        self.driver.everywhere(lambda side: side.manager.reset_cache())
+        self.driver.was_reset = True
+        covered["cache resets"] += 1
+
+    @invariant()
+    def nothing_is_lost_and_all_agree(self) -> None:
+        self.driver.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "driver"):
+            self.driver.finish()
+
+    def _num_alive(self) -> int:
+        return len(self.driver.rules.alive())
+
+    def _pick(self, pick: int) -> Sequence:
+        sequences = list(self.driver.main.sequences.values())
+        return sequences[pick % len(sequences)]
+
+    def _add(self, prompt: list[int], params: SamplingParams, reads_cache: bool) -> None:
+        self.driver.add(self.next_seq_id, prompt, params, reads_cache)
+        self.next_seq_id += params.n
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=300, stateful_step_count=40)
+TestScheduler.settings = settings(max_examples=2000, stateful_step_count=30)

@@ -1,0 +1,157 @@
+"""Beam search on top of the engine: each beam is a request, and a beam that branches is forked.
+
+The branches share the blocks of what they have in common and copy a block only when one writes into it.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from engine.errors import RequestError
+from engine.llm_engine import LLMEngine
+from engine.outputs import CompletionOutput, FinishReason, RequestOutput
+from engine.sampling_params import MAX_LOGPROBS, SamplingParams
+
+
+@dataclass(frozen=True)
+class BeamSearchParams:
+    """The parameters of a beam search; a bad value is a `RequestError` that names it.
+
+    beam_width: beams kept at each step, and completions returned.
+    length_penalty: completions are ranked by log-probability / length ** length_penalty.
+    ignore_eos: the model's end-of-text tokens end no beam. cache_salt: as in `SamplingParams`.
+    """
+
+    beam_width: int = 4
+    max_tokens: int = 16
+    length_penalty: float = 1.0
+    ignore_eos: bool = False
+    cache_salt: str = ""
+
+    def __post_init__(self) -> None:
+        width = self.beam_width
+        if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= MAX_LOGPROBS // 2:
+            raise RequestError(
+                f"beam_width: found {width!r}, expected an integer from 1 to {MAX_LOGPROBS // 2}"
+            )
+        penalty = self.length_penalty
+        if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not 0 <= penalty <= 10:
+            raise RequestError(f"length_penalty: found {penalty!r}, expected a number from 0 to 10")
+        if self.max_tokens is None:
+            raise RequestError("max_tokens: found None, expected a positive integer")
+        self.of_beam()  # checks the others
+
+    def of_beam(self) -> SamplingParams:
+        """What a beam's own request is served with: it goes on until the search ends it."""
+        return SamplingParams(
+            temperature=0,
+            max_tokens=self.max_tokens,
+            ignore_eos=True,
+            logprobs=2 * self.beam_width,  # so many that beam_width go on if as many end
+            cache_salt=self.cache_salt,
+        )
+
+
+@dataclass
+class _Beam:
+    request: RequestOutput
+    token_ids: list[int] = field(default_factory=list)
+    logprob: float = 0.0
+
+
+class BeamSearch:
+    """One prompt's search; `advance` after each of the engine's steps until `output` is finished."""
+
+    def __init__(
+        self,
+        engine: LLMEngine,
+        new_request_id: Callable[[], str],
+        prompt: str | Sequence[int],
+        params: BeamSearchParams,
+    ) -> None:
+        self._engine = engine
+        self._new_request_id = new_request_id
+        self._params = params
+        self._of_beam = params.of_beam()
+        first = engine.add_request(new_request_id(), prompt, self._of_beam)
+        self._beams = [_Beam(first)]
+        self._ended: list[tuple[float, CompletionOutput]] = []
+        room = (engine.config.max_model_len or 0) - len(first.prompt_token_ids)
+        self._max_tokens = max(1, min(params.max_tokens, room))
+        self.output = RequestOutput(
+            first.request_id, first.prompt, first.prompt_token_ids, [CompletionOutput(0)]
+        )
+
+    def advance(self) -> None:
+        """Takes the search a token further if every beam has its next token's log-probabilities."""
+        if self.output.finished:
+            return
+        if any(beam.request.finish_reason is FinishReason.ERROR for beam in self._beams):
+            self.output.outputs = [CompletionOutput(0, finish_reason=FinishReason.ERROR)]
+            self.close()
+        elif all(beam.request.token_ids for beam in self._beams):
+            self._branch()
+
+    def close(self) -> None:
+        """Gives the beams under way up."""
+        for beam in self._beams:
+            self._engine.abort(beam.request.request_id)
+
+    def _branch(self) -> None:
+        width = self._params.beam_width
+        eos = frozenset() if self._params.ignore_eos else frozenset(self._engine.tokenizer.eos_token_ids)
+        going_on: list[_Beam] = []
+        for rank, (logprob, beam, token_id) in enumerate(self._candidates(2 * width)):
+            token_ids = [*beam.token_ids, token_id]
+            if token_id in eos:
+                if rank < width:
+                    self._end(token_ids, logprob, FinishReason.STOP)
+            elif len(going_on) < width:
+                going_on.append(_Beam(beam.request, token_ids, logprob))
+        if len(going_on[0].token_ids) == self._max_tokens or self._is_decided(going_on[0].logprob):
+            for beam in going_on if len(going_on[0].token_ids) == self._max_tokens else ():
+                self._end(beam.token_ids, beam.logprob, FinishReason.LENGTH)
+            self.close()
+            self._rank()
+            return
+        parents, self._beams = self._beams, []
+        for beam in going_on:
+            prompt = [*self.output.prompt_token_ids, *beam.token_ids]
+            request = self._engine.add_request(
+                self._new_request_id(), prompt, self._of_beam, fork_of=beam.request.request_id
+            )
+            self._beams.append(_Beam(request, beam.token_ids, beam.logprob))
+        for parent in parents:
+            self._engine.abort(parent.request.request_id)
+
+    def _candidates(self, count: int) -> list[tuple[float, _Beam, int]]:
+        """The likeliest continuations of all beams, best first."""
+        candidates = []
+        for beam in self._beams:
+            logprobs = beam.request.outputs[0].logprobs
+            assert logprobs is not None
+            candidates += [(beam.logprob + logprob, beam, token) for token, logprob in logprobs[0].top]
+        return heapq.nlargest(count, candidates, key=lambda candidate: candidate[0])
+
+    def _score(self, logprob: float, num_tokens: int) -> float:
+        return logprob / float(num_tokens**self._params.length_penalty)
+
+    def _is_decided(self, best_logprob: float) -> bool:
+        """Whether nothing that goes on could become better than what has ended."""
+        width = self._params.beam_width
+        if len(self._ended) < width:
+            return False
+        worst = heapq.nlargest(width, (score for score, _ in self._ended))[-1]
+        return self._score(best_logprob, self._max_tokens) <= worst
+
+    def _end(self, token_ids: list[int], logprob: float, reason: FinishReason) -> None:
+        text = self._engine.tokenizer.decode(token_ids, skip_special_tokens=True)
+        stop_reason = token_ids[-1] if reason is FinishReason.STOP else None
+        completion = CompletionOutput(0, text, token_ids, reason, stop_reason, cumulative_logprob=logprob)
+        self._ended.append((self._score(logprob, len(token_ids)), completion))
+
+    def _rank(self) -> None:
+        best = heapq.nlargest(self._params.beam_width, self._ended, key=lambda ended: ended[0])
+        self.output.outputs = [completion for _, completion in best]
+        for index, completion in enumerate(self.output.outputs):
+            completion.index = index

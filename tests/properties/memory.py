@@ -1,0 +1,95 @@
+"""What the property tests hold the engine's block tables against: a memory that knows what it was told.
+
+Each slot remembers the whole prefix that its keys and values depend on, as a number: equal prefixes under
+equal salts have equal numbers, and all others different ones.
+"""
+
+from array import array
+
+from engine.block_manager import BlockManager, Transfer, TransferKind, chained_hash
+from engine.sequence import Sequence
+
+NOTHING = 0
+
+
+def two_bits(previous: int, tokens: bytes) -> int:
+    """Collides all the time, but tells some blocks apart."""
+    return chained_hash(previous, tokens) & 3
+
+
+def constant(previous: int, tokens: bytes) -> int:
+    """Every block collides with every other one."""
+    return 7
+
+
+def names_of_cached_blocks(manager: BlockManager) -> dict[int, tuple[str, tuple[int, ...]]]:
+    """Of each block in the prefix cache its salt and the tokens from the sequence's start to its end."""
+    cache = manager._cache
+    names: dict[int, tuple[str, tuple[int, ...]]] = {}
+
+    def name_of(block: int) -> tuple[str, tuple[int, ...]]:
+        if block not in names:
+            before, tokens = cache.before(block), tuple(array("i", bytes(cache.tokens(block))))
+            salt, prefix = name_of(before) if before >= 0 else (cache.salt_of(block), ())
+            names[block] = salt, prefix + tokens
+        return names[block]
+
+    for block in cache:
+        name_of(block)
+    return names
+
+
+class Memory:
+    """Two tiers of blocks, written by computing and by transfers alone."""
+
+    def __init__(self, num_blocks: int, block_size: int, num_swap_blocks: int) -> None:
+        self.block_size = block_size
+        self.blocks = [[NOTHING] * block_size for _ in range(num_blocks)]
+        self.swap = [[NOTHING] * block_size for _ in range(num_swap_blocks)]
+        self._numbers: dict[tuple[int | str, int], int] = {}
+        self._prefixes: dict[int, list[int]] = {}  # of each sequence, by seq_id
+
+    def prefixes(self, sequence: Sequence) -> list[int]:
+        """The number of the prefix that ends with each of a sequence's tokens."""
+        known = self._prefixes.setdefault(sequence.seq_id, [])
+        previous: int | str = known[-1] if known else sequence.sampling_params.cache_salt
+        for token in sequence.token_ids[len(known) :]:
+            previous = self.number(previous, token)
+            known.append(previous)
+        return known
+
+    def number(self, previous: int | str, token: int) -> int:
+        """The number of the prefix of `token` behind another prefix, or behind a salt."""
+        return self._numbers.setdefault((previous, token), len(self._numbers) + 1)
+
+    def write(self, sequence: Sequence, start: int, end: int) -> None:
+        """Computes a sequence's tokens from `start` up to `end`."""
+        prefixes = self.prefixes(sequence)
+        for position in range(start, end):
+            index, slot = divmod(position, self.block_size)
+            self.blocks[sequence.block_table[index]][slot] = prefixes[position]
+
+    def move(self, transfer: Transfer, fails: bool = False) -> None:
+        """Does a transfer; one that fails leaves nothing that could be used."""
+        kind, source, target, _ = transfer
+        sources = self.swap if kind is TransferKind.SWAP_IN else self.blocks
+        targets = self.swap if kind is TransferKind.SWAP_OUT else self.blocks
+        targets[target] = [NOTHING] * self.block_size if fails else list(sources[source])
+
+    def holds(self, sequence: Sequence, num_tokens: int, table: list[int] | None = None) -> bool:
+        """Whether the blocks hold the sequence's first tokens."""
+        prefixes, size = self.prefixes(sequence)[:num_tokens], self.block_size
+        for index, block in enumerate(sequence.block_table if table is None else table):
+            own = prefixes[index * size : (index + 1) * size]
+            if self.blocks[block][: len(own)] != own:
+                return False
+        return True
+
+    def holds_what_the_cache_says(self, manager: BlockManager) -> bool:
+        """Whether each cached block holds what it would be found by."""
+        for block, (salt, prefix) in names_of_cached_blocks(manager).items():
+            content: int | str = salt
+            numbers = [content := self.number(content, token) for token in prefix]
+            if self.blocks[block] != numbers[-self.block_size :]:
+                return False
+        return True
