@@ -1,0 +1,127 @@
+"""A trace on the real engine: requests are handed in when they arrive, and the same metrics come out."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from engine.errors import RequestError, TraceError
+from engine.outputs import FinishReason
+from engine.sampling_params import SamplingParams
+from sim.metrics import REPORT_VERSION, MetricsCollector, Report
+from sim.prompt_tokens import PromptTokens
+from sim.trace import Trace
+from sim.trace_request import TraceRequest
+
+if TYPE_CHECKING:
+    from engine.llm_engine import LLMEngine
+
+
+def replay_for_real(
+    engine: "LLMEngine",
+    trace: Trace,
+    *,
+    model: str,
+    rate_factor: float = 1.0,
+    skip_bad: bool = False,
+    slo: Mapping[str, float] | None = None,
+    results: str | PathLike[str] | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> Report:
+    """Serves a whole trace at its arrival times on an idle engine, and reports like the simulator.
+
+    The options are the simulator's. A request arrives at its own time, even if the engine is in the middle of
+    a step then and takes it in after that.
+
+    Raises `TraceError` for a request that can never be served, unless skip_bad; nothing is left behind then.
+    """
+    metrics = MetricsCollector([engine.scheduler], slo, results, engine.block_bytes)
+    begin = time.perf_counter()
+    engine.observer = metrics
+    try:
+        _serve(engine, trace.scaled(rate_factor), metrics, skip_bad, progress)
+    finally:
+        engine.observer = None
+        metrics.close()
+    return Report(
+        {
+            "version": REPORT_VERSION,
+            "kind": "real",
+            "trace": trace.name,
+            "model": model,
+            "extrapolated": 0,
+            "config": asdict(engine.config),
+            "load": {
+                "mode": "open",
+                "rate_factor": rate_factor,
+                "clients": None,
+                "replicas": 1,
+                "router": None,
+                "timeout_s": None,
+            },
+            "summary": metrics.summary(time.perf_counter() - begin),
+            "timeline": metrics.timeline(),
+            "latencies": metrics.latencies(),
+        }
+    )
+
+
+def _serve(
+    engine: "LLMEngine",
+    trace: Trace,
+    metrics: MetricsCollector,
+    skip_bad: bool,
+    progress: Callable[[int, float], None] | None,
+) -> None:
+    prompt_tokens = PromptTokens(engine.spec.vocab_size, engine.tokenizer)
+    requests = iter(trace)
+    upcoming = next(requests, None)
+    begin = engine.now()
+    under_way: dict[str, None] = {}
+    num_ended = num_added = 0
+    try:
+        while upcoming is not None or engine.has_unfinished:
+            while upcoming is not None and begin + upcoming.arrival_time <= engine.now():
+                request_id, arrival = f"replay-{num_added}", begin + upcoming.arrival_time
+                num_added += 1
+                try:
+                    engine.add_request(
+                        request_id,
+                        prompt_tokens(upcoming).tolist(),
+                        _params(upcoming),
+                        arrival_time=arrival,
+                    )
+                    under_way[request_id] = None
+                except (RequestError, TraceError) as error:
+                    if not skip_bad:
+                        raise TraceError(f"{trace.name}: request {upcoming.id!r}: {error}") from None
+                    metrics.rejected(str(upcoming.id), arrival)
+                    num_ended += 1
+                upcoming = next(requests, None)
+            if not engine.has_unfinished:
+                if upcoming is not None:
+                    time.sleep(max(0.0, begin + upcoming.arrival_time - engine.now()))
+                continue
+            for output in engine.step():
+                if output.finished:
+                    del under_way[output.request_id]
+                    num_ended += 1
+                    if output.finish_reason is FinishReason.ERROR:
+                        raise TraceError(f"{output.request_id}: the model gave no finite logits")
+                    if progress is not None:
+                        progress(num_ended, engine.now() - begin)
+    finally:
+        for request_id in under_way:
+            engine.abort(request_id)
+
+
+def _params(request: TraceRequest) -> SamplingParams:
+    return SamplingParams(
+        temperature=0,
+        max_tokens=request.output_len,
+        ignore_eos=True,
+        priority=request.priority,
+        tenant=request.tenant or "",
+        deadline_s=request.deadline_s,
+    )

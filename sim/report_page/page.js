@@ -1,0 +1,69 @@
+"use strict";
+// The page: reads the data, puts the parts in order, and redraws them when their width changes.
+
+function begin() {
+  const { metrics, reports } = JSON.parse(document.getElementById("data").textContent);
+  const entries = reports.map((report, index) => ({
+    report, index,
+    letter: String.fromCharCode(65 + (index % 26)) + (index >= 26 ? Math.floor(index / 26) : ""),
+    name: `${report.trace}, ${report.kind} on ${report.model}`,
+  }));
+  const timeline = new Timeline(entries);
+  const distributions = new Distributions(entries);
+  const several = entries.length > 1;
+  document.getElementById("page").replaceChildren(
+    several ? comparisonHeader(entries) : header(reports[0]),
+    html("main", {},
+      several ? section("Comparison", "differences are from A", comparison(metrics, entries))
+        : section(null, null, keyFigures(reports[0])),
+      section("Over time", "drag to zoom, double-click for everything", timeline.element),
+      section("Latency", "share of requests within a time; ITL: of gaps between tokens", distributions.element,
+        several ? null : latencyTable(reports[0])),
+      section("Configuration", several ? "what differs comes first" : null, settings(entries))));
+  const draw = () => {
+    timeline.draw();
+    distributions.draw();
+  };
+  new ResizeObserver(draw).observe(document.getElementById("page"));
+  // Paper has a width of its own, and printing waits for no frame.
+  const redraw = (isPaper) => {
+    document.documentElement.classList.toggle("paper", isPaper);
+    timeline.drawNow();
+    distributions.drawNow();
+  };
+  window.addEventListener("beforeprint", () => redraw(true));
+  window.addEventListener("afterprint", () => redraw(false));
+  draw();
+}
+
+function section(title, hint, ...content) {
+  return html("section", { "aria-label": title ?? "Key figures" },
+    title ? html("h2", {}, title, hint ? html("span", { class: "hint" }, hint) : null) : null, content);
+}
+
+function header(report) {
+  const { load } = report;
+  return html("header", {},
+    html("p", { class: "kind" }, `pagellm · ${report.kind} replay`),
+    html("h1", {}, report.trace),
+    html("p", { class: "subtitle" },
+      [report.model, loadWords(load), `policy ${report.config.policy ?? NONE}`].join(" · ")));
+}
+
+function comparisonHeader(entries) {
+  const reports = entries.map(({ report }) => report);
+  const traces = [...new Set(reports.map(({ trace }) => trace))];
+  return html("header", {},
+    html("p", { class: "kind" }, `pagellm · comparison of ${entries.length} replays`),
+    html("h1", {}, traces.length === 1 ? traces[0] : `${traces.length} traces`),
+    html("ul", { class: "reports" }, entries.map((entry) => html("li", {}, marker(entry),
+      html("span", {}, distinction(entry.report, reports) || "no setting differs")))));
+}
+
+function loadWords(load) {
+  const rate = load.mode === "closed"
+    ? `closed load, ${load.clients ?? NONE} clients` : `open load${(load.rate_factor ?? 1) === 1 ? "" : `, arrivals × ${load.rate_factor}`}`;
+  return load.replicas === 1 ? rate : `${rate} · ${load.replicas} replicas${load.router ? ` by ${load.router}` : ""}`;
+}
+
+begin();

@@ -1,0 +1,348 @@
+"""The simulator: replays a trace against the scheduler and the block manager that the engine runs.
+
+A discrete-event loop. Events are ordered by time, then kind, then number, so that a replay is repeated
+exactly. A replica stands for an engine: it takes in what came for it between two steps, schedules, and has
+the step's tokens after as long as the cost model says. Nothing here knows weights or a clock.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
+from enum import IntEnum
+from heapq import heapify, heappop, heappush, heappushpop
+from itertools import islice
+from os import PathLike
+from typing import Any
+
+from engine.block_manager import BlockManager
+from engine.config import EngineConfig
+from engine.errors import ConfigError, PagellmError, RequestError, TraceError
+from engine.sampling_params import SamplingParams
+from engine.scheduler import ScheduledBatch, Scheduler
+from engine.sequence import Sequence, SequenceStatus
+from engine.step_log import StepLogFile, StepRecorder
+from sim.cost_model import CostModel
+from sim.metrics import REPORT_VERSION, MetricsCollector, Report
+from sim.prompt_tokens import PromptTokens
+from sim.router import ROUTERS, Router
+from sim.trace import Trace
+from sim.trace_request import MAX_LEN, TraceRequest
+
+
+class EventKind(IntEnum):
+    """What happens, in the order in which it does where times are equal."""
+
+    STEP_END = 0
+    TIMEOUT = 1
+    ARRIVAL = 2
+    STEP_START = 3
+
+
+# Sampling parameters that are kept to be used again.
+_MAX_PARAMS = 2**16
+
+# Time, kind, a number that is unique among events of the kind, and what it is about.
+Event = tuple[float, EventKind, int, Any]
+
+
+class Replica:
+    """One engine: the scheduler, what came for it since it scheduled last, and the step under way.
+
+    num_unfinished: requests that were sent to it and have not ended.
+    """
+
+    def __init__(self, number: int, config: EngineConfig, num_blocks: int) -> None:
+        manager = BlockManager(
+            num_blocks, config.block_size, config.enable_prefix_caching, config.swap_capacity
+        )
+        self.number = number
+        self.scheduler = Scheduler(config, manager)
+        self.inbox: list[tuple[float, Sequence, TraceRequest | None]] = []  # without a request: a timeout
+        self.batch: ScheduledBatch | None = None
+        self.is_busy = False  # a step is under way, or about to start
+        self.num_unfinished = 0
+        self.recorder: StepRecorder | None = None
+        self.record: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Simulator:
+    """Replays traces with some settings and step times.
+
+    config: as the engine's; num_blocks may be left open where the cost model knows the machine's memory. Its
+    step_log gets the records of the engine's step log; num_threads and quantization mean nothing here.
+    prompt_tokens: what prompts are made of, with a tokenizer for a trace of texts.
+
+    rate_factor: lets requests arrive so many times as often. clients: leaves the arrival times aside; so many
+    clients ask at once, and each again, with the trace's next request, when its request has ended.
+    replicas, router: how many engines serve, and who gets a request: see router.py. timeout_s: when a client
+    gives up; its engine hears of that between two steps, and a request that the step before ended has ended.
+
+    skip_bad: count requests that can never be computed as rejected, instead of ending with an error.
+    slo: the most seconds that a good request takes: ttft_s, tpot_s, e2e_s, queue_s. results: a file that gets
+    a line of JSON for each request. progress: called with the number of requests that have ended and the
+    simulated time, whenever one has.
+
+    Raises `ConfigError`.
+    """
+
+    config: EngineConfig
+    cost_model: CostModel
+    _: KW_ONLY
+    prompt_tokens: PromptTokens = field(default_factory=lambda: PromptTokens(MAX_LEN))
+    rate_factor: float = 1.0
+    clients: int | None = None
+    replicas: int = 1
+    router: str = "round_robin"
+    timeout_s: float | None = None
+    skip_bad: bool = False
+    slo: Mapping[str, float] | None = None
+    results: str | PathLike[str] | None = None
+    progress: Callable[[int, float], None] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("clients", "replicas"):
+            count = getattr(self, name)
+            if count is not None and (type(count) is not int or count < 1):
+                raise ConfigError(f"{name}: found {count!r}, expected a positive integer")
+        for name in ("rate_factor", "timeout_s"):
+            number = getattr(self, name)
+            if number is not None and not (type(number) in (int, float) and 0 < number < 1e300):
+                raise ConfigError(f"{name}: found {number!r}, expected a number above 0")
+        if self.router not in ROUTERS:
+            raise ConfigError(f"router: found {self.router!r}, expected one of {', '.join(ROUTERS)}")
+        if self.config.num_blocks is None:
+            num_blocks = self.cost_model.num_blocks(self.config.block_size)
+            if num_blocks is None:
+                raise ConfigError("num_blocks: found nothing, expected a number; the step times name none")
+            object.__setattr__(self, "config", replace(self.config, num_blocks=num_blocks))
+
+    def replay(self, trace: Trace) -> Report:
+        """Simulates a whole trace.
+
+        Output tokens are no tokens of any prompt. So equal prompts have equal answers, as with greedy
+        decoding; but the part of a later prompt that is an answer is not found in the cache. An answer that
+        max_model_len or the KV cache cannot hold is cut, as the engine cuts it.
+
+        Raises `TraceError` for a request that can never be computed, `PolicyError` for a policy that fails.
+        """
+        begin = time.perf_counter()
+        self.cost_model.begin(self.config, self.replicas)
+        replay = _Replay(self, trace)
+        try:
+            with closing(replay):
+                replay.run()
+        except OSError as error:
+            raise ConfigError(f"step_log, results: cannot be written: {error.strerror}") from error
+        return Report(
+            {
+                "version": REPORT_VERSION,
+                "kind": "simulated",
+                "trace": trace.name,
+                "model": self.cost_model.name,
+                "extrapolated": self.cost_model.extrapolated,
+                "config": asdict(self.config),
+                "load": {
+                    "mode": "open" if self.clients is None else "closed",
+                    "rate_factor": self.rate_factor,
+                    "clients": self.clients,
+                    "replicas": self.replicas,
+                    "router": self.router if self.replicas > 1 else None,
+                    "timeout_s": self.timeout_s,
+                },
+                "summary": replay.metrics.summary(time.perf_counter() - begin),
+                "timeline": replay.metrics.timeline(),
+                "latencies": replay.metrics.latencies(),
+            }
+        )
+
+
+class _Replay:
+    """One replay of one trace: the events to come, and what they do."""
+
+    def __init__(self, simulator: Simulator, trace: Trace) -> None:
+        config = simulator.config
+        assert config.num_blocks is not None
+        self._simulator = simulator
+        self._cost_model = simulator.cost_model
+        self._trace = trace
+        self._requests = iter(trace if simulator.rate_factor == 1 else trace.scaled(simulator.rate_factor))
+        self._replicas = [Replica(number, config, config.num_blocks) for number in range(simulator.replicas)]
+        self._router: Router = ROUTERS[simulator.router]()
+        self.metrics = MetricsCollector(
+            [replica.scheduler for replica in self._replicas],
+            simulator.slo,
+            simulator.results,
+            self._cost_model.block_bytes(config.block_size),
+        )
+        self._step_log = None if config.step_log is None else StepLogFile(config.step_log)
+        if self._step_log is not None:
+            for replica in self._replicas:
+                replica.recorder = StepRecorder(replica.scheduler)
+        self._output_token = simulator.prompt_tokens.vocab_size
+        self._params: dict[tuple[Any, ...], SamplingParams] = {}
+        self._events: list[Event] = []
+        self._num_arrivals = self._num_sequences = self._num_ended = 0
+
+    def run(self) -> None:
+        """Lets everything happen, in order."""
+        events = self._events
+        events += self._first_arrivals()
+        heapify(events)
+        # By kind; each may return an event that follows.
+        handlers = (self._end_step, self._time_out, self._arrive, self._start_step)
+        following: Event | None = None
+        while events or following:
+            now, kind, _, subject = heappop(events) if following is None else heappushpop(events, following)
+            following = handlers[kind](now, subject)
+
+    def close(self) -> None:
+        """Closes the files that were written."""
+        self.metrics.close()
+        if self._step_log is not None:
+            self._step_log.close()
+
+    def _first_arrivals(self) -> Iterator[Event]:
+        clients = self._simulator.clients
+        if clients is None:
+            request = next(self._requests)
+            yield self._arrival(request.arrival_time, request)
+        else:
+            for request in islice(self._requests, clients):
+                yield self._arrival(0.0, request)
+
+    def _arrival(self, now: float, request: TraceRequest) -> Event:
+        self._num_arrivals += 1
+        return (now, EventKind.ARRIVAL, self._num_arrivals, request)
+
+    def _arrive(self, now: float, request: TraceRequest) -> Event | None:
+        """A request reaches the replica that the router chooses."""
+        sequence = self._new_sequence(request)
+        replica = self._replicas[0]
+        if len(self._replicas) > 1:
+            replica = self._replicas[self._router.choose(sequence, self._replicas)]
+        replica.inbox.append((now, sequence, request))
+        replica.num_unfinished += 1
+        if self._simulator.timeout_s is not None:
+            timeout = now + self._simulator.timeout_s
+            heappush(self._events, (timeout, EventKind.TIMEOUT, sequence.seq_id, (replica, sequence)))
+        if self._simulator.clients is None:
+            upcoming = next(self._requests, None)
+            if upcoming is not None:
+                heappush(self._events, self._arrival(upcoming.arrival_time, upcoming))
+        return None if replica.is_busy else self._next_start(now, replica)
+
+    def _new_sequence(self, request: TraceRequest) -> Sequence:
+        try:
+            prompt = self._simulator.prompt_tokens(request)
+        except TraceError as error:
+            raise self._error(request, error) from None
+        key = (request.output_len, request.priority, request.tenant, request.deadline_s)
+        params = self._params.get(key)
+        if params is None:
+            if len(self._params) >= _MAX_PARAMS:
+                self._params.clear()
+            params = self._params[key] = SamplingParams(
+                max_tokens=request.output_len,
+                ignore_eos=True,
+                priority=request.priority,
+                tenant=request.tenant or "",
+                deadline_s=request.deadline_s,
+            )
+        sequence = Sequence(self._num_sequences, prompt, params)
+        self._num_sequences += 1
+        return sequence
+
+    def _time_out(self, now: float, subject: tuple[Replica, Sequence]) -> Event | None:
+        """A client gives up. Where a step is under way, its replica hears of it after that."""
+        replica, sequence = subject
+        if sequence.status is not SequenceStatus.FINISHED:
+            replica.inbox.append((now, sequence, None))
+        return None
+
+    def _next_start(self, now: float, replica: Replica) -> Event:
+        replica.is_busy = True
+        start = self._cost_model.next_start(now)
+        return (start, EventKind.STEP_START, replica.number, replica)
+
+    def _start_step(self, now: float, replica: Replica) -> Event | None:
+        """The replica takes in what came for it, and schedules."""
+        if replica.inbox:
+            self._empty_inbox(now, replica)
+        scheduler = replica.scheduler
+        if not scheduler.has_unfinished:
+            replica.is_busy = False
+            return None
+        scheduler.costs = self._cost_model.costs
+        batch = replica.batch = scheduler.schedule(now)
+        if not batch.sequences:
+            raise PagellmError(f"the scheduler has {scheduler.stats.num_waiting} requests and computes none")
+        duration_s = self._cost_model.step_time(batch)
+        if not duration_s >= 0:
+            name = self._cost_model.name
+            raise ConfigError(
+                f"cost_model: {name}: found {duration_s} seconds for a step, expected 0 or more"
+            )
+        self.metrics.scheduled(batch, now, replica.number)
+        if replica.recorder is not None:
+            replica.record = replica.recorder.scheduled(batch)
+            replica.record["duration_s"] = duration_s
+        return (now + duration_s, EventKind.STEP_END, replica.number, replica)
+
+    def _empty_inbox(self, now: float, replica: Replica) -> None:
+        scheduler = replica.scheduler
+        for time_s, sequence, request in replica.inbox:
+            if request is None:
+                if sequence.status is not SequenceStatus.FINISHED:
+                    scheduler.abort(sequence)
+                    self.metrics.aborted(sequence)
+                    if replica.recorder is not None:
+                        replica.recorder.ended(sequence)
+                    self._note_end(now, replica)
+                continue
+            try:
+                scheduler.add(sequence, time_s)
+            except RequestError as error:
+                if not self._simulator.skip_bad:
+                    raise self._error(request, error) from None
+                sequence.status = SequenceStatus.FINISHED
+                self.metrics.rejected(request.id, time_s)
+                self._note_end(now, replica)
+                continue
+            self.metrics.arrived(sequence, request.id, time_s, replica.number)
+            if replica.recorder is not None:
+                replica.recorder.added(sequence)
+        replica.inbox.clear()
+
+    def _end_step(self, now: float, replica: Replica) -> Event | None:
+        """The replica has its step's tokens; what came meanwhile is for the next one."""
+        batch, scheduler = replica.batch, replica.scheduler
+        assert batch is not None
+        sampled = batch.sampled
+        finished = scheduler.commit(batch, [self._output_token] * len(sampled))
+        self.metrics.committed(batch, sampled, finished, now, replica.number)
+        if replica.recorder is not None and self._step_log is not None:
+            replica.recorder.finished(replica.record, finished)
+            if len(self._replicas) > 1:
+                replica.record["replica"] = replica.number
+            self._step_log.write(replica.record)
+        scheduler.policy.raise_error()
+        for _ in finished:
+            self._note_end(now, replica)
+        replica.is_busy = bool(replica.inbox) or scheduler.has_unfinished
+        return self._next_start(now, replica) if replica.is_busy else None
+
+    def _note_end(self, now: float, replica: Replica) -> None:
+        """A request has ended, one way or another; a client has its turn again."""
+        replica.num_unfinished -= 1
+        self._num_ended += 1
+        if self._simulator.progress is not None:
+            self._simulator.progress(self._num_ended, now)
+        if self._simulator.clients is not None:
+            request = next(self._requests, None)
+            if request is not None:
+                heappush(self._events, self._arrival(now, request))
+
+    def _error(self, request: TraceRequest, error: PagellmError) -> TraceError:
+        return TraceError(f"{self._trace.name}: request {request.id!r}: {error}")

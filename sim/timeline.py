@@ -1,0 +1,121 @@
+"""What happened when: sums over equal spans of time, of which there are never more than a fixed number.
+
+When a run outgrows them, every two become one of twice the width.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+MAX_BUCKETS = 2000
+_FIRST_WIDTH_S = 1e-3
+
+
+class Bucket:
+    """One span. Those that end in `_time` are integrals, of sequences, tokens or blocks over seconds."""
+
+    __slots__ = (
+        "arrivals",
+        "batch_tokens_time",
+        "decode_tokens",
+        "finished",
+        "hit_tokens",
+        "num_samples",
+        "peak_blocks",
+        "preemptions",
+        "prefill_tokens",
+        "query_tokens",
+        "running_time",
+        "swapped_time",
+        "unwritten_shares",
+        "used_blocks_time",
+        "waiting_time",
+    )
+
+    def __init__(self) -> None:
+        self.running_time = self.waiting_time = self.swapped_time = 0.0
+        self.batch_tokens_time = self.used_blocks_time = 0.0
+        self.peak_blocks = 0
+        self.arrivals = self.finished = self.preemptions = 0
+        self.prefill_tokens = self.decode_tokens = 0
+        self.query_tokens = self.hit_tokens = 0  # of prompts that the prefix cache was asked for, and found
+        self.unwritten_shares, self.num_samples = 0.0, 0
+
+    def merge(self, other: "Bucket") -> None:
+        """Takes the next span in."""
+        for name in self.__slots__:
+            mine, others = getattr(self, name), getattr(other, name)
+            setattr(self, name, max(mine, others) if name == "peak_blocks" else mine + others)
+
+
+class Timeline:
+    """The buckets of a run; times are seconds on any clock, its buckets begin at the first one given."""
+
+    def __init__(self) -> None:
+        self.start_s: float | None = None
+        self.width_s = _FIRST_WIDTH_S
+        self.buckets: list[Bucket] = []
+
+    def at(self, time_s: float) -> Bucket:
+        """The bucket of a moment, which must not be before the first."""
+        if self.start_s is None:
+            self.start_s = time_s
+        index = int((time_s - self.start_s) / self.width_s)
+        if index >= len(self.buckets):
+            index = self._make(index)
+        return self.buckets[index]
+
+    def during(self, start_s: float, end_s: float) -> Iterator[tuple[Bucket, float]]:
+        """The buckets that a span of time touches, and the seconds of it in each."""
+        self.at(end_s)
+        assert self.start_s is not None
+        start, end = start_s - self.start_s, end_s - self.start_s
+        width = self.width_s
+        last = int(end / width)
+        for index in range(int(start / width), last + 1):
+            begin = max(start, index * width)
+            yield self.buckets[index], (end if index == last else (index + 1) * width) - begin
+
+    def unwritten_shares(self) -> list[float]:
+        """Of the slots of used blocks those without a token, as sampled in each bucket, or in one before."""
+        shares, last = [], 0.0
+        for bucket in self.buckets:
+            if bucket.num_samples:
+                last = bucket.unwritten_shares / bucket.num_samples
+            shares.append(last)
+        return shares
+
+    def to_dict(self, end_s: float, has_cache: bool) -> dict[str, Any]:
+        """The report's timeline of a run that ended then."""
+        start_s, width = self.start_s or 0.0, self.width_s
+        begins = [start_s + index * width for index in range(len(self.buckets))]
+        spans = [min(width, max(end_s - begin, 0.0)) for begin in begins]
+        series: dict[str, Any] = {"time_s": begins, "bucket_s": width}
+        for name in ("running", "waiting", "swapped", "batch_tokens", "used_blocks"):
+            integrals = (getattr(bucket, f"{name}_time") for bucket in self.buckets)
+            series[name] = [i / span if span else 0.0 for i, span in zip(integrals, spans, strict=True)]
+        for name in (
+            *("peak_blocks", "preemptions", "arrivals", "finished", "prefill_tokens", "decode_tokens"),
+        ):
+            series[name] = [getattr(bucket, name) for bucket in self.buckets]
+        series["unwritten_share"] = self.unwritten_shares()
+        series["hit_rate"] = None
+        if has_cache:
+            series["hit_rate"] = [
+                bucket.hit_tokens / bucket.query_tokens if bucket.query_tokens else None
+                for bucket in self.buckets
+            ]
+        return series
+
+    def _make(self, index: int) -> int:
+        """Makes the buckets up to one, wider ones if they were too many; returns its index."""
+        while index >= MAX_BUCKETS:
+            if len(self.buckets) % 2:
+                self.buckets.append(Bucket())
+            pairs = list(zip(self.buckets[::2], self.buckets[1::2], strict=True))
+            for first, second in pairs:
+                first.merge(second)
+            self.buckets = [first for first, _ in pairs]
+            self.width_s *= 2
+            index //= 2
+        self.buckets += [Bucket() for _ in range(index + 1 - len(self.buckets))]
+        return index

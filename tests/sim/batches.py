@@ -1,0 +1,15 @@
+"""Batches for tests of what they cost, made without a scheduler."""
+
+from engine.sampling_params import SamplingParams
+from engine.scheduler import ScheduledBatch
+from engine.sequence import Sequence
+
+
+def batch_of(*rows: tuple[int, int]) -> ScheduledBatch:
+    """A batch of (tokens, tokens before them) for each sequence; each gets to its last token."""
+    batch = ScheduledBatch()
+    for number, (count, before) in enumerate(rows):
+        sequence = Sequence(number, [1] * (count + before), SamplingParams())
+        sequence.num_computed_tokens = before
+        batch.add(sequence, count)
+    return batch

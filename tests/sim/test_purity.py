@@ -1,0 +1,30 @@
+"""Law 7: the simulator knows the engine and no kernels; replaying a trace loads neither NumPy nor Numba."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.engine.test_purity import ROOT, files_of, name_of, packages_of
+
+
+@pytest.mark.parametrize("path", files_of("sim"), ids=name_of)
+def test_the_simulator_does_not_know_the_kernels(path: Path) -> None:
+    assert packages_of(path) & {"kernels", "numba", "llvmlite"} == set()
+
+
+def test_a_trace_is_replayed_without_numpy_and_numba() -> None:
+    program = (
+        "import sys, sim.cli\n"
+        "from engine import EngineConfig\n"
+        "from sim import CostModel, Simulator, Trace\n"
+        "costs = CostModel.roofline('h100-sxm', 'llama-3.1-8b')\n"
+        "trace = Trace.load('examples/traces/azure_2023_conversation.csv')\n"
+        "print(Simulator(EngineConfig(), costs).replay(trace).summary['num_finished'] > 0)\n"
+        "print(*sorted({'numpy', 'numba', 'llvmlite', 'kernels'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n\n", "")

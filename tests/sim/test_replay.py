@@ -1,0 +1,149 @@
+"""The command `replay`: simulated, for real, compared; and what the real engine reports of a trace."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import EngineConfig, LLMEngine, TraceError
+from engine.cli import main
+from sim import Trace, TraceRequest
+from sim.real_replay import replay_for_real
+from tests.conftest import model_path
+
+TINY = str(model_path("llama_gqa"))
+REQUESTS = [
+    TraceRequest(
+        arrival_time=0.02 * number,
+        prompt_len=20,
+        output_len=10,
+        hash_ids=(number % 2, number),
+        hash_block_size=16,
+    )
+    for number in range(8)
+]
+ROOFLINE = ("--roofline", "l4,smollm2-135m")
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[LLMEngine]:
+    config = EngineConfig(
+        block_size=4, num_blocks=30, preemption="swap", step_log=str(tmp_path / "steps.jsonl")
+    )
+    engine = LLMEngine(TINY, config)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> str:
+    path = tmp_path / "trace.jsonl"
+    Trace.from_requests(REQUESTS).save(path)
+    return str(path)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["replay", *arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert isinstance(report, dict)
+    return report
+
+
+def test_the_real_engine_serves_every_request_of_a_trace_and_counts_it(
+    engine: LLMEngine, tmp_path: Path
+) -> None:
+    report = replay_for_real(engine, Trace.from_requests(REQUESTS), model="tiny", slo={"ttft_s": 60.0})
+    summary = report.summary
+    assert (summary["num_requests"], summary["num_finished"]) == (8, 8)
+    assert (summary["prompt_tokens"], summary["output_tokens"]) == (160, 80)
+    assert summary["goodput"]["share"] == 1.0
+    assert summary["duration_s"] >= 0.02 * 7
+    records = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert summary["num_steps"] == len(records)
+    assert summary["kv"]["peak_blocks"] >= max(record["blocks"]["used"] for record in records)
+    assert summary["cache"]["hit_tokens"] == records[-1]["cache"]["hits"] > 0
+    arrivals = [added["arrival_s"] for record in records for added in record["added"]]
+    gaps = [later - arrivals[0] for later in arrivals]
+    assert gaps == pytest.approx([request.arrival_time for request in REQUESTS])
+    assert engine.observer is None
+    assert not engine.has_unfinished
+
+
+def test_a_request_that_can_never_be_served_ends_a_real_replay_and_leaves_nothing_behind(
+    engine: LLMEngine,
+) -> None:
+    requests = [REQUESTS[0], TraceRequest(arrival_time=0.01, prompt_len=1000, output_len=1, id="huge")]
+    with pytest.raises(TraceError, match="request 'huge': prompt: found 1000 tokens, expected at most"):
+        replay_for_real(engine, Trace.from_requests(requests), model="tiny")
+    assert not engine.has_unfinished
+    report = replay_for_real(engine, Trace.from_requests(requests), model="tiny", skip_bad=True)
+    assert (report.summary["num_finished"], report.summary["num_rejected"]) == (1, 1)
+
+
+def test_a_simulated_replay_reports_in_every_form(
+    capsys: pytest.CaptureFixture[str], trace: str, tmp_path: Path
+) -> None:
+    page, perfetto, output, results = (tmp_path / name for name in ("r.html", "p.json", "r.json", "r.jsonl"))
+    report = run(
+        capsys, trace, *ROOFLINE, "--num-blocks", "64", "--report", str(page), "--perfetto", str(perfetto),
+        "--results", str(results), "-o", str(output), "--policy", "shortest_job", "--slo", "ttft=1,tpot=1",
+    )  # fmt: skip
+    assert report["summary"]["num_finished"] == 8
+    assert report["config"]["policy"] == "shortest_job"
+    assert report["summary"]["goodput"]["slo"] == {"ttft_s": 1.0, "tpot_s": 1.0}
+    assert json.loads(output.read_text()) == report
+    assert len(results.read_text().splitlines()) == 8
+    assert "</html>" in page.read_text()
+    assert json.loads(perfetto.read_text())["traceEvents"]
+
+
+def test_a_real_replay_and_a_simulated_one_of_its_steps_agree(
+    capsys: pytest.CaptureFixture[str], trace: str, tmp_path: Path
+) -> None:
+    """The recorded steps' times in the place of the clock: the same decisions, hence the same blocks."""
+    log = str(tmp_path / "steps.jsonl")
+    settings = ("--block-size", "4", "--num-blocks", "30", "--max-model-len", "64")
+    real = run(capsys, trace, "--real", "--model", TINY, *settings, "--step-log", log)
+    assert real["kind"] == "real"
+    simulated = run(capsys, trace, "--profile", log, *settings)
+    for name in ("num_steps", "output_tokens", "prompt_tokens", "num_finished"):
+        assert simulated["summary"][name] == real["summary"][name]
+    paths = []
+    for name, report in (("a.json", simulated), ("b.json", real)):
+        paths.append(str(tmp_path / name))
+        Path(paths[-1]).write_text(json.dumps(report))
+    assert main(["replay", "--compare", *paths]) == 0
+    assert "TTFT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "TRACE: found none, expected a file, or --compare"),
+        (("TRACE",), "--profile, --roofline, --real: expected one of them"),
+        (("TRACE", "--roofline", "l4"), "--roofline: found 'l4', expected HARDWARE,MODEL"),
+        (("TRACE", "--roofline", "abacus,smollm2-135m"), "abacus"),
+        (("TRACE", "--profile", "nowhere.json"), "nowhere.json: cannot be read: No such file"),
+        (("TRACE", "--real", "--clients", "2"), "--clients: not with --real"),
+        (("TRACE", *ROOFLINE, "--policy", "lottery"), "policy: found 'lottery'"),
+        (("TRACE", *ROOFLINE, "--num-blocks", "1"), "prompt: found 20 tokens, expected at most 16"),
+        (("TRACE", *ROOFLINE, "--slo", "speed=1"), "slo: found speed_s=1.0"),
+        (("nowhere.jsonl", *ROOFLINE), "nowhere.jsonl"),
+        (("--compare", "a.json", "b.json"), "a.json"),
+        (("TRACE", *ROOFLINE, "--num-blocks", "64", "-o", "/no/r.json"), "/no/r.json: cannot be written"),
+        (
+            ("TRACE", *ROOFLINE, "--num-blocks", "64", "--report", "/no/r.html"),
+            "/no/r.html: cannot be written",
+        ),
+    ],
+)
+def test_what_cannot_be_replayed_is_one_line(
+    capsys: pytest.CaptureFixture[str], trace: str, arguments: tuple[str, ...], message: str
+) -> None:
+    arguments = tuple(trace if argument == "TRACE" else argument for argument in arguments)
+    assert main(["replay", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
