@@ -3,7 +3,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test soak mutation lint bench clean
 
 # The environment is rebuilt when the project's dependencies change.
 .venv/ready: pyproject.toml
@@ -17,9 +17,19 @@ demo: .venv/ready
 		"Who wrote Romeo and Juliet?" \
 		"Why is the sky blue? Answer in one sentence." \
 		"Write a haiku about the sea."
+	$(BIN)/pagellm replay examples/traces/azure_2023_conversation.csv --roofline l4,smollm2-135m
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+# More of the property-based tests, with fresh seeds: make soak SECONDS=3600
+SECONDS ?= 60
+soak: .venv/ready
+	$(BIN)/python -m tests.properties.soak --seconds $(SECONDS)
+
+# Bugs seeded into the scheduler and the block manager, one at a time: do the tests notice each?
+mutation: .venv/ready
+	$(BIN)/python -m tests.mutation
 
 lint: .venv/ready
 	$(BIN)/ruff check .
