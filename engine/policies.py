@@ -110,7 +110,7 @@ class Fair(SchedulingPolicy):
     def __init__(self) -> None:
         self.counters: dict[str, float] = {}
         self.active: Counter[str] = Counter()  # unfinished sequences of each tenant
-        self._last_left = 0.0  # counter of the tenant that became idle last
+        self._last_left = ""  # the tenant that became idle last
 
     def queue_of(self, sequence: Sequence) -> Hashable:
         return sequence.sampling_params.tenant
@@ -125,7 +125,8 @@ class Fair(SchedulingPolicy):
     def on_add(self, sequence: Sequence, stats: SchedulerStats) -> None:
         tenant = sequence.sampling_params.tenant
         if tenant not in self.active:
-            least = min((self.counters[other] for other in self.active), default=self._last_left)
+            others = self.active or (self._last_left,)
+            least = min(self.counters.get(other, 0.0) for other in others)
             self.counters[tenant] = max(self.counters.get(tenant, 0.0), least)
         self.active[tenant] += 1
 
@@ -141,7 +142,7 @@ class Fair(SchedulingPolicy):
         self.active[tenant] -= 1
         if self.active[tenant] == 0:
             del self.active[tenant]
-            self._last_left = self.counters[tenant]
+            self._last_left = tenant
 
 
 class EarliestDeadline(SchedulingPolicy):

@@ -90,6 +90,7 @@ class Rules:
         self.arrival: dict[int, tuple[int, float]] = {}  # by seq_id: number and time
         self.begins_like: dict[int, int] = {}  # by seq_id of a fork that has not begun: whom it waits for
         self.served: Counter[str] = Counter()  # what each tenant has cost
+        self.ended_last: list[Sequence] = []
 
     def alive(self) -> list[Sequence]:
         return [s for s in self.side.sequences.values() if s.status is not FINISHED]
@@ -118,7 +119,8 @@ class Rules:
             tenant = new.sampling_params.tenant
             active = {s.sampling_params.tenant for s in self.alive()}
             if tenant not in active:
-                least = min((self.served[other] for other in active), default=0)
+                others = active or {s.sampling_params.tenant for s in self.ended_last}
+                least = min((self.served[other] for other in others), default=0)
                 self.served[tenant] = max(self.served[tenant], least)
             self.arrival[new.seq_id] = len(self.arrival), now
             self.side.sequences[new.seq_id] = new
@@ -127,6 +129,7 @@ class Rules:
 
     def abort(self, sequence: Sequence) -> None:
         """The next completion of its prompt takes the place of one that others wait for."""
+        self.ended_last = [sequence]
         self.begins_like.pop(sequence.seq_id, None)
         heirs = [child for child, parent in self.begins_like.items() if parent == sequence.seq_id]
         for child in heirs[:1]:
@@ -440,6 +443,7 @@ class Driver:
         assert self.sides[1].scheduler.commit(self.batches[1], given) is not finished
         self.batches = []
         assert [s for s, reason in steps if reason is not None] == finished
+        self.rules.ended_last = finished[-1:] or self.rules.ended_last
         for sequence, (token_ids, computed) in expected.items():
             assert list(sequence.token_ids) == token_ids
             if sequence.status is RUNNING:
@@ -463,7 +467,8 @@ class Driver:
         for sequence, num_new, samples in zip(
             batch.sequences, batch.num_new_tokens, batch.samples, strict=True
         ):
-            self.rules.served[sequence.sampling_params.tenant] += num_new + 2 * samples
+            num_tokens = len([sequence, *batch.forks.get(sequence, [])]) if samples else 0
+            self.rules.served[sequence.sampling_params.tenant] += num_new + 2 * num_tokens
             is_alive, token_ids = sequence.status is not FINISHED, list(sequence.token_ids)
             computed = sequence.num_computed_tokens + num_new
             if samples:
