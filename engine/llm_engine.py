@@ -31,6 +31,9 @@ from engine.stopping import StopChecker
 from engine.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer
 from engine.weights import architecture_of, formats_of, kv_bytes_per_token, load_weights
 
+# How much of what was measured before a step is kept after it.
+_REMEMBERED = 0.75
+
 
 class Observer(Protocol):
     """Hears of what happens to each sequence, as a collector of metrics wants it.
@@ -110,6 +113,7 @@ class LLMEngine:
         self._requests: dict[str, _Request] = {}
         self._by_seq_id: dict[int, tuple[_Request, _Completion]] = {}
         self._next_seq_id = 0
+        self._prefill_s = self._prefill_tokens = 0.0  # of the latest steps
         self._start = time.perf_counter()
         self._recorder = StepRecorder(self.scheduler) if self.config.step_log is not None else None
         self._step_log = None if self.config.step_log is None else StepLogFile(self.config.step_log)
@@ -276,18 +280,19 @@ class LLMEngine:
         seconds = time.perf_counter() - start
         if num_swaps:
             costs = self.scheduler.costs
-            per_block = _moving_average(costs.swap_block_s, seconds / num_swaps)
+            per_block = _REMEMBERED * costs.swap_block_s + (1 - _REMEMBERED) * seconds / num_swaps
             self.scheduler.costs = replace(costs, swap_block_s=per_block)
         if record is not None:
             record["transfer_s"] = seconds
 
     def _note_costs(self, batch: ScheduledBatch, seconds: float) -> None:
-        """Learns from a step of prompts what computing a token again would cost."""
+        """Learns from steps of prompts what computing a token again would cost; large steps count most."""
         num_tokens = batch.num_tokens
         if num_tokens >= 2 * len(batch.sequences):
-            costs = self.scheduler.costs
-            per_token = _moving_average(costs.recompute_token_s, seconds / num_tokens)
-            self.scheduler.costs = replace(costs, recompute_token_s=per_token)
+            self._prefill_s = _REMEMBERED * self._prefill_s + seconds
+            self._prefill_tokens = _REMEMBERED * self._prefill_tokens + num_tokens
+            per_token = self._prefill_s / self._prefill_tokens
+            self.scheduler.costs = replace(self.scheduler.costs, recompute_token_s=per_token)
 
     def _check_token_ids(self, name: str, token_ids: list[int]) -> None:
         for index, token in enumerate(token_ids):
@@ -391,10 +396,6 @@ class LLMEngine:
         if request.unfinished == 0:
             request.output.logits = request.logits
             del self._requests[request.output.request_id]
-
-
-def _moving_average(before: float, value: float) -> float:
-    return value if before == 0.0 else 0.75 * before + 0.25 * value
 
 
 def _load_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> Tokenizer:

@@ -45,7 +45,7 @@ def record(config: EngineConfig, path: Path, trace: list[TraceRequest]) -> Engin
     engine = LLMEngine(str(model_path("llama_gqa")), replace(config, step_log=str(path)))
     pending = list(enumerate(trace))
     while pending or engine.has_unfinished:
-        while pending and pending[0][1].arrival_time <= engine._now():
+        while pending and pending[0][1].arrival_time <= engine.now():
             number, request = pending.pop(0)
             assert request.prompt_token_ids is not None
             params = SamplingParams(
