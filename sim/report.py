@@ -17,7 +17,10 @@ from typing import Any
 from engine.errors import ReportError
 from sim.report_schema import Report, check_report, load_report
 
-__all__ = ["check_report", "compare", "compare_json", "load_report", "to_html", "to_text"]
+__all__ = [
+    "check_report", "compare", "compare_json", "load_report", "number_text", "seconds_text", "to_html",
+    "to_text", "write_page",
+]  # fmt: skip
 
 _WIDTH = 80
 _PAGE = Path(__file__).with_name("report_page")
@@ -85,11 +88,11 @@ def to_text(report: Report) -> str:
         ("", f"{report['kind']} on {_name(report['model'], _WIDTH - 13)}"),
         ("load", _load(load)),
         ("requests", f"{summary['num_requests']:,}: {counts}"),
-        ("duration", f"{_seconds(summary['duration_s'])} in {summary['num_steps']:,} steps"),
-        ("replayed in", f"{_seconds(summary['wall_s'])}{speed}"),
-        ("throughput", f"{_number(summary['requests_per_s'])} requests/s"),
-        ("", f"{_number(summary['output_tokens_per_s'])} output tokens/s"),
-        ("", f"{_number(summary['total_tokens_per_s'])} tokens/s with prompts"),
+        ("duration", f"{seconds_text(summary['duration_s'])} in {summary['num_steps']:,} steps"),
+        ("replayed in", f"{seconds_text(summary['wall_s'])}{speed}"),
+        ("throughput", f"{number_text(summary['requests_per_s'])} requests/s"),
+        ("", f"{number_text(summary['output_tokens_per_s'])} output tokens/s"),
+        ("", f"{number_text(summary['total_tokens_per_s'])} tokens/s with prompts"),
         *_goodput(summary["goodput"]),
         ("prefix cache", f"{_share(cache['hit_rate'])} hit of {cache['query_tokens']:,} prompt tokens"),
         ("", f"{cache['evicted_tokens']:,} tokens evicted"),
@@ -115,7 +118,7 @@ def _latency_table(summary: dict[str, Any]) -> Iterator[str]:
     for path, name in _NAMES.items():
         values = [summary[path][statistic] for statistic in statistics]
         unit, factor = _seconds_unit(values, 10.0)
-        cells = "".join(f"{_number(value and value * factor):>10}" for value in values)
+        cells = "".join(f"{number_text(value and value * factor):>10}" for value in values)
         yield f"{name:<7}{unit:<4}{cells}{_short(summary[path]['count']):>9}"
 
 
@@ -132,11 +135,11 @@ def _load(load: dict[str, Any]) -> str:
 def _goodput(goodput: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
     if goodput is not None:
         slo = ", ".join(
-            f"{_NAMES.get(name, name)} {_seconds(limit)}"
+            f"{_NAMES.get(name, name)} {seconds_text(limit)}"
             for name, limit in goodput["slo"].items()
             if limit is not None
         )
-        rate = f"{_number(goodput['requests_per_s'])} requests/s"
+        rate = f"{number_text(goodput['requests_per_s'])} requests/s"
         yield "goodput", f"{rate}, {_share(goodput['share'])} within {_name(slo, 32)}"
 
 
@@ -163,7 +166,7 @@ def _compared(rows: list[tuple[Metric, float | None, float | None]]) -> Iterator
     for metric, *values in rows:
         unit, factor = units.get(metric.unit, ("", 1))
         label = f"{metric.label}, {unit}" if unit else metric.label
-        cells = "".join(f"{_number(value and value * factor):>16}" for value in values)
+        cells = "".join(f"{number_text(value and value * factor):>16}" for value in values)
         yield f"  {label:<22}{cells}   {_difference(*values)}"
 
 
@@ -208,14 +211,36 @@ def to_html(reports: Sequence[Report], path: str | Path) -> None:
     """Writes one page that shows a report, or compares several with the first of them."""
     if not reports:
         raise ReportError("reports: found none, expected at least one")
-    title = " and ".join(dict.fromkeys(_title(report) for report in reports))
-    data = {"metrics": [vars(metric) for metric in METRICS], "reports": [_rounded(r) for r in reports]}
+    write_page(
+        path,
+        title=" and ".join(dict.fromkeys(_title(report) for report in reports)),
+        text="\n\n\n".join(map(to_text, reports)),
+        data={"metrics": [vars(metric) for metric in METRICS], "reports": reports},
+        scripts=_SCRIPTS,
+        styles=("page.css",),
+    )
+
+
+def write_page(
+    path: str | Path,
+    *,
+    title: str,
+    text: str,
+    data: dict[str, Any],
+    scripts: Sequence[str | Path],
+    styles: Sequence[str | Path],
+) -> None:
+    """Writes one page that asks for nothing else.
+
+    text: what it says without scripts. data: for the scripts, as JSON. scripts, styles: files, in order;
+    names are those of `report_page/`. Raises `ReportError`.
+    """
     parts = {
         "title": html.escape(title),
-        "style": (_PAGE / "page.css").read_text(encoding="utf-8"),
-        "text": html.escape("\n\n\n".join(map(to_text, reports))),
-        "data": _script_safe(json.dumps(data, separators=(",", ":"), allow_nan=False)),
-        "script": "\n".join((_PAGE / name).read_text(encoding="utf-8") for name in _SCRIPTS),
+        "style": _joined(styles),
+        "text": html.escape(text),
+        "data": _script_safe(json.dumps(_rounded(data), separators=(",", ":"), allow_nan=False)),
+        "script": _joined(scripts),
     }
     template = (_PAGE / "page.html").read_text(encoding="utf-8")
     # One pass, so that what looks like a placeholder in the data stays as it is.
@@ -225,6 +250,10 @@ def to_html(reports: Sequence[Report], path: str | Path) -> None:
         Path(path).write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     except OSError as error:
         raise ReportError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _joined(names: Sequence[str | Path]) -> str:
+    return "\n".join((_PAGE / name).read_text(encoding="utf-8") for name in names)
 
 
 def _script_safe(text: str) -> str:
@@ -256,7 +285,7 @@ def _name(text: str, width: int) -> str:
     return shown if len(shown) <= width else f"{shown[: width - 3]}..."
 
 
-def _number(value: float | None) -> str:
+def number_text(value: float | None) -> str:
     """Four significant digits, or all of an integer's or of what is before the point."""
     if value is None:
         return "-"
@@ -275,7 +304,8 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}".replace("%", " %")
 
 
-def _seconds(value: float) -> str:
+def seconds_text(value: float) -> str:
+    """A time of four significant digits in the unit that suits it."""
     unit, factor = _seconds_unit([value], 1.0)
     return f"{value * factor:,.4g} {unit}" if value * factor < 1e4 else f"{value * factor:,.0f} {unit}"
 
