@@ -150,9 +150,7 @@ class Sweep:
         if self.slo is None:
             raise ConfigError("slo: found none, expected limits that the capacity is to keep")
         if "rate_factor" in self.grid.axes:
-            raise ConfigError(
-                "rate_factor: found values for it, expected none where the capacity is searched"
-            )
+            raise ConfigError("rate_factor: found values, expected none where the capacity is searched")
         for clients in self.grid.axes.get("clients", ()):
             if clients is not None:
                 raise ConfigError(f"clients: found {clients}, expected none where the capacity is searched")

@@ -184,7 +184,7 @@ def _parse_limit(text: str) -> Limit:
     name, _, number = text.partition("=")
     latency, _, statistic = name.partition("_")
     if latency not in SLO_LATENCIES or statistic not in SLO_STATISTICS:
-        expected = f"{'|'.join(SLO_LATENCIES)}_{'|'.join(SLO_STATISTICS)}=seconds"
+        expected = f"one of {', '.join(SLO_LATENCIES)}, _ and one of {', '.join(SLO_STATISTICS)}, =seconds"
         raise ConfigError(f"slo: found {text!r}, expected {expected}")
     try:
         seconds = _finite(number)

@@ -23,7 +23,8 @@ function axisOf(values, left, right, format, room) {
   return { at: linear(...ends, left, right), marks: ticks(...ends, step).map(label), isNumeric: true };
 }
 
-const settingText = (value) => (value === null ? "none" : typeof value === "number" ? significant(value, 5) : String(value));
+const settingText = (value) =>
+  value === null ? "none" : typeof value === "number" ? FORMATS.count(value) : String(value);
 
 // series: [{name, points: [{x, y, hollow, title}], mark}]; a y of null is no point, a mark a vertical line at an x.
 // limit: where a horizontal line is drawn, or null.
