@@ -1,0 +1,406 @@
+"""Measures this machine and a model into a profile: the step times that the simulator reads.
+
+Every point of the tables is visited again and again in a changing order until the time is up, and its median
+counts: what disturbs the machine for a while disturbs few of a point's visits. The first time through goes
+from coarse to fine, so that where there is little time, what was not measured lies between what was. At the
+end, steps of random shapes that no table has seen are held against the profile.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import tempfile
+import time
+import warnings
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+from engine.block_manager import TransferKind
+from engine.config import DEFAULT_MODEL, QUANTIZATIONS, EngineConfig
+from engine.errors import ConfigError, ProfileError, RequestError
+from sim.cost_profile import FORMAT, VERSION, ProfileCostModel
+from sim.staged_steps import Stage, StepShape
+
+if TYPE_CHECKING:
+    from engine.llm_engine import LLMEngine
+
+DEFAULT_SECONDS = 90.0
+# Points of the tables, as far as the engine's settings reach; the ends of that reach are points as well. A
+# kernel takes 12 rows at a time, which shows where rows are few.
+_CHUNK_TOKENS = (2, 8, 12, 13, 24, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+_CHUNK_CONTEXTS = (0, 512, 2048)
+_NUM_DECODES = (1, 2, 4, 8, 12, 13, 16, 24, 32, 48, 64, 96, 128, 256, 512)
+_DECODE_CONTEXTS = (1, 256, 1024)
+_MIXED_CHUNKS = (2, 32, 128, 256, 384, 1024)
+_MIXED_DECODES = (1, 8, 32, 128)
+_MIXED_CONTEXT = 256
+_SPLIT_TOKENS = 16  # of each of several prompts in one step
+_FIT_SHARE = 0.15  # of the time
+_NUM_SWAP_BLOCKS = 8  # of a second tier in memory, so that moving blocks there can be timed
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The points of a table: the shape of a step for each pair of `xs` and `ys`."""
+
+    name: str
+    x_name: str
+    y_name: str
+    xs: list[int]
+    ys: list[int]
+    shape: Callable[[int, int], StepShape]
+
+    def points(self, stage: Stage) -> list[tuple[int, StepShape]]:
+        """Those that can be measured, each with how fine a table it belongs to."""
+        return [
+            (max(_level(i, len(self.xs)), _level(j, len(self.ys))), shape)
+            for i, x in enumerate(self.xs)
+            for j, y in enumerate(self.ys)
+            if stage.fits(shape := self.shape(x, y))
+        ]
+
+    def table(self, measured: "_Measured", by_column: bool = False) -> dict[str, Any]:
+        """As the profile has it. What was not measured continues its row linearly, or its column first.
+
+        Raises `ConfigError` if too little was measured for that.
+        """
+        rows = [[measured.seconds(self.shape(x, y)) for y in self.ys] for x in self.xs]
+        for is_column in (by_column, not by_column):
+            lines, axis = (_transposed(rows), self.xs) if is_column else (rows, self.ys)
+            lines = [_continued(axis, line) for line in lines]
+            rows = _transposed(lines) if is_column else lines
+        if any(value is None for row in rows for value in row):
+            raise ConfigError(f"seconds: found too few to measure {self.name} steps, expected more")
+        return {self.x_name: self.xs, self.y_name: self.ys, "seconds": rows}
+
+
+class _Measured:
+    """The times of each shape, less what is accounted for by the sequence and by the step."""
+
+    def __init__(self) -> None:
+        self.step_s = self.sequence_s = 0.0
+        self._times: dict[StepShape, list[float]] = {}
+
+    def add(self, shape: StepShape, times: Iterable[float]) -> None:
+        self._times.setdefault(shape, []).extend(times)
+
+    def seconds(self, shape: StepShape) -> float | None:
+        """The median, or None if there is nothing."""
+        times = self._times.get(shape)
+        if times is None:
+            return None
+        return max(0.0, median(times) - self.step_s - self.sequence_s * shape.num_sequences)
+
+
+def calibrate(
+    engine: "LLMEngine",
+    *,
+    model: str = "",
+    seconds: float = DEFAULT_SECONDS,
+    progress: Callable[[float], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
+    """Measures an engine that has nothing to do; returns a profile (see cost_profile.py).
+
+    model: what the profile calls it. seconds: how long this takes, give or take the longest step. progress:
+    called with each amount of these that has passed. clock: seconds.
+
+    Raises `ConfigError` for settings with which there is too little to measure, or if the time is too short,
+    and `RequestError` if the engine is serving.
+    """
+    _check(engine, seconds)
+    stage, start = Stage(engine, clock), clock()
+    deadline = start + seconds
+    passed = 0.0
+
+    def time_left(until: float) -> bool:
+        nonlocal passed
+        now = clock()
+        if progress is not None:
+            share = min(now - start, seconds)
+            progress(share - passed)
+            passed = share
+        return now < until
+
+    profile = _describe(engine, model)
+    stage.time(StepShape(chunks=(stage.max_chunk,)))  # pays for the workspace's memory
+    copy_s = stage.transfer_s(TransferKind.COPY)
+    can_swap = engine.config.swap_capacity > 0
+    swap_s = stage.transfer_s(TransferKind.SWAP_OUT, TransferKind.SWAP_IN) if can_swap else copy_s
+    measured, (prefill, decode, mixed) = _Measured(), _grids(stage)
+    measured.step_s = stage.scheduling_s()
+    one_prompt, prompts = _split(stage)
+    points = [point for grid in (prefill, decode, mixed) for point in grid.points(stage)]
+    points += [(0, one_prompt), (0, prompts)]
+    passes = _visit(stage, points, measured, lambda: time_left(deadline - _FIT_SHARE * seconds))
+
+    whole, split = measured.seconds(one_prompt), measured.seconds(prompts)
+    if whole is not None and split is not None and prompts != one_prompt:
+        measured.sequence_s = max(0.0, (split - whole) / (len(prompts.chunks) - 1))
+    profile |= {
+        "prefill": prefill.table(measured),
+        "decode": decode.table(measured),
+        "mixed": mixed.table(measured, by_column=True) | {"context_tokens": _mixed_context(stage)},
+        "overhead": {"step_s": measured.step_s, "sequence_s": measured.sequence_s},
+        "transfer": {"copy_block_s": copy_s, "swap_block_s": swap_s},
+    }
+    fit = _fit(stage, ProfileCostModel(profile), lambda: time_left(deadline))
+    return profile | {"fit": {"passes": passes} | fit}
+
+
+def write_profile(profile: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes a profile, whole or not at all. Raises `ProfileError` if that cannot be done."""
+    text = json.dumps(profile, indent=1, allow_nan=False) + "\n"
+    try:
+        _replace(Path(path), text)
+    except OSError as error:
+        raise ProfileError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raises `ProfileError` if a profile could not be written there; leaves nothing behind."""
+    path = Path(path)
+    if path.is_dir():
+        raise ProfileError(f"{path}: found a directory, expected a file to write")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ProfileError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+        try:
+            file.write(text)
+            file.close()
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(file.name)
+            raise
+
+
+def _check(engine: "LLMEngine", seconds: float) -> None:
+    if engine.has_unfinished:
+        raise RequestError("engine: found requests under way, expected none while it is measured")
+    if type(seconds) not in (int, float) or not 0 < seconds < 1e6:
+        raise ConfigError(f"seconds: found {seconds!r}, expected a number above 0")
+    config, scheduler = engine.config, engine.scheduler
+    if scheduler.policy.prefills_alone:
+        raise ConfigError(f"policy: found {config.policy}, expected one whose steps mix prompts and decodes")
+    for name, found, least in (
+        ("max_num_seqs", config.max_num_seqs, 2),
+        ("max_num_batched_tokens", config.max_num_batched_tokens, 4),
+        ("max_prefill_chunk", scheduler.max_prefill_chunk, 3),
+        ("max_model_len", config.max_model_len or 0, 16),
+    ):
+        if found < least:
+            raise ConfigError(f"{name}: found {found}, expected at least {least} to measure anything")
+
+
+def _describe(engine: "LLMEngine", model: str) -> dict[str, Any]:
+    """What is measured, and the axes of the tables."""
+    from engine.weights import kv_bytes_per_token
+
+    token_bytes = kv_bytes_per_token(engine.spec, engine.runner.weights.formats)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": model or engine.spec.architecture,
+        "quantization": engine.config.quantization,
+        "num_threads": engine.num_threads,
+        "machine": _processor(),
+        "block_size": engine.config.block_size,
+        "block_bytes": token_bytes * engine.config.block_size,
+    }
+
+
+def _processor() -> str:
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            if name.strip() == "model name" and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def _grids(stage: Stage) -> tuple[_Grid, _Grid, _Grid]:
+    """The tables of prefill, decode and mixed steps."""
+    longest, context = stage.max_context, _mixed_context(stage)
+    chunks = _axis(_CHUNK_TOKENS, 2, stage.max_chunk)
+    # The last context leaves room for the shortest chunk, the one before for the longest.
+    contexts = sorted({*_axis(_CHUNK_CONTEXTS, 0, longest - 2), longest - stage.max_chunk})
+    decodes = _axis(_NUM_DECODES, 1, stage.max_decodes)
+    mixed_chunks = _axis(_MIXED_CHUNKS, 2, min(stage.max_chunk, stage.max_tokens - 1))
+    mixed_decodes = _axis(_MIXED_DECODES, 1, max(2, stage.max_decodes - 1))
+    return (
+        _Grid("prefill", "chunk_tokens", "context_tokens", chunks, contexts, lambda chunk, before:
+            StepShape(chunks=(chunk,), before=before)),
+        _Grid("decode", "num_sequences", "context_tokens", decodes, _axis(_DECODE_CONTEXTS, 1, longest),
+            lambda number, before: StepShape(decodes=(before,) * number)),
+        _Grid("mixed", "chunk_tokens", "num_sequences", mixed_chunks, mixed_decodes,
+            lambda chunk, number: StepShape(decodes=(context,) * number, chunks=(chunk,))),
+    )  # fmt: skip
+
+
+def _mixed_context(stage: Stage) -> int:
+    """Tokens before each decode of the mixed steps: so few that about as many sequences fit as may run."""
+    return max(1, min(_MIXED_CONTEXT, stage.max_context // stage.max_decodes))
+
+
+def _split(stage: Stage) -> tuple[StepShape, StepShape]:
+    """As many tokens of one prompt and of several."""
+    number = max(1, min(16, stage.max_decodes, stage.max_chunk // _SPLIT_TOKENS))
+    tokens = min(_SPLIT_TOKENS, stage.max_chunk)
+    return StepShape(chunks=(number * tokens,)), StepShape(chunks=(tokens,) * number)
+
+
+def _axis(points: Iterable[int], first: int, last: int) -> list[int]:
+    return sorted({first, last, *(point for point in points if first < point < last)})
+
+
+def _level(index: int, length: int) -> int:
+    """How often an axis must be halved until it has this point: 0 for its ends."""
+    first, last, level = 0, length - 1, 0
+    while index not in (first, last):
+        middle = (first + last) // 2
+        level += 1
+        if index == middle:
+            break
+        first, last = (first, middle) if index < middle else (middle, last)
+    return level
+
+
+def _visit(
+    stage: Stage, points: list[tuple[int, StepShape]], measured: _Measured, time_left: Callable[[], bool]
+) -> float:
+    """Measures the points while there is time; returns how often on average."""
+    num_visits, order = 0, random.Random(0)
+    order.shuffle(points)
+    points.sort(key=lambda point: point[0])
+    while True:
+        for _, shape in points:
+            if not time_left():
+                return num_visits / len(points)
+            measured.add(shape, (seconds for _, seconds in stage.time(shape)))
+            num_visits += 1
+        order.shuffle(points)
+
+
+def _continued(axis: list[int], values: list[float | None]) -> list[float | None]:
+    """The values of a line with what is missing taken from a straight line through its neighbours."""
+    known = [(x, value) for x, value in zip(axis, values, strict=True) if value is not None]
+    if len(known) < 2:
+        return values
+    xs = [x for x, _ in known]
+    line: list[float | None] = []
+    for x, value in zip(axis, values, strict=True):
+        if value is None:
+            i = bisect_right(xs, x, 1, len(xs) - 1)
+            (x0, low), (x1, high) = known[i - 1 : i + 1]
+            value = max(0.0, low + (high - low) * (x - x0) / (x1 - x0))
+        line.append(value)
+    return line
+
+
+def _transposed(rows: list[list[float | None]]) -> list[list[float | None]]:
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def _fit(stage: Stage, model: ProfileCostModel, time_left: Callable[[], bool]) -> dict[str, Any]:
+    """How well a profile predicts steps of random shapes: the errors relative to what was measured."""
+    errors: list[float] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what lies outside of the tables is part of the errors
+        while not errors or time_left():
+            for predicted, seconds in stage.time(_random_shape(stage), model.step_time):
+                errors.append(predicted / seconds - 1)
+    absolute = sorted(map(abs, errors))
+    return {
+        "num_steps": len(errors),
+        "mean_signed_error": fmean(errors),
+        "mean_error": fmean(absolute),
+        "p90_error": absolute[int(0.9 * (len(absolute) - 1))],
+    }
+
+
+def _random_shape(stage: Stage) -> StepShape:
+    """A step as serving has them: many decodes, or prompts, or both."""
+    dice = stage.random
+    while True:
+        most = int(stage.max_decodes ** dice.random())
+        typical = stage.max_context ** dice.uniform(0.3, 1)
+        decodes = tuple(1 + int(typical * dice.random()) for _ in range(most))
+        chunks = tuple(
+            2 + int((stage.max_chunk - 2) * dice.random()) for _ in range(dice.choice((0, 0, 1, 1, 2)))
+        )
+        before = dice.choice((0, 0, int(typical)))
+        shape = StepShape(decodes if dice.random() < 0.8 else (), chunks, before if chunks else 0)
+        if shape.num_sequences and stage.fits(shape):
+            return shape
+
+
+def add_calibrate(commands: "argparse._SubParsersAction[Any]") -> None:
+    """Adds `calibrate`. After parsing, `options.command(options)` runs it; it raises `PagellmError`."""
+    parser = commands.add_parser(
+        "calibrate", help="measure step times for the simulator", description=_calibrate.__doc__
+    )
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help="a known name, a path or a hub id (default: %(default)s)"
+    )
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the profile, as JSON")
+    parser.add_argument(
+        "--seconds", type=float, default=DEFAULT_SECONDS, metavar="X",
+        help="how long to measure; more is more precise (default: %(default)g)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="say in JSON what was written")
+    group = parser.add_argument_group("engine")
+    group.add_argument("--quantization", choices=QUANTIZATIONS, help="format of the weights (default: auto)")
+    for name, what in (
+        ("num-threads", "threads (default: all cores)"),
+        ("block-size", "tokens of a KV block"),
+        ("num-blocks", "blocks of the KV cache"),
+        ("max-num-seqs", "sequences that run at once"),
+        ("max-num-batched-tokens", "tokens of one step"),
+    ):
+        group.add_argument(f"--{name}", type=int, metavar="N", help=what)
+    parser.set_defaults(command=_calibrate)
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    """Measure how long the steps of a model take on this machine, for `pagellm replay --profile`."""
+    check_writable(options.output)
+    given = {name: getattr(options, name, None) for name in EngineConfig.__dataclass_fields__}
+    config = EngineConfig(
+        num_swap_blocks=_NUM_SWAP_BLOCKS,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    from engine.llm_engine import LLMEngine
+    from engine.progress import progress
+
+    engine = LLMEngine(options.model, config, show_progress=True)
+    try:
+        with progress("Calibrating", options.seconds) as advance:
+            profile = calibrate(engine, model=options.model, seconds=options.seconds, progress=advance)
+    finally:
+        engine.close()
+    write_profile(profile, options.output)
+    if options.json:
+        named = {name: profile[name] for name in ("model", "quantization", "num_threads", "machine", "fit")}
+        print(json.dumps({"output": options.output} | named))
+        return
+    fit = profile["fit"]
+    print(
+        f"{options.output}: {ProfileCostModel(profile).name}\n"
+        f"each step measured {fit['passes']:.1f} times; {fit['num_steps']} other steps predicted with a mean "
+        f"error of {fit['mean_error']:.1%}, 9 of 10 within {fit['p90_error']:.1%}"
+    )
