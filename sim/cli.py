@@ -13,6 +13,7 @@ from typing import Any
 
 from engine.cli import add_model_options, engine_config
 from engine.errors import ConfigError, TraceError
+from sim.calibrate import add_calibrate
 from sim.cost_model import CostModel
 from sim.describe import describe
 from sim.distributions import arrivals
@@ -21,6 +22,7 @@ from sim.perfetto import from_step_log
 from sim.report import compare, compare_json, load_report, to_html, to_text
 from sim.router import ROUTERS
 from sim.simulator import Simulator
+from sim.sweep_cli import add_sweep
 from sim.synth import Workload, synthesise
 from sim.trace import Trace
 from sim.trace_formats import FORMATS
@@ -43,11 +45,13 @@ _PROGRESS_INTERVAL_S = 0.2
 
 
 def add_commands(commands: "argparse._SubParsersAction[Any]") -> None:
-    """Adds `replay` and `trace convert`, `trace describe`, `trace synth`.
+    """Adds `replay`, `calibrate`, `sweep` and `trace convert`, `trace describe`, `trace synth`.
 
     After parsing, `options.command(options)` runs the chosen one, which raises `PagellmError` for bad input.
     """
     _add_replay(commands)
+    add_calibrate(commands)
+    add_sweep(commands)
     trace = commands.add_parser("trace", help="read, describe and make traces", description=__doc__)
     actions = trace.add_subparsers(required=True, metavar="ACTION")
 
