@@ -91,6 +91,13 @@ class _Measured:
     def add(self, shape: StepShape, times: Iterable[float]) -> None:
         self._times.setdefault(shape, []).extend(times)
 
+    @property
+    def least_sequence_s(self) -> float:
+        """The least seconds for a sequence of any step: no more can be accounted for by the sequence."""
+        return min(
+            (median(times) - self.step_s) / shape.num_sequences for shape, times in self._times.items()
+        )
+
     def seconds(self, shape: StepShape) -> float | None:
         """The median, or None if there is nothing."""
         times = self._times.get(shape)
@@ -141,9 +148,7 @@ def calibrate(
     points += [(0, one_prompt), (0, prompts)]
     passes = _visit(stage, points, measured, lambda: time_left(deadline - _FIT_SHARE * seconds))
 
-    whole, split = measured.seconds(one_prompt), measured.seconds(prompts)
-    if whole is not None and split is not None and prompts != one_prompt:
-        measured.sequence_s = max(0.0, (split - whole) / (len(prompts.chunks) - 1))
+    measured.sequence_s = _sequence_s(measured, one_prompt, prompts)
     profile |= {
         "prefill": prefill.table(measured),
         "decode": decode.table(measured),
@@ -237,8 +242,8 @@ def _grids(stage: Stage) -> tuple[_Grid, _Grid, _Grid]:
     """The tables of prefill, decode and mixed steps."""
     longest, context = stage.max_context, _mixed_context(stage)
     chunks = _axis(_CHUNK_TOKENS, 2, stage.max_chunk)
-    # The last context leaves room for the shortest chunk, the one before for the longest.
-    contexts = sorted({*_axis(_CHUNK_CONTEXTS, 0, longest - 2), longest - stage.max_chunk})
+    # The last context leaves room for the shortest chunk, the one before for the longest, or half of all.
+    contexts = sorted({*_axis(_CHUNK_CONTEXTS, 0, longest - 2), max(longest - stage.max_chunk, longest // 2)})
     decodes = _axis(_NUM_DECODES, 1, stage.max_decodes)
     mixed_chunks = _axis(_MIXED_CHUNKS, 2, min(stage.max_chunk, stage.max_tokens - 1))
     mixed_decodes = _axis(_MIXED_DECODES, 1, max(2, stage.max_decodes - 1))
@@ -262,6 +267,14 @@ def _split(stage: Stage) -> tuple[StepShape, StepShape]:
     number = max(1, min(16, stage.max_decodes, stage.max_chunk // _SPLIT_TOKENS))
     tokens = min(_SPLIT_TOKENS, stage.max_chunk)
     return StepShape(chunks=(number * tokens,)), StepShape(chunks=(tokens,) * number)
+
+
+def _sequence_s(measured: _Measured, one_prompt: StepShape, prompts: StepShape) -> float:
+    """What each sequence beyond the first adds to a step of as many tokens."""
+    whole, split = measured.seconds(one_prompt), measured.seconds(prompts)
+    if whole is None or split is None or prompts == one_prompt:
+        return 0.0
+    return max(0.0, min(measured.least_sequence_s, (split - whole) / (len(prompts.chunks) - 1)))
 
 
 def _axis(points: Iterable[int], first: int, last: int) -> list[int]:
