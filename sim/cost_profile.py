@@ -16,7 +16,8 @@ A profile is a JSON object:
                "context_tokens": 256,                   of each of these
                "seconds": [[...], ...]},                a row for each of chunk_tokens
      "overhead": {"step_s": x, "sequence_s": x},        of scheduling and sampling
-     "transfer": {"copy_block_s": x, "swap_block_s": x}}
+     "transfer": {"copy_block_s": x, "swap_block_s": x},
+     "fit": {...}}                                      of calibrate.py, for people: see there
 
 Axes increase and have two points or more. "mixed" may be missing; the two parts of a step then add up.
 """
