@@ -6,7 +6,8 @@ from coarse to fine, so that where there is little time, what was not measured l
 end, steps of random shapes that no table has seen are held against the profile. What that gave is its "fit":
 
     {"passes": how often each point was visited, on average, "num_steps": held against the profile,
-     "mean_signed_error": predicted / measured - 1, "mean_error": of its absolute value, "p90_error": likewise}
+     "mean_signed_error": predicted / measured - 1,
+     "mean_error", "p90_error": of its absolute value}
 """
 
 import argparse
