@@ -980,3 +980,11 @@ def test_nothing_is_shared_while_content_is_under_way() -> None:
     fork = Sequence(next(_ids), [*b.token_ids[:5], 70], SamplingParams())
     s.fork(b, fork)
     assert fork.status is SequenceStatus.WAITING
+
+
+def test_when_the_second_tier_is_given_up_nobody_moves_out_any_more() -> None:
+    s, _, b = two_that_fill_the_cache(preemption="swap", num_swap_blocks=8)
+    s.preemption = Preemption.RECOMPUTE
+    batch = schedule(s)
+    assert [(p.sequence, p.by) for p in batch.preempted] == [(b, Preemption.RECOMPUTE)]
+    assert not batch.transfers
