@@ -155,7 +155,7 @@ def calibrate(
     measured.step_s = stage.scheduling_s()
     one_prompt, prompts = _split(stage)
     points = [point for grid in grids for point in grid.points(stage)]
-    points += [(0, one_prompt), (0, prompts)]
+    points += [(0, shape) for shape in (one_prompt, prompts) if stage.fits(shape)]
     passes = _visit(stage, points, measured, lambda: time_left(deadline - _FIT_SHARE * seconds))
 
     measured.sequence_s = _sequence_s(measured, one_prompt, prompts)
@@ -279,8 +279,8 @@ def _grids(stage: Stage) -> list[_Grid]:
 
 
 def _mixed_context(stage: Stage) -> int:
-    """Tokens before each decode of the mixed steps: so few that about as many sequences fit as may run."""
-    return max(1, min(_MIXED_CONTEXT, stage.max_context // stage.max_decodes))
+    """Tokens before each decode of the mixed steps: so few that as many sequences fit as may run."""
+    return max(1, min(_MIXED_CONTEXT, stage.max_context, stage.max_kv_tokens // (2 * stage.max_decodes)))
 
 
 def _split(stage: Stage) -> tuple[StepShape, StepShape]:

@@ -47,9 +47,9 @@ class StepShape:
 class Stage:
     """Brings an idle engine before a step, and times it.
 
-    clock: seconds. max_tokens, max_chunk, max_decodes, max_context: how far its
-    settings let a step reach. Prefix caches
-    are empty afterwards, because the blocks do not hold what the scheduler was told.
+    clock: seconds. max_tokens, max_chunk, max_decodes, max_context: how far its settings let a step reach;
+    max_kv_tokens: with the contexts of all sequences together. The prefix cache is empty afterwards, because
+    the blocks do not hold what the scheduler was told.
     """
 
     def __init__(self, engine: "LLMEngine", clock: Callable[[], float]) -> None:
@@ -68,6 +68,7 @@ class Stage:
         self.max_context = min(config.max_model_len, self._num_blocks * self._block_size) - _MAX_TOKENS - 1
         self.max_chunk = min(self.max_tokens, scheduler.max_prefill_chunk, self.max_context)
         self.max_decodes = scheduler.max_num_running
+        self.max_kv_tokens = min(self._num_blocks * self._block_size, _MAX_CONTEXT_TOKENS)
 
     def fits(self, shape: StepShape) -> bool:
         """Whether the engine's settings allow a step of this shape."""
@@ -78,7 +79,7 @@ class Stage:
             and max(lengths) <= self.max_context
             and max(shape.chunks, default=0) <= self.max_chunk
             and len(shape.decodes) + sum(shape.chunks) <= self.max_tokens
-            and sum(lengths) <= _MAX_CONTEXT_TOKENS
+            and sum(lengths) <= self.max_kv_tokens
             and num_blocks <= self._num_blocks
         )
 

@@ -71,6 +71,7 @@ def test_the_tables_reach_as_far_as_the_settings(engine: LLMEngine) -> None:
     assert profile["decode"]["num_sequences"] == [1, 2, 4, 6]
     assert profile["mixed"]["num_sequences"] == [1, 5]
     assert profile["mixed"]["chunk_tokens"] == [2, 19, 23]
+    assert profile["mixed"]["context_tokens"] == 24 * 16 // (2 * 6)
 
 
 def test_a_step_is_priced_at_what_it_took(engine: LLMEngine) -> None:
