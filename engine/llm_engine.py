@@ -105,6 +105,9 @@ class LLMEngine:
                 self.config.swap_capacity,
             )
             self.scheduler = Scheduler(self.config, self.block_manager)
+            log_path = self.config.step_log
+            self._step_log = None if log_path is None else StepLogFile(log_path)
+            self._recorder = None if log_path is None else StepRecorder(self.scheduler)
             compile_kernels(show_progress)
             weights = load_weights(checkpoint, self.spec, formats, self.config.max_model_len, show_progress)
         self.num_threads = self.config.num_threads or usable_cores()
@@ -115,8 +118,6 @@ class LLMEngine:
         self._next_seq_id = 0
         self._prefill_s = self._prefill_tokens = 0.0  # of the latest steps
         self._start = time.perf_counter()
-        self._recorder = StepRecorder(self.scheduler) if self.config.step_log is not None else None
-        self._step_log = None if self.config.step_log is None else StepLogFile(self.config.step_log)
 
     @property
     def has_unfinished(self) -> bool:

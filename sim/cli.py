@@ -22,7 +22,8 @@ from sim.perfetto import from_step_log
 from sim.report import compare, compare_json, load_report, to_html, to_text
 from sim.router import ROUTERS
 from sim.simulator import Simulator
-from sim.sweep_cli import add_sweep
+from sim.sweep import CostSource
+from sim.sweep_cli import add_sweep, parse_roofline
 from sim.synth import Workload, synthesise
 from sim.trace import Trace
 from sim.trace_formats import FORMATS
@@ -180,14 +181,8 @@ def _cost_model(options: argparse.Namespace) -> CostModel:
         raise ConfigError(
             "--profile, --roofline, --real: expected one of them, for what step times come from"
         )
-    if options.profile is not None:
-        return CostModel.load(options.profile)
-    hardware, model, *count = options.roofline.split(",") if options.roofline.count(",") else ("", "")
-    if not hardware or len(count) > 1 or not all(part.isdecimal() for part in count):
-        raise ConfigError(
-            f"--roofline: found {options.roofline!r}, expected HARDWARE,MODEL or HARDWARE,MODEL,N"
-        )
-    return CostModel.roofline(hardware, model, *map(int, count))
+    roofline = None if options.roofline is None else parse_roofline(options.roofline)
+    return CostSource(options.profile, roofline).load()
 
 
 def _replay_for_real(trace: Trace, options: argparse.Namespace) -> Report:

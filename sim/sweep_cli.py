@@ -54,7 +54,7 @@ def _sweep(options: argparse.Namespace) -> None:
     progress = _Progress()
     sweep = Sweep(
         TraceFile(options.trace, options.limit),
-        CostSource(options.profile, None if options.roofline is None else _roofline(options.roofline)),
+        CostSource(options.profile, None if options.roofline is None else parse_roofline(options.roofline)),
         Grid.parse(options.grid),
         None if options.slo is None else Slo.parse(options.slo),
         None if options.output is None else Path(options.output),
@@ -71,13 +71,16 @@ def _sweep(options: argparse.Namespace) -> None:
     _check_any(result)
 
 
-def _roofline(text: str) -> tuple[str, str, int]:
+def parse_roofline(text: str) -> tuple[str, str, int]:
+    """HARDWARE,MODEL or HARDWARE,MODEL,N as a `CostSource` has it. Raises `ConfigError`."""
     hardware, *rest = text.split(",")
     try:
         model, number = rest if len(rest) == 2 else (*rest, "1")
         return hardware, model, int(number)
     except ValueError:
-        raise ConfigError(f"roofline: found {text!r}, expected HARDWARE,MODEL or HARDWARE,MODEL,N") from None
+        raise ConfigError(
+            f"--roofline: found {text!r}, expected HARDWARE,MODEL or HARDWARE,MODEL,N"
+        ) from None
 
 
 def _check_any(result: SweepResult) -> None:
