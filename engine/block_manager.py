@@ -22,10 +22,8 @@ from typing import NamedTuple
 
 import xxhash
 
+from engine.prefix_cache import ROOT, PrefixCache
 from engine.sequence import Sequence
-
-_ROOT = -1  # stands before a sequence's first block
-_UNKNOWN = -2  # stands before a block that the prefix cache does not know
 
 
 class TransferKind(Enum):
@@ -103,79 +101,6 @@ class _FreeList:
         self._size += 1
 
 
-class _PrefixCache:
-    """What each known block holds, and a hash map to find it; equal hashes are told apart by content.
-
-    The map is chained through arrays, a fifth of the memory of a dictionary of integers.
-    """
-
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        num_buckets = 1 << max(1, num_blocks).bit_length()
-        self._mask = num_buckets - 1
-        self._first = array("i", [_ROOT]) * num_buckets  # block of each bucket
-        self._next = array("i", [_ROOT]) * num_blocks  # block of the same bucket
-        self._hashes = array("Q", [0]) * num_blocks
-        self._before = array("i", [_UNKNOWN]) * num_blocks  # the block that a block follows
-        self._block_bytes = block_size * array("i").itemsize
-        self._tokens = bytearray(num_blocks * self._block_bytes)
-        self._salts: dict[int, str] = {}  # of first blocks that have one
-
-    def __contains__(self, block: int) -> bool:
-        return self._before[block] != _UNKNOWN
-
-    def __iter__(self) -> Iterator[int]:
-        return (block for block, before in enumerate(self._before) if before != _UNKNOWN)
-
-    def find(self, block_hash: int, before: int, tokens: bytes, salt: str) -> int | None:
-        """The block that holds exactly these tokens behind block `before`."""
-        block = self._first[block_hash & self._mask]
-        while block >= 0:
-            if (
-                self._hashes[block] == block_hash
-                and self._before[block] == before
-                and self.tokens(block) == tokens
-                and (before != _ROOT or self._salts.get(block, "") == salt)
-            ):
-                return block
-            block = self._next[block]
-        return None
-
-    def add(self, block: int, block_hash: int, before: int, tokens: bytes, salt: str) -> None:
-        bucket = block_hash & self._mask
-        self._next[block], self._first[bucket] = self._first[bucket], block
-        self._hashes[block] = block_hash
-        self._before[block] = before
-        start = block * self._block_bytes
-        self._tokens[start : start + self._block_bytes] = tokens
-        if before == _ROOT and salt:
-            self._salts[block] = salt
-
-    def remove(self, block: int) -> None:
-        bucket = self._hashes[block] & self._mask
-        other = self._first[bucket]
-        if other == block:
-            self._first[bucket] = self._next[block]
-        else:
-            while self._next[other] != block:
-                other = self._next[other]
-            self._next[other] = self._next[block]
-        self._before[block] = _UNKNOWN
-        self._salts.pop(block, None)
-
-    def tokens(self, block: int) -> bytearray:
-        start = block * self._block_bytes
-        return self._tokens[start : start + self._block_bytes]
-
-    def before(self, block: int) -> int:
-        return self._before[block]
-
-    def hash_of(self, block: int) -> int:
-        return self._hashes[block]
-
-    def salt_of(self, block: int) -> str:
-        return self._salts.get(block, "")
-
-
 class BlockManager:
     """Owns one invariant, conservation: a block is free or referenced, and never counted twice.
 
@@ -200,7 +125,7 @@ class BlockManager:
         self._hash_block = hash_block
         self._free = _FreeList(num_blocks)
         self._reference_counts = array("i", [0]) * num_blocks
-        self._cache = _PrefixCache(num_blocks if enable_prefix_caching else 0, block_size)
+        self._cache = PrefixCache(num_blocks if enable_prefix_caching else 0, block_size)
         self._free_swap = array("i", range(num_swap_blocks - 1, -1, -1))  # a stack
         self._holders: dict[int, Sequence] = {}  # by seq_id: the sequences with blocks in either tier
 
@@ -228,7 +153,7 @@ class BlockManager:
         if not self.enable_prefix_caching or not (sequence.reads_cache or sequence.swap_table):
             return blocks
         num_tokens = sequence.num_computed_tokens if sequence.swap_table else sequence.num_tokens - 1
-        before = _ROOT
+        before = ROOT
         for index in range(num_tokens // self.block_size):
             block = self._find(sequence, index, before)
             if block is None:
@@ -242,7 +167,7 @@ class BlockManager:
         index = len(prefix)
         if not self.enable_prefix_caching or (index + 1) * self.block_size >= sequence.num_tokens:
             return False
-        return self._find(sequence, index, prefix[-1] if prefix else _ROOT) is not None
+        return self._find(sequence, index, prefix[-1] if prefix else ROOT) is not None
 
     def can_allocate(self, num_tokens: int, prefix: list[int], spare: int = 0) -> bool:
         """Whether `num_tokens` tokens that begin with cached blocks fit and leave `spare` blocks free."""
@@ -306,8 +231,8 @@ class BlockManager:
         table = sequence.block_table
         full = sequence.num_computed_tokens // self.block_size
         for index in range(sequence.num_registered_blocks, full):
-            block, before = table[index], table[index - 1] if index else _ROOT
-            if before != _ROOT and before not in self._cache:
+            block, before = table[index], table[index - 1] if index else ROOT
+            if before != ROOT and before not in self._cache:
                 break  # the cache was reset: nothing behind what it forgot could ever be found
             known = self._find(sequence, index, before)
             if known is None:
@@ -406,8 +331,8 @@ class BlockManager:
         cache = self._cache
         for block in cache:
             before, tokens = cache.before(block), bytes(cache.tokens(block))
-            assert before == _ROOT or before in cache, "a block follows one that is not known"
-            seed = cache.hash_of(before) if before != _ROOT else self._root_hash(cache.salt_of(block))
+            assert before == ROOT or before in cache, "a block follows one that is not known"
+            seed = cache.hash_of(before) if before != ROOT else self._root_hash(cache.salt_of(block))
             assert self._hash_block(seed, tokens) == cache.hash_of(block), "a hash is not of the content"
             found = cache.find(cache.hash_of(block), before, tokens, cache.salt_of(block))
             assert found == block, "two blocks hold the same prefix, or one cannot be found"

@@ -24,7 +24,9 @@ SUITE = (
     "tests/properties/test_block_manager.py",
     "tests/properties/test_scheduler.py",
 )
-MANAGER, SCHEDULER, POLICIES = (f"engine/{name}.py" for name in ("block_manager", "scheduler", "policies"))
+MANAGER, CACHE, SCHEDULER, POLICIES = (
+    f"engine/{name}.py" for name in ("block_manager", "prefix_cache", "scheduler", "policies")
+)
 TIMEOUT_S = 300
 
 
@@ -65,13 +67,13 @@ BUGS = (
     ),
     Bug(
         "a hit is not confirmed against the tokens",
-        MANAGER,
+        CACHE,
         "                and self.tokens(block) == tokens\n",
         "",
     ),
     Bug(
         "a hit may follow another block",
-        MANAGER,
+        CACHE,
         "                and self._before[block] == before\n",
         "",
     ),
@@ -83,8 +85,8 @@ BUGS = (
     ),
     Bug(
         "the salt counts in the hash alone, so a collision tells a tenant what another one asked",
-        MANAGER,
-        '                and (before != _ROOT or self._salts.get(block, "") == salt)\n',
+        CACHE,
+        '                and (before != ROOT or self._salts.get(block, "") == salt)\n',
         "",
     ),
     Bug(
@@ -216,7 +218,7 @@ BUGS = (
     Bug(
         "after a reset, chains are continued behind blocks that nobody can find",
         MANAGER,
-        "            if before != _ROOT and before not in self._cache:\n                break",
+        "            if before != ROOT and before not in self._cache:\n                break",
         "            if False:\n                break",
     ),
     Bug(

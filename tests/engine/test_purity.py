@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 STATE_MACHINES = [
     path
-    for name in ("scheduler", "block_manager", "sequence", "policies")
+    for name in ("scheduler", "block_manager", "prefix_cache", "sequence", "policies")
     if (path := ROOT / "engine" / f"{name}.py").exists()
 ]
 IMPURE = {
