@@ -142,16 +142,20 @@ def _burstgpt(_: Encoder | None) -> Parse:
 def _sharegpt(tokenizer: Encoder | None) -> Parse:
     """Each answer to a human is a request; its prompt is the conversation before it, joined by newlines.
 
-    The dataset has no arrival times: requests arrive in the file's order, one a second from 0, so that
+    The datasets have answers without a text, and questions: they are no requests, but what comes after them
+    is. Turns stand under "conversations", or under "items" as ShareGPT itself wrote them.
+
+    The datasets have no arrival times: requests arrive in the file's order, one a second from 0, so that
     `Trace.scaled(rate)` or `Trace.retimed` gives any load.
     """
     num_requests = 0
 
     def parse(record: Mapping[str, Any]) -> Iterator[Fields]:
         nonlocal num_requests
-        turns = record.get("conversations")
+        key = "items" if "conversations" not in record and "items" in record else "conversations"
+        turns = record.get(key)
         if not isinstance(turns, list):
-            raise found("conversations", turns, "a list of turns")
+            raise found(key, turns, "a list of turns")
         name = record.get("id")
         if name is not None:
             name = check_text("id", str(name) if type(name) is int else name)
@@ -159,12 +163,11 @@ def _sharegpt(tokenizer: Encoder | None) -> Parse:
         before = None
         requests = []
         for place, turn in enumerate(turns):
-            speaker, text = _turn(f"conversations[{place}]", turn)
+            speaker, text = _turn(f"{key}[{place}]", turn)
             if speaker in _MODELS and before in _HUMANS:
                 output_len = estimated_tokens(text) if tokenizer is None else len(tokenizer.encode(text))
-                check_integer(f"conversations[{place}].value: number of tokens", output_len, 1)
-                prompt = check_text(f"conversations[{place}]: the text before", "\n".join(texts))
-                requests.append({"prompt": prompt, "output_len": output_len, "session": name})
+                if output_len > 0 and any(texts):
+                    requests.append({"prompt": "\n".join(texts), "output_len": output_len, "session": name})
             texts.append(text)
             before = speaker
         for fields in requests:
