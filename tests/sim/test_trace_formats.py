@@ -93,6 +93,52 @@ def test_burstgpt_with_sessions(tmp_path: Path) -> None:
     assert (request.session, request.prompt_len, request.output_len) == ("abc", 472, 18)
 
 
+def test_azure_rows_of_each_year(tmp_path: Path) -> None:
+    """2023: seven digits, no offset; 2024: six and an offset; 2025: a column for the images."""
+    year_2023 = ["2023-11-16 18:32:25.8150120,719,10\r\n", "2023-11-16 18:32:25.8150340,1986,6\r\n"]
+    assert shape(trace(tmp_path, AZURE, *year_2023)) == [(0, 719, 10), (22e-6, 1986, 6)]
+    year_2024 = ["2024-05-10 00:00:00.009930+00:00,2162,5\n", "2024-05-10 00:00:00.017335+00:00,2399,6\n"]
+    assert shape(trace(tmp_path, AZURE, *year_2024)) == [(0, 2162, 5), (0.007405, 2399, 6)]
+    year_2025 = "TIMESTAMP,NumImages,ContextTokens,GeneratedTokens\n"
+    row = "2024-10-15 00:00:00.5,2,1500,40\n"
+    assert shape(trace(tmp_path, year_2025, row)) == [(0, 1500, 40)]
+
+
+def test_burstgpt_rows_of_its_second_release(tmp_path: Path) -> None:
+    """Only conversations have a session; the clock goes on from the first release's."""
+    header = "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+    lines = [
+        "19440110.0,1722ac82-0a46-4bf0-aa08-89794e7a2b3f,43,GPT-4,906,446,1352,Conversation log\n",
+        "19440161.0,d5983bf9-4b48-497b-892b-a58995247443,2,ChatGPT,36,29,65,Conversation log\n",
+        "19440161.0,,1,ChatGPT,300,20,320,API log\n",
+        "19440162.0,,0,ChatGPT,0,0,0,API log\n",
+    ]
+    requests = trace(tmp_path, header, *lines)
+    assert shape(requests) == [(0, 906, 446), (51, 36, 29), (51, 300, 20)]
+    assert [r.session for r in requests][1:] == ["d5983bf9-4b48-497b-892b-a58995247443", None]
+    assert requests.num_dropped == 1
+
+
+def test_mooncake_rows_share_the_blocks_that_they_begin_with(tmp_path: Path) -> None:
+    shared = list(range(46, 58))
+    lines = [
+        {"timestamp": 27482, "input_length": 6955, "output_length": 52, "hash_ids": [*shared, 2353, 2354]},
+        {"timestamp": 30535, "input_length": 6472, "output_length": 26, "hash_ids": [*shared, 2366]},
+    ]
+    first, second = trace(tmp_path, *lines)
+    assert second.arrival_time == pytest.approx(3.053)
+    assert (first.hash_ids or ())[:12] == (second.hash_ids or ())[:12] == tuple(shared)
+
+
+def test_bailian_rows_of_the_newer_files_have_other_types_and_no_parent(tmp_path: Path) -> None:
+    line = {
+        "chat_id": 0, "parent_chat_id": -1, "timestamp": 0.0, "input_length": 502, "output_length": 1494,
+        "type": "thinking", "turn": 1, "hash_ids": list(range(32)),
+    }  # fmt: skip
+    [request] = trace(tmp_path, line)
+    assert (request.id, request.session, request.prompt_len, request.output_len) == ("0", "0", 502, 1494)
+
+
 class Characters:
     """A tokenizer whose tokens are characters."""
 
