@@ -31,7 +31,11 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Model:
-    """What of a decoder's shape matters for its time; weights and KV take so many bytes a number."""
+    """What of a decoder's shape matters for its time; weights and KV take so many bytes a number.
+
+    vocab_size: rows of the embedding and of the output head; 0 takes both for a part of the layers.
+    tied_embeddings: whether the two are one matrix.
+    """
 
     num_parameters: int
     num_layers: int
@@ -41,6 +45,18 @@ class Model:
     head_dim: int
     weight_bytes: float
     kv_bytes: float
+    vocab_size: int = 0
+    tied_embeddings: bool = True
+
+    @property
+    def head_parameters(self) -> int:
+        """Numbers of the output head, which multiplies only what is sampled from."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def read_parameters(self) -> int:
+        """Numbers that a step reads: of an embedding of its own it looks a few rows up."""
+        return self.num_parameters - (0 if self.tied_embeddings else self.head_parameters)
 
     @property
     def kv_token_bytes(self) -> float:
@@ -51,9 +67,10 @@ class Model:
 class RooflineCostModel(CostModel):
     """A lower bound of step times for a model spread over devices by tensor parallelism.
 
-    Each step reads all weights and the context of every sequence once. Devices exchange two sums of all
-    hidden states a layer (a ring all-reduce), after the arithmetic. efficiency: the share of the peak rates
-    that is reached. step_overhead_s, sequence_overhead_s: what scheduling, launching and sampling add.
+    Each step reads all weights that multiply and the context of every sequence once. The output head
+    multiplies one state of each sequence that gets a token. Devices exchange two sums of all hidden states a
+    layer (a ring all-reduce), after the arithmetic. efficiency: the share of the peak rates that is reached.
+    step_overhead_s, sequence_overhead_s: what scheduling, launching and sampling add.
     Raises `ConfigError`.
     """
 
@@ -81,9 +98,10 @@ class RooflineCostModel(CostModel):
         flops_per_s = hardware.flops_per_s * num_devices * efficiency
         self._bytes_per_s = hardware.memory_bytes_per_s * num_devices * efficiency
         attention_size = model.num_heads * model.head_dim
-        self._token_s = 2 * model.num_parameters / flops_per_s
+        self._token_s = 2 * (model.read_parameters - model.head_parameters) / flops_per_s
+        self._sample_s = 2 * model.head_parameters / flops_per_s
         self._pair_s = 4 * model.num_layers * attention_size / flops_per_s
-        self._weights_s = model.num_parameters * model.weight_bytes / self._bytes_per_s
+        self._weights_s = model.read_parameters * model.weight_bytes / self._bytes_per_s
         self._kv_token_s = model.kv_token_bytes / self._bytes_per_s
         exchanged = 2 * model.num_layers * model.hidden_size * model.weight_bytes
         ring = 2 * (num_devices - 1) / num_devices
@@ -120,7 +138,7 @@ class RooflineCostModel(CostModel):
             num_tokens += count
             context += before
             pairs += count * before + count * (count + 1) // 2
-        compute_s = num_tokens * self._token_s + pairs * self._pair_s
+        compute_s = num_tokens * self._token_s + pairs * self._pair_s + sum(batch.samples) * self._sample_s
         memory_s = self._weights_s + (context + num_tokens) * self._kv_token_s
         total = self._step_overhead_s + len(batch.sequences) * self._sequence_overhead_s
         if batch.transfers:
