@@ -1,36 +1,32 @@
 """Measures this machine and a model into a profile: the step times that the simulator reads.
 
-Every point of the tables is visited again and again in a changing order until the time is up, and its median
-counts: what disturbs the machine for a while disturbs few of a point's visits. The first time through goes
-from coarse to fine, so that where there is little time, what was not measured lies between what was. At the
-end, steps of random shapes that no table has seen are held against the profile. What that gave is its "fit":
+Every point of the tables is visited again and again in a changing order until the time is up, so that what
+disturbs the machine for a while disturbs few of a point's visits. The first time through goes from coarse to
+fine, so that where there is little time, what was not measured lies between what was. At the end, steps of
+random shapes that no table has seen are held against the profile. What that gave is its "fit":
 
-    {"passes": how often each point was visited, on average, "num_steps": held against the profile,
-     "mean_signed_error": predicted / measured - 1,
+    {"passes": how often each point was visited, on average,
+     "disturbed_share": of the time that took, in which the machine was slower than it can be,
+     "num_steps": held against the profile, "mean_signed_error": predicted / measured - 1,
      "mean_error", "p90_error": of its absolute value}
 """
 
-import argparse
-import json
-import os
 import platform
 import random
-import tempfile
 import time
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from engine.block_manager import TransferKind
-from engine.config import DEFAULT_MODEL, QUANTIZATIONS, EngineConfig
-from engine.errors import ConfigError, ProfileError, RequestError
+from engine.errors import ConfigError, RequestError
 from sim.cost_profile import FORMAT, VERSION, ProfileCostModel
 from sim.staged_steps import Stage, StepShape
+from sim.step_times import StepTimes
 
 if TYPE_CHECKING:
     from engine.llm_engine import LLMEngine
@@ -47,7 +43,6 @@ _MIXED_DECODES = (1, 8, 32, 128)
 _MIXED_CONTEXT = 256
 _SPLIT_TOKENS = 16  # of each of several prompts in one step
 _FIT_SHARE = 0.15  # of the time
-_NUM_SWAP_BLOCKS = 8  # of a second tier in memory, so that moving blocks there can be timed
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,7 @@ class _Grid:
             if stage.fits(shape := self.shape(x, y))
         ]
 
-    def table(self, measured: "_Measured") -> dict[str, Any]:
+    def table(self, measured: StepTimes) -> dict[str, Any]:
         """As the profile has it. What was not measured continues its row linearly, else its column.
 
         Mixed steps have few chunks beside many decodes: there columns are first.
@@ -89,31 +84,6 @@ class _Grid:
                 f"seconds, num_blocks: found too few to measure a table of {self.name} steps, expected more"
             )
         return {self.x_name: self.xs, self.y_name: self.ys, **self.others, "seconds": rows}
-
-
-class _Measured:
-    """The times of each shape, less what is accounted for by the sequence and by the step."""
-
-    def __init__(self) -> None:
-        self.step_s = self.sequence_s = 0.0
-        self._times: dict[StepShape, list[float]] = {}
-
-    def add(self, shape: StepShape, times: Iterable[float]) -> None:
-        self._times.setdefault(shape, []).extend(times)
-
-    @property
-    def least_sequence_s(self) -> float:
-        """The least seconds for a sequence of any step: no more can be accounted for by the sequence."""
-        return min(
-            (median(times) - self.step_s) / shape.num_sequences for shape, times in self._times.items()
-        )
-
-    def seconds(self, shape: StepShape) -> float | None:
-        """The median, or None if there is nothing."""
-        times = self._times.get(shape)
-        if times is None:
-            return None
-        return max(0.0, median(times) - self.step_s - self.sequence_s * shape.num_sequences)
 
 
 def calibrate(
@@ -151,7 +121,7 @@ def calibrate(
     copy_s = stage.transfer_s(TransferKind.COPY)
     can_swap = engine.config.swap_capacity > 0
     swap_s = stage.transfer_s(TransferKind.SWAP_OUT, TransferKind.SWAP_IN) if can_swap else copy_s
-    measured, grids = _Measured(), _grids(stage)
+    measured, grids = StepTimes(), _grids(stage)
     measured.step_s = stage.scheduling_s()
     one_prompt, prompts = _split(stage)
     points = [point for grid in grids for point in grid.points(stage)]
@@ -164,41 +134,7 @@ def calibrate(
     profile["overhead"] = {"step_s": measured.step_s, "sequence_s": measured.sequence_s}
     profile["transfer"] = {"copy_block_s": copy_s, "swap_block_s": swap_s}
     fit = _fit(stage, ProfileCostModel(profile), lambda: time_left(deadline))
-    return profile | {"fit": {"passes": passes} | fit}
-
-
-def write_profile(profile: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes a profile, whole or not at all. Raises `ProfileError` if that cannot be done."""
-    text = json.dumps(profile, indent=1, allow_nan=False) + "\n"
-    try:
-        _replace(Path(path), text)
-    except OSError as error:
-        raise ProfileError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raises `ProfileError` if a profile could not be written there; leaves nothing behind."""
-    path = Path(path)
-    if path.is_dir():
-        raise ProfileError(f"{path}: found a directory, expected a file to write")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ProfileError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def _replace(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-        try:
-            file.write(text)
-            file.close()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(file.name)
-            raise
+    return profile | {"fit": {"passes": passes, "disturbed_share": measured.disturbed_share} | fit}
 
 
 def _check(engine: "LLMEngine", seconds: float) -> None:
@@ -290,7 +226,7 @@ def _split(stage: Stage) -> tuple[StepShape, StepShape]:
     return StepShape(chunks=(number * tokens,)), StepShape(chunks=(tokens,) * number)
 
 
-def _sequence_s(measured: _Measured, one_prompt: StepShape, prompts: StepShape) -> float:
+def _sequence_s(measured: StepTimes, one_prompt: StepShape, prompts: StepShape) -> float:
     """What each sequence beyond the first adds to a step of as many tokens."""
     whole, split = measured.seconds(one_prompt), measured.seconds(prompts)
     if whole is None or split is None or prompts == one_prompt:
@@ -315,7 +251,7 @@ def _level(index: int, length: int) -> int:
 
 
 def _visit(
-    stage: Stage, points: list[tuple[int, StepShape]], measured: _Measured, time_left: Callable[[], bool]
+    stage: Stage, points: list[tuple[int, StepShape]], measured: StepTimes, time_left: Callable[[], bool]
 ) -> float:
     """Measures the points while there is time; returns how often on average."""
     num_visits, order = 0, random.Random(0)
@@ -381,60 +317,3 @@ def _random_shape(stage: Stage) -> StepShape:
         shape = StepShape(decodes if dice.random() < 0.8 else (), chunks, before if chunks else 0)
         if shape.num_sequences and stage.fits(shape):
             return shape
-
-
-def add_calibrate(commands: "argparse._SubParsersAction[Any]") -> None:
-    """Adds `calibrate`. After parsing, `options.command(options)` runs it; it raises `PagellmError`."""
-    parser = commands.add_parser(
-        "calibrate", help="measure step times for the simulator", description=_calibrate.__doc__
-    )
-    parser.add_argument(
-        "--model", default=DEFAULT_MODEL, help="a known name, a path or a hub id (default: %(default)s)"
-    )
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the profile, as JSON")
-    parser.add_argument(
-        "--seconds", type=float, default=DEFAULT_SECONDS, metavar="X",
-        help="how long to measure; more is more precise (default: %(default)g)",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="say in JSON what was written")
-    group = parser.add_argument_group("engine")
-    group.add_argument("--quantization", choices=QUANTIZATIONS, help="format of the weights (default: auto)")
-    for name, what in (
-        ("num-threads", "threads (default: all cores)"),
-        ("block-size", "tokens of a KV block"),
-        ("num-blocks", "blocks of the KV cache"),
-        ("max-num-seqs", "sequences that run at once"),
-        ("max-num-batched-tokens", "tokens of one step"),
-    ):
-        group.add_argument(f"--{name}", type=int, metavar="N", help=what)
-    parser.set_defaults(command=_calibrate)
-
-
-def _calibrate(options: argparse.Namespace) -> None:
-    """Measure how long the steps of a model take on this machine, for `pagellm replay --profile`."""
-    check_writable(options.output)
-    given = {name: getattr(options, name, None) for name in EngineConfig.__dataclass_fields__}
-    config = EngineConfig(
-        num_swap_blocks=_NUM_SWAP_BLOCKS,
-        **{name: value for name, value in given.items() if value is not None},
-    )
-    from engine.llm_engine import LLMEngine
-    from engine.progress import progress
-
-    engine = LLMEngine(options.model, config, show_progress=True)
-    try:
-        with progress("Calibrating", options.seconds) as advance:
-            profile = calibrate(engine, model=options.model, seconds=options.seconds, progress=advance)
-    finally:
-        engine.close()
-    write_profile(profile, options.output)
-    if options.json:
-        named = {name: profile[name] for name in ("model", "quantization", "num_threads", "machine", "fit")}
-        print(json.dumps({"output": options.output} | named))
-        return
-    fit = profile["fit"]
-    print(
-        f"{options.output}: {ProfileCostModel(profile).name}\n"
-        f"each step measured {fit['passes']:.1f} times; {fit['num_steps']} other steps predicted with a mean "
-        f"error of {fit['mean_error']:.1%}, 9 of 10 within {fit['p90_error']:.1%}"
-    )

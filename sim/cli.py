@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.cli import add_model_options, engine_config
 from engine.errors import ConfigError, TraceError
-from sim.calibrate import add_calibrate
+from sim.calibrate_cli import add_calibrate
 from sim.cost_model import CostModel
 from sim.describe import describe
 from sim.distributions import arrivals

@@ -23,8 +23,11 @@ Axes increase and have two points or more. "mixed" may be missing; the two parts
 """
 
 import json
+import os
+import tempfile
 import warnings
 from bisect import bisect_right
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -183,6 +186,40 @@ class ProfileCostModel(CostModel):
             for chunk, row in zip(table.xs, table.rows, strict=True)
         ]
         return Table(table.name, table.xs, table.ys, saved)
+
+
+def write_profile(profile: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes a profile, whole or not at all. Raises `ProfileError` if that cannot be done."""
+    text = json.dumps(profile, indent=1, allow_nan=False) + "\n"
+    try:
+        _replace(Path(path), text)
+    except OSError as error:
+        raise ProfileError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raises `ProfileError` if a profile could not be written there; leaves nothing behind."""
+    path = Path(path)
+    if path.is_dir():
+        raise ProfileError(f"{path}: found a directory, expected a file to write")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ProfileError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+        try:
+            file.write(text)
+            file.close()
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(file.name)
+            raise
 
 
 def check_version(profile: dict[str, Any], place: str) -> None:

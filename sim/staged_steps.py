@@ -19,7 +19,7 @@ from engine.sequence import Sequence
 if TYPE_CHECKING:
     from engine.llm_engine import LLMEngine
 
-DECODE_STEPS = 2  # in a row, of one shape
+DECODE_STEPS = 4  # in a row, of one shape; the first follows a pause, as it seldom does in serving
 _MAX_TOKENS = DECODE_STEPS + 4  # of an answer: more than are ever computed of it
 _NUM_REPEATS = 32  # of what is too short to be timed a few times only
 # Tokens of context in one step beyond which nothing is measured: what they take grows linearly.
@@ -88,7 +88,7 @@ class Stage:
     ) -> list[tuple[float, float]]:
         """What `price` says of each of a few steps of this shape, and the seconds that it took.
 
-        One step where there are chunks, else `DECODE_STEPS`.
+        One step where there are chunks, else `DECODE_STEPS` but the first.
         """
         times = []
         try:
@@ -100,7 +100,7 @@ class Stage:
                 times.append((priced, self._clock() - start))
         finally:
             self._clear()
-        return times
+        return times if shape.chunks else times[1:]
 
     def scheduling_s(self) -> float:
         """Seconds of scheduling a step of one sequence and taking note of its token."""
