@@ -9,17 +9,19 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from engine.config import EngineConfig
 from engine.errors import ConfigError, ReportError
 from engine.scheduler import Preemption, ScheduledBatch, Scheduler
 from engine.sequence import Sequence
 from sim.quantiles import Exact, LogHistogram, Values
+from sim.report_schema import VERSION
 from sim.timeline import Timeline
+from sim.trace import Trace
 
-REPORT_VERSION = 1
 SLO_NAMES = ("ttft_s", "tpot_s", "e2e_s", "queue_s")
 _CURVE = [number / 200 for number in range(201)]
 
@@ -191,8 +193,37 @@ class MetricsCollector:
         if self._results is not None:
             self._results.close()
 
+    def report(
+        self,
+        trace: Trace,
+        *,
+        kind: str,
+        model: str,
+        config: EngineConfig,
+        load: dict[str, Any],
+        wall_s: float,
+        extrapolated: int = 0,
+    ) -> Report:
+        """What the replay of a trace gave, when it is over; see report_schema.py for what is what."""
+        left_out = {"num_skipped": trace.num_skipped, "num_dropped": trace.num_dropped}
+        return Report(
+            {
+                "version": VERSION,
+                "kind": kind,
+                "trace": trace.name,
+                "skipped": trace.skipped_records(),
+                "model": model,
+                "extrapolated": extrapolated,
+                "config": asdict(config),
+                "load": load,
+                "summary": self.summary(wall_s) | left_out,
+                "timeline": self.timeline(),
+                "latencies": self.latencies(),
+            }
+        )
+
     def summary(self, wall_s: float) -> dict[str, Any]:
-        """The report's summary so far; wall_s: what getting there took."""
+        """The report's summary so far, but for the trace's part; wall_s: what getting there took."""
         counts = self._counts
         duration_s = max(0.0, self._last_token_at_s - (self._first_arrival_s or 0.0))
         tokens = counts["prompt_tokens"], counts["output_tokens"]

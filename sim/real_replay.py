@@ -2,14 +2,13 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from os import PathLike
 from typing import TYPE_CHECKING
 
 from engine.errors import RequestError, TraceError
 from engine.outputs import FinishReason
 from engine.sampling_params import SamplingParams
-from sim.metrics import REPORT_VERSION, MetricsCollector, Report
+from sim.metrics import MetricsCollector, Report
 from sim.prompt_tokens import PromptTokens
 from sim.trace import Trace
 from sim.trace_request import TraceRequest
@@ -44,26 +43,20 @@ def replay_for_real(
     finally:
         engine.observer = None
         metrics.close()
-    return Report(
-        {
-            "version": REPORT_VERSION,
-            "kind": "real",
-            "trace": trace.name,
-            "model": model,
-            "extrapolated": 0,
-            "config": asdict(engine.config),
-            "load": {
-                "mode": "open",
-                "rate_factor": rate_factor,
-                "clients": None,
-                "replicas": 1,
-                "router": None,
-                "timeout_s": None,
-            },
-            "summary": metrics.summary(time.perf_counter() - begin),
-            "timeline": metrics.timeline(),
-            "latencies": metrics.latencies(),
-        }
+    return metrics.report(
+        trace,
+        kind="real",
+        model=model,
+        config=engine.config,
+        load={
+            "mode": "open",
+            "rate_factor": rate_factor,
+            "clients": None,
+            "replicas": 1,
+            "router": None,
+            "timeout_s": None,
+        },
+        wall_s=time.perf_counter() - begin,
     )
 
 

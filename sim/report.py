@@ -72,6 +72,8 @@ METRICS = (
     Metric("requests", "finished", "count", "num_finished"),
     Metric("requests", "timed out", "count", "num_timed_out"),
     Metric("requests", "rejected", "count", "num_rejected"),
+    Metric("requests", "bad records skipped", "count", "num_skipped"),
+    Metric("requests", "records dropped", "count", "num_dropped"),
     Metric("requests", "steps", "count", "num_steps"),
 )  # fmt: skip
 
@@ -88,6 +90,7 @@ def to_text(report: Report) -> str:
         ("", f"{report['kind']} on {_name(report['model'], _WIDTH - 13)}"),
         ("load", _load(load)),
         ("requests", f"{summary['num_requests']:,}: {counts}"),
+        *_left_out(summary),
         ("duration", f"{seconds_text(summary['duration_s'])} in {summary['num_steps']:,} steps"),
         ("replayed in", f"{seconds_text(summary['wall_s'])}{speed}"),
         ("throughput", f"{number_text(summary['requests_per_s'])} requests/s"),
@@ -130,6 +133,12 @@ def _load(load: dict[str, Any]) -> str:
     replicas = f", {load['replicas']:,} replicas" if load["replicas"] != 1 else ""
     router = f" by {_name(load['router'], 20)}" if replicas and load["router"] else ""
     return f"{rate}{replicas}{router}"
+
+
+def _left_out(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    skipped, dropped = summary["num_skipped"], summary["num_dropped"]
+    if skipped or dropped:
+        yield "left out", f"{skipped:,} bad records, {dropped:,} without a request"
 
 
 def _goodput(goodput: dict[str, Any] | None) -> Iterator[tuple[str, str]]:

@@ -1,10 +1,12 @@
 """What a report is, and its check at the door. A report says what a replay gave; it is one JSON object.
 
 version: 1. kind: "simulated" or "real". trace: its name. model: what step times come from.
+skipped: line and message of the trace's first bad records, which were left out.
 config: every field of `EngineConfig`.
 load: mode ("open" or "closed"), rate_factor, clients, replicas, router, timeout_s.
 summary:
-  num_requests, num_finished, num_timed_out, num_rejected
+  num_requests, num_finished, num_timed_out, num_rejected; and of the trace's records those that gave no
+    request: num_skipped, which are bad, and num_dropped, which have nothing to replay
   duration_s: from the first arrival to the last token. wall_s: what the replay itself took.
   prompt_tokens, output_tokens, num_steps, requests_per_s, output_tokens_per_s, total_tokens_per_s
   distributions: count, mean, min, p50, p90, p95, p99, max; all but count are null if nothing was measured
@@ -104,6 +106,7 @@ _SHAPE = {
     "version": _one_of(VERSION),
     "kind": _one_of("simulated", "real"),
     "trace": _TEXT,
+    "skipped": _SCALAR.values().each(),
     "model": _TEXT,
     "config": _SCALAR.or_null().values(),
     "load": {
@@ -116,6 +119,7 @@ _SHAPE = {
     },
     "summary": {
         **dict.fromkeys(("num_requests", "num_finished", "num_timed_out", "num_rejected"), _COUNT),
+        **dict.fromkeys(("num_skipped", "num_dropped"), _COUNT),
         "duration_s": _NUMBER,
         **dict.fromkeys(("prompt_tokens", "output_tokens", "num_steps"), _COUNT),
         **dict.fromkeys(("requests_per_s", "output_tokens_per_s", "total_tokens_per_s"), _NUMBER.or_null()),

@@ -8,7 +8,7 @@ the step's tokens after as long as the cost model says. Nothing here knows weigh
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import KW_ONLY, asdict, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from enum import IntEnum
 from heapq import heapify, heappop, heappush, heappushpop
 from itertools import islice
@@ -23,7 +23,7 @@ from engine.scheduler import ScheduledBatch, Scheduler
 from engine.sequence import Sequence, SequenceStatus
 from engine.step_log import StepLogFile, StepRecorder
 from sim.cost_model import CostModel
-from sim.metrics import REPORT_VERSION, MetricsCollector, Report
+from sim.metrics import MetricsCollector, Report
 from sim.prompt_tokens import PromptTokens
 from sim.router import ROUTERS, Router
 from sim.trace import Trace
@@ -135,26 +135,21 @@ class Simulator:
                 replay.run()
         except OSError as error:
             raise ConfigError(f"step_log, results: cannot be written: {error.strerror}") from error
-        return Report(
-            {
-                "version": REPORT_VERSION,
-                "kind": "simulated",
-                "trace": trace.name,
-                "model": self.cost_model.name,
-                "extrapolated": self.cost_model.extrapolated,
-                "config": asdict(self.config),
-                "load": {
-                    "mode": "open" if self.clients is None else "closed",
-                    "rate_factor": self.rate_factor,
-                    "clients": self.clients,
-                    "replicas": self.replicas,
-                    "router": self.router if self.replicas > 1 else None,
-                    "timeout_s": self.timeout_s,
-                },
-                "summary": replay.metrics.summary(time.perf_counter() - begin),
-                "timeline": replay.metrics.timeline(),
-                "latencies": replay.metrics.latencies(),
-            }
+        return replay.metrics.report(
+            trace,
+            kind="simulated",
+            model=self.cost_model.name,
+            extrapolated=self.cost_model.extrapolated,
+            config=self.config,
+            load={
+                "mode": "open" if self.clients is None else "closed",
+                "rate_factor": self.rate_factor,
+                "clients": self.clients,
+                "replicas": self.replicas,
+                "router": self.router if self.replicas > 1 else None,
+                "timeout_s": self.timeout_s,
+            },
+            wall_s=time.perf_counter() - begin,
         )
 
 

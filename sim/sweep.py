@@ -38,19 +38,36 @@ _Task = Generator[dict[str, Any], Point, _Result]
 
 @dataclass(frozen=True)
 class TraceFile:
-    """A trace by where it stands: its path and how many of its first requests, all if None."""
+    """A trace by where it stands and how it is read: format, skip_bad and sort as in `Trace.load`.
+
+    limit: how many of its first requests, all if None. With skip_bad, requests that can never be computed are
+    counted as rejected.
+    """
 
     path: str
     limit: int | None = None
+    format: str | None = None
+    skip_bad: bool = False
+    sort: bool = False
 
     def load(self) -> Trace:
         """Raises `TraceError`."""
-        trace = Trace.load(self.path)
+        trace = Trace.load(self.path, format=self.format, skip_bad=self.skip_bad, sort=self.sort)
         return trace if self.limit is None else trace.limited(self.limit)
 
     def hash(self) -> str:
         """SHA-256 of the file."""
         return _hash_of(self.path)
+
+    def reading(self) -> str:
+        """All but the path, in words."""
+        parts = [
+            "all requests" if self.limit is None else f"the first {self.limit} requests",
+            "" if self.format is None else f"read as {self.format}",
+            "sorted" if self.sort else "",
+            "without bad ones" if self.skip_bad else "",
+        ]
+        return ", ".join(filter(None, parts))
 
 
 @dataclass(frozen=True)
@@ -174,8 +191,9 @@ class Sweep:
         trace, cost_model = self.trace.load(), self.costs.load()
         next(iter(trace))
         self.grid.check(cost_model)
-        limit = self.trace.limit
-        return Identity(trace.name, self.trace.hash(), limit, cost_model.name, self.costs.hash())
+        return Identity(
+            trace.name, self.trace.hash(), self.trace.reading(), cost_model.name, self.costs.hash()
+        )
 
     def _drive(self, identity: Identity, tasks: list[_Task[_Result]]) -> list[_Result]:
         """Runs tasks side by side, each a replay at a time, as many as there are lanes."""
@@ -256,7 +274,8 @@ def _replay(trace: TraceFile, costs: CostSource, settings: dict[str, Any]) -> Po
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # extrapolation is counted
-            report = simulator(settings, _load_costs(costs)).replay(_load_trace(trace))
+            replayer = simulator(settings, _load_costs(costs), trace.skip_bad)
+            report = replayer.replay(_load_trace(trace))
     except PagellmError as error:
         return Point(settings, error=" ".join(str(error).split()))
     except Exception as error:  # a policy of the user's may do anything

@@ -11,12 +11,13 @@ from sim.sweep import CostSource, Sweep, SweepResult, TraceFile
 from sim.sweep_file import Point
 from sim.sweep_grid import REPLAY_SETTINGS, SLO_LATENCIES, SLO_STATISTICS, Grid, Slo
 from sim.sweep_report import to_html, to_json, to_text, words
+from sim.trace_cli import add_trace_input
 
 
 def add_sweep(commands: "argparse._SubParsersAction[Any]") -> None:
     """Adds `sweep`. After parsing, `options.command(options)` runs it; bad input is a `PagellmError`."""
     sweep = commands.add_parser("sweep", help="replay a trace with many settings", description=_sweep.__doc__)
-    sweep.add_argument("trace", metavar="TRACE", help="a file, .gz or not")
+    add_trace_input(sweep)
     sweep.add_argument(
         "--set", action="append", default=[], metavar="KEY=V1,V2,...", dest="grid",
         help=f"values of a setting: any of the engine's, or {', '.join(REPLAY_SETTINGS)}; may be given "
@@ -53,7 +54,7 @@ def _sweep(options: argparse.Namespace) -> None:
     sys.path.insert(0, os.getcwd())  # where a policy named as module:Class is looked for
     progress = _Progress()
     sweep = Sweep(
-        TraceFile(options.trace, options.limit),
+        TraceFile(options.trace, options.limit, options.format, options.skip_bad, options.sort),
         CostSource(options.profile, None if options.roofline is None else parse_roofline(options.roofline)),
         Grid.parse(options.grid),
         None if options.slo is None else Slo.parse(options.slo),

@@ -24,23 +24,22 @@ _BEGINNING = f'{{"pagellm_sweep":{VERSION},"key":"'.encode()
 class Identity:
     """What a sweep replays: the trace and the step times, by name and by the SHA-256 of their content.
 
-    limit: of the trace's requests only so many, or all. Names are for people and make no difference.
+    reading: how the trace was read, in words. Names are for people and make no difference.
     """
 
     trace: str
     trace_sha256: str
-    limit: int | None
+    reading: str
     cost_model: str
     cost_model_sha256: str
 
     @property
-    def content(self) -> tuple[str, int | None, str]:
+    def content(self) -> tuple[str, str, str]:
         """What two identities are equal by."""
-        return self.trace_sha256, self.limit, self.cost_model_sha256
+        return self.trace_sha256, self.reading, self.cost_model_sha256
 
     def __str__(self) -> str:
-        limit = "" if self.limit is None else f"the first {self.limit} requests of "
-        return f"{limit}{self.trace} ({self.trace_sha256[:8]}) on {self.cost_model}"
+        return f"{self.trace} ({self.trace_sha256[:8]}; {self.reading}) on {self.cost_model}"
 
     def key(self, settings: Settings) -> str:
         """Names a replay with these settings, whether or not they repeat defaults."""

@@ -73,11 +73,11 @@ class Grid:
                     load_policy(str(value))
 
 
-def simulator(settings: Settings, cost_model: CostModel) -> Simulator:
+def simulator(settings: Settings, cost_model: CostModel, skip_bad: bool = False) -> Simulator:
     """What replays with these settings. Raises `ConfigError`."""
     config = {name: value for name, value in settings.items() if name in _CONFIG_TYPES}
     replay: dict[str, Any] = {name: value for name, value in settings.items() if name in _REPLAY_TYPES}
-    return Simulator(EngineConfig(**config), cost_model, **replay)  # type: ignore[arg-type]
+    return Simulator(EngineConfig(**config), cost_model, skip_bad=skip_bad, **replay)  # type: ignore[arg-type]
 
 
 def full_settings(settings: Settings) -> dict[str, Value]:
@@ -184,7 +184,10 @@ def _parse_limit(text: str) -> Limit:
     name, _, number = text.partition("=")
     latency, _, statistic = name.partition("_")
     if latency not in SLO_LATENCIES or statistic not in SLO_STATISTICS:
-        expected = f"one of {', '.join(SLO_LATENCIES)}, _ and one of {', '.join(SLO_STATISTICS)}, =seconds"
+        expected = (
+            f"a statistic of all requests such as ttft_p99 and =seconds: one of {', '.join(SLO_LATENCIES)}, "
+            f"then _ and one of {', '.join(SLO_STATISTICS)}"
+        )
         raise ConfigError(f"slo: found {text!r}, expected {expected}")
     try:
         seconds = _finite(number)

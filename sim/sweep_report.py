@@ -25,6 +25,7 @@ _Column = tuple[str, Callable[[Point], str]]
 def to_text(result: SweepResult) -> str:
     """Tables for the terminal: the grid, and the capacities where they were searched."""
     lines = [_printable(result.trace), f"simulated on {_printable(result.cost_model)}"]
+    lines += _left_out(result.points)
     if result.slo is not None:
         limits = (f"{limit.name} {seconds_text(limit.seconds)}" for limit in result.slo.limits)
         lines.append(f"SLO: {', '.join(limits)}")
@@ -102,6 +103,17 @@ def _to_dict(result: SweepResult) -> dict[str, Any]:
         "points": [point(p) for p in result.points],
         "capacities": None if capacities is None else [capacity(c) for c in capacities],
     }
+
+
+def _left_out(points: Sequence[Point]) -> Iterator[str]:
+    """The most that any point left out; with fewer requests replayed it may be less."""
+    summaries = [point.summary for point in points if point.summary is not None]
+    skipped, dropped, rejected = (
+        max((summary[name] for summary in summaries), default=0)
+        for name in ("num_skipped", "num_dropped", "num_rejected")
+    )
+    if skipped or dropped or rejected:
+        yield f"left out: {skipped:,} bad records, {dropped:,} without a request, up to {rejected:,} rejected"
 
 
 def _grid_table(result: SweepResult) -> Iterator[str]:

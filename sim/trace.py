@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from engine.errors import TraceError
 from sim.prompt_tokens import Encoder
@@ -67,6 +67,10 @@ class Trace:
     def skipped(self) -> list[tuple[int, str]]:
         """(line, message) of the first bad records that the latest iteration skipped, at most 100."""
         return self._losses.skipped
+
+    def skipped_records(self) -> list[dict[str, Any]]:
+        """The same as JSON has them: line and message of each."""
+        return [{"line": line, "message": message} for line, message in self.skipped]
 
     @property
     def num_skipped(self) -> int:

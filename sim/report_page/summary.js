@@ -18,7 +18,8 @@ function metricValue(metric, report) {
 function keyFigures(report) {
   const { summary } = report;
   const { kv, cache, preemptions, goodput } = summary;
-  const left = summary.num_timed_out + summary.num_rejected;
+  const others = [[summary.num_timed_out, "timed out"], [summary.num_rejected, "rejected"],
+    [summary.num_skipped, "bad records left out"], [summary.num_dropped, "records without a request"]];
   const speed = summary.wall_s ? summary.duration_s / summary.wall_s : null;
   const tail = (name) => `P99 ${FORMATS.s(summary[name].p99)}, mean ${FORMATS.s(summary[name].mean)}`;
   const figures = [
@@ -32,7 +33,7 @@ function keyFigures(report) {
         `${significant(goodput.requests_per_s)} requests/s within ${limits(goodput.slo)}`]
       : ["Queue, median", secondsParts(summary.queue_s.p50), tail("queue_s")],
     ["Finished", [grouped(summary.num_finished), `of ${grouped(summary.num_requests)}`],
-      left ? `${grouped(summary.num_timed_out)} timed out, ${grouped(summary.num_rejected)} rejected` : "every request"],
+      others.filter(([count]) => count).map(([count, what]) => `${grouped(count)} ${what}`).join(", ") || "every request"],
     ["KV peak", [FORMATS.share(kv.num_blocks ? kv.peak_blocks / kv.num_blocks : null), ""],
       [`${grouped(kv.peak_blocks)} of ${grouped(kv.num_blocks)} blocks`,
         kv.peak_bytes === null ? null : FORMATS.bytes(kv.peak_bytes)].filter(Boolean).join(", ")],

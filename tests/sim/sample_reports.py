@@ -32,6 +32,7 @@ def sample_report(
         "version": 1,
         "kind": kind,
         "trace": "mooncake_conversation.jsonl",
+        "skipped": [],
         "model": "smollm2-135m-instruct, int8",
         "config": {name: getattr(EngineConfig(), name) for name in EngineConfig.__dataclass_fields__}
         | {"num_blocks": 512}
@@ -99,6 +100,8 @@ def _summary(
         "num_finished": num_requests - 9,
         "num_timed_out": 7,
         "num_rejected": 2,
+        "num_skipped": 0,
+        "num_dropped": 0,
         "duration_s": duration_s,
         "prompt_tokens": prompt_tokens,
         "output_tokens": output_tokens,

@@ -1,6 +1,7 @@
 """The command `replay`: simulated, for real, compared; and what the real engine reports of a trace."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,43 @@ def test_a_simulated_replay_reports_in_every_form(
     assert json.loads(perfetto.read_text())["traceEvents"]
 
 
+@pytest.mark.parametrize("source", [ROOFLINE, ("--real", "--model", TINY)], ids=["simulated", "real"])
+def test_what_was_left_out_is_said_wherever_the_replay_is_shown(
+    capsys: pytest.CaptureFixture[str], trace: str, tmp_path: Path, source: tuple[str, ...]
+) -> None:
+    with open(trace, "a") as file:
+        file.write("oops\n")
+    arguments = [trace, *source, "--num-blocks", "64"]
+    assert main(["replay", *arguments]) == 2
+    assert "trace.jsonl:9: column 1: found 'oops', expected JSON" in capsys.readouterr().err
+    output, page = tmp_path / "report.json", tmp_path / "page.html"
+    arguments += ["--skip-bad", "-o", str(output), "--report", str(page)]
+    assert main(["replay", *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert "\nleft out      1 bad records, 0 without a request\n" in out
+    assert "line 9: column 1: found 'oops', expected JSON" in err
+    report = json.loads(output.read_text())
+    assert (report["summary"]["num_requests"], report["summary"]["num_skipped"]) == (8, 1)
+    [record] = report["skipped"]
+    assert (record["line"], record["message"][:8]) == (9, "column 1")
+    assert '"num_skipped":1' in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("slo", "message"),
+    [
+        ("speed=1", "found 'speed', expected one of ttft, tpot, e2e, queue"),
+        ("ttft_p99=1", "found 'ttft_p99', .*; limits on statistics .* are for `sweep`"),
+        ("ttft", "ttft: found '', expected seconds"),
+        ("ttft=1,tpot=fast", "tpot: found 'fast', expected seconds"),
+    ],
+)
+def test_a_bad_slo_is_named(capsys: pytest.CaptureFixture[str], trace: str, slo: str, message: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["replay", trace, *ROOFLINE, "--num-blocks", "64", "--slo", slo])
+    assert re.search(message, capsys.readouterr().err)
+
+
 def test_a_real_replay_and_a_simulated_one_of_its_steps_agree(
     capsys: pytest.CaptureFixture[str], trace: str, tmp_path: Path
 ) -> None:
@@ -129,7 +167,6 @@ def test_a_real_replay_and_a_simulated_one_of_its_steps_agree(
         (("TRACE", "--real", "--clients", "2"), "--clients: not with --real"),
         (("TRACE", *ROOFLINE, "--policy", "lottery"), "policy: found 'lottery'"),
         (("TRACE", *ROOFLINE, "--num-blocks", "1"), "prompt: found 20 tokens, expected at most 16"),
-        (("TRACE", *ROOFLINE, "--slo", "speed=1"), "slo: found speed_s=1.0"),
         (("nowhere.jsonl", *ROOFLINE), "nowhere.jsonl"),
         (("--compare", "a.json", "b.json"), "a.json"),
         (("TRACE", *ROOFLINE, "--num-blocks", "64", "-o", "/no/r.json"), "/no/r.json: cannot be written"),

@@ -118,12 +118,14 @@ def test_the_text_of_a_report() -> None:
         "share": 1.0,
         "requests_per_s": 8.0,
     }
+    report["summary"] |= {"num_skipped": 2, "num_dropped": 1000}
     report["summary"]["ttft_s"] |= {"max": 12.5, "count": 12_345_678}
     assert to_text(report) == (
         "mooncake_conversation.jsonl\n"
         "simulated on smollm2-135m-instruct, int8\n"
         "load          closed, 3 clients, 2 replicas by least_loaded\n"
         "requests      1: 1 finished, 0 timed out, 0 rejected\n"
+        "left out      2 bad records, 1,000 without a request\n"
         "duration      0 s in 1 steps\n"
         "replayed in   0 s\n"
         "throughput    - requests/s\n"

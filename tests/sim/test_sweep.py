@@ -2,9 +2,15 @@
 
 import argparse
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import ConfigError, ReportError
+from engine import ConfigError, ReportError, TraceError
+from sim import Workload, synthesise
 from sim.capacity import HIGHEST, LOWEST, Bracket, search
 from sim.sweep import CostSource, Sweep, TraceFile
 from sim.sweep_cli import add_sweep
@@ -31,6 +38,13 @@ SLO = "ttft_p99=1.0,tpot_p99=0.1"
 def sweep(*grid: str, **options: Any) -> Sweep:
     options = {"slo": Slo.parse(SLO), "jobs": 1} | options
     return Sweep(options.pop("trace", TRACE), COSTS, Grid.parse(grid or GRID), **options)
+
+
+def run_command(*arguments: str, trace: str = TRACE.path) -> None:
+    parser = argparse.ArgumentParser()
+    add_sweep(parser.add_subparsers(required=True))
+    options = parser.parse_args(["sweep", trace, "--limit", "12", "--jobs", "1", *arguments])
+    options.command(options)
 
 
 # The grid
@@ -69,7 +83,8 @@ def test_a_bad_setting_is_named(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ttft_p98=1", "slo: found 'ttft_p98=1', expected one of ttft, .*"),
+        ("ttft_p98=1", "slo: found 'ttft_p98=1', expected a statistic of all requests such as ttft_p99 .*"),
+        ("ttft=1", "slo: found 'ttft=1', expected a statistic of all requests such as ttft_p99 .*"),
         ("ttft_p99=0", "slo: ttft_p99: found '0', expected seconds above 0"),
         ("ttft_p99", "slo: ttft_p99: found '', expected seconds above 0"),
         ("ttft_p99=1,ttft_p99=2", "slo: ttft_p99: found twice, expected one limit"),
@@ -137,14 +152,103 @@ def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> N
     path = tmp_path / "results.jsonl"
     sweep("policy=fcfs", results=path).run()
     content = path.read_bytes()
-    with pytest.raises(ConfigError, match=r"results.jsonl:1: found a sweep of the first 12 .* the first 13"):
+    with pytest.raises(
+        ConfigError, match=r"results.jsonl:1: found a sweep of .*the first 12 .*the first 13 "
+    ):
         sweep("policy=fcfs", results=path, trace=TraceFile(TRACE.path, 13)).run()
+    with pytest.raises(
+        ConfigError, match=r"the first 12 requests\).*, read as azure, sorted, without bad ones\)"
+    ):
+        other = TraceFile(TRACE.path, 12, "azure", skip_bad=True, sort=True)
+        sweep("policy=fcfs", results=path, trace=other).run()
     assert path.read_bytes() == content
     for other in ("notes", "notes\n", '{"pagellm_sweep":1}\n'):
         path.write_text(other)
         with pytest.raises(ReportError, match=r"results.jsonl:1: found something else, expected a line"):
             sweep("policy=fcfs", results=path).run()
         assert path.read_text() == other
+
+
+def test_a_trace_is_read_as_a_replay_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "trace.jsonl"
+    lines = ['{"arrival_time": 1, "prompt_len": 100000, "output_len": 1}', "oops"]
+    lines += ['{"arrival_time": 0, "prompt_len": 3, "output_len": 2}']
+    path.write_text("\n".join(lines))
+    costs = ["--roofline", "l4,llama-3.1-8b", "--set", "num_blocks=9", "--jobs", "1"]
+    with pytest.raises(TraceError, match=r"trace.jsonl:2: column 1: found 'oops'"):
+        run_command(*costs, "--format", "jsonl", "--sort", trace=str(path))
+    run_command(*costs, "--skip-bad", "--sort", trace=str(path))
+    left_out = "left out: 1 bad records, 0 without a request, up to 1 rejected"
+    assert left_out in capsys.readouterr().out.splitlines()
+    with pytest.raises(TraceError, match="format: found 'csv', expected one of json, jsonl, mooncake"):
+        run_command(*costs, "--format", "csv", trace=str(path))
+
+
+@contextmanager
+def running(path: Path) -> Iterator[tuple["subprocess.Popen[str]", list[int]]]:
+    """A sweep that takes long, in a process of its own, once it has finished something; and its workers."""
+    workload = Workload(num_requests=300, arrivals="poisson:50", seed=1)
+    synthesise(workload).save(path.with_name("trace.jsonl"))
+    program = "import sys; from engine.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "sweep", str(path.with_name("trace.jsonl")), "--jobs", "2"]
+    command += ["--roofline", "l4,llama-3.1-8b", "-o", str(path), "--set"]
+    command += ["rate_factor=" + ",".join(str(1 + number / 1000) for number in range(1000))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        waited_for(lambda: path.exists() and path.read_bytes().count(b"\n") >= 2)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        workers = [
+            int(pid)
+            for pid in children.read_text().split()
+            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        assert len(workers) == 2
+        yield process, workers
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def waited_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux to see processes")
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_a_sweep_that_is_ended_leaves_whole_lines_and_no_process(tmp_path: Path, end: signal.Signals) -> None:
+    path = tmp_path / "results.jsonl"
+    with running(path) as (process, workers):
+        process.send_signal(end)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == (130 if end == signal.SIGINT else -end)
+        assert "Traceback" not in err
+        waited_for(lambda: not any(map(is_running, workers)))
+    *lines, torn = path.read_bytes().split(b"\n")
+    assert torn == b""
+    assert all(json.loads(line)["summary"]["num_finished"] == 300 for line in lines)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux to see processes")
+def test_a_worker_that_is_killed_costs_its_point_alone(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    with running(path) as (process, workers):
+        os.kill(workers[0], signal.SIGKILL)
+        assert process.stderr is not None
+        errors = (line for line in process.stderr if "its process ended: killed, or out of memory" in line)
+        assert next(errors)
+        number = path.read_bytes().count(b"\n")
+        waited_for(lambda: path.read_bytes().count(b"\n") > number + 4)
+        process.send_signal(signal.SIGINT)
 
 
 # Capacity
@@ -207,13 +311,6 @@ def test_what_has_no_capacity_is_named(grid: str, slo: str | None, message: str)
 
 
 # What is shown
-
-
-def run_command(*arguments: str) -> None:
-    parser = argparse.ArgumentParser()
-    add_sweep(parser.add_subparsers(required=True))
-    options = parser.parse_args(["sweep", TRACE.path, "--limit", "12", "--jobs", "1", *arguments])
-    options.command(options)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
