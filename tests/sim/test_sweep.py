@@ -152,15 +152,13 @@ def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> N
     path = tmp_path / "results.jsonl"
     sweep("policy=fcfs", results=path).run()
     content = path.read_bytes()
-    with pytest.raises(
-        ConfigError, match=r"results.jsonl:1: found a sweep of .*the first 12 .*the first 13 "
+    for trace, read in (
+        (TraceFile(TRACE.path, 13), "the first 13 requests"),
+        (TraceFile(TRACE.path, 12, "azure", True, True), "requests, read as azure, sorted, without bad ones"),
     ):
-        sweep("policy=fcfs", results=path, trace=TraceFile(TRACE.path, 13)).run()
-    with pytest.raises(
-        ConfigError, match=r"the first 12 requests\).*, read as azure, sorted, without bad ones\)"
-    ):
-        other = TraceFile(TRACE.path, 12, "azure", skip_bad=True, sort=True)
-        sweep("policy=fcfs", results=path, trace=other).run()
+        again = sweep("policy=fcfs", results=path, trace=trace)
+        with pytest.raises(ConfigError, match=rf":1: found a sweep of .*the first 12 requests\).*{read}\)"):
+            again.run()
     assert path.read_bytes() == content
     for other in ("notes", "notes\n", '{"pagellm_sweep":1}\n'):
         path.write_text(other)
