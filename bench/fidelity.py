@@ -1,24 +1,26 @@
 """How right the simulator is: the same traces simulated and served for real, metric by metric.
 
-The machine and the model are calibrated. Then traces that the calibration has not seen are served: at 60 % of
-the load that they can be served at, at twice that load, and at twice that load with so little KV memory that
-requests make way for each other. An error is that of the simulation against the median of several real runs;
-their spread, from the lowest to the highest, stands beside it.
+In each of several rounds the machine and the model are calibrated, and then traces are served that the
+calibration has not seen: at 60 % of the load that can be served, at twice that load, and at twice that load
+with so little KV memory that requests make way for each other. The error is that of the simulation with the
+round's profile against the round's real run. The table has its median over the rounds and its range, and the
+spread of the real runs from the lowest to the highest.
 
-A machine that others use as well changes its speed for minutes at a time, which no calibration can know.
-So the speed is measured before and after each run, with steps of two shapes, and a run counts if these take
-what they took in the calibration to within 5 %. How many did not count is printed.
+A machine that others use as well changes its speed for seconds or minutes at a time, and no calibration can
+know that. So steps of two shapes are timed before and after each run, and beside the error over all rounds
+stands that over the calm ones, in which these took what the calibration says to within 5 %.
 
-Run: python bench/fidelity.py [--model M] [--quantization Q] [--seconds X] [--runs N] [--json]
+Run: python bench/fidelity.py [--model M] [--quantization Q] [--rounds N] [--requests N] [--seconds X] [--json]
 """
 
 import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -54,12 +56,88 @@ TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
+class Run:
+    """The summaries of a simulated run and of a real one.
+
+    slowness: what steps took before and after the real one, over what the calibration says.
+    """
+
+    simulated: dict
+    real: dict
+    slowness: list[float]
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether the machine was as in the calibration."""
+        return all(abs(slowness - 1) <= TOLERANCE for slowness in self.slowness)
+
+    def error(self, path: str) -> float:
+        """Of the simulation, in percent."""
+        return 100 * (value_at(self.simulated, path) / value_at(self.real, path) - 1)
+
+
+@dataclass(frozen=True)
 class Case:
-    """A trace and the settings that it is served with."""
+    """A trace, the settings that it is served with, and a run of each round."""
 
     name: str
     trace: Trace
     config: EngineConfig
+    runs: list[Run] = field(default_factory=list)
+
+    def to_dict(self) -> dict:
+        """For JSON; errors and the real runs' spread are in percent."""
+        metrics = []
+        for path, target in TARGETS.items():
+            real = [value_at(run.real, path) for run in self.runs]
+            metrics.append(
+                {
+                    "metric": path,
+                    "simulated": [value_at(run.simulated, path) for run in self.runs],
+                    "real": real,
+                    "spread": 100 * (max(real) - min(real)) / median(real),
+                    "errors": [run.error(path) for run in self.runs],
+                    "target": target,
+                }
+            )
+        return {
+            "case": self.name,
+            "preemptions": [
+                run.real["preemptions"]["recompute"] + run.real["preemptions"]["swap"] for run in self.runs
+            ],
+            "slowness": [run.slowness for run in self.runs],
+            "is_calm": [run.is_calm for run in self.runs],
+            "metrics": metrics,
+        }
+
+    def to_text(self) -> str:
+        """A table for people."""
+        found = self.to_dict()
+        calm = sum(found["is_calm"])
+        rounds = f"{len(self.runs)} rounds, {calm} of them calm"
+        lines = [
+            f"{self.name}: {rounds}, {median(found['preemptions']):g} preemptions",
+            f"  {'':<20}{'simulated':>10}{'real':>10}{'spread':>9}{'error':>9}{'from':>8}{'to':>8}"
+            f"{'calm':>9}{'target':>8}",
+        ]
+        for metric in found["metrics"]:
+            errors = metric["errors"]
+            in_calm = [error for error, is_calm in zip(errors, found["is_calm"], strict=True) if is_calm]
+            lines.append(
+                f"  {metric['metric']:<20}{median(metric['simulated']):>10.4g}{median(metric['real']):>10.4g}"
+                f"{metric['spread']:>7.1f} %{median(errors):>+7.1f} %{min(errors):>+8.1f}{max(errors):>+8.1f}"
+                + (f"{median(in_calm):>+7.1f} %" if in_calm else f"{'-':>9}")
+                + f"{metric['target']:>6} %"
+            )
+        return "\n".join(lines)
+
+
+def value_at(summary: dict, path: str) -> float:
+    """A metric by its place in a summary."""
+    value: Any = summary
+    for name in path.split("."):
+        value = value[name]
+    return float(value)
 
 
 def main() -> None:
@@ -67,25 +145,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--quantization", choices=QUANTIZATIONS, default="auto")
-    parser.add_argument("--seconds", type=float, default=100.0, metavar="X", help="of calibration")
-    parser.add_argument("--requests", type=int, default=150, metavar="N", help="of each trace")
-    parser.add_argument("--runs", type=int, default=3, metavar="N", help="that count, of each case")
-    parser.add_argument("--attempts", type=int, default=10, metavar="N", help="at that, at most")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N")
+    parser.add_argument("--requests", type=int, default=100, metavar="N", help="of each trace")
+    parser.add_argument("--seconds", type=float, default=60.0, metavar="X", help="of each calibration")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     config = replace(CONFIG, quantization=options.quantization)
-    profile = calibrated(options.model, config, options.seconds)
-    model = ProfileCostModel(profile)
-    print(f"{model.name}\nfit of the profile: {profile['fit']}", file=sys.stderr)
-    results = [
-        measured(case, options.model, model, options.runs, options.attempts)
-        for case in cases(config, model, options.requests)
-    ]
+    cases: list[Case] = []
+    fits = []
+    for number in range(1, options.rounds + 1):
+        profile = calibrated(options.model, config, options.seconds)
+        model = ProfileCostModel(profile)
+        fits.append(profile["fit"])
+        cases = cases or cases_for(config, model, options.requests)
+        print(f"round {number}: {model.name}; fit of the profile: {profile['fit']}", file=sys.stderr)
+        for case in cases:
+            run = measured(case, options.model, model)
+            case.runs.append(run)
+            machine = ", ".join(f"{slowness:.2f}" for slowness in run.slowness)
+            print(f"  {case.name}: steps take {machine} of what was calibrated", file=sys.stderr)
     if options.json:
-        print(json.dumps({"profile": model.name, "fit": profile["fit"], "cases": results}, indent=1))
+        print(json.dumps({"machine": model.name, "fits": fits, "cases": [case.to_dict() for case in cases]}))
         return
-    for result in results:
-        show(result)
+    for case in cases:
+        print(f"\n{case.to_text()}")
 
 
 def calibrated(model: str, config: EngineConfig, seconds: float) -> dict:
@@ -97,7 +180,7 @@ def calibrated(model: str, config: EngineConfig, seconds: float) -> dict:
         engine.close()
 
 
-def cases(config: EngineConfig, model: CostModel, num_requests: int) -> list[Case]:
+def cases_for(config: EngineConfig, model: CostModel, num_requests: int) -> list[Case]:
     """Traces at loads in proportion to what can be served of them, by the simulator's account."""
 
     def trace(requests_per_s: float, seed: int) -> Trace:
@@ -113,38 +196,16 @@ def cases(config: EngineConfig, model: CostModel, num_requests: int) -> list[Cas
     ]
 
 
-def measured(case: Case, name: str, model: CostModel, num_runs: int, num_attempts: int) -> dict:
-    """A case simulated, and served until enough runs count."""
-    simulated = Simulator(case.config, model).replay(case.trace).summary
-    runs: list[dict] = []
-    speeds = []
-    for _ in range(num_attempts):
-        summary, before, after = served(case, name, model)
-        counts = all(abs(slowness - 1) <= TOLERANCE for slowness in (*before, *after))
-        speeds.append({"before": before, "after": after, "counts": counts})
-        probes = ", ".join(f"{slowness:.2f}" for slowness in (*before, *after))
-        print(f"{case.name}: step times over calibrated ones: {probes}: {counts}", file=sys.stderr)
-        runs += [summary] * counts
-        if len(runs) == num_runs:
-            break
-    return {
-        "case": case.name,
-        "runs": len(runs),
-        "attempts": speeds,
-        "preemptions": simulated["preemptions"]["recompute"] + simulated["preemptions"]["swap"],
-        "metrics": [compared(path, simulated, runs) for path in TARGETS] if runs else [],
-    }
-
-
-def served(case: Case, name: str, model: CostModel) -> tuple[dict, list[float], list[float]]:
-    """The summary of a real run, and how slow the machine was before and after it."""
+def measured(case: Case, name: str, model: CostModel) -> Run:
+    """A case simulated and served."""
     engine = LLMEngine(name, case.config)
     try:
         before = slowness(engine, model)
-        summary = replay_for_real(engine, case.trace, model=name).summary
-        return summary, before, slowness(engine, model)
+        real = replay_for_real(engine, case.trace, model=name).summary
+        after = slowness(engine, model)
     finally:
         engine.close()
+    return Run(Simulator(case.config, model).replay(case.trace).summary, real, before + after)
 
 
 def slowness(engine: LLMEngine, model: CostModel) -> list[float]:
@@ -159,44 +220,6 @@ def slowness(engine: LLMEngine, model: CostModel) -> list[float]:
         )
         for shape in PROBES
     ]
-
-
-def compared(path: str, simulated: dict, runs: list[dict]) -> dict:
-    """A metric's error and the spread of the real runs, in percent."""
-
-    def value(summary: dict) -> float:
-        for name in path.split("."):
-            summary = summary[name]
-        return summary  # type: ignore[return-value]
-
-    real = [value(summary) for summary in runs]
-    middle = median(real)
-    return {
-        "metric": path,
-        "simulated": value(simulated),
-        "real": real,
-        "error_percent": 100 * (value(simulated) / middle - 1),
-        "spread_percent": 100 * (max(real) - min(real)) / middle,
-        "target_percent": TARGETS[path],
-    }
-
-
-def show(result: dict) -> None:
-    """A case as a table."""
-    left_out = len(result["attempts"]) - result["runs"]
-    print(
-        f"\n{result['case']}: {result['runs']} runs, {left_out} left out, {result['preemptions']} preemptions"
-    )
-    if not result["metrics"]:
-        print("  in no run was the machine as fast as in the calibration")
-        return
-    print(f"  {'':<22}{'simulated':>11}{'real':>11}{'spread':>9}{'error':>9}{'target':>9}")
-    for metric in result["metrics"]:
-        print(
-            f"  {metric['metric']:<22}{metric['simulated']:>11.4g}{median(metric['real']):>11.4g}"
-            f"{metric['spread_percent']:>7.1f} %{metric['error_percent']:>+7.1f} %"
-            f"{metric['target_percent']:>7} %"
-        )
 
 
 if __name__ == "__main__":

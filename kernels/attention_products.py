@@ -16,6 +16,7 @@ from kernels.jit import by_height, kernel
 from kernels.packing import CHUNK, FLOAT32, GROUP, PANEL
 from kernels.simd import (
     LANES,
+    PAIR_WORDS,
     dot_bfloat16,
     outer_product,
     outer_product_bfloat16,
@@ -80,14 +81,19 @@ def tile_places(head, block_words, token_words, block_size, block_table, start, 
     )
 
 
-def _key_tile(product: Any, height: int) -> Any:
-    """Scores of a tile's keys: `product` is what a word of queries and one of keys add."""
+def _key_tile(product: Any, query_words: int, height: int) -> Any:
+    """Scores of a tile's keys: `product` adds what a word of keys and `query_words` of queries give."""
+
+    @kernel
+    def query_place(queries, word):
+        word *= query_words
+        return queries + word // CHUNK * (GROUP * CHUNK) + word % CHUNK
 
     @kernel
     def two(x, queries, keys, first, second, ahead, next_ahead, word_stride, words, scores):
         tile = start_tile(height, 2, x, 0)
         for word in range(words):
-            query = queries + word // CHUNK * (GROUP * CHUNK) + word % CHUNK
+            query = query_place(queries, word)
             at = word * word_stride
             prefetch(keys, ahead + at)
             prefetch(keys, next_ahead + at)
@@ -105,7 +111,7 @@ def _key_tile(product: Any, height: int) -> Any:
         first, second, third, fourth = places
         tile = start_tile(height, 4, x, 0)
         for word in range(words):
-            query = queries + word // CHUNK * (GROUP * CHUNK) + word % CHUNK
+            query = query_place(queries, word)
             at = word * word_stride
             prefetch(keys, ahead[0] + at)
             prefetch(keys, ahead[1] + at)
@@ -141,8 +147,8 @@ def _value_tile(product: Any, panel_words: int, height: int) -> Any:
     return multiply
 
 
-_score_float32 = by_height(_HEIGHTS, partial(_key_tile, outer_product))
-_score_bfloat16 = by_height(_HEIGHTS, partial(_key_tile, dot_bfloat16))
+_score_float32 = by_height(_HEIGHTS, partial(_key_tile, outer_product, 1))
+_score_bfloat16 = by_height(_HEIGHTS, partial(_key_tile, dot_bfloat16, PAIR_WORDS))
 _weigh_float32 = by_height(_HEIGHTS, partial(_value_tile, outer_product, PANEL))
 _weigh_bfloat16 = by_height(_HEIGHTS, partial(_value_tile, outer_product_bfloat16, PANEL // 2))
 

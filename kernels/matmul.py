@@ -22,8 +22,8 @@ from kernels.packing import (
     SCALE,
     SCALED_SUM,
     START_INT4,
-    START_INT4_MIN,
     START_INT8,
+    START_ZERO,
     activation_words,
     block_words,
     num_blocks,
@@ -31,7 +31,9 @@ from kernels.packing import (
     panel_block_words,
 )
 from kernels.simd import (
+    DOT_INT8_OFFSET,
     LANES,
+    PAIR_WORDS,
     add_scaled,
     dot_bfloat16,
     dot_int4,
@@ -49,6 +51,7 @@ _VECTORS = PANEL // LANES
 # Rows of a tile of 32-bit sums; the integer formats keep two sums an element, so theirs has half as many.
 _HEIGHTS = tuple(height for height in (1, 2, 3, 4, 6, 8, 12) if height <= GROUP)
 _INT_HEIGHTS = tuple(height for height in (1, 2, 3, 4, 6) if height <= max(1, GROUP // 2))
+_START_INT8 = START_ZERO if DOT_INT8_OFFSET else START_INT8
 # Rows that meet a panel while it is in the nearest cache.
 _ROWS_PER_ITEM = 8 * GROUP
 # Words of weights of a work item where there is little to compute: long runs of memory, read from end to end.
@@ -64,14 +67,15 @@ def _prefetch_weights(w, at):
         prefetch(w, at + v)
 
 
-def _float_tile(product: Any, height: int) -> Any:
-    """For formats whose words are inputs: `product` is what a word of activations and one of weights add."""
+def _float_tile(product: Any, x_words: int, height: int) -> Any:
+    """For formats whose words are inputs: `product` adds what a word of weights and `x_words` of `x` give."""
 
     @kernel
     def multiply(x, x_at, w, w_at, ahead, blocks, words, bias, bias_at, out, out_at, out_stride, accumulate):
         tile = start_tile(height, _VECTORS, bias, bias_at)
         for k in range(blocks * words):
-            at = x_at + k // CHUNK * (GROUP * CHUNK) + k % CHUNK
+            word = k * x_words
+            at = x_at + word // CHUNK * (GROUP * CHUNK) + word % CHUNK
             _prefetch_weights(w, ahead + w_at + k * PANEL)
             tile = product(tile, height, x, at, CHUNK, w, w_at + k * PANEL)
         write_tile(tile, height, out, out_at, out_stride, accumulate)
@@ -84,7 +88,7 @@ def _int8_tile(height: int) -> Any:
     def multiply(x, x_at, w, w_at, ahead, blocks, words, bias, bias_at, out, out_at, out_stride, accumulate):
         tile = start_tile(height, _VECTORS, bias, bias_at)
         for _ in range(blocks):
-            ints = start_int_tile(height, _VECTORS, x, x_at + START_INT8, INT_CHUNK)
+            ints = start_int_tile(height, _VECTORS, x, x_at + _START_INT8, INT_CHUNK)
             for word in range(words):
                 _prefetch_weights(w, ahead + w_at + word * PANEL)
                 ints = dot_int8(ints, height, x, x_at + word, INT_CHUNK, w, w_at + word * PANEL)
@@ -103,7 +107,7 @@ def _int4_tile(height: int) -> Any:
         x, x_at, w, w_at, ahead, blocks, words, bias, bias_at, out, out_at, out_stride, accumulate, minima
     ):  # fmt: skip
         tile = start_tile(height, _VECTORS, bias, bias_at)
-        start = START_INT4_MIN if minima else START_INT4
+        start = START_ZERO if minima else START_INT4
         for _ in range(blocks):
             ints = start_int_tile(height, _VECTORS, x, x_at + start, INT_CHUNK)
             for word in range(words):
@@ -121,8 +125,8 @@ def _int4_tile(height: int) -> Any:
     return multiply
 
 
-_multiply_float32 = by_height(_HEIGHTS, partial(_float_tile, outer_product))
-_multiply_bfloat16 = by_height(_HEIGHTS, partial(_float_tile, dot_bfloat16))
+_multiply_float32 = by_height(_HEIGHTS, partial(_float_tile, outer_product, 1))
+_multiply_bfloat16 = by_height(_HEIGHTS, partial(_float_tile, dot_bfloat16, PAIR_WORDS))
 _multiply_int8 = by_height(_INT_HEIGHTS, _int8_tile)
 _multiply_int4 = by_height(_INT_HEIGHTS, _int4_tile)
 

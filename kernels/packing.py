@@ -13,8 +13,9 @@ in a row, and in the formats that have them a float16 scale and a float16 minimu
 A weight matrix [N, K] is stored as panels of `PANEL` output columns, and a panel block by block: each word of
 the block for all columns, then the scales and then the minima, two to a word. So a product reads its weights
 from the first word to the last. Activations [M, K] are stored in groups of `GROUP` rows, and a group chunk by
-chunk: 16 words of each row, which are 16 floats or 32 bfloat16; or, for the integer formats, `INT_CHUNK`
-words: a block as int8, its scale, and what undoes the offsets of the weights.
+chunk: 16 words of each row, which are 16 floats or, for BFLOAT16 where the machine multiplies these,
+32 bfloat16; or, for the integer formats, `INT_CHUNK` words: a block as int8, its scale, and what undoes the
+offsets of the weights.
 
 The sizes follow the number of vector registers of the host.
 """
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from kernels.jit import entry_point, kernel, shared
 from kernels.simd import (
     LANES,
+    PAIR_WORDS,
     absolute,
     broadcast,
     host_has,
@@ -54,7 +56,7 @@ CHUNK = 16
 INT_CHUNK = 13
 # Words of an integer chunk after its 8 words of int8: the scale and scale * sum as floats, and what the sum
 # of the products starts from in each format, as int32.
-SCALE, SCALED_SUM, START_INT8, START_INT4, START_INT4_MIN = range(8, 13)
+SCALE, SCALED_SUM, START_INT8, START_INT4, START_ZERO = range(8, 13)
 
 
 @shared
@@ -108,9 +110,9 @@ def panels_size(format: int, N: int, K: int) -> int:
 @shared
 def activation_words(format: int, K: int) -> int:
     """Words of one row of `K` packed activations that a matrix of this format multiplies."""
-    if format <= BFLOAT16:
-        return num_blocks(K) * block_words(format)
-    return num_blocks(K) * INT_CHUNK
+    if format > BFLOAT16:
+        return num_blocks(K) * INT_CHUNK
+    return num_blocks(K) * (BLOCK if format == FLOAT32 else BLOCK // 2 * PAIR_WORDS)
 
 
 def aligned_zeros(num_words: int) -> NDArray[np.float32]:
@@ -261,7 +263,7 @@ def _pack_int8(source, i, packed, at):
     packed[at + SCALED_SUM] = scale * total
     store_int32(packed, at + START_INT8, np.int32(total * np.float32(-128.0)))
     store_int32(packed, at + START_INT4, np.int32(total * np.float32(-8.0)))
-    store_int32(packed, at + START_INT4_MIN, np.int32(0))
+    store_int32(packed, at + START_ZERO, np.int32(0))
 
 
 @kernel
@@ -273,7 +275,7 @@ def pack_row(format, source, source_start, K, row, packed, packed_start):
     for k in range(K, num_blocks(K) * BLOCK):
         source[source_start + k] = 0.0
     at = packed_start + row // GROUP * GROUP * activation_words(format, K)
-    if format == FLOAT32:
+    if format == FLOAT32 or (format == BFLOAT16 and PAIR_WORDS == 2):
         at += row % GROUP * CHUNK
         for k in range(0, num_blocks(K) * BLOCK, CHUNK):
             store(packed, at, load(source, source_start + k))

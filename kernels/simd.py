@@ -484,14 +484,15 @@ def start_int_tile(_typing: Any, rows: Any, vectors: Any, x: Any, index: Any, st
     return tile(rows, vectors, x, types.intp, stride), emit
 
 
-def _tile_update(load_row: Any, load_column: Any, multiply_add: Any) -> Any:
+def _tile_update(*steps: tuple[Any, Any, Any]) -> Any:
     """The body of an intrinsic `(tile, rows, x, x_index, x_stride, w, w_index)` that updates a register tile.
 
-    `load_row(builder, pointer)` reads what a row has in common, `load_column(builder, pointer, v)` what the
-    v-th vector of columns has, and `multiply_add(builder, row, column, accumulator)` joins them. `w_index`
-    is where the first vector of columns begins, with the others behind it, or a tuple of where each begins.
-    `rows` and `x_stride` are compile-time constants, so the reads of all rows need a single address register;
-    with a stride known only at run time the accumulators spill.
+    Of a step, `load_row(builder, pointer)` reads what a row has in common, `load_column(builder, pointer, v)`
+    what the v-th vector of columns has, and `multiply_add(builder, row, column, accumulator)` joins them. The
+    whole tile takes one step after the other, so that registers need to hold the columns of one alone.
+    `w_index` is where the first vector of columns begins, with the others behind it, or a tuple of where each
+    begins. `rows` and `x_stride` are compile-time constants, so the reads of all rows need a single address
+    register; with a stride known only at run time the accumulators spill.
     """
 
     def intrinsic_of(
@@ -503,20 +504,23 @@ def _tile_update(load_row: Any, load_column: Any, multiply_add: Any) -> Any:
         place = types.UniTuple(types.intp, num_vectors) if apart else types.intp
 
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            accumulators, _, x_value, x_at, _, w_value, w_at = arguments
+            tile_value, _, x_value, x_at, _, w_value, w_at = arguments
             x_pointer = _element_pointer(context, builder, signature.args[2], x_value, x_at)
-            columns = []
-            for v in range(num_vectors):
-                index = builder.extract_value(w_at, v) if apart else w_at
-                w_pointer = _element_pointer(context, builder, signature.args[5], w_value, index)
-                columns.append(load_column(builder, w_pointer, 0 if apart else v))
-            updated = []
-            for row in range(num_rows):
-                factor = load_row(builder, builder.gep(x_pointer, [_I64(row * stride)]))
-                for v in range(num_vectors):
-                    accumulator = builder.extract_value(accumulators, row * num_vectors + v)
-                    updated.append(multiply_add(builder, factor, columns[v], accumulator))
-            return context.make_tuple(builder, signature.return_type, updated)
+            indices = [builder.extract_value(w_at, v) if apart else w_at for v in range(num_vectors)]
+            w_pointers = [
+                _element_pointer(context, builder, signature.args[5], w_value, index) for index in indices
+            ]
+            accumulators = [builder.extract_value(tile_value, i) for i in range(tile.count)]
+            for load_row, load_column, multiply_add in steps:
+                columns = [
+                    load_column(builder, pointer, 0 if apart else v) for v, pointer in enumerate(w_pointers)
+                ]
+                for row in range(num_rows):
+                    factor = load_row(builder, builder.gep(x_pointer, [_I64(row * stride)]))
+                    for v, column in enumerate(columns):
+                        i = row * num_vectors + v
+                        accumulators[i] = multiply_add(builder, factor, column, accumulators[i])
+            return context.make_tuple(builder, signature.return_type, accumulators)
 
         return tile(tile, rows, x, types.intp, x_stride, w, place), emit
 
@@ -539,7 +543,7 @@ def outer_product(
 
     `tile` is a tuple of rows * V vectors, row-major; see `_tile_update`.
     """
-    update = _tile_update(_float_row, lambda b, w, v: _load(b, w, _VECTOR, v * LANES), _multiply_add)
+    update = _tile_update((_float_row, lambda b, w, v: _load(b, w, _VECTOR, v * LANES), _multiply_add))
     return update(typing, tile, rows, x, x_index, x_stride, w, w_index)
 
 
@@ -552,7 +556,7 @@ def outer_product_float16(
     def load_column(builder: Any, pointer: Any, v: int) -> Any:
         return _from_float16(builder, _load(builder, pointer, _HALF_VECTOR, v * LANES // 2))
 
-    update = _tile_update(_float_row, load_column, _multiply_add)
+    update = _tile_update((_float_row, load_column, _multiply_add))
     return update(typing, tile, rows, x, x_index, x_stride, w, w_index)
 
 
@@ -565,16 +569,24 @@ def outer_product_bfloat16(
     def load_column(builder: Any, pointer: Any, v: int) -> Any:
         return _from_bfloat16(builder, _load(builder, pointer, _SHORT_VECTOR, v * LANES // 2))
 
-    update = _tile_update(_float_row, load_column, _multiply_add)
+    update = _tile_update((_float_row, load_column, _multiply_add))
     return update(typing, tile, rows, x, x_index, x_stride, w, w_index)
+
+
+# Words of `x` in which `dot_bfloat16` takes a pair of inputs: one, as bfloat16, if the host multiplies these,
+# else two, as floats.
+PAIR_WORDS = 1 if host_has("avx512bf16") else 2
 
 
 @intrinsic(prefer_literal=True)
 def dot_bfloat16(
     typing: Any, tile: Any, rows: Any, x: Any, x_index: Any, x_stride: Any, w: Any, w_index: Any
 ) -> Any:
-    """Like `outer_product`, where each word is a pair of bfloat16: adds both products to each lane."""
-    if host_has("avx512bf16"):
+    """Like `outer_product`, where each word of `w` is a pair of bfloat16: adds both products to each lane.
+
+    The inputs that they meet are in `PAIR_WORDS` words of `x`.
+    """
+    if PAIR_WORDS == 1:
 
         def load_pairs(builder: Any, pointer: Any, v: int) -> Any:
             return builder.bitcast(_load(builder, pointer, _INT_VECTOR, v * LANES), _BFLOAT_PAIRS)
@@ -589,24 +601,21 @@ def dot_bfloat16(
             )
             return builder.call(function, [accumulator, row, column])
 
-        update = _tile_update(splat_pair, load_pairs, add_products)
+        update = _tile_update((splat_pair, load_pairs, add_products))
     else:
 
-        def halves(builder: Any, words: Any) -> Any:
-            low = builder.shl(words, _int_splat(16))
-            high = builder.and_(words, _int_splat(-65536))
-            return builder.bitcast(low, _VECTOR), builder.bitcast(high, _VECTOR)
+        def load_low(builder: Any, pointer: Any, v: int) -> Any:
+            words = _load(builder, pointer, _INT_VECTOR, v * LANES)
+            return builder.bitcast(builder.shl(words, _int_splat(16)), _VECTOR)
 
-        def add_both(builder: Any, row: Any, column: Any, accumulator: Any) -> Any:
-            for factor, weight in zip(row, column, strict=True):
-                accumulator = _multiply_add(builder, factor, weight, accumulator)
-            return accumulator
+        def load_high(builder: Any, pointer: Any, v: int) -> Any:
+            words = _load(builder, pointer, _INT_VECTOR, v * LANES)
+            return builder.bitcast(builder.and_(words, _int_splat(-65536)), _VECTOR)
 
-        update = _tile_update(
-            lambda b, x: halves(b, _splat(b, _load(b, x, _I32))),
-            lambda b, w, v: halves(b, _load(b, w, _INT_VECTOR, v * LANES)),
-            add_both,
-        )
+        def second_row(builder: Any, pointer: Any) -> Any:
+            return _splat(builder, _load(builder, pointer, _F32, 1))
+
+        update = _tile_update((_float_row, load_low, _multiply_add), (second_row, load_high, _multiply_add))
     return update(typing, tile, rows, x, x_index, x_stride, w, w_index)
 
 
@@ -657,14 +666,52 @@ def _multiply_pairs(builder: Any, a: Any, b: Any) -> Any:
     return builder.add(low, high)
 
 
+def _first_known(*instructions: tuple[str, str, int]) -> tuple[str, int] | None:
+    """Of (feature, intrinsic, parts of a vector) the intrinsic and parts of the first that the host has."""
+    return next(((name, parts) for feature, name, parts in instructions if host_has(feature)), None)
+
+
+_DOT_BYTES = _first_known(
+    ("avx512vnni", "llvm.x86.avx512.vpdpbusd.512", 1), ("avxvnni", "llvm.x86.avx512.vpdpbusd.256", 2)
+)
+_ADD_BYTE_PAIRS = _first_known(
+    ("avx512bw", "llvm.x86.avx512.pmaddubs.w.512", 1),
+    ("avx2", "llvm.x86.avx2.pmadd.ub.sw", 2),
+    ("ssse3", "llvm.x86.ssse3.pmadd.ub.sw.128", 4),
+)
+_MOVE_SIGNS = (
+    None
+    if host_has("avx512bw")
+    else _first_known(("avx2", "llvm.x86.avx2.psign.b", 2), ("ssse3", "llvm.x86.ssse3.psign.b.128", 4))
+)
+_MULTIPLIES_MAGNITUDES = _DOT_BYTES is None and _MOVE_SIGNS is not None
+# What `dot_int8` takes from every byte of the weights before it multiplies them.
+DOT_INT8_OFFSET = 128 if _MULTIPLIES_MAGNITUDES else 0
+
+
+def _byte_instruction(builder: Any, instruction: tuple[str, int], kind: Any, a: Any, b: Any) -> Any:
+    name, parts = instruction
+    bytes = ir.VectorType(_I8, 4 * LANES)
+    return _split_call(builder, name, parts, kind, [builder.bitcast(a, bytes), builder.bitcast(b, bytes)])
+
+
+def _add_byte_pairs(builder: Any, unsigned: Any, signed: Any) -> Any:
+    """The products of unsigned and signed bytes, two neighbours added in an int16 that must hold them."""
+    assert _ADD_BYTE_PAIRS is not None
+    return _byte_instruction(builder, _ADD_BYTE_PAIRS, ir.VectorType(_I16, 2 * LANES), unsigned, signed)
+
+
+def _add_short_pairs(builder: Any, accumulator: Any, shorts: Any) -> Any:
+    """accumulator + the two int16 of each lane."""
+    ones = ir.Constant(shorts.type, [1] * shorts.type.count)
+    return builder.add(accumulator, _multiply_pairs(builder, shorts, ones))
+
+
 def _dot_bytes(builder: Any, unsigned: Any, signed: Any, accumulator: Any) -> Any:
     """accumulator + the four products of each lane's bytes, exact in int32."""
-    for feature, name, parts in (
-        ("avx512vnni", "llvm.x86.avx512.vpdpbusd.512", 1),
-        ("avxvnni", "llvm.x86.avx512.vpdpbusd.256", 2),
-    ):
-        if host_has(feature):
-            return _split_call(builder, name, parts, _INT_VECTOR, [accumulator, unsigned, signed])
+    if _DOT_BYTES is not None:
+        name, parts = _DOT_BYTES
+        return _split_call(builder, name, parts, _INT_VECTOR, [accumulator, unsigned, signed])
     shorts = ir.VectorType(_I16, 2 * LANES)
     eight = ir.Constant(shorts, [8] * 2 * LANES)
     even, odd = (
@@ -688,12 +735,37 @@ def _int_row(builder: Any, pointer: Any) -> Any:
 def dot_int8(
     typing: Any, tile: Any, rows: Any, x: Any, x_index: Any, x_stride: Any, w: Any, w_index: Any
 ) -> Any:
-    """Adds to each int32 lane the four products of a word of int8 `x` and a word of uint8 `w`."""
-    update = _tile_update(
-        _int_row,
-        lambda b, w, v: _load(b, w, _INT_VECTOR, v * LANES),
-        lambda b, row, column, accumulator: _dot_bytes(b, column, row, accumulator),
-    )
+    """Adds to each int32 lane the four products of a word of `x` and one of `w`.
+
+    `x` is int8 and never -128, `w` is uint8, from which `DOT_INT8_OFFSET` is subtracted.
+    """
+
+    def load_words(builder: Any, pointer: Any, v: int) -> Any:
+        return _load(builder, pointer, _INT_VECTOR, v * LANES)
+
+    def load_magnitudes(builder: Any, pointer: Any, v: int) -> Any:
+        words = builder.xor(load_words(builder, pointer, v), _int_splat(-0x7F7F7F80))
+        bytes = builder.bitcast(words, ir.VectorType(_I8, 4 * LANES))
+        negative = builder.icmp_signed("<", bytes, ir.Constant(bytes.type, [0] * 4 * LANES))
+        return builder.select(negative, builder.neg(bytes), bytes), bytes
+
+    def add_products(builder: Any, row: Any, column: Any, accumulator: Any) -> Any:
+        # |w| * (x with the sign of w): at most 2 * 128 * 127 for two neighbours, which an int16 holds.
+        magnitudes, weights = column
+        assert _MOVE_SIGNS is not None
+        signed = _byte_instruction(builder, _MOVE_SIGNS, weights.type, row, weights)
+        return _add_short_pairs(builder, accumulator, _add_byte_pairs(builder, magnitudes, signed))
+
+    if _MULTIPLIES_MAGNITUDES:
+        update = _tile_update((_int_row, load_magnitudes, add_products))
+    else:
+        update = _tile_update(
+            (
+                _int_row,
+                load_words,
+                lambda b, row, column, accumulator: _dot_bytes(b, column, row, accumulator),
+            )
+        )
     return update(typing, tile, rows, x, x_index, x_stride, w, w_index)
 
 
@@ -715,11 +787,15 @@ def dot_int4(
         return tuple(_splat(builder, _load(builder, pointer, _I32, word)) for word in (0, 4))
 
     def add_products(builder: Any, row: Any, column: Any, accumulator: Any) -> Any:
+        if _DOT_BYTES is None and _ADD_BYTE_PAIRS is not None:
+            # At most 4 * 15 * 128 for two neighbours of both.
+            low, high = (_add_byte_pairs(builder, w, x) for x, w in zip(row, column, strict=True))
+            return _add_short_pairs(builder, accumulator, builder.add(low, high))
         for signed, unsigned in zip(row, column, strict=True):
             accumulator = _dot_bytes(builder, unsigned, signed, accumulator)
         return accumulator
 
-    update = _tile_update(load_words, load_nibbles, add_products)
+    update = _tile_update((load_words, load_nibbles, add_products))
     return update(typing, tile, rows, x, x_index, x_stride, w, w_index)
 
 

@@ -19,6 +19,7 @@ from kernels.packing import (
     padded,
     panels_size,
 )
+from kernels.simd import PAIR_WORDS
 from tests import oracles
 
 Matrix = NDArray[np.float32]
@@ -97,9 +98,14 @@ def packed_weights(format: int, weights: Matrix, bias: Matrix) -> tuple[Matrix, 
 # Activations
 
 
+def are_floats(format: int) -> bool:
+    """Whether activations stay floats: bfloat16 ones are for machines that multiply them."""
+    return format == FLOAT32 or (format == BFLOAT16 and PAIR_WORDS == 2)
+
+
 def multiplied(format: int, x: Matrix) -> Exact:
     """The activations [M, K] as a matrix of this format sees them."""
-    if format == FLOAT32:
+    if are_floats(format):
         return x.astype(np.float64)
     if format == BFLOAT16:
         return oracles.bfloat16(x)
@@ -111,7 +117,7 @@ def chunks(format: int, x: Matrix) -> NDArray[np.uint32]:
     """Rows [M, K] as the words [M, chunks, words of a chunk] that their activations are packed into."""
     M, K = x.shape
     whole = np.pad(x, ((0, 0), (0, -K % BLOCK)))
-    if format == FLOAT32:
+    if are_floats(format):
         return whole.reshape(M, -1, 16).view(np.uint32)
     if format == BFLOAT16:
         upper = oracles.bfloat16(whole).astype(np.float32).view(np.uint32) >> 16

@@ -36,7 +36,16 @@ from kernels.packing import (
 )
 from tests import oracles
 from tests.conftest import at_most
-from tests.kernels.layouts import FORMATS, Exact, Matrix, chunks, dequantized, packed_rows, random_matrix
+from tests.kernels.layouts import (
+    FORMATS,
+    Exact,
+    Matrix,
+    are_floats,
+    chunks,
+    dequantized,
+    packed_rows,
+    random_matrix,
+)
 
 SIZES = sorted({1, 2, 3, 7, PANEL - 1, PANEL, PANEL + 1, 2 * PANEL + 5})
 DEPTHS = sorted({1, 2, 3, 17, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 5})
@@ -442,7 +451,7 @@ def test_what_is_no_number_shows(format: int, special: float, index: int) -> Non
         assert np.isfinite(by_chunk[whole, [SCALE, SCALED_SUM]]).all()
     else:
         words = found.reshape(-1, GROUP, 16)[:, 0].reshape(-1)
-        values = words if format == FLOAT32 else halves_of(words)
+        values = words if are_floats(format) else halves_of(words)
         np.testing.assert_array_equal(values[:50], row)
 
 

@@ -316,6 +316,11 @@ def bfloat16_words(x: NDArray[Any]) -> NDArray[np.uint16]:
     return (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
+def bfloat16_inputs(x: NDArray[Any]) -> NDArray[Any]:
+    """Rows that bfloat16 can hold as `dot_bfloat16` takes them."""
+    return bfloat16_words(x) if simd.PAIR_WORDS == 1 else x.astype(np.float32)
+
+
 def test_a_tile_takes_rank_one_updates_of_bfloat16() -> None:
     rng = np.random.default_rng(0)
     first_row, x = random_matrix(rng, 2 * LANES), random_matrix(rng, 3)
@@ -345,7 +350,7 @@ def test_pairs_of_bfloat16_are_multiplied_and_added() -> None:
         x = oracles.bfloat16(rng.standard_normal((3, 2)) * magnitude)
         w = oracles.bfloat16(rng.standard_normal((2 * LANES, 2)) / magnitude)
         out = np.empty((3, 2 * LANES), np.float32)
-        bfloat16_tile(first_row, strided(bfloat16_words(x), 5), shifted(bfloat16_words(w)), out.reshape(-1))
+        bfloat16_tile(first_row, strided(bfloat16_inputs(x), 5), shifted(bfloat16_words(w)), out.reshape(-1))
         np.testing.assert_allclose(out, first_row + x @ w.T, rtol=0, atol=3e-6)
 
 
@@ -354,7 +359,7 @@ def test_pairs_of_small_bfloat16_integers_are_exact() -> None:
     first_row = rng.integers(-9, 9, 2 * LANES).astype(np.float32)
     x, w = rng.integers(-256, 257, (3, 2)), rng.integers(-256, 257, (2 * LANES, 2))
     out = np.empty((3, 2 * LANES), np.float32)
-    bfloat16_tile(first_row, strided(bfloat16_words(x), 5), shifted(bfloat16_words(w)), out.reshape(-1))
+    bfloat16_tile(first_row, strided(bfloat16_inputs(x), 5), shifted(bfloat16_words(w)), out.reshape(-1))
     np.testing.assert_array_equal(out, first_row + x @ w.T)
 
 
@@ -365,7 +370,7 @@ def test_a_pair_of_bfloat16_with_no_number_is_none(special: float) -> None:
         x[1, place] = special
         out = np.empty((3, 2 * LANES), np.float32)
         zeros = np.zeros(2 * LANES, np.float32)
-        bfloat16_tile(zeros, strided(bfloat16_words(x), 5), shifted(bfloat16_words(w)), out.reshape(-1))
+        bfloat16_tile(zeros, strided(bfloat16_inputs(x), 5), shifted(bfloat16_words(w)), out.reshape(-1))
         np.testing.assert_array_equal(out[1], np.full(2 * LANES, special))
         np.testing.assert_array_equal(out[[0, 2]], np.full((2, 2 * LANES), 2.0))
 
@@ -378,7 +383,7 @@ UNITS = np.ones(4, np.float32), np.ones(2 * LANES, np.float16)
 
 
 def int8_products(x: Levels, w: Levels, starts: Levels, factors: Any = UNITS) -> Matrix:
-    """What the kernel makes of int8 x [4, 8] and uint8 w [2 * LANES, 8]."""
+    """What the kernel makes of x [4, 8] from -127 and uint8 w [2 * LANES, 8]."""
     scales, halves = factors
     by_word = w.astype(np.uint8).reshape(2 * LANES, 2, 4).transpose(1, 0, 2)
     out = np.empty((4, 2 * LANES), np.float32)
@@ -405,27 +410,32 @@ def int4_products(x: Levels, w: Levels, starts: Levels, factors: Any = UNITS) ->
     return out
 
 
+def int8_sums(x: Levels, w: Levels) -> Levels:
+    """The sums of products [4, 2 * LANES] that these bytes have."""
+    return x @ (w - simd.DOT_INT8_OFFSET).T
+
+
 def test_products_of_bytes_are_exact() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
-        x, w = rng.integers(-128, 128, (4, 8)), rng.integers(0, 256, (2 * LANES, 8))
+        x, w = rng.integers(-127, 128, (4, 8)), rng.integers(0, 256, (2 * LANES, 8))
         starts = rng.integers(-500_000, 500_000, 4)
-        np.testing.assert_array_equal(int8_products(x, w, starts), starts[:, None] + x @ w.T)
+        np.testing.assert_array_equal(int8_products(x, w, starts), starts[:, None] + int8_sums(x, w))
 
 
 def test_products_of_the_greatest_bytes_are_exact() -> None:
-    for a in (-128, -127, 127):
-        for b in (0, 1, 255):
+    for a in (-127, -126, 127):
+        for b in (0, 1, 127, 128, 129, 255):
             x, w = np.full((4, 8), a), np.full((2 * LANES, 8), b)
-            np.testing.assert_array_equal(int8_products(x, w, np.zeros(4)), x @ w.T)
+            np.testing.assert_array_equal(int8_products(x, w, np.zeros(4)), int8_sums(x, w))
 
 
 def test_each_byte_meets_its_own() -> None:
     for i in range(8):
         for j in range(8):
             x, w = np.zeros((4, 8), int), np.zeros((2 * LANES, 8), int)
-            x[:, i], w[:, j] = -128, 255
-            np.testing.assert_array_equal(int8_products(x, w, np.zeros(4)), x @ w.T)
+            x[:, i], w[:, j] = -127, 255
+            np.testing.assert_array_equal(int8_products(x, w, np.zeros(4)), int8_sums(x, w))
 
 
 def test_products_of_nibbles_are_exact() -> None:
@@ -448,11 +458,11 @@ def test_each_nibble_meets_its_own() -> None:
 
 def test_sums_of_bytes_are_scaled() -> None:
     rng = np.random.default_rng(0)
-    x, w = rng.integers(-128, 128, (4, 8)), rng.integers(0, 256, (2 * LANES, 8))
+    x, w = rng.integers(-127, 128, (4, 8)), rng.integers(0, 256, (2 * LANES, 8))
     scales, halves = random_matrix(rng, 4), rng.standard_normal(2 * LANES).astype(np.float16)
     halves[:4] = 6e-8, -6e-5, 65504, -0.0
     found = int8_products(x, w, np.zeros(4), (scales, halves))
-    np.testing.assert_allclose(found, scaled(x @ w.T, scales, halves), rtol=3e-7)
+    np.testing.assert_allclose(found, scaled(int8_sums(x, w), scales, halves), rtol=3e-7)
 
 
 @pytest.mark.parametrize("special", [NAN, INF])
