@@ -410,7 +410,7 @@ class Scheduler:
         ):
             return False
         self.block_manager.fork(parent, child)
-        child.was_admitted, child.num_cached_tokens = True, parent.num_cached_tokens
+        child.was_admitted, child.num_cached_tokens = True, min(parent.num_cached_tokens, num_shared)
         child.status = SequenceStatus.RUNNING
         self.running.append(child)
         return True

@@ -681,6 +681,19 @@ def test_a_fork_of_one_that_runs_shares_its_blocks() -> None:
     assert transfers(batch) == [(TransferKind.COPY, 1, 2, a)]
 
 
+def test_what_a_fork_had_of_the_cache_is_no_more_than_it_shares() -> None:
+    s = scheduler()
+    add(s, prompt(9), max_tokens=1)
+    step(s)
+    a = add(s, prompt(9))
+    step(s)
+    assert a.num_cached_tokens == 8
+    b, c = new([*prompt(3), 70]), new([*prompt(9), 70])
+    s.fork(a, b)
+    s.fork(a, c)
+    assert (b.num_cached_tokens, c.num_cached_tokens) == (3, 8)
+
+
 @pytest.mark.parametrize(
     ("tokens", "params"),
     [
