@@ -7,10 +7,11 @@ round's profile against the round's real run. The table has its median over the 
 spread of the real runs from the lowest to the highest.
 
 A machine that others use as well changes its speed for seconds or minutes at a time, and no calibration can
-know that. So steps of two shapes are timed before and after each run, and beside the error over all rounds
-stands that over the calm ones, in which these took what the calibration says to within 5 %.
+know that. So the pace of each real run is measured: the time of all its steps over what the profile has for
+them. The last error is that of a simulation whose step times are all multiplied by this one number: what is
+left if the calibration had met the machine at the pace at which it served.
 
-Run: python bench/fidelity.py [--model M] [--quantization Q] [--rounds N] [--requests N] [--seconds X] [--json]
+Run: python bench/fidelity.py [--model M] [--quantization Q] [--rounds N] [--requests N] [--seconds X]
 """
 
 import argparse
@@ -26,11 +27,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from engine import EngineConfig, LLMEngine
 from engine.config import DEFAULT_MODEL, QUANTIZATIONS
+from engine.outputs import RequestOutput
+from engine.scheduler import ScheduledBatch
 from sim import CostModel, Simulator, Trace, Workload, synthesise
 from sim.calibrate import calibrate
 from sim.cost_profile import ProfileCostModel
 from sim.real_replay import replay_for_real
-from sim.staged_steps import Stage, StepShape
 
 CONFIG = EngineConfig(max_model_len=2048, max_num_seqs=32, max_num_batched_tokens=512, num_blocks=2048)
 FEW_BLOCKS = 200
@@ -50,30 +52,16 @@ TARGETS = {
     "e2e_s.p99": 8,
     "kv.peak_blocks": 1,
 }
-PROBES = (StepShape(chunks=(256,)), StepShape(decodes=(256,)))
-NUM_PROBES = 5
-TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
 class Run:
-    """The summaries of a simulated run and of a real one.
+    """The summaries of a real run, of its simulation, and of one at the pace of the real run."""
 
-    slowness: what steps took before and after the real one, over what the calibration says.
-    """
-
-    simulated: dict
     real: dict
-    slowness: list[float]
-
-    @property
-    def is_calm(self) -> bool:
-        """Whether the machine was as in the calibration."""
-        return all(abs(slowness - 1) <= TOLERANCE for slowness in self.slowness)
-
-    def error(self, path: str) -> float:
-        """Of the simulation, in percent."""
-        return 100 * (value_at(self.simulated, path) / value_at(self.real, path) - 1)
+    simulated: dict
+    paced: dict
+    pace: float
 
 
 @dataclass(frozen=True)
@@ -96,38 +84,35 @@ class Case:
                     "simulated": [value_at(run.simulated, path) for run in self.runs],
                     "real": real,
                     "spread": 100 * (max(real) - min(real)) / median(real),
-                    "errors": [run.error(path) for run in self.runs],
+                    "errors": [error(run.simulated, run.real, path) for run in self.runs],
+                    "errors_at_pace": [error(run.paced, run.real, path) for run in self.runs],
                     "target": target,
                 }
             )
         return {
             "case": self.name,
+            "pace": [run.pace for run in self.runs],
             "preemptions": [
                 run.real["preemptions"]["recompute"] + run.real["preemptions"]["swap"] for run in self.runs
             ],
-            "slowness": [run.slowness for run in self.runs],
-            "is_calm": [run.is_calm for run in self.runs],
             "metrics": metrics,
         }
 
     def to_text(self) -> str:
         """A table for people."""
         found = self.to_dict()
-        calm = sum(found["is_calm"])
-        rounds = f"{len(self.runs)} rounds, {calm} of them calm"
+        paces = ", ".join(f"{pace:.2f}" for pace in found["pace"])
         lines = [
-            f"{self.name}: {rounds}, {median(found['preemptions']):g} preemptions",
+            f"{self.name}: {median(found['preemptions']):g} preemptions, pace {paces}",
             f"  {'':<20}{'simulated':>10}{'real':>10}{'spread':>9}{'error':>9}{'from':>8}{'to':>8}"
-            f"{'calm':>9}{'target':>8}",
+            f"{'at pace':>9}{'target':>8}",
         ]
         for metric in found["metrics"]:
             errors = metric["errors"]
-            in_calm = [error for error, is_calm in zip(errors, found["is_calm"], strict=True) if is_calm]
             lines.append(
                 f"  {metric['metric']:<20}{median(metric['simulated']):>10.4g}{median(metric['real']):>10.4g}"
                 f"{metric['spread']:>7.1f} %{median(errors):>+7.1f} %{min(errors):>+8.1f}{max(errors):>+8.1f}"
-                + (f"{median(in_calm):>+7.1f} %" if in_calm else f"{'-':>9}")
-                + f"{metric['target']:>6} %"
+                f"{median(metric['errors_at_pace']):>+7.1f} %{metric['target']:>6} %"
             )
         return "\n".join(lines)
 
@@ -138,6 +123,11 @@ def value_at(summary: dict, path: str) -> float:
     for name in path.split("."):
         value = value[name]
     return float(value)
+
+
+def error(simulated: dict, real: dict, path: str) -> float:
+    """Of a simulation, in percent."""
+    return 100 * (value_at(simulated, path) / value_at(real, path) - 1)
 
 
 def main() -> None:
@@ -160,10 +150,8 @@ def main() -> None:
         cases = cases or cases_for(config, model, options.requests)
         print(f"round {number}: {model.name}; fit of the profile: {profile['fit']}", file=sys.stderr)
         for case in cases:
-            run = measured(case, options.model, model)
-            case.runs.append(run)
-            machine = ", ".join(f"{slowness:.2f}" for slowness in run.slowness)
-            print(f"  {case.name}: steps take {machine} of what was calibrated", file=sys.stderr)
+            case.runs.append(measured(case, options.model, profile))
+            print(f"  {case.name}: steps took {case.runs[-1].pace:.3f} of their profile's", file=sys.stderr)
     if options.json:
         print(json.dumps({"machine": model.name, "fits": fits, "cases": [case.to_dict() for case in cases]}))
         return
@@ -196,30 +184,56 @@ def cases_for(config: EngineConfig, model: CostModel, num_requests: int) -> list
     ]
 
 
-def measured(case: Case, name: str, model: CostModel) -> Run:
-    """A case simulated and served."""
+def measured(case: Case, name: str, profile: dict) -> Run:
+    """A case served and simulated."""
     engine = LLMEngine(name, case.config)
     try:
-        before = slowness(engine, model)
-        real = replay_for_real(engine, case.trace, model=name).summary
-        after = slowness(engine, model)
+        real, pace = served(engine, case.trace, name, ProfileCostModel(profile))
     finally:
         engine.close()
-    return Run(Simulator(case.config, model).replay(case.trace).summary, real, before + after)
+    simulated, paced = (
+        Simulator(case.config, ProfileCostModel(each)).replay(case.trace).summary
+        for each in (profile, at_pace(profile, pace))
+    )
+    return Run(real, simulated, paced, pace)
 
 
-def slowness(engine: LLMEngine, model: CostModel) -> list[float]:
-    """What steps take over what they took in the calibration, for each shape that is tried."""
-    stage = Stage(engine, time.perf_counter)
-    stage.time(PROBES[0])
-    return [
-        median(
-            seconds / priced
-            for _ in range(NUM_PROBES)
-            for priced, seconds in stage.time(shape, model.step_time)
-        )
-        for shape in PROBES
-    ]
+def served(engine: LLMEngine, trace: Trace, name: str, model: CostModel) -> tuple[dict, float]:
+    """The summary of a real run, and the time of its steps over what a model has for them."""
+    step, run = engine.step, engine.runner.run
+    taken_s = predicted_s = 0.0
+
+    def timed_step() -> list[RequestOutput]:
+        nonlocal taken_s
+        begin = time.perf_counter()
+        outputs = step()
+        taken_s += time.perf_counter() - begin
+        return outputs
+
+    def priced_run(batch: ScheduledBatch, *rest: Any) -> Any:
+        nonlocal predicted_s
+        predicted_s += model.step_time(batch)
+        return run(batch, *rest)
+
+    engine.step, engine.runner.run = timed_step, priced_run  # type: ignore[method-assign]
+    summary = replay_for_real(engine, trace, model=name).summary
+    return summary, taken_s / predicted_s
+
+
+def at_pace(profile: dict, pace: float) -> dict:
+    """The profile of a machine that takes so many times as long for everything."""
+
+    def slowed(value: Any, is_time: bool = False) -> Any:
+        if isinstance(value, dict):
+            return {
+                name: slowed(inner, name == "seconds" or name.endswith("_s")) for name, inner in value.items()
+            }
+        if isinstance(value, list):
+            return [slowed(inner, is_time) for inner in value]
+        return value * pace if is_time else value
+
+    slower: dict = slowed(profile)
+    return slower
 
 
 if __name__ == "__main__":

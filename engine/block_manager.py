@@ -135,6 +135,11 @@ class BlockManager:
         return len(self._free)
 
     @property
+    def num_cached_blocks(self) -> int:
+        """Blocks that hold a known prefix, whether a sequence references them or not."""
+        return len(self._cache)
+
+    @property
     def num_free_swap_blocks(self) -> int:
         """Blocks of the second tier that hold nothing."""
         return len(self._free_swap)
@@ -329,6 +334,7 @@ class BlockManager:
 
     def _check_cache(self, free_place: dict[int, int]) -> None:
         cache = self._cache
+        assert len(cache) == len(list(cache)), "the cache has lost count"
         for block in cache:
             before, tokens = cache.before(block), bytes(cache.tokens(block))
             assert before == ROOT or before in cache, "a block follows one that is not known"

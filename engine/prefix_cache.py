@@ -26,6 +26,10 @@ class PrefixCache:
         self._block_bytes = block_size * array("i").itemsize
         self._tokens = bytearray(num_blocks * self._block_bytes)
         self._salts: dict[int, str] = {}  # of first blocks that have one
+        self._num_known = 0
+
+    def __len__(self) -> int:
+        return self._num_known
 
     def __contains__(self, block: int) -> bool:
         return self._before[block] != _UNKNOWN
@@ -53,6 +57,7 @@ class PrefixCache:
         self._next[block], self._first[bucket] = self._first[bucket], block
         self._hashes[block] = block_hash
         self._before[block] = before
+        self._num_known += 1
         start = block * self._block_bytes
         self._tokens[start : start + self._block_bytes] = tokens
         if before == ROOT and salt:
@@ -69,6 +74,7 @@ class PrefixCache:
                 other = self._next[other]
             self._next[other] = self._next[block]
         self._before[block] = _UNKNOWN
+        self._num_known -= 1
         self._salts.pop(block, None)
 
     def tokens(self, block: int) -> bytearray:

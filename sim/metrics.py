@@ -89,7 +89,7 @@ class MetricsCollector:
     names in `SLO_NAMES`. results: a file that gets a line of JSON for each request when it ends.
     block_bytes: of a KV block, where that is known. Raises `ConfigError`.
 
-    The share of unwritten slots is sampled, once for each bucket of the timeline.
+    The shares of unwritten slots and of cached blocks are sampled, once for each bucket of the timeline.
     """
 
     def __init__(
@@ -151,7 +151,8 @@ class MetricsCollector:
         if self._used_blocks > bucket.peak_blocks:
             bucket.peak_blocks = self._used_blocks
         if bucket.num_samples == 0:
-            bucket.num_samples, bucket.unwritten_shares = 1, self._unwritten_share()
+            bucket.num_samples = 1
+            bucket.unwritten_shares, bucket.cached_shares = self._unwritten_share(), self._cached_share()
 
     def committed(
         self,
@@ -257,7 +258,7 @@ class MetricsCollector:
     def timeline(self) -> dict[str, Any]:
         """The report's timeline so far."""
         has_cache = any(seen.manager.enable_prefix_caching for seen in self._replicas)
-        return self._timeline.to_dict(self._last_token_at_s, has_cache)
+        return self._timeline.to_dict(has_cache)
 
     def latencies(self) -> dict[str, list[float]]:
         """Of each latency the values at 0, 0.5, 1, ... 100 percent; empty where none was measured."""
@@ -291,6 +292,11 @@ class MetricsCollector:
         unwritten = sum(s.num_slots - s.num_computed_tokens for s in running)
         slots = self._used_blocks * self._replicas[0].manager.block_size
         return unwritten / slots if slots else 0.0
+
+    def _cached_share(self) -> float:
+        managers = [seen.manager for seen in self._replicas]
+        num_cached: int = sum(manager.num_cached_blocks for manager in managers)
+        return num_cached / sum(manager.num_blocks for manager in managers)
 
     def _note_step(self, seen: _Replica, batch: ScheduledBatch, time_s: float) -> None:
         num_tokens = batch.num_tokens
@@ -398,7 +404,7 @@ class MetricsCollector:
         """The mean share is weighted by the blocks in use."""
         buckets = self._timeline.buckets
         used = sum(bucket.used_blocks_time for bucket in buckets)
-        shares = self._timeline.unwritten_shares()
+        shares = self._timeline.sampled("unwritten_shares")
         unwritten = sum(s * b.used_blocks_time for s, b in zip(shares, buckets, strict=True))
         mean_blocks = used / duration_s if duration_s else 0.0
         size = self._block_bytes

@@ -20,7 +20,9 @@ summary:
     are time-weighted, over all replicas together
 timeline: bucket_s, and lists of a value for each of equal buckets
   time_s: where each begins
-  time-weighted means: running, waiting, swapped, batch_tokens, used_blocks, unwritten_share
+  time-weighted means: running, waiting, swapped, batch_tokens, used_blocks
+  sampled: unwritten_share, of the slots of used blocks; cached_share, of all blocks those that hold a known
+    prefix
   peak_blocks, and hit_rate, null where nothing was looked up
   counts: preemptions, arrivals, finished. sums: prefill_tokens, decode_tokens.
 latencies: of each distribution the quantiles at 0, 0.5, 1, ... 100 percent; none if nothing was measured.
@@ -148,7 +150,8 @@ _SHAPE = {
         "bucket_s": _NUMBER,
         **dict.fromkeys(("time_s", "running", "waiting", "swapped", "batch_tokens"), _NUMBER.each()),
         **dict.fromkeys(("used_blocks", "peak_blocks"), _NUMBER.each()),
-        **dict.fromkeys(("unwritten_share", "hit_rate"), _NUMBER.or_null().each()),
+        **dict.fromkeys(("unwritten_share", "cached_share"), _NUMBER.each()),
+        "hit_rate": _NUMBER.or_null().each(),
         **dict.fromkeys(("preemptions", "arrivals", "finished"), _NUMBER.each()),
         **dict.fromkeys(("prefill_tokens", "decode_tokens"), _NUMBER.each()),
     },

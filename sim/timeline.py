@@ -16,6 +16,7 @@ class Bucket:
     __slots__ = (
         "arrivals",
         "batch_tokens_time",
+        "cached_shares",
         "decode_tokens",
         "finished",
         "hit_tokens",
@@ -38,7 +39,8 @@ class Bucket:
         self.arrivals = self.finished = self.preemptions = 0
         self.prefill_tokens = self.decode_tokens = 0
         self.query_tokens = self.hit_tokens = 0  # of prompts that the prefix cache was asked for, and found
-        self.unwritten_shares, self.num_samples = 0.0, 0
+        self.unwritten_shares = self.cached_shares = 0.0  # sums of samples
+        self.num_samples = 0
 
     def merge(self, other: "Bucket") -> None:
         """Takes the next span in."""
@@ -52,6 +54,7 @@ class Timeline:
 
     def __init__(self) -> None:
         self.start_s: float | None = None
+        self.end_s = 0.0  # the last moment that was given
         self.width_s = _FIRST_WIDTH_S
         self.buckets: list[Bucket] = []
 
@@ -59,6 +62,8 @@ class Timeline:
         """The bucket of a moment, which must not be before the first."""
         if self.start_s is None:
             self.start_s = time_s
+        if time_s > self.end_s:
+            self.end_s = time_s
         index = int((time_s - self.start_s) / self.width_s)
         if index >= len(self.buckets):
             index = self._make(index)
@@ -75,20 +80,20 @@ class Timeline:
             begin = max(start, index * width)
             yield self.buckets[index], (end if index == last else (index + 1) * width) - begin
 
-    def unwritten_shares(self) -> list[float]:
-        """Of the slots of used blocks those without a token, as sampled in each bucket, or in one before."""
-        shares, last = [], 0.0
+    def sampled(self, sums: str) -> list[float]:
+        """The mean of the samples that a field of each bucket sums up, or of those of a bucket before."""
+        means, last = [], 0.0
         for bucket in self.buckets:
             if bucket.num_samples:
-                last = bucket.unwritten_shares / bucket.num_samples
-            shares.append(last)
-        return shares
+                last = getattr(bucket, sums) / bucket.num_samples
+            means.append(last)
+        return means
 
-    def to_dict(self, end_s: float, has_cache: bool) -> dict[str, Any]:
-        """The report's timeline of a run that ended then."""
+    def to_dict(self, has_cache: bool) -> dict[str, Any]:
+        """The report's timeline; the last bucket is as wide as there is something to say of it."""
         start_s, width = self.start_s or 0.0, self.width_s
         begins = [start_s + index * width for index in range(len(self.buckets))]
-        spans = [min(width, max(end_s - begin, 0.0)) for begin in begins]
+        spans = [min(width, max(self.end_s - begin, 0.0)) for begin in begins]
         series: dict[str, Any] = {"time_s": begins, "bucket_s": width}
         for name in ("running", "waiting", "swapped", "batch_tokens", "used_blocks"):
             integrals = (getattr(bucket, f"{name}_time") for bucket in self.buckets)
@@ -97,13 +102,12 @@ class Timeline:
             *("peak_blocks", "preemptions", "arrivals", "finished", "prefill_tokens", "decode_tokens"),
         ):
             series[name] = [getattr(bucket, name) for bucket in self.buckets]
-        series["unwritten_share"] = self.unwritten_shares()
-        series["hit_rate"] = None
-        if has_cache:
-            series["hit_rate"] = [
-                bucket.hit_tokens / bucket.query_tokens if bucket.query_tokens else None
-                for bucket in self.buckets
-            ]
+        for name in ("unwritten_share", "cached_share"):
+            series[name] = self.sampled(f"{name}s")
+        series["hit_rate"] = [
+            bucket.hit_tokens / bucket.query_tokens if has_cache and bucket.query_tokens else None
+            for bucket in self.buckets
+        ]
         return series
 
     def _make(self, index: int) -> int:

@@ -21,6 +21,7 @@ const PANELS = [
     { name: "peak", values: (t) => t.peak_blocks, combine: highestOf }] },
   { title: "Prefix cache and waste", unit: "", format: "share", series: [
     { name: "hit rate", values: (t) => t.hit_rate },
+    { name: "cached share", values: (t) => t.cached_share },
     { name: "unwritten share", values: (t) => t.unwritten_share }] },
   { title: "Requests a second", unit: "", suffix: "/s", format: "1/s", series: [
     { name: "arrived", values: (t) => perSecond(t.arrivals, t), fill: true },

@@ -54,7 +54,7 @@ def sample_report(
 def _timeline(random: Random, num_buckets: int, bucket_s: float, speed: float) -> dict[str, Any]:
     names = (
         *("time_s", "running", "waiting", "swapped", "batch_tokens", "used_blocks", "peak_blocks"),
-        *("unwritten_share", "hit_rate", "preemptions", "arrivals", "finished"),
+        *("unwritten_share", "cached_share", "hit_rate", "preemptions", "arrivals", "finished"),
         *("prefill_tokens", "decode_tokens"),
     )
     timeline: dict[str, Any] = {name: [] for name in names}
@@ -76,6 +76,7 @@ def _timeline(random: Random, num_buckets: int, bucket_s: float, speed: float) -
             "used_blocks": used,
             "peak_blocks": min(512, used * (1 + random.random() * 0.15)),
             "unwritten_share": 0.04 + 0.03 * random.random(),
+            "cached_share": min(1, 3 * (index + 1) / num_buckets),
             "hit_rate": min(1, 0.3 + 0.3 * index / num_buckets + random.gauss(0, 0.06)) if arrivals else None,
             "preemptions": preempted,
             "arrivals": arrivals,

@@ -176,9 +176,13 @@ def check_memory(
     assert sum(timeline["decode_tokens"]) == computed.count(1)
     assert sum(timeline["prefill_tokens"]) == sum(computed) - computed.count(1)
     assert max(timeline["peak_blocks"]) == kv["peak_blocks"]
+    # A client that gives up after the last token of all may have had its request computed until then.
+    end_s = max(step["start_s"] + step["duration_s"] for step in steps)
     for name in ("running", "waiting", "swapped"):
         integral = sum(step[name] * step["duration_s"] for step in steps)
-        assert integral_of(timeline, name, duration_s) == pytest.approx(integral, rel=1e-6, abs=1e-9)
+        found = integral_of(timeline, name, end_s - timeline["time_s"][0])
+        assert found == pytest.approx(integral, rel=1e-6, abs=1e-9)
+        assert max(timeline[name]) <= max(step[name] for step in steps) + 1e-9
 
 
 def integral_of(timeline: dict[str, Any], name: str, duration_s: float) -> float:
@@ -214,8 +218,8 @@ def test_the_report_has_the_fields_that_it_says(tmp_path: Path) -> None:
     assert {len(curve) for curve in data["latencies"].values()} == {201}
     assert set(data["timeline"]) == {
         "time_s", "bucket_s", "running", "waiting", "swapped", "batch_tokens", "used_blocks", "peak_blocks",
-        "unwritten_share", "hit_rate", "preemptions", "arrivals", "finished", "prefill_tokens",
-        "decode_tokens",
+        "unwritten_share", "cached_share", "hit_rate", "preemptions", "arrivals", "finished",
+        "prefill_tokens", "decode_tokens",
     }  # fmt: skip
 
 
@@ -250,6 +254,28 @@ def test_the_unwritten_share_is_that_of_the_block_manager() -> None:
     metrics.scheduled(scheduler.schedule(1.5), 1.5)
     usage = scheduler.block_manager.usage()
     assert metrics.timeline()["unwritten_share"][-1] == usage["unwritten_slots"] / (4 * usage["used"])
+
+
+def test_the_cached_share_is_that_of_blocks_that_hold_a_known_prefix() -> None:
+    schedulers = [Scheduler(EngineConfig(block_size=4, num_blocks=30), BlockManager(30, 4)) for _ in range(2)]
+    metrics = MetricsCollector(schedulers)
+    sequence = Sequence(0, list(range(10)), SamplingParams(max_tokens=1))
+    schedulers[1].add(sequence, 1.0)
+    metrics.arrived(sequence, "0", 1.0, 1)
+    for time_s in (1.0, 1.5):
+        batch = schedulers[1].schedule(time_s)
+        metrics.scheduled(batch, time_s, 1)
+        finished = schedulers[1].commit(batch, [0] * len(batch.sampled))
+        metrics.committed(batch, batch.sampled, finished, time_s + 0.1, 1)
+    shares = metrics.timeline()["cached_share"]
+    assert (shares[0], shares[-1]) == (0.0, 2 / 60)
+
+
+def test_without_the_prefix_cache_there_is_no_hit_rate() -> None:
+    config = EngineConfig(num_blocks=40, enable_prefix_caching=False)
+    timeline = Simulator(config, COSTS).replay(synthesise(Workload(num_requests=3))).data["timeline"]
+    assert set(timeline["hit_rate"]) == {None}
+    assert set(timeline["cached_share"]) == {0.0}
 
 
 def test_an_slo_is_checked() -> None:

@@ -100,6 +100,14 @@ def test_a_simulated_replay_reports_in_every_form(
     assert json.loads(perfetto.read_text())["traceEvents"]
 
 
+def test_a_report_of_a_run_without_the_prefix_cache_can_be_compared(
+    capsys: pytest.CaptureFixture[str], trace: str, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "report.json")
+    run(capsys, trace, *ROOFLINE, "--num-blocks", "64", "--no-prefix-caching", "-o", path)
+    assert main(["replay", "--compare", path, path]) == 0
+
+
 @pytest.mark.parametrize("source", [ROOFLINE, ("--real", "--model", TINY)], ids=["simulated", "real"])
 def test_what_was_left_out_is_said_wherever_the_replay_is_shown(
     capsys: pytest.CaptureFixture[str], trace: str, tmp_path: Path, source: tuple[str, ...]

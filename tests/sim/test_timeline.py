@@ -39,12 +39,12 @@ def test_a_bucket_has_what_happened_in_it() -> None:
     for bucket, seconds in timeline.during(10.0, 10.0025):
         bucket.used_blocks_time += 4 * seconds
     assert [bucket.finished for bucket in timeline.buckets] == [1, 0, 0, 2]
-    series = timeline.to_dict(10.004, has_cache=False)
+    series = timeline.to_dict(has_cache=False)
     assert series["time_s"] == pytest.approx([10.0, 10.001, 10.002, 10.003])
     assert series["bucket_s"] == 0.001
     assert series["used_blocks"] == pytest.approx([4, 4, 2, 0])
     assert series["peak_blocks"] == [0, 0, 0, 7]
-    assert series["hit_rate"] is None
+    assert series["hit_rate"] == [None] * 4
 
     timeline.at(10.0 + 3.0)
     assert timeline.width_s == 0.002
@@ -57,13 +57,14 @@ def test_the_last_bucket_is_as_wide_as_the_run_is_long() -> None:
     timeline.at(0.0)
     for bucket, seconds in timeline.during(0.0, 0.0015):
         bucket.running_time += 2 * seconds
-    assert timeline.to_dict(0.0015, has_cache=False)["running"] == pytest.approx([2, 2])
+    assert timeline.to_dict(has_cache=False)["running"] == pytest.approx([2, 2])
 
 
 def test_a_share_that_was_not_sampled_is_that_of_the_bucket_before() -> None:
     timeline = Timeline()
     for time, share in ((0.0, 0.5), (0.002, 0.25)):
         bucket = timeline.at(time)
-        bucket.num_samples, bucket.unwritten_shares = 1, share
+        bucket.num_samples, bucket.unwritten_shares, bucket.cached_shares = 1, share, 1 - share
     timeline.at(0.0035)
-    assert timeline.unwritten_shares() == [0.5, 0.5, 0.25, 0.25]
+    assert timeline.sampled("unwritten_shares") == [0.5, 0.5, 0.25, 0.25]
+    assert timeline.to_dict(has_cache=True)["cached_share"] == [0.5, 0.5, 0.75, 0.75]
