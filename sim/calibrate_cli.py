@@ -69,8 +69,8 @@ def _calibrate(options: argparse.Namespace) -> None:
     )
     if fit["disturbed_share"] > _MOST_DISTURBED:
         print(
-            f"the machine was slower than it can be for {fit['disturbed_share']:.0%} of the time, which was "
-            "left out as far as possible; measure again when it is idle"
+            f"the machine was slower than it can be for {fit['disturbed_share']:.0%} of the time; the "
+            "profile is of what it was mostly like; measure again when it is idle"
         )
     elif fit["mean_error"] > _MOST_ERROR:
         print("that is much: measure again when the machine is idle, or for more seconds")

@@ -2,7 +2,8 @@
 
 What else goes on at a machine slows it down for seconds at a time, whatever it computes, and now and then
 holds up a single step. The first shows where several steps in a row took longer than steps of their shapes
-otherwise do: these are left out wherever there are others. The second is cut to what scatter explains.
+otherwise do: these are left out wherever there are others, unless they took most of the time, for then the
+machine is mostly so slow. The second is cut to what scatter explains.
 """
 
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from sim.staged_steps import StepShape
 _UNDISTURBED_SHARE = 0.25  # of the times of a shape: so many are expected to be as the machine has them
 _WINDOW = 15  # steps whose median slowness says whether the machine was disturbed
 _MOST_SLOWNESS = 1.1
+_MOST_DISTURBED = 0.5  # of the time, to be an exception
 _MOST_SCATTER = 1.3  # of a single time, relative to the median
 
 
@@ -57,10 +59,10 @@ class StepTimes:
             calm = _undisturbed(self._steps)
             all_s, calm_s = (fsum(seconds for _, seconds in steps) for steps in (self._steps, calm))
             self._disturbed_share = 1 - calm_s / all_s if all_s else 0.0
-            self._seconds = {
-                shape: _without_outliers(times)
-                for shape, times in (_by_shape(self._steps) | _by_shape(calm)).items()
-            }
+            times = _by_shape(self._steps)
+            if self._disturbed_share < _MOST_DISTURBED:
+                times |= _by_shape(calm)
+            self._seconds = {shape: _without_outliers(found) for shape, found in times.items()}
         return self._seconds
 
 

@@ -25,23 +25,30 @@ def test_scatter_is_averaged_and_what_it_does_not_explain_is_cut() -> None:
 
 
 def test_a_slow_time_of_the_machine_is_left_out() -> None:
-    times = measured([1] * 20 + [2] * 40, [1] * 20 + [2] * 40)
+    times = measured([1] * 50 + [2] * 20, [1] * 50 + [2] * 20)
     assert times.seconds(PROMPT) == pytest.approx(0.010)
     assert times.seconds(DECODE) == pytest.approx(0.002)
+    assert times.disturbed_share == pytest.approx(2 * 20 / (50 + 2 * 20), abs=0.05)
+
+
+def test_a_machine_that_is_mostly_slow_counts_as_it_is() -> None:
+    times = measured([1] * 20 + [2] * 40, [1] * 20 + [2] * 40)
     assert times.disturbed_share == pytest.approx(2 * 40 / (20 + 2 * 40), abs=0.05)
+    assert times.seconds(PROMPT) == pytest.approx(0.010 * (20 + 2 * 40) / 60)
+    assert times.seconds(DECODE) == pytest.approx(0.002 * (20 + 2 * 40) / 60)
 
 
 def test_what_slows_prompts_down_may_leave_decodes_alone() -> None:
-    times = measured([1] * 20 + [1.3] * 30, [1] * 20 + [1.05] * 30)
+    times = measured([1] * 30 + [1.3] * 20, [1] * 30 + [1.05] * 20)
     assert times.seconds(PROMPT) == pytest.approx(0.010)
-    assert times.seconds(DECODE) == pytest.approx(0.002 * (20 + 1.05 * 30) / 50)
+    assert times.seconds(DECODE) == pytest.approx(0.002 * (30 + 1.05 * 20) / 50)
 
 
 def test_a_shape_that_was_only_measured_in_a_slow_time_counts_as_it_was() -> None:
-    times = measured([1] * 20 + [2] * 20, [1] * 40)
+    times = measured([1] * 60 + [2] * 10, [1] * 70)
     seldom = StepShape(chunks=(64,))
     times.add(seldom, [0.2])
-    for _ in range(20):
+    for _ in range(10):
         times.add(PROMPT, [0.020])
     assert times.seconds(seldom) == pytest.approx(0.2)
 
