@@ -107,7 +107,7 @@ def _add_other_commands(commands: "argparse._SubParsersAction[Any]") -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds the model, --json, and a flag for each setting of the engine."""
     parser.add_argument(
-        "--model", default=DEFAULT_MODEL, help="a known name, a path or a hub id (default: %(default)s)"
+        "--model", default=DEFAULT_MODEL, help=f"a known name, a path or a hub id (default: {DEFAULT_MODEL})"
     )
     parser.add_argument("--json", action="store_true", help="print JSON for machines")
     group = parser.add_argument_group("engine")

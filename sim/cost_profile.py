@@ -35,7 +35,7 @@ from typing import Any
 
 from engine.block_manager import TransferKind
 from engine.config import EngineConfig
-from engine.errors import ProfileError
+from engine.errors import ConfigError, ProfileError
 from engine.scheduler import PreemptionCosts, ScheduledBatch
 from sim.cost_model import CostModel, bad_field, seconds, shape_of
 
@@ -102,6 +102,8 @@ class ProfileCostModel(CostModel):
                 raise bad_field(place, field, profile.get(field), "a text")
         for field in ("num_threads", "block_size", "block_bytes"):
             _check_positive(place, field, profile.get(field))
+        self._profile = profile
+        self.model: str = profile["model"]
         self.name = (
             f"{profile['model']}, {profile['quantization']}, {profile['num_threads']} threads, "
             f"{profile['machine']}"
@@ -135,6 +137,14 @@ class ProfileCostModel(CostModel):
         return cls(profile, str(path))
 
     def begin(self, config: EngineConfig, num_replicas: int = 1) -> None:
+        for name, found, no_wish in (
+            ("quantization", config.quantization, "auto"),
+            ("num_threads", config.num_threads, None),
+        ):
+            if found not in (no_wish, self._profile[name]):
+                raise ConfigError(
+                    f"{name}: found {found!r}, expected {self._profile[name]!r}, as in the profile"
+                )
         self._begin(config.block_size / self.block_size)
 
     def block_bytes(self, block_size: int) -> int:

@@ -9,8 +9,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from engine.cli import add_model_options, engine_config
+from engine.config import DEFAULT_MODEL
 from engine.errors import ConfigError, TraceError
 from sim.cost_model import CostModel
+from sim.cost_profile import ProfileCostModel
 from sim.metrics import SLO_NAMES, Report
 from sim.perfetto import from_step_log
 from sim.report import compare, compare_json, load_report, to_html, to_text
@@ -27,8 +29,9 @@ def add_replay(commands: "argparse._SubParsersAction[Any]") -> None:
     replay = commands.add_parser("replay", help="replay a trace", description=_replay.__doc__)
     add_trace_input(replay, nargs="?")
     replay.add_argument(
-        "--compare", nargs=2, metavar=("A.json", "B.json"), help="instead: how far B's report is from A's"
-    )
+        "--compare", nargs="+", metavar="REPORT.json",
+        help="instead: how far other reports are from the first, and with --report a page of them all",
+    )  # fmt: skip
     times = replay.add_argument_group("what step times come from")
     times.add_argument("--profile", metavar="FILE", help="a measured profile, or the step log of a run")
     times.add_argument(
@@ -51,6 +54,7 @@ def add_replay(commands: "argparse._SubParsersAction[Any]") -> None:
     results.add_argument("--perfetto", metavar="FILE", help="steps and requests for ui.perfetto.dev")
     results.add_argument("--results", metavar="FILE", help="a line of JSON for each request")
     add_model_options(replay)
+    replay.set_defaults(model=None)  # so that it shows whether one was given
     replay.set_defaults(command=_replay)
 
 
@@ -74,8 +78,7 @@ def _slo(text: str) -> dict[str, float]:
 def _replay(options: argparse.Namespace) -> None:
     """Replay a trace against the scheduler, simulated or for real, and report what came of it."""
     if options.compare is not None:
-        a, b = (load_report(path) for path in options.compare)
-        print(compare_json(a, b) if options.json else compare(a, b))
+        _compare(options)
         return
     if options.trace is None:
         raise TraceError("TRACE: found none, expected a file, or --compare")
@@ -94,6 +97,22 @@ def _replay(options: argparse.Namespace) -> None:
     if options.report:
         to_html([report.data], options.report)
     print(report.to_json() if options.json else to_text(report.data))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    for name in ("trace", "profile", "roofline", "limit", "slo", "output", "perfetto", "results"):
+        if getattr(options, name) is not None:
+            shown = "TRACE" if name == "trace" else f"--{name}"
+            raise ConfigError(f"{shown}: not with --compare, which reads reports")
+    if options.real:
+        raise ConfigError("--real: not with --compare, which reads reports")
+    if len(options.compare) < 2:
+        raise ConfigError(f"--compare: found one report, {options.compare[0]}, expected at least two")
+    first, *others = reports = [load_report(path) for path in options.compare]
+    if options.report:
+        to_html(reports, options.report)
+    texts = [compare_json(first, other) if options.json else compare(first, other) for other in others]
+    print("\n".join(texts) if options.json else "\n\n\n".join(texts))
 
 
 def _simulate(trace: Trace, options: argparse.Namespace) -> Report:
@@ -118,7 +137,16 @@ def _cost_model(options: argparse.Namespace) -> CostModel:
             "--profile, --roofline, --real: expected one of them, for what step times come from"
         )
     roofline = None if options.roofline is None else parse_roofline(options.roofline)
-    return CostSource(options.profile, roofline).load()
+    costs = CostSource(options.profile, roofline).load()
+    if isinstance(costs, ProfileCostModel):
+        if options.model not in (None, costs.model):
+            raise ConfigError(f"--model: found {options.model!r}, expected the profile's, {costs.model!r}")
+        return costs
+    for name in ("model", "quantization", "num_threads"):
+        if getattr(options, name) is not None:
+            shown = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{shown}: not with step times that are of one model and machine already")
+    return costs
 
 
 def _replay_for_real(trace: Trace, options: argparse.Namespace) -> Report:
@@ -131,12 +159,13 @@ def _replay_for_real(trace: Trace, options: argparse.Namespace) -> Report:
     from engine.llm_engine import LLMEngine
     from sim.real_replay import replay_for_real
 
-    engine = LLMEngine(options.model, config, show_progress=True)
+    model = options.model or DEFAULT_MODEL
+    engine = LLMEngine(model, config, show_progress=True)
     try:
         return replay_for_real(
             engine,
             trace,
-            model=options.model,
+            model=model,
             rate_factor=options.rate_factor,
             skip_bad=options.skip_bad,
             slo=options.slo,

@@ -13,6 +13,7 @@ from engine.cli import main
 from sim import Trace, TraceRequest
 from sim.real_replay import replay_for_real
 from tests.conftest import model_path
+from tests.sim.test_cost_profile import PROFILE
 
 TINY = str(model_path("llama_gqa"))
 REQUESTS = [
@@ -108,6 +109,22 @@ def test_a_report_of_a_run_without_the_prefix_cache_can_be_compared(
     assert main(["replay", "--compare", path, path]) == 0
 
 
+def test_several_reports_are_compared_with_the_first(
+    capsys: pytest.CaptureFixture[str], trace: str, tmp_path: Path
+) -> None:
+    paths = [str(tmp_path / f"{policy}.json") for policy in ("fcfs", "fair", "slo")]
+    for path in paths:
+        settings = ("--num-blocks", "64", "--policy", Path(path).stem)
+        run(capsys, trace, *ROOFLINE, *settings, "-o", path)
+    page = tmp_path / "page.html"
+    assert main(["replay", "--compare", *paths, "--report", str(page)]) == 0
+    assert capsys.readouterr().out.count("b is") == 2
+    assert '"policy":"slo"' in page.read_text()
+    assert main(["replay", "--compare", *paths, "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["a"] for line in lines] == [lines[0]["a"]] * 2
+
+
 @pytest.mark.parametrize("source", [ROOFLINE, ("--real", "--model", TINY)], ids=["simulated", "real"])
 def test_what_was_left_out_is_said_wherever_the_replay_is_shown(
     capsys: pytest.CaptureFixture[str], trace: str, tmp_path: Path, source: tuple[str, ...]
@@ -145,6 +162,24 @@ def test_a_bad_slo_is_named(capsys: pytest.CaptureFixture[str], trace: str, slo:
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "gpt2"), "--model: found 'gpt2', expected the profile's, 'tiny'"),
+        (("--quantization", "int4"), "quantization: found 'int4', expected 'int8', as in the profile"),
+        (("--num-threads", "1"), "num_threads: found 1, expected 2, as in the profile"),
+        (("--model", "tiny", "--quantization", "int8", "--num-threads", "2"), ""),
+    ],
+)
+def test_a_profile_of_another_model_is_refused(
+    capsys: pytest.CaptureFixture[str], trace: str, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(PROFILE))
+    status = main(["replay", trace, "--profile", str(path), "--num-blocks", "64", *arguments])
+    assert (status, message in capsys.readouterr().err) == (2 if message else 0, True)
+
+
 def test_a_real_replay_and_a_simulated_one_of_its_steps_agree(
     capsys: pytest.CaptureFixture[str], trace: str, tmp_path: Path
 ) -> None:
@@ -174,9 +209,15 @@ def test_a_real_replay_and_a_simulated_one_of_its_steps_agree(
         (("TRACE", "--profile", "nowhere.json"), "nowhere.json: cannot be read: No such file"),
         (("TRACE", "--real", "--clients", "2"), "--clients: not with --real"),
         (("TRACE", *ROOFLINE, "--policy", "lottery"), "policy: found 'lottery'"),
+        (("TRACE", *ROOFLINE, "--model", "gpt2"), "--model: not with step times that are of one model"),
+        (("TRACE", *ROOFLINE, "--quantization", "int8"), "--quantization: not with step times"),
         (("TRACE", *ROOFLINE, "--num-blocks", "1"), "prompt: found 20 tokens, expected at most 16"),
         (("nowhere.jsonl", *ROOFLINE), "nowhere.jsonl"),
         (("--compare", "a.json", "b.json"), "a.json"),
+        (("--compare", "a.json"), "--compare: found one report, a.json, expected at least two"),
+        (("TRACE", "--compare", "a.json", "b.json"), "TRACE: not with --compare"),
+        (("--real", "--compare", "a.json", "b.json"), "--real: not with --compare"),
+        (("--compare", "a.json", "b.json", "--slo", "ttft=1"), "--slo: not with --compare"),
         (("TRACE", *ROOFLINE, "--num-blocks", "64", "-o", "/no/r.json"), "/no/r.json: cannot be written"),
         (
             ("TRACE", *ROOFLINE, "--num-blocks", "64", "--report", "/no/r.html"),
