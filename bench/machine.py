@@ -1,8 +1,8 @@
 """What the machine can do at most: memory read bandwidth and arithmetic, measured with all usable cores.
 
-The arithmetic is that of a register tile which keeps multiplying the same few operands, so that nothing but
-the multiply-adds takes time. It is built from the operations of kernels.simd and run by kernels.threads, and
-knows nothing of the engine's layouts, tilings and products, which are held against it.
+The arithmetic is that of a register tile which keeps multiplying the same few operands, so that hardly
+anything but the multiply-adds takes time. It is built from the operations of kernels.simd and run by
+kernels.threads, and knows nothing of the engine's layouts, tilings and products, which are held against it.
 """
 
 import time
@@ -19,6 +19,7 @@ from kernels.simd import (
     LANES,
     add_scaled,
     dot_bfloat16,
+    dot_int4,
     dot_int8,
     host_has,
     outer_product,
@@ -116,20 +117,25 @@ def _bfloat16_loop(thread, num_threads, steps, x, out, counters):  # type: ignor
     barrier(counters, num_threads)
 
 
-@entry_point
-def _int8_loop(thread, num_threads, steps, x, out, counters):  # type: ignore[no-untyped-def]
-    ints = start_int_tile(ROWS, VECTORS, x, 0, 1)
-    for _ in range(steps):
-        ints = dot_int8(ints, ROWS, x, 0, 1, x, _W_AT)
-    tile = add_scaled(start_tile(ROWS, VECTORS, x, 0), ints, ROWS, x, 0, 1, x, _W_AT)
-    write_tile(tile, ROWS, out, thread * ROWS * VECTORS * LANES, VECTORS * LANES, False)
-    barrier(counters, num_threads)
+def _int_loop(product):  # type: ignore[no-untyped-def]
+    """With other factors in every step: sums of the same integers would be multiplied out by the compiler."""
+
+    @entry_point
+    def loop(thread, num_threads, steps, x, out, counters):  # type: ignore[no-untyped-def]
+        ints = start_int_tile(ROWS, VECTORS, x, 0, 1)
+        for step in range(steps):
+            ints = product(ints, ROWS, x, step % ROWS, 1, x, _W_AT)
+        tile = add_scaled(start_tile(ROWS, VECTORS, x, 0), ints, ROWS, x, 0, 1, x, _W_AT)
+        write_tile(tile, ROWS, out, thread * ROWS * VECTORS * LANES, VECTORS * LANES, False)
+        barrier(counters, num_threads)
+
+    return loop
 
 
 # What runs a format's loop, and the products of one lane in one step.
 _PEAK_LOOPS = {
     "float32": (_float32_loop, 1),
     "bf16": (_bfloat16_loop, 2),
-    "int8": (_int8_loop, 4),
-    "int4": (_int8_loop, 4),
+    "int8": (_int_loop(dot_int8), 4),
+    "int4": (_int_loop(dot_int4), 8),
 }
