@@ -171,6 +171,7 @@ def test_a_bad_slo_is_named(capsys: pytest.CaptureFixture[str], trace: str, slo:
         (("--model", "tiny", "--quantization", "int8", "--num-threads", "2"), ""),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*asked for")
 def test_a_profile_of_another_model_is_refused(
     capsys: pytest.CaptureFixture[str], trace: str, tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
