@@ -33,6 +33,7 @@ from sim import CostModel, Simulator, Trace, Workload, synthesise
 from sim.calibrate import calibrate
 from sim.cost_profile import ProfileCostModel
 from sim.real_replay import replay_for_real
+from sim.report import METRICS, error_percent
 
 CONFIG = EngineConfig(max_model_len=2048, max_num_seqs=32, max_num_batched_tokens=512, num_blocks=2048)
 FEW_BLOCKS = 200
@@ -56,7 +57,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Run:
-    """The summaries of a real run, of its simulation, and of one at the pace of the real run."""
+    """The reports of a real run, of its simulation, and of one at the pace of the real run."""
 
     real: dict
     simulated: dict
@@ -76,24 +77,30 @@ class Case:
     def to_dict(self) -> dict:
         """For JSON; errors and the real runs' spread are in percent."""
         metrics = []
-        for path, target in TARGETS.items():
-            real = [value_at(run.real, path) for run in self.runs]
+        for metric in METRICS:
+            if metric.path not in TARGETS:
+                continue
+            real, simulated, paced = (
+                [metric.value(getattr(run, name)) for run in self.runs]
+                for name in ("real", "simulated", "paced")
+            )
             metrics.append(
                 {
-                    "metric": path,
-                    "simulated": [value_at(run.simulated, path) for run in self.runs],
+                    "metric": metric.path,
+                    "simulated": simulated,
                     "real": real,
                     "spread": 100 * (max(real) - min(real)) / median(real),
-                    "errors": [error(run.simulated, run.real, path) for run in self.runs],
-                    "errors_at_pace": [error(run.paced, run.real, path) for run in self.runs],
-                    "target": target,
+                    "errors": list(map(error_percent, real, simulated)),
+                    "errors_at_pace": list(map(error_percent, real, paced)),
+                    "target": TARGETS[metric.path],
                 }
             )
         return {
             "case": self.name,
             "pace": [run.pace for run in self.runs],
             "preemptions": [
-                run.real["preemptions"]["recompute"] + run.real["preemptions"]["swap"] for run in self.runs
+                sum(run.real["summary"]["preemptions"][by] for by in ("recompute", "swap"))
+                for run in self.runs
             ],
             "metrics": metrics,
         }
@@ -115,19 +122,6 @@ class Case:
                 f"{median(metric['errors_at_pace']):>+7.1f} %{metric['target']:>6} %"
             )
         return "\n".join(lines)
-
-
-def value_at(summary: dict, path: str) -> float:
-    """A metric by its place in a summary."""
-    value: Any = summary
-    for name in path.split("."):
-        value = value[name]
-    return float(value)
-
-
-def error(simulated: dict, real: dict, path: str) -> float:
-    """Of a simulation, in percent."""
-    return 100 * (value_at(simulated, path) / value_at(real, path) - 1)
 
 
 def main() -> None:
@@ -192,14 +186,14 @@ def measured(case: Case, name: str, profile: dict) -> Run:
     finally:
         engine.close()
     simulated, paced = (
-        Simulator(case.config, ProfileCostModel(each)).replay(case.trace).summary
+        Simulator(case.config, ProfileCostModel(each)).replay(case.trace).data
         for each in (profile, at_pace(profile, pace))
     )
     return Run(real, simulated, paced, pace)
 
 
 def served(engine: LLMEngine, trace: Trace, name: str, model: CostModel) -> tuple[dict, float]:
-    """The summary of a real run, and the time of its steps over what a model has for them."""
+    """The report of a real run, and the time of its steps over what a model has for them."""
     step, run = engine.step, engine.runner.run
     taken_s = predicted_s = 0.0
 
@@ -216,8 +210,8 @@ def served(engine: LLMEngine, trace: Trace, name: str, model: CostModel) -> tupl
         return run(batch, *rest)
 
     engine.step, engine.runner.run = timed_step, priced_run  # type: ignore[method-assign]
-    summary = replay_for_real(engine, trace, model=name).summary
-    return summary, taken_s / predicted_s
+    report = replay_for_real(engine, trace, model=name).data
+    return report, taken_s / predicted_s
 
 
 def at_pace(profile: dict, pace: float) -> dict:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from kernels.jit import by_height, kernel
-from kernels.packing import CHUNK, FLOAT32, GROUP, PANEL
+from kernels.packing import CHUNK, FLOAT32, GROUP, PANEL, activation_place
 from kernels.simd import (
     LANES,
     PAIR_WORDS,
@@ -85,15 +85,10 @@ def _key_tile(product: Any, query_words: int, height: int) -> Any:
     """Scores of a tile's keys: `product` adds what a word of keys and `query_words` of queries give."""
 
     @kernel
-    def query_place(queries, word):
-        word *= query_words
-        return queries + word // CHUNK * (GROUP * CHUNK) + word % CHUNK
-
-    @kernel
     def two(x, queries, keys, first, second, ahead, next_ahead, word_stride, words, scores):
         tile = start_tile(height, 2, x, 0)
         for word in range(words):
-            query = query_place(queries, word)
+            query = queries + activation_place(word * query_words)
             at = word * word_stride
             prefetch(keys, ahead + at)
             prefetch(keys, next_ahead + at)
@@ -111,7 +106,7 @@ def _key_tile(product: Any, query_words: int, height: int) -> Any:
         first, second, third, fourth = places
         tile = start_tile(height, 4, x, 0)
         for word in range(words):
-            query = query_place(queries, word)
+            query = queries + activation_place(word * query_words)
             at = word * word_stride
             prefetch(keys, ahead[0] + at)
             prefetch(keys, ahead[1] + at)

@@ -24,6 +24,7 @@ from kernels.packing import (
     START_INT4,
     START_INT8,
     START_ZERO,
+    activation_place,
     activation_words,
     block_words,
     num_blocks,
@@ -74,8 +75,7 @@ def _float_tile(product: Any, x_words: int, height: int) -> Any:
     def multiply(x, x_at, w, w_at, ahead, blocks, words, bias, bias_at, out, out_at, out_stride, accumulate):
         tile = start_tile(height, _VECTORS, bias, bias_at)
         for k in range(blocks * words):
-            word = k * x_words
-            at = x_at + word // CHUNK * (GROUP * CHUNK) + word % CHUNK
+            at = x_at + activation_place(k * x_words)
             _prefetch_weights(w, ahead + w_at + k * PANEL)
             tile = product(tile, height, x, at, CHUNK, w, w_at + k * PANEL)
         write_tile(tile, height, out, out_at, out_stride, accumulate)

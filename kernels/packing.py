@@ -115,6 +115,12 @@ def activation_words(format: int, K: int) -> int:
     return num_blocks(K) * (BLOCK if format == FLOAT32 else BLOCK // 2 * PAIR_WORDS)
 
 
+@shared
+def activation_place(word: int) -> int:
+    """Where a row's word is, from its first on: the rows of a group take turns, chunk by chunk."""
+    return word // CHUNK * (GROUP * CHUNK) + word % CHUNK
+
+
 def aligned_zeros(num_words: int) -> NDArray[np.float32]:
     """A zeroed float32 buffer that begins on a cache line: a vector that straddles two costs two reads."""
     buffer = np.zeros(num_words + LANES, np.float32)

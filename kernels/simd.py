@@ -647,28 +647,31 @@ def _split_call(builder: Any, name: str, parts: int, result: Any, arguments: lis
     return pieces[0]
 
 
+def _first_known(*instructions: tuple[str, str, int]) -> tuple[str, int] | None:
+    """Of (feature, intrinsic, parts of a vector) the intrinsic and parts of the first that the host has."""
+    return next(((name, parts) for feature, name, parts in instructions if host_has(feature)), None)
+
+
+_MULTIPLY_PAIRS = _first_known(
+    ("avx512bw", "llvm.x86.avx512.pmaddw.d.512", 1),
+    ("avx2", "llvm.x86.avx2.pmadd.wd", 2),
+    ("sse2", "llvm.x86.sse2.pmadd.wd", 4),
+)
+
+
 def _multiply_pairs(builder: Any, a: Any, b: Any) -> Any:
     """a[2i] * b[2i] + a[2i + 1] * b[2i + 1] of int16 lanes, as int32 lanes."""
-    for feature, name, parts in (
-        ("avx512bw", "llvm.x86.avx512.pmaddw.d.512", 1),
-        ("avx2", "llvm.x86.avx2.pmadd.wd", 2),
-        ("sse2", "llvm.x86.sse2.pmadd.wd", 4),
-    ):
-        if host_has(feature):
-            shorts = ir.VectorType(_I16, 2 * LANES)
-            operands = [builder.bitcast(a, shorts), builder.bitcast(b, shorts)]
-            return _split_call(builder, name, parts, _INT_VECTOR, operands)
+    if _MULTIPLY_PAIRS is not None:
+        name, parts = _MULTIPLY_PAIRS
+        shorts = ir.VectorType(_I16, 2 * LANES)
+        operands = [builder.bitcast(a, shorts), builder.bitcast(b, shorts)]
+        return _split_call(builder, name, parts, _INT_VECTOR, operands)
     sixteen = _int_splat(16)
     low, high = (
         builder.mul(*(builder.ashr(half(value), sixteen) for value in (a, b)))
         for half in (lambda value: builder.shl(value, sixteen), lambda value: value)
     )
     return builder.add(low, high)
-
-
-def _first_known(*instructions: tuple[str, str, int]) -> tuple[str, int] | None:
-    """Of (feature, intrinsic, parts of a vector) the intrinsic and parts of the first that the host has."""
-    return next(((name, parts) for feature, name, parts in instructions if host_has(feature)), None)
 
 
 _DOT_BYTES = _first_known(
@@ -679,6 +682,7 @@ _ADD_BYTE_PAIRS = _first_known(
     ("avx2", "llvm.x86.avx2.pmadd.ub.sw", 2),
     ("ssse3", "llvm.x86.ssse3.pmadd.ub.sw.128", 4),
 )
+# There is none for 512 bits.
 _MOVE_SIGNS = (
     None
     if host_has("avx512bw")

@@ -1,9 +1,10 @@
-"""The command `pagellm replay`: a trace simulated, or served for real, or two reports compared."""
+"""The command `pagellm replay`: a trace simulated, or served for real, or reports compared."""
 
 import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -54,8 +55,8 @@ def add_replay(commands: "argparse._SubParsersAction[Any]") -> None:
     results.add_argument("--perfetto", metavar="FILE", help="steps and requests for ui.perfetto.dev")
     results.add_argument("--results", metavar="FILE", help="a line of JSON for each request")
     add_model_options(replay)
-    replay.set_defaults(model=None)  # so that it shows whether one was given
-    replay.set_defaults(command=_replay)
+    # No default model, so that it shows whether one was given.
+    replay.set_defaults(model=None, command=partial(_replay, replay))
 
 
 def _slo(text: str) -> dict[str, float]:
@@ -63,22 +64,27 @@ def _slo(text: str) -> dict[str, float]:
     limits: dict[str, float] = {}
     for part in text.split(","):
         name, _, number = part.partition("=")
-        if name.strip() not in names:
+        name = name.strip()
+        if name not in names:
             raise argparse.ArgumentTypeError(
-                f"found {name.strip()!r}, expected one of {', '.join(names)}, which good requests keep, and "
+                f"found {name!r}, expected one of {', '.join(names)}, which good requests keep, and "
                 "=seconds; limits on statistics of all requests, such as ttft_p99, are for `sweep`"
             )
         try:
-            limits[f"{name.strip()}_s"] = float(number)
+            limits[f"{name}_s"] = float(number)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{name}: found {number!r}, expected seconds") from None
     return limits
 
 
-def _replay(options: argparse.Namespace) -> None:
+def _flag(name: str) -> str:
+    return "TRACE" if name == "trace" else f"--{name.replace('_', '-')}"
+
+
+def _replay(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Replay a trace against the scheduler, simulated or for real, and report what came of it."""
     if options.compare is not None:
-        _compare(options)
+        _compare(parser, options)
         return
     if options.trace is None:
         raise TraceError("TRACE: found none, expected a file, or --compare")
@@ -99,13 +105,10 @@ def _replay(options: argparse.Namespace) -> None:
     print(report.to_json() if options.json else to_text(report.data))
 
 
-def _compare(options: argparse.Namespace) -> None:
-    for name in ("trace", "profile", "roofline", "limit", "slo", "output", "perfetto", "results"):
-        if getattr(options, name) is not None:
-            shown = "TRACE" if name == "trace" else f"--{name}"
-            raise ConfigError(f"{shown}: not with --compare, which reads reports")
-    if options.real:
-        raise ConfigError("--real: not with --compare, which reads reports")
+def _compare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    for name, value in vars(options).items():
+        if value != parser.get_default(name) and name not in ("compare", "report", "json"):
+            raise ConfigError(f"{_flag(name)}: not with --compare, which reads reports")
     if len(options.compare) < 2:
         raise ConfigError(f"--compare: found one report, {options.compare[0]}, expected at least two")
     first, *others = reports = [load_report(path) for path in options.compare]
@@ -144,15 +147,14 @@ def _cost_model(options: argparse.Namespace) -> CostModel:
         return costs
     for name in ("model", "quantization", "num_threads"):
         if getattr(options, name) is not None:
-            shown = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{shown}: not with step times that are of one model and machine already")
+            raise ConfigError(f"{_flag(name)}: not with step times that are of one model and machine already")
     return costs
 
 
 def _replay_for_real(trace: Trace, options: argparse.Namespace) -> Report:
     for name in ("profile", "roofline", "clients", "timeout_s"):
         if getattr(options, name) is not None:
-            raise ConfigError(f"--{name.replace('_', '-')}: not with --real, which serves at arrival times")
+            raise ConfigError(f"{_flag(name)}: not with --real, which serves at arrival times")
     if options.replicas != 1:
         raise ConfigError(f"--replicas: found {options.replicas} with --real, expected 1")
     config = engine_config(options)

@@ -18,8 +18,8 @@ from engine.errors import ReportError
 from sim.report_schema import Report, check_report, load_report
 
 __all__ = [
-    "check_report", "compare", "compare_json", "load_report", "number_text", "seconds_text", "to_html",
-    "to_text", "write_page",
+    "check_report", "compare", "compare_json", "error_percent", "load_report", "number_text", "seconds_text",
+    "to_html", "to_text", "write_page",
 ]  # fmt: skip
 
 _WIDTH = 80
@@ -187,7 +187,7 @@ def compare_json(a: Report, b: Report) -> str:
             "unit": metric.unit,
             "a": metric.value(a),
             "b": metric.value(b),
-            "error_percent": _error_percent(metric.value(a), metric.value(b)),
+            "error_percent": error_percent(metric.value(a), metric.value(b)),
         }
         for metric in METRICS
     ]
@@ -198,7 +198,8 @@ def compare_json(a: Report, b: Report) -> str:
     return json.dumps({"version": 1, **names, "metrics": metrics}, allow_nan=False)
 
 
-def _error_percent(a: float | None, b: float | None) -> float | None:
+def error_percent(a: float | None, b: float | None) -> float | None:
+    """By how much b differs from a; None where a is zero or either has no value."""
     if a is None or b is None:
         return None
     return 0.0 if a == b else 100.0 * (b - a) / a if a else None
@@ -207,7 +208,7 @@ def _error_percent(a: float | None, b: float | None) -> float | None:
 def _difference(a: float | None, b: float | None) -> str:
     if a is None or b is None:
         return "not measured" if b is None else "not measured in a"
-    error = _error_percent(a, b)
+    error = error_percent(a, b)
     if error is None:
         return "higher, from zero"
     if error == 0:

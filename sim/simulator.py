@@ -71,7 +71,8 @@ class Simulator:
     """Replays traces with some settings and step times.
 
     config: as the engine's; num_blocks may be left open where the cost model knows the machine's memory. Its
-    step_log gets the records of the engine's step log; num_threads and quantization mean nothing here.
+    step_log gets the records of the engine's step log; num_threads and quantization only say what a profile
+    must be of.
     prompt_tokens: what prompts are made of, with a tokenizer for a trace of texts.
 
     rate_factor: lets requests arrive so many times as often. clients: leaves the arrival times aside; so many
