@@ -31,7 +31,15 @@ from numpy.typing import NDArray
 from bench.machine import bandwidth_gb_s, peak_gops
 from engine.config import usable_cores
 from kernels.activation import SILU_GATED
-from kernels.attention import KEY_CHUNK, attention, key_cache_size, plan_tiles, token_words, value_cache_size
+from kernels.attention import (
+    KEY_CHUNK,
+    attention,
+    choose_heads_per_item,
+    key_cache_size,
+    plan_tiles,
+    token_words,
+    value_cache_size,
+)
 from kernels.jit import entry_point
 from kernels.matmul import matmul
 from kernels.packing import (
@@ -129,11 +137,13 @@ def _attend(thread, num_threads, arch, cache, batch, plan, work, layers):  # typ
     heads, kv_heads, head_dim = arch.num_heads, arch.num_kv_heads, arch.head_dim
     layer_k = key_cache_size(cache.format, cache.num_blocks, cache.block_size, kv_heads, head_dim)
     layer_v = value_cache_size(cache.format, cache.num_blocks, cache.block_size, kv_heads, head_dim)
+    heads_per_item = choose_heads_per_item(plan.num_tiles[0], num_threads, heads // kv_heads)
     for layer in range(layers):
         attention(
-            work.counters, cache.format, work.wide, padded((heads + 2 * kv_heads) * head_dim), heads,
-            kv_heads, head_dim, np.float32(arch.attention_scale), cache.keys, cache.values, layer * layer_k,
-            layer * layer_v, cache.block_size, batch.block_tables, batch.query_start_loc, plan.seq_lens,
+            work.counters, heads_per_item, cache.format, work.wide,
+            padded((heads + 2 * kv_heads) * head_dim), heads, kv_heads, head_dim,
+            np.float32(arch.attention_scale), cache.keys, cache.values, layer * layer_k, layer * layer_v,
+            cache.block_size, batch.block_tables, batch.query_start_loc, plan.seq_lens,
             plan.tile_sequence[: plan.num_tiles[0]], plan.tile_start, plan.tile_chunk, plan.state_start,
             plan.states, work.attention[thread],
         )  # fmt: skip

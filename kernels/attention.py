@@ -1,7 +1,8 @@
 """Fused attention over a paged KV cache: online softmax, no attention matrix (Milakov and Gimelshein 2018).
 
 A work item is one query tile (a run of a sequence's new tokens) for one KV head with all the query heads that
-share it; decodes and prefill chunks are the same thing with other run lengths. The keys are walked through in
+share it, or a tile of few rows for several KV heads; decodes and prefill chunks are the same thing with other
+run lengths. The keys are walked through in
 chunks of `KEY_CHUNK` positions and, within them, tiles of `KEY_TILE`, which begin at multiples of the
 sequence's own positions. Each chunk gives a state of its own (sums, greatest score, sum of weights), and the
 states are merged in the order of the chunks. So the order of every sum depends on key positions alone: not on
@@ -18,13 +19,13 @@ import numpy as np
 
 from kernels.attention_products import (
     KEY_TILE,
-    ROWS,
     add_values,
     gather_keys,
     gather_values,
+    places,
     score_keys,
     side_by_side,
-    tile_places,
+    tile_blocks,
 )
 from kernels.jit import kernel, plain, shared
 from kernels.packing import (
@@ -32,7 +33,6 @@ from kernels.packing import (
     CHUNK,
     FLOAT32,
     GROUP,
-    PANEL,
     activation_words,
     num_blocks,
     pack_row,
@@ -57,8 +57,11 @@ from kernels.threads import next_item
 
 KEY_CHUNK = 512
 QUERY_TILE_ROWS = 96
-# A query tile of at most so many rows waits for memory, so the chunks of its keys are items of their own.
+# A query tile of at most so many rows waits for memory, so the chunks of its keys are items of their own, of
+# several KV heads: what lies side by side in a block is read at once.
 SPLIT_ROWS = GROUP
+# Fewer query tiles than so many for each thread are shared out head by head, so that no thread idles.
+_MIN_TILES = 4
 # Stands for minus infinity where inf - inf would be NaN: exp(_MASKED - anything real) is exactly 0.
 _MASKED = np.float32(-1e30)
 
@@ -98,6 +101,18 @@ def _tile_rows(group_size: int) -> int:
 
 
 @shared
+def max_heads_per_item(group_size: int) -> int:
+    """KV heads of a query tile of few rows that a thread has room for."""
+    return _tile_rows(group_size) // GROUP
+
+
+@shared
+def choose_heads_per_item(num_tiles: int, num_threads: int, group_size: int) -> int:
+    """KV heads of a work item of at most `SPLIT_ROWS` rows."""
+    return max_heads_per_item(group_size) if num_tiles >= _MIN_TILES * num_threads else 1
+
+
+@shared
 def _value_tile_words(head_dim: int) -> int:
     """Room for a tile of values, in either format, and for what a panel reads on behind the last."""
     return KEY_TILE * value_words(FLOAT32, head_dim) + LANES
@@ -106,9 +121,9 @@ def _value_tile_words(head_dim: int) -> int:
 def scratch_size(group_size: int, head_dim: int) -> int:
     """Words of working memory of one thread; zeros at first."""
     rows = _tile_rows(group_size)
-    per_row = num_blocks(head_dim) * BLOCK + KEY_TILE + 2 * state_words(head_dim)
+    per_row = num_blocks(head_dim) * BLOCK + 2 * state_words(head_dim)
     tiles = KEY_TILE * head_dim + _value_tile_words(head_dim)
-    return KEY_TILE + tiles + rows * per_row + GROUP * KEY_TILE
+    return KEY_TILE + tiles + rows * per_row + 2 * GROUP * KEY_TILE
 
 
 @shared
@@ -213,20 +228,20 @@ def store_kv(
 
 
 @kernel
-def _softmax_row(scratch, scores_at, visible, state, size, weights_at):
-    """Turns one row's scores of a tile into packed weights and rescales the row's sums so far.
+def _softmax_row(scratch, scores_at, visible, count, state, size, weights_at):
+    """Turns one row's scores of a tile's `count` keys into packed weights and rescales the sums so far.
 
     The first `visible` keys count, the others get weight 0. state: where the row's state is in `scratch`.
     """
-    for j in range(max(visible, 0), KEY_TILE):
+    for j in range(max(visible, 0), -(-count // LANES) * LANES):
         scratch[scores_at + j] = _MASKED
     greatest = load(scratch, scores_at)
-    for j in range(LANES, KEY_TILE, LANES):
+    for j in range(LANES, count, LANES):
         greatest = maximum(greatest, load(scratch, scores_at + j))
     old = scratch[state + size]
     new = max(old, reduce_max(greatest))
     total = broadcast(np.float32(0.0))
-    for j in range(0, KEY_TILE, LANES):
+    for j in range(0, count, LANES):
         weight = exp(load(scratch, scores_at + j) - broadcast(new))
         total = total + weight
         store(scratch, weights_at + j * GROUP, weight)
@@ -255,91 +270,91 @@ def _merge(total, total_at, part, part_at, size):
 
 @kernel
 def _attend_chunk(
-    format, first_key, end_key, first_position, num_rows, last, group_size, kv_head, num_kv_heads, head_dim,
-    keys, values, layer_k, layer_v, block_size, block_table, scratch, queries, scores, weights, key_tile,
-    value_tile, state
+    format, first_key, end_key, first_position, num_rows, last, group_size, first_head, end_head,
+    num_kv_heads, head_dim, keys, values, layer_k, layer_v, block_size, block_table, scratch, queries, scores,
+    weights, key_tile, value_tile, states
 ):  # fmt: skip
-    """Attention of a query tile's rows to the keys `first_key` to `end_key` of one KV head; fills `state`.
+    """Attention of a query tile's rows to the keys `first_key` to `end_key` of some KV heads.
 
-    Asks for each next tile at the pace at which this one is read, as far as position `last`: whoever computes
-    the next chunk is glad of its beginning.
+    queries, states: of the first of these heads, those of the next behind. Asks for the keys of each next
+    tile while it reads this one, as far as position `last`: whoever computes the next chunk is glad of them.
     """
     words, stride = key_words(format, head_dim), value_words(format, head_dim)
     row_words, size = state_words(head_dim), padded(head_dim)
+    rows_per_head = padded_rows(num_rows)  # register tiles may be higher than their rows
     zero = broadcast(np.float32(0.0))
-    for row in range(num_rows):
-        at = state + row * row_words
+    for state in range(states, states + (end_head - first_head) * rows_per_head * row_words, row_words):
         for d in range(0, row_words, LANES):
-            store(scratch, at + d, zero)
-        scratch[at + size] = _MASKED
+            store(scratch, state + d, zero)
+        scratch[state + size] = _MASKED
     key_block, value_block = num_kv_heads * words * block_size, num_kv_heads * stride * block_size
-    head_k, head_v = layer_k + kv_head * words * block_size, layer_v + kv_head * stride * block_size
+    blocks = tile_blocks(block_size, block_table, first_key, last)
     for tile_start in range(first_key, end_key, KEY_TILE):
-        tile_end = min(tile_start + KEY_TILE, end_key)
-        following = tile_start + KEY_TILE
-        # A vector of keys may hold some behind the end, whose scores are masked.
-        if block_size % LANES == 0:
-            source_k, word_stride = keys, np.int64(block_size)
-            places_k = tile_places(head_k, key_block, plain(1), block_size, block_table, tile_start, last)
-            ahead_k = tile_places(head_k, key_block, plain(1), block_size, block_table, following, last)
-        else:
-            gather_keys(
-                keys, head_k, key_block, words, block_size, block_table, tile_start, tile_end, scratch,
-                key_tile,
-            )  # fmt: skip
-            source_k, word_stride = scratch, np.int64(KEY_TILE)
-            places_k = ahead_k = side_by_side(key_tile, plain(1))
-        # A value behind the end may be no number, which a weight of 0 does not hide.
-        if block_size % LANES == 0 and tile_end - tile_start == KEY_TILE:
-            source_v = values
-            places_v = tile_places(head_v, value_block, stride, block_size, block_table, tile_start, last)
-            ahead_v = tile_places(head_v, value_block, stride, block_size, block_table, following, last)
-        else:
-            gather_values(
-                values, head_v, value_block, stride, block_size, block_table, tile_start, tile_end, scratch,
-                value_tile,
-            )  # fmt: skip
-            source_v = scratch
-            places_v = ahead_v = side_by_side(value_tile, stride)
-        for first in range(0, num_rows, ROWS):
-            height = min(ROWS, num_rows - first)
-            # The group's last row sees the most keys.
-            if first_position + (first + height - 1) // group_size < tile_start:
-                continue
-            query = queries + first // GROUP * GROUP * activation_words(format, head_dim)
-            query += first % GROUP * CHUNK
-            score_keys(
-                format, height, scratch, query, source_k, places_k, ahead_k, word_stride, words,
-                scores + first * KEY_TILE,
-            )  # fmt: skip
-            for row in range(first, first + height):
-                visible = min(first_position + row // group_size + 1, tile_end) - tile_start
-                _softmax_row(
-                    scratch, scores + row * KEY_TILE, visible, state + row * row_words, size,
-                    weights + (row - first) * CHUNK,
+        count = min(KEY_TILE, end_key - tile_start)
+        following = tile_blocks(block_size, block_table, tile_start + KEY_TILE, last)
+        for head in range(first_head, end_head):
+            head_k, head_v = layer_k + head * words * block_size, layer_v + head * stride * block_size
+            if head + 1 < end_head:
+                ahead = places(head_k + words * block_size, key_block, plain(1), blocks)
+            else:
+                ahead = places(layer_k + first_head * words * block_size, key_block, plain(1), following)
+            # A vector of tokens may hold some behind the end: their scores are masked, their values not read.
+            if block_size % LANES == 0:
+                source_k, source_v, word_stride = keys, values, np.int64(block_size)
+                places_k = places(head_k, key_block, plain(1), blocks)
+                places_v = places(head_v, value_block, stride, blocks)
+            else:
+                gather_keys(
+                    keys, head_k, key_block, words, block_size, block_table, tile_start, tile_start + count,
+                    scratch, key_tile,
                 )  # fmt: skip
-            for panel in range(size // PANEL):
+                gather_values(
+                    values, head_v, value_block, stride, block_size, block_table, tile_start,
+                    tile_start + count, scratch, value_tile,
+                )  # fmt: skip
+                source_k, source_v, word_stride = scratch, scratch, np.int64(KEY_TILE)
+                places_k = side_by_side(key_tile, plain(1))
+                places_v = side_by_side(value_tile, stride)
+            query = queries + (head - first_head) * rows_per_head * activation_words(format, head_dim)
+            state = states + (head - first_head) * rows_per_head * row_words
+            for first in range(0, num_rows, GROUP):
+                height = min(GROUP, num_rows - first)
+                # The group's last row sees the most keys.
+                if first_position + (first + height - 1) // group_size < tile_start:
+                    continue
+                score_keys(
+                    format, height, scratch, query + first * activation_words(format, head_dim), source_k,
+                    places_k, count, source_v, places_v, word_stride, words, scores,
+                )  # fmt: skip
+                for row in range(first, first + height):
+                    visible = min(first_position + row // group_size + 1 - tile_start, count)
+                    _softmax_row(
+                        scratch, scores + (row - first) * KEY_TILE, visible, count, state + row * row_words,
+                        size, weights + (row - first) * CHUNK,
+                    )  # fmt: skip
                 add_values(
-                    format, height, scratch, weights, source_v, panel, places_v, ahead_v, stride,
-                    state + first * row_words + panel * PANEL, row_words,
+                    format, height, scratch, weights, source_v, places_v, count, keys, ahead,
+                    np.int64(block_size), stride, state + first * row_words, row_words, size,
                 )  # fmt: skip
-            ahead_k, ahead_v = places_k, places_v  # the first rows have asked for the next tile
+                ahead = places_k  # the first rows have asked for the next tile
+        blocks = following
 
 
 @kernel
 def attention(
-    counters, format, qkv, qkv_stride, num_heads, num_kv_heads, head_dim, scale, keys, values, layer_k,
-    layer_v, block_size, block_tables, query_start_loc, seq_lens, tile_sequence, tile_start, tile_chunk,
-    state_start, states, scratch
+    counters, heads_per_item, format, qkv, qkv_stride, num_heads, num_kv_heads, head_dim, scale, keys, values,
+    layer_k, layer_v, block_size, block_tables, query_start_loc, seq_lens, tile_sequence, tile_start,
+    tile_chunk, state_start, states, scratch
 ):  # fmt: skip
     """One thread's share of causal attention of all new tokens of a batch.
 
-    format: of the cache, FLOAT32 or BFLOAT16; qkv: flat rows of [num_heads + 2 * num_kv_heads, head_dim],
-    rotated; keys, values: the flat caches, with this layer's part from `layer_k` and `layer_v` on;
-    block_tables: [num_seqs, max_blocks]; query_start_loc: [num_seqs + 1]; seq_lens: [num_seqs], with the new
-    tokens; tile_sequence, tile_start, tile_chunk: [num_tiles], each query tile's sequence, its first flat
-    token row, and the one chunk of keys that it looks at or -1 for all; state_start: [num_tokens + 1], each
-    token's first state; states: out, [num_states, num_heads, state_words]; scratch: this thread's own.
+    heads_per_item: of `choose_heads_per_item`; format: of the cache, FLOAT32 or BFLOAT16; qkv: flat rows of
+    [num_heads + 2 * num_kv_heads, head_dim], rotated; keys, values: the flat caches, with this layer's part
+    from `layer_k` and `layer_v` on; block_tables: [num_seqs, max_blocks]; query_start_loc: [num_seqs + 1];
+    seq_lens: [num_seqs], with the new tokens; tile_sequence, tile_start, tile_chunk: [num_tiles], each query
+    tile's sequence, its first flat token row, and the one chunk of keys that it looks at or -1 for all;
+    state_start: [num_tokens + 1], each token's first state; states: out, [num_states, num_heads,
+    state_words]; scratch: this thread's own.
     """
     group_size = num_heads // num_kv_heads
     tile_tokens = tokens_per_query_tile(group_size)
@@ -349,44 +364,55 @@ def attention(
     value_tile = key_tile + KEY_TILE * head_dim
     queries = value_tile + _value_tile_words(head_dim)
     scores = queries + rows * num_blocks(head_dim) * BLOCK
-    weights = scores + rows * KEY_TILE
+    weights = scores + GROUP * KEY_TILE
     total = weights + GROUP * KEY_TILE
     part = total + rows * row_words
 
     num_items = tile_sequence.size * num_kv_heads
     item = next_item(counters)
     while item < num_items:
-        tile, kv_head = item // num_kv_heads, item % num_kv_heads
+        tile, first_head = item // num_kv_heads, item % num_kv_heads
         sequence, first_token, chunk = tile_sequence[tile], tile_start[tile], tile_chunk[tile]
         end = query_start_loc[sequence + 1]
         count = min(tile_tokens, end - first_token)
-        num_rows = count * group_size
+        num_rows, rows_per_head = count * group_size, padded_rows(count * group_size)
+        end_head = first_head + 1
+        if num_rows <= SPLIT_ROWS:
+            end_head = min(first_head + heads_per_item, num_kv_heads)
+            if first_head % heads_per_item > 0:  # belongs to an item before
+                item = next_item(counters)
+                continue
         first_position = seq_lens[sequence] - end + first_token
         num_keys = first_position + count
-        for row in range(num_rows):
-            token, head = first_token + row // group_size, kv_head * group_size + row % group_size
-            source = token * qkv_stride + head * head_dim
-            for d in range(0, head_dim, LANES):
-                store(scratch, part + d, load(qkv, source + d) * broadcast(scale))
-            pack_row(format, scratch, part, head_dim, row, scratch, queries)
+        for head in range(first_head, end_head):
+            at = queries + (head - first_head) * rows_per_head * activation_words(format, head_dim)
+            for row in range(num_rows):
+                source = (first_token + row // group_size) * qkv_stride
+                source += (head * group_size + row % group_size) * head_dim
+                for d in range(0, head_dim, LANES):
+                    store(scratch, part + d, load(qkv, source + d) * broadcast(scale))
+                pack_row(format, scratch, part, head_dim, row, scratch, at)
         first_key = max(chunk, 0) * KEY_CHUNK
         end_key = min(first_key + KEY_CHUNK, num_keys) if chunk >= 0 else num_keys
         for key in range(first_key, end_key, KEY_CHUNK):
             state = total if key == first_key else part
             _attend_chunk(
                 format, key, min(key + KEY_CHUNK, end_key), first_position, num_rows, num_keys - 1,
-                group_size, kv_head, num_kv_heads, head_dim, keys, values, layer_k, layer_v, block_size,
-                block_tables[sequence], scratch, queries, scores, weights, key_tile, value_tile, state,
+                group_size, first_head, end_head, num_kv_heads, head_dim, keys, values, layer_k, layer_v,
+                block_size, block_tables[sequence], scratch, queries, scores, weights, key_tile, value_tile,
+                state,
             )  # fmt: skip
             if key > first_key:
-                for row in range(num_rows):
-                    if first_position + row // group_size >= key:
+                for row in range(rows_per_head * (end_head - first_head)):
+                    if first_position + row % rows_per_head // group_size >= key:
                         _merge(scratch, total + row * row_words, scratch, part + row * row_words, size)
-        for row in range(num_rows):
-            token, head = first_token + row // group_size, kv_head * group_size + row % group_size
-            target = ((state_start[token] + max(chunk, 0)) * num_heads + head) * row_words
-            for d in range(0, row_words, LANES):
-                store(states, target + d, load(scratch, total + row * row_words + d))
+        for head in range(first_head, end_head):
+            source = total + (head - first_head) * rows_per_head * row_words
+            for row in range(num_rows):
+                token, query_head = first_token + row // group_size, head * group_size + row % group_size
+                target = ((state_start[token] + max(chunk, 0)) * num_heads + query_head) * row_words
+                for d in range(0, row_words, LANES):
+                    store(states, target + d, load(scratch, source + row * row_words + d))
         item = next_item(counters)
 
 

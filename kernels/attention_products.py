@@ -1,9 +1,10 @@
 """The two products of attention: queries times a tile of keys, and their weights times its values.
 
 A tile is `KEY_TILE` tokens of one sequence and KV head: four vectors of 16, each of which is in one block of
-the KV cache (if a block holds whole vectors) and anywhere in memory. Both products read all four side by side
-from where they are, because a decode waits for memory alone and memory serves several streams at once best,
-and ask as they go for the places that are read next. Other tiles are gathered first, as one block.
+the KV cache (if a block holds whole vectors) and anywhere in memory. Both products read them from where they
+are; other tiles are gathered first, as one block. A decode waits for memory, so a product asks for what the
+next one reads: a line of each vector in turn, each vector's lines in order, whatever the order in which the
+product itself walks. The processor's own prefetching follows such streams.
 
 A score is one chain of multiply-adds over the dimensions in order. A sum of values is one chain over the
 tile's keys in the order 0, 16, 32, 48, 1, 17, 33, 49, 2 and so on, which depends on positions alone.
@@ -26,10 +27,9 @@ from kernels.simd import (
 )
 
 KEY_TILE = 64
+_PANELS = KEY_TILE // PANEL
 _VECTORS = PANEL // LANES
-# Rows of a register tile beside two vectors of keys; half as many leave room for four.
-ROWS = max(1, GROUP * _VECTORS // 2)
-_HEIGHTS = tuple(height for height in (1, 2, 3, 4, 6, 8, 12) if height <= ROWS)
+_HEIGHTS = tuple(height for height in (1, 2, 3, 4, 6, 8, 12) if height <= GROUP)
 
 
 @kernel
@@ -47,14 +47,12 @@ def gather_keys(keys, head, block_words, words, block_size, block_table, start, 
 
 @kernel
 def gather_values(values, head, block_words, stride, block_size, block_table, start, end, scratch, tile):
-    """Like `gather_keys` for the values, with zeros behind the last."""
+    """Like `gather_keys` for the values, which begin `stride` words apart."""
     for position in range(start, end):
         at = head + block_table[position // block_size] * block_words + position % block_size * stride
         for w in range(stride):
             scratch[tile + w] = values[at + w]
         tile += stride
-    for w in range((start + KEY_TILE - end) * stride):
-        scratch[tile + w] = 0.0
 
 
 @kernel
@@ -65,79 +63,106 @@ def side_by_side(start, stride):
 
 
 @kernel
-def tile_places(head, block_words, token_words, block_size, block_table, start, last):
-    """Where each of a tile's four vectors of neighbouring tokens begins, the last not behind position `last`.
+def tile_blocks(block_size, block_table, start, last):
+    """The blocks of a tile's four vectors of neighbouring tokens and where in them each begins.
 
-    The words of block b begin at `head + b * block_words`, those of a token `token_words` after another's.
+    start: the tile's first position; a vector behind position `last` stands for the one that holds it.
     """
     last = last // LANES * LANES
     first, second = min(start, last), min(start + LANES, last)
     third, fourth = min(start + 2 * LANES, last), min(start + 3 * LANES, last)
+    a, b, c, d = first // block_size, second // block_size, third // block_size, fourth // block_size
     return (
-        head + block_table[first // block_size] * block_words + first % block_size * token_words,
-        head + block_table[second // block_size] * block_words + second % block_size * token_words,
-        head + block_table[third // block_size] * block_words + third % block_size * token_words,
-        head + block_table[fourth // block_size] * block_words + fourth % block_size * token_words,
+        (block_table[a], first - a * block_size), (block_table[b], second - b * block_size),
+        (block_table[c], third - c * block_size), (block_table[d], fourth - d * block_size),
+    )  # fmt: skip
+
+
+@kernel
+def places(head, block_words, token_words, blocks):
+    """Where each vector of `tile_blocks` begins, if the words of block b begin at `head + b * block_words`.
+
+    The words of a token begin `token_words` after those of the token before.
+    """
+    first, second, third, fourth = blocks
+    return (
+        head + first[0] * block_words + first[1] * token_words,
+        head + second[0] * block_words + second[1] * token_words,
+        head + third[0] * block_words + third[1] * token_words,
+        head + fourth[0] * block_words + fourth[1] * token_words,
     )
 
 
+if PANEL == LANES:
+
+    @kernel
+    def _panel_places(places, panel, word):
+        """Where word `word` is of each vector of keys, here one, that makes up a panel of a tile."""
+        first, second = (places[0], places[1]) if panel < 2 else (places[2], places[3])
+        return ((first if panel % 2 == 0 else second) + word,)
+
+else:
+
+    @kernel
+    def _panel_places(places, panel, word):
+        """Where word `word` is of each vector of keys, here two, that makes up a panel of a tile."""
+        first, second = (places[0], places[1]) if panel == 0 else (places[2], places[3])
+        return first + word, second + word
+
+
+@kernel
+def _prefetch(words, places, at):
+    """Asks for a line in each of a tile's four streams."""
+    prefetch(words, places[0] + at)
+    prefetch(words, places[1] + at)
+    prefetch(words, places[2] + at)
+    prefetch(words, places[3] + at)
+
+
 def _key_tile(product: Any, query_words: int, height: int) -> Any:
-    """Scores of a tile's keys: `product` adds what a word of keys and `query_words` of queries give."""
+    """Scores of a tile's keys: `product` adds what a word of keys and `query_words` of queries give.
+
+    A vector's values have as many lines as its keys have words.
+    """
 
     @kernel
-    def two(x, queries, keys, first, second, ahead, next_ahead, word_stride, words, scores):
-        tile = start_tile(height, 2, x, 0)
-        for word in range(words):
-            query = queries + activation_place(word * query_words)
-            at = word * word_stride
-            prefetch(keys, ahead + at)
-            prefetch(keys, next_ahead + at)
-            tile = product(tile, height, x, query, CHUNK, keys, (first + at, second + at))
-        write_tile(tile, height, x, scores, KEY_TILE, False)
+    def multiply(x, queries, keys, places, count, values, ahead, word_stride, words, scores):
+        for panel in range((count + PANEL - 1) // PANEL):
+            tile = start_tile(height, _VECTORS, x, 0)
+            for word in range(words):
+                if word % _PANELS == 0:
+                    _prefetch(values, ahead, (panel * words + word) // _PANELS * LANES)
+                query = queries + activation_place(word * query_words)
+                tile = product(
+                    tile, height, x, query, CHUNK, keys, _panel_places(places, panel, word * word_stride)
+                )
+            write_tile(tile, height, x, scores + panel * PANEL, KEY_TILE, False)
 
-    @kernel
-    def by_two(x, queries, keys, places, ahead, word_stride, words, scores):
-        first, second, third, fourth = places
-        two(x, queries, keys, first, second, ahead[0], ahead[1], word_stride, words, scores)
-        two(x, queries, keys, third, fourth, ahead[2], ahead[3], word_stride, words, scores + 2 * LANES)
-
-    @kernel
-    def four(x, queries, keys, places, ahead, word_stride, words, scores):
-        first, second, third, fourth = places
-        tile = start_tile(height, 4, x, 0)
-        for word in range(words):
-            query = queries + activation_place(word * query_words)
-            at = word * word_stride
-            prefetch(keys, ahead[0] + at)
-            prefetch(keys, ahead[1] + at)
-            prefetch(keys, ahead[2] + at)
-            prefetch(keys, ahead[3] + at)
-            columns = first + at, second + at, third + at, fourth + at
-            tile = product(tile, height, x, query, CHUNK, keys, columns)
-        write_tile(tile, height, x, scores, KEY_TILE, False)
-
-    return four if 2 * height <= ROWS else by_two
+    return multiply
 
 
 def _value_tile(product: Any, panel_words: int, height: int) -> Any:
-    """Adds a tile's weighted values to a panel of sums: one key of each vector in turn, for more streams."""
+    """Adds a tile's weighted values to the sums, panel by panel of dimensions."""
+    step = GROUP * CHUNK
 
     @kernel
-    def multiply(x, weights, values, start, places, ahead, stride, sums, row_words):
-        tile = start_tile(height, _VECTORS, x, 0)
-        for key in range(LANES):
-            at = start + key * stride
-            for w in range(at, at + panel_words, LANES):
-                prefetch(values, ahead[0] + w)
-                prefetch(values, ahead[1] + w)
-                prefetch(values, ahead[2] + w)
-                prefetch(values, ahead[3] + w)
-            weight = weights + key
-            tile = product(tile, height, x, weight, CHUNK, values, places[0] + at)
-            tile = product(tile, height, x, weight + GROUP * CHUNK, CHUNK, values, places[1] + at)
-            tile = product(tile, height, x, weight + 2 * GROUP * CHUNK, CHUNK, values, places[2] + at)
-            tile = product(tile, height, x, weight + 3 * GROUP * CHUNK, CHUNK, values, places[3] + at)
-        write_tile(tile, height, x, sums, row_words, True)
+    def multiply(x, weights, values, places, count, keys, ahead, word_stride, stride, sums, row_words, size):
+        for panel in range(size // PANEL):
+            first_word = panel * panel_words
+            tile = start_tile(height, _VECTORS, x, 0)
+            for key in range(LANES):
+                for word in range(key * panel_words // LANES, (key + 1) * panel_words // LANES):
+                    _prefetch(keys, ahead, (first_word + word) * word_stride)
+                at, weight = first_word + key * stride, weights + key
+                if key < count:
+                    tile = product(tile, height, x, weight, CHUNK, values, places[0] + at)
+                if key + LANES < count:
+                    tile = product(tile, height, x, weight + step, CHUNK, values, places[1] + at)
+                if key + 2 * LANES < count:
+                    tile = product(tile, height, x, weight + 2 * step, CHUNK, values, places[2] + at)
+                if key + 3 * LANES < count:
+                    tile = product(tile, height, x, weight + 3 * step, CHUNK, values, places[3] + at)
+            write_tile(tile, height, x, sums + panel * PANEL, row_words, True)
 
     return multiply
 
@@ -149,32 +174,44 @@ _weigh_bfloat16 = by_height(_HEIGHTS, partial(_value_tile, outer_product_bfloat1
 
 
 @kernel
-def score_keys(format, rows, scratch, queries, keys, places, ahead, word_stride, words, scores):
-    """Writes the scores of a tile's keys for at most `ROWS` rows, rows `KEY_TILE` apart.
+def score_keys(
+    format, rows, scratch, queries, keys, places, count, values, ahead, word_stride, words, scores
+):  # fmt: skip
+    """Writes the scores of a tile's first `count` keys, and of some more, for at most `GROUP` rows.
 
     queries: where the first row is in packed activations in `scratch`, which begins with a row of zeros;
-    places: where each vector's first word is in `keys`, the next `word_stride` further; ahead: the places to
-    ask for.
+    places: where each vector's first word is in `keys`, the next `word_stride` further; ahead: the places in
+    `values` to ask for; scores: rows `KEY_TILE` apart.
     """
     if format == FLOAT32:
-        _score_float32(rows, scratch, queries, keys, places, ahead, word_stride, words, scores)
+        _score_float32(
+            rows, scratch, queries, keys, places, count, values, ahead, word_stride, words, scores
+        )  # fmt: skip
     else:
-        _score_bfloat16(rows, scratch, queries, keys, places, ahead, word_stride, words, scores)
+        _score_bfloat16(
+            rows, scratch, queries, keys, places, count, values, ahead, word_stride, words, scores
+        )  # fmt: skip
 
 
 @kernel
-def add_values(format, rows, scratch, weights, values, panel, places, ahead, stride, sums, row_words):
-    """Adds a tile's weighted values to a panel of the sums of at most `ROWS` rows, `row_words` apart.
+def add_values(
+    format, rows, scratch, weights, values, places, count, keys, ahead, word_stride, stride, sums, row_words,
+    size
+):  # fmt: skip
+    """Adds a tile's first `count` weighted values to the `size` sums of at most `GROUP` rows.
 
     weights: where the first row is in packed activations in `scratch`; places: where each vector's first
-    value is in `values`, the next `stride` further. A last panel may reach behind the value: what it adds up
-    there means nothing.
+    value is in `values`, the next `stride` further; ahead: the places in `keys` to ask for, the next word
+    `word_stride` further; sums: rows `row_words` apart. The last sums may reach behind the value: what is
+    added up there means nothing.
     """
     if format == FLOAT32:
         _weigh_float32(
-            rows, scratch, weights, values, panel * PANEL, places, ahead, stride, sums, row_words
+            rows, scratch, weights, values, places, count, keys, ahead, word_stride, stride, sums, row_words,
+            size,
         )  # fmt: skip
     else:
         _weigh_bfloat16(
-            rows, scratch, weights, values, panel * (PANEL // 2), places, ahead, stride, sums, row_words
+            rows, scratch, weights, values, places, count, keys, ahead, word_stride, stride, sums, row_words,
+            size,
         )  # fmt: skip

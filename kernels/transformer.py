@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from kernels.activation import SILU_GATED, activate
 from kernels.attention import (
     attention,
+    choose_heads_per_item,
     key_cache_size,
     max_states,
     max_tiles,
@@ -267,8 +268,9 @@ def _layer(thread, num_threads, layer, arch, weights, cache, batch, plan, work):
     barrier(counters, num_threads)
     _rotate_and_store(num_threads, arch, weights, cache, num_rows, plan, layer_k, layer_v, scratch, work)
     barrier(counters, num_threads)
+    heads_per_item = choose_heads_per_item(plan.num_tiles[0], num_threads, heads // kv_heads)
     attention(
-        counters, cache.format, work.wide, padded(qkv_size), heads, kv_heads, head_dim,
+        counters, heads_per_item, cache.format, work.wide, padded(qkv_size), heads, kv_heads, head_dim,
         np.float32(arch.attention_scale), cache.keys, cache.values, layer_k, layer_v, cache.block_size,
         batch.block_tables, batch.query_start_loc, plan.seq_lens, plan.tile_sequence[: plan.num_tiles[0]],
         plan.tile_start, plan.tile_chunk, plan.state_start, plan.states, work.attention[thread],

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kernels.attention import (
@@ -16,6 +16,7 @@ from kernels.attention import (
     QUERY_TILE_ROWS,
     attention,
     key_cache_size,
+    max_heads_per_item,
     max_states,
     max_tiles,
     merge_states,
@@ -144,12 +145,19 @@ def planned(heads: Heads, batch: list[Run]) -> tuple[list[Tile], list[int]]:
 
 
 def attend(
-    heads: Heads, batch: list[Run], block_size: int = 16, *, split: bool | None = False, seed: int = 0
+    heads: Heads,
+    batch: list[Run],
+    block_size: int = 16,
+    *,
+    split: bool | None = False,
+    heads_per_item: int = 1,
+    seed: int = 0,
 ) -> list[Matrix]:
     """Attention of a batch on freshly filled blocks in a random order: [new tokens, num_heads, head_dim]s.
 
     The order of the work items is random as well.
     """
+    assert heads_per_item <= max_heads_per_item(heads.group_size)
     rng = np.random.default_rng(seed)
     lengths = [run.end for run in batch]
     blocks_of = [-(-length // block_size) for length in lengths]
@@ -193,9 +201,9 @@ def attend(
     scratch[-64:] = 7.0
     before = keys.copy(), values.copy()
     attention(
-        new_counters(), heads.format, qkv.reshape(-1), stride, heads.num_heads, heads.num_kv_heads,
-        heads.head_dim, np.float32(heads.scale), keys, values, LAYER * layer_k, LAYER * layer_v, block_size,
-        block_tables, query_start_loc, np.array(lengths, np.int32),
+        new_counters(), heads_per_item, heads.format, qkv.reshape(-1), stride, heads.num_heads,
+        heads.num_kv_heads, heads.head_dim, np.float32(heads.scale), keys, values, LAYER * layer_k,
+        LAYER * layer_v, block_size, block_tables, query_start_loc, np.array(lengths, np.int32),
         np.array([tile.sequence for tile in tiles], np.int32),
         np.array([tile.first_token for tile in tiles], np.int32),
         np.array([tile.chunk for tile in tiles], np.int32), state_start, states[:-64], scratch[:-64],
@@ -245,6 +253,7 @@ HEADS = st.builds(
     st.sampled_from([FLOAT32, BFLOAT16]),
 )
 SPLIT = st.sampled_from([False, True, None])
+HEADS_PER_ITEM = st.integers(1, 4)
 BLOCK_SIZE = st.sampled_from([*BLOCK_SIZES, 3, 7, 17, 32, 40])
 # (tokens in the cache, new tokens): decodes, first and later pieces, more than a tile or a chunk of keys or a
 # query tile.
@@ -260,12 +269,13 @@ LENGTH = st.one_of(
 
 
 @at_most(150)
-@given(HEADS, BLOCK_SIZE, st.lists(RUNS, min_size=1, max_size=4), SPLIT)
+@given(HEADS, BLOCK_SIZE, st.lists(RUNS, min_size=1, max_size=4), SPLIT, HEADS_PER_ITEM)
 def test_agrees_with_the_oracle(
-    heads: Heads, block_size: int, runs: list[tuple[int, int]], split: bool | None
+    heads: Heads, block_size: int, runs: list[tuple[int, int]], split: bool | None, heads_per_item: int
 ) -> None:
     batch = runs_of(heads, runs)
-    for run, found in zip(batch, attend(heads, batch, block_size, split=split), strict=True):
+    outputs = attend(heads, batch, block_size, split=split, heads_per_item=heads_per_item)
+    for run, found in zip(batch, outputs, strict=True):
         np.testing.assert_allclose(found, expected(heads, run), rtol=0, atol=2e-5)
 
 
@@ -277,6 +287,19 @@ def test_bits_do_not_depend_on_the_block_size(heads: Heads, sizes: list[int], nu
     found = alone(heads, whole, one)
     for other in others:
         np.testing.assert_array_equal(alone(heads, whole, other), found)
+
+
+# Five rows of a head fill no register tile.
+@example(Heads(15, 3, 16), 16, [(0, 97), (0, 1), (3, 1), (20, 1)], False, 3)
+@at_most(100)
+@given(HEADS, BLOCK_SIZE, st.lists(RUNS, min_size=1, max_size=4), SPLIT, HEADS_PER_ITEM)
+def test_bits_do_not_depend_on_the_heads_of_an_item(
+    heads: Heads, block_size: int, runs: list[tuple[int, int]], split: bool | None, heads_per_item: int
+) -> None:
+    batch = runs_of(heads, runs)
+    outputs = attend(heads, batch, block_size, split=split, heads_per_item=heads_per_item)
+    for one_by_one, found in zip(attend(heads, batch, block_size, split=split), outputs, strict=True):
+        np.testing.assert_array_equal(found, one_by_one)
 
 
 @both_formats
