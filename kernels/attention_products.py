@@ -6,8 +6,7 @@ are; other tiles are gathered first, as one block. A decode waits for memory, so
 next one reads: a line of each vector in turn, each vector's lines in order, whatever the order in which the
 product itself walks. The processor's own prefetching follows such streams.
 
-A score is one chain of multiply-adds over the dimensions in order. A sum of values is one chain over the
-tile's keys in the order 0, 16, 32, 48, 1, 17, 33, 49, 2 and so on, which depends on positions alone.
+A score is one chain of multiply-adds over the dimensions in order, a sum of values one over the tile's keys.
 """
 
 from functools import partial
@@ -29,7 +28,7 @@ from kernels.simd import (
 KEY_TILE = 64
 _PANELS = KEY_TILE // PANEL
 _VECTORS = PANEL // LANES
-_HEIGHTS = tuple(height for height in (1, 2, 3, 4, 6, 8, 12) if height <= GROUP)
+_HEIGHTS = tuple(height for height in (1, 3, 4, 6, 8, 12) if height <= GROUP)
 
 
 @kernel
@@ -93,21 +92,25 @@ def places(head, block_words, token_words, blocks):
     )
 
 
-if PANEL == LANES:
+@kernel
+def _place(places, vector):
+    first, second = (places[0], places[1]) if vector < 2 else (places[2], places[3])
+    return first if vector % 2 == 0 else second
+
+
+if _VECTORS == 1:
 
     @kernel
     def _panel_places(places, panel, word):
         """Where word `word` is of each vector of keys, here one, that makes up a panel of a tile."""
-        first, second = (places[0], places[1]) if panel < 2 else (places[2], places[3])
-        return ((first if panel % 2 == 0 else second) + word,)
+        return (_place(places, panel) + word,)
 
 else:
 
     @kernel
     def _panel_places(places, panel, word):
         """Where word `word` is of each vector of keys, here two, that makes up a panel of a tile."""
-        first, second = (places[0], places[1]) if panel == 0 else (places[2], places[3])
-        return first + word, second + word
+        return _place(places, 2 * panel) + word, _place(places, 2 * panel + 1) + word
 
 
 @kernel
@@ -143,25 +146,20 @@ def _key_tile(product: Any, query_words: int, height: int) -> Any:
 
 def _value_tile(product: Any, panel_words: int, height: int) -> Any:
     """Adds a tile's weighted values to the sums, panel by panel of dimensions."""
-    step = GROUP * CHUNK
+    keys_per_line = KEY_TILE // panel_words
 
     @kernel
     def multiply(x, weights, values, places, count, keys, ahead, word_stride, stride, sums, row_words, size):
         for panel in range(size // PANEL):
-            first_word = panel * panel_words
             tile = start_tile(height, _VECTORS, x, 0)
-            for key in range(LANES):
-                for word in range(key * panel_words // LANES, (key + 1) * panel_words // LANES):
-                    _prefetch(keys, ahead, (first_word + word) * word_stride)
-                at, weight = first_word + key * stride, weights + key
-                if key < count:
-                    tile = product(tile, height, x, weight, CHUNK, values, places[0] + at)
-                if key + LANES < count:
-                    tile = product(tile, height, x, weight + step, CHUNK, values, places[1] + at)
-                if key + 2 * LANES < count:
-                    tile = product(tile, height, x, weight + 2 * step, CHUNK, values, places[2] + at)
-                if key + 3 * LANES < count:
-                    tile = product(tile, height, x, weight + 3 * step, CHUNK, values, places[3] + at)
+            for first in range(0, count, LANES):
+                at = _place(places, first // LANES) + panel * panel_words
+                weight = weights + first * GROUP
+                for key in range(min(LANES, count - first)):
+                    if key % keys_per_line == 0:
+                        line = panel * panel_words + (first + key) // keys_per_line
+                        _prefetch(keys, ahead, line * word_stride)
+                    tile = product(tile, height, x, weight + key, CHUNK, values, at + key * stride)
             write_tile(tile, height, x, sums + panel * PANEL, row_words, True)
 
     return multiply
