@@ -1,11 +1,11 @@
-"""How every kernel is compiled: three decorators, so that no kernel differs in its settings.
+"""How every kernel is compiled: four decorators, so that no kernel differs in its settings.
 
 `nogil`, because a team of Python threads runs the kernels side by side; no `fastmath`, because a reduction's
 order must be the one that is written (batch invariance). No reference counts (`_nrt`): a count is an atomic
 on a cache line that all threads share, and with them attention took 1.6 times as long; so a kernel allocates
-nothing, and what it needs is given to it. An entry point is what Python calls; the whole
-machine code beneath it can be cached on disk with it. Kernels are what kernels call; a shared function is
-Python's as well.
+nothing, and what it needs is given to it. An entry point is what Python calls; the whole machine code beneath
+it can be cached on disk with it. Kernels are what kernels call, an inlined one is compiled in its one caller,
+and a shared function is Python's as well.
 """
 
 from collections.abc import Callable
@@ -29,6 +29,11 @@ _entry_points: list[Any] = []
 def kernel(function: Callable[..., Any]) -> Any:
     """Compiles a function that other kernels call."""
     return numba.njit(**_SETTINGS)(function)
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """A large kernel with one caller, in which it is compiled: each level of calls is optimised once more."""
+    return numba.njit(**_SETTINGS, inline="always")(function)
 
 
 def entry_point(function: Callable[..., Any]) -> Any:
