@@ -334,7 +334,7 @@ def _attend_chunk(
                     )  # fmt: skip
                 add_values(
                     format, height, scratch, weights, source_v, places_v, count, keys, ahead,
-                    np.int64(block_size), stride, state + first * row_words, row_words, size,
+                    block_size, stride, state + first * row_words, row_words, size,
                 )  # fmt: skip
                 ahead = places_k  # the first rows have asked for the next tile
         blocks = following

@@ -28,6 +28,7 @@ from kernels.simd import (
 KEY_TILE = 64
 _PANELS = KEY_TILE // PANEL
 _VECTORS = PANEL // LANES
+# Two rows are computed as three: few sums wait for each other anyway, and one height less is compiled.
 _HEIGHTS = tuple(height for height in (1, 3, 4, 6, 8, 12) if height <= GROUP)
 
 
@@ -94,6 +95,7 @@ def places(head, block_words, token_words, blocks):
 
 @kernel
 def _place(places, vector):
+    """One of a tile's four places; which of them is known only at run time."""
     first, second = (places[0], places[1]) if vector < 2 else (places[2], places[3])
     return first if vector % 2 == 0 else second
 
