@@ -59,7 +59,7 @@ from kernels.packing import (
     padded_rows,
     panels_size,
 )
-from kernels.threads import ThreadTeam, barrier, new_counters
+from kernels.threads import ThreadTeam, barrier, new_counters, share_call
 from kernels.transformer import Architecture, Batch, new_cache, new_plan, new_workspace
 
 FORMATS = {"float32": FLOAT32, "bf16": BFLOAT16, "int8": INT8, "int4": INT4_MIN, "int4, Q4_0": INT4}
@@ -105,7 +105,8 @@ def _pack(format, x, packed):  # type: ignore[no-untyped-def]
 
 
 @entry_point
-def _multiply(thread, num_threads, counters, format, x, M, N, K, weights, copies, bias_at, out):  # type: ignore[no-untyped-def]
+def _multiply(thread, mailbox, counters, format, x, M, N, K, weights, copies, bias_at, out):  # type: ignore[no-untyped-def]
+    num_threads = share_call(thread, mailbox)
     for copy in range(copies):
         matmul(
             counters,
@@ -133,7 +134,8 @@ def _plan(arch, batch, plan):  # type: ignore[no-untyped-def]
 
 
 @entry_point
-def _attend(thread, num_threads, arch, cache, batch, plan, work, layers):  # type: ignore[no-untyped-def]
+def _attend(thread, mailbox, arch, cache, batch, plan, work, layers):  # type: ignore[no-untyped-def]
+    num_threads = share_call(thread, mailbox)
     heads, kv_heads, head_dim = arch.num_heads, arch.num_kv_heads, arch.head_dim
     layer_k = key_cache_size(cache.format, cache.num_blocks, cache.block_size, kv_heads, head_dim)
     layer_v = value_cache_size(cache.format, cache.num_blocks, cache.block_size, kv_heads, head_dim)

@@ -27,7 +27,7 @@ from kernels.simd import (
     start_tile,
     write_tile,
 )
-from kernels.threads import ThreadTeam, barrier, new_counters
+from kernels.threads import ThreadTeam, barrier, new_counters, share_call
 
 READ_BYTES = 1 << 30  # far beyond every cache
 PASSES = 11  # over that: enough for the operating system to have spread the threads over the cores
@@ -100,7 +100,8 @@ _W_AT = ROWS * LANES
 
 
 @entry_point
-def _float32_loop(thread, num_threads, steps, x, out, counters):  # type: ignore[no-untyped-def]
+def _float32_loop(thread, mailbox, steps, x, out, counters):  # type: ignore[no-untyped-def]
+    num_threads = share_call(thread, mailbox)
     tile = start_tile(ROWS, VECTORS, x, 0)
     for _ in range(steps):
         tile = outer_product(tile, ROWS, x, 0, 1, x, _W_AT)
@@ -109,7 +110,8 @@ def _float32_loop(thread, num_threads, steps, x, out, counters):  # type: ignore
 
 
 @entry_point
-def _bfloat16_loop(thread, num_threads, steps, x, out, counters):  # type: ignore[no-untyped-def]
+def _bfloat16_loop(thread, mailbox, steps, x, out, counters):  # type: ignore[no-untyped-def]
+    num_threads = share_call(thread, mailbox)
     tile = start_tile(ROWS, VECTORS, x, 0)
     for _ in range(steps):
         tile = dot_bfloat16(tile, ROWS, x, 0, 1, x, _W_AT)
@@ -121,7 +123,8 @@ def _int_loop(product):  # type: ignore[no-untyped-def]
     """With other factors in every step: sums of the same integers would be multiplied out by the compiler."""
 
     @entry_point
-    def loop(thread, num_threads, steps, x, out, counters):  # type: ignore[no-untyped-def]
+    def loop(thread, mailbox, steps, x, out, counters):  # type: ignore[no-untyped-def]
+        num_threads = share_call(thread, mailbox)
         ints = start_int_tile(ROWS, VECTORS, x, 0, 1)
         for step in range(steps):
             ints = product(ints, ROWS, x, step % ROWS, 1, x, _W_AT)

@@ -1,4 +1,4 @@
-"""The few LLVM operations that every kernel is built from: 16-lane vectors, register tiles and atomics.
+"""The few LLVM operations that every kernel is built from: vectors, register tiles, atomics and calls.
 
 This is the only module that emits LLVM IR. A vector has `LANES` lanes of 32 bits on every machine; LLVM
 splits it into as many registers as the host's instruction set needs, so the same kernels run on AVX-512,
@@ -853,7 +853,7 @@ def atomic_load(_typing: Any, counters: Any, index: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = _counter_pointer(context, builder, signature, arguments)
-        return builder.load_atomic(pointer, "acquire", align=8)
+        return builder.load_atomic(pointer, "seq_cst", align=8)
 
     return types.int64(counters, types.intp), emit
 
@@ -871,6 +871,17 @@ def atomic_store(_typing: Any, counters: Any, index: Any, value: Any) -> Any:
 
 
 @intrinsic
+def atomic_exchange(_typing: Any, counters: Any, index: Any, value: Any) -> Any:
+    """Writes an int64 counter that threads share; returns what it held before."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = _counter_pointer(context, builder, signature, arguments)
+        return builder.atomic_rmw("xchg", pointer, arguments[2], "seq_cst")
+
+    return types.int64(counters, types.intp, types.int64), emit
+
+
+@intrinsic
 def yield_thread(_typing: Any) -> Any:
     """Offers the processor to another thread: what a spinning thread does when its wait gets long."""
     name = "SwitchToThread" if sys.platform == "win32" else "sched_yield"
@@ -881,6 +892,77 @@ def yield_thread(_typing: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(), emit
+
+
+def _call_lock(name: str, builder: Any, address: Any, *arguments: Any) -> None:
+    lock = builder.inttoptr(address, _BYTE_POINTER)
+    kind = ir.FunctionType(_I32, [_BYTE_POINTER, *(a.type for a in arguments)])
+    builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [lock, *arguments])
+
+
+@intrinsic
+def acquire_lock(_typing: Any, address: Any) -> Any:
+    """Sleeps until one of Python's own thread locks, at an address, is free, and takes it."""
+
+    def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        _call_lock("PyThread_acquire_lock", builder, arguments[0], _I32(1))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), emit
+
+
+@intrinsic
+def release_lock(_typing: Any, address: Any) -> Any:
+    """Frees one of Python's own thread locks, whoever took it."""
+
+    def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        _call_lock("PyThread_release_lock", builder, arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), emit
+
+
+_CALL = ir.FunctionType(ir.VoidType(), [_I64, _I64])  # the first argument, the address of the others
+
+
+@intrinsic
+def this_call(_typing: Any) -> Any:
+    """The call under way of the function that this is written in: two addresses for `call_again`.
+
+    They are those of the code and of a copy of the arguments on the stack, which lasts as long as the call.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, _arguments: Any) -> Any:
+        function = builder.function
+        result, error, _, *arguments = function.args
+        copy = cgutils.alloca_once(builder, ir.LiteralStructType([a.type for a in arguments]))
+        for i, argument in enumerate(arguments):
+            builder.store(argument, builder.gep(copy, [_I32(0), _I32(i)]))
+        again = ir.Function(builder.module, _CALL, builder.module.get_unique_name("call_again"))
+        again.linkage = "internal"
+        again.attributes.add("noinline")
+        body = ir.IRBuilder(again.append_basic_block())
+        copied = body.inttoptr(again.args[1], copy.type)
+        values = [body.load(body.gep(copied, [_I32(0), _I32(i)])) for i in range(len(arguments))]
+        own = [body.alloca(pointer.type.pointee) for pointer in (result, error)]
+        body.call(function, [*own, again.args[0], *values])
+        body.ret_void()
+        addresses = [builder.ptrtoint(pointer, _I64) for pointer in (again, copy)]
+        return context.make_tuple(builder, signature.return_type, addresses)
+
+    return types.UniTuple(types.int64, 2)(), emit
+
+
+@intrinsic
+def call_again(_typing: Any, code: Any, arguments: Any, first: Any) -> Any:
+    """Makes the same call as `this_call` with another int64 as the first argument."""
+
+    def emit(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        function = builder.inttoptr(values[0], _CALL.as_pointer())
+        builder.call(function, [values[2], values[1]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), emit
 
 
 @intrinsic

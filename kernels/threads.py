@@ -4,25 +4,33 @@ Every member runs the same kernel; inside, work is handed out item by item from 
 are separated by a spinning barrier, which costs a fraction of a microsecond where starting a thread pool for
 each operation would cost more than the arithmetic. Which thread computes an item never changes its bits.
 
-Python threads around a kernel that releases the interpreter lock need no threading layer of Numba's, so
-nothing depends on TBB or OpenMP, several engines can live in one process, and compilation is several times
-quicker than with `parallel=True`.
+A member waits for its next call in compiled code, without the interpreter lock, and finds the arguments where
+the caller has them, on its stack. If every member had to be called by Python it would have to wait for
+the caller to let go of the lock; with two threads, the second came 0.1 ms after the first. Python threads
+around compiled code need no threading layer of Numba's, so nothing depends on TBB or OpenMP, several engines
+can live in one process, and compilation is several times quicker than with `parallel=True`.
 """
 
-import contextlib
-import operator
+import ctypes
 import os
 import threading
-from collections import deque
-from functools import partial
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.jit import entry_point, kernel
-from kernels.simd import atomic_add, atomic_load, atomic_store, yield_thread
+from kernels.jit import entry_point, inlined, kernel
+from kernels.simd import (
+    acquire_lock,
+    atomic_add,
+    atomic_exchange,
+    atomic_load,
+    atomic_store,
+    call_again,
+    release_lock,
+    this_call,
+    yield_thread,
+)
 
 # Counters that different threads hammer live on different cache lines, 8 int64 apart.
 _ARRIVED, _GENERATION, _NEXT_ITEM = 0, 8, 16
@@ -69,78 +77,135 @@ def barrier(counters, num_threads):
             yield_thread()
 
 
-@entry_point
-def _await_change(tickets, seen):
-    """Spins until the ticket is no longer `seen`, for some milliseconds at most."""
+# Words of a team's mailbox: how many calls there have been, the last one's addresses (no code: go home), and
+# the size of the team. A member has a cache line of its own: whether it sleeps, and on which lock.
+_TICKET, _CODE, _ARGUMENTS, _NUM_THREADS = range(4)
+_MEMBER = 8
+_ASLEEP, _LOCK = range(2)
+
+
+@kernel
+def _announce(mailbox, code, arguments):
+    """Tells all members of a call, and wakes those that sleep."""
+    mailbox[_CODE], mailbox[_ARGUMENTS] = code, arguments
+    atomic_add(mailbox, _TICKET, 1)
+    for member in range(_MEMBER, mailbox.size, _MEMBER):
+        if atomic_exchange(mailbox, member + _ASLEEP, 0) == 1:
+            release_lock(mailbox[member + _LOCK])
+
+
+@inlined
+def share_call(thread, mailbox):
+    """Has every other member of the team make the call under way as well; returns how many members there are.
+
+    For the beginning of an entry point `(thread, mailbox, ...)`, which Python calls as thread 0. It must end
+    with a barrier, so that all is done when it returns.
+    """
+    if thread == 0:
+        code, arguments = this_call()
+        _announce(mailbox, code, arguments)
+    return mailbox[_NUM_THREADS]
+
+
+@kernel
+def _await_ticket(mailbox, member, seen):
+    """Waits for a ticket after `seen`: awake for some milliseconds, because a sleeper wakes up late."""
     spins = 0
-    while atomic_load(tickets, 0) == seen and spins < _SPINS_BEFORE_SLEEP:
+    while atomic_load(mailbox, _TICKET) == seen:
         spins += 1
         if spins % _SPINS_BEFORE_YIELD == 0:
             yield_thread()
+        if spins == _SPINS_BEFORE_SLEEP:
+            atomic_exchange(mailbox, member + _ASLEEP, 1)
+            # Whoever takes the mark away first decides: a caller that does frees the lock.
+            if atomic_load(mailbox, _TICKET) == seen or atomic_exchange(mailbox, member + _ASLEEP, 0) == 0:
+                acquire_lock(mailbox[member + _LOCK])
+            return
+
+
+@entry_point
+def _serve(mailbox, thread):
+    """What a member does until it is sent home."""
+    ticket = 0
+    while True:
+        _await_ticket(mailbox, thread * _MEMBER, ticket)
+        ticket += 1
+        if mailbox[_CODE] == 0:
+            return
+        call_again(mailbox[_CODE], mailbox[_ARGUMENTS], thread)
+
+
+@entry_point
+def _send_home(mailbox):
+    _announce(mailbox, 0, 0)
 
 
 class ThreadTeam:
-    """Runs `function(thread_index, num_threads, *arguments)` on `num_threads` threads at once.
+    """Threads that run compiled calls together.
 
-    The caller is member 0, the others are threads of the team's own. The function must end with a barrier, so
-    that its work is done when member 0 returns. Calls are served one after the other.
+    The caller is member 0, the others are threads of the team's own. Calls are served one after the other.
     """
 
     def __init__(self, num_threads: int) -> None:
         self.num_threads = num_threads
+        self._mailbox: NDArray[np.int64] | None = None
         self._process_id = -1
-        self._inboxes: list[SimpleQueue[_Job | None]] = []
-        self._tickets = np.zeros(1, np.int64)
         self._lock = threading.Lock()
 
     def run(self, function: Any, *arguments: Any) -> None:
-        """Returns when every member has done its share."""
+        """Calls an entry point `(thread, mailbox, *arguments)` that shares its call with the team."""
         with self._lock:
-            if (
-                self._process_id != os.getpid()
-            ):  # first use, or a fork, which keeps no thread but the caller's
+            if self._process_id != os.getpid():  # first use, or a fork, which keeps the caller's thread alone
                 self._start_threads()
-            calls: list[Any] = [partial(inbox.put, (function, arguments)) for inbox in self._inboxes]
-            calls.append(partial(function, 0, self.num_threads, *arguments))
-            self._tickets[0] += 1
-            # One call into C: no bytecode runs between the job's announcement and the caller's own share, so
-            # no signal handler either, and an interrupt (Ctrl-C) never leaves a member alone at a barrier.
-            deque(map(operator.call, calls), maxlen=0)
+            function(0, self._mailbox, *arguments)
 
     def close(self) -> None:
         """Ends the threads once they are idle; a later `run` starts new ones."""
-        for inbox in self._inboxes:
-            inbox.put(None)
-        self._inboxes = []
-        self._process_id = -1
+        with self._lock:
+            self._end_threads()
 
     def __del__(self) -> None:
         self.close()
 
     def _start_threads(self) -> None:
-        self._process_id = os.getpid()
-        self._inboxes = [SimpleQueue() for _ in range(self.num_threads - 1)]
-        for index, inbox in enumerate(self._inboxes, start=1):
+        self._end_threads()
+        self._mailbox = np.zeros(self.num_threads * _MEMBER, np.int64)
+        self._mailbox[_NUM_THREADS] = self.num_threads
+        for index in range(1, self.num_threads):
+            self._mailbox[index * _MEMBER + _LOCK] = lock = _taken_lock()
             threading.Thread(
-                target=_serve,
-                args=(inbox, self._tickets, index, self.num_threads),
+                target=_run_member,
+                args=(self._mailbox, index, lock),
                 name=f"pagellm-kernel-{index}",
                 daemon=True,
             ).start()
+        self._process_id = os.getpid()
+
+    def _end_threads(self) -> None:
+        if self._mailbox is not None:
+            _send_home(self._mailbox)
+        self._mailbox = None
+        self._process_id = -1
 
 
-_Job = tuple[Any, tuple[Any, ...]]
+# The locks of members that went home. They are never freed: who woke a member may not be done with its lock.
+_spare_locks: list[int] = []
 
 
-def _serve(
-    inbox: "SimpleQueue[_Job | None]", tickets: NDArray[np.int64], index: int, num_threads: int
-) -> None:
-    """What a member does: it waits for a job, awake for a while, because a sleeping thread wakes up late."""
-    while (job := inbox.get()) is not None:
-        seen = int(tickets[0])
-        function, arguments = job
-        # The caller's own share fails in the same way, before any barrier, and tells.
-        with contextlib.suppress(Exception):
-            function(index, num_threads, *arguments)
-        del job, function, arguments  # an idle team keeps no model alive
-        _await_change(tickets, seen)
+def _taken_lock() -> int:
+    """The address of a lock that nobody can take before it is released."""
+    try:
+        return _spare_locks.pop()
+    except IndexError:
+        api = ctypes.pythonapi
+        api.PyThread_allocate_lock.restype = ctypes.c_void_p
+        lock = api.PyThread_allocate_lock()
+        if lock is None:
+            raise MemoryError("no memory for a thread lock") from None
+        api.PyThread_acquire_lock(ctypes.c_void_p(lock), 1)
+        return int(lock)
+
+
+def _run_member(mailbox: NDArray[np.int64], index: int, lock: int) -> None:
+    _serve(mailbox, index)
+    _spare_locks.append(lock)

@@ -44,7 +44,7 @@ from kernels.packing import (
 from kernels.rope import rotate
 from kernels.sampling import log_sum_exp, penalize, sample, top_tokens
 from kernels.simd import LANES
-from kernels.threads import barrier, new_counters, next_item, next_rows
+from kernels.threads import barrier, new_counters, next_item, next_rows, share_call
 
 # Columns of the tables of offsets and formats, one row a layer. A "_B" is the bias or shift of the matrix or
 # norm before.
@@ -398,12 +398,13 @@ def _plan(arch, cache, batch, plan, work):
 
 
 @entry_point
-def step(thread, num_threads, arch, weights, cache, batch, plan, outputs, work):
-    """Computes all new tokens of a batch through all layers; every thread of the team calls it.
+def step(thread, mailbox, arch, weights, cache, batch, plan, outputs, work):
+    """Computes all new tokens of a batch through all layers, on all threads of a team.
 
     Fills the cache slots of the new tokens and the out fields of `outputs`. plan: room for what the step
     derives from the batch.
     """
+    num_threads = share_call(thread, mailbox)
     if thread == 0:
         _plan(arch, cache, batch, plan, work)
     barrier(work.counters, num_threads)

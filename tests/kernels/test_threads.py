@@ -3,22 +3,24 @@
 import os
 import signal
 import threading
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kernels.jit import kernel
+from kernels.jit import entry_point
 from kernels.simd import atomic_add
-from kernels.threads import ThreadTeam, barrier, new_counters, next_item
+from kernels.threads import _ASLEEP, _MEMBER, ThreadTeam, barrier, new_counters, next_item, share_call
 
 Ints = NDArray[np.int64]
 
 
-@kernel
-def count_items(thread, num_threads, counters, phases, items, done):  # type: ignore[no-untyped-def]
+@entry_point
+def count_items(thread, mailbox, counters, phases, items, done):  # type: ignore[no-untyped-def]
     """Counts how often each item of each phase is done."""
+    num_threads = share_call(thread, mailbox)
     for phase in range(phases):
         item = next_item(counters)
         while item < items:
@@ -27,9 +29,10 @@ def count_items(thread, num_threads, counters, phases, items, done):  # type: ig
         barrier(counters, num_threads)
 
 
-@kernel
-def rotate_values(thread, num_threads, counters, phases, values):  # type: ignore[no-untyped-def]
+@entry_point
+def rotate_values(thread, mailbox, counters, phases, values):  # type: ignore[no-untyped-def]
     """values[p + 1][i] = values[p][i + 1] + 1: right only if each phase sees the whole one before."""
+    num_threads = share_call(thread, mailbox)
     items = values.shape[1]
     for phase in range(phases):
         item = next_item(counters)
@@ -78,8 +81,9 @@ def test_a_phase_begins_when_the_one_before_has_ended(num_threads: int) -> None:
     team.close()
 
 
-@kernel
-def note_members(thread, num_threads, counters, members):  # type: ignore[no-untyped-def]
+@entry_point
+def note_members(thread, mailbox, counters, members):  # type: ignore[no-untyped-def]
+    num_threads = share_call(thread, mailbox)
     members[thread] += num_threads
     barrier(counters, num_threads)
 
@@ -95,6 +99,29 @@ def test_one_team_serves_many_quick_jobs(team: ThreadTeam) -> None:
     for _ in range(500):
         team.run(count_items, counters, 2, 5, done)
     assert (done == 500).all()
+
+
+def test_idle_members_fall_asleep_and_wake_up_for_the_next_call(team: ThreadTeam) -> None:
+    """Also where the call comes just as they fall asleep."""
+    done, counters = np.zeros(2 * 5, np.int64), new_counters()
+    team.run(count_items, counters, 2, 5, done)
+    start = time.perf_counter()
+    wait_until_asleep(team)
+    until_asleep = time.perf_counter() - start
+    for call in range(400):
+        time.sleep(until_asleep * call / 200)
+        team.run(count_items, counters, 2, 5, done)
+    wait_until_asleep(team)
+    team.run(count_items, counters, 2, 5, done)
+    assert (done == 402).all()
+
+
+def wait_until_asleep(team: ThreadTeam) -> None:
+    assert team._mailbox is not None
+    end = time.monotonic() + 60
+    while (team._mailbox.reshape(-1, _MEMBER)[1:, _ASLEEP] == 0).any():
+        assert time.monotonic() < end, "idle members stay awake"
+        time.sleep(1e-4)
 
 
 def test_callers_of_one_team_are_served_one_after_the_other(team: ThreadTeam) -> None:
