@@ -55,7 +55,7 @@ _INT_HEIGHTS = tuple(height for height in (1, 2, 3, 4, 6) if height <= max(1, GR
 _START_INT8 = START_ZERO if DOT_INT8_OFFSET else START_INT8
 # Rows that meet a panel while it is in the nearest cache.
 _ROWS_PER_ITEM = 8 * GROUP
-# Words of weights of a work item where there is little to compute: long runs of memory, read from end to end.
+# Words of weights of a work item at least where there is little to compute.
 _WORDS_PER_ITEM = 16384
 # How far ahead of a product the weights are asked for: the processor's own prefetching ends at each page.
 _PREFETCH_WORDS = 2048
@@ -170,6 +170,22 @@ def multiply_group(
 
 
 @kernel
+def _run_of_panels(item, num_panels, num_threads, shortest):
+    """The panels of a work item where weights are read once: (first, end), with first >= end for no more.
+
+    Every round of items shares out half of what is left ("factoring", Hummel et al. 1992): memory is read in
+    long runs, of which 256 KiB bring 1.1 times as much a second as 64 KiB, and yet the threads end together.
+    """
+    first, length = 0, max(num_panels // (2 * num_threads), shortest)
+    while item >= num_threads and length > shortest:
+        first += num_threads * length
+        item -= num_threads
+        length = max((num_panels - first) // (2 * num_threads), shortest)
+    first += item * length
+    return first, min(first + length, num_panels)
+
+
+@kernel
 def matmul(counters, num_threads, format, x, M, K, weights, w_start, bias_start, N, out, accumulate):
     """One thread's share of `out[m, n] (+)= bias[n] + sum over k of x[m, k] * w[n, k]`.
 
@@ -181,21 +197,23 @@ def matmul(counters, num_threads, format, x, M, K, weights, w_start, bias_start,
     out_stride = num_panels * PANEL
     blocks, row_words = num_blocks(K), activation_words(format, K)
     panel_words = blocks * panel_block_words(format)
-    panels_per_item, ahead = 1, 0
-    if M <= _ROWS_PER_ITEM:
-        ahead = _PREFETCH_WORDS
-        panels_per_item = max(1, min(_WORDS_PER_ITEM // panel_words, num_panels // (4 * num_threads)))
-    num_runs = (num_panels + panels_per_item - 1) // panels_per_item
-    num_row_blocks = (M + _ROWS_PER_ITEM - 1) // _ROWS_PER_ITEM
-    item = next_item(counters)
-    while item < num_runs * num_row_blocks:
-        first_panel = item % num_runs * panels_per_item
-        first_row = item // num_runs * _ROWS_PER_ITEM
-        for panel in range(first_panel, min(first_panel + panels_per_item, num_panels)):
+    few_rows = M <= _ROWS_PER_ITEM
+    ahead = _PREFETCH_WORDS if few_rows else 0
+    shortest = max(1, min(_WORDS_PER_ITEM // panel_words, num_panels // (4 * num_threads)))
+    while True:
+        item = next_item(counters)
+        if few_rows:
+            first_row = 0
+            first_panel, end_panel = _run_of_panels(item, num_panels, num_threads, shortest)
+        else:
+            first_row = item // num_panels * _ROWS_PER_ITEM
+            first_panel, end_panel = item % num_panels, item % num_panels + 1
+        if first_row >= M or first_panel >= num_panels:
+            return
+        for panel in range(first_panel, end_panel):
             for row in range(first_row, min(first_row + _ROWS_PER_ITEM, M), GROUP):
                 multiply_group(
                     format, min(GROUP, M - row), x, row * row_words, weights, w_start + panel * panel_words,
                     ahead if row == first_row else 0, blocks, weights, bias_start + panel * PANEL,
                     out, row * out_stride + panel * PANEL, out_stride, accumulate,
                 )  # fmt: skip
-        item = next_item(counters)

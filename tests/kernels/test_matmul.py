@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.matmul import matmul
+from kernels.matmul import _run_of_panels, matmul
 from kernels.packing import (
     BFLOAT16,
     BLOCK,
@@ -98,6 +98,19 @@ def assert_agrees(format: int, x: Matrix, weights: Matrix, bias: Matrix) -> None
 @given(format=FORMAT, M=ROWS, N=COLUMNS, K=DEPTHS)
 def test_agrees_with_the_oracle(format: int, M: int, N: int, K: int) -> None:
     assert_agrees(format, *operands(M, N, K))
+
+
+@given(st.integers(1, 500), st.integers(1, 20), st.integers(1, 30))
+def test_work_items_take_each_panel_once_in_runs_that_do_not_grow(
+    panels: int, threads: int, shortest: int
+) -> None:
+    runs = [_run_of_panels(item, panels, threads, shortest) for item in range(panels + 1)]
+    taken = [run for run in runs if run[0] < run[1]]
+    assert runs[: len(taken)] == taken
+    assert [panel for run in taken for panel in range(*run)] == list(range(panels))
+    lengths = [end - first for first, end in taken]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] == max(panels // (2 * threads), min(shortest, panels))
 
 
 @all_formats
