@@ -79,6 +79,20 @@ def greatest(x, size):
 
 
 @kernel
+def has_softmax(x, size):
+    """Whether `x[:size]` are logits: no NaN, none infinitely great, one that is not -inf."""
+    zero, nothing = broadcast(np.float32(0.0)), broadcast(np.float32(-np.inf))
+    not_a_number = broadcast(np.float32(np.nan))
+    total, whole = zero, size - size % LANES
+    for i in range(0, whole, LANES):
+        total = total + where_at_least(load(x, i), nothing, zero, not_a_number)
+    numbers = reduce_add(total) == 0
+    for i in range(whole, size):
+        numbers = numbers and x[i] == x[i]
+    return numbers and abs(greatest(x, size)) < np.inf
+
+
+@kernel
 def argmax(x, size):
     """The first index of the greatest of `x[:size]`."""
     best = greatest(x, size)

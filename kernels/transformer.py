@@ -42,7 +42,7 @@ from kernels.packing import (
     unpack_column,
 )
 from kernels.rope import rotate
-from kernels.sampling import log_sum_exp, penalize, sample, top_tokens
+from kernels.sampling import has_softmax, log_sum_exp, penalize, sample, top_tokens
 from kernels.simd import LANES
 from kernels.threads import barrier, new_counters, next_item, next_rows, share_call
 
@@ -314,17 +314,17 @@ def _answer_row(arch, outputs, row, logits, scratch, counts):
     num_logprobs, target = integers[NUM_LOGPROBS], integers[TARGET]
     if target >= 0 and num_logprobs < 0:
         return
-    raw_logits = scratch[2]
-    normalizer = log_sum_exp(logits, size, scratch[0])
-    ids = outputs.top_ids[row, : max(num_logprobs, 0)]
+    raw_logits, normalizer = scratch[2], 0.0
     if num_logprobs >= 0:
+        normalizer = log_sum_exp(logits, size, scratch[0])
+        ids = outputs.top_ids[row, :num_logprobs]
         top_tokens(logits, size, ids)
         for i in range(ids.size):
             outputs.top_logprobs[row, i] = logits[ids[i]] - normalizer
     if target >= 0:
         outputs.logprobs[row] = logits[target] - normalizer
         return
-    if not np.isfinite(normalizer):
+    if not has_softmax(logits, size):
         outputs.tokens[row] = -1
         return
     if num_logprobs >= 0:

@@ -54,6 +54,7 @@ ENTRIES = (
     packing.pack_row,
     packing.unpack_column,
     rope.rotate,
+    sampling.has_softmax,
     sampling.log_sum_exp,
     sampling.penalize,
     sampling.sample,

@@ -13,7 +13,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from kernels.sampling import argmax, greatest, log_sum_exp, penalize, philox, sample, top_tokens, uniform
+from kernels.sampling import (
+    argmax,
+    greatest,
+    has_softmax,
+    log_sum_exp,
+    penalize,
+    philox,
+    sample,
+    top_tokens,
+    uniform,
+)
 from kernels.simd import LANES
 from tests import oracles
 from tests.oracles import Filters
@@ -364,6 +374,17 @@ def test_the_normalizer_tells_of_logits_that_are_no_finite_numbers(value: float,
         row, _ = row_of(np.zeros(size))
         row[place] = value
         assert not np.isfinite(log_sum_exp(row, size, np.full_like(row, np.nan)))
+        assert not has_softmax(row, size)
+
+
+@pytest.mark.parametrize("size", [1, LANES + 1, BLOCK, BLOCK + 3])
+def test_logits_have_a_softmax_if_one_token_is_possible(size: int) -> None:
+    row, _ = row_of(np.full(size, -np.inf))
+    assert not has_softmax(row, size)
+    for place in (0, size // 2, size - 1):
+        one, _ = row_of(np.full(size, -np.inf))
+        one[place] = -3e38
+        assert has_softmax(one, size)
 
 
 def test_log_probabilities_of_a_large_vocabulary_keep_their_precision() -> None:
