@@ -135,19 +135,21 @@ class ModelRunner:
 
     def _inputs(self, batch: ScheduledBatch) -> Batch:
         sequences, counts = batch.sequences, batch.num_new_tokens
-        starts = [s.num_computed_tokens for s in sequences]
-        token_ids = array("i")
-        for sequence, start, count in zip(sequences, starts, counts, strict=True):
+        token_ids, num_computed = array("i"), array("i")
+        num_blocks = max([len(sequence.block_table) for sequence in sequences])
+        block_tables = array("i", bytes(4 * num_blocks * len(sequences)))
+        at = 0
+        for sequence, count in zip(sequences, counts, strict=True):
+            start, table = sequence.num_computed_tokens, sequence.block_table
             token_ids += sequence.token_ids[start : start + count]
-        lengths = [len(s.block_table) for s in sequences]
-        block_tables = np.zeros((len(sequences), max(lengths)), np.int32)
-        for row, length, sequence in zip(block_tables, lengths, sequences, strict=True):
-            row[:length] = sequence.block_table
+            num_computed.append(start)
+            block_tables[at : at + len(table)] = array("i", table)
+            at += num_blocks
         return Batch(
             token_ids=np.frombuffer(token_ids, np.int32),
-            num_computed=np.array(starts, np.int32),
-            query_start_loc=np.array([0, *accumulate(counts)], np.int32),
-            block_tables=block_tables,
+            num_computed=np.frombuffer(num_computed, np.int32),
+            query_start_loc=np.frombuffer(array("i", accumulate(counts, initial=0)), np.int32),
+            block_tables=np.frombuffer(block_tables, np.int32).reshape(len(sequences), num_blocks),
         )
 
     def _grow_plan(self, batch: ScheduledBatch) -> None:
@@ -194,18 +196,16 @@ def _wanted_rows(batch: ScheduledBatch, logits_of: frozenset[int]) -> list[_Row]
 
 
 def _outputs(rows: list[_Row], vocab_size: int) -> Outputs:
-    integers: list[tuple[int, ...]] = []
-    floats: list[tuple[float, ...]] = []
-    history: list[int] = []
-    history_start, bias_start = [0], [0]
-    bias: list[tuple[int, float]] = []
+    integers, floats = array("q"), array("d")
+    history, history_start = array("i"), array("i", [0])
+    bias_ids, bias_values, bias_start = array("i"), array("f"), array("i", [0])
     num_wanted, most_logprobs = 0, 0
     for row in rows:
         sequence, p = row.sequence, row.sequence.sampling_params
         samples = row.target < 0
         num_logprobs = _num_logprobs(row, vocab_size)
         most_logprobs = max(most_logprobs, num_logprobs)
-        integers.append(
+        integers.extend(
             (
                 row.token_row,
                 row.target,
@@ -217,7 +217,7 @@ def _outputs(rows: list[_Row], vocab_size: int) -> Outputs:
                 sequence.num_prompt_tokens,
             )
         )
-        floats.append(
+        floats.extend(
             (
                 p.temperature,
                 p.top_p,
@@ -231,19 +231,22 @@ def _outputs(rows: list[_Row], vocab_size: int) -> Outputs:
         if samples and p.has_penalties:
             history += sequence.token_ids
         history_start.append(len(history))
-        row_bias = dict(p.logit_bias) if samples else {}
-        if samples and sequence.num_output_tokens < p.min_tokens:
-            row_bias |= {t: -np.inf for t in sequence.stop_token_ids if t < vocab_size}
-        bias += row_bias.items()
-        bias_start.append(len(bias))
+        if samples:
+            bias_ids.extend(p.logit_bias)
+            bias_values.extend(p.logit_bias.values())
+            if sequence.num_output_tokens < p.min_tokens:  # minus infinity, whatever else is added
+                ends = [t for t in sequence.stop_token_ids if t < vocab_size]
+                bias_ids.extend(ends)
+                bias_values.extend([-np.inf] * len(ends))
+        bias_start.append(len(bias_ids))
     return Outputs(
-        integers=np.array(integers, np.int64).reshape(len(rows), NUM_INTEGERS),
-        floats=np.array(floats, np.float64).reshape(len(rows), NUM_FLOATS),
-        history=np.array(history, np.int32),
-        history_start=np.array(history_start, np.int32),
-        bias_ids=np.array([token for token, _ in bias], np.int32),
-        bias_values=np.array([value for _, value in bias], np.float32),
-        bias_start=np.array(bias_start, np.int32),
+        integers=np.frombuffer(integers, np.int64).reshape(len(rows), NUM_INTEGERS),
+        floats=np.frombuffer(floats, np.float64).reshape(len(rows), NUM_FLOATS),
+        history=np.frombuffer(history, np.int32),
+        history_start=np.frombuffer(history_start, np.int32),
+        bias_ids=np.frombuffer(bias_ids, np.int32),
+        bias_values=np.frombuffer(bias_values, np.float32),
+        bias_start=np.frombuffer(bias_start, np.int32),
         tokens=np.zeros(len(rows), np.int32),
         logprobs=np.zeros(len(rows), np.float32),
         top_ids=np.zeros((len(rows), most_logprobs), np.int32),
