@@ -4,11 +4,11 @@ Every member runs the same kernel; inside, work is handed out item by item from 
 are separated by a spinning barrier, which costs a fraction of a microsecond where starting a thread pool for
 each operation would cost more than the arithmetic. Which thread computes an item never changes its bits.
 
-A member waits for its next call in compiled code, without the interpreter lock, and finds the arguments where
-the caller has them, on its stack. If every member had to be called by Python it would have to wait for
-the caller to let go of the lock; with two threads, the second came 0.1 ms after the first. Python threads
-around compiled code need no threading layer of Numba's, so nothing depends on TBB or OpenMP, several engines
-can live in one process, and compilation is several times quicker than with `parallel=True`.
+A member waits for its next call in compiled code and finds the arguments where the caller has them, on its
+stack. Were it called by Python, it would wait for the interpreter lock until the caller is in compiled code,
+and then wake up: with two threads that took 0.1 ms a call. Python threads around compiled code need no
+threading layer of Numba's, so nothing depends on TBB or OpenMP, several engines can live in one process, and
+compilation is several times quicker than with `parallel=True`.
 """
 
 import ctypes

@@ -161,7 +161,18 @@ def counted(counters):  # type: ignore[no-untyped-def]
     before = simd.atomic_add(counters, 1, 5)
     simd.atomic_store(counters, 2, before + 100)
     simd.yield_thread()
-    return before, simd.atomic_load(counters, 1), simd.atomic_load(counters, 2)
+    first = simd.atomic_exchange(counters, 0, 9)
+    return first, before, simd.atomic_load(counters, 1), simd.atomic_load(counters, 2)
+
+
+@kernel
+def called_again(call, numbers, factor, out):  # type: ignore[no-untyped-def]
+    """Call 0 makes calls 1 and 2 before it does its own share."""
+    if call == 0:
+        code, arguments = simd.this_call()
+        simd.call_again(code, arguments, 1)
+        simd.call_again(code, arguments, 2)
+    out[call] = numbers[call] * factor
 
 
 def exp_of(x: NDArray[np.float32]) -> Matrix:
@@ -599,8 +610,14 @@ def test_anything_may_be_asked_for_ahead_of_its_use(index: int) -> None:
 
 def test_counters_count() -> None:
     counters = np.array([1, 2, 3], np.int64)
-    assert counted(counters) == (2, 7, 102)
-    assert counters.tolist() == [1, 7, 102]
+    assert counted(counters) == (1, 2, 7, 102)
+    assert counters.tolist() == [9, 7, 102]
+
+
+def test_a_call_is_made_again_with_another_first_argument() -> None:
+    numbers, out = np.array([2.0, 3.0, 5.0], np.float32), np.zeros(3)
+    called_again(0, numbers, 1.5, out)
+    assert out.tolist() == [3.0, 4.5, 7.5]
 
 
 def test_only_whole_float32_arrays_are_vectors() -> None:
