@@ -15,6 +15,7 @@ from kernels.packing import (
     CHUNK,
     FLOAT32,
     GROUP,
+    INT4,
     INT4_MIN,
     INT8,
     INT_CHUNK,
@@ -72,31 +73,45 @@ def _float_tile(product: Any, x_words: int, height: int) -> Any:
     """For formats whose words are inputs: `product` adds what a word of weights and `x_words` of `x` give."""
 
     @kernel
-    def multiply(x, x_at, w, w_at, ahead, blocks, words, bias, bias_at, out, out_at, out_stride, accumulate):
-        tile = start_tile(height, _VECTORS, bias, bias_at)
-        for k in range(blocks * words):
-            at = x_at + activation_place(k * x_words)
-            _prefetch_weights(w, ahead + w_at + k * PANEL)
-            tile = product(tile, height, x, at, CHUNK, w, w_at + k * PANEL)
-        write_tile(tile, height, out, out_at, out_stride, accumulate)
+    def multiply(
+        groups, group_words, x, x_at, w, w_at, ahead, blocks, words, bias, bias_at, out, out_at, out_stride,
+        accumulate
+    ):  # fmt: skip
+        for _ in range(groups):
+            tile = start_tile(height, _VECTORS, bias, bias_at)
+            for k in range(blocks * words):
+                at = x_at + activation_place(k * x_words)
+                _prefetch_weights(w, ahead + w_at + k * PANEL)
+                tile = product(tile, height, x, at, CHUNK, w, w_at + k * PANEL)
+            write_tile(tile, height, out, out_at, out_stride, accumulate)
+            x_at += group_words
+            out_at += GROUP * out_stride
+            ahead = 0
 
     return multiply
 
 
 def _int8_tile(height: int) -> Any:
     @kernel
-    def multiply(x, x_at, w, w_at, ahead, blocks, words, bias, bias_at, out, out_at, out_stride, accumulate):
-        tile = start_tile(height, _VECTORS, bias, bias_at)
-        for _ in range(blocks):
-            ints = start_int_tile(height, _VECTORS, x, x_at + _START_INT8, INT_CHUNK)
-            for word in range(words):
-                _prefetch_weights(w, ahead + w_at + word * PANEL)
-                ints = dot_int8(ints, height, x, x_at + word, INT_CHUNK, w, w_at + word * PANEL)
-            w_at += words * PANEL
-            tile = add_scaled(tile, ints, height, x, x_at + SCALE, INT_CHUNK, w, w_at)
-            w_at += PANEL // 2
-            x_at += GROUP * INT_CHUNK
-        write_tile(tile, height, out, out_at, out_stride, accumulate)
+    def multiply(
+        groups, group_words, x, x_at, w, w_at, ahead, blocks, words, bias, bias_at, out, out_at, out_stride,
+        accumulate
+    ):  # fmt: skip
+        block_size = panel_block_words(INT8)
+        for _ in range(groups):
+            tile = start_tile(height, _VECTORS, bias, bias_at)
+            for block in range(blocks):
+                at, column = x_at + block * (GROUP * INT_CHUNK), w_at + block * block_size
+                ints = start_int_tile(height, _VECTORS, x, at + _START_INT8, INT_CHUNK)
+                for word in range(words):
+                    _prefetch_weights(w, ahead + column)
+                    ints = dot_int8(ints, height, x, at + word, INT_CHUNK, w, column)
+                    column += PANEL
+                tile = add_scaled(tile, ints, height, x, at + SCALE, INT_CHUNK, w, column)
+            write_tile(tile, height, out, out_at, out_stride, accumulate)
+            x_at += group_words
+            out_at += GROUP * out_stride
+            ahead = 0
 
     return multiply
 
@@ -104,23 +119,28 @@ def _int8_tile(height: int) -> Any:
 def _int4_tile(height: int) -> Any:
     @kernel
     def multiply(
-        x, x_at, w, w_at, ahead, blocks, words, bias, bias_at, out, out_at, out_stride, accumulate, minima
+        groups, group_words, x, x_at, w, w_at, ahead, blocks, words, bias, bias_at, out, out_at, out_stride,
+        accumulate, minima
     ):  # fmt: skip
-        tile = start_tile(height, _VECTORS, bias, bias_at)
         start = START_ZERO if minima else START_INT4
-        for _ in range(blocks):
-            ints = start_int_tile(height, _VECTORS, x, x_at + start, INT_CHUNK)
-            for word in range(words):
-                _prefetch_weights(w, ahead + w_at + word * PANEL)
-                ints = dot_int4(ints, height, x, x_at + word, INT_CHUNK, w, w_at + word * PANEL)
-            w_at += words * PANEL
-            tile = add_scaled(tile, ints, height, x, x_at + SCALE, INT_CHUNK, w, w_at)
-            w_at += PANEL // 2
-            if minima:
-                tile = outer_product_float16(tile, height, x, x_at + SCALED_SUM, INT_CHUNK, w, w_at)
-                w_at += PANEL // 2
-            x_at += GROUP * INT_CHUNK
-        write_tile(tile, height, out, out_at, out_stride, accumulate)
+        block_size = panel_block_words(INT4_MIN if minima else INT4)
+        for _ in range(groups):
+            tile = start_tile(height, _VECTORS, bias, bias_at)
+            for block in range(blocks):
+                at, column = x_at + block * (GROUP * INT_CHUNK), w_at + block * block_size
+                ints = start_int_tile(height, _VECTORS, x, at + start, INT_CHUNK)
+                for word in range(words):
+                    _prefetch_weights(w, ahead + column)
+                    ints = dot_int4(ints, height, x, at + word, INT_CHUNK, w, column)
+                    column += PANEL
+                tile = add_scaled(tile, ints, height, x, at + SCALE, INT_CHUNK, w, column)
+                if minima:
+                    column += PANEL // 2
+                    tile = outer_product_float16(tile, height, x, at + SCALED_SUM, INT_CHUNK, w, column)
+            write_tile(tile, height, out, out_at, out_stride, accumulate)
+            x_at += group_words
+            out_at += GROUP * out_stride
+            ahead = 0
 
     return multiply
 
@@ -132,40 +152,40 @@ _multiply_int4 = by_height(_INT_HEIGHTS, _int4_tile)
 
 
 @inlined
-def multiply_group(
-    format, rows, x, x_start, w, w_start, ahead, blocks, bias, bias_start, out, out_start, out_stride,
+def _multiply_panel(
+    format, rows, groups, x, x_start, K, w, w_start, ahead, bias, bias_start, out, out_start, out_stride,
     accumulate
 ):  # fmt: skip
-    """One tile: the first `rows` rows of an activation group times one panel, `blocks` blocks of inputs.
+    """The first `rows` rows of each of some activation groups times one panel of `K` inputs.
 
-    x: the group at word `x_start`; w: the panel at word `w_start`; ahead: how many words before their use the
-    words of `w` are asked for; bias: `PANEL` floats at `bias_start` that every row starts from; out: rows
-    `out_stride` apart, written or, with `accumulate`, added to. The tile may be higher than `rows`, up to the
-    whole group.
+    x: the groups from word `x_start` on; w: the panel at word `w_start`; ahead: how many words before their
+    first use the words of `w` are asked for; bias: `PANEL` floats at `bias_start` that every row starts from;
+    out: rows `out_stride` apart, written or, with `accumulate`, added to. The tiles may be higher than
+    `rows`, up to the whole group. One call for all groups: its many arguments cost a tenth of a tile's time.
     """
-    words = block_words(format)
+    blocks, words, group_words = num_blocks(K), block_words(format), GROUP * activation_words(format, K)
     if format == FLOAT32:
         _multiply_float32(
-            rows, x, x_start, w, w_start, ahead, blocks, words, bias, bias_start, out, out_start, out_stride,
-            accumulate,
+            rows, groups, group_words, x, x_start, w, w_start, ahead, blocks, words, bias, bias_start, out,
+            out_start, out_stride, accumulate,
         )  # fmt: skip
     elif format == BFLOAT16:
         _multiply_bfloat16(
-            rows, x, x_start, w, w_start, ahead, blocks, words, bias, bias_start, out, out_start, out_stride,
-            accumulate,
+            rows, groups, group_words, x, x_start, w, w_start, ahead, blocks, words, bias, bias_start, out,
+            out_start, out_stride, accumulate,
         )  # fmt: skip
     else:
         for first in range(0, rows, _INT_HEIGHTS[-1]):
             x_at, out_at = x_start + first * INT_CHUNK, out_start + first * out_stride
             if format == INT8:
                 _multiply_int8(
-                    rows - first, x, x_at, w, w_start, ahead, blocks, words, bias, bias_start, out, out_at,
-                    out_stride, accumulate,
+                    rows - first, groups, group_words, x, x_at, w, w_start, ahead, blocks, words, bias,
+                    bias_start, out, out_at, out_stride, accumulate,
                 )  # fmt: skip
             else:
                 _multiply_int4(
-                    rows - first, x, x_at, w, w_start, ahead, blocks, words, bias, bias_start, out, out_at,
-                    out_stride, accumulate, format == INT4_MIN,
+                    rows - first, groups, group_words, x, x_at, w, w_start, ahead, blocks, words, bias,
+                    bias_start, out, out_at, out_stride, accumulate, format == INT4_MIN,
                 )  # fmt: skip
 
 
@@ -194,26 +214,28 @@ def matmul(counters, num_threads, format, x, M, K, weights, w_start, bias_start,
     apart, `padded_rows(M)` of them. All threads of the team call it; a barrier must follow.
     """
     num_panels = padded(N) // PANEL
-    out_stride = num_panels * PANEL
-    blocks, row_words = num_blocks(K), activation_words(format, K)
-    panel_words = blocks * panel_block_words(format)
+    out_stride, row_words = num_panels * PANEL, activation_words(format, K)
+    panel_words = num_blocks(K) * panel_block_words(format)
     few_rows = M <= _ROWS_PER_ITEM
-    ahead = _PREFETCH_WORDS if few_rows else 0
     shortest = max(1, min(_WORDS_PER_ITEM // panel_words, num_panels // (4 * num_threads)))
     while True:
         item = next_item(counters)
         if few_rows:
-            first_row = 0
+            first_row, ahead = 0, _PREFETCH_WORDS
             first_panel, end_panel = _run_of_panels(item, num_panels, num_threads, shortest)
         else:
-            first_row = item // num_panels * _ROWS_PER_ITEM
+            first_row, ahead = item // num_panels * _ROWS_PER_ITEM, 0
             first_panel, end_panel = item % num_panels, item % num_panels + 1
         if first_row >= M or first_panel >= num_panels:
             return
+        end_row = min(first_row + _ROWS_PER_ITEM, M)
         for panel in range(first_panel, end_panel):
-            for row in range(first_row, min(first_row + _ROWS_PER_ITEM, M), GROUP):
-                multiply_group(
-                    format, min(GROUP, M - row), x, row * row_words, weights, w_start + panel * panel_words,
-                    ahead if row == first_row else 0, blocks, weights, bias_start + panel * PANEL,
-                    out, row * out_stride + panel * PANEL, out_stride, accumulate,
+            row = first_row
+            while row < end_row:  # whole groups, then the rest
+                groups = max((end_row - row) // GROUP, 1)
+                _multiply_panel(
+                    format, min(GROUP, end_row - row), groups, x, row * row_words, K, weights,
+                    w_start + panel * panel_words, ahead if row == first_row else 0, weights,
+                    bias_start + panel * PANEL, out, row * out_stride + panel * PANEL, out_stride, accumulate,
                 )  # fmt: skip
+                row += groups * GROUP

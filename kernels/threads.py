@@ -169,6 +169,7 @@ class ThreadTeam:
 
     def _start_threads(self) -> None:
         self._end_threads()
+        _send_home(np.zeros(_MEMBER, np.int64))  # compiled now: an interpreter that ends compiles nothing
         self._mailbox = np.zeros(self.num_threads * _MEMBER, np.int64)
         self._mailbox[_NUM_THREADS] = self.num_threads
         for index in range(1, self.num_threads):
