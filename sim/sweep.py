@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
@@ -30,6 +30,9 @@ from sim.cost_model import CostModel
 from sim.sweep_file import Identity, Point, ResultsFile
 from sim.sweep_grid import Grid, Settings, Slo, simulator
 from sim.trace import Trace
+
+# Between two looks at whether there was an interrupt.
+_PATIENCE_S = 0.1
 
 _Result = TypeVar("_Result")
 # Yields the settings of a replay, is sent its point, and returns what came of all of them.
@@ -213,7 +216,7 @@ class Sweep:
         with ExitStack() as stack:
             file = ResultsFile(self.results, identity)
             stack.callback(file.close)
-            lanes = stack.enter_context(_lanes(self.jobs or usable_cores()))
+            lanes, check_interrupts = stack.enter_context(_lanes(self.jobs or usable_cores()))
             while ready or running:
                 while ready:
                     number, settings = ready[0]
@@ -227,13 +230,14 @@ class Sweep:
                     lane = lanes.pop()
                     future = lane.submit(_replay, self.trace, self.costs, settings)
                     running[future] = number, settings, lane
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                for future in wait(running, _PATIENCE_S, return_when=FIRST_COMPLETED).done:
                     number, settings, lane = running.pop(future)
                     lanes.append(lane)
                     point = _point_of(future, settings)
                     if point.error is None:
                         file.add(point)
                     advance(number, point)
+                check_interrupts()
         return [done[number] for number in range(len(tasks))]
 
 
@@ -328,19 +332,48 @@ class _Lane:
 
 
 @contextmanager
-def _lanes(number: int) -> Iterator[list[_Lane]]:
-    """So many lanes, one in this process; at an error, or an interrupt, what runs in others is ended."""
-    lanes = [_Lane(_Here if number == 1 else _Process) for _ in range(number)]
-    others = set(multiprocessing.active_children())
+def _lanes(number: int) -> Iterator[tuple[list[_Lane], Callable[[], None]]]:
+    """So many lanes, one in this process; at an error, or an interrupt, what runs in others is ended.
+
+    The second is to be called now and then: it raises what interrupt there was.
+    """
+    with nullcontext(lambda: None) if number == 1 else _noted_interrupts() as check_interrupts:
+        lanes = [_Lane(_Here if number == 1 else _Process) for _ in range(number)]
+        others = set(multiprocessing.active_children())
+        try:
+            yield lanes.copy(), check_interrupts
+        except BaseException:
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+            raise
+        finally:
+            for lane in lanes:
+                lane.shutdown()
+
+
+@contextmanager
+def _noted_interrupts() -> Iterator[Callable[[], None]]:
+    """An interrupt is raised by the function that this gives, and not where it happens to come.
+
+    In the middle of `wait`, say, it would leave locks behind that the executors' own threads need to end.
+    """
+    raises = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not raises or threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    noted: list[int] = []
+
+    def check() -> None:
+        if noted:
+            noted.clear()
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, lambda number, _frame: noted.append(number))
     try:
-        yield lanes.copy()
-    except BaseException:
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
-        raise
+        yield check
     finally:
-        for lane in lanes:
-            lane.shutdown()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    check()
 
 
 @contextmanager

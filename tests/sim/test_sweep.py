@@ -182,16 +182,23 @@ def test_a_trace_is_read_as_a_replay_reads_it(tmp_path: Path, capsys: pytest.Cap
         run_command(*costs, "--format", "csv", trace=str(path))
 
 
-@contextmanager
-def running(path: Path) -> Iterator[tuple["subprocess.Popen[str]", list[int]]]:
-    """A sweep that takes long, in a process of its own, once it has finished something; and its workers."""
+RUN = "import sys; from engine.cli import main; sys.exit(main())"
+
+
+def started(path: Path, program: str) -> "subprocess.Popen[str]":
+    """A sweep of a thousand replays on two lanes, in a process of its own."""
     workload = Workload(num_requests=300, arrivals="poisson:50", seed=1)
     synthesise(workload).save(path.with_name("trace.jsonl"))
-    program = "import sys; from engine.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", program, "sweep", str(path.with_name("trace.jsonl")), "--jobs", "2"]
     command += ["--roofline", "l4,llama-3.1-8b", "-o", str(path), "--set"]
     command += ["rate_factor=" + ",".join(str(1 + number / 1000) for number in range(1000))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@contextmanager
+def running(path: Path) -> Iterator[tuple["subprocess.Popen[str]", list[int]]]:
+    """A sweep that takes long, once it has finished something; and its workers."""
+    process = started(path, RUN)
     try:
         waited_for(lambda: path.exists() and path.read_bytes().count(b"\n") >= 2)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -234,6 +241,32 @@ def test_a_sweep_that_is_ended_leaves_whole_lines_and_no_process(tmp_path: Path,
     *lines, torn = path.read_bytes().split(b"\n")
     assert torn == b""
     assert all(json.loads(line)["summary"]["num_finished"] == 300 for line in lines)
+
+
+INTERRUPTED_AT_A_LOCK = """
+import signal
+from sim import sweep
+
+def interrupted(futures, *arguments, **options):
+    lock = next(iter(futures))._condition
+    lock.acquire()
+    signal.raise_signal(signal.SIGINT)
+    lock.release()
+    return wait(futures, *arguments, **options)
+
+wait, sweep.wait = sweep.wait, interrupted
+"""
+
+
+def test_an_interrupt_leaves_no_lock_behind_that_ending_needs(tmp_path: Path) -> None:
+    """For a moment `wait` holds the locks of all futures; who ends a lane needs them, too."""
+    process = started(tmp_path / "results.jsonl", INTERRUPTED_AT_A_LOCK + RUN)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in err
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux to see processes")
