@@ -182,7 +182,13 @@ def test_a_trace_is_read_as_a_replay_reads_it(tmp_path: Path, capsys: pytest.Cap
         run_command(*costs, "--format", "csv", trace=str(path))
 
 
-RUN = "import sys; from engine.cli import main; sys.exit(main())"
+# A suite that a shell runs in the background is born to ignore interrupts, and so would be what it starts.
+RUN = """
+import signal, sys
+from engine.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main())
+"""
 
 
 def started(path: Path, program: str) -> "subprocess.Popen[str]":
