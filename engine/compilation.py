@@ -90,7 +90,7 @@ def _run_tiny_model() -> None:
     values = aligned_zeros(size)
     weights = Weights(values=values, offsets=offsets, formats=formats, cos=table, sin=table)
     config = EngineConfig(num_blocks=1, max_num_batched_tokens=1)
-    runner = ModelRunner(arch, weights, config, num_threads=2)  # with what a second thread runs
+    runner = ModelRunner(arch, weights, config, num_threads=1)
     scheduler = Scheduler(config, BlockManager(num_blocks=1, block_size=config.block_size))
     scheduler.add(Sequence(0, [0], SamplingParams()))
     runner.run(scheduler.schedule())

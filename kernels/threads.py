@@ -161,15 +161,19 @@ class ThreadTeam:
 
     def close(self) -> None:
         """Ends the threads once they are idle; a later `run` starts new ones."""
-        with self._lock:
-            self._end_threads()
+        if self._process_id == os.getpid():  # a fork has no threads, and may find the lock taken for ever
+            with self._lock:
+                self._end_threads()
 
     def __del__(self) -> None:
         self.close()
 
     def _start_threads(self) -> None:
         self._end_threads()
-        _send_home(np.zeros(_MEMBER, np.int64))  # compiled now: an interpreter that ends compiles nothing
+        # Compiled here and now: a member has nobody to tell of an error, and an interpreter that ends cannot.
+        empty = np.zeros(_MEMBER, np.int64)
+        _send_home(empty)
+        _serve(empty, 0)
         self._mailbox = np.zeros(self.num_threads * _MEMBER, np.int64)
         self._mailbox[_NUM_THREADS] = self.num_threads
         for index in range(1, self.num_threads):

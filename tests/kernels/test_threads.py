@@ -211,3 +211,18 @@ def test_a_team_works_on_in_a_forked_process(team: ThreadTeam) -> None:
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     assert_usable(team)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_team_that_was_at_work_can_be_closed_in_a_forked_process(team: ThreadTeam) -> None:
+    assert_usable(team)
+    with team._lock:  # as while another thread runs something
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            team.close()
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert_usable(team)
