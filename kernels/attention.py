@@ -19,6 +19,7 @@ import numpy as np
 
 from kernels.attention_products import (
     KEY_TILE,
+    TILE_COLUMNS,
     add_values,
     gather_keys,
     gather_values,
@@ -36,7 +37,6 @@ from kernels.packing import (
     activation_words,
     num_blocks,
     pack_row,
-    padded,
     padded_rows,
 )
 from kernels.simd import (
@@ -73,9 +73,15 @@ def tokens_per_query_tile(group_size: int) -> int:
 
 
 @shared
+def _num_sums(head_dim: int) -> int:
+    """Sums of values of one row: those of whole register tiles."""
+    return -(-head_dim // TILE_COLUMNS) * TILE_COLUMNS
+
+
+@shared
 def state_words(head_dim: int) -> int:
     """Words of one row's state: a sum for each dimension, then the greatest score and the sum of weights."""
-    return padded(head_dim) + LANES
+    return _num_sums(head_dim) + LANES
 
 
 @shared
@@ -114,8 +120,8 @@ def choose_heads_per_item(num_tiles: int, num_threads: int, group_size: int) -> 
 
 @shared
 def _value_tile_words(head_dim: int) -> int:
-    """Room for a tile of values, in either format, and for what a panel reads on behind the last."""
-    return KEY_TILE * value_words(FLOAT32, head_dim) + LANES
+    """Room for a tile of values, in either format, and for what a register tile reads on behind the last."""
+    return KEY_TILE * value_words(FLOAT32, head_dim) + TILE_COLUMNS
 
 
 def scratch_size(group_size: int, head_dim: int) -> int:
@@ -228,30 +234,42 @@ def store_kv(
 
 
 @kernel
-def _softmax_row(scratch, scores_at, visible, count, state, size, weights_at):
-    """Turns one row's scores of a tile's `count` keys into packed weights and rescales the sums so far.
+def _softmax(
+    scratch, scores, first_row, rows, position, group_size, count, states, row_words, size, weights
+):  # fmt: skip
+    """Turns the scores of `rows` rows of a query tile into packed weights and rescales their sums so far.
 
-    The first `visible` keys count, the others get weight 0. state: where the row's state is in `scratch`.
+    position: where the query tile's first token is, counted from the first of the tile's `count` keys, of
+    which a row sees those up to its token; states: where the first row's state is in `scratch`. In two passes
+    over the rows, because within a row each step waits for the one before; the first leaves each row's new
+    greatest score behind its state.
     """
-    for j in range(max(visible, 0), -(-count // LANES) * LANES):
-        scratch[scores_at + j] = _MASKED
-    greatest = load(scratch, scores_at)
-    for j in range(LANES, count, LANES):
-        greatest = maximum(greatest, load(scratch, scores_at + j))
-    old = scratch[state + size]
-    new = max(old, reduce_max(greatest))
-    total = broadcast(np.float32(0.0))
-    for j in range(0, count, LANES):
-        weight = exp(load(scratch, scores_at + j) - broadcast(new))
-        total = total + weight
-        store(scratch, weights_at + j * GROUP, weight)
-    if new > old:
-        scale = first_lane(exp(broadcast(old - new)))
-        for d in range(0, size, LANES):
-            store(scratch, state + d, load(scratch, state + d) * broadcast(scale))
-        scratch[state + size] = new
-        scratch[state + size + 1] *= scale
-    scratch[state + size + 1] += reduce_add(total)
+    for row in range(rows):
+        row_scores, greatest_at = scores + row * KEY_TILE, states + row * row_words + size
+        visible = min(position + (first_row + row) // group_size + 1, count)
+        for j in range(max(visible, 0), -(-count // LANES) * LANES):
+            scratch[row_scores + j] = _MASKED
+        greatest = load(scratch, row_scores)
+        for j in range(LANES, count, LANES):
+            greatest = maximum(greatest, load(scratch, row_scores + j))
+        scratch[greatest_at + 2] = max(scratch[greatest_at], reduce_max(greatest))
+    for row in range(rows):
+        row_scores, row_weights = scores + row * KEY_TILE, weights + row * CHUNK
+        state = states + row * row_words
+        greatest_at, total_at = state + size, state + size + 1
+        old, new = scratch[greatest_at], scratch[greatest_at + 2]
+        total = broadcast(np.float32(0.0))
+        for j in range(0, count, LANES):
+            weight = exp(load(scratch, row_scores + j) - broadcast(new))
+            total = total + weight
+            store(scratch, row_weights + j * GROUP, weight)
+        if new > old:
+            scale = first_lane(exp(broadcast(old - new)))
+            for d in range(0, size, LANES):
+                store(scratch, state + d, load(scratch, state + d) * broadcast(scale))
+            scratch[greatest_at] = new
+            scratch[total_at] *= scale
+        scratch[total_at] += reduce_add(total)
 
 
 @kernel
@@ -280,7 +298,7 @@ def _attend_chunk(
     tile while it reads this one, as far as position `last`: whoever computes the next chunk is glad of them.
     """
     words, stride = key_words(format, head_dim), value_words(format, head_dim)
-    row_words, size = state_words(head_dim), padded(head_dim)
+    row_words, size = state_words(head_dim), _num_sums(head_dim)
     rows_per_head = padded_rows(num_rows)  # register tiles may be higher than their rows
     zero = broadcast(np.float32(0.0))
     for state in range(states, states + (end_head - first_head) * rows_per_head * row_words, row_words):
@@ -326,12 +344,10 @@ def _attend_chunk(
                     format, height, scratch, query + first * activation_words(format, head_dim), source_k,
                     places_k, count, source_v, places_v, word_stride, words, scores,
                 )  # fmt: skip
-                for row in range(first, first + height):
-                    visible = min(first_position + row // group_size + 1 - tile_start, count)
-                    _softmax_row(
-                        scratch, scores + (row - first) * KEY_TILE, visible, count, state + row * row_words,
-                        size, weights + (row - first) * CHUNK,
-                    )  # fmt: skip
+                _softmax(
+                    scratch, scores, first, height, first_position - tile_start, group_size, count,
+                    state + first * row_words, row_words, size, weights,
+                )  # fmt: skip
                 add_values(
                     format, height, scratch, weights, source_v, places_v, count, keys, ahead,
                     block_size, stride, state + first * row_words, row_words, size,
@@ -358,7 +374,7 @@ def attention(
     """
     group_size = num_heads // num_kv_heads
     tile_tokens = tokens_per_query_tile(group_size)
-    row_words, size, rows = state_words(head_dim), padded(head_dim), _tile_rows(group_size)
+    row_words, size, rows = state_words(head_dim), _num_sums(head_dim), _tile_rows(group_size)
     # The scratch begins with the zeros that the products start from, at most a row of a tile's scores.
     key_tile = KEY_TILE
     value_tile = key_tile + KEY_TILE * head_dim
@@ -420,13 +436,13 @@ def attention(
 def merge_states(states, first, end, num_heads, head_dim, out):
     """Joins one token's states `first` to `end`, in order, to the attention's output [num_heads * head_dim].
 
-    out: up to a whole panel more. Overwrites the first state.
+    out: up to a whole vector more. Overwrites the first state.
     """
-    row_words, size = state_words(head_dim), padded(head_dim)
+    row_words, size = state_words(head_dim), _num_sums(head_dim)
     for head in range(num_heads):
         total = (first * num_heads + head) * row_words
         for state in range(first + 1, end):
             _merge(states, total, states, (state * num_heads + head) * row_words, size)
         inverse = broadcast(np.float32(1.0) / states[total + size + 1])
-        for d in range(0, size, LANES):
+        for d in range(0, head_dim, LANES):
             store(out, head * head_dim + d, load(states, total + d) * inverse)

@@ -17,6 +17,7 @@ from kernels.packing import CHUNK, FLOAT32, GROUP, PANEL, activation_place
 from kernels.simd import (
     LANES,
     PAIR_WORDS,
+    REGISTERS_PER_VECTOR,
     dot_bfloat16,
     outer_product,
     outer_product_bfloat16,
@@ -26,8 +27,7 @@ from kernels.simd import (
 )
 
 KEY_TILE = 64
-_PANELS = KEY_TILE // PANEL
-_VECTORS = PANEL // LANES
+TILE_COLUMNS = 2 * PANEL  # of the widest register tiles
 # Two rows are computed as three: few sums wait for each other anyway, and one height less is compiled.
 _HEIGHTS = tuple(height for height in (1, 3, 4, 6, 8, 12) if height <= GROUP)
 
@@ -100,19 +100,25 @@ def _place(places, vector):
     return first if vector % 2 == 0 else second
 
 
-if _VECTORS == 1:
+@kernel
+def _first_of_one(places, column, word):
+    """Where word `word` is of the vector of a tile's keys that begins with `column`."""
+    return (_place(places, column // LANES) + word,)
 
-    @kernel
-    def _panel_places(places, panel, word):
-        """Where word `word` is of each vector of keys, here one, that makes up a panel of a tile."""
-        return (_place(places, panel) + word,)
 
-else:
+@kernel
+def _first_of_two(places, column, word):
+    """Where word `word` is of each of two vectors of a tile's keys."""
+    return _place(places, column // LANES) + word, _place(places, column // LANES + 1) + word
 
-    @kernel
-    def _panel_places(places, panel, word):
-        """Where word `word` is of each vector of keys, here two, that makes up a panel of a tile."""
-        return _place(places, 2 * panel) + word, _place(places, 2 * panel + 1) + word
+
+@kernel
+def _first_of_four(places, column, word):
+    """Where word `word` is of each of a tile's four vectors of keys."""
+    return places[0] + word, places[1] + word, places[2] + word, places[3] + word
+
+
+_VECTOR_PLACES = {1: _first_of_one, 2: _first_of_two, 4: _first_of_four}
 
 
 @kernel
@@ -124,53 +130,66 @@ def _prefetch(words, places, at):
     prefetch(words, places[3] + at)
 
 
+def _num_vectors(height: int) -> int:
+    """Vectors of a register tile: a panel, or two where its sums are too few to keep the processor busy.
+
+    An addition takes about four cycles, and two can begin in each.
+    """
+    sums = height * PANEL // LANES * REGISTERS_PER_VECTOR
+    return (PANEL if sums >= 8 else TILE_COLUMNS) // LANES
+
+
 def _key_tile(product: Any, query_words: int, height: int) -> Any:
     """Scores of a tile's keys: `product` adds what a word of keys and `query_words` of queries give.
 
     A vector's values have as many lines as its keys have words.
     """
+    vectors = _num_vectors(height)
+    columns, vector_places = vectors * LANES, _VECTOR_PLACES[vectors]
+    tiles = KEY_TILE // columns
 
     @kernel
     def multiply(x, queries, keys, places, count, values, ahead, word_stride, words, scores):
-        for panel in range((count + PANEL - 1) // PANEL):
-            tile = start_tile(height, _VECTORS, x, 0)
+        for column in range(0, count, columns):
+            tile = start_tile(height, vectors, x, 0)
             for word in range(words):
-                if word % _PANELS == 0:
-                    _prefetch(values, ahead, (panel * words + word) // _PANELS * LANES)
+                if word % tiles == 0:
+                    _prefetch(values, ahead, (column // columns * words + word) // tiles * LANES)
                 query = queries + activation_place(word * query_words)
-                tile = product(
-                    tile, height, x, query, CHUNK, keys, _panel_places(places, panel, word * word_stride)
-                )
-            write_tile(tile, height, x, scores + panel * PANEL, KEY_TILE, False)
+                key = vector_places(places, column, word * word_stride)
+                tile = product(tile, height, x, query, CHUNK, keys, key)
+            write_tile(tile, height, x, scores + column, KEY_TILE, False)
 
     return multiply
 
 
-def _value_tile(product: Any, panel_words: int, height: int) -> Any:
-    """Adds a tile's weighted values to the sums, panel by panel of dimensions."""
-    keys_per_line = KEY_TILE // panel_words
+def _value_tile(product: Any, values_per_word: int, height: int) -> Any:
+    """Adds a tile's weighted values to the sums, some dimensions at a time."""
+    vectors = _num_vectors(height)
+    columns = vectors * LANES
+    keys_per_line = KEY_TILE * values_per_word // columns
 
     @kernel
     def multiply(x, weights, values, places, count, keys, ahead, word_stride, stride, sums, row_words, size):
-        for panel in range(size // PANEL):
-            tile = start_tile(height, _VECTORS, x, 0)
+        for column in range(0, size, columns):
+            tile = start_tile(height, vectors, x, 0)
+            word = column // values_per_word
             for first in range(0, count, LANES):
-                at = _place(places, first // LANES) + panel * panel_words
+                value = _place(places, first // LANES) + word
                 weight = weights + first * GROUP
                 for key in range(min(LANES, count - first)):
                     if key % keys_per_line == 0:
-                        line = panel * panel_words + (first + key) // keys_per_line
-                        _prefetch(keys, ahead, line * word_stride)
-                    tile = product(tile, height, x, weight + key, CHUNK, values, at + key * stride)
-            write_tile(tile, height, x, sums + panel * PANEL, row_words, True)
+                        _prefetch(keys, ahead, (word + (first + key) // keys_per_line) * word_stride)
+                    tile = product(tile, height, x, weight + key, CHUNK, values, value + key * stride)
+            write_tile(tile, height, x, sums + column, row_words, True)
 
     return multiply
 
 
 _score_float32 = by_height(_HEIGHTS, partial(_key_tile, outer_product, 1))
 _score_bfloat16 = by_height(_HEIGHTS, partial(_key_tile, dot_bfloat16, PAIR_WORDS))
-_weigh_float32 = by_height(_HEIGHTS, partial(_value_tile, outer_product, PANEL))
-_weigh_bfloat16 = by_height(_HEIGHTS, partial(_value_tile, outer_product_bfloat16, PANEL // 2))
+_weigh_float32 = by_height(_HEIGHTS, partial(_value_tile, outer_product, 1))
+_weigh_bfloat16 = by_height(_HEIGHTS, partial(_value_tile, outer_product_bfloat16, 2))
 
 
 @inlined

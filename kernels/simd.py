@@ -83,6 +83,11 @@ def host_has(feature: str) -> bool:
     return f"+{feature}" in features.split(",")
 
 
+# Vector registers, and how many of them hold a vector.
+_REGISTERS = 32 if host_has("avx512f") or host_has("neon") else 16
+REGISTERS_PER_VECTOR = 1 if host_has("avx512f") else 2 if host_has("avx") else 4
+
+
 def _element_pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
     data = context.make_array(array_type)(context, builder, array).data
     return builder.gep(data, [index])
@@ -488,8 +493,8 @@ def _tile_update(*steps: tuple[Any, Any, Any]) -> Any:
     """The body of an intrinsic `(tile, rows, x, x_index, x_stride, w, w_index)` that updates a register tile.
 
     Of a step, `load_row(builder, pointer)` reads what a row has in common, `load_column(builder, pointer, v)`
-    what the v-th vector of columns has, and `multiply_add(builder, row, column, accumulator)` joins them. The
-    whole tile takes one step after the other, so that registers need to hold the columns of one alone.
+    what the v-th vector of columns has, and `multiply_add(builder, row, column, accumulator)` joins them. A
+    tile that leaves too few registers for all columns of all steps meets them one by one.
     `w_index` is where the first vector of columns begins, with the others behind it, or a tuple of where each
     begins. `rows` and `x_stride` are compile-time constants, so the reads of all rows need a single address
     register; with a stride known only at run time the accumulators spill.
@@ -502,6 +507,8 @@ def _tile_update(*steps: tuple[Any, Any, Any]) -> Any:
         num_vectors = tile.count // num_rows
         apart = isinstance(w_index, types.UniTuple)
         place = types.UniTuple(types.intp, num_vectors) if apart else types.intp
+        registers = (tile.count + num_vectors * len(steps)) * REGISTERS_PER_VECTOR + 1
+        at_once = num_vectors if registers <= _REGISTERS else 1
 
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             tile_value, _, x_value, x_at, _, w_value, w_at = arguments
@@ -511,13 +518,17 @@ def _tile_update(*steps: tuple[Any, Any, Any]) -> Any:
                 _element_pointer(context, builder, signature.args[5], w_value, index) for index in indices
             ]
             accumulators = [builder.extract_value(tile_value, i) for i in range(tile.count)]
-            for load_row, load_column, multiply_add in steps:
-                columns = [
-                    load_column(builder, pointer, 0 if apart else v) for v, pointer in enumerate(w_pointers)
-                ]
+            parts = [(step, first) for step in steps for first in range(0, num_vectors, at_once)]
+            for part, ((load_row, load_column, multiply_add), first) in enumerate(parts):
+                if part > 0 and registers > _REGISTERS:  # what is behind this is not read before it
+                    builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
+                columns = {
+                    v: load_column(builder, w_pointers[v], 0 if apart else v)
+                    for v in range(first, first + at_once)
+                }
                 for row in range(num_rows):
                     factor = load_row(builder, builder.gep(x_pointer, [_I64(row * stride)]))
-                    for v, column in enumerate(columns):
+                    for v, column in columns.items():
                         i = row * num_vectors + v
                         accumulators[i] = multiply_add(builder, factor, column, accumulators[i])
             return context.make_tuple(builder, signature.return_type, accumulators)

@@ -26,6 +26,7 @@ from kernels.attention import (
     store_kv,
     value_cache_size,
 )
+from kernels.attention_products import TILE_COLUMNS
 from kernels.jit import entry_point, inlined, kernel, plain
 from kernels.matmul import matmul
 from kernels.norm import normalize
@@ -514,7 +515,7 @@ def new_cache(arch: Architecture, format: int, num_blocks: int, block_size: int)
     size = (format, num_blocks, block_size, arch.num_kv_heads, arch.head_dim)
     return Cache(
         keys=aligned_zeros(arch.num_layers * key_cache_size(*size) + LANES),
-        values=aligned_zeros(arch.num_layers * value_cache_size(*size) + LANES),
+        values=aligned_zeros(arch.num_layers * value_cache_size(*size) + TILE_COLUMNS),
         format=format,
         block_size=block_size,
         num_blocks=num_blocks,
