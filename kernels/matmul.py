@@ -30,6 +30,7 @@ from kernels.packing import (
     block_words,
     num_blocks,
     padded,
+    padded_rows,
     panel_block_words,
 )
 from kernels.simd import (
@@ -74,19 +75,19 @@ def _float_tile(product: Any, x_words: int, height: int) -> Any:
 
     @kernel
     def multiply(
-        groups, group_words, x, x_at, w, w_at, ahead, blocks, words, bias, bias_at, out, out_at, out_stride,
-        accumulate
+        groups, group_words, x, x_at, w, w_at, ahead, step, blocks, words, bias, bias_at, out, out_at,
+        out_stride, accumulate
     ):  # fmt: skip
         for _ in range(groups):
             tile = start_tile(height, _VECTORS, bias, bias_at)
             for k in range(blocks * words):
                 at = x_at + activation_place(k * x_words)
-                _prefetch_weights(w, ahead + w_at + k * PANEL)
+                _prefetch_weights(w, ahead)
+                ahead += step
                 tile = product(tile, height, x, at, CHUNK, w, w_at + k * PANEL)
             write_tile(tile, height, out, out_at, out_stride, accumulate)
             x_at += group_words
             out_at += GROUP * out_stride
-            ahead = 0
 
     return multiply
 
@@ -153,26 +154,27 @@ _multiply_int4 = by_height(_INT_HEIGHTS, _int4_tile)
 
 @inlined
 def _multiply_panel(
-    format, rows, groups, x, x_start, K, w, w_start, ahead, bias, bias_start, out, out_start, out_stride,
-    accumulate
+    format, rows, groups, x, x_start, K, w, w_start, ahead, step, bias, bias_start, out, out_start,
+    out_stride, accumulate
 ):  # fmt: skip
     """The first `rows` rows of each of some activation groups times one panel of `K` inputs.
 
-    x: the groups from word `x_start` on; w: the panel at word `w_start`; ahead: how many words before their
-    first use the words of `w` are asked for; bias: `PANEL` floats at `bias_start` that every row starts from;
-    out: rows `out_stride` apart, written or, with `accumulate`, added to. The tiles may be higher than
-    `rows`, up to the whole group. One call for all groups: its many arguments cost a tenth of a tile's time.
+    x: the groups from word `x_start` on; w: the panel at word `w_start`; ahead: how far from there the words
+    begin that are asked for: as many as are read, by the first group, or for a float format `step` words with
+    each; bias: `PANEL` floats at `bias_start` that every row starts from; out: rows `out_stride` apart,
+    written or, with `accumulate`, added to. The tiles may be higher than `rows`, up to the whole group. One
+    call for all groups: its many arguments cost a tenth of a tile's time.
     """
     blocks, words, group_words = num_blocks(K), block_words(format), GROUP * activation_words(format, K)
     if format == FLOAT32:
         _multiply_float32(
-            rows, groups, group_words, x, x_start, w, w_start, ahead, blocks, words, bias, bias_start, out,
-            out_start, out_stride, accumulate,
+            rows, groups, group_words, x, x_start, w, w_start, w_start + ahead, step, blocks, words, bias,
+            bias_start, out, out_start, out_stride, accumulate,
         )  # fmt: skip
     elif format == BFLOAT16:
         _multiply_bfloat16(
-            rows, groups, group_words, x, x_start, w, w_start, ahead, blocks, words, bias, bias_start, out,
-            out_start, out_stride, accumulate,
+            rows, groups, group_words, x, x_start, w, w_start, w_start + ahead, step, blocks, words, bias,
+            bias_start, out, out_start, out_stride, accumulate,
         )  # fmt: skip
     else:
         for first in range(0, rows, _INT_HEIGHTS[-1]):
@@ -218,24 +220,30 @@ def matmul(counters, num_threads, format, x, M, K, weights, w_start, bias_start,
     panel_words = num_blocks(K) * panel_block_words(format)
     few_rows = M <= _ROWS_PER_ITEM
     shortest = max(1, min(_WORDS_PER_ITEM // panel_words, num_panels // (4 * num_threads)))
+    # The words ahead are asked for by the first group. But where it would wait for them while the memory has
+    # nothing to do for the others, as in float formats, all groups ask for an equal part of the next panel.
+    distance, step = _PREFETCH_WORDS if few_rows else 0, PANEL
+    if format <= BFLOAT16 and M > GROUP:
+        distance, step = (panel_words, -(-PANEL * GROUP // padded_rows(M))) if few_rows else (0, 0)
     while True:
         item = next_item(counters)
         if few_rows:
-            first_row, ahead = 0, _PREFETCH_WORDS
+            first_row = 0
             first_panel, end_panel = _run_of_panels(item, num_panels, num_threads, shortest)
         else:
-            first_row, ahead = item // num_panels * _ROWS_PER_ITEM, 0
+            first_row = item // num_panels * _ROWS_PER_ITEM
             first_panel, end_panel = item % num_panels, item % num_panels + 1
         if first_row >= M or first_panel >= num_panels:
             return
         end_row = min(first_row + _ROWS_PER_ITEM, M)
         for panel in range(first_panel, end_panel):
-            row = first_row
+            row, ahead = first_row, distance
             while row < end_row:  # whole groups, then the rest
                 groups = max((end_row - row) // GROUP, 1)
                 _multiply_panel(
                     format, min(GROUP, end_row - row), groups, x, row * row_words, K, weights,
-                    w_start + panel * panel_words, ahead if row == first_row else 0, weights,
+                    w_start + panel * panel_words, ahead, step, weights,
                     bias_start + panel * PANEL, out, row * out_stride + panel * PANEL, out_stride, accumulate,
                 )  # fmt: skip
+                ahead = ahead + groups * panel_words // PANEL * step if format <= BFLOAT16 else 0
                 row += groups * GROUP
