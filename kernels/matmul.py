@@ -41,6 +41,7 @@ from kernels.simd import (
     dot_bfloat16,
     dot_int4,
     dot_int8,
+    int4_sums,
     outer_product,
     outer_product_float16,
     prefetch,
@@ -134,6 +135,7 @@ def _int4_tile(height: int) -> Any:
                     _prefetch_weights(w, ahead + column)
                     ints = dot_int4(ints, height, x, at + word, INT_CHUNK, w, column)
                     column += PANEL
+                ints = int4_sums(ints)
                 tile = add_scaled(tile, ints, height, x, at + SCALE, INT_CHUNK, w, column)
                 if minima:
                     column += PANEL // 2

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from kernels.jit import entry_point, kernel, shared
 from kernels.simd import (
+    INT4_PAIRS,
     LANES,
     PAIR_WORDS,
     absolute,
@@ -251,6 +252,18 @@ def unpack_column(format, panels, start, K, column, out, out_start):
         out[out_start + k] = value
 
 
+@shared
+def start_int4(total: int) -> np.int32:
+    """What `dot_int4` starts from to take 8 from each weight: -8 * `total`, the sum of a block's inputs.
+
+    As two halves it never leaves an int16: of 32 inputs x of at most 127, half a lane adds up (w - 4) * x of
+    its own and -4 * x of the others, at most 16 * 127 * (11 + 4).
+    """
+    if INT4_PAIRS:
+        return np.int32((-4 * total << 16) | (-4 * total & 0xFFFF))
+    return np.int32(-8 * total)
+
+
 @kernel
 def _pack_int8(source, i, packed, at):
     """One block of activations as int8 with a scale: q = round(x * 127 / max |x|)."""
@@ -268,7 +281,7 @@ def _pack_int8(source, i, packed, at):
     packed[at + SCALE] = scale
     packed[at + SCALED_SUM] = scale * total
     store_int32(packed, at + START_INT8, np.int32(total * np.float32(-128.0)))
-    store_int32(packed, at + START_INT4, np.int32(total * np.float32(-8.0)))
+    store_int32(packed, at + START_INT4, start_int4(np.int32(total)))
     store_int32(packed, at + START_ZERO, np.int32(0))
 
 

@@ -33,6 +33,7 @@ _BYTE_POINTER = _I8.as_pointer()
 _VECTOR = ir.VectorType(_F32, LANES)
 _INT_VECTOR = ir.VectorType(_I32, LANES)
 _SHORT_VECTOR = ir.VectorType(_I16, LANES)
+_SHORT_PAIRS = ir.VectorType(_I16, 2 * LANES)
 _HALF_VECTOR = ir.VectorType(ir.HalfType(), LANES)
 
 
@@ -507,7 +508,8 @@ def _tile_update(*steps: tuple[Any, Any, Any]) -> Any:
         num_vectors = tile.count // num_rows
         apart = isinstance(w_index, types.UniTuple)
         place = types.UniTuple(types.intp, num_vectors) if apart else types.intp
-        registers = (tile.count + num_vectors * len(steps)) * REGISTERS_PER_VECTOR + 1
+        accumulators = tile.count * (2 if tile.dtype == int_vector else 1)  # the scaled sums are floats
+        registers = (accumulators + num_vectors * len(steps)) * REGISTERS_PER_VECTOR + 1
         at_once = num_vectors if registers <= _REGISTERS else 1
 
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -674,7 +676,7 @@ def _multiply_pairs(builder: Any, a: Any, b: Any) -> Any:
     """a[2i] * b[2i] + a[2i + 1] * b[2i + 1] of int16 lanes, as int32 lanes."""
     if _MULTIPLY_PAIRS is not None:
         name, parts = _MULTIPLY_PAIRS
-        shorts = ir.VectorType(_I16, 2 * LANES)
+        shorts = _SHORT_PAIRS
         operands = [builder.bitcast(a, shorts), builder.bitcast(b, shorts)]
         return _split_call(builder, name, parts, _INT_VECTOR, operands)
     sixteen = _int_splat(16)
@@ -713,7 +715,7 @@ def _byte_instruction(builder: Any, instruction: tuple[str, int], kind: Any, a: 
 def _add_byte_pairs(builder: Any, unsigned: Any, signed: Any) -> Any:
     """The products of unsigned and signed bytes, two neighbours added in an int16 that must hold them."""
     assert _ADD_BYTE_PAIRS is not None
-    return _byte_instruction(builder, _ADD_BYTE_PAIRS, ir.VectorType(_I16, 2 * LANES), unsigned, signed)
+    return _byte_instruction(builder, _ADD_BYTE_PAIRS, _SHORT_PAIRS, unsigned, signed)
 
 
 def _add_short_pairs(builder: Any, accumulator: Any, shorts: Any) -> Any:
@@ -727,7 +729,7 @@ def _dot_bytes(builder: Any, unsigned: Any, signed: Any, accumulator: Any) -> An
     if _DOT_BYTES is not None:
         name, parts = _DOT_BYTES
         return _split_call(builder, name, parts, _INT_VECTOR, [accumulator, unsigned, signed])
-    shorts = ir.VectorType(_I16, 2 * LANES)
+    shorts = _SHORT_PAIRS
     eight = ir.Constant(shorts, [8] * 2 * LANES)
     even, odd = (
         builder.and_(value, _int_splat(0x00FF00FF))
@@ -784,34 +786,53 @@ def dot_int8(
     return update(typing, tile, rows, x, x_index, x_stride, w, w_index)
 
 
+# Whether a lane of `dot_int4` is two int16, to be added at the end: one operation in five less.
+INT4_PAIRS = _DOT_BYTES is None and _ADD_BYTE_PAIRS is not None
+
+
 @intrinsic(prefer_literal=True)
 def dot_int4(
     typing: Any, tile: Any, rows: Any, x: Any, x_index: Any, x_stride: Any, w: Any, w_index: Any
 ) -> Any:
-    """Adds to each int32 lane the products of eight int8 `x` and the eight unsigned nibbles of a word of `w`.
+    """Adds to each lane the products of eight int8 `x` and the eight unsigned nibbles of a word of `w`.
 
-    The low nibbles meet the word of `x`, the high nibbles the word four further.
+    The low nibbles meet the word of `x`, the high nibbles the word four further. A lane is an int32 or, with
+    `INT4_PAIRS`, two int16: they hold the 30,720 that four words can add up to, and hardly more.
     """
 
-    def load_nibbles(builder: Any, pointer: Any, v: int) -> Any:
-        words = _load(builder, pointer, _INT_VECTOR, v * LANES)
-        low = _int_splat(0x0F0F0F0F)
-        return builder.and_(words, low), builder.and_(builder.lshr(words, _int_splat(4)), low)
+    def low_nibbles(builder: Any, pointer: Any, v: int) -> Any:
+        return builder.and_(_load(builder, pointer, _INT_VECTOR, v * LANES), _int_splat(0x0F0F0F0F))
 
-    def load_words(builder: Any, pointer: Any) -> Any:
-        return tuple(_splat(builder, _load(builder, pointer, _I32, word)) for word in (0, 4))
+    def high_nibbles(builder: Any, pointer: Any, v: int) -> Any:
+        words = _load(builder, pointer, _INT_VECTOR, v * LANES)
+        return builder.and_(builder.lshr(words, _int_splat(4)), _int_splat(0x0F0F0F0F))
+
+    def fourth_word(builder: Any, pointer: Any) -> Any:
+        return _splat(builder, _load(builder, pointer, _I32, 4))
 
     def add_products(builder: Any, row: Any, column: Any, accumulator: Any) -> Any:
-        if _DOT_BYTES is None and _ADD_BYTE_PAIRS is not None:
-            # At most 4 * 15 * 128 for two neighbours of both.
-            low, high = (_add_byte_pairs(builder, w, x) for x, w in zip(row, column, strict=True))
-            return _add_short_pairs(builder, accumulator, builder.add(low, high))
-        for signed, unsigned in zip(row, column, strict=True):
-            accumulator = _dot_bytes(builder, unsigned, signed, accumulator)
-        return accumulator
+        if INT4_PAIRS:
+            pairs = builder.bitcast(accumulator, _SHORT_PAIRS)
+            return builder.bitcast(builder.add(pairs, _add_byte_pairs(builder, column, row)), _INT_VECTOR)
+        return _dot_bytes(builder, column, row, accumulator)
 
-    update = _tile_update((load_words, load_nibbles, add_products))
+    update = _tile_update((_int_row, low_nibbles, add_products), (fourth_word, high_nibbles, add_products))
     return update(typing, tile, rows, x, x_index, x_stride, w, w_index)
+
+
+@intrinsic
+def int4_sums(_typing: Any, tile: Any) -> Any:
+    """The int32 sums of a tile that `dot_int4` has added up."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if not INT4_PAIRS:
+            return arguments[0]
+        ones = ir.Constant(_SHORT_PAIRS, [1] * 2 * LANES)
+        lanes = [builder.extract_value(arguments[0], i) for i in range(tile.count)]
+        sums = [_multiply_pairs(builder, lane, ones) for lane in lanes]
+        return context.make_tuple(builder, signature.return_type, sums)
+
+    return tile(tile), emit
 
 
 @intrinsic(prefer_literal=True)

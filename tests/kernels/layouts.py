@@ -19,7 +19,7 @@ from kernels.packing import (
     padded,
     panels_size,
 )
-from kernels.simd import PAIR_WORDS
+from kernels.simd import INT4_PAIRS, PAIR_WORDS
 from tests import oracles
 
 Matrix = NDArray[np.float32]
@@ -127,8 +127,14 @@ def chunks(format: int, x: Matrix) -> NDArray[np.uint32]:
         totals = levels.sum(axis=2).astype(np.int64)
         bytes = np.ascontiguousarray(levels.astype(np.int8))
     floats = np.stack([scales, scales * totals], axis=2).astype(np.float32)
-    starts = np.stack([-128 * totals, -8 * totals, 0 * totals], axis=2).astype(np.int32)
+    starts = np.stack([-128 * totals, int4_starts(-8 * totals), 0 * totals], axis=2).astype(np.int32)
     return np.concatenate([bytes.view(np.uint32), floats.view(np.uint32), starts.view(np.uint32)], axis=2)
+
+
+def int4_starts(sums: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Even sums as `dot_int4` keeps them: where it adds pairs of int16, a half in each."""
+    halves = (sums // 2).astype(np.int16)
+    return np.stack([halves, halves], axis=-1).view(np.int32)[..., 0] if INT4_PAIRS else sums.astype(np.int32)
 
 
 def packed_rows(format: int, x: Matrix) -> Matrix:

@@ -135,6 +135,15 @@ def test_the_greatest_sums_of_a_block_are_exact(format: int) -> None:
         assert_agrees(format, x, weights, np.zeros(PANEL, np.float32))
 
 
+@all_formats
+def test_the_greatest_sums_of_any_part_of_a_block_are_exact(format: int) -> None:
+    """Four neighbouring inputs at either end of their ranges, in every pattern."""
+    either = (np.arange(16)[:, None] >> np.arange(4) & 1).astype(bool)
+    x = np.tile(np.where(either, 127, -127), 3 * BLOCK // 4).astype(np.float32)
+    weights = np.tile(np.where(either, 7, -8), 3 * BLOCK // 4).astype(np.float32)
+    assert_agrees(format, x, weights, np.zeros(16, np.float32))
+
+
 @at_most(200)
 @given(format=FORMAT, M=ROWS, N=COLUMNS, K=DEPTHS)
 def test_accumulates_onto_what_was_there(format: int, M: int, N: int, K: int) -> None:
