@@ -34,7 +34,7 @@ from kernels.packing import (
     panel_block_words,
 )
 from kernels.simd import (
-    DOT_INT8_OFFSET,
+    INT8_OFFSET,
     LANES,
     PAIR_WORDS,
     add_scaled,
@@ -55,7 +55,7 @@ _VECTORS = PANEL // LANES
 # Rows of a tile of 32-bit sums; the integer formats keep two sums an element, so theirs has half as many.
 _HEIGHTS = tuple(height for height in (1, 2, 3, 4, 6, 8, 12) if height <= GROUP)
 _INT_HEIGHTS = tuple(height for height in (1, 2, 3, 4, 6) if height <= max(1, GROUP // 2))
-_START_INT8 = START_ZERO if DOT_INT8_OFFSET else START_INT8
+_START_INT8 = START_INT8 if INT8_OFFSET else START_ZERO
 # Rows that meet a panel while it is in the nearest cache.
 _ROWS_PER_ITEM = 8 * GROUP
 # Words of weights of a work item at least where there is little to compute.

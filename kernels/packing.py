@@ -6,7 +6,7 @@ in a row, and in the formats that have them a float16 scale and a float16 minimu
 
     FLOAT32   32 words, one input each
     BFLOAT16  16 words, a pair of inputs each
-    INT8       8 words, four inputs as q + 128, unsigned           w = scale * q          (GGUF's Q8_0)
+    INT8       8 words, four inputs as q + INT8_OFFSET           w = scale * q          (GGUF's Q8_0)
     INT4       4 words, byte i holds inputs i and i + 16            w = scale * (q - 8)    (GGUF's Q4_0)
     INT4_MIN   4 words, likewise                                    w = scale * q + min    (GGUF's Q4_1)
 
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from kernels.jit import entry_point, kernel, shared
 from kernels.simd import (
     INT4_PAIRS,
+    INT8_OFFSET,
     LANES,
     PAIR_WORDS,
     absolute,
@@ -169,7 +170,9 @@ def encode(format: int, weights: NDArray[np.float32]) -> Blocks:
     inverse = np.where(scale == 0, np.float32(0), 1 / scale.astype(np.float32))
     levels = np.rint(shifted * inverse[..., None]) + np.float32(offset)
     quants = levels.clip(0, highest).astype(np.uint8)
-    if format != INT8:
+    if format == INT8:
+        quants ^= np.uint8(128 ^ INT8_OFFSET)
+    else:
         quants = quants[..., : BLOCK // 2] | (quants[..., BLOCK // 2 :] << 4)
     return np.ascontiguousarray(quants).view(np.uint32), halves
 
@@ -183,7 +186,7 @@ def from_gguf(dtype: str, format: int, raw: NDArray[np.uint8]) -> Blocks:
     halves = np.ascontiguousarray(raw[..., : 2 * num_halves]).view(np.uint16)
     words = np.ascontiguousarray(raw[..., 2 * num_halves :]).view(np.uint32)
     if dtype == "Q8_0":
-        words = words ^ np.uint32(0x80808080)  # q + 128
+        words = words ^ np.uint32(INT8_OFFSET * 0x01010101)
     elif dtype == "Q4_0" and format == INT4_MIN:
         least = halves.view(np.float16) * np.float16(-8)
         halves = np.concatenate([halves, least.view(np.uint16)], axis=2)
@@ -241,7 +244,7 @@ def unpack_column(format, panels, start, K, column, out, out_start):
             continue
         elif format == INT8:
             byte = (load_int32(panels, at + i // 4 * PANEL) >> (8 * (i % 4))) & 0xFF
-            value = np.float32(byte - 128) * _float16_at(panels, halves, position)
+            value = np.float32((byte ^ 128 ^ INT8_OFFSET) - 128) * _float16_at(panels, halves, position)
         else:
             byte = (load_int32(panels, at + i % 16 // 4 * PANEL) >> (8 * (i % 4) + 4 * (i // 16))) & 0x0F
             if format == INT4:

@@ -702,8 +702,8 @@ _MOVE_SIGNS = (
     else _first_known(("avx2", "llvm.x86.avx2.psign.b", 2), ("ssse3", "llvm.x86.ssse3.psign.b.128", 4))
 )
 _MULTIPLIES_MAGNITUDES = _DOT_BYTES is None and _MOVE_SIGNS is not None
-# What `dot_int8` takes from every byte of the weights before it multiplies them.
-DOT_INT8_OFFSET = 128 if _MULTIPLIES_MAGNITUDES else 0
+# What the weights of `dot_int8` hold too much: most instructions take one of their operands unsigned.
+INT8_OFFSET = 0 if _MULTIPLIES_MAGNITUDES else 128
 
 
 def _byte_instruction(builder: Any, instruction: tuple[str, int], kind: Any, a: Any, b: Any) -> Any:
@@ -754,15 +754,14 @@ def dot_int8(
 ) -> Any:
     """Adds to each int32 lane the four products of a word of `x` and one of `w`.
 
-    `x` is int8 and never -128, `w` is uint8, from which `DOT_INT8_OFFSET` is subtracted.
+    `x` is int8 and never -128; `w` is uint8, or int8 if `INT8_OFFSET` is 0.
     """
 
     def load_words(builder: Any, pointer: Any, v: int) -> Any:
         return _load(builder, pointer, _INT_VECTOR, v * LANES)
 
     def load_magnitudes(builder: Any, pointer: Any, v: int) -> Any:
-        words = builder.xor(load_words(builder, pointer, v), _int_splat(-0x7F7F7F80))
-        bytes = builder.bitcast(words, ir.VectorType(_I8, 4 * LANES))
+        bytes = builder.bitcast(load_words(builder, pointer, v), ir.VectorType(_I8, 4 * LANES))
         negative = builder.icmp_signed("<", bytes, ir.Constant(bytes.type, [0] * 4 * LANES))
         return builder.select(negative, builder.neg(bytes), bytes), bytes
 

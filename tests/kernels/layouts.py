@@ -19,7 +19,7 @@ from kernels.packing import (
     padded,
     panels_size,
 )
-from kernels.simd import INT4_PAIRS, PAIR_WORDS
+from kernels.simd import INT4_PAIRS, INT8_OFFSET, PAIR_WORDS
 from tests import oracles
 
 Matrix = NDArray[np.float32]
@@ -57,6 +57,12 @@ def dequantized(format: int, blocks: Blocks) -> Exact:
     return (scaled + minima).reshape(len(scaled), -1)
 
 
+def int8_values(bytes: NDArray[np.integer]) -> NDArray[np.int64]:
+    """What the weights of an int8 product stand for."""
+    unsigned = bytes.astype(np.int64)
+    return unsigned - 128 if INT8_OFFSET else (unsigned + 128) % 256 - 128
+
+
 def magnitudes(format: int, blocks: Blocks) -> Exact:
     """How large the parts of each value are: a minimum is multiplied apart from the rest."""
     scaled, minima = _scaled_and_minima(format, blocks)
@@ -74,7 +80,7 @@ def _scaled_and_minima(format: int, blocks: Blocks) -> tuple[Exact, Exact]:
         return upper.view(np.float32).astype(np.float64), none
     levels = words.view(np.uint8).astype(np.int64)
     if format == INT8:
-        return scales[..., :1] * (levels - 128), none
+        return scales[..., :1] * int8_values(levels), none
     levels = np.concatenate([levels & 15, levels >> 4], axis=2)
     if format == INT4:
         return scales[..., :1] * (levels - 8), none

@@ -10,7 +10,7 @@ from kernels import simd
 from kernels.jit import kernel
 from kernels.simd import LANES
 from tests import oracles
-from tests.kernels.layouts import Matrix, int4_starts, poisoned, random_matrix
+from tests.kernels.layouts import Matrix, int4_starts, int8_values, poisoned, random_matrix
 
 Levels = NDArray[Any]
 
@@ -424,7 +424,7 @@ def int4_products(x: Levels, w: Levels, starts: Levels, factors: Any = UNITS) ->
 
 def int8_sums(x: Levels, w: Levels) -> Levels:
     """The sums of products [4, 2 * LANES] that these bytes have."""
-    return x @ (w - simd.DOT_INT8_OFFSET).T
+    return x @ (int8_values(w) + simd.INT8_OFFSET).T
 
 
 def test_products_of_bytes_are_exact() -> None:
