@@ -28,7 +28,7 @@ from kernels.attention_products import (
     side_by_side,
     tile_blocks,
 )
-from kernels.jit import inlined, kernel, plain, shared
+from kernels.jit import kernel, plain, shared
 from kernels.packing import (
     BLOCK,
     CHUNK,
@@ -286,7 +286,7 @@ def _merge(total, total_at, part, part_at, size):
     ] * first_lane(new)
 
 
-@inlined
+@kernel
 def _attend_chunk(
     format, first_key, end_key, first_position, num_rows, last, group_size, first_head, end_head,
     num_kv_heads, head_dim, keys, values, layer_k, layer_v, block_size, block_table, scratch, queries, scores,

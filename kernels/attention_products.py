@@ -12,7 +12,7 @@ A score is one chain of multiply-adds over the dimensions in order, a sum of val
 from functools import partial
 from typing import Any
 
-from kernels.jit import by_height, inlined, kernel
+from kernels.jit import by_height, kernel
 from kernels.packing import CHUNK, FLOAT32, GROUP, PANEL, activation_place
 from kernels.simd import (
     LANES,
@@ -192,7 +192,7 @@ _weigh_float32 = by_height(_HEIGHTS, partial(_value_tile, outer_product, 1))
 _weigh_bfloat16 = by_height(_HEIGHTS, partial(_value_tile, outer_product_bfloat16, 2))
 
 
-@inlined
+@kernel
 def score_keys(
     format, rows, scratch, queries, keys, places, count, values, ahead, word_stride, words, scores
 ):  # fmt: skip
@@ -212,7 +212,7 @@ def score_keys(
         )  # fmt: skip
 
 
-@inlined
+@kernel
 def add_values(
     format, rows, scratch, weights, values, places, count, keys, ahead, word_stride, stride, sums, row_words,
     size

@@ -4,8 +4,11 @@
 order must be the one that is written (batch invariance). No reference counts (`_nrt`): a count is an atomic
 on a cache line that all threads share, and with them attention took 1.6 times as long; so a kernel allocates
 nothing, and what it needs is given to it. An entry point is what Python calls; the whole machine code beneath
-it can be cached on disk with it. Kernels are what kernels call, an inlined one is compiled in its one caller,
-and a shared function is Python's as well.
+it can be cached on disk with it. Kernels are what kernels call, and a shared function is Python's as well.
+
+A kernel's code is linked into its callers', to be optimised and become machine code with an entry point, and
+has no wrapper for calls from Python. Numba would do all three for each kernel on its own as well, which made
+compilation take 1.7 times as long; it has no option for that, so three of its classes are extended here.
 """
 
 from collections.abc import Callable
@@ -13,6 +16,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core.registry import CPUDispatcher
+from numba.core.sigutils import normalize_signature
 from numba.extending import register_jitable
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -26,19 +33,64 @@ _SETTINGS: dict[str, Any] = {
 _entry_points: list[Any] = []
 
 
+class _LinkedLibrary(JITCodeLibrary):
+    """Code that is there to be linked into other code, and neither optimised nor run where it is."""
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+
+class _KernelCompiler(CompilerBase):
+    """Numba's usual passes, without a result that can be called from Python."""
+
+    def define_pipelines(self) -> list[Any]:
+        state = self.state
+        state.flags.no_cpython_wrapper = state.flags.no_compile = True
+        state.library = _LinkedLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
+        return [DefaultPassBuilder.define_nopython_pipeline(state)]
+
+
+class _Kernel(CPUDispatcher):
+    """A function that kernels call. If Python does, as tests do, it is compiled once more: `alone`."""
+
+    def __init__(self, function: Callable[..., Any], **settings: Any) -> None:
+        super().__init__(
+            function, targetoptions={"nopython": True} | _SETTINGS | settings, pipeline_class=_KernelCompiler
+        )
+        self.alone = numba.njit(**_SETTINGS)(function)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.alone(*arguments)
+
+    # Callers find what was compiled by a key, which is what Python would call, if it could.
+
+    def add_overload(self, result: Any) -> None:
+        self.overloads[tuple(result.signature.args)] = result
+        result.target_context.insert_user_function(result.fndesc, result.fndesc, [result.library])
+
+    def get_overload(self, signature: Any) -> Any:
+        arguments, _ = normalize_signature(signature)
+        result: Any = self.overloads[tuple(arguments)]
+        return result.fndesc
+
+
 def kernel(function: Callable[..., Any]) -> Any:
     """Compiles a function that other kernels call."""
-    return numba.njit(**_SETTINGS)(function)
+    return _Kernel(function)
 
 
 def inlined(function: Callable[..., Any]) -> Any:
-    """A large kernel with one caller, in which it is compiled: each level of calls is optimised once more."""
-    return numba.njit(**_SETTINGS, inline="always")(function)
+    """A kernel that is compiled as part of its caller, and so sees the call that its caller is."""
+    return _Kernel(function, inline="always")
 
 
 def entry_point(function: Callable[..., Any]) -> Any:
     """Compiles a function that Python calls on its first call, or loads it from the cache."""
-    dispatcher = kernel(function)
+    dispatcher = numba.njit(**_SETTINGS)(function)
     _entry_points.append(dispatcher)
     return dispatcher
 
@@ -76,7 +128,7 @@ def by_height(heights: tuple[int, ...], make: Callable[[int], Any]) -> Any:
     """A kernel `(rows, *arguments)` that calls `make(height)` of the least height that holds `rows` rows.
 
     Register tiles need their height at compile time; this is where a number known only at run time meets
-    them. At most seven ascending heights; one flat kernel, because each level of calls is optimised again.
+    them. At most seven ascending heights.
     """
     variants = [make(height) for height in heights]
     limits = heights + heights[-1:] * (7 - len(heights))

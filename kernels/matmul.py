@@ -9,7 +9,7 @@ Only M and N are ever split; a tile keeps all of its accumulators in registers.
 from functools import partial
 from typing import Any
 
-from kernels.jit import by_height, inlined, kernel
+from kernels.jit import by_height, kernel
 from kernels.packing import (
     BFLOAT16,
     CHUNK,
@@ -154,7 +154,7 @@ _multiply_int8 = by_height(_INT_HEIGHTS, _int8_tile)
 _multiply_int4 = by_height(_INT_HEIGHTS, _int4_tile)
 
 
-@inlined
+@kernel
 def _multiply_panel(
     format, rows, groups, x, x_start, K, w, w_start, ahead, step, bias, bias_start, out, out_start,
     out_stride, accumulate

@@ -27,7 +27,7 @@ from kernels.attention import (
     value_cache_size,
 )
 from kernels.attention_products import TILE_COLUMNS
-from kernels.jit import entry_point, inlined, kernel, plain
+from kernels.jit import entry_point, kernel, plain
 from kernels.matmul import matmul
 from kernels.norm import normalize
 from kernels.packing import (
@@ -245,7 +245,7 @@ def _activate_rows(num_threads, arch, num_rows, format, scratch, work):
         first, end = next_rows(work.counters, num_rows, num_threads)
 
 
-@inlined
+@kernel
 def _layer(thread, num_threads, layer, arch, weights, cache, batch, plan, work):
     """One decoder layer, in phases that a barrier separates."""
     counters, scratch, num_rows = work.counters, work.scratch[thread], batch.token_ids.size
@@ -304,7 +304,7 @@ def _layer(thread, num_threads, layer, arch, weights, cache, batch, plan, work):
     barrier(counters, num_threads)
 
 
-@inlined
+@kernel
 def _answer_row(arch, outputs, row, logits, scratch, counts):
     """Does what `outputs` asks of one row of logits, which it may overwrite."""
     size, integers, floats = arch.vocab_size, outputs.integers[row], outputs.floats[row]
@@ -349,7 +349,7 @@ def _answer_row(arch, outputs, row, logits, scratch, counts):
         outputs.logprobs[row] = raw_logits[token] - normalizer
 
 
-@inlined
+@kernel
 def _answer(thread, num_threads, arch, weights, outputs, work):
     """The last norm, the logits and what is asked of them, for `LOGIT_ROWS` rows at a time."""
     counters = work.counters
@@ -380,7 +380,7 @@ def _answer(thread, num_threads, arch, weights, outputs, work):
         barrier(counters, num_threads)
 
 
-@inlined
+@kernel
 def _plan(arch, cache, batch, plan, work):
     """Fills the plan, and `work.rows` with all rows."""
     for sequence in range(batch.num_computed.size):
