@@ -6,7 +6,7 @@ in a row, and in the formats that have them a float16 scale and a float16 minimu
 
     FLOAT32   32 words, one input each
     BFLOAT16  16 words, a pair of inputs each
-    INT8       8 words, four inputs as q + INT8_OFFSET           w = scale * q          (GGUF's Q8_0)
+    INT8       8 words, four inputs as q + INT8_OFFSET              w = scale * q          (GGUF's Q8_0)
     INT4       4 words, byte i holds inputs i and i + 16            w = scale * (q - 8)    (GGUF's Q4_0)
     INT4_MIN   4 words, likewise                                    w = scale * q + min    (GGUF's Q4_1)
 
