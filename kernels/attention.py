@@ -191,6 +191,11 @@ def plan_tiles(query_start_loc, seq_lens, group_size, tile_sequence, tile_start,
     return num_tiles
 
 
+def store_scratch_size(head_dim: int) -> int:
+    """Words of working memory of `store_kv`: a head as floats and as bfloat16, both whole vectors."""
+    return -(-head_dim // LANES) * (LANES + LANES // 2)
+
+
 @kernel
 def store_kv(
     format, k, k_start, v, v_start, head_dim, num_kv_heads, block_size, slot, keys, values, layer_k, layer_v,
@@ -198,7 +203,7 @@ def store_kv(
 ):  # fmt: skip
     """Writes one token's keys and values, [num_kv_heads, head_dim] each, into cache slot `slot`.
 
-    scratch: two heads, each up to a whole vector and one more.
+    scratch: `store_scratch_size` words.
     """
     block, offset = slot // block_size, slot % block_size
     words, stride = key_words(format, head_dim), value_words(format, head_dim)

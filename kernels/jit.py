@@ -12,6 +12,7 @@ compilation take 1.7 times as long; it has no option for that, so three of its c
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,7 +62,10 @@ class _Kernel(CPUDispatcher):
         super().__init__(
             function, targetoptions={"nopython": True} | _SETTINGS | settings, pipeline_class=_KernelCompiler
         )
-        self.alone = numba.njit(**_SETTINGS)(function)
+
+    @cached_property
+    def alone(self) -> Any:
+        return numba.njit(**_SETTINGS)(self.py_func)
 
     def __call__(self, *arguments: Any) -> Any:
         return self.alone(*arguments)

@@ -676,8 +676,7 @@ def _multiply_pairs(builder: Any, a: Any, b: Any) -> Any:
     """a[2i] * b[2i] + a[2i + 1] * b[2i + 1] of int16 lanes, as int32 lanes."""
     if _MULTIPLY_PAIRS is not None:
         name, parts = _MULTIPLY_PAIRS
-        shorts = _SHORT_PAIRS
-        operands = [builder.bitcast(a, shorts), builder.bitcast(b, shorts)]
+        operands = [builder.bitcast(a, _SHORT_PAIRS), builder.bitcast(b, _SHORT_PAIRS)]
         return _split_call(builder, name, parts, _INT_VECTOR, operands)
     sixteen = _int_splat(16)
     low, high = (
@@ -729,13 +728,12 @@ def _dot_bytes(builder: Any, unsigned: Any, signed: Any, accumulator: Any) -> An
     if _DOT_BYTES is not None:
         name, parts = _DOT_BYTES
         return _split_call(builder, name, parts, _INT_VECTOR, [accumulator, unsigned, signed])
-    shorts = _SHORT_PAIRS
-    eight = ir.Constant(shorts, [8] * 2 * LANES)
+    eight = ir.Constant(_SHORT_PAIRS, [8] * 2 * LANES)
     even, odd = (
         builder.and_(value, _int_splat(0x00FF00FF))
         for value in (unsigned, builder.lshr(unsigned, _int_splat(8)))
     )
-    signed = builder.bitcast(signed, shorts)
+    signed = builder.bitcast(signed, _SHORT_PAIRS)
     signed_even = builder.ashr(builder.shl(signed, eight), eight)
     signed_odd = builder.ashr(signed, eight)
     for a, b in ((even, signed_even), (odd, signed_odd)):

@@ -24,6 +24,7 @@ from kernels.attention import (
     scratch_size,
     state_words,
     store_kv,
+    store_scratch_size,
     value_cache_size,
 )
 from kernels.attention_products import TILE_COLUMNS
@@ -493,7 +494,7 @@ def new_workspace(arch: Architecture, max_tokens: int, num_threads: int) -> Work
     qkv_size = heads_size + 2 * arch.num_kv_heads * arch.head_dim
     up_size = padded(arch.intermediate_size) * (2 if arch.activation == SILU_GATED else 1)
     widest_input = num_blocks(max(arch.hidden_size, heads_size, arch.intermediate_size)) * BLOCK
-    per_thread = widest_input + PANEL + BLOCK
+    per_thread = max(widest_input + PANEL + BLOCK, store_scratch_size(arch.head_dim))
     attention_scratch = scratch_size(arch.num_heads // arch.num_kv_heads, arch.head_dim)
     attention_scratch = -(-attention_scratch // LANES) * LANES
     return Workspace(

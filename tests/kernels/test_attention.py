@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from kernels.activation import SILU_GATED
 from kernels.attention import (
     KEY_CHUNK,
     QUERY_TILE_ROWS,
@@ -24,14 +25,16 @@ from kernels.attention import (
     scratch_size,
     state_words,
     store_kv,
+    store_scratch_size,
     token_words,
     tokens_per_query_tile,
     value_cache_size,
 )
 from kernels.attention_products import KEY_TILE
-from kernels.packing import BFLOAT16, FLOAT32, PANEL
+from kernels.packing import BFLOAT16, FLOAT32
 from kernels.simd import LANES
 from kernels.threads import new_counters
+from kernels.transformer import Architecture, new_workspace
 from tests import oracles
 from tests.conftest import at_most
 from tests.kernels.layouts import (
@@ -170,8 +173,7 @@ def attend(
     cache_shape = (heads.format, num_blocks, block_size, heads.num_kv_heads, heads.head_dim)
     layer_k, layer_v = key_cache_size(*cache_shape), value_cache_size(*cache_shape)
     keys, values = poisoned(NUM_LAYERS * layer_k + LANES), poisoned(NUM_LAYERS * layer_v)
-    whole = -(-heads.head_dim // LANES) * LANES
-    scratch = poisoned(2 * whole + LANES)
+    scratch = poisoned(store_scratch_size(heads.head_dim) + LANES)
     for run, table in zip(batch, block_tables, strict=True):
         k, v = run.context.keys.reshape(-1), run.context.values.reshape(-1)
         for position in range(run.end):
@@ -213,7 +215,7 @@ def attend(
     for cache, unchanged in zip((keys, values), before, strict=True):
         assert (cache.view(np.uint32) == unchanged.view(np.uint32)).all(), "wrote to the cache"
 
-    rows = np.full((num_tokens, size + PANEL + 8), 7.0, np.float32)
+    rows = np.full((num_tokens, size + LANES + 8), 7.0, np.float32)
     for token in range(num_tokens):
         first, end = state_start[token], state_start[token + 1]
         merge_states(states, first, end, heads.num_heads, heads.head_dim, rows[token])
@@ -516,3 +518,22 @@ def test_a_long_decode_is_split_and_a_prefill_is_not() -> None:
     whole = QUERY_TILE_ROWS // 3
     prefill_tiles = [tile for tile in tiles if tile.sequence == 1]
     assert [t.chunk for t in prefill_tiles if t.first_token + whole < 1 + 999] == [-1] * (998 // whole)
+
+
+@pytest.mark.parametrize("head_dim", [4, 80, 128, 256])
+def test_a_thread_of_a_step_has_room_to_store_a_head_that_is_all_of_its_model(head_dim: int) -> None:
+    arch = Architecture(
+        num_layers=1,
+        hidden_size=head_dim,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=head_dim,
+        intermediate_size=head_dim,
+        vocab_size=16,
+        layer_norm=False,
+        norm_epsilon=1e-5,
+        activation=SILU_GATED,
+        rotary=True,
+        attention_scale=0.25,
+    )
+    assert new_workspace(arch, 1, 2).scratch.shape[1] >= store_scratch_size(head_dim)
