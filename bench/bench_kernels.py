@@ -29,9 +29,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.machine import bandwidth_gb_s, peak_gops
-from engine.config import usable_cores
-from kernels.activation import SILU_GATED
-from kernels.attention import (
+from pagellm.engine.config import usable_cores
+from pagellm.kernels.activation import SILU_GATED
+from pagellm.kernels.attention import (
     KEY_CHUNK,
     attention,
     choose_heads_per_item,
@@ -40,9 +40,9 @@ from kernels.attention import (
     token_words,
     value_cache_size,
 )
-from kernels.jit import entry_point
-from kernels.matmul import matmul
-from kernels.packing import (
+from pagellm.kernels.jit import entry_point
+from pagellm.kernels.matmul import matmul
+from pagellm.kernels.packing import (
     BFLOAT16,
     BLOCK,
     FLOAT32,
@@ -59,8 +59,8 @@ from kernels.packing import (
     padded_rows,
     panels_size,
 )
-from kernels.threads import ThreadTeam, barrier, new_counters, share_call
-from kernels.transformer import Architecture, Batch, new_cache, new_plan, new_workspace
+from pagellm.kernels.threads import ThreadTeam, barrier, new_counters, share_call
+from pagellm.kernels.transformer import Architecture, Batch, new_cache, new_plan, new_workspace
 
 FORMATS = {"float32": FLOAT32, "bf16": BFLOAT16, "int8": INT8, "int4": INT4_MIN, "int4, Q4_0": INT4}
 CACHE_FORMATS = {"float32": FLOAT32, "bf16": BFLOAT16}

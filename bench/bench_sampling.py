@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from kernels.jit import entry_point
-from kernels.sampling import log_sum_exp, sample, top_tokens
+from pagellm.kernels.jit import entry_point
+from pagellm.kernels.sampling import log_sum_exp, sample, top_tokens
 
 VOCAB_SIZE = 49_152  # SmolLM2's
 ROWS = 100

@@ -18,11 +18,11 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.baseline_scheduler import BaselineBlockManager, BaselineScheduler, BaselineSequence
-from engine.block_manager import BlockManager
-from engine.config import EngineConfig
-from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler
-from engine.sequence import Sequence
+from pagellm.engine.config import EngineConfig
+from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.scheduling.block_manager import BlockManager
+from pagellm.engine.scheduling.scheduler import Scheduler
+from pagellm.engine.scheduling.sequence import Sequence
 
 BLOCK_SIZE = 16
 NUM_SEQS = 256

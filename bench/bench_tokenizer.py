@@ -5,7 +5,7 @@ Run: python -m pytest bench/bench_tokenizer.py --benchmark-columns=median,ops
 
 from pathlib import Path
 
-from engine.tokenizer import load_tokenizer
+from pagellm.engine.tokenizer import load_tokenizer
 
 GPT2 = Path(__file__).parents[1] / "tests" / "fixtures" / "gpt2"
 

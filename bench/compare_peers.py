@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.gguf_models import PUBLISHED, matrix_sizes, model_file
 from bench.machine import bandwidth_gb_s, peak_gops
 from bench.peers import MAX_BATCH, Cell, LlamaCpp, OpenVino, Pagellm, Turns
-from engine.config import usable_cores
+from pagellm.engine.config import usable_cores
 
 OURS = "pagellm"
 PACKAGES = ("pagellm", "llama-cpp-python", "openvino-genai")

@@ -25,15 +25,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from engine import EngineConfig, LLMEngine
-from engine.config import DEFAULT_MODEL, QUANTIZATIONS
-from engine.outputs import RequestOutput
-from engine.scheduler import ScheduledBatch
-from sim import CostModel, Simulator, Trace, Workload, synthesise
-from sim.calibrate import calibrate
-from sim.cost_profile import ProfileCostModel
-from sim.real_replay import replay_for_real
-from sim.report import METRICS, error_percent
+from pagellm.engine import EngineConfig, LLMEngine
+from pagellm.engine.config import DEFAULT_MODEL, QUANTIZATIONS
+from pagellm.engine.outputs import RequestOutput
+from pagellm.engine.scheduling.scheduler import ScheduledBatch
+from pagellm.sim import CostModel, Simulator, Trace, Workload, synthesise
+from pagellm.sim.calibration.calibrate import calibrate
+from pagellm.sim.costs.profile import ProfileCostModel
+from pagellm.sim.real_replay import replay_for_real
+from pagellm.sim.report.report import METRICS, error_percent
 
 CONFIG = EngineConfig(max_model_len=2048, max_num_seqs=32, max_num_batched_tokens=512, num_blocks=2048)
 FEW_BLOCKS = 200

@@ -12,10 +12,10 @@ from pathlib import Path
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
 from gguf.quants import dequantize, quantize
 
-from engine.cache import cache_dir
-from engine.checkpoints import open_checkpoint, resolve_model
-from engine.checkpoints.base import BLOCK_SIZES
-from engine.config import DEFAULT_MODEL
+from pagellm.engine.cache import cache_dir
+from pagellm.engine.checkpoints import open_checkpoint, resolve_model
+from pagellm.engine.checkpoints.base import BLOCK_SIZES
+from pagellm.engine.config import DEFAULT_MODEL
 
 # What general.file_type calls each, and the type of the embedding.
 FILE_TYPES = {

@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numba
 import numpy as np
 
-from engine.config import usable_cores
-from kernels.jit import entry_point
-from kernels.packing import aligned_zeros
-from kernels.simd import (
+from pagellm.engine.config import usable_cores
+from pagellm.kernels.jit import entry_point
+from pagellm.kernels.packing import aligned_zeros
+from pagellm.kernels.simd import (
     LANES,
     add_scaled,
     dot_bfloat16,
@@ -27,7 +27,7 @@ from kernels.simd import (
     start_tile,
     write_tile,
 )
-from kernels.threads import ThreadTeam, barrier, new_counters, share_call
+from pagellm.kernels.threads import ThreadTeam, barrier, new_counters, share_call
 
 READ_BYTES = 1 << 30  # far beyond every cache
 PASSES = 11  # over that: enough for the operating system to have spread the threads over the cores

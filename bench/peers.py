@@ -49,7 +49,7 @@ class Pagellm:
     """This project, through the engine's own measurement."""
 
     def __init__(self, path: Path, threads: int, quantization: str) -> None:
-        from engine import EngineConfig, LLMEngine
+        from pagellm.engine import EngineConfig, LLMEngine
 
         config = EngineConfig(
             quantization=quantization,
@@ -61,7 +61,7 @@ class Pagellm:
         self.engine = LLMEngine(str(path), config)
 
     def measure(self, cell: Cell) -> float:
-        from engine.throughput import measure
+        from pagellm.engine.throughput import measure
 
         if cell.prompt:
             return measure(self.engine, 1, cell.prompt, 1, PREFILLS).prefill_tokens_per_s

@@ -35,9 +35,9 @@ from numpy.typing import NDArray
 from bench.gguf_models import PUBLISHED, model_file
 from bench.peers import LOGITS_WINDOW as WINDOW
 from bench.peers import LlamaCpp
-from engine import LLM
-from engine.config import usable_cores
-from engine.tokenizer import Tokenizer
+from pagellm.engine import LLM
+from pagellm.engine.config import usable_cores
+from pagellm.engine.tokenizer import Tokenizer
 
 TEXT = Path(__file__).with_name("quality_text.txt")
 SLICE = 64  # rows of logits that are turned to probabilities at a time

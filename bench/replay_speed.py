@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from engine.config import EngineConfig
-from sim import CostModel, Simulator, Trace, Workload, synthesise
+from pagellm.engine.config import EngineConfig
+from pagellm.sim import CostModel, Simulator, Trace, Workload, synthesise
 
 CONFIG = EngineConfig(block_size=64, max_num_seqs=256, max_num_batched_tokens=8192)
 EFFICIENCY = 0.6  # of the peak rates: about what serving engines reach

@@ -36,9 +36,9 @@ from bench.bench_kernels import (
     seconds_in_turns,
 )
 from bench.machine import bandwidth_gb_s, peak_gops
-from engine.config import usable_cores
-from kernels.packing import panels_size
-from kernels.threads import ThreadTeam
+from pagellm.engine.config import usable_cores
+from pagellm.kernels.packing import panels_size
+from pagellm.kernels.threads import ThreadTeam
 
 TOKENS = (1, 4, 16, 64, 512)
 MATRICES = ((960, 576), (576, 576), (3072, 576), (576, 1536))  # (N, K) of qkv, output, up with gate, down

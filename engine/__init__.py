@@ -2,10 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
+if __name__ != "pagellm.engine":
+    raise ImportError("engine: import it as pagellm.engine", name=__name__)
+
 if TYPE_CHECKING:
-    from engine.beam_search import BeamSearchParams
-    from engine.config import EngineConfig
-    from engine.errors import (
+    from pagellm.engine.beam_search import BeamSearchParams
+    from pagellm.engine.config import EngineConfig
+    from pagellm.engine.errors import (
         CheckpointError,
         ConfigError,
         PagellmError,
@@ -15,11 +18,11 @@ if TYPE_CHECKING:
         RequestError,
         TraceError,
     )
-    from engine.llm import LLM
-    from engine.llm_engine import LLMEngine
-    from engine.outputs import CompletionOutput, FinishReason, Metrics, RequestOutput
-    from engine.policies import SchedulingPolicy
-    from engine.sampling_params import SamplingParams
+    from pagellm.engine.llm import LLM
+    from pagellm.engine.llm_engine import LLMEngine
+    from pagellm.engine.outputs import CompletionOutput, FinishReason, Metrics, RequestOutput
+    from pagellm.engine.sampling_params import SamplingParams
+    from pagellm.engine.scheduling.policies import SchedulingPolicy
 
 _MODULES = {
     "LLM": "llm",
@@ -27,7 +30,7 @@ _MODULES = {
     "EngineConfig": "config",
     "SamplingParams": "sampling_params",
     "BeamSearchParams": "beam_search",
-    "SchedulingPolicy": "policies",
+    "SchedulingPolicy": "scheduling.policies",
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",
     "FinishReason": "outputs",
@@ -66,7 +69,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
-        raise AttributeError(f"module 'engine' has no attribute {name!r}")
+        raise AttributeError(f"module 'pagellm.engine' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"engine.{_MODULES[name]}"), name)
+    return getattr(import_module(f"pagellm.engine.{_MODULES[name]}"), name)

@@ -7,10 +7,10 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from engine.errors import RequestError
-from engine.llm_engine import LLMEngine
-from engine.outputs import CompletionOutput, FinishReason, RequestOutput
-from engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from pagellm.engine.errors import RequestError
+from pagellm.engine.llm_engine import LLMEngine
+from pagellm.engine.outputs import CompletionOutput, FinishReason, RequestOutput
+from pagellm.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 
 
 @dataclass(frozen=True)

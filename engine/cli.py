@@ -1,69 +1,29 @@
-"""The command `pagellm`: arguments in, text or JSON out. Everything else is the API's business.
-
-Standard output carries results alone; progress and errors go to standard error. Exit status 0, 2 with one
-line for bad input, 130 after Ctrl-C.
-"""
+"""The engine's commands: arguments in, text or JSON out. Everything else is the API's business."""
 
 import argparse
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
-from io import TextIOWrapper
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from engine.config import DEFAULT_MODEL, PREEMPTIONS, QUANTIZATIONS, EngineConfig
-from engine.errors import PagellmError, RequestError
-from engine.outputs import RequestOutput
-from engine.policies import POLICIES
-from engine.sampling_params import SamplingParams
+from pagellm.engine.config import DEFAULT_MODEL, PREEMPTIONS, QUANTIZATIONS, EngineConfig
+from pagellm.engine.errors import RequestError
+from pagellm.engine.outputs import RequestOutput
+from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.scheduling.policies import POLICIES
 
 if TYPE_CHECKING:
-    from engine.llm import LLM
+    from pagellm.engine.llm import LLM
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status."""
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a ?
-    try:
-        parser, commands = _parser()
-        arguments = sys.argv[1:] if arguments is None else arguments
-        if not (arguments and arguments[0] in commands.choices):
-            _add_other_commands(commands)
-        options = parser.parse_args(arguments)
-        command: Callable[[argparse.Namespace], None] = options.command
-        command(options)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except PagellmError as error:
-        print(f"pagellm: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except (OSError, UnicodeError) as error:
-        if isinstance(error, OSError):
-            # What is still in the buffer cannot be written at exit either.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):  # otherwise the reader has gone (`pagellm ... | head`)
-            print(f"pagellm: standard input or output: {error}", file=sys.stderr)
-            return 2
-    return 0
+def add_commands(commands: "argparse._SubParsersAction[Any]") -> None:
+    """Adds `generate`, `chat`, `bench` and `warmup`.
 
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
-def _parser() -> "tuple[argparse.ArgumentParser, argparse._SubParsersAction[Any]]":
-    parser = _Parser(prog="pagellm", description="Serve small language models on CPUs.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
-
+    After parsing, `options.command(options)` runs the chosen one, which raises `PagellmError` for bad input.
+    """
     generate = commands.add_parser("generate", help="continue texts", description=_generate.__doc__)
     generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="standard input if there is none")
     generate.add_argument("--chat", action="store_true", help="ask each prompt as a chat's first message")
@@ -93,15 +53,6 @@ def _parser() -> "tuple[argparse.ArgumentParser, argparse._SubParsersAction[Any]
     )
     warmup.add_argument("--json", action="store_true", help="print JSON for machines")
     warmup.set_defaults(command=_warmup)
-    return parser, commands
-
-
-def _add_other_commands(commands: "argparse._SubParsersAction[Any]") -> None:
-    """Adds what other packages of the distribution have to offer, whom the engine does not know."""
-    from importlib.metadata import entry_points
-
-    for entry_point in entry_points(group="pagellm.commands"):
-        entry_point.load()(commands)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -186,7 +137,7 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
 
 def _llm(options: argparse.Namespace) -> "LLM":
     config = engine_config(options)
-    from engine.llm import LLM
+    from pagellm.engine.llm import LLM
 
     return LLM(options.model, config=config)
 
@@ -293,7 +244,7 @@ def _answer(llm: "LLM", messages: list[dict[str, str]], params: SamplingParams, 
 
 def _bench(options: argparse.Namespace) -> None:
     """Measure prefill and decode speed, in tokens a second, with random prompts."""
-    from engine.throughput import measure
+    from pagellm.engine.throughput import measure
 
     for name in ("prefill", "decode", "repeat"):
         if getattr(options, name) < 1:
@@ -318,7 +269,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 def _warmup(options: argparse.Namespace) -> None:
     """Compile the kernels for this machine, or see that they are in the cache."""
-    from engine.compilation import compile_kernels
+    from pagellm.engine.compilation import compile_kernels
 
     start = time.perf_counter()
     directory = compile_kernels()
@@ -328,7 +279,3 @@ def _warmup(options: argparse.Namespace) -> None:
     else:
         where = f"kept in {directory}" if directory else "for this process only"
         print(f"kernels ready after {seconds:.1f} s, {where}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,19 +15,19 @@ import numba
 import numpy as np
 from numba.core import event
 
-import kernels
-from engine.block_manager import BlockManager
-from engine.cache import cache_dir
-from engine.config import EngineConfig
-from engine.model_runner import ModelRunner
-from engine.progress import progress
-from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler
-from engine.sequence import Sequence
-from kernels.activation import SILU_GATED
-from kernels.jit import cache_on_disk
-from kernels.packing import FLOAT32, aligned_zeros, encode, pack_blocks
-from kernels.transformer import LAYER_PARTS, Architecture, Weights, lay_out
+from pagellm import kernels
+from pagellm.engine.cache import cache_dir
+from pagellm.engine.config import EngineConfig
+from pagellm.engine.model_runner import ModelRunner
+from pagellm.engine.progress import progress
+from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.scheduling.block_manager import BlockManager
+from pagellm.engine.scheduling.scheduler import Scheduler
+from pagellm.engine.scheduling.sequence import Sequence
+from pagellm.kernels.activation import SILU_GATED
+from pagellm.kernels.jit import cache_on_disk
+from pagellm.kernels.packing import FLOAT32, aligned_zeros, encode, pack_blocks
+from pagellm.kernels.transformer import LAYER_PARTS, Architecture, Weights, lay_out
 
 # What a full compilation reports; a wrong number only makes the bar end early or late.
 _NUM_COMPILATIONS = 150

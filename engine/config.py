@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from engine.errors import ConfigError
+from pagellm.engine.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MAX_THREADS = 1024

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.beam_search import BeamSearch, BeamSearchParams
-from engine.config import DEFAULT_MODEL, EngineConfig
-from engine.errors import PagellmError, RequestError
-from engine.llm_engine import LLMEngine
-from engine.outputs import CompletionOutput, FinishReason, RequestOutput
-from engine.sampling_params import SamplingParams
-from engine.tokenizer import Tokenizer
+from pagellm.engine.beam_search import BeamSearch, BeamSearchParams
+from pagellm.engine.config import DEFAULT_MODEL, EngineConfig
+from pagellm.engine.errors import PagellmError, RequestError
+from pagellm.engine.llm_engine import LLMEngine
+from pagellm.engine.outputs import CompletionOutput, FinishReason, RequestOutput
+from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]

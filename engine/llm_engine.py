@@ -15,21 +15,21 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.block_manager import BlockManager, TransferKind
-from engine.checkpoints import Checkpoint, open_checkpoint, resolve_model
-from engine.compilation import compile_kernels
-from engine.config import EngineConfig, usable_cores
-from engine.errors import ConfigError, RequestError
-from engine.model_runner import ModelRunner, RunnerOutput
-from engine.models import ModelSpec, read_spec
-from engine.outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprob
-from engine.sampling_params import SamplingParams
-from engine.scheduler import Preemption, PreemptionCosts, ScheduledBatch, Scheduler
-from engine.sequence import Sequence
-from engine.step_log import StepLogFile, StepRecord, StepRecorder
-from engine.stopping import StopChecker
-from engine.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer
-from engine.weights import architecture_of, formats_of, kv_bytes_per_token, load_weights
+from pagellm.engine.checkpoints import Checkpoint, open_checkpoint, resolve_model
+from pagellm.engine.compilation import compile_kernels
+from pagellm.engine.config import EngineConfig, usable_cores
+from pagellm.engine.errors import ConfigError, RequestError
+from pagellm.engine.model_runner import ModelRunner, RunnerOutput
+from pagellm.engine.models import ModelSpec, read_spec
+from pagellm.engine.outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprob
+from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.scheduling.block_manager import BlockManager, TransferKind
+from pagellm.engine.scheduling.scheduler import Preemption, PreemptionCosts, ScheduledBatch, Scheduler
+from pagellm.engine.scheduling.sequence import Sequence
+from pagellm.engine.step_log import StepLogFile, StepRecord, StepRecorder
+from pagellm.engine.stopping import StopChecker
+from pagellm.engine.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer
+from pagellm.engine.weights import architecture_of, formats_of, kv_bytes_per_token, load_weights
 
 # How much of what was measured before a step is kept after it.
 _REMEMBERED = 0.75

@@ -11,16 +11,16 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.block_manager import Transfer, TransferKind
-from engine.config import EngineConfig
-from engine.outputs import TokenLogprob
-from engine.scheduler import ScheduledBatch
-from engine.sequence import Sequence
-from engine.swap_space import FileSwapSpace, MemorySwapSpace, SwapSpace
-from engine.weights import kv_format
-from kernels.attention import KEY_CHUNK, key_cache_size, value_cache_size
-from kernels.threads import ThreadTeam
-from kernels.transformer import (
+from pagellm.engine.config import EngineConfig
+from pagellm.engine.outputs import TokenLogprob
+from pagellm.engine.scheduling.block_manager import Transfer, TransferKind
+from pagellm.engine.scheduling.scheduler import ScheduledBatch
+from pagellm.engine.scheduling.sequence import Sequence
+from pagellm.engine.swap_space import FileSwapSpace, MemorySwapSpace, SwapSpace
+from pagellm.engine.weights import kv_format
+from pagellm.kernels.attention import KEY_CHUNK, key_cache_size, value_cache_size
+from pagellm.kernels.threads import ThreadTeam
+from pagellm.kernels.transformer import (
     NUM_FLOATS,
     NUM_INTEGERS,
     Architecture,

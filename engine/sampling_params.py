@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from engine.errors import RequestError
+from pagellm.engine.errors import RequestError
 
 MAX_LOGPROBS = 100
 # Keeps every product and sum of a logit within float32.

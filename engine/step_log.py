@@ -9,9 +9,9 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from engine.errors import ConfigError
-from engine.scheduler import ScheduledBatch, Scheduler
-from engine.sequence import Sequence, SequenceStatus
+from pagellm.engine.errors import ConfigError
+from pagellm.engine.scheduling.scheduler import ScheduledBatch, Scheduler
+from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
 
 StepRecord = dict[str, Any]
 

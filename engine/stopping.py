@@ -1,6 +1,6 @@
 """Stop strings: where a growing text ends, also when a stop string spans several tokens."""
 
-from engine.sampling_params import SamplingParams
+from pagellm.engine.sampling_params import SamplingParams
 
 
 class StopChecker:

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import ConfigError
+from pagellm.engine.errors import ConfigError
 
 
 class SwapSpace(Protocol):

@@ -5,9 +5,9 @@ import time
 from dataclasses import dataclass
 from statistics import median
 
-from engine.errors import RequestError
-from engine.llm_engine import LLMEngine
-from engine.sampling_params import SamplingParams
+from pagellm.engine.errors import RequestError
+from pagellm.engine.llm_engine import LLMEngine
+from pagellm.engine.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)

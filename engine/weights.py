@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.checkpoints import Checkpoint, Tensor
-from engine.errors import CheckpointError
-from engine.models import ModelSpec, Source
-from engine.progress import progress
-from kernels import activation, transformer
-from kernels.attention import token_words
-from kernels.packing import (
+from pagellm.engine.checkpoints import Checkpoint, Tensor
+from pagellm.engine.errors import CheckpointError
+from pagellm.engine.models import ModelSpec, Source
+from pagellm.engine.progress import progress
+from pagellm.kernels import activation, transformer
+from pagellm.kernels.attention import token_words
+from pagellm.kernels.packing import (
     BFLOAT16,
     BLOCK,
     FLOAT32,
@@ -29,7 +29,7 @@ from kernels.packing import (
     pack_blocks,
     padded,
 )
-from kernels.transformer import Architecture, Weights
+from pagellm.kernels.transformer import Architecture, Weights
 
 # Bytes of float32 that one read may take: large enough to be quick, small beside any model.
 _READ_BYTES = 8 << 20

@@ -5,7 +5,7 @@ Run it where this file is: pagellm generate --policy chats_and_jobs:ChatsAndJobs
 
 from collections import Counter
 
-from engine import SchedulingPolicy
+from pagellm.engine import SchedulingPolicy
 
 
 class ChatsAndJobs(SchedulingPolicy):

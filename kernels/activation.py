@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from kernels.jit import kernel
-from kernels.simd import LANES, broadcast, exp, fma, load, store
+from pagellm.kernels.jit import kernel
+from pagellm.kernels.simd import LANES, broadcast, exp, fma, load, store
 
 SILU_GATED, GELU_TANH, GELU, RELU = 0, 1, 2, 3
 

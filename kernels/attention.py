@@ -17,7 +17,7 @@ dimension as float32 or two as bfloat16.
 
 import numpy as np
 
-from kernels.attention_products import (
+from pagellm.kernels.attention_products import (
     KEY_TILE,
     TILE_COLUMNS,
     add_values,
@@ -28,8 +28,8 @@ from kernels.attention_products import (
     side_by_side,
     tile_blocks,
 )
-from kernels.jit import kernel, plain, shared
-from kernels.packing import (
+from pagellm.kernels.jit import kernel, plain, shared
+from pagellm.kernels.packing import (
     BLOCK,
     CHUNK,
     FLOAT32,
@@ -39,7 +39,7 @@ from kernels.packing import (
     pack_row,
     padded_rows,
 )
-from kernels.simd import (
+from pagellm.kernels.simd import (
     LANES,
     broadcast,
     exp,
@@ -53,7 +53,7 @@ from kernels.simd import (
     store,
     store_bfloat16,
 )
-from kernels.threads import next_item
+from pagellm.kernels.threads import next_item
 
 KEY_CHUNK = 512
 QUERY_TILE_ROWS = 96

@@ -12,9 +12,9 @@ A score is one chain of multiply-adds over the dimensions in order, a sum of val
 from functools import partial
 from typing import Any
 
-from kernels.jit import by_height, kernel
-from kernels.packing import CHUNK, FLOAT32, GROUP, PANEL, activation_place
-from kernels.simd import (
+from pagellm.kernels.jit import by_height, kernel
+from pagellm.kernels.packing import CHUNK, FLOAT32, GROUP, PANEL, activation_place
+from pagellm.kernels.simd import (
     LANES,
     PAIR_WORDS,
     REGISTERS_PER_VECTOR,

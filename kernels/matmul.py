@@ -9,8 +9,8 @@ Only M and N are ever split; a tile keeps all of its accumulators in registers.
 from functools import partial
 from typing import Any
 
-from kernels.jit import by_height, kernel
-from kernels.packing import (
+from pagellm.kernels.jit import by_height, kernel
+from pagellm.kernels.packing import (
     BFLOAT16,
     CHUNK,
     FLOAT32,
@@ -33,7 +33,7 @@ from kernels.packing import (
     padded_rows,
     panel_block_words,
 )
-from kernels.simd import (
+from pagellm.kernels.simd import (
     INT8_OFFSET,
     LANES,
     PAIR_WORDS,
@@ -49,7 +49,7 @@ from kernels.simd import (
     start_tile,
     write_tile,
 )
-from kernels.threads import next_item
+from pagellm.kernels.threads import next_item
 
 _VECTORS = PANEL // LANES
 # Rows of a tile of 32-bit sums; the integer formats keep two sums an element, so theirs has half as many.

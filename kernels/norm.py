@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from kernels.jit import kernel
-from kernels.simd import LANES, broadcast, fma, load, reduce_add, store
+from pagellm.kernels.jit import kernel
+from pagellm.kernels.simd import LANES, broadcast, fma, load, reduce_add, store
 
 
 @kernel

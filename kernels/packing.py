@@ -23,8 +23,8 @@ The sizes follow the number of vector registers of the host.
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.jit import entry_point, kernel, shared
-from kernels.simd import (
+from pagellm.kernels.jit import entry_point, kernel, shared
+from pagellm.kernels.simd import (
     INT4_PAIRS,
     INT8_OFFSET,
     LANES,

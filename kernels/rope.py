@@ -1,7 +1,7 @@
 """Rotary position embeddings (Su et al. 2021) in the half-split form: dimension i turns with i + D/2."""
 
-from kernels.jit import kernel
-from kernels.simd import LANES, load, store
+from pagellm.kernels.jit import kernel
+from pagellm.kernels.simd import LANES, load, store
 
 
 @kernel

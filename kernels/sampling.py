@@ -14,8 +14,8 @@ import math
 
 import numpy as np
 
-from kernels.jit import kernel
-from kernels.simd import (
+from pagellm.kernels.jit import kernel
+from pagellm.kernels.simd import (
     LANES,
     broadcast,
     exp,

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.jit import entry_point, inlined, kernel
-from kernels.simd import (
+from pagellm.kernels.jit import entry_point, inlined, kernel
+from pagellm.kernels.simd import (
     acquire_lock,
     atomic_add,
     atomic_exchange,

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.activation import SILU_GATED, activate
-from kernels.attention import (
+from pagellm.kernels.activation import SILU_GATED, activate
+from pagellm.kernels.attention import (
     attention,
     choose_heads_per_item,
     key_cache_size,
@@ -27,11 +27,11 @@ from kernels.attention import (
     store_scratch_size,
     value_cache_size,
 )
-from kernels.attention_products import TILE_COLUMNS
-from kernels.jit import entry_point, kernel, plain
-from kernels.matmul import matmul
-from kernels.norm import normalize
-from kernels.packing import (
+from pagellm.kernels.attention_products import TILE_COLUMNS
+from pagellm.kernels.jit import entry_point, kernel, plain
+from pagellm.kernels.matmul import matmul
+from pagellm.kernels.norm import normalize
+from pagellm.kernels.packing import (
     BLOCK,
     GROUP,
     PANEL,
@@ -43,10 +43,10 @@ from kernels.packing import (
     panels_size,
     unpack_column,
 )
-from kernels.rope import rotate
-from kernels.sampling import has_softmax, log_sum_exp, penalize, sample, top_tokens
-from kernels.simd import LANES
-from kernels.threads import barrier, new_counters, next_item, next_rows, share_call
+from pagellm.kernels.rope import rotate
+from pagellm.kernels.sampling import has_softmax, log_sum_exp, penalize, sample, top_tokens
+from pagellm.kernels.simd import LANES
+from pagellm.kernels.threads import barrier, new_counters, next_item, next_rows, share_call
 
 # Columns of the tables of offsets and formats, one row a layer. A "_B" is the bias or shift of the matrix or
 # norm before.

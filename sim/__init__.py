@@ -2,37 +2,40 @@
 
 from typing import TYPE_CHECKING, Any
 
+if __name__ != "pagellm.sim":
+    raise ImportError("sim: import it as pagellm.sim", name=__name__)
+
 if TYPE_CHECKING:
-    from sim.cost_model import CostModel
-    from sim.metrics import MetricsCollector, Report
-    from sim.prompt_tokens import PromptTokens
-    from sim.report import compare, load_report, to_html
-    from sim.simulator import Simulator
-    from sim.sweep import CostSource, Sweep, SweepResult, TraceFile
-    from sim.sweep_grid import Grid, Slo
-    from sim.synth import Workload, synthesise
-    from sim.trace import Trace
-    from sim.trace_request import TraceRequest
+    from pagellm.sim.costs.cost_model import CostModel
+    from pagellm.sim.report.metrics import MetricsCollector, Report
+    from pagellm.sim.report.report import compare, load_report, to_html
+    from pagellm.sim.simulator import Simulator
+    from pagellm.sim.sweep.grid import Grid, Slo
+    from pagellm.sim.sweep.sweep import CostSource, Sweep, SweepResult, TraceFile
+    from pagellm.sim.traces.prompt_tokens import PromptTokens
+    from pagellm.sim.traces.request import TraceRequest
+    from pagellm.sim.traces.synth import Workload, synthesise
+    from pagellm.sim.traces.trace import Trace
 
 _MODULES = {
-    "CostModel": "cost_model",
-    "CostSource": "sweep",
-    "Grid": "sweep_grid",
-    "MetricsCollector": "metrics",
-    "PromptTokens": "prompt_tokens",
-    "Report": "metrics",
+    "CostModel": "costs.cost_model",
+    "CostSource": "sweep.sweep",
+    "Grid": "sweep.grid",
+    "MetricsCollector": "report.metrics",
+    "PromptTokens": "traces.prompt_tokens",
+    "Report": "report.metrics",
     "Simulator": "simulator",
-    "Slo": "sweep_grid",
-    "Sweep": "sweep",
-    "SweepResult": "sweep",
-    "Trace": "trace",
-    "TraceFile": "sweep",
-    "TraceRequest": "trace_request",
-    "Workload": "synth",
-    "compare": "report",
-    "load_report": "report",
-    "synthesise": "synth",
-    "to_html": "report",
+    "Slo": "sweep.grid",
+    "Sweep": "sweep.sweep",
+    "SweepResult": "sweep.sweep",
+    "Trace": "traces.trace",
+    "TraceFile": "sweep.sweep",
+    "TraceRequest": "traces.request",
+    "Workload": "traces.synth",
+    "compare": "report.report",
+    "load_report": "report.report",
+    "synthesise": "traces.synth",
+    "to_html": "report.report",
 }
 
 __all__ = [
@@ -59,7 +62,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
-        raise AttributeError(f"module 'sim' has no attribute {name!r}")
+        raise AttributeError(f"module 'pagellm.sim' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"sim.{_MODULES[name]}"), name)
+    return getattr(import_module(f"pagellm.sim.{_MODULES[name]}"), name)

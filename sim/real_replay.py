@@ -5,16 +5,16 @@ from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import TYPE_CHECKING
 
-from engine.errors import RequestError, TraceError
-from engine.outputs import FinishReason
-from engine.sampling_params import SamplingParams
-from sim.metrics import MetricsCollector, Report
-from sim.prompt_tokens import PromptTokens
-from sim.trace import Trace
-from sim.trace_request import TraceRequest
+from pagellm.engine.errors import RequestError, TraceError
+from pagellm.engine.outputs import FinishReason
+from pagellm.engine.sampling_params import SamplingParams
+from pagellm.sim.report.metrics import MetricsCollector, Report
+from pagellm.sim.traces.prompt_tokens import PromptTokens
+from pagellm.sim.traces.request import TraceRequest
+from pagellm.sim.traces.trace import Trace
 
 if TYPE_CHECKING:
-    from engine.llm_engine import LLMEngine
+    from pagellm.engine.llm_engine import LLMEngine
 
 
 def replay_for_real(

@@ -3,8 +3,8 @@
 from collections.abc import Sequence as Items
 from typing import Protocol
 
-from engine.scheduler import Scheduler
-from engine.sequence import Sequence
+from pagellm.engine.scheduling.scheduler import Scheduler
+from pagellm.engine.scheduling.sequence import Sequence
 
 
 class Replica(Protocol):

@@ -15,19 +15,19 @@ from itertools import islice
 from os import PathLike
 from typing import Any
 
-from engine.block_manager import BlockManager
-from engine.config import EngineConfig
-from engine.errors import ConfigError, PagellmError, RequestError, TraceError
-from engine.sampling_params import SamplingParams
-from engine.scheduler import ScheduledBatch, Scheduler
-from engine.sequence import Sequence, SequenceStatus
-from engine.step_log import StepLogFile, StepRecorder
-from sim.cost_model import CostModel
-from sim.metrics import MetricsCollector, Report
-from sim.prompt_tokens import PromptTokens
-from sim.router import ROUTERS, Router
-from sim.trace import Trace
-from sim.trace_request import MAX_LEN, TraceRequest
+from pagellm.engine.config import EngineConfig
+from pagellm.engine.errors import ConfigError, PagellmError, RequestError, TraceError
+from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.scheduling.block_manager import BlockManager
+from pagellm.engine.scheduling.scheduler import ScheduledBatch, Scheduler
+from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
+from pagellm.engine.step_log import StepLogFile, StepRecorder
+from pagellm.sim.costs.cost_model import CostModel
+from pagellm.sim.report.metrics import MetricsCollector, Report
+from pagellm.sim.router import ROUTERS, Router
+from pagellm.sim.traces.prompt_tokens import PromptTokens
+from pagellm.sim.traces.request import MAX_LEN, TraceRequest
+from pagellm.sim.traces.trace import Trace
 
 
 class EventKind(IntEnum):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
-from engine import LLM, CheckpointError
+from pagellm.engine import LLM, CheckpointError
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
 

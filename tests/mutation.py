@@ -25,7 +25,7 @@ SUITE = (
     "tests/properties/test_scheduler.py",
 )
 MANAGER, CACHE, SCHEDULER, POLICIES = (
-    f"engine/{name}.py" for name in ("block_manager", "prefix_cache", "scheduler", "policies")
+    f"engine/scheduling/{name}.py" for name in ("block_manager", "prefix_cache", "scheduler", "policies")
 )
 TIMEOUT_S = 300
 
@@ -453,9 +453,9 @@ def unnoticed(bug: Bug) -> str | None:
     """Runs the suite on a copy with the bug; None if it fails, as it should."""
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory)
-        for folder in ("engine", "tests"):
+        for folder in ("pagellm", "engine", "tests"):
             ignored = shutil.ignore_patterns("__pycache__", "fixtures")
-            shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
+            shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=ignored)
         path = copy / bug.file
         code = path.read_text("utf-8")
         if code.count(bug.before) != 1:

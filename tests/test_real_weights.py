@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from engine import LLM, SamplingParams
-from engine.cli import main
+from pagellm.__main__ import main
+from pagellm.engine import LLM, SamplingParams
 
 pytestmark = pytest.mark.weights
 

@@ -7,9 +7,9 @@ knows nothing of architectures, of tokenizers or of how weights are laid out for
 
 from pathlib import Path
 
-from engine.checkpoints.base import Checkpoint, Tensor
-from engine.checkpoints.resolve import resolve_model
-from engine.errors import CheckpointError
+from pagellm.engine.checkpoints.base import Checkpoint, Tensor
+from pagellm.engine.checkpoints.resolve import resolve_model
+from pagellm.engine.errors import CheckpointError
 
 __all__ = ["Checkpoint", "Tensor", "open_checkpoint", "resolve_model"]
 
@@ -21,11 +21,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        from engine.checkpoints.huggingface import open_huggingface
+        from pagellm.engine.checkpoints.huggingface import open_huggingface
 
         return open_huggingface(path)
     if path.is_file():
-        from engine.checkpoints.gguf import open_gguf
+        from pagellm.engine.checkpoints.gguf import open_gguf
 
         return open_gguf(path)
     raise CheckpointError(f"{path}: not found; expected a directory with config.json or a .gguf file")

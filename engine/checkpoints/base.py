@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import CheckpointError
+from pagellm.engine.errors import CheckpointError
 
 # (elements, bytes) of the smallest piece that can be read alone.
 BLOCK_SIZES = {

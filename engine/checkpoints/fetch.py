@@ -19,9 +19,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.cache import cache_dir
-from engine.errors import CheckpointError
-from engine.progress import progress as progress_bar
+from pagellm.engine.cache import cache_dir
+from pagellm.engine.errors import CheckpointError
+from pagellm.engine.progress import progress as progress_bar
 
 WORK_PREFIX = ".fetch-"
 # A killed process leaves its work directory behind; no fetch takes this long.

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.checkpoints.base import BLOCK_SIZES, SUPPORTED_DTYPES, Checkpoint, Tensor, WeightFile
-from engine.errors import CheckpointError
+from pagellm.engine.checkpoints.base import BLOCK_SIZES, SUPPORTED_DTYPES, Checkpoint, Tensor, WeightFile
+from pagellm.engine.errors import CheckpointError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

@@ -13,8 +13,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from engine.checkpoints.base import BLOCK_SIZES, Checkpoint, Tensor, WeightFile
-from engine.errors import CheckpointError
+from pagellm.engine.checkpoints.base import BLOCK_SIZES, Checkpoint, Tensor, WeightFile
+from pagellm.engine.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

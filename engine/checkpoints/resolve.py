@@ -8,11 +8,11 @@ import os
 import re
 from pathlib import Path
 
-from engine.checkpoints.fetch import KnownModel, fetch
-from engine.checkpoints.gguf import MAGIC
-from engine.checkpoints.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, missing_weights
-from engine.config import DEFAULT_MODEL
-from engine.errors import CheckpointError
+from pagellm.engine.checkpoints.fetch import KnownModel, fetch
+from pagellm.engine.checkpoints.gguf import MAGIC
+from pagellm.engine.checkpoints.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, missing_weights
+from pagellm.engine.config import DEFAULT_MODEL
+from pagellm.engine.errors import CheckpointError
 
 KNOWN_MODELS = {
     model.name: model

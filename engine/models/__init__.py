@@ -1,9 +1,9 @@
 """One small file an architecture: a checkpoint's config and tensor names become one `ModelSpec`."""
 
-from engine.checkpoints import Checkpoint
-from engine.errors import CheckpointError
-from engine.models import gpt2, llama
-from engine.models.spec import ModelSpec, Source
+from pagellm.engine.checkpoints import Checkpoint
+from pagellm.engine.errors import CheckpointError
+from pagellm.engine.models import gpt2, llama
+from pagellm.engine.models.spec import ModelSpec, Source
 
 __all__ = ["ModelSpec", "Source", "read_spec"]
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.errors import CheckpointError
+from pagellm.engine.errors import CheckpointError
 
 _REQUIRED = object()
 

@@ -3,9 +3,9 @@
 GPT-3-shaped configurations are the same architecture at other sizes.
 """
 
-from engine.checkpoints import Checkpoint
-from engine.models.fields import Fields
-from engine.models.spec import ModelSpec, Parts, Source
+from pagellm.engine.checkpoints import Checkpoint
+from pagellm.engine.models.fields import Fields
+from pagellm.engine.models.spec import ModelSpec, Parts, Source
 
 _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",

@@ -3,10 +3,10 @@
 Llama, Mistral and Qwen2 differ here only in which projections have a bias.
 """
 
-from engine.checkpoints import Checkpoint
-from engine.models import rope
-from engine.models.fields import Fields
-from engine.models.spec import ModelSpec, Parts, Source
+from pagellm.engine.checkpoints import Checkpoint
+from pagellm.engine.models import rope
+from pagellm.engine.models.fields import Fields
+from pagellm.engine.models.spec import ModelSpec, Parts, Source
 
 
 def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:

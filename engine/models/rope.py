@@ -2,8 +2,8 @@
 
 import math
 
-from engine.errors import CheckpointError
-from engine.models.fields import Fields
+from pagellm.engine.errors import CheckpointError
+from pagellm.engine.models.fields import Fields
 
 
 def frequencies(rotary_dim: int, theta: float) -> tuple[float, ...]:

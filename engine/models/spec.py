@@ -7,7 +7,7 @@ or how the kernels lay them out.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from engine.errors import CheckpointError
+from pagellm.engine.errors import CheckpointError
 
 
 @dataclass(frozen=True)

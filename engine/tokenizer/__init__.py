@@ -5,10 +5,10 @@ In the order in which data flows: `directory`, `tokenizer_json` and `gguf_metada
 `chat_template` makes prompts of conversations.
 """
 
-from engine.tokenizer.chat_template import ChatTemplate
-from engine.tokenizer.detokenizer import IncrementalDetokenizer
-from engine.tokenizer.loading import load_tokenizer
-from engine.tokenizer.spec import TokenizerSpec
-from engine.tokenizer.tokenizer import Tokenizer
+from pagellm.engine.tokenizer.chat_template import ChatTemplate
+from pagellm.engine.tokenizer.detokenizer import IncrementalDetokenizer
+from pagellm.engine.tokenizer.loading import load_tokenizer
+from pagellm.engine.tokenizer.spec import TokenizerSpec
+from pagellm.engine.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["ChatTemplate", "IncrementalDetokenizer", "Tokenizer", "TokenizerSpec", "load_tokenizer"]

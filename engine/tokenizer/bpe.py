@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 
-from engine.errors import CheckpointError
-from engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
-from engine.tokenizer.checks import found
+from pagellm.engine.errors import CheckpointError
+from pagellm.engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
+from pagellm.engine.tokenizer.checks import found
 
 _NO_MERGE = -1
 

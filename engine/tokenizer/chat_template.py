@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import CheckpointError, RequestError
-from engine.tokenizer.checks import found
+from pagellm.engine.errors import CheckpointError, RequestError
+from pagellm.engine.tokenizer.checks import found
 
 if TYPE_CHECKING:
-    from engine.tokenizer.template_sandbox import SandboxedTemplate
+    from pagellm.engine.tokenizer.template_sandbox import SandboxedTemplate
 
 
 class ChatTemplate:
@@ -60,7 +60,7 @@ class ChatTemplate:
     @cached_property
     def _template(self) -> "SandboxedTemplate":
         try:
-            from engine.tokenizer.template_sandbox import SandboxedTemplate
+            from pagellm.engine.tokenizer.template_sandbox import SandboxedTemplate
         except ImportError as error:
             raise CheckpointError(f"chat templates need jinja2 3.1 or later: {error}") from error
         return SandboxedTemplate(self.source)

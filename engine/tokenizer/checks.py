@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-from engine.errors import CheckpointError
+from pagellm.engine.errors import CheckpointError
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ until the rest comes. It knows nothing of stop strings or of the request.
 from codecs import getincrementaldecoder
 from collections.abc import Iterable
 
-from engine.tokenizer.tokenizer import Tokenizer
+from pagellm.engine.tokenizer.tokenizer import Tokenizer
 
 
 class IncrementalDetokenizer:

@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine.errors import CheckpointError
-from engine.tokenizer.added_tokens import AddedToken
-from engine.tokenizer.checks import expect, found, read_json_object, read_json_object_if_present
-from engine.tokenizer.pretokenizers import Pretokenizer
-from engine.tokenizer.spec import NO_TOKENIZER, TokenizerSpec
-from engine.tokenizer.tokenizer_json import check_vocab, read_added_token, read_tokenizer_json
+from pagellm.engine.errors import CheckpointError
+from pagellm.engine.tokenizer.added_tokens import AddedToken
+from pagellm.engine.tokenizer.checks import expect, found, read_json_object, read_json_object_if_present
+from pagellm.engine.tokenizer.pretokenizers import Pretokenizer
+from pagellm.engine.tokenizer.spec import NO_TOKENIZER, TokenizerSpec
+from pagellm.engine.tokenizer.tokenizer_json import check_vocab, read_added_token, read_tokenizer_json
 
 # vocab.json and merges.txt say nothing of the pre-tokenizer; the class that wrote them does.
 _FAMILY_OF_CLASS = {"GPT2Tokenizer": "gpt2", "Qwen2Tokenizer": "qwen2"}

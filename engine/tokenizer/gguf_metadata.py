@@ -7,11 +7,11 @@ The keys are those of the GGUF specification (`tokenizer.ggml.*`). Only byte-lev
 from collections.abc import Mapping
 from typing import Any
 
-from engine.errors import CheckpointError
-from engine.tokenizer import pretokenizers
-from engine.tokenizer.added_tokens import AddedToken
-from engine.tokenizer.checks import expect, found
-from engine.tokenizer.spec import NO_TOKENIZER, TokenizerSpec
+from pagellm.engine.errors import CheckpointError
+from pagellm.engine.tokenizer import pretokenizers
+from pagellm.engine.tokenizer.added_tokens import AddedToken
+from pagellm.engine.tokenizer.checks import expect, found
+from pagellm.engine.tokenizer.spec import NO_TOKENIZER, TokenizerSpec
 
 _PREFIX = "tokenizer.ggml."
 

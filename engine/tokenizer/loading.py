@@ -6,10 +6,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from engine.errors import CheckpointError
-from engine.tokenizer.directory import read_directory
-from engine.tokenizer.gguf_metadata import read_gguf_metadata
-from engine.tokenizer.tokenizer import Tokenizer
+from pagellm.engine.errors import CheckpointError
+from pagellm.engine.tokenizer.directory import read_directory
+from pagellm.engine.tokenizer.gguf_metadata import read_gguf_metadata
+from pagellm.engine.tokenizer.tokenizer import Tokenizer
 
 
 def load_tokenizer(

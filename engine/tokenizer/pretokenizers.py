@@ -11,8 +11,8 @@ from typing import Any
 
 import regex
 
-from engine.errors import CheckpointError
-from engine.tokenizer.checks import expect, found
+from pagellm.engine.errors import CheckpointError
+from pagellm.engine.tokenizer.checks import expect, found
 
 PATTERNS: dict[str, str] = {
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",

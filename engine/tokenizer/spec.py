@@ -7,8 +7,8 @@ from one.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from engine.tokenizer.added_tokens import AddedToken
-from engine.tokenizer.pretokenizers import Pretokenizer
+from pagellm.engine.tokenizer.added_tokens import AddedToken
+from pagellm.engine.tokenizer.pretokenizers import Pretokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from engine.errors import CheckpointError, RequestError
+from pagellm.engine.errors import CheckpointError, RequestError
 
 _MAX_STEPS = 250_000
 _MAX_CHARS = 1 << 26

@@ -11,13 +11,13 @@ from operator import index
 from typing import Any
 from unicodedata import normalize
 
-from engine.errors import CheckpointError, RequestError
-from engine.tokenizer.added_tokens import AddedVocabulary
-from engine.tokenizer.bpe import Bpe
-from engine.tokenizer.byte_alphabet import token_to_bytes
-from engine.tokenizer.chat_template import ChatTemplate
-from engine.tokenizer.checks import found
-from engine.tokenizer.spec import TokenizerSpec
+from pagellm.engine.errors import CheckpointError, RequestError
+from pagellm.engine.tokenizer.added_tokens import AddedVocabulary
+from pagellm.engine.tokenizer.bpe import Bpe
+from pagellm.engine.tokenizer.byte_alphabet import token_to_bytes
+from pagellm.engine.tokenizer.chat_template import ChatTemplate
+from pagellm.engine.tokenizer.checks import found
+from pagellm.engine.tokenizer.spec import TokenizerSpec
 
 
 class Tokenizer:

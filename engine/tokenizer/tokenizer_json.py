@@ -7,12 +7,12 @@ rather than tokenized almost right.
 from pathlib import Path
 from typing import Any
 
-from engine.errors import CheckpointError
-from engine.tokenizer import pretokenizers
-from engine.tokenizer.added_tokens import AddedToken
-from engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
-from engine.tokenizer.checks import expect, found, read_json_object
-from engine.tokenizer.spec import TokenizerSpec
+from pagellm.engine.errors import CheckpointError
+from pagellm.engine.tokenizer import pretokenizers
+from pagellm.engine.tokenizer.added_tokens import AddedToken
+from pagellm.engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
+from pagellm.engine.tokenizer.checks import expect, found, read_json_object
+from pagellm.engine.tokenizer.spec import TokenizerSpec
 
 
 def read_tokenizer_json(path: Path) -> TokenizerSpec:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from engine import LLM, BeamSearchParams, FinishReason, RequestError, SamplingParams
+from pagellm.engine import LLM, BeamSearchParams, FinishReason, RequestError, SamplingParams
 from tests.conftest import model_path
 
 TINY = str(model_path("llama_tiny"))

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from engine.block_manager import BlockManager, PrefixCacheStats, TransferKind, chained_hash
-from engine.sampling_params import SamplingParams
-from engine.sequence import Sequence, SequenceStatus
+from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.scheduling.block_manager import BlockManager, PrefixCacheStats, TransferKind, chained_hash
+from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
 
 _ids = iter(range(10**9))
 

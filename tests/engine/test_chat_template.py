@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from engine.errors import CheckpointError, RequestError
-from engine.tokenizer import ChatTemplate, Tokenizer, TokenizerSpec
-from engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
-from engine.tokenizer.pretokenizers import Pretokenizer
+from pagellm.engine.errors import CheckpointError, RequestError
+from pagellm.engine.tokenizer import ChatTemplate, Tokenizer, TokenizerSpec
+from pagellm.engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
+from pagellm.engine.tokenizer.pretokenizers import Pretokenizer
 
 CHATML = """{% for message in messages %}
 <|im_start|>{{ message['role'] }}

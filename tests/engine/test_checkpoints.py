@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from engine.checkpoints import Checkpoint, open_checkpoint
-from engine.errors import CheckpointError
+from pagellm.engine.checkpoints import Checkpoint, open_checkpoint
+from pagellm.engine.errors import CheckpointError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "models"
 WEIGHTS = "model.safetensors"
@@ -152,7 +152,7 @@ def test_a_file_cut_after_opening_is_reported(tmp_path: Path) -> None:
 PEAK_MEMORY = """
 import re, sys
 import numpy as np
-from engine.checkpoints import open_checkpoint
+from pagellm.engine.checkpoints import open_checkpoint
 
 def peak_kib():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])

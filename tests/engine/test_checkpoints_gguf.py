@@ -12,8 +12,8 @@ from gguf import GGMLQuantizationType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.checkpoints import open_checkpoint
-from engine.errors import CheckpointError
+from pagellm.engine.checkpoints import open_checkpoint
+from pagellm.engine.errors import CheckpointError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "models"
 GGUF_FIXTURES = sorted(path.parent.name for path in FIXTURES.glob("*/model.gguf"))

@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 
 import pytest
 
-from engine.checkpoints import fetch, resolve, resolve_model
-from engine.checkpoints.fetch import KnownModel
-from engine.errors import CheckpointError
+from pagellm.engine.checkpoints import fetch, resolve, resolve_model
+from pagellm.engine.checkpoints.fetch import KnownModel
+from pagellm.engine.errors import CheckpointError
 
 MEMBER = "tiny_model/tiny.gguf"
 CONTENT = b"GGUF" + bytes(range(256)) * 40
@@ -88,7 +88,7 @@ def files_in(directory: Path) -> list[str]:
 def test_a_known_model_is_fetched_once(
     model: KnownModel, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("engine.progress._LONG_S", -1.0)  # every fetch is a long one
+    monkeypatch.setattr("pagellm.engine.progress._LONG_S", -1.0)  # every fetch is a long one
     path = resolve_model("tiny")
     assert path == cache / "models" / "tiny-model-1.0" / "tiny.gguf"
     assert path.read_bytes() == CONTENT

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from engine import LLM, SamplingParams, SchedulingPolicy
-from engine.cli import main
-from engine.policies import SchedulerStats
-from engine.sequence import Sequence
+from pagellm.__main__ import main
+from pagellm.engine import LLM, SamplingParams, SchedulingPolicy
+from pagellm.engine.scheduling.policies import SchedulerStats
+from pagellm.engine.scheduling.sequence import Sequence
 from tests.conftest import model_path
 
 TINY = str(model_path("llama_tiny"))
@@ -149,7 +149,7 @@ def test_a_bad_argument_is_one_line_and_status_2(
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
-    command = [sys.executable, "-m", "engine.cli", "generate", "ab", *MODEL, "--ignore-eos"]
+    command = [sys.executable, "-m", "pagellm", "generate", "ab", *MODEL, "--ignore-eos"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[2]
     )
@@ -162,7 +162,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_output_that_cannot_be_written_is_one_line() -> None:
-    command = [sys.executable, "-m", "engine.cli", "generate", "ab", *MODEL, "--ignore-eos"]
+    command = [sys.executable, "-m", "pagellm", "generate", "ab", *MODEL, "--ignore-eos"]
     with open("/dev/full", "w") as full:
         process = subprocess.run(
             command, stdout=full, stderr=subprocess.PIPE, cwd=Path(__file__).parents[2], check=False
@@ -232,7 +232,7 @@ class Nonsense(SchedulingPolicy):
     [
         (["--policy", "lottery"], "pagellm: policy: found 'lottery', expected fcfs, prefill_first,"),
         (["--policy", "no_such_module:Policy"], "pagellm: policy: 'no_such_module:Policy' cannot be loaded"),
-        (["--policy", "json:JSONDecoder"], "expected a subclass of engine.policies.SchedulingPolicy"),
+        (["--policy", "json:JSONDecoder"], "expected a subclass of pagellm.SchedulingPolicy"),
         (
             ["--policy", "tests.engine.test_cli:Nonsense"],
             "policy Nonsense: order(): found nan, expected a number",
@@ -257,7 +257,7 @@ def test_the_example_of_a_policy_is_found_beside_the_user(monkeypatch: pytest.Mo
     monkeypatch.chdir(examples)
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "engine.cli", "generate", "ab", "cd", *MODEL),
+            *(sys.executable, "-m", "pagellm", "generate", "ab", "cd", *MODEL),
             *("--max-tokens", "3", "--json", "--policy", "chats_and_jobs:ChatsAndJobs"),
         ],
         env=os.environ | {"PYTHONPATH": str(examples.parent)},

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.errors import RequestError
-from engine.tokenizer import IncrementalDetokenizer, Tokenizer, TokenizerSpec, load_tokenizer
-from engine.tokenizer.added_tokens import AddedToken
-from engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
-from engine.tokenizer.pretokenizers import Pretokenizer
+from pagellm.engine.errors import RequestError
+from pagellm.engine.tokenizer import IncrementalDetokenizer, Tokenizer, TokenizerSpec, load_tokenizer
+from pagellm.engine.tokenizer.added_tokens import AddedToken
+from pagellm.engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
+from pagellm.engine.tokenizer.pretokenizers import Pretokenizer
 from tests.engine.test_tokenizer import GPT2, any_text
 
 

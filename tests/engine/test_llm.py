@@ -5,7 +5,15 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from engine import LLM, ConfigError, FinishReason, LLMEngine, PagellmError, RequestError, SamplingParams
+from pagellm.engine import (
+    LLM,
+    ConfigError,
+    FinishReason,
+    LLMEngine,
+    PagellmError,
+    RequestError,
+    SamplingParams,
+)
 from tests.conftest import model_path
 
 TINY = str(model_path("llama_tiny"))

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from engine import CheckpointError
-from engine.checkpoints import Checkpoint, open_checkpoint
-from engine.models import ModelSpec, gpt2, read_spec
+from pagellm.engine import CheckpointError
+from pagellm.engine.checkpoints import Checkpoint, open_checkpoint
+from pagellm.engine.models import ModelSpec, gpt2, read_spec
 from tests.conftest import MODELS
 
 Edit = Callable[[dict[str, Any], dict[str, Any]], None]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine import LLM
+from pagellm.engine import LLM
 from tests.conftest import MODELS, model_path
 
 CASES = sorted(path.name for path in MODELS.iterdir() if (path / "expected.npz").exists())

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from engine.block_manager import BlockManager
-from engine.config import EngineConfig
-from engine.errors import ConfigError, PolicyError
-from engine.policies import (
+from pagellm.engine.config import EngineConfig
+from pagellm.engine.errors import ConfigError, PolicyError
+from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.scheduling.block_manager import BlockManager
+from pagellm.engine.scheduling.policies import (
     POLICIES,
     CheckedPolicy,
     EarliestDeadline,
@@ -21,9 +22,8 @@ from engine.policies import (
     WaitingQueue,
     load_policy,
 )
-from engine.sampling_params import SamplingParams
-from engine.scheduler import ScheduledBatch, Scheduler
-from engine.sequence import Sequence, SequenceStatus
+from pagellm.engine.scheduling.scheduler import ScheduledBatch, Scheduler
+from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
 
 _ids = iter(range(10**9))
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from engine import RequestError, SamplingParams
+from pagellm.engine import RequestError, SamplingParams
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,20 @@ from typing import Any
 
 import pytest
 
-from engine.block_manager import BlockManager, TransferKind
-from engine.config import EngineConfig
-from engine.errors import RequestError
-from engine.outputs import FinishReason
-from engine.sampling_params import SamplingParams
-from engine.scheduler import Admitted, Preempted, Preemption, PreemptionCosts, ScheduledBatch, Scheduler
-from engine.sequence import Sequence, SequenceStatus
+from pagellm.engine.config import EngineConfig
+from pagellm.engine.errors import RequestError
+from pagellm.engine.outputs import FinishReason
+from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.scheduling.block_manager import BlockManager, TransferKind
+from pagellm.engine.scheduling.scheduler import (
+    Admitted,
+    Preempted,
+    Preemption,
+    PreemptionCosts,
+    ScheduledBatch,
+    Scheduler,
+)
+from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
 
 EOS = 99
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine import LLM, ConfigError, SamplingParams
+from pagellm.engine import LLM, ConfigError, SamplingParams
 from tests.conftest import model_path
 
 TINY = str(model_path("llama_gqa"))

@@ -5,8 +5,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import SamplingParams
-from engine.stopping import StopChecker
+from pagellm.engine import SamplingParams
+from pagellm.engine.stopping import StopChecker
 
 _texts = st.text(alphabet="ab", max_size=12)
 _stops = st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=3)

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine import LLM, ConfigError, RequestOutput, SamplingParams
-from engine.block_manager import Transfer, TransferKind
-from engine.swap_space import FileSwapSpace, MemorySwapSpace, SwapSpace
+from pagellm.engine import LLM, ConfigError, RequestOutput, SamplingParams
+from pagellm.engine.scheduling.block_manager import Transfer, TransferKind
+from pagellm.engine.swap_space import FileSwapSpace, MemorySwapSpace, SwapSpace
 from tests.conftest import model_path
 
 TINY = str(model_path("llama_gqa"))

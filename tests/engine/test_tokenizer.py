@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.errors import CheckpointError, RequestError
-from engine.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
-from engine.tokenizer.bpe import merge_symbols
-from engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
-from engine.tokenizer.pretokenizers import PATTERN_OF_GGUF_PRE, PATTERNS, Pretokenizer
+from pagellm.engine.errors import CheckpointError, RequestError
+from pagellm.engine.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
+from pagellm.engine.tokenizer.bpe import merge_symbols
+from pagellm.engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
+from pagellm.engine.tokenizer.pretokenizers import PATTERN_OF_GGUF_PRE, PATTERNS, Pretokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 GPT2 = FIXTURES / "gpt2"
@@ -543,7 +543,7 @@ def test_bad_gguf_metadata_is_refused_by_key(changes: dict[str, Any], message: s
 
 
 def test_importing_the_package_does_not_import_jinja2() -> None:
-    program = "import sys, engine.tokenizer; print('jinja2' in sys.modules)"
+    program = "import sys, pagellm.engine.tokenizer; print('jinja2' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from engine import LLM, CheckpointError, ConfigError, EngineConfig
-from engine.checkpoints import open_checkpoint
-from engine.models import read_spec
-from engine.weights import formats_of, kv_format, load_weights
-from kernels import transformer
-from kernels.packing import BFLOAT16, FLOAT32, INT4, INT4_MIN, INT8, unpack_column
+from pagellm.engine import LLM, CheckpointError, ConfigError, EngineConfig
+from pagellm.engine.checkpoints import open_checkpoint
+from pagellm.engine.models import read_spec
+from pagellm.engine.weights import formats_of, kv_format, load_weights
+from pagellm.kernels import transformer
+from pagellm.kernels.packing import BFLOAT16, FLOAT32, INT4, INT4_MIN, INT8, unpack_column
 from tests.conftest import MODELS, model_path
 
 LAYER_MATRICES = (transformer.QKV, transformer.OUTPUT, transformer.UP, transformer.DOWN)

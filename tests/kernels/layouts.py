@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.packing import (
+from pagellm.kernels.packing import (
     BFLOAT16,
     BLOCK,
     FLOAT32,
@@ -19,7 +19,7 @@ from kernels.packing import (
     padded,
     panels_size,
 )
-from kernels.simd import INT4_PAIRS, INT8_OFFSET, PAIR_WORDS
+from pagellm.kernels.simd import INT4_PAIRS, INT8_OFFSET, PAIR_WORDS
 from tests import oracles
 
 Matrix = NDArray[np.float32]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from llvmlite import binding as llvm
 
-from kernels import activation, attention, matmul, norm, packing, rope, sampling
-from kernels.simd import host_has
+from pagellm.kernels import activation, attention, matmul, norm, packing, rope, sampling
+from pagellm.kernels.simd import host_has
 from tests.kernels import test_attention, test_matmul
 from tests.kernels.layouts import FORMATS
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kernels.activation import GELU, GELU_TANH, RELU, SILU_GATED, activate
-from kernels.simd import LANES
+from pagellm.kernels.activation import GELU, GELU_TANH, RELU, SILU_GATED, activate
+from pagellm.kernels.simd import LANES
 from tests import oracles
 from tests.kernels.layouts import Matrix, random_matrix, whole_panels
 

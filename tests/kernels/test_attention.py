@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kernels.activation import SILU_GATED
-from kernels.attention import (
+from pagellm.kernels.activation import SILU_GATED
+from pagellm.kernels.attention import (
     KEY_CHUNK,
     QUERY_TILE_ROWS,
     attention,
@@ -30,11 +30,11 @@ from kernels.attention import (
     tokens_per_query_tile,
     value_cache_size,
 )
-from kernels.attention_products import KEY_TILE
-from kernels.packing import BFLOAT16, FLOAT32
-from kernels.simd import LANES
-from kernels.threads import new_counters
-from kernels.transformer import Architecture, new_workspace
+from pagellm.kernels.attention_products import KEY_TILE
+from pagellm.kernels.packing import BFLOAT16, FLOAT32
+from pagellm.kernels.simd import LANES
+from pagellm.kernels.threads import new_counters
+from pagellm.kernels.transformer import Architecture, new_workspace
 from tests import oracles
 from tests.conftest import at_most
 from tests.kernels.layouts import (

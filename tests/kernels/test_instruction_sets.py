@@ -95,7 +95,7 @@ def test_the_numerics_hold_on(machine: Machine) -> None:
 
 @each_machine
 def test_the_sizes_of_tiles_follow_the_features_of(machine: Machine) -> None:
-    program = "from kernels.packing import GROUP, PANEL; print(GROUP, PANEL)"
+    program = "from pagellm.kernels.packing import GROUP, PANEL; print(GROUP, PANEL)"
     assert run(["-c", program], machine.environment).split() == [str(machine.group), str(machine.panel)]
 
 

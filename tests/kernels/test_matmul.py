@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.matmul import _run_of_panels, matmul
-from kernels.packing import (
+from pagellm.kernels.matmul import _run_of_panels, matmul
+from pagellm.kernels.packing import (
     BFLOAT16,
     BLOCK,
     FLOAT32,
@@ -21,7 +21,7 @@ from kernels.packing import (
     num_blocks,
     padded_rows,
 )
-from kernels.threads import new_counters
+from pagellm.kernels.threads import new_counters
 from tests import oracles
 from tests.conftest import at_most
 from tests.kernels.layouts import (

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from kernels.norm import normalize
-from kernels.simd import LANES
+from pagellm.kernels.norm import normalize
+from pagellm.kernels.simd import LANES
 from tests import oracles
 from tests.kernels.layouts import Matrix, random_matrix, whole_panels
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from kernels.packing import (
+from pagellm.kernels.packing import (
     BFLOAT16,
     BLOCK,
     FLOAT32,

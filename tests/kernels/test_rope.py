@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kernels.rope import rotate
+from pagellm.kernels.rope import rotate
 from tests import oracles
 from tests.kernels.layouts import Matrix, random_matrix
 

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from kernels.sampling import (
+from pagellm.kernels.sampling import (
     argmax,
     greatest,
     has_softmax,
@@ -24,7 +24,7 @@ from kernels.sampling import (
     top_tokens,
     uniform,
 )
-from kernels.simd import LANES
+from pagellm.kernels.simd import LANES
 from tests import oracles
 from tests.oracles import Filters
 

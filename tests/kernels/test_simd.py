@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kernels import simd
-from kernels.jit import kernel
-from kernels.simd import LANES
+from pagellm.kernels import simd
+from pagellm.kernels.jit import kernel
+from pagellm.kernels.simd import LANES
 from tests import oracles
 from tests.kernels.layouts import Matrix, int4_starts, int8_values, poisoned, random_matrix
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kernels.jit import entry_point
-from kernels.simd import atomic_add
-from kernels.threads import _ASLEEP, _MEMBER, ThreadTeam, barrier, new_counters, next_item, share_call
+from pagellm.kernels.jit import entry_point
+from pagellm.kernels.simd import atomic_add
+from pagellm.kernels.threads import _ASLEEP, _MEMBER, ThreadTeam, barrier, new_counters, next_item, share_call
 
 Ints = NDArray[np.int64]
 

@@ -6,8 +6,8 @@ equal salts have equal numbers, and all others different ones.
 
 from array import array
 
-from engine.block_manager import BlockManager, Transfer, TransferKind, chained_hash
-from engine.sequence import Sequence
+from pagellm.engine.scheduling.block_manager import BlockManager, Transfer, TransferKind, chained_hash
+from pagellm.engine.scheduling.sequence import Sequence
 
 NOTHING = 0
 

@@ -4,9 +4,9 @@ import math
 from collections.abc import Hashable
 from typing import Any
 
-from engine.policies import SchedulerStats, SchedulingPolicy
-from engine.scheduler import ScheduledBatch
-from engine.sequence import Sequence
+from pagellm.engine.scheduling.policies import SchedulerStats, SchedulingPolicy
+from pagellm.engine.scheduling.scheduler import ScheduledBatch
+from pagellm.engine.scheduling.sequence import Sequence
 
 
 class Whimsical(SchedulingPolicy):

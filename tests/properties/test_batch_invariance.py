@@ -17,8 +17,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from engine import CompletionOutput, EngineConfig, FinishReason, LLMEngine, RequestOutput, SamplingParams
-from engine.policies import POLICIES
+from pagellm.engine import (
+    CompletionOutput,
+    EngineConfig,
+    FinishReason,
+    LLMEngine,
+    RequestOutput,
+    SamplingParams,
+)
+from pagellm.engine.scheduling.policies import POLICIES
 from tests.conftest import model_path
 
 MAX_LEN = 48

@@ -14,9 +14,15 @@ import hypothesis.strategies as st
 from hypothesis import note, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition
 
-from engine.block_manager import BlockManager, PrefixCacheStats, Transfer, TransferKind, chained_hash
-from engine.sampling_params import SamplingParams
-from engine.sequence import Sequence, SequenceStatus
+from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.scheduling.block_manager import (
+    BlockManager,
+    PrefixCacheStats,
+    Transfer,
+    TransferKind,
+    chained_hash,
+)
+from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
 from tests.properties.covered import covered, rule
 from tests.properties.memory import Memory, constant, names_of_cached_blocks, two_bits
 

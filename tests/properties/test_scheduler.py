@@ -20,14 +20,20 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition
 
-from engine.block_manager import BlockManager, TransferKind, chained_hash
-from engine.config import EngineConfig
-from engine.errors import PolicyError, RequestError
-from engine.outputs import FinishReason
-from engine.policies import POLICIES
-from engine.sampling_params import SamplingParams
-from engine.scheduler import Preempted, Preemption, PreemptionCosts, ScheduledBatch, Scheduler
-from engine.sequence import Sequence, SequenceStatus
+from pagellm.engine.config import EngineConfig
+from pagellm.engine.errors import PolicyError, RequestError
+from pagellm.engine.outputs import FinishReason
+from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.scheduling.block_manager import BlockManager, TransferKind, chained_hash
+from pagellm.engine.scheduling.policies import POLICIES
+from pagellm.engine.scheduling.scheduler import (
+    Preempted,
+    Preemption,
+    PreemptionCosts,
+    ScheduledBatch,
+    Scheduler,
+)
+from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
 from tests.properties import policies
 from tests.properties.covered import covered, rule
 from tests.properties.memory import Memory, two_bits

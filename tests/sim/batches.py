@@ -1,8 +1,8 @@
 """Batches for tests of what they cost, made without a scheduler."""
 
-from engine.sampling_params import SamplingParams
-from engine.scheduler import ScheduledBatch
-from engine.sequence import Sequence
+from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.scheduling.scheduler import ScheduledBatch
+from pagellm.engine.scheduling.sequence import Sequence
 
 
 def batch_of(*rows: tuple[int, int]) -> ScheduledBatch:

@@ -8,9 +8,9 @@ import sys
 from random import Random
 from typing import Any
 
-from engine.config import EngineConfig
-from sim.report import to_html
-from sim.report_schema import DISTRIBUTIONS, NUM_QUANTILES
+from pagellm.engine.config import EngineConfig
+from pagellm.sim.report.report import to_html
+from pagellm.sim.report.schema import DISTRIBUTIONS, NUM_QUANTILES
 
 MEDIANS = {"ttft_s": 0.45, "tpot_s": 0.032, "itl_s": 0.027, "e2e_s": 6.0, "queue_s": 0.05}
 

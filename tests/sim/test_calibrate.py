@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from engine import (
+from pagellm.engine import (
     ConfigError,
     EngineConfig,
     LLMEngine,
@@ -19,11 +19,11 @@ from engine import (
     RequestError,
     SamplingParams,
 )
-from sim import CostModel
-from sim.calibrate import _continued, _level, calibrate
-from sim.calibrate_cli import add_calibrate
-from sim.cost_profile import ProfileCostModel, check_writable, write_profile
-from sim.staged_steps import DECODE_STEPS, Stage, StepShape
+from pagellm.sim import CostModel
+from pagellm.sim.calibration.calibrate import _continued, _level, calibrate
+from pagellm.sim.calibration.staged_steps import DECODE_STEPS, Stage, StepShape
+from pagellm.sim.commands.calibrate import add_calibrate
+from pagellm.sim.costs.profile import ProfileCostModel, check_writable, write_profile
 from tests.conftest import model_path
 from tests.sim.batches import batch_of
 
@@ -258,7 +258,7 @@ def test_the_command_writes_a_profile(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_an_output_that_cannot_be_written_is_an_error_before_anything_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sim.calibrate_cli.calibrate", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr("pagellm.sim.commands.calibrate.calibrate", lambda *_, **__: pytest.fail("measured"))
     for path in (tmp_path, tmp_path / "missing" / "profile.json"):
         with pytest.raises(ProfileError, match=r"expected a file|cannot be written"):
             run("-o", str(path), *SMALL)
@@ -272,7 +272,7 @@ def test_ctrl_c_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sim.calibrate_cli.calibrate", interrupted)
+    monkeypatch.setattr("pagellm.sim.commands.calibrate.calibrate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run("-o", str(tmp_path / "profile.json"), *SMALL)
     assert list(tmp_path.iterdir()) == []

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from engine import TraceError
-from sim import Trace
-from sim.cli import add_commands
+from pagellm.engine import TraceError
+from pagellm.sim import Trace
+from pagellm.sim.commands import add_commands
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "traces"
 MOONCAKE = str(EXAMPLES / "mooncake_conversation.jsonl")

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import ConfigError, EngineConfig, ProfileError
-from engine.block_manager import Transfer, TransferKind
-from engine.scheduler import PreemptionCosts
-from sim import CostModel
-from sim.cost_model import RecordedCostModel, shape_of
-from sim.roofline import Hardware, Model, RooflineCostModel
+from pagellm.engine import ConfigError, EngineConfig, ProfileError
+from pagellm.engine.scheduling.block_manager import Transfer, TransferKind
+from pagellm.engine.scheduling.scheduler import PreemptionCosts
+from pagellm.sim import CostModel
+from pagellm.sim.costs.cost_model import RecordedCostModel, shape_of
+from pagellm.sim.costs.roofline import Hardware, Model, RooflineCostModel
 from tests.sim.batches import batch_of
 
 ROUND_HARDWARE = Hardware(
@@ -88,7 +88,7 @@ def test_the_known_machines_and_models_make_rooflines() -> None:
     # Reading 15 GB at 3.35 TB/s, all but the embedding of 1 GB, is a decode step's floor.
     read = 8030261248 - 128256 * 4096
     assert model.step_time(batch_of((1, 0))) == pytest.approx(2 * read / 3350e9, rel=1e-3)
-    known = json.loads((Path(__file__).parents[2] / "sim" / "hardware.json").read_text())
+    known = json.loads((Path(__file__).parents[2] / "sim" / "costs" / "hardware.json").read_text())
     assert all(entry["source"] for kind in known.values() for entry in kind.values())
     for hardware in known["hardware"]:
         for name in known["models"]:

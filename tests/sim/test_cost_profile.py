@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import EngineConfig, ProfileError
-from engine.block_manager import Transfer, TransferKind
-from engine.scheduler import PreemptionCosts
-from sim import CostModel
-from sim.cost_profile import ProfileCostModel, Table
+from pagellm.engine import EngineConfig, ProfileError
+from pagellm.engine.scheduling.block_manager import Transfer, TransferKind
+from pagellm.engine.scheduling.scheduler import PreemptionCosts
+from pagellm.sim import CostModel
+from pagellm.sim.costs.profile import ProfileCostModel, Table
 from tests.sim.batches import batch_of
 
 PROFILE: dict[str, Any] = {

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import TraceError
-from sim import Trace, TraceRequest
-from sim import describe as describe_module
-from sim.describe import describe
+from pagellm.engine import TraceError
+from pagellm.sim import Trace, TraceRequest
+from pagellm.sim.traces import describe as describe_module
+from pagellm.sim.traces.describe import describe
 
 
 def request(time: float = 0, **fields: object) -> TraceRequest:

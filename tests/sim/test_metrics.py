@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import ConfigError, EngineConfig
-from engine.block_manager import BlockManager
-from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler
-from engine.sequence import Sequence
-from sim import MetricsCollector, Report, Simulator, Workload, synthesise
-from sim.roofline import Hardware, Model, RooflineCostModel
-from sim.simulator import _Replay
+from pagellm.engine import ConfigError, EngineConfig
+from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.scheduling.block_manager import BlockManager
+from pagellm.engine.scheduling.scheduler import Scheduler
+from pagellm.engine.scheduling.sequence import Sequence
+from pagellm.sim import MetricsCollector, Report, Simulator, Workload, synthesise
+from pagellm.sim.costs.roofline import Hardware, Model, RooflineCostModel
+from pagellm.sim.simulator import _Replay
 from tests.conftest import at_most
 
 # A toy of which steps differ much in their length.

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from engine import LLM, ReportError, SamplingParams
-from sim.perfetto import PerfettoTrace, from_step_log
+from pagellm.engine import LLM, ReportError, SamplingParams
+from pagellm.sim.report.perfetto import PerfettoTrace, from_step_log
 from tests.conftest import model_path
 
 PROMPTS = [[i + 1] * 20 for i in range(6)]

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import TraceError
-from sim import PromptTokens, TraceRequest
-from sim.trace_request import MAX_HASH_ID
+from pagellm.engine import TraceError
+from pagellm.sim import PromptTokens, TraceRequest
+from pagellm.sim.traces.request import MAX_HASH_ID
 
 HASH_IDS = st.one_of(st.integers(0, 300), st.integers(0, 200_000), st.integers(0, MAX_HASH_ID))
 VOCAB_SIZES = st.one_of(st.integers(17, 300), st.sampled_from([1000, 32000, 50257, 151936]))

@@ -16,13 +16,13 @@ def test_the_simulator_does_not_know_the_kernels(path: Path) -> None:
 
 def test_a_trace_is_replayed_without_numpy_and_numba() -> None:
     program = (
-        "import sys, sim.cli\n"
-        "from engine import EngineConfig\n"
-        "from sim import CostModel, Simulator, Trace\n"
+        "import sys, pagellm.sim.commands\n"
+        "from pagellm.engine import EngineConfig\n"
+        "from pagellm.sim import CostModel, Simulator, Trace\n"
         "costs = CostModel.roofline('h100-sxm', 'llama-3.1-8b')\n"
         "trace = Trace.load('examples/traces/azure_2023_conversation.csv')\n"
         "print(Simulator(EngineConfig(), costs).replay(trace).summary['num_finished'] > 0)\n"
-        "print(*sorted({'numpy', 'numba', 'llvmlite', 'kernels'} & set(sys.modules)))"
+        "print(*sorted({'numpy', 'numba', 'llvmlite', 'pagellm.kernels'} & set(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60

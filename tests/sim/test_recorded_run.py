@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from engine import EngineConfig, LLMEngine, ProfileError, SamplingParams
-from sim import CostModel, PromptTokens, Simulator, Trace, TraceRequest
+from pagellm.engine import EngineConfig, LLMEngine, ProfileError, SamplingParams
+from pagellm.sim import CostModel, PromptTokens, Simulator, Trace, TraceRequest
 from tests.conftest import model_path
 
 VOCAB_SIZE = 101

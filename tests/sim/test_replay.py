@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from engine import EngineConfig, LLMEngine, TraceError
-from engine.cli import main
-from sim import Trace, TraceRequest
-from sim.real_replay import replay_for_real
+from pagellm.__main__ import main
+from pagellm.engine import EngineConfig, LLMEngine, TraceError
+from pagellm.sim import Trace, TraceRequest
+from pagellm.sim.real_replay import replay_for_real
 from tests.conftest import model_path
 from tests.sim.test_cost_profile import PROFILE
 

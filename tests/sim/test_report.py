@@ -12,8 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import ReportError
-from sim.report import METRICS, check_report, compare, compare_json, load_report, to_html, to_text
+from pagellm.engine import ReportError
+from pagellm.sim.report.report import (
+    METRICS,
+    check_report,
+    compare,
+    compare_json,
+    load_report,
+    to_html,
+    to_text,
+)
 from tests.conftest import at_most
 from tests.sim.sample_reports import one_request, sample_report
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from engine import ConfigError, EngineConfig, PolicyError, SchedulingPolicy, TraceError
-from engine.scheduler import ScheduledBatch
-from engine.sequence import Sequence
-from sim import CostModel, Simulator, Trace, TraceRequest, Workload, synthesise
+from pagellm.engine import ConfigError, EngineConfig, PolicyError, SchedulingPolicy, TraceError
+from pagellm.engine.scheduling.scheduler import ScheduledBatch
+from pagellm.engine.scheduling.sequence import Sequence
+from pagellm.sim import CostModel, Simulator, Trace, TraceRequest, Workload, synthesise
 
 CONFIG = EngineConfig(block_size=4, num_blocks=100, max_num_seqs=8, max_num_batched_tokens=64)
 EXAMPLES = Path(__file__).parents[2] / "examples" / "traces"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from sim.staged_steps import StepShape
-from sim.step_times import StepTimes
+from pagellm.sim.calibration.staged_steps import StepShape
+from pagellm.sim.calibration.step_times import StepTimes
 
 PROMPT, LONG_PROMPT = StepShape(chunks=(8,)), StepShape(chunks=(32,))
 DECODE = StepShape(decodes=(9, 9))

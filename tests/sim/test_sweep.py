@@ -18,13 +18,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import ConfigError, ReportError, TraceError
-from sim import Workload, synthesise
-from sim.capacity import HIGHEST, LOWEST, Bracket, search
-from sim.sweep import CostSource, Sweep, TraceFile
-from sim.sweep_cli import add_sweep
-from sim.sweep_grid import Grid, Slo
-from sim.sweep_report import to_html, to_json
+from pagellm.engine import ConfigError, ReportError, TraceError
+from pagellm.sim import Workload, synthesise
+from pagellm.sim.commands.sweep import add_sweep
+from pagellm.sim.sweep.capacity import HIGHEST, LOWEST, Bracket, search
+from pagellm.sim.sweep.grid import Grid, Slo
+from pagellm.sim.sweep.report import to_html, to_json
+from pagellm.sim.sweep.sweep import CostSource, Sweep, TraceFile
 from tests.conftest import at_most
 from tests.sim.test_report import NODE, STAND_IN, Page
 
@@ -185,7 +185,7 @@ def test_a_trace_is_read_as_a_replay_reads_it(tmp_path: Path, capsys: pytest.Cap
 # A suite that a shell runs in the background is born to ignore interrupts, and so would be what it starts.
 RUN = """
 import signal, sys
-from engine.cli import main
+from pagellm.__main__ import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.exit(main())
 """
@@ -251,7 +251,7 @@ def test_a_sweep_that_is_ended_leaves_whole_lines_and_no_process(tmp_path: Path,
 
 INTERRUPTED_AT_A_LOCK = """
 import signal
-from sim import sweep
+from pagellm.sim.sweep import sweep
 
 def interrupted(futures, *arguments, **options):
     lock = next(iter(futures))._condition

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from engine import TraceError
-from sim import PromptTokens, Trace, TraceRequest, Workload, synthesise
-from sim.distributions import arrivals, length
+from pagellm.engine import TraceError
+from pagellm.sim import PromptTokens, Trace, TraceRequest, Workload, synthesise
+from pagellm.sim.traces.distributions import arrivals, length
 
 
 def lengths(spec: str, n: int = 20_000) -> list[int]:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim.timeline import MAX_BUCKETS, Timeline
+from pagellm.sim.report.timeline import MAX_BUCKETS, Timeline
 
 spans = st.lists(
     st.tuples(st.sampled_from([0.0, 0.0004, 0.03, 7.0, 900.0]), st.sampled_from([0.0, 0.002, 5.0]))

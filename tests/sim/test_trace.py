@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import TraceError
-from sim import Trace, TraceRequest
+from pagellm.engine import TraceError
+from pagellm.sim import Trace, TraceRequest
 
 GOOD: dict[str, Any] = {"arrival_time": 1.5, "output_len": 2, "prompt_len": 20}
 TIMES = st.floats(0, 1e9)

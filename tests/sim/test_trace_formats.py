@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import TraceError
-from sim import Trace, trace_formats
+from pagellm.engine import TraceError
+from pagellm.sim import Trace
+from pagellm.sim.traces import formats
 
 MOONCAKE = {"timestamp": 27_000, "input_length": 600, "output_length": 52, "hash_ids": [46, 47]}
 BAILIAN = {
@@ -59,7 +60,7 @@ def test_bailian_turns_belong_to_the_conversation_that_they_go_back_to(tmp_path:
 
 
 def test_bailian_forgets_the_oldest_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trace_formats, "_MAX_CHATS", 2)
+    monkeypatch.setattr(formats, "_MAX_CHATS", 2)
     chats = [(1, -1), (2, 1), (3, 2), (4, 3), (5, 2)]
     lines = [BAILIAN | {"chat_id": chat, "parent_chat_id": parent} for chat, parent in chats]
     assert [r.session for r in trace(tmp_path, *lines)] == ["1", "1", "1", "1", "2"]

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from engine import TraceError
-from sim import TraceRequest
+from pagellm.engine import TraceError
+from pagellm.sim import TraceRequest
 
 GOOD: dict[str, Any] = {"arrival_time": 1.5, "output_len": 2, "prompt_len": 20}
 

@@ -1,0 +1,426 @@
+"""The KV cache's blocks: who holds which, which are free, and which of them hold a known prefix.
+
+A pure state machine over block numbers and token ids; where a block's keys and values lie is the runner's
+business, and so is moving them: an operation that needs content moved returns `Transfer`s, which must be done
+in the order in which they were returned. Every operation on a block is O(1).
+
+The prefix cache is a hash map from a full block's tokens to the block. A block's hash is chained to that of
+the block before it, so it stands for the whole prefix. A hit counts only if the block holds exactly these
+tokens and follows the very block that was hit before; so a collision is never a wrong answer. Free blocks
+keep their content until they are taken for something else, least recently used first. A sequence releases its
+blocks last to first, hence a block is always evicted before the one it follows.
+
+Forked sequences share their blocks. One that is about to write into a shared block gets a copy of its own
+(copy-on-write). A second tier of blocks takes the content of sequences that are swapped out.
+"""
+
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+import xxhash
+
+from pagellm.engine.scheduling.prefix_cache import ROOT, PrefixCache
+from pagellm.engine.scheduling.sequence import Sequence
+
+
+class TransferKind(Enum):
+    """What is done to a block's content."""
+
+    COPY = "copy"  # block to block
+    SWAP_OUT = "swap_out"  # block to swap block
+    SWAP_IN = "swap_in"  # swap block to block
+
+
+class Transfer(NamedTuple):
+    """The content of block `source` is to be written into block `target`, on behalf of a sequence."""
+
+    kind: TransferKind
+    source: int
+    target: int
+    sequence: Sequence
+
+
+@dataclass
+class PrefixCacheStats:
+    """Tokens since the start. Sequences that come back are not counted again."""
+
+    queries: int = 0  # of prompts that were looked up
+    hits: int = 0  # of them found
+    evictions: int = 0  # forgotten to make room
+
+
+def chained_hash(previous: int, tokens: bytes) -> int:
+    """The hash of a block whose predecessor has hash `previous`: xxHash's XXH3, 64 bits."""
+    return int(xxhash.xxh3_64_intdigest(tokens, previous))
+
+
+class _FreeList:
+    """A queue of block numbers that any member can leave in O(1): a doubly linked list in two arrays."""
+
+    def __init__(self, num_blocks: int) -> None:
+        end = num_blocks  # a sentinel that closes the ring
+        self._next = array("i", range(1, num_blocks + 1))
+        self._next.append(0)
+        self._previous = array("i", [end])
+        self._previous.extend(range(num_blocks))
+        self._end = end
+        self._size = num_blocks
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[int]:
+        block = self._next[self._end]
+        while block != self._end:
+            yield block
+            block = self._next[block]
+
+    def pop_first(self) -> int:
+        block: int = self._next[self._end]
+        self.remove(block)
+        return block
+
+    def remove(self, block: int) -> None:
+        before, after = self._previous[block], self._next[block]
+        self._next[before] = after
+        self._previous[after] = before
+        self._size -= 1
+
+    def append(self, block: int) -> None:
+        self._insert(block, self._previous[self._end], self._end)
+
+    def prepend(self, block: int) -> None:
+        self._insert(block, self._end, self._next[self._end])
+
+    def _insert(self, block: int, before: int, after: int) -> None:
+        self._previous[block], self._next[block] = before, after
+        self._next[before] = self._previous[after] = block
+        self._size += 1
+
+
+class BlockManager:
+    """Owns one invariant, conservation: a block is free or referenced, and never counted twice.
+
+    num_swap_blocks: blocks of the second tier. hash_block: replaces `chained_hash`, so that tests can make it
+    collide.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        enable_prefix_caching: bool = True,
+        num_swap_blocks: int = 0,
+        hash_block: Callable[[int, bytes], int] = chained_hash,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.num_swap_blocks = num_swap_blocks
+        self.stats = PrefixCacheStats()
+        self.num_releases = 0  # how often a block became free: what did not fit before may fit after
+        self._hash_block = hash_block
+        self._free = _FreeList(num_blocks)
+        self._reference_counts = array("i", [0]) * num_blocks
+        self._cache = PrefixCache(num_blocks if enable_prefix_caching else 0, block_size)
+        self._free_swap = array("i", range(num_swap_blocks - 1, -1, -1))  # a stack
+        self._holders: dict[int, Sequence] = {}  # by seq_id: the sequences with blocks in either tier
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no sequence references, whether they hold a known prefix or not."""
+        return len(self._free)
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Blocks that hold a known prefix, whether a sequence references them or not."""
+        return len(self._cache)
+
+    @property
+    def num_free_swap_blocks(self) -> int:
+        """Blocks of the second tier that hold nothing."""
+        return len(self._free_swap)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that `num_tokens` tokens take."""
+        return -(-num_tokens // self.block_size)
+
+    def cached_prefix(self, sequence: Sequence) -> list[int]:
+        """The cached blocks that a sequence without blocks can begin with; changes nothing.
+
+        At least the last token is left to be computed, because its logits are wanted. Of a swapped sequence's
+        tokens, those count that it has computed.
+        """
+        blocks: list[int] = []
+        if not self.enable_prefix_caching or not (sequence.reads_cache or sequence.swap_table):
+            return blocks
+        num_tokens = sequence.num_computed_tokens if sequence.swap_table else sequence.num_tokens - 1
+        before = ROOT
+        for index in range(num_tokens // self.block_size):
+            block = self._find(sequence, index, before)
+            if block is None:
+                break
+            blocks.append(block)
+            before = block
+        return blocks
+
+    def prefix_grew(self, sequence: Sequence, prefix: list[int]) -> bool:
+        """Whether `cached_prefix` may find more than the prefix that it found before."""
+        index = len(prefix)
+        if not self.enable_prefix_caching or (index + 1) * self.block_size >= sequence.num_tokens:
+            return False
+        return self._find(sequence, index, prefix[-1] if prefix else ROOT) is not None
+
+    def can_allocate(self, num_tokens: int, prefix: list[int], spare: int = 0) -> bool:
+        """Whether `num_tokens` tokens that begin with cached blocks fit and leave `spare` blocks free."""
+        reused = sum(1 for block in prefix if self._reference_counts[block] == 0)
+        return self.blocks_for(num_tokens) - len(prefix) + reused + spare <= len(self._free)
+
+    def allocate(self, sequence: Sequence, prefix: list[int], num_tokens: int) -> None:
+        """Gives a sequence without blocks its cached prefix and new blocks, `num_tokens` tokens in all."""
+        if self.enable_prefix_caching and sequence.reads_cache and not sequence.was_admitted:
+            self.stats.queries += sequence.num_tokens
+            self.stats.hits += len(prefix) * self.block_size
+        self._fill_table(sequence, prefix, num_tokens)
+        sequence.num_computed_tokens = len(prefix) * self.block_size
+
+    def can_grow(self, sequence: Sequence) -> bool:
+        """Whether a running sequence has, or can get, a slot of its own for its last token."""
+        return len(self._free) > 0 or not self._needs_block(sequence)
+
+    def grow(self, sequence: Sequence) -> Transfer | None:
+        """Gives a running sequence a slot of its own for its last token, the only one without.
+
+        A shared block with room for it is exchanged for a copy.
+        """
+        transfer = None
+        if self._needs_block(sequence):
+            table = sequence.block_table
+            index = (sequence.num_tokens - 1) // self.block_size
+            if index == len(table):
+                table.append(self._take())
+            else:
+                shared, table[index] = table[index], self._take()
+                self._release(shared)
+                transfer = Transfer(TransferKind.COPY, shared, table[index], sequence)
+        sequence.num_slots = len(sequence.block_table) * self.block_size
+        return transfer
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Gives a sequence without blocks those of a running one, whose tokens all but its last must be.
+
+        They share every block until one of them writes into it.
+        """
+        num_tokens = child.num_tokens - 1
+        full = num_tokens // self.block_size
+        child.block_table.extend(parent.block_table[: self.blocks_for(num_tokens)])
+        for block in child.block_table:
+            self._reference_counts[block] += 1
+        child.block_hashes = parent.block_hashes[:full]
+        child.num_computed_tokens = child.num_slots = num_tokens
+        child.num_registered_blocks = min(parent.num_registered_blocks, full)
+        parent.num_slots = min(parent.num_slots, parent.num_computed_tokens)
+        self._holders[child.seq_id] = child
+
+    def register(self, sequence: Sequence) -> None:
+        """Enters the sequence's full computed blocks into the prefix cache.
+
+        Where another block already holds the same prefix, the sequence takes that one over and gives its own
+        back: their bits are equal, because a token's keys and values depend on the tokens before it alone.
+        """
+        if not self.enable_prefix_caching:
+            return
+        table = sequence.block_table
+        full = sequence.num_computed_tokens // self.block_size
+        for index in range(sequence.num_registered_blocks, full):
+            block, before = table[index], table[index - 1] if index else ROOT
+            if before != ROOT and before not in self._cache:
+                break  # the cache was reset: nothing behind what it forgot could ever be found
+            known = self._find(sequence, index, before)
+            if known is None:
+                tokens, salt = self._tokens(sequence, index), sequence.sampling_params.cache_salt
+                self._cache.add(block, sequence.block_hashes[index], before, tokens, salt)
+            elif known != block:
+                self._reference(known)
+                table[index] = known
+                self._release(block)
+        sequence.num_registered_blocks = full
+
+    def free(self, sequence: Sequence) -> None:
+        """Takes all blocks from a sequence; those in the prefix cache stay findable until they are reused."""
+        if self._holders.pop(sequence.seq_id, None) is None:
+            return
+        self._empty_table(sequence)
+        self._free_swap.extend(sequence.swap_table)
+        sequence.swap_table.clear()
+        sequence.num_computed_tokens = 0
+
+    def can_swap_out(self, sequence: Sequence) -> bool:
+        """Whether the second tier has room for what a running sequence has computed."""
+        return 0 < self.blocks_for(sequence.num_computed_tokens) <= len(self._free_swap)
+
+    def swap_out(self, sequence: Sequence) -> list[Transfer]:
+        """Moves what a running sequence has computed to the second tier and takes all its blocks."""
+        transfers = []
+        for block in sequence.block_table[: self.blocks_for(sequence.num_computed_tokens)]:
+            slot = self._free_swap.pop()
+            sequence.swap_table.append(slot)
+            transfers.append(Transfer(TransferKind.SWAP_OUT, block, slot, sequence))
+        self._empty_table(sequence)
+        return transfers
+
+    def swap_in(self, sequence: Sequence, prefix: list[int], num_tokens: int) -> list[Transfer]:
+        """Gives a swapped sequence blocks for `num_tokens` tokens; what the cache still has is not moved."""
+        self._fill_table(sequence, prefix, num_tokens)
+        transfers = [
+            Transfer(TransferKind.SWAP_IN, slot, block, sequence)
+            for slot, block in zip(sequence.swap_table, sequence.block_table, strict=False)
+        ][len(prefix) :]
+        self._free_swap.extend(reversed(sequence.swap_table))
+        sequence.swap_table.clear()
+        return transfers
+
+    def reset_cache(self) -> None:
+        """Forgets every cached prefix; sequences keep their blocks."""
+        for block in list(self._cache):
+            self._cache.remove(block)
+
+    def usage(self) -> dict[str, int]:
+        """Counts for a report: O(blocks in use)."""
+        used = self.num_blocks - len(self._free)
+        references = 0
+        written: dict[int, int] = {}  # slots of each block
+        for sequence in self._holders.values():
+            references += len(sequence.block_table)
+            for index, block in enumerate(sequence.block_table):
+                filled = min(self.block_size, sequence.num_computed_tokens - index * self.block_size)
+                written[block] = max(written.get(block, 0), filled)
+        return {
+            "used": used,
+            "free": len(self._free),
+            "shared": references - used,
+            "unwritten_slots": used * self.block_size - sum(max(0, filled) for filled in written.values()),
+            "swap_used": self.num_swap_blocks - len(self._free_swap),
+        }
+
+    def check(self) -> None:
+        """Asserts conservation and that the prefix cache names no block that holds anything else."""
+        free = list(self._free)
+        assert len(free) == len(set(free)) == len(self._free), "the free list names a block twice"
+        counts = [0] * self.num_blocks
+        swapped = list(self._free_swap)
+        for sequence in self._holders.values():
+            for block in sequence.block_table:
+                counts[block] += 1
+            swapped += sequence.swap_table
+            assert bool(sequence.block_table) != bool(sequence.swap_table), "blocks in no tier, or in both"
+            assert len(set(sequence.block_table)) == len(sequence.block_table), "a block twice in one table"
+            assert sequence.num_slots <= len(sequence.block_table) * self.block_size
+            self._check_own_slots(sequence)
+        assert counts == list(self._reference_counts), "a reference count differs from the block tables"
+        assert {block for block in range(self.num_blocks) if counts[block] == 0} == set(free)
+        assert sorted(swapped) == list(range(self.num_swap_blocks)), "a swap block is lost or held twice"
+        self._check_cache({block: place for place, block in enumerate(free)})
+
+    def _check_own_slots(self, sequence: Sequence) -> None:
+        """A slot that it may write to lies in a block that it shares with nobody, and nobody can find."""
+        for position in range(sequence.num_computed_tokens, sequence.num_slots):
+            block = sequence.block_table[position // self.block_size]
+            assert self._reference_counts[block] == 1, "two sequences may write into one block"
+            assert not self._knows(block), "a sequence may write into a block that the cache knows"
+
+    def _check_cache(self, free_place: dict[int, int]) -> None:
+        cache = self._cache
+        assert len(cache) == len(list(cache)), "the cache has lost count"
+        for block in cache:
+            before, tokens = cache.before(block), bytes(cache.tokens(block))
+            assert before == ROOT or before in cache, "a block follows one that is not known"
+            seed = cache.hash_of(before) if before != ROOT else self._root_hash(cache.salt_of(block))
+            assert self._hash_block(seed, tokens) == cache.hash_of(block), "a hash is not of the content"
+            found = cache.find(cache.hash_of(block), before, tokens, cache.salt_of(block))
+            assert found == block, "two blocks hold the same prefix, or one cannot be found"
+            if before in free_place:
+                outlives = block not in free_place or free_place[block] > free_place[before]
+                assert not outlives, "a block would outlive the one it follows"
+        for sequence in self._holders.values():
+            for index, block in enumerate(sequence.block_table[: sequence.num_registered_blocks]):
+                if self._knows(block):
+                    assert cache.tokens(block) == self._tokens(sequence, index), "wrong tokens"
+
+    def _fill_table(self, sequence: Sequence, prefix: list[int], num_tokens: int) -> None:
+        for block in prefix:
+            self._reference(block)
+        sequence.block_table.extend(prefix)
+        for _ in range(self.blocks_for(num_tokens) - len(prefix)):
+            sequence.block_table.append(self._take())
+        sequence.num_registered_blocks = len(prefix)
+        sequence.num_slots = len(sequence.block_table) * self.block_size
+        self._holders[sequence.seq_id] = sequence
+
+    def _empty_table(self, sequence: Sequence) -> None:
+        for block in reversed(sequence.block_table):
+            self._release(block)
+        sequence.block_table.clear()
+        sequence.num_registered_blocks = sequence.num_slots = 0
+
+    def _needs_block(self, sequence: Sequence) -> bool:
+        """Whether the last token's slot lies in no block yet, or in one that is not its own to write into.
+
+        That is one that others hold, and one that is known: a fork may have less of its parent's block than
+        its parent had computed.
+        """
+        index = (sequence.num_tokens - 1) // self.block_size
+        table = sequence.block_table
+        if index == len(table):
+            return True
+        return self._reference_counts[table[index]] > 1 or self._knows(table[index])
+
+    def _knows(self, block: int) -> bool:
+        return self.enable_prefix_caching and block in self._cache
+
+    def _tokens(self, sequence: Sequence, index: int) -> bytes:
+        start = index * self.block_size
+        return sequence.token_ids[start : start + self.block_size].tobytes()
+
+    def _root_hash(self, salt: str) -> int:
+        return self._hash_block(0, salt.encode()) if salt else 0
+
+    def _block_hash(self, sequence: Sequence, index: int) -> int:
+        """The hash of a full block of the sequence's tokens; each is computed once."""
+        hashes = sequence.block_hashes
+        while len(hashes) <= index:
+            previous = hashes[-1] if hashes else self._root_hash(sequence.sampling_params.cache_salt)
+            hashes.append(self._hash_block(previous, self._tokens(sequence, len(hashes))))
+        return hashes[index]
+
+    def _find(self, sequence: Sequence, index: int, before: int) -> int | None:
+        """The cached block that holds the sequence's block `index` behind block `before`."""
+        block_hash = self._block_hash(sequence, index)
+        tokens = self._tokens(sequence, index)
+        return self._cache.find(block_hash, before, tokens, sequence.sampling_params.cache_salt)
+
+    def _take(self) -> int:
+        """A free block for new content; what it held is forgotten."""
+        block = self._free.pop_first()
+        if self._knows(block):
+            self._cache.remove(block)
+            self.stats.evictions += self.block_size
+        self._reference_counts[block] = 1
+        return block
+
+    def _reference(self, block: int) -> None:
+        if self._reference_counts[block] == 0:
+            self._free.remove(block)
+        self._reference_counts[block] += 1
+
+    def _release(self, block: int) -> None:
+        self._reference_counts[block] -= 1
+        if self._reference_counts[block] == 0:
+            self.num_releases += 1
+            if self._knows(block):
+                self._free.append(block)
+            else:
+                self._free.prepend(block)

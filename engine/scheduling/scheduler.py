@@ -1,0 +1,459 @@
+"""Which tokens run in the next step: one budget for decodes and prefill chunks, in a policy's order.
+
+A pure state machine, driven by the engine and by the simulator through the same calls: `add`, `schedule`,
+`commit`, `abort`, and `fork`. It knows no clock, no text and no arrays; time is an argument. A sequence is
+admitted when all of its tokens fit into free blocks. When a running one needs a block and none is free,
+another is preempted: its blocks are given back to be computed again, or its content moves to the second tier
+of blocks, whichever is said to be cheaper.
+
+Nobody waits for ever, whatever the policy. Running sequences are never more than the step's budget, so each
+decode gets its token in every step. One that was preempted `max_preemptions` times is admitted before all
+others, with every block that it can ever need, and is not preempted again.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import compress
+
+from pagellm.engine.config import EngineConfig
+from pagellm.engine.errors import RequestError
+from pagellm.engine.outputs import FinishReason
+from pagellm.engine.scheduling.block_manager import BlockManager, Transfer
+from pagellm.engine.scheduling.policies import CheckedPolicy, SchedulerStats, WaitingQueue, load_policy
+from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
+
+
+class Preemption(StrEnum):
+    """How a sequence makes way."""
+
+    RECOMPUTE = "recompute"  # its blocks are given back, its tokens are computed again
+    SWAP = "swap"  # its content moves to the second tier of blocks and back
+    AUTO = "auto"  # whichever the costs say is cheaper
+
+
+@dataclass(frozen=True)
+class PreemptionCosts:
+    """What the driver has measured, in seconds."""
+
+    recompute_token_s: float = 0.0  # to compute a token of a prompt
+    swap_block_s: float = 0.0  # to move a block to the second tier or back
+
+
+@dataclass(frozen=True)
+class Preempted:
+    """One that made way in this step."""
+
+    sequence: Sequence
+    by: Preemption  # recompute or swap
+    needed_by: Sequence  # the one that needed a block; it may be the same
+    num_computed_tokens: int  # what it had
+    recompute_s: float  # what either way was expected to cost
+    swap_s: float
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """One that began, or went on, in this step."""
+
+    sequence: Sequence
+    was: SequenceStatus  # waiting or swapped
+    num_cached_tokens: int  # what the prefix cache had of it
+
+
+@dataclass
+class ScheduledBatch:
+    """The work of one step: of each sequence the next so many tokens after its computed ones.
+
+    Before anything is computed, `transfers` must be done in order, each taken out when it is done.
+    """
+
+    sequences: list[Sequence] = field(default_factory=list)
+    num_new_tokens: list[int] = field(default_factory=list)
+    samples: list[bool] = field(default_factory=list)  # whether that is up to the last token
+    # Sequences that take their first token from the last row of the one that they begin like.
+    forks: dict[Sequence, list[Sequence]] = field(default_factory=dict)
+    transfers: deque[Transfer] = field(default_factory=deque)
+    admitted: list[Admitted] = field(default_factory=list)
+    preempted: list[Preempted] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the step computes."""
+        return sum(self.num_new_tokens)
+
+    @property
+    def sampled(self) -> list[Sequence]:
+        """Those that get a token, in the order in which `commit` wants the tokens: each before its forks."""
+        if not self.forks:
+            return list(compress(self.sequences, self.samples))
+        return [
+            sequence
+            for parent in compress(self.sequences, self.samples)
+            for sequence in (parent, *self.forks.get(parent, ()))
+        ]
+
+    def add_decodes(self, sequences: list[Sequence]) -> None:
+        """Enters the last token of each of several sequences."""
+        self.sequences += sequences
+        self.num_new_tokens += [1] * len(sequences)
+        self.samples += [True] * len(sequences)
+        self.forks |= {s: list(s.forks) for s in sequences if s.forks}
+
+    def add(self, sequence: Sequence, num_new_tokens: int) -> None:
+        """Enters the next tokens of a sequence."""
+        self.sequences.append(sequence)
+        self.num_new_tokens.append(num_new_tokens)
+        samples = num_new_tokens == sequence.num_tokens - sequence.num_computed_tokens
+        self.samples.append(samples)
+        if samples and sequence.forks:
+            self.forks[sequence] = list(sequence.forks)
+
+    def discard(self, sequence: Sequence) -> None:
+        """Takes a sequence out, if it is in."""
+        if sequence in self.sequences:
+            index = self.sequences.index(sequence)
+            del self.sequences[index], self.num_new_tokens[index], self.samples[index]
+            self.forks.pop(sequence, None)
+
+
+class Scheduler:
+    """Owns the queues: every sequence it was given waits, runs or has finished."""
+
+    def __init__(self, config: EngineConfig, block_manager: BlockManager) -> None:
+        self.block_manager = block_manager
+        self.max_num_batched_tokens = config.max_num_batched_tokens
+        self.max_num_running = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self.max_prefill_chunk = config.max_prefill_chunk or config.max_num_batched_tokens
+        self.max_preemptions = config.max_preemptions
+        self.max_len = min(
+            config.max_model_len or config.capacity_tokens,
+            block_manager.num_blocks * block_manager.block_size,
+        )
+        self.preemption = Preemption(config.preemption)
+        self.costs = PreemptionCosts()  # for the driver to keep up to date
+        self.policy = CheckedPolicy(load_policy(config.policy))
+        self.stats = SchedulerStats(num_blocks=block_manager.num_blocks)
+        self.waiting = WaitingQueue(self.policy)
+        self.running: list[Sequence] = []
+        self._watermark = int(config.watermark * block_manager.num_blocks)
+        self._num_arrived = 0
+        self._unborn: dict[int, Sequence] = {}  # by seq_id of a fork that has not begun: whom it waits for
+        # Not done yet. They outlive a step that was interrupted, because the block tables count on them.
+        self._transfers: deque[Transfer] = deque()
+        # The first in the queue, if its blocks were not free, what the cache had of it, and when that was.
+        self._blocked: tuple[Sequence, list[int], int] | None = None
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether anything waits or runs."""
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence, now: float = 0.0) -> None:
+        """Takes a new sequence and its forks in. Raises `RequestError` if it could never be computed."""
+        self._accept(sequence, now)
+        self.waiting.push(sequence, self.stats)
+
+    def fork(self, parent: Sequence, child: Sequence, now: float = 0.0) -> None:
+        """Takes a new sequence in that begins like a running one, to share the blocks of what they share.
+
+        Where the parent does not run or has not computed so much, the child is computed by itself.
+        """
+        self._accept(child, now)
+        if not self._share(parent, child):
+            self.waiting.push(child, self.stats)
+
+    def schedule(self, now: float = 0.0) -> ScheduledBatch:
+        """Chooses the next step's work and gives it its blocks. `commit` must follow before the next call.
+
+        now: seconds, on the clock of `add`.
+        """
+        self._update_stats(now)
+        batch = ScheduledBatch(transfers=self._transfers)
+        decodes: list[Sequence] = []
+        prefills: list[Sequence] = []
+        for sequence in self.running:
+            one_left = len(sequence.token_ids) - sequence.num_computed_tokens == 1
+            (decodes if one_left else prefills).append(sequence)
+        prefills_alone = self.policy.prefills_alone  # a policy that goes wrong in this step changes it
+        if not prefills_alone:
+            self._schedule_decodes(decodes, batch)
+        budget = self._schedule_prefills(prefills, batch)
+        if not batch.preempted:
+            self._admit(batch, budget)
+        if prefills_alone and not batch.sequences:
+            self._schedule_decodes(decodes, batch)
+        return batch
+
+    def commit(self, batch: ScheduledBatch, token_ids: list[int]) -> list[Sequence]:
+        """Takes note that a batch has been computed; returns the sequences that this finished.
+
+        token_ids: one for each of `batch.sampled`, in order. Sequences that were aborted since `schedule` are
+        passed over.
+        """
+        batch.transfers.clear()
+        if self.policy.counts_batches:
+            self.policy.on_commit(batch, self.stats)
+        finished: list[Sequence] = []
+        running, manager = SequenceStatus.RUNNING, self.block_manager
+        caches, block_size = manager.enable_prefix_caching, manager.block_size
+        tokens = iter(token_ids)
+        for sequence, count, samples in zip(
+            batch.sequences, batch.num_new_tokens, batch.samples, strict=True
+        ):
+            token_id = next(tokens) if samples else None
+            if sequence.status is running:
+                computed = sequence.num_computed_tokens = sequence.num_computed_tokens + count
+                if caches and computed // block_size > sequence.num_registered_blocks:
+                    manager.register(sequence)
+            if batch.forks and sequence in batch.forks:
+                self._commit_forks(sequence, batch.forks[sequence], tokens, finished)
+            if token_id is not None and sequence.status is running:
+                sequence.token_ids.append(token_id)
+                if len(sequence.token_ids) >= sequence.max_len or token_id in sequence.stop_token_ids:
+                    self._finish_if_ended(sequence, finished)
+        if finished:
+            self.running = [s for s in self.running if s.status is running]
+        return finished
+
+    def abort(self, sequence: Sequence, reason: FinishReason = FinishReason.ABORT) -> None:
+        """Ends a sequence that was added, whatever state it is in; a finished one stays as it is."""
+        if sequence.status is SequenceStatus.FINISHED:
+            return
+        if sequence.seq_id in self._unborn:
+            self._unborn.pop(sequence.seq_id).forks.remove(sequence)
+        elif sequence.status is SequenceStatus.RUNNING:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self._finish(sequence, reason)
+        self._pass_on_forks(sequence)
+
+    def recompute(self, sequence: Sequence, batch: ScheduledBatch) -> None:
+        """Takes note that a transfer of a sequence's content failed: it will be computed again."""
+        if sequence.status is SequenceStatus.FINISHED:
+            return
+        if sequence.status is SequenceStatus.RUNNING:
+            self.running.remove(sequence)
+            batch.discard(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self.block_manager.free(sequence)
+        self._wait(sequence, SequenceStatus.WAITING)
+
+    def check(self) -> None:
+        """Asserts that queues, states and blocks agree."""
+        self.block_manager.check()
+        assert len(self.running) <= self.max_num_running
+        assert all(s.status is SequenceStatus.RUNNING and s.block_table for s in self.running)
+        waiting = list(self.waiting)
+        assert len(waiting) == len(self.waiting)
+        for sequence in waiting:
+            assert not sequence.block_table
+            assert sequence.status is (
+                SequenceStatus.SWAPPED if sequence.swap_table else SequenceStatus.WAITING
+            )
+        unborn = [child.seq_id for s in (*self.running, *waiting) for child in s.forks]
+        assert sorted(unborn) == sorted(self._unborn), "a fork is lost, or begins twice"
+        held = {block for s in self.running for block in s.block_table}
+        assert len(held) + self.block_manager.num_free_blocks == self.block_manager.num_blocks
+
+    def _accept(self, sequence: Sequence, now: float) -> None:
+        """Checks a new sequence and gives it and its forks their places in the order of arrival."""
+        length = sequence.num_tokens
+        if length == 0:
+            raise RequestError("prompt: found no tokens, expected at least one")
+        if length > self.max_len:
+            raise RequestError(
+                f"prompt: found {length} tokens, expected at most {self.max_len}, what max_model_len and the "
+                "KV cache allow"
+            )
+        self._update_stats(now)
+        for new in (sequence, *sequence.forks):
+            new.arrival_index, new.arrival_time = self._num_arrived, now
+            self._num_arrived += 1
+            # A prompt that fills everything still gives one token, which needs no slot of its own.
+            max_tokens = new.sampling_params.max_tokens
+            new.max_len = self.max_len if max_tokens is None else min(length + max_tokens, self.max_len)
+            self.policy.on_add(new, self.stats)
+        for child in sequence.forks:
+            self._unborn[child.seq_id] = sequence
+
+    def _update_stats(self, now: float) -> None:
+        stats = self.stats
+        stats.now = now
+        stats.num_waiting, stats.num_running = len(self.waiting), len(self.running)
+        stats.num_free_blocks = self.block_manager.num_free_blocks
+
+    def _schedule_decodes(self, decodes: list[Sequence], batch: ScheduledBatch) -> None:
+        """One token of each; where blocks run out, somebody is preempted for them."""
+        running = SequenceStatus.RUNNING
+        for sequence in [s for s in decodes if len(s.token_ids) > s.num_slots]:
+            if sequence.status is running:
+                self._make_room(sequence, batch)
+        if batch.preempted:
+            decodes = [s for s in decodes if s.status is running]
+        batch.add_decodes(decodes)
+
+    def _schedule_prefills(self, prefills: list[Sequence], batch: ScheduledBatch) -> int:
+        """The next chunks of prompts under way, within what the decodes leave; returns the rest."""
+        budget = self.max_num_batched_tokens - len(batch.sequences)
+        for sequence in prefills:
+            if budget > 0 and sequence.status is SequenceStatus.RUNNING:
+                budget -= self._schedule_chunk(sequence, batch, budget)
+        return budget
+
+    def _schedule_chunk(self, sequence: Sequence, batch: ScheduledBatch, budget: int) -> int:
+        remaining = sequence.num_tokens - sequence.num_computed_tokens
+        count = min(remaining, budget, self.max_prefill_chunk)
+        batch.add(sequence, count)
+        return count
+
+    def _admit(self, batch: ScheduledBatch, budget: int) -> None:
+        """Lets those in that wait, first come what the policy puts first, until one does not fit."""
+        while budget > 0 and self.waiting and len(self.running) < self.max_num_running:
+            sequence = self.waiting.first(self.stats)
+            was = sequence.status
+            prefix = self._give_blocks(sequence)
+            if prefix is None:
+                return
+            self.waiting.remove(sequence)
+            sequence.status = SequenceStatus.RUNNING
+            self.running.append(sequence)
+            num_cached = len(prefix) * self.block_manager.block_size
+            if not sequence.was_admitted:
+                sequence.was_admitted, sequence.num_cached_tokens = True, num_cached
+            batch.admitted.append(Admitted(sequence, was, num_cached))
+            budget -= self._schedule_chunk(sequence, batch, budget)
+
+    def _give_blocks(self, sequence: Sequence) -> list[int] | None:
+        """Gives one that waits its blocks, if they are free; returns those that were cached."""
+        manager = self.block_manager
+        if self.running and self._is_still_blocked(sequence):
+            return None
+        prefix = manager.cached_prefix(sequence)
+        num_tokens = sequence.num_tokens
+        if self._is_guaranteed(sequence):
+            num_tokens = max(num_tokens, sequence.max_len - 1)  # the last token needs no slot
+        spare = self._watermark if self.running else 0
+        if not manager.can_allocate(num_tokens, prefix, spare):
+            self._blocked = sequence, prefix, manager.num_releases
+            return None
+        self._blocked = None
+        if sequence.status is SequenceStatus.SWAPPED:
+            self._transfers.extend(manager.swap_in(sequence, prefix, num_tokens))
+        else:
+            manager.allocate(sequence, prefix, num_tokens)
+        return prefix
+
+    def _is_still_blocked(self, sequence: Sequence) -> bool:
+        """Whether nothing has happened since it did not fit that could let it in: so this costs O(1)."""
+        if self._blocked is None or self._blocked[0] is not sequence:
+            return False
+        _, prefix, num_releases = self._blocked
+        manager = self.block_manager
+        return num_releases == manager.num_releases and not manager.prefix_grew(sequence, prefix)
+
+    def _is_guaranteed(self, sequence: Sequence) -> bool:
+        """Whether it has made way often enough: it gets all its blocks at once and keeps them."""
+        return sequence.num_preemptions >= self.max_preemptions
+
+    def _make_room(self, sequence: Sequence, batch: ScheduledBatch) -> None:
+        """Gives a running sequence a slot for its last token, preempting for it, if need be itself."""
+        manager = self.block_manager
+        while not manager.can_grow(sequence):
+            candidates = [s for s in self.running if not self._is_guaranteed(s)]
+            victim = self.policy.victim(candidates, self.stats)
+            self._preempt(victim, sequence, batch)
+            if victim is sequence:
+                return
+        copy = manager.grow(sequence)
+        if copy is not None:
+            self._transfers.append(copy)
+
+    def _preempt(self, victim: Sequence, needed_by: Sequence, batch: ScheduledBatch) -> None:
+        self.running.remove(victim)
+        computed, manager = victim.num_computed_tokens, self.block_manager
+        recompute_s = computed * self.costs.recompute_token_s
+        swap_s = 2 * manager.blocks_for(computed) * self.costs.swap_block_s
+        swaps = self.preemption is Preemption.SWAP or (
+            self.preemption is Preemption.AUTO and swap_s < recompute_s
+        )
+        by = Preemption.SWAP if swaps and manager.can_swap_out(victim) else Preemption.RECOMPUTE
+        batch.preempted.append(Preempted(victim, by, needed_by, computed, recompute_s, swap_s))
+        victim.num_preemptions += 1
+        if victim.num_computed_tokens >= victim.num_prompt_tokens:
+            victim.reads_cache = True  # its prompt's logits have been given out
+        if by is Preemption.SWAP:
+            self._transfers.extend(manager.swap_out(victim))
+            self._wait(victim, SequenceStatus.SWAPPED)
+        else:
+            manager.free(victim)
+            self._wait(victim, SequenceStatus.WAITING)
+
+    def _wait(self, sequence: Sequence, status: SequenceStatus) -> None:
+        sequence.status = status
+        self.waiting.push(sequence, self.stats, guaranteed=self._is_guaranteed(sequence))
+
+    def _share(self, parent: Sequence, child: Sequence) -> bool:
+        """Lets a new sequence run on a running one's blocks, if they hold all of its tokens but one."""
+        num_shared = child.num_tokens - 1
+        if (
+            parent.status is not SequenceStatus.RUNNING
+            or self._is_guaranteed(parent)  # what it has must stay its own
+            or len(self.running) >= self.max_num_running
+            or self._transfers  # the parent's content may not be there yet
+            or not 0 < num_shared <= parent.num_computed_tokens
+            or parent.token_ids[:num_shared] != child.token_ids[:num_shared]
+            or parent.sampling_params.cache_salt != child.sampling_params.cache_salt
+        ):
+            return False
+        self.block_manager.fork(parent, child)
+        child.was_admitted, child.num_cached_tokens = True, min(parent.num_cached_tokens, num_shared)
+        child.status = SequenceStatus.RUNNING
+        self.running.append(child)
+        return True
+
+    def _commit_forks(
+        self, parent: Sequence, forks: list[Sequence], tokens: Iterator[int], finished: list[Sequence]
+    ) -> None:
+        """Gives the completions that begin like this one their first tokens and lets them go on."""
+        for child in forks:
+            token_id = next(tokens)
+            if self._unborn.get(child.seq_id) is not parent:
+                continue  # it was aborted, or its parent was
+            del self._unborn[child.seq_id]
+            parent.forks.remove(child)
+            child.token_ids.append(token_id)
+            self._finish_if_ended(child, finished)
+            if child.status is not SequenceStatus.FINISHED and not self._share(parent, child):
+                self.waiting.push(child, self.stats)
+
+    def _pass_on_forks(self, sequence: Sequence) -> None:
+        """The first of the completions that would have begun like this one takes its place."""
+        if sequence.forks:
+            heir, *others = sequence.forks
+            sequence.forks = []
+            heir.forks = others
+            del self._unborn[heir.seq_id]
+            for child in others:
+                self._unborn[child.seq_id] = heir
+            self.waiting.push(heir, self.stats)
+
+    def _finish_if_ended(self, sequence: Sequence, finished: list[Sequence]) -> None:
+        params = sequence.sampling_params
+        stops = sequence.token_ids[-1] in sequence.stop_token_ids
+        if stops and sequence.num_output_tokens > params.min_tokens:
+            self._finish(sequence, FinishReason.STOP)
+        elif len(sequence.token_ids) >= sequence.max_len:
+            self._finish(sequence, FinishReason.LENGTH)
+        else:
+            return
+        finished.append(sequence)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self.block_manager.free(sequence)
+        sequence.status = SequenceStatus.FINISHED
+        sequence.finish_reason = reason
+        self.policy.on_finish(sequence, self.stats)

@@ -1,0 +1,105 @@
+"""One sequence: the tokens of a prompt and of one completion of it, its block table and its state.
+
+Only the scheduler and the block manager change a sequence. Text, clocks and arrays are none of its business.
+"""
+
+from array import array
+from collections.abc import Iterable
+from enum import Enum
+
+from pagellm.engine.outputs import FinishReason
+from pagellm.engine.sampling_params import SamplingParams
+
+
+class SequenceStatus(Enum):
+    """Where a sequence is: a new one and one that was preempted to be computed again both wait."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    SWAPPED = "swapped"  # waits, with its keys and values in the second tier of blocks
+    FINISHED = "finished"
+
+
+class Sequence:
+    """A prompt and what has been generated after it.
+
+    stop_token_ids: tokens that end it, the model's end-of-text tokens included unless they are ignored.
+    reads_cache: whether it may take KV from the prefix cache; not where its prompt's logits are wanted.
+    forks: other completions of the same prompt, which begin with this one's blocks when those are computed.
+    """
+
+    __slots__ = (
+        "arrival_index",
+        "arrival_time",
+        "block_hashes",
+        "block_table",
+        "finish_reason",
+        "forks",
+        "max_len",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "num_registered_blocks",
+        "num_slots",
+        "reads_cache",
+        "sampling_params",
+        "seq_id",
+        "status",
+        "stop_token_ids",
+        "swap_table",
+        "token_ids",
+        "was_admitted",
+    )
+
+    def __init__(
+        self,
+        seq_id: int,
+        prompt_token_ids: Iterable[int],
+        sampling_params: SamplingParams,
+        eos_token_ids: frozenset[int] = frozenset(),
+        reads_cache: bool = True,
+    ) -> None:
+        self.seq_id = seq_id
+        self.token_ids = array("i", prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.sampling_params = sampling_params
+        self.stop_token_ids = frozenset(sampling_params.stop_token_ids)
+        if not sampling_params.ignore_eos:
+            self.stop_token_ids |= eos_token_ids
+        self.reads_cache = reads_cache
+        self.forks: list[Sequence] = []
+        self.status = SequenceStatus.WAITING
+        self.finish_reason: FinishReason | None = None
+        # Set by the scheduler that takes it in: its place in the order of arrival, when that was on the
+        # scheduler's clock, and tokens of prompt and output at most.
+        self.arrival_index = 0
+        self.arrival_time = 0.0
+        self.max_len = 0
+        self.block_table: list[int] = []
+        self.swap_table: list[int] = []  # while swapped: the second tier's blocks
+        self.block_hashes: list[int] = []  # of the full blocks so far, each chained to the one before
+        self.num_slots = 0  # tokens for which it has slots of its own
+        self.num_computed_tokens = 0  # tokens whose KV is in the blocks of either tier
+        self.num_registered_blocks = 0  # full blocks that the prefix cache has been offered
+        self.was_admitted = False
+        self.num_cached_tokens = 0  # of the prompt, found in the prefix cache when it was first admitted
+        self.num_preemptions = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and output."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The tokens generated so far."""
+        return self.token_ids[self.num_prompt_tokens :].tolist()
+
+    def __repr__(self) -> str:
+        return f"Sequence({self.seq_id}, {self.status.value}, {self.num_computed_tokens}/{self.num_tokens})"

@@ -1,0 +1,1 @@
+"""Measuring a machine and a model into a profile of step times."""

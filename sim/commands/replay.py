@@ -1,0 +1,193 @@
+"""The command `pagellm replay`: a trace simulated, or served for real, or reports compared."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pagellm.engine.cli import add_model_options, engine_config
+from pagellm.engine.config import DEFAULT_MODEL
+from pagellm.engine.errors import ConfigError, TraceError
+from pagellm.sim.commands.sweep import parse_roofline
+from pagellm.sim.commands.trace import PROGRESS_INTERVAL_S, add_trace_input, list_skipped, load_trace
+from pagellm.sim.costs.cost_model import CostModel
+from pagellm.sim.costs.profile import ProfileCostModel
+from pagellm.sim.report.metrics import SLO_NAMES, Report
+from pagellm.sim.report.perfetto import from_step_log
+from pagellm.sim.report.report import compare, compare_json, load_report, to_html, to_text
+from pagellm.sim.router import ROUTERS
+from pagellm.sim.simulator import Simulator
+from pagellm.sim.sweep.sweep import CostSource
+from pagellm.sim.traces.trace import Trace
+
+
+def add_replay(commands: "argparse._SubParsersAction[Any]") -> None:
+    """Adds `replay`. After parsing, `options.command(options)` runs it; bad input is a `PagellmError`."""
+    replay = commands.add_parser("replay", help="replay a trace", description=_replay.__doc__)
+    add_trace_input(replay, nargs="?")
+    replay.add_argument(
+        "--compare", nargs="+", metavar="REPORT.json",
+        help="instead: how far other reports are from the first, and with --report a page of them all",
+    )  # fmt: skip
+    times = replay.add_argument_group("what step times come from")
+    times.add_argument("--profile", metavar="FILE", help="a measured profile, or the step log of a run")
+    times.add_argument(
+        "--roofline", metavar="HARDWARE,MODEL[,N]", help="the limits of N known devices for a known model"
+    )
+    times.add_argument("--real", action="store_true", help="the clock: serve the trace on the real engine")
+    load = replay.add_argument_group("load")
+    load.add_argument("--limit", type=int, metavar="N", help="only the first N requests")
+    load.add_argument("--rate-factor", type=float, default=1.0, metavar="X", help="arrive X times as often")
+    load.add_argument("--clients", type=int, metavar="N", help="closed loop: N clients in the place of times")
+    load.add_argument("--replicas", type=int, default=1, metavar="N", help="engines behind a router")
+    load.add_argument("--router", choices=list(ROUTERS), default="round_robin")
+    load.add_argument("--timeout-s", type=float, metavar="S", help="seconds after which a client gives up")
+    results = replay.add_argument_group("results")
+    results.add_argument(
+        "--slo", type=_slo, metavar="ttft=S,...", help="goodput: at most so many seconds of ttft, tpot, e2e"
+    )
+    results.add_argument("-o", "--output", metavar="FILE", help="the report as JSON")
+    results.add_argument("--report", metavar="FILE", help="the report as one HTML page")
+    results.add_argument("--perfetto", metavar="FILE", help="steps and requests for ui.perfetto.dev")
+    results.add_argument("--results", metavar="FILE", help="a line of JSON for each request")
+    add_model_options(replay)
+    # No default model, so that it shows whether one was given.
+    replay.set_defaults(model=None, command=partial(_replay, replay))
+
+
+def _slo(text: str) -> dict[str, float]:
+    names = [name.removesuffix("_s") for name in SLO_NAMES]
+    limits: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, number = part.partition("=")
+        name = name.strip()
+        if name not in names:
+            raise argparse.ArgumentTypeError(
+                f"found {name!r}, expected one of {', '.join(names)}, which good requests keep, and "
+                "=seconds; limits on statistics of all requests, such as ttft_p99, are for `sweep`"
+            )
+        try:
+            limits[f"{name}_s"] = float(number)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{name}: found {number!r}, expected seconds") from None
+    return limits
+
+
+def _flag(name: str) -> str:
+    return "TRACE" if name == "trace" else f"--{name.replace('_', '-')}"
+
+
+def _replay(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Replay a trace against the scheduler, simulated or for real, and report what came of it."""
+    if options.compare is not None:
+        _compare(parser, options)
+        return
+    if options.trace is None:
+        raise TraceError("TRACE: found none, expected a file, or --compare")
+    with TemporaryDirectory() as directory:
+        if options.perfetto and not options.step_log:
+            options.step_log = str(Path(directory) / "steps.jsonl")
+        trace = load_trace(options)
+        if options.limit is not None:
+            trace = trace.limited(options.limit)
+        report = (_replay_for_real if options.real else _simulate)(trace, options)
+        if options.perfetto:
+            from_step_log(options.step_log, options.perfetto)
+    list_skipped(trace)
+    if options.output:
+        report.to_json(options.output)
+    if options.report:
+        to_html([report.data], options.report)
+    print(report.to_json() if options.json else to_text(report.data))
+
+
+def _compare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    for name, value in vars(options).items():
+        if value != parser.get_default(name) and name not in ("compare", "report", "json"):
+            raise ConfigError(f"{_flag(name)}: not with --compare, which reads reports")
+    if len(options.compare) < 2:
+        raise ConfigError(f"--compare: found one report, {options.compare[0]}, expected at least two")
+    first, *others = reports = [load_report(path) for path in options.compare]
+    if options.report:
+        to_html(reports, options.report)
+    texts = [compare_json(first, other) if options.json else compare(first, other) for other in others]
+    print("\n".join(texts) if options.json else "\n\n\n".join(texts))
+
+
+def _simulate(trace: Trace, options: argparse.Namespace) -> Report:
+    return Simulator(
+        engine_config(options),
+        _cost_model(options),
+        rate_factor=options.rate_factor,
+        clients=options.clients,
+        replicas=options.replicas,
+        router=options.router,
+        timeout_s=options.timeout_s,
+        skip_bad=options.skip_bad,
+        slo=options.slo,
+        results=options.results,
+        progress=_progress(),
+    ).replay(trace)
+
+
+def _cost_model(options: argparse.Namespace) -> CostModel:
+    if (options.profile is None) == (options.roofline is None):
+        raise ConfigError(
+            "--profile, --roofline, --real: expected one of them, for what step times come from"
+        )
+    roofline = None if options.roofline is None else parse_roofline(options.roofline)
+    costs = CostSource(options.profile, roofline).load()
+    if isinstance(costs, ProfileCostModel):
+        if options.model not in (None, costs.model):
+            raise ConfigError(f"--model: found {options.model!r}, expected the profile's, {costs.model!r}")
+        return costs
+    for name in ("model", "quantization", "num_threads"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"{_flag(name)}: not with step times that are of one model and machine already")
+    return costs
+
+
+def _replay_for_real(trace: Trace, options: argparse.Namespace) -> Report:
+    for name in ("profile", "roofline", "clients", "timeout_s"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"{_flag(name)}: not with --real, which serves at arrival times")
+    if options.replicas != 1:
+        raise ConfigError(f"--replicas: found {options.replicas} with --real, expected 1")
+    config = engine_config(options)
+    from pagellm.engine.llm_engine import LLMEngine
+    from pagellm.sim.real_replay import replay_for_real
+
+    model = options.model or DEFAULT_MODEL
+    engine = LLMEngine(model, config, show_progress=True)
+    try:
+        return replay_for_real(
+            engine,
+            trace,
+            model=model,
+            rate_factor=options.rate_factor,
+            skip_bad=options.skip_bad,
+            slo=options.slo,
+            results=options.results,
+            progress=_progress(),
+        )
+    finally:
+        engine.close()
+
+
+def _progress() -> Callable[[int, float], None] | None:
+    """Shows on a terminal how far a replay is."""
+    if not sys.stderr.isatty():
+        return None
+    shown = 0.0
+
+    def show(num_ended: int, now: float) -> None:
+        nonlocal shown
+        if time.monotonic() - shown > PROGRESS_INTERVAL_S:
+            shown = time.monotonic()
+            print(f"\r\x1b[K{num_ended:,} requests, {now:,.1f} s", end="\r", file=sys.stderr, flush=True)
+
+    return show

@@ -1,0 +1,114 @@
+"""The command `pagellm sweep`: arguments in; tables, JSON or a page out."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from pagellm.engine.errors import ConfigError, PagellmError
+from pagellm.sim.commands.trace import add_trace_input
+from pagellm.sim.sweep.file import Point
+from pagellm.sim.sweep.grid import REPLAY_SETTINGS, SLO_LATENCIES, SLO_STATISTICS, Grid, Slo
+from pagellm.sim.sweep.report import to_html, to_json, to_text, words
+from pagellm.sim.sweep.sweep import CostSource, Sweep, SweepResult, TraceFile
+
+
+def add_sweep(commands: "argparse._SubParsersAction[Any]") -> None:
+    """Adds `sweep`. After parsing, `options.command(options)` runs it; bad input is a `PagellmError`."""
+    sweep = commands.add_parser("sweep", help="replay a trace with many settings", description=_sweep.__doc__)
+    add_trace_input(sweep)
+    sweep.add_argument(
+        "--set", action="append", default=[], metavar="KEY=V1,V2,...", dest="grid",
+        help=f"values of a setting: any of the engine's, or {', '.join(REPLAY_SETTINGS)}; may be given "
+        "repeatedly, every combination is replayed",
+    )  # fmt: skip
+    costs = sweep.add_mutually_exclusive_group(required=True)
+    costs.add_argument("--profile", metavar="FILE", help="step times: a profile or a step log")
+    costs.add_argument(
+        "--roofline", metavar="HARDWARE,MODEL[,N]", help="step times: what N known devices can do at most"
+    )
+    sweep.add_argument(
+        "--slo", metavar="NAME=SECONDS,...",
+        help=f"limits that a good point keeps, such as ttft_p99=1.0,tpot_p99=0.1; of "
+        f"{', '.join(SLO_LATENCIES)}, each as {', '.join(SLO_STATISTICS)}",
+    )  # fmt: skip
+    sweep.add_argument(
+        "--capacity", action="store_true", help="search the highest load at which the SLO holds"
+    )
+    sweep.add_argument(
+        "--tolerance", type=float, default=0.02, metavar="X", help="of that load (default: %(default)s)"
+    )
+    sweep.add_argument("--limit", type=int, metavar="N", help="only the first N requests")
+    sweep.add_argument("--jobs", type=int, metavar="N", help="processes (default: one for each core)")
+    sweep.add_argument(
+        "-o", "--output", metavar="FILE", help="results as JSON Lines; what they have is not replayed again"
+    )
+    sweep.add_argument("--report", metavar="FILE", help="write a page with plots")
+    sweep.add_argument("--json", action="store_true", help="print JSON for machines")
+    sweep.set_defaults(command=_sweep)
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    """Replay a trace with every combination of some settings, or search the highest load of each."""
+    sys.path.insert(0, os.getcwd())  # where a policy named as module:Class is looked for
+    progress = _Progress()
+    sweep = Sweep(
+        TraceFile(options.trace, options.limit, options.format, options.skip_bad, options.sort),
+        CostSource(options.profile, None if options.roofline is None else parse_roofline(options.roofline)),
+        Grid.parse(options.grid),
+        None if options.slo is None else Slo.parse(options.slo),
+        None if options.output is None else Path(options.output),
+        options.jobs,
+        progress,
+    )
+    try:
+        result = sweep.run_capacity(options.tolerance) if options.capacity else sweep.run()
+    finally:
+        progress.end()
+    if options.report is not None:
+        to_html(result, options.report)
+    print(to_json(result) if options.json else to_text(result))
+    _check_any(result)
+
+
+def parse_roofline(text: str) -> tuple[str, str, int]:
+    """HARDWARE,MODEL or HARDWARE,MODEL,N as a `CostSource` has it. Raises `ConfigError`."""
+    hardware, *rest = text.split(",")
+    try:
+        model, number = rest if len(rest) == 2 else (*rest, "1")
+        return hardware, model, int(number)
+    except ValueError:
+        raise ConfigError(
+            f"--roofline: found {text!r}, expected HARDWARE,MODEL or HARDWARE,MODEL,N"
+        ) from None
+
+
+def _check_any(result: SweepResult) -> None:
+    """Raises `PagellmError` where every point failed."""
+    errors = [point.error for point in result.points if point.error is not None]
+    if len(errors) == len(result.points):
+        raise PagellmError(f"sweep: every point failed; the first: {errors[0]}")
+
+
+class _Progress:
+    """A line on standard error for each replay; on a terminal one that is written over."""
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def __call__(self, point: Point) -> None:
+        self._number += 1
+        rate = None if point.summary is None else point.summary["requests_per_s"]
+        found = point.error or ("done" if rate is None else f"{rate:.4g} requests/s")
+        line = f"{self._number:,} replays; {words(point.settings)}: {found}"
+        if sys.stderr.isatty():
+            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
+            print(f"\r\x1b[K{line[:width]}", end="", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Clears a terminal's line."""
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""What a step costs: recorded, measured, or by the limits of known hardware."""

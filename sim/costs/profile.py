@@ -1,0 +1,283 @@
+"""A profile: tables of measured step times, and the cost model that reads between their lines.
+
+A profile is a JSON object:
+
+    {"format": "pagellm-profile", "version": 1,
+     "model": "...", "quantization": "int8", "num_threads": 2, "machine": "...",    what was measured
+     "block_size": 16, "block_bytes": 368640,           tokens and bytes of a KV block
+     "prefill": {"chunk_tokens": [...],                 of one sequence, computed in one step
+                 "context_tokens": [...],               of the same sequence, computed before
+                 "seconds": [[...], ...]},              a row for each of chunk_tokens
+     "decode": {"num_sequences": [...],                 one token of each
+                "context_tokens": [...],                before that token, on average
+                "seconds": [[...], ...]},               a row for each of num_sequences
+     "mixed": {"chunk_tokens": [...],                   one chunk without context
+               "num_sequences": [...],                  that decode in the same step
+               "context_tokens": 256,                   of each of these
+               "seconds": [[...], ...]},                a row for each of chunk_tokens
+     "overhead": {"step_s": x, "sequence_s": x},        of scheduling and sampling
+     "transfer": {"copy_block_s": x, "swap_block_s": x},
+     "fit": {...}}                                      of calibrate.py, for people: see there
+
+Axes increase and have two points or more. "mixed" may be missing; the two parts of a step then add up.
+"""
+
+import json
+import os
+import tempfile
+import warnings
+from bisect import bisect_right
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from pagellm.engine.config import EngineConfig
+from pagellm.engine.errors import ConfigError, ProfileError
+from pagellm.engine.scheduling.block_manager import TransferKind
+from pagellm.engine.scheduling.scheduler import PreemptionCosts, ScheduledBatch
+from pagellm.sim.costs.cost_model import CostModel, bad_field, seconds, shape_of
+
+FORMAT = "pagellm-profile"
+VERSION = 1
+
+
+class Table:
+    """Seconds on a grid of two axes, bilinear between its points.
+
+    Outside of the grid it goes on as in the nearest cell, counts that in `num_outside`, and warns once.
+    """
+
+    def __init__(self, name: str, xs: list[float], ys: list[float], rows: list[list[float]]) -> None:
+        self.name = name
+        self.xs, self.ys, self.rows = xs, ys, rows
+        self.num_outside = 0
+
+    def __call__(self, x: float, y: float) -> float:
+        xs, ys = self.xs, self.ys
+        if not (xs[0] <= x <= xs[-1] and ys[0] <= y <= ys[-1]):
+            self._note_outside(x, y)
+        i = bisect_right(xs, x, 1, len(xs) - 1)
+        j = bisect_right(ys, y, 1, len(ys) - 1)
+        low, high = self.rows[i - 1], self.rows[i]
+        u = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
+        v = (y - ys[j - 1]) / (ys[j] - ys[j - 1])
+        below = low[j - 1] + v * (low[j] - low[j - 1])
+        above = high[j - 1] + v * (high[j] - high[j - 1])
+        return below + u * (above - below)
+
+    def _note_outside(self, x: float, y: float) -> None:
+        if self.num_outside == 0:
+            measured = f"{self.xs[0]:g} to {self.xs[-1]:g} by {self.ys[0]:g} to {self.ys[-1]:g}"
+            warnings.warn(
+                f"{self.name}: asked for {x:g} by {y:g}, measured {measured}; continued linearly",
+                stacklevel=4,
+            )
+        self.num_outside += 1
+
+
+@dataclass(frozen=True)
+class _Overheads:
+    step_s: float
+    sequence_s: float
+    copy_block_s: float
+    swap_block_s: float
+
+
+class ProfileCostModel(CostModel):
+    """Step times from a profile.
+
+    Several chunks of one step count as one of as many tokens, with the context that gives it as many pairs of
+    a query and a key. A step with decodes as well takes what both parts take alone, less what the table of
+    mixed steps says is saved, and never less than the longer part. Blocks of another size than the measured
+    ones are moved in time proportional to their size.
+    """
+
+    def __init__(self, profile: dict[str, Any], place: str = "profile") -> None:
+        """place: what errors call the profile. Raises `ProfileError`."""
+        check_version(profile, place)
+        for field in ("model", "quantization", "machine"):
+            if not isinstance(profile.get(field), str):
+                raise bad_field(place, field, profile.get(field), "a text")
+        for field in ("num_threads", "block_size", "block_bytes"):
+            _check_positive(place, field, profile.get(field))
+        self._profile = profile
+        self.model: str = profile["model"]
+        self.name = (
+            f"{profile['model']}, {profile['quantization']}, {profile['num_threads']} threads, "
+            f"{profile['machine']}"
+        )
+        self.block_size: int = profile["block_size"]
+        self._measured_block_bytes: int = profile["block_bytes"]
+        self._prefill = read_table(profile, "prefill", "chunk_tokens", "context_tokens", place)
+        self._decode = read_table(profile, "decode", "num_sequences", "context_tokens", place)
+        self._saved = None if profile.get("mixed") is None else self._read_saved(profile, place)
+        overhead, transfer = (_part(profile, name, place) for name in ("overhead", "transfer"))
+        self._measured = _Overheads(
+            *(seconds(place, f"overhead.{name}", overhead.get(name)) for name in ("step_s", "sequence_s")),
+            *(
+                seconds(place, f"transfer.{name}", transfer.get(name))
+                for name in ("copy_block_s", "swap_block_s")
+            ),
+        )
+        self._begin(1.0)
+
+    @classmethod
+    def from_file(cls, path: Path) -> "ProfileCostModel":
+        """A model from a profile's file. Raises `ProfileError`."""
+        try:
+            profile = json.loads(path.read_text("utf-8"))
+        except OSError as error:
+            raise ProfileError(f"{path}: cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise ProfileError(f"{path}: {error}, expected a profile as JSON") from None
+        if not isinstance(profile, dict):
+            raise bad_field(str(path), "profile", profile, "an object with named fields")
+        return cls(profile, str(path))
+
+    def begin(self, config: EngineConfig, num_replicas: int = 1) -> None:
+        for name, found, no_wish in (
+            ("quantization", config.quantization, "auto"),
+            ("num_threads", config.num_threads, None),
+        ):
+            if found not in (no_wish, self._profile[name]):
+                raise ConfigError(
+                    f"{name}: found {found!r}, expected {self._profile[name]!r}, as in the profile"
+                )
+        self._begin(config.block_size / self.block_size)
+
+    def block_bytes(self, block_size: int) -> int:
+        return self._measured_block_bytes * block_size // self.block_size
+
+    def step_time(self, batch: ScheduledBatch) -> float:
+        num_decodes, context, prefills = shape_of(batch)
+        total = self._measured.step_s + self._measured.sequence_s * len(batch.sequences)
+        if batch.transfers:
+            num_copies = sum(transfer.kind is TransferKind.COPY for transfer in batch.transfers)
+            num_swaps = len(batch.transfers) - num_copies
+            total += num_copies * self._copy_block_s + num_swaps * self.costs.swap_block_s
+        decode_s = self._decode(num_decodes, context / num_decodes) if num_decodes else 0.0
+        if not prefills:
+            return total + max(0.0, decode_s)
+        chunk, context_before = _as_one_chunk(prefills)
+        prefill_s = self._prefill(chunk, context_before)
+        both_s = prefill_s + decode_s
+        if num_decodes and self._saved is not None:
+            both_s -= self._saved(chunk, num_decodes)
+        return total + max(0.0, prefill_s, decode_s, both_s)
+
+    @property
+    def extrapolated(self) -> int:
+        return sum(table.num_outside for table in self._tables)
+
+    @property
+    def _tables(self) -> list[Table]:
+        return [self._prefill, self._decode] + ([self._saved] if self._saved else [])
+
+    def _begin(self, block_scale: float) -> None:
+        for table in self._tables:
+            table.num_outside = 0
+        self._copy_block_s = self._measured.copy_block_s * block_scale
+        chunk = self._prefill.xs[-1]
+        recompute_token_s = self._prefill(chunk, self._prefill.ys[0]) / chunk
+        self.costs = PreemptionCosts(recompute_token_s, self._measured.swap_block_s * block_scale)
+
+    def _read_saved(self, profile: dict[str, Any], place: str) -> Table:
+        """What mixed steps take less than their two parts alone."""
+        table = read_table(profile, "mixed", "chunk_tokens", "num_sequences", place)
+        context = profile["mixed"].get("context_tokens")
+        _check_positive(place, "mixed.context_tokens", context)
+        saved = [
+            [
+                self._prefill(chunk, 0) + self._decode(number, context) - together
+                for number, together in zip(table.ys, row, strict=True)
+            ]
+            for chunk, row in zip(table.xs, table.rows, strict=True)
+        ]
+        return Table(table.name, table.xs, table.ys, saved)
+
+
+def write_profile(profile: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes a profile, whole or not at all. Raises `ProfileError` if that cannot be done."""
+    text = json.dumps(profile, indent=1, allow_nan=False) + "\n"
+    try:
+        _replace(Path(path), text)
+    except OSError as error:
+        raise ProfileError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raises `ProfileError` if a profile could not be written there; leaves nothing behind."""
+    path = Path(path)
+    if path.is_dir():
+        raise ProfileError(f"{path}: found a directory, expected a file to write")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ProfileError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+        try:
+            file.write(text)
+            file.close()
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(file.name)
+            raise
+
+
+def check_version(profile: dict[str, Any], place: str) -> None:
+    """Raises `ProfileError` for what is no profile of this version."""
+    for field, expected in (("format", FORMAT), ("version", VERSION)):
+        if profile.get(field) != expected:
+            raise bad_field(place, field, profile.get(field), repr(expected))
+
+
+def read_table(profile: dict[str, Any], name: str, x_name: str, y_name: str, place: str) -> Table:
+    """A table of a profile by the names of its axes. Raises `ProfileError`."""
+    part = _part(profile, name, place)
+    xs, ys = (_axis(place, f"{name}.{axis}", part.get(axis)) for axis in (x_name, y_name))
+    rows = part.get("seconds")
+    if not isinstance(rows, list) or len(rows) != len(xs):
+        raise bad_field(place, f"{name}.seconds", rows, f"{len(xs)} rows, one for each of {x_name}")
+    for i, row in enumerate(rows):
+        if not isinstance(row, list) or len(row) != len(ys):
+            expected = f"{len(ys)} numbers, one for each of {y_name}"
+            raise bad_field(place, f"{name}.seconds[{i}]", row, expected)
+        for j, value in enumerate(row):
+            seconds(place, f"{name}.seconds[{i}][{j}]", value)
+    return Table(f"{place}: {name} ({x_name} by {y_name})", xs, ys, rows)
+
+
+def _part(profile: dict[str, Any], name: str, place: str) -> dict[str, Any]:
+    part = profile.get(name)
+    if not isinstance(part, dict):
+        raise bad_field(place, name, part, "an object with named fields")
+    return part
+
+
+def _axis(place: str, field: str, values: Any) -> list[float]:
+    are_numbers = isinstance(values, list) and all(type(v) in (int, float) for v in values)
+    if not are_numbers or len(values) < 2 or not all(0 <= a < b < 1e300 for a, b in pairwise(values)):
+        raise bad_field(place, field, values, "two or more increasing numbers from 0")
+    return list(values)
+
+
+def _check_positive(place: str, field: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise bad_field(place, field, value, "a positive integer")
+
+
+def _as_one_chunk(prefills: list[tuple[int, int]]) -> tuple[int, float]:
+    """(tokens, tokens before them) of one chunk that costs as much as several."""
+    if len(prefills) == 1:
+        return prefills[0]
+    tokens = sum(count for count, _ in prefills)
+    pairs = sum(count * (before + count / 2) for count, before in prefills)
+    return tokens, max(0.0, pairs / tokens - tokens / 2)

@@ -1,0 +1,336 @@
+"""How a report is shown: a table for the terminal, a page for the browser, a comparison of two.
+
+What a report is stands in `report_schema`. The page is one file that asks for nothing else: its parts are
+in `page/`, its data is JSON inside it, and every name in that data is only ever shown as text.
+"""
+
+import html
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from pagellm.engine.errors import ReportError
+from pagellm.sim.report.schema import Report, check_report, load_report
+
+__all__ = [
+    "check_report", "compare", "compare_json", "error_percent", "load_report", "number_text", "seconds_text",
+    "to_html", "to_text", "write_page",
+]  # fmt: skip
+
+_WIDTH = 80
+_PAGE = Path(__file__).with_name("page")
+_SCRIPTS = ("draw.js", "summary.js", "timeline.js", "distributions.js", "page.js")
+# Six digits are more than a plot shows, and half the size.
+_PAGE_DIGITS = 6
+_NAMES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "E2E", "queue_s": "queue"}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of the summary: what it is called, its unit (s, 1/s, share or count), and where it is."""
+
+    group: str
+    label: str
+    unit: str
+    path: str
+
+    def value(self, report: Report) -> float | None:
+        """The report's value, None if it has none."""
+        value: Any = report["summary"]
+        for name in self.path.split("."):
+            value = None if value is None else value[name]
+        return None if value is None else value
+
+
+METRICS = (
+    Metric("throughput", "requests/s", "1/s", "requests_per_s"),
+    Metric("throughput", "output tokens/s", "1/s", "output_tokens_per_s"),
+    Metric("throughput", "all tokens/s", "1/s", "total_tokens_per_s"),
+    Metric("throughput", "requests/s in SLO", "1/s", "goodput.requests_per_s"),
+    Metric("throughput", "requests in SLO", "share", "goodput.share"),
+    Metric("throughput", "duration", "s", "duration_s"),
+    *(
+        Metric(group, label, "s", f"{path}.{statistic}")
+        for path, group in _NAMES.items()
+        for label, statistic in (
+            ("mean", "mean"), ("P50", "p50"), ("P90", "p90"), ("P95", "p95"), ("P99", "p99"), ("max", "max"),
+        )
+    ),
+    Metric("KV blocks", "peak", "count", "kv.peak_blocks"),
+    Metric("KV blocks", "mean", "count", "kv.mean_blocks"),
+    Metric("KV blocks", "unwritten slots", "share", "kv.mean_unwritten_share"),
+    Metric("prefix cache", "hit rate", "share", "cache.hit_rate"),
+    Metric("prefix cache", "evicted tokens", "count", "cache.evicted_tokens"),
+    Metric("preemptions", "by recompute", "count", "preemptions.recompute"),
+    Metric("preemptions", "by swap", "count", "preemptions.swap"),
+    Metric("preemptions", "requests preempted", "count", "preemptions.requests"),
+    Metric("requests", "finished", "count", "num_finished"),
+    Metric("requests", "timed out", "count", "num_timed_out"),
+    Metric("requests", "rejected", "count", "num_rejected"),
+    Metric("requests", "bad records skipped", "count", "num_skipped"),
+    Metric("requests", "records dropped", "count", "num_dropped"),
+    Metric("requests", "steps", "count", "num_steps"),
+)  # fmt: skip
+
+
+def to_text(report: Report) -> str:
+    """A summary for the terminal, of at most 80 columns."""
+    summary, config, load = report["summary"], report["config"], report["load"]
+    cache, preemptions, kv = summary["cache"], summary["preemptions"], summary["kv"]
+    outcomes = ("finished", "timed_out", "rejected")
+    counts = ", ".join(f"{summary[f'num_{o}']:,} {o.replace('_', ' ')}" for o in outcomes)
+    speed = f" ({summary['duration_s'] / summary['wall_s']:,.0f} x real time)" if summary["wall_s"] else ""
+    lines = [
+        ("", _name(report["trace"], _WIDTH)),
+        ("", f"{report['kind']} on {_name(report['model'], _WIDTH - 13)}"),
+        ("load", _load(load)),
+        ("requests", f"{summary['num_requests']:,}: {counts}"),
+        *_left_out(summary),
+        ("duration", f"{seconds_text(summary['duration_s'])} in {summary['num_steps']:,} steps"),
+        ("replayed in", f"{seconds_text(summary['wall_s'])}{speed}"),
+        ("throughput", f"{number_text(summary['requests_per_s'])} requests/s"),
+        ("", f"{number_text(summary['output_tokens_per_s'])} output tokens/s"),
+        ("", f"{number_text(summary['total_tokens_per_s'])} tokens/s with prompts"),
+        *_goodput(summary["goodput"]),
+        ("prefix cache", f"{_share(cache['hit_rate'])} hit of {cache['query_tokens']:,} prompt tokens"),
+        ("", f"{cache['evicted_tokens']:,} tokens evicted"),
+        ("preemptions", f"{preemptions['recompute']:,} by recompute, {preemptions['swap']:,} by swap"),
+        (
+            "",
+            f"of {preemptions['requests']:,} requests, at most {preemptions['most_of_one_request']:,} of one",
+        ),
+        ("KV blocks", f"{kv['peak_blocks']:,} of {kv['num_blocks']:,} at the peak{_bytes(kv['peak_bytes'])}"),
+        ("", f"{kv['mean_blocks']:,.1f} on average{_bytes(kv['mean_bytes'])}"),
+        ("", f"{_share(kv['mean_unwritten_share'])} of their slots unwritten"),
+        ("scheduling", _settings(config, "policy", "preemption")),
+        ("", _settings(config, "block_size", "max_num_seqs", "max_num_batched_tokens")),
+    ]
+    table = [f"{label:<14}{value}" if label or i > 1 else value for i, (label, value) in enumerate(lines)]
+    return "\n".join([*table, "", *_latency_table(summary)])
+
+
+def _latency_table(summary: dict[str, Any]) -> Iterator[str]:
+    statistics = ("mean", "p50", "p90", "p95", "p99", "max")
+    names = (name.upper() if name.startswith("p") else name for name in statistics)
+    yield f"{'latency':<11}" + "".join(f"{name:>10}" for name in names) + f"{'count':>9}"
+    for path, name in _NAMES.items():
+        values = [summary[path][statistic] for statistic in statistics]
+        unit, factor = _seconds_unit(values, 10.0)
+        cells = "".join(f"{number_text(value and value * factor):>10}" for value in values)
+        yield f"{name:<7}{unit:<4}{cells}{_short(summary[path]['count']):>9}"
+
+
+def _load(load: dict[str, Any]) -> str:
+    if load["mode"] == "closed":
+        rate = f"closed, {load['clients']:,} clients" if load["clients"] is not None else "closed"
+    else:
+        rate = f"open, arrivals x {load['rate_factor'] or 1:g}"
+    replicas = f", {load['replicas']:,} replicas" if load["replicas"] != 1 else ""
+    router = f" by {_name(load['router'], 20)}" if replicas and load["router"] else ""
+    return f"{rate}{replicas}{router}"
+
+
+def _left_out(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    skipped, dropped = summary["num_skipped"], summary["num_dropped"]
+    if skipped or dropped:
+        yield "left out", f"{skipped:,} bad records, {dropped:,} without a request"
+
+
+def _goodput(goodput: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
+    if goodput is not None:
+        slo = ", ".join(
+            f"{_NAMES.get(name, name)} {seconds_text(limit)}"
+            for name, limit in goodput["slo"].items()
+            if limit is not None
+        )
+        rate = f"{number_text(goodput['requests_per_s'])} requests/s"
+        yield "goodput", f"{rate}, {_share(goodput['share'])} within {_name(slo, 32)}"
+
+
+def _settings(config: dict[str, Any], *names: str) -> str:
+    return _name(", ".join(f"{name} {config.get(name, '-')}" for name in names), _WIDTH - 14)
+
+
+def compare(a: Report, b: Report) -> str:
+    """Metric by metric: both values, and by how many percent b differs from a."""
+    lines = [f"{name}: {_name(_title(report), _WIDTH - 3)}" for name, report in (("a", a), ("b", b))]
+    lines += ["", f"{'':<24}{'a':>16}{'b':>16}   b is"]
+    for group, metrics in groupby(METRICS, lambda metric: metric.group):
+        rows = [(metric, metric.value(a), metric.value(b)) for metric in metrics]
+        rows = [row for row in rows if row[1:] != (None, None)]
+        if rows:
+            lines += [group, *_compared(rows)]
+    return "\n".join(lines)
+
+
+def _compared(rows: list[tuple[Metric, float | None, float | None]]) -> Iterator[str]:
+    """The lines of one group, its times all in one unit."""
+    times = [value for metric, *values in rows if metric.unit == "s" for value in values]
+    units = {"s": _seconds_unit(times, 10.0), "share": ("%", 100.0)}
+    for metric, *values in rows:
+        unit, factor = units.get(metric.unit, ("", 1))
+        label = f"{metric.label}, {unit}" if unit else metric.label
+        cells = "".join(f"{number_text(value and value * factor):>16}" for value in values)
+        yield f"  {label:<22}{cells}   {_difference(*values)}"
+
+
+def compare_json(a: Report, b: Report) -> str:
+    """The same as one JSON object; error_percent is null where a is zero or either has no value."""
+    metrics = [
+        {
+            "metric": metric.path,
+            "unit": metric.unit,
+            "a": metric.value(a),
+            "b": metric.value(b),
+            "error_percent": error_percent(metric.value(a), metric.value(b)),
+        }
+        for metric in METRICS
+    ]
+    names = {
+        side: {name: report[name] for name in ("trace", "model", "kind")}
+        for side, report in (("a", a), ("b", b))
+    }
+    return json.dumps({"version": 1, **names, "metrics": metrics}, allow_nan=False)
+
+
+def error_percent(a: float | None, b: float | None) -> float | None:
+    """By how much b differs from a; None where a is zero or either has no value."""
+    if a is None or b is None:
+        return None
+    return 0.0 if a == b else 100.0 * (b - a) / a if a else None
+
+
+def _difference(a: float | None, b: float | None) -> str:
+    if a is None or b is None:
+        return "not measured" if b is None else "not measured in a"
+    error = error_percent(a, b)
+    if error is None:
+        return "higher, from zero"
+    if error == 0:
+        return "the same"
+    size = f"{abs(error):,.1f}" if abs(error) >= 0.05 else "< 0.1"
+    return f"{size} % {'higher' if error > 0 else 'lower'}"
+
+
+def to_html(reports: Sequence[Report], path: str | Path) -> None:
+    """Writes one page that shows a report, or compares several with the first of them."""
+    if not reports:
+        raise ReportError("reports: found none, expected at least one")
+    write_page(
+        path,
+        title=" and ".join(dict.fromkeys(_title(report) for report in reports)),
+        text="\n\n\n".join(map(to_text, reports)),
+        data={"metrics": [vars(metric) for metric in METRICS], "reports": reports},
+        scripts=_SCRIPTS,
+        styles=("page.css",),
+    )
+
+
+def write_page(
+    path: str | Path,
+    *,
+    title: str,
+    text: str,
+    data: dict[str, Any],
+    scripts: Sequence[str | Path],
+    styles: Sequence[str | Path],
+) -> None:
+    """Writes one page that asks for nothing else.
+
+    text: what it says without scripts. data: for the scripts, as JSON. scripts, styles: files, in order;
+    names are those of `page/`. Raises `ReportError`.
+    """
+    parts = {
+        "title": html.escape(title),
+        "style": _joined(styles),
+        "text": html.escape(text),
+        "data": _script_safe(json.dumps(_rounded(data), separators=(",", ":"), allow_nan=False)),
+        "script": _joined(scripts),
+    }
+    template = (_PAGE / "page.html").read_text(encoding="utf-8")
+    # One pass, so that what looks like a placeholder in the data stays as it is.
+    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+    try:
+        # A name may hold half of a surrogate pair, which UTF-8 has no bytes for.
+        Path(path).write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+    except OSError as error:
+        raise ReportError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _joined(names: Sequence[str | Path]) -> str:
+    return "\n".join((_PAGE / name).read_text(encoding="utf-8") for name in names)
+
+
+def _script_safe(text: str) -> str:
+    """JSON in which nothing can end the script element that it stands in, or begin another one."""
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _rounded(value: Any) -> Any:
+    """The same with numbers as a plot needs them; what is no finite number becomes null."""
+    if isinstance(value, dict):
+        return {str(name): _rounded(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(inner) for inner in value]
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        rounded = float(f"{value:.{_PAGE_DIGITS}g}")
+        return int(rounded) if rounded.is_integer() else rounded
+    return value
+
+
+def _title(report: Report) -> str:
+    return f"{report['trace']}, {report['kind']} on {report['model']}"
+
+
+def _name(text: str, width: int) -> str:
+    """A name on one line of a terminal, cut to a width."""
+    shown = "".join(c if c.isprintable() else "?" for c in text)
+    return shown if len(shown) <= width else f"{shown[: width - 3]}..."
+
+
+def number_text(value: float | None) -> str:
+    """Four significant digits, or all of an integer's or of what is before the point."""
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value == 0:
+        return "0"
+    return f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}" if value >= 1e-3 else f"{value:.2e}"
+
+
+def _short(count: int) -> str:
+    return f"{count:,}" if count < 10**7 else f"{count / 10**6:,.0f} M"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}".replace("%", " %")
+
+
+def seconds_text(value: float) -> str:
+    """A time of four significant digits in the unit that suits it."""
+    unit, factor = _seconds_unit([value], 1.0)
+    return f"{value * factor:,.4g} {unit}" if value * factor < 1e4 else f"{value * factor:,.0f} {unit}"
+
+
+def _seconds_unit(values: Sequence[float | None], seconds_from: float) -> tuple[str, float]:
+    """What a column of times is shown in, and how many of it a second has."""
+    largest = max((value for value in values if value is not None), default=0.0)
+    return ("ms", 1e3) if 0 < largest < seconds_from else ("s", 1.0)
+
+
+def _bytes(value: float | None) -> str:
+    if value is None:
+        return ""
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f", {value:,.1f} {unit}"
+        value /= 1024
+    return f", {value:,.1f} GiB"

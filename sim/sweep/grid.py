@@ -1,0 +1,198 @@
+"""What a sweep runs over: the product of some settings' values, and the limits that a good point keeps.
+
+A setting is a field of `EngineConfig` or one of the replay: how often requests come and who serves them.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from types import NoneType, UnionType
+from typing import Any, get_args, get_type_hints
+
+from pagellm.engine.config import EngineConfig
+from pagellm.engine.errors import ConfigError
+from pagellm.engine.scheduling.policies import load_policy
+from pagellm.sim.costs.cost_model import CostModel
+from pagellm.sim.simulator import Simulator
+
+Value = int | float | bool | str | None
+Settings = Mapping[str, Value]
+
+REPLAY_SETTINGS = ("rate_factor", "clients", "replicas", "router", "timeout_s")
+SLO_LATENCIES = ("ttft", "tpot", "itl", "e2e", "queue")
+SLO_STATISTICS = ("mean", "p50", "p90", "p95", "p99")
+
+_REPLAY_TYPES = {name: kind for name, kind in get_type_hints(Simulator).items() if name in REPLAY_SETTINGS}
+# No step log: every point would write the same file.
+_CONFIG_TYPES = {name: kind for name, kind in get_type_hints(EngineConfig).items() if name != "step_log"}
+_TYPES: dict[str, Any] = _CONFIG_TYPES | _REPLAY_TYPES
+_EXPECTED = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text"}
+
+
+class Grid:
+    """The product of some settings' values; `axes` has the values of each in the order in which they came."""
+
+    def __init__(self, axes: Mapping[str, Iterable[Value]]) -> None:
+        """Raises `ConfigError` for a name that is no setting, and for one without values."""
+        self.axes = {name: tuple(dict.fromkeys(values)) for name, values in axes.items()}
+        for name, values in self.axes.items():
+            _type_of(name)
+            if not values:
+                raise ConfigError(f"{name}: found no value, expected at least one")
+
+    @classmethod
+    def parse(cls, texts: Iterable[str]) -> "Grid":
+        """A grid from texts such as "policy=fcfs,fair". Raises `ConfigError`."""
+        axes: dict[str, list[Value]] = {}
+        for text in texts:
+            name, equals, values = text.partition("=")
+            if not equals:
+                raise ConfigError(f"set: found {text!r}, expected key=value,value,...")
+            if name in axes:
+                raise ConfigError(f"{name}: found twice, expected all of its values together")
+            axes[name] = [_parse(name, value) for value in values.split(",")]
+        return cls(axes)
+
+    def __len__(self) -> int:
+        return math.prod(map(len, self.axes.values()))
+
+    def __iter__(self) -> Iterator[dict[str, Value]]:
+        """The settings of each point; the last axis varies fastest."""
+        for values in product(*self.axes.values()):
+            yield dict(zip(self.axes, values, strict=True))
+
+    def check(self, cost_model: CostModel) -> None:
+        """Raises `ConfigError` for a value that is bad whatever the others are."""
+        if "num_blocks" not in self.axes:
+            simulator({}, cost_model)
+        for name, values in self.axes.items():
+            for value in values:
+                simulator({"num_blocks": 1, name: value}, cost_model)
+                if name == "policy":
+                    load_policy(str(value))
+
+
+def simulator(settings: Settings, cost_model: CostModel, skip_bad: bool = False) -> Simulator:
+    """What replays with these settings. Raises `ConfigError`."""
+    config = {name: value for name, value in settings.items() if name in _CONFIG_TYPES}
+    replay: dict[str, Any] = {name: value for name, value in settings.items() if name in _REPLAY_TYPES}
+    return Simulator(EngineConfig(**config), cost_model, skip_bad=skip_bad, **replay)  # type: ignore[arg-type]
+
+
+def full_settings(settings: Settings) -> dict[str, Value]:
+    """These settings and the defaults of all others, by name."""
+    given: dict[str, Value] = {
+        name: settings.get(name, getattr(kind, name))
+        for kind, names in ((EngineConfig, _CONFIG_TYPES), (Simulator, _REPLAY_TYPES))
+        for name in names
+    }
+    return dict(sorted(given.items()))
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The most that a statistic of a latency may be, in seconds."""
+
+    latency: str
+    statistic: str
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """As it is written: ttft_p99."""
+        return f"{self.latency}_{self.statistic}"
+
+    def value(self, summary: Mapping[str, Any]) -> float | None:
+        """What a report's summary has for it, in seconds; None if nothing was measured."""
+        value: float | None = summary[f"{self.latency}_s"][self.statistic]
+        return value
+
+
+@dataclass(frozen=True)
+class Slo:
+    """Limits that are to be kept together."""
+
+    limits: tuple[Limit, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Slo":
+        """An SLO from a text such as "ttft_p99=1.0,tpot_p99=0.1". Raises `ConfigError`."""
+        limits = [_parse_limit(part) for part in text.split(",")]
+        names = [limit.name for limit in limits]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"slo: {name}: found twice, expected one limit")
+        return cls(tuple(limits))
+
+    def holds(self, summary: Mapping[str, Any]) -> bool:
+        """Whether a replay kept it. It did not if anybody gave up, whatever the others' latencies are.
+
+        Nothing to measure, such as the TPOT of answers of one token, keeps every limit.
+        """
+        if summary["num_timed_out"] or summary["num_rejected"]:
+            return False
+        values = ((limit.value(summary), limit.seconds) for limit in self.limits)
+        return all(value is None or value <= seconds for value, seconds in values)
+
+    def to_dict(self) -> dict[str, float]:
+        """Seconds by name."""
+        return {limit.name: limit.seconds for limit in self.limits}
+
+
+def _type_of(name: str) -> Any:
+    if name not in _TYPES:
+        raise ConfigError(f"set: found key {name!r}, expected one of {', '.join(_TYPES)}")
+    return _TYPES[name]
+
+
+def _parse(name: str, text: str) -> Value:
+    kind = _type_of(name)
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    if NoneType in kinds and text.lower() == "none":
+        return None
+    try:
+        value: Value = _PARSERS[kinds[0]](text)
+        return value
+    except (ValueError, KeyError):
+        or_none = " or none" if NoneType in kinds else ""
+        raise ConfigError(f"{name}: found {text!r}, expected {_EXPECTED[kinds[0]]}{or_none}") from None
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
+def _text(text: str) -> str:
+    if not text:
+        raise ValueError(text)
+    return text
+
+
+_PARSERS: dict[type, Any] = {
+    bool: lambda text: {"true": True, "false": False}[text.lower()],
+    int: int,
+    float: _finite,
+    str: _text,
+}
+
+
+def _parse_limit(text: str) -> Limit:
+    name, _, number = text.partition("=")
+    latency, _, statistic = name.partition("_")
+    if latency not in SLO_LATENCIES or statistic not in SLO_STATISTICS:
+        expected = (
+            f"a statistic of all requests such as ttft_p99 and =seconds: one of {', '.join(SLO_LATENCIES)}, "
+            f"then _ and one of {', '.join(SLO_STATISTICS)}"
+        )
+        raise ConfigError(f"slo: found {text!r}, expected {expected}")
+    try:
+        seconds = _finite(number)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise ConfigError(f"slo: {name}: found {number!r}, expected seconds above 0")
+    return Limit(latency, statistic, seconds)

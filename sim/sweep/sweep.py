@@ -1,0 +1,412 @@
+"""Sweeps: many replays of one trace, on all cores: a grid of settings, and the highest load of each point.
+
+Every replay is a function of its settings, so where and when it runs makes no difference, and one that stands
+in the results file is not done again. Workers are processes that are started afresh and read trace and step
+times themselves; a program that sweeps needs `if __name__ == "__main__":` around its own start.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from hashlib import sha256
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pagellm.engine.config import usable_cores
+from pagellm.engine.errors import ConfigError, PagellmError
+from pagellm.sim.costs.cost_model import CostModel
+from pagellm.sim.sweep.capacity import Bracket, search
+from pagellm.sim.sweep.file import Identity, Point, ResultsFile
+from pagellm.sim.sweep.grid import Grid, Settings, Slo, simulator
+from pagellm.sim.traces.trace import Trace
+
+# Between two looks at whether there was an interrupt.
+_PATIENCE_S = 0.1
+
+_Result = TypeVar("_Result")
+# Yields the settings of a replay, is sent its point, and returns what came of all of them.
+_Task = Generator[dict[str, Any], Point, _Result]
+
+
+@dataclass(frozen=True)
+class TraceFile:
+    """A trace by where it stands and how it is read: format, skip_bad and sort as in `Trace.load`.
+
+    limit: how many of its first requests, all if None. With skip_bad, requests that can never be computed are
+    counted as rejected.
+    """
+
+    path: str
+    limit: int | None = None
+    format: str | None = None
+    skip_bad: bool = False
+    sort: bool = False
+
+    def load(self) -> Trace:
+        """Raises `TraceError`."""
+        trace = Trace.load(self.path, format=self.format, skip_bad=self.skip_bad, sort=self.sort)
+        return trace if self.limit is None else trace.limited(self.limit)
+
+    def hash(self) -> str:
+        """SHA-256 of the file."""
+        return _hash_of(self.path)
+
+    def reading(self) -> str:
+        """All but the path, in words."""
+        parts = [
+            "all requests" if self.limit is None else f"the first {self.limit} requests",
+            "" if self.format is None else f"read as {self.format}",
+            "sorted" if self.sort else "",
+            "without bad ones" if self.skip_bad else "",
+        ]
+        return ", ".join(filter(None, parts))
+
+
+@dataclass(frozen=True)
+class CostSource:
+    """Step times by where they come from: the file of a profile or step log, or names of hardware.json."""
+
+    profile: str | None = None
+    roofline: tuple[str, str, int] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.profile is None) == (self.roofline is None):
+            found = "neither" if self.profile is None else "both"
+            raise ConfigError(f"cost model: found {found} of profile and roofline, expected one")
+
+    def load(self) -> CostModel:
+        """Raises `ProfileError` and `ConfigError`."""
+        if self.profile is not None:
+            return CostModel.load(self.profile)
+        assert self.roofline is not None
+        return CostModel.roofline(*self.roofline)
+
+    def hash(self) -> str:
+        """SHA-256 of the file, or of the names and all that is known of them."""
+        if self.profile is not None:
+            return _hash_of(self.profile)
+        known = files("pagellm.sim.costs").joinpath("hardware.json").read_bytes()
+        return sha256(json.dumps(self.roofline).encode() + known).hexdigest()
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The highest load at which the SLO holds with some settings.
+
+    settings: without a rate_factor. probes: every replay that was made for it, in order. bracket: what they
+    showed, None where one of them failed.
+    """
+
+    settings: dict[str, Any]
+    probes: list[Point]
+    bracket: Bracket | None
+
+    @property
+    def at(self) -> Point | None:
+        """The probe at the highest load at which the SLO holds, if there is one."""
+        factor = None if self.bracket is None else self.bracket.holds
+        return next((probe for probe in self.probes if probe.settings["rate_factor"] == factor), None)
+
+    @property
+    def error(self) -> str | None:
+        """Why there is no bracket."""
+        return self.probes[-1].error
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """All points of a grid in its order; capacities likewise, None if they were not asked for."""
+
+    trace: str
+    cost_model: str
+    grid: Grid
+    slo: Slo | None
+    points: list[Point]
+    capacities: list[Capacity] | None = None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A grid of replays.
+
+    slo: what a good point keeps. results: the file of finished replays, which is read first. jobs: processes;
+    1 replays in this one, None takes a process for each usable core. progress: called with each point, as it
+    is finished or found in the file.
+    """
+
+    trace: TraceFile
+    costs: CostSource
+    grid: Grid
+    slo: Slo | None = None
+    results: Path | None = None
+    jobs: int | None = None
+    progress: Callable[[Point], None] | None = field(default=None, compare=False)
+
+    def run(self) -> SweepResult:
+        """Replays every point. A point that fails has its error, and the others go on.
+
+        Raises `ConfigError` for a bad value, `TraceError`, `ProfileError` and `ReportError` for a bad file.
+        """
+        identity = self._checked()
+        points = self._drive(identity, [_replayed(settings) for settings in self.grid])
+        return SweepResult(identity.trace, identity.cost_model, self.grid, self.slo, points)
+
+    def run_capacity(self, tolerance: float = 0.02) -> SweepResult:
+        """Searches the highest rate_factor at which the SLO holds at each point; see `capacity.search`.
+
+        Each search begins at 1, so the grid itself is replayed as well. Raises as `run` does.
+        """
+        if self.slo is None:
+            raise ConfigError("slo: found none, expected limits that the capacity is to keep")
+        if "rate_factor" in self.grid.axes:
+            raise ConfigError("rate_factor: found values, expected none where the capacity is searched")
+        for clients in self.grid.axes.get("clients", ()):
+            if clients is not None:
+                raise ConfigError(f"clients: found {clients}, expected none where the capacity is searched")
+        next(search(tolerance))
+        identity = self._checked()
+        tasks = [_searched(settings, self.slo, tolerance) for settings in self.grid]
+        capacities = self._drive(identity, tasks)
+        points = [
+            Point(capacity.settings, first.summary, first.extrapolated, first.error)
+            for capacity in capacities
+            for first in capacity.probes[:1]
+        ]
+        return SweepResult(identity.trace, identity.cost_model, self.grid, self.slo, points, capacities)
+
+    def _checked(self) -> Identity:
+        """What is replayed, if all of it can be read and every value alone is good."""
+        if self.jobs is not None and (type(self.jobs) is not int or self.jobs < 1):
+            raise ConfigError(f"jobs: found {self.jobs!r}, expected a positive integer")
+        _load_trace.cache_clear()
+        _load_costs.cache_clear()
+        trace, cost_model = self.trace.load(), self.costs.load()
+        next(iter(trace))
+        self.grid.check(cost_model)
+        return Identity(
+            trace.name, self.trace.hash(), self.trace.reading(), cost_model.name, self.costs.hash()
+        )
+
+    def _drive(self, identity: Identity, tasks: list[_Task[_Result]]) -> list[_Result]:
+        """Runs tasks side by side, each a replay at a time, as many as there are lanes."""
+        done: dict[int, _Result] = {}
+        ready = deque((number, next(task)) for number, task in enumerate(tasks))
+        running: dict[Future[Point], tuple[int, dict[str, Any], _Lane]] = {}
+
+        def advance(number: int, point: Point) -> None:
+            if self.progress is not None:
+                self.progress(point)
+            try:
+                # Before all others, so that what was begun is finished first.
+                ready.appendleft((number, tasks[number].send(point)))
+            except StopIteration as end:
+                done[number] = end.value
+
+        with ExitStack() as stack:
+            file = ResultsFile(self.results, identity)
+            stack.callback(file.close)
+            lanes, check_interrupts = stack.enter_context(_lanes(self.jobs or usable_cores()))
+            while ready or running:
+                while ready:
+                    number, settings = ready[0]
+                    known = file.get(settings)
+                    if known is None and not lanes:
+                        break
+                    ready.popleft()
+                    if known is not None:
+                        advance(number, known)
+                        continue
+                    lane = lanes.pop()
+                    future = lane.submit(_replay, self.trace, self.costs, settings)
+                    running[future] = number, settings, lane
+                for future in wait(running, _PATIENCE_S, return_when=FIRST_COMPLETED).done:
+                    number, settings, lane = running.pop(future)
+                    lanes.append(lane)
+                    point = _point_of(future, settings)
+                    if point.error is None:
+                        file.add(point)
+                    advance(number, point)
+                check_interrupts()
+        return [done[number] for number in range(len(tasks))]
+
+
+def _replayed(settings: dict[str, Any]) -> _Task[Point]:
+    return (yield settings)
+
+
+def _searched(settings: dict[str, Any], slo: Slo, tolerance: float) -> _Task[Capacity]:
+    probes: list[Point] = []
+    steps = search(tolerance)
+    factor = next(steps)
+    while True:
+        probe = yield settings | {"rate_factor": factor}
+        probes.append(probe)
+        if probe.summary is None:
+            return Capacity(settings, probes, None)
+        try:
+            factor = steps.send(slo.holds(probe.summary))
+        except StopIteration as end:
+            return Capacity(settings, probes, end.value)
+
+
+def _point_of(future: "Future[Point]", settings: Settings) -> Point:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        return Point(dict(settings), error="its process ended: killed, or out of memory")
+
+
+# In the worker: what it has read is kept for its next replay.
+
+_load_trace = cache(TraceFile.load)
+_load_costs = cache(CostSource.load)
+
+
+def _replay(trace: TraceFile, costs: CostSource, settings: dict[str, Any]) -> Point:
+    """A replay; whatever goes wrong in it is the point's error."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # extrapolation is counted
+            replayer = simulator(settings, _load_costs(costs), trace.skip_bad)
+            report = replayer.replay(_load_trace(trace))
+    except PagellmError as error:
+        return Point(settings, error=" ".join(str(error).split()))
+    except Exception as error:  # a policy of the user's may do anything
+        return Point(settings, error=f"{type(error).__name__}: {' '.join(str(error).split())}")
+    # As it comes back from the results file.
+    summary = json.loads(json.dumps(report.summary))
+    del summary["wall_s"]
+    return Point(settings, summary, report.data["extrapolated"])
+
+
+class _Here(Executor):
+    """Runs what it is given at once, in this process."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        future.set_result(function(*arguments, **named))
+        return future
+
+
+class _Process(ProcessPoolExecutor):
+    """A process of its own, which takes no interrupts: they end this process, and that one with it."""
+
+    def __init__(self) -> None:
+        super().__init__(1, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> "Future[Any]":
+        with _without_interrupts():  # which the process inherits
+            return super().submit(function, *arguments, **named)
+
+
+class _Lane:
+    """Where one replay runs at a time. If its process dies, that replay failed, and the next has another."""
+
+    def __init__(self, start: Callable[[], Executor]) -> None:
+        self._start = start
+        self._executor = start()
+
+    def submit(self, function: Callable[..., Point], *arguments: Any) -> "Future[Point]":
+        """Begins a replay."""
+        try:
+            return self._executor.submit(function, *arguments)
+        except BrokenProcessPool:
+            self.shutdown()
+            self._executor = self._start()
+            return self._executor.submit(function, *arguments)
+
+    def shutdown(self) -> None:
+        """Waits for what runs."""
+        self._executor.shutdown()
+
+
+@contextmanager
+def _lanes(number: int) -> Iterator[tuple[list[_Lane], Callable[[], None]]]:
+    """So many lanes, one in this process; at an error, or an interrupt, what runs in others is ended.
+
+    The second is to be called now and then: it raises what interrupt there was.
+    """
+    with nullcontext(lambda: None) if number == 1 else _noted_interrupts() as check_interrupts:
+        lanes = [_Lane(_Here if number == 1 else _Process) for _ in range(number)]
+        others = set(multiprocessing.active_children())
+        try:
+            yield lanes.copy(), check_interrupts
+        except BaseException:
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+            raise
+        finally:
+            for lane in lanes:
+                lane.shutdown()
+
+
+@contextmanager
+def _noted_interrupts() -> Iterator[Callable[[], None]]:
+    """An interrupt is raised by the function that this gives, and not where it happens to come.
+
+    In the middle of `wait`, say, it would leave locks behind that the executors' own threads need to end.
+    """
+    raises = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not raises or threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    noted: list[int] = []
+
+    def check() -> None:
+        if noted:
+            noted.clear()
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, lambda number, _frame: noted.append(number))
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    check()
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """What is started meanwhile takes no interrupts; one that comes meanwhile comes afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone, whatever ended that one."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _hash_of(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            digest = sha256()
+            while piece := file.read(2**20):
+                digest.update(piece)
+        return digest.hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None

@@ -1,0 +1,92 @@
+"""Token ids that stand for a trace's prompts, so that prompts share tokens exactly where the trace says so.
+
+A trace that gives hash ids or lengths in the place of texts says which contents are equal, not what they are.
+Any
+tokens serve, if equal contents get equal tokens and different ones differ early and everywhere: then a prefix
+cache with blocks of any size finds the shared prefixes and nothing else.
+"""
+
+from array import array
+from math import isqrt
+from typing import Protocol
+
+from pagellm.engine.errors import TraceError
+from pagellm.sim.traces.request import MAX_HASH_ID, TraceRequest, check_integer, found
+
+# Contents are numbered: hash ids as they are, and above them the prompts of which only the length is known.
+_CONTENT_BITS = 65
+_MIN_VOCAB_SIZE = 17
+
+
+class Encoder(Protocol):
+    """What is needed of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+class PromptTokens:
+    """Turns requests into token ids below vocab_size, the same ones whenever and in whatever order it is
+    asked.
+
+    A piece of content repeats a group of a few tokens, cut to the piece's length. The group is a Reed-Solomon
+    code of the content's number: the number's digits in base p, the largest prime up to vocab_size, are the
+    coefficients of a polynomial, which is evaluated at 0, 1, 2, ... modulo p. Two different polynomials of m
+    coefficients agree at less than m points. So two contents whose numbers are below p ** m differ somewhere
+    in any m consecutive tokens; for a vocabulary of 50,000 that is 5 tokens for any numbers, 2 for those up
+    to 2.5 billion, and every single token for those below p.
+
+    tokenizer: encodes prompts that are texts. A trace with texts needs one.
+    """
+
+    def __init__(self, vocab_size: int, tokenizer: Encoder | None = None) -> None:
+        self.vocab_size = check_integer("vocab_size", vocab_size, _MIN_VOCAB_SIZE)
+        self._tokenizer = tokenizer
+        self._prime = next(n for n in range(vocab_size, 1, -1) if all(n % d for d in range(2, isqrt(n) + 1)))
+        num_digits = 1
+        while self._prime**num_digits < 2**_CONTENT_BITS:
+            num_digits += 1
+        self._points = range(num_digits)
+
+    def __call__(self, request: TraceRequest) -> "array[int]":
+        """The tokens of a request's prompt, `array("i")` of prompt_len items.
+
+        Raises `TraceError` for a text without a tokenizer and for ids outside the vocabulary.
+        """
+        if request.prompt is not None:
+            if self._tokenizer is None:
+                raise found("prompt", request.prompt, "a tokenizer for it, or prompts as ids or lengths")
+            return self._checked(array("i", self._tokenizer.encode(request.prompt)))
+        if request.prompt_token_ids is not None:
+            return self._checked(array("i", request.prompt_token_ids))
+        assert request.prompt_len is not None
+        if request.hash_ids is None:
+            return self._piece(MAX_HASH_ID + 1 + request.index, request.prompt_len)
+        assert request.hash_block_size is not None
+        size = min(request.hash_block_size, request.prompt_len)
+        tokens = array("i")
+        for content in request.hash_ids:
+            tokens.extend(self._piece(content, size))
+        del tokens[request.prompt_len :]
+        return tokens
+
+    def _piece(self, content: int, size: int) -> "array[int]":
+        digits = []
+        while content:
+            content, digit = divmod(content, self._prime)
+            digits.append(digit)
+        digits.reverse()
+        group = array("i")
+        for point in self._points:
+            value = 0
+            for digit in digits:
+                value = value * point + digit
+            group.append(value % self._prime)
+        return (group * -(-size // len(group)))[:size]
+
+    def _checked(self, tokens: "array[int]") -> "array[int]":
+        if not tokens:
+            raise TraceError("prompt: found no tokens, expected at least one")
+        if not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
+            bad = min(tokens) if min(tokens) < 0 else max(tokens)
+            raise found("prompt_token_ids", bad, f"ids below the vocabulary's size, {self.vocab_size}")
+        return tokens

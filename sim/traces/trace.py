@@ -1,0 +1,265 @@
+"""A trace: requests in the order of their arrival, read anew from where they come each time it is iterated.
+
+It knows times and where requests come from; formats and synthesis are the business of their own files.
+"""
+
+import gzip
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, cast
+
+from pagellm.engine.errors import TraceError
+from pagellm.sim.traces.files import Record, read_lines
+from pagellm.sim.traces.formats import FORMATS, Fields, Format, detect
+from pagellm.sim.traces.prompt_tokens import Encoder
+from pagellm.sim.traces.request import TraceRequest, check_integer, check_number, found
+
+MAX_LISTED_SKIPS = 100
+
+
+class Losses:
+    """What the latest reading of a file left out: bad records, and those without a request."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins a new reading."""
+        self.skipped: list[tuple[int, str]] = []
+        self.num_skipped = 0
+        self.num_dropped = 0
+
+    def skip(self, line: int, message: str) -> None:
+        """Counts a bad record, and lists it if it is one of the first."""
+        self.num_skipped += 1
+        if len(self.skipped) < MAX_LISTED_SKIPS:
+            self.skipped.append((line, message))
+
+
+class Trace:
+    """Requests whose arrival times never decrease; iterating it again gives the same ones again.
+
+    Requests are read or made one at a time, so a trace may be larger than memory. (Not so a JSON document,
+    whose requests may stand in any order and are sorted.) An error ends the iteration that meets it.
+    """
+
+    def __init__(
+        self,
+        requests: Callable[[], Iterator[TraceRequest]],
+        name: str = "trace",
+        losses: Losses | None = None,
+    ) -> None:
+        """requests: begins a new iteration, in order of arrival."""
+        self._requests = requests
+        self.name = name
+        self._losses = losses or Losses()
+
+    def __iter__(self) -> Iterator[TraceRequest]:
+        return self._requests()
+
+    @property
+    def skipped(self) -> list[tuple[int, str]]:
+        """(line, message) of the first bad records that the latest iteration skipped, at most 100."""
+        return self._losses.skipped
+
+    def skipped_records(self) -> list[dict[str, Any]]:
+        """The same as JSON has them: line and message of each."""
+        return [{"line": line, "message": message} for line, message in self.skipped]
+
+    @property
+    def num_skipped(self) -> int:
+        """Bad records that the latest iteration skipped."""
+        return self._losses.num_skipped
+
+    @property
+    def num_dropped(self) -> int:
+        """Records of the latest iteration without a request to replay: failed ones in BurstGPT, conversations
+        in which no human is answered in ShareGPT."""
+        return self._losses.num_dropped
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        format: str | None = None,
+        skip_bad: bool = False,
+        sort: bool = False,
+        tokenizer: Encoder | None = None,
+    ) -> "Trace":
+        """A trace from a file, gzip or not.
+
+        format: json, jsonl, mooncake, bailian, azure, burstgpt or sharegpt; None tells it from the content.
+        skip_bad: leave bad records out and count them, instead of ending with an error. Damage to the file
+        itself is always an error. sort: read all requests into memory and sort them by arrival.
+        tokenizer: counts the tokens of ShareGPT's answers, which are estimated from their bytes without one.
+
+        Raises `TraceError`, with file, line and field: from here for what shows at once (in a JSON document
+        and with sort that is everything), else from the iteration.
+        """
+        path = Path(path)
+        if format is not None and format not in FORMATS:
+            raise found("format", format, f"one of {', '.join(FORMATS)}")
+        next(read_lines(path), None)  # a file that cannot be read is an error here, whatever its format
+        reader = _Reader(path, FORMATS[format] if format else detect(path), skip_bad, tokenizer)
+        if not (sort or reader.form.is_document):
+            return cls(reader.stream, str(path), reader.losses)
+        requests = reader.read_sorted()
+        return cls(lambda: iter(requests), str(path), reader.losses)
+
+    @classmethod
+    def from_requests(cls, requests: Iterable[TraceRequest], name: str = "trace") -> "Trace":
+        """A trace in memory, sorted by arrival; requests that arrive together keep their order."""
+        in_order = sorted(requests, key=lambda request: request.arrival_time)
+        if not in_order:
+            raise _no_requests(name, Losses())
+        placed = [replace(r, index=index, id=r.id or str(index)) for index, r in enumerate(in_order)]
+        return cls(lambda: iter(placed), name)
+
+    def scaled(self, rate_factor: float) -> "Trace":
+        """The same requests, arriving rate_factor times as often."""
+        if check_number("rate_factor", rate_factor) == 0:
+            raise found("rate_factor", rate_factor, "a number above 0")
+        return self.through(lambda rs: (replace(r, arrival_time=r.arrival_time / rate_factor) for r in rs))
+
+    def limited(self, n: int) -> "Trace":
+        """The first n requests, or all if there are fewer."""
+        check_integer("n", n, 1)
+        return self.through(lambda requests: islice(requests, n))
+
+    def retimed(self, begin: Callable[[], Iterable[float]]) -> "Trace":
+        """The same requests in the same order, arriving at other times.
+
+        begin: begins the times anew, seconds that do not decrease. The trace ends where they do.
+        """
+        return self.through(
+            lambda rs: (replace(r, arrival_time=time) for time, r in zip(begin(), rs, strict=False))
+        )
+
+    def through(self, step: Callable[[Iterator[TraceRequest]], Iterator[TraceRequest]]) -> "Trace":
+        """What a step makes of the requests one by one; it has to keep them in the order of arrival."""
+        return Trace(lambda: step(iter(self)), self.name, self._losses)
+
+    def save(self, path: str | os.PathLike[str]) -> int:
+        """Writes JSON Lines, compressed if the name ends in .gz; returns the number of requests.
+
+        The file appears under its name when it is whole, or not at all.
+        """
+        path = Path(path)
+        try:
+            with _whole_file(path) as file:
+                return self.write(file)
+        except OSError as error:
+            raise TraceError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+    def write(self, file: IO[bytes]) -> int:
+        """Writes JSON Lines into an open file; returns the number of requests."""
+        number = 0
+        for request in self:
+            line = json.dumps(request.to_dict(), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+            file.write(line.encode() + b"\n")
+            number += 1
+        return number
+
+
+class _Reader:
+    """Reads a file's requests; what is bad is an error, or counted and left out."""
+
+    def __init__(self, path: Path, form: Format, skip_bad: bool, tokenizer: Encoder | None) -> None:
+        self.form = form
+        self.losses = Losses()
+        self._path = path
+        self._skip_bad = skip_bad
+        self._tokenizer = tokenizer
+
+    def stream(self) -> Iterator[TraceRequest]:
+        """The requests in the file's order, which must be that of their arrival."""
+        self.losses.reset()
+        return self._placed(self._parsed())
+
+    def read_sorted(self) -> list[TraceRequest]:
+        """All requests by arrival; those that arrive together keep the file's order."""
+        return list(self._placed(sorted(self._parsed(), key=lambda parsed: parsed[1]["arrival_time"])))
+
+    def _parsed(self) -> Iterator[tuple[Record, Fields]]:
+        """The fields of each request and the record that they stand in."""
+        parse = self.form.parser(self._tokenizer)
+        for record in self.form.records(self._path):
+            try:
+                requests = list(parse(_value(record)))
+            except TraceError as error:
+                self._refuse(record, error)
+                continue
+            self.losses.num_dropped += not requests
+            for fields in requests:
+                yield record, fields
+
+    def _placed(self, parsed: Iterable[tuple[Record, Fields]]) -> Iterator[TraceRequest]:
+        """The requests with their time and place in the trace."""
+        start = None if self.form.is_shifted else 0
+        last = -math.inf
+        index = 0
+        for record, fields in parsed:
+            ticks = fields["arrival_time"]
+            place = {"index": index, "id": fields.get("id", str(index))}
+            try:
+                if ticks < last:
+                    earlier = f"{(last - ticks) / self.form.ticks_per_s:g} s earlier than the last"
+                    field = self.form.time_field
+                    raise found(field, record.value.get(field), f"times that never decrease; {earlier}")
+                origin = ticks if start is None else start
+                place["arrival_time"] = (ticks - origin) / self.form.ticks_per_s
+                request = TraceRequest(**fields | place)
+            except TraceError as error:
+                self._refuse(record, error)
+                continue
+            start, last, index = origin, ticks, index + 1
+            yield request
+        if index == 0:
+            raise _no_requests(str(self._path), self.losses)
+
+    def _refuse(self, record: Record, error: TraceError) -> None:
+        if not self._skip_bad:
+            raise TraceError(f"{self._path}:{record.line}: {record.place}{error}") from None
+        self.losses.skip(record.line, f"{record.place}{error}")
+
+
+def _value(record: Record) -> dict[str, object]:
+    if isinstance(record.value, TraceError):
+        raise record.value
+    if not isinstance(record.value, dict):
+        raise found("request", record.value, "an object with named fields")
+    return record.value
+
+
+def _no_requests(name: str, losses: Losses) -> TraceError:
+    left_out = f"{losses.num_skipped} bad, {losses.num_dropped} dropped"
+    first = f"; line {losses.skipped[0][0]}: {losses.skipped[0][1]}" if losses.skipped else ""
+    return TraceError(f"{name}: found no requests ({left_out}{first}), expected at least one")
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes its name when all is written; a pipe or device is written as it is."""
+    if path.exists() and not path.is_file():
+        with path.open("wb") as file:
+            yield file
+        return
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            if path.suffix == ".gz":
+                # No name and no time inside, so that equal traces are equal files.
+                with gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as compressed:
+                    yield cast(IO[bytes], compressed)
+            else:
+                yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
