@@ -64,7 +64,7 @@ def compile_kernels(show: bool = True) -> Path | None:
 def _sources_key() -> str:
     """Changes with the kernels' sources and with Numba: what is cached for one key never goes stale."""
     digest = hashlib.sha256(numba.__version__.encode())
-    for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
+    for path in sorted(Path(kernels.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
