@@ -59,7 +59,7 @@ def our_decode(num_blocks: int, num_waiting: int) -> Callable[[], None]:
     """A scheduler in steady decoding; calling it takes a step."""
     config = EngineConfig(
         num_blocks=num_blocks, block_size=BLOCK_SIZE, max_num_seqs=NUM_SEQS, max_num_batched_tokens=16384
-    )
+    ).complete()
     scheduler = Scheduler(config, BlockManager(num_blocks, BLOCK_SIZE))
     for number in range(NUM_SEQS + num_waiting):
         scheduler.add(Sequence(number, prompt(number), ENDLESS))

@@ -252,7 +252,7 @@ def _bench(options: argparse.Namespace) -> None:
     llm = _llm(options)
     results = []
     if not options.json:
-        print(f"{options.model}, {llm.engine.num_threads} threads, tokens a second")
+        print(f"{options.model}, {llm.engine.config.num_threads} threads, tokens a second")
         print(f"{'batch':>6} {f'prefill {options.prefill}':>16} {f'decode {options.decode}':>16}")
     for batch in options.batch:
         result = measure(llm.engine, batch, options.prefill, options.decode, options.repeat)
@@ -264,7 +264,7 @@ def _bench(options: argparse.Namespace) -> None:
             )
     if options.json:
         settings = {"model": options.model, "quantization": llm.engine.config.quantization}
-        print(json.dumps(settings | {"num_threads": llm.engine.num_threads, "results": results}))
+        print(json.dumps(settings | {"num_threads": llm.engine.config.num_threads, "results": results}))
 
 
 def _warmup(options: argparse.Namespace) -> None:

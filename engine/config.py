@@ -1,7 +1,8 @@
-"""The engine's settings, checked when they are made."""
+"""The engine's settings, checked when they are made: as they were asked for, and with nothing left open."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from pagellm.engine.errors import ConfigError
 
@@ -13,7 +14,7 @@ PREEMPTIONS = ("auto", "recompute", "swap")
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What the engine and the simulator are run with; a bad value is a `ConfigError` that names it.
+    """What the engine and the simulator are asked to run with; a bad value is a `ConfigError` that names it.
 
     block_size: tokens of one KV block. A multiple of 16 suits the kernels best; any size gives the same bits.
     num_blocks: blocks of the KV cache. None: a quarter of the free memory, no more than max_num_seqs whole
@@ -97,19 +98,43 @@ class EngineConfig:
                 f"{name}: found {found!r} with preemption recompute, expected swap or auto with it"
             )
 
-    @property
-    def capacity_tokens(self) -> int:
-        """Tokens that the KV cache holds; num_blocks must be known."""
-        assert self.num_blocks is not None
-        return self.num_blocks * self.block_size
+    def complete(self, num_blocks: int | None = None, context: int | None = None) -> "CompleteConfig":
+        """These settings with nothing left open.
+
+        num_blocks: of the KV cache, where these settings do not say. context: tokens that the model can take,
+        if a model sets a limit.
+        """
+        num_blocks = self.num_blocks or num_blocks
+        if num_blocks is None:
+            raise ConfigError("num_blocks: found nothing, expected a number")
+        limits = [num_blocks * self.block_size, self.max_model_len, context]
+        num_swap_blocks = self.num_swap_blocks
+        if num_swap_blocks is None:
+            num_swap_blocks = num_blocks if self.preemption == "swap" or self.swap_dir is not None else 0
+        filled: dict[str, Any] = asdict(self) | {
+            "num_blocks": num_blocks,
+            "max_model_len": min(limit for limit in limits if limit is not None),
+            "max_prefill_chunk": self.max_prefill_chunk or self.max_num_batched_tokens,
+            "num_swap_blocks": num_swap_blocks,
+            "num_threads": self.num_threads or usable_cores(),
+        }
+        return CompleteConfig(**filled)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompleteConfig(EngineConfig):
+    """Settings as an engine runs with them: what could be left open is a number."""
+
+    num_blocks: int
+    max_model_len: int
+    max_prefill_chunk: int
+    num_swap_blocks: int
+    num_threads: int
 
     @property
-    def swap_capacity(self) -> int:
-        """Blocks of the second tier; num_blocks must be known."""
-        assert self.num_blocks is not None
-        if self.num_swap_blocks is not None:
-            return self.num_swap_blocks
-        return self.num_blocks if self.preemption == "swap" or self.swap_dir is not None else 0
+    def capacity_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self.num_blocks * self.block_size
 
 
 def usable_cores() -> int:

@@ -4,7 +4,6 @@ Binds the tokenizer, the scheduler and the model runner together. It is the only
 time as well as sequences. One caller at a time; it starts no thread of its own but the kernels'.
 """
 
-import os
 import random
 import time
 import warnings
@@ -15,21 +14,18 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pagellm.engine.checkpoints import Checkpoint, open_checkpoint, resolve_model
-from pagellm.engine.compilation import compile_kernels
-from pagellm.engine.config import EngineConfig, usable_cores
-from pagellm.engine.errors import ConfigError, RequestError
-from pagellm.engine.model_runner import ModelRunner, RunnerOutput
-from pagellm.engine.models import ModelSpec, read_spec
+from pagellm.engine.config import EngineConfig
+from pagellm.engine.errors import RequestError
+from pagellm.engine.loading import EngineParts, load_engine
+from pagellm.engine.model_runner import RunnerOutput
 from pagellm.engine.outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprob
 from pagellm.engine.sampling_params import SamplingParams
-from pagellm.engine.scheduling.block_manager import BlockManager, TransferKind
-from pagellm.engine.scheduling.scheduler import Preemption, PreemptionCosts, ScheduledBatch, Scheduler
+from pagellm.engine.scheduling.block_manager import TransferKind
+from pagellm.engine.scheduling.scheduler import Preemption, ScheduledBatch
 from pagellm.engine.scheduling.sequence import Sequence
-from pagellm.engine.step_log import StepLogFile, StepRecord, StepRecorder
+from pagellm.engine.step_log import StepRecord, StepRecorder
 from pagellm.engine.stopping import StopChecker
-from pagellm.engine.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer
-from pagellm.engine.weights import architecture_of, formats_of, kv_bytes_per_token, load_weights
+from pagellm.engine.tokenizer import IncrementalDetokenizer
 
 # How much of what was measured before a step is kept after it.
 _REMEMBERED = 0.75
@@ -81,38 +77,29 @@ class _Request:
 class LLMEngine:
     """Serves many requests at once on one model.
 
-    Raises `CheckpointError` for a model and `ConfigError` for settings that cannot be served. `show_progress`
-    is for fetching, compiling and loading. observer: may be set to something that hears of every step.
+    model: a known name, a local path or a hub id; or the parts of an engine, which bring their settings.
+    `show_progress` is for fetching, compiling and loading. Raises `CheckpointError` for a model and
+    `ConfigError` for settings that cannot be served. observer: may be set to something that hears of every
+    step.
     """
 
     observer: Observer | None = None
 
-    def __init__(self, model: str, config: EngineConfig | None = None, show_progress: bool = False) -> None:
-        with open_checkpoint(resolve_model(model, show_progress)) as checkpoint:
-            self.spec = read_spec(checkpoint)
-            self.tokenizer = _load_tokenizer(checkpoint, self.spec.vocab_size)
-            config = config or EngineConfig()
-            formats = formats_of(checkpoint, self.spec, config.quantization)
-            token_bytes = kv_bytes_per_token(self.spec, formats)
-            self.config = _complete(config, self.spec, token_bytes)
-            self.block_bytes = token_bytes * self.config.block_size
-            assert self.config.num_blocks is not None
-            assert self.config.max_model_len is not None
-            self.block_manager = BlockManager(
-                self.config.num_blocks,
-                self.config.block_size,
-                self.config.enable_prefix_caching,
-                self.config.swap_capacity,
-            )
-            self.scheduler = Scheduler(self.config, self.block_manager)
-            log_path = self.config.step_log
-            self._step_log = None if log_path is None else StepLogFile(log_path)
-            self._recorder = None if log_path is None else StepRecorder(self.scheduler)
-            compile_kernels(show_progress)
-            weights = load_weights(checkpoint, self.spec, formats, self.config.max_model_len, show_progress)
-        self.num_threads = self.config.num_threads or usable_cores()
-        self.runner = ModelRunner(architecture_of(self.spec), weights, self.config, self.num_threads)
-        self.scheduler.costs = PreemptionCosts(swap_block_s=self.runner.measure_swap_s())
+    def __init__(
+        self, model: str | EngineParts, config: EngineConfig | None = None, show_progress: bool = False
+    ) -> None:
+        if isinstance(model, EngineParts) and config is not None:
+            raise TypeError("config was given beside the parts of an engine, which have one")
+        parts = model if isinstance(model, EngineParts) else load_engine(model, config, show_progress)
+        self.config = parts.config
+        self.spec = parts.spec
+        self.tokenizer = parts.tokenizer
+        self.scheduler = parts.scheduler
+        self.block_manager = parts.scheduler.block_manager
+        self.block_bytes = parts.block_bytes
+        self.runner = parts.runner
+        self._step_log = parts.step_log
+        self._recorder = None if parts.step_log is None else StepRecorder(parts.scheduler)
         self._requests: dict[str, _Request] = {}
         self._by_seq_id: dict[int, tuple[_Request, _Completion]] = {}
         self._next_seq_id = 0
@@ -397,54 +384,3 @@ class LLMEngine:
         if request.unfinished == 0:
             request.output.logits = request.logits
             del self._requests[request.output.request_id]
-
-
-def _load_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> Tokenizer:
-    if checkpoint.format == "safetensors":
-        return load_tokenizer(checkpoint.path, model_vocab_size=vocab_size)
-    metadata = {
-        key: value.tolist() if isinstance(value, np.ndarray) else value
-        for key, value in checkpoint.config.items()
-    }
-    return load_tokenizer(metadata, model_vocab_size=vocab_size)
-
-
-def _complete(config: EngineConfig, spec: ModelSpec, token_bytes: int) -> EngineConfig:
-    """The settings with what the user left open filled in for this model and machine."""
-    if config.max_model_len is not None and config.max_model_len > spec.max_positions:
-        raise ConfigError(
-            f"max_model_len: found {config.max_model_len}, expected at most {spec.max_positions}, the "
-            "context of this model"
-        )
-    block_bytes = token_bytes * config.block_size
-    wanted_len = config.max_model_len or spec.max_positions
-    num_blocks = config.num_blocks
-    if num_blocks is None:
-        affordable = max(1, _memory_bytes("SC_AVPHYS_PAGES") // 4 // block_bytes)
-        num_blocks = min(affordable, config.max_num_seqs * -(-wanted_len // config.block_size))
-    memory = _memory_bytes("SC_PHYS_PAGES")
-    if num_blocks * block_bytes > memory:
-        raise ConfigError(
-            f"num_blocks: found {num_blocks} of block_size {config.block_size}, {block_bytes} bytes each, "
-            f"expected no more than the {memory} bytes of memory hold"
-        )
-    config = replace(config, num_blocks=num_blocks)
-    if config.swap_dir is None and (num_blocks + config.swap_capacity) * block_bytes > memory:
-        raise ConfigError(
-            f"num_swap_blocks: found {config.swap_capacity} beside {num_blocks} blocks of {block_bytes} "
-            f"bytes, expected no more than the {memory} bytes of memory hold, or a swap_dir"
-        )
-    capacity = num_blocks * config.block_size
-    if config.max_model_len is not None and capacity < config.max_model_len:
-        raise ConfigError(
-            f"max_model_len: found {config.max_model_len}, expected at most {capacity}, what {num_blocks} KV "
-            f"blocks of {config.block_size} tokens hold"
-        )
-    return replace(config, max_model_len=min(wanted_len, capacity))
-
-
-def _memory_bytes(pages: str) -> int:
-    try:
-        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 4 << 30  # a system that does not say

@@ -11,7 +11,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from pagellm.engine.config import EngineConfig
+from pagellm.engine.config import CompleteConfig
 from pagellm.engine.outputs import TokenLogprob
 from pagellm.engine.scheduling.block_manager import Transfer, TransferKind
 from pagellm.engine.scheduling.scheduler import ScheduledBatch
@@ -65,23 +65,22 @@ class ModelRunner:
     Raises `ConfigError` if there is no room for the second tier.
     """
 
-    def __init__(self, arch: Architecture, weights: Weights, config: EngineConfig, num_threads: int) -> None:
-        assert config.num_blocks is not None
+    def __init__(self, arch: Architecture, weights: Weights, config: CompleteConfig) -> None:
         self.arch = arch
         self.weights = weights
         self.cache = new_cache(arch, kv_format(weights.formats), config.num_blocks, config.block_size)
         self._blocks = _block_views(arch, self.cache)
         self._swap_space: SwapSpace | None = None
-        if config.swap_capacity:
+        if config.num_swap_blocks:
             block_words = sum(part[:, 0].size for part in self._blocks)
             self._swap_space = (
-                MemorySwapSpace(config.swap_capacity, block_words)
+                MemorySwapSpace(config.num_swap_blocks, block_words)
                 if config.swap_dir is None
-                else FileSwapSpace(config.swap_capacity, block_words, config.swap_dir)
+                else FileSwapSpace(config.num_swap_blocks, block_words, config.swap_dir)
             )
         max_tokens = min(config.max_num_batched_tokens, config.capacity_tokens)
-        self.workspace = new_workspace(arch, max_tokens, num_threads)
-        self.team = ThreadTeam(num_threads)
+        self.workspace = new_workspace(arch, max_tokens, config.num_threads)
+        self.team = ThreadTeam(config.num_threads)
         self._batch_limits = (max_tokens, min(max_tokens, config.max_num_seqs))
         self._planned_chunks = 1
         self._plan = new_plan(arch, *self._batch_limits, self._planned_chunks)

@@ -32,7 +32,7 @@ def measure(engine: LLMEngine, batch: int, prefill: int, decode: int, repeat: in
         raise RequestError(
             f"batch: found {batch}, expected at most max_num_seqs, {engine.config.max_num_seqs}"
         )
-    if prefill + decode > (engine.config.max_model_len or 0):
+    if prefill + decode > engine.config.max_model_len:
         raise RequestError(
             f"prefill + decode: found {prefill} + {decode} tokens, expected at most max_model_len, "
             f"{engine.config.max_model_len}"

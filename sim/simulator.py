@@ -15,7 +15,7 @@ from itertools import islice
 from os import PathLike
 from typing import Any
 
-from pagellm.engine.config import EngineConfig
+from pagellm.engine.config import CompleteConfig, EngineConfig
 from pagellm.engine.errors import ConfigError, PagellmError, RequestError, TraceError
 from pagellm.engine.sampling_params import SamplingParams
 from pagellm.engine.scheduling.block_manager import BlockManager
@@ -52,9 +52,9 @@ class Replica:
     num_unfinished: requests that were sent to it and have not ended.
     """
 
-    def __init__(self, number: int, config: EngineConfig, num_blocks: int) -> None:
+    def __init__(self, number: int, config: CompleteConfig) -> None:
         manager = BlockManager(
-            num_blocks, config.block_size, config.enable_prefix_caching, config.swap_capacity
+            config.num_blocks, config.block_size, config.enable_prefix_caching, config.num_swap_blocks
         )
         self.number = number
         self.scheduler = Scheduler(config, manager)
@@ -158,13 +158,12 @@ class _Replay:
     """One replay of one trace: the events to come, and what they do."""
 
     def __init__(self, simulator: Simulator, trace: Trace) -> None:
-        config = simulator.config
-        assert config.num_blocks is not None
+        config = simulator.config.complete()
         self._simulator = simulator
         self._cost_model = simulator.cost_model
         self._trace = trace
         self._requests = iter(trace if simulator.rate_factor == 1 else trace.scaled(simulator.rate_factor))
-        self._replicas = [Replica(number, config, config.num_blocks) for number in range(simulator.replicas)]
+        self._replicas = [Replica(number, config) for number in range(simulator.replicas)]
         self._router: Router = ROUTERS[simulator.router]()
         self.metrics = MetricsCollector(
             [replica.scheduler for replica in self._replicas],

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import compress
 
-from pagellm.engine.config import EngineConfig
+from pagellm.engine.config import CompleteConfig
 from pagellm.engine.errors import RequestError
 from pagellm.engine.outputs import FinishReason
 from pagellm.engine.scheduling.block_manager import BlockManager, Transfer
@@ -121,16 +121,13 @@ class ScheduledBatch:
 class Scheduler:
     """Owns the queues: every sequence it was given waits, runs or has finished."""
 
-    def __init__(self, config: EngineConfig, block_manager: BlockManager) -> None:
+    def __init__(self, config: CompleteConfig, block_manager: BlockManager) -> None:
         self.block_manager = block_manager
         self.max_num_batched_tokens = config.max_num_batched_tokens
         self.max_num_running = min(config.max_num_seqs, config.max_num_batched_tokens)
-        self.max_prefill_chunk = config.max_prefill_chunk or config.max_num_batched_tokens
+        self.max_prefill_chunk = config.max_prefill_chunk
         self.max_preemptions = config.max_preemptions
-        self.max_len = min(
-            config.max_model_len or config.capacity_tokens,
-            block_manager.num_blocks * block_manager.block_size,
-        )
+        self.max_len = config.max_model_len
         self.preemption = Preemption(config.preemption)
         self.costs = PreemptionCosts()  # for the driver to keep up to date
         self.policy = CheckedPolicy(load_policy(config.policy))

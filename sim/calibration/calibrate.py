@@ -119,7 +119,7 @@ def calibrate(
     profile = _describe(engine, model)
     stage.time(StepShape(chunks=(stage.max_chunk,)))  # pays for the workspace's memory
     copy_s = stage.transfer_s(TransferKind.COPY)
-    can_swap = engine.config.swap_capacity > 0
+    can_swap = engine.config.num_swap_blocks > 0
     swap_s = stage.transfer_s(TransferKind.SWAP_OUT, TransferKind.SWAP_IN) if can_swap else copy_s
     measured, grids = StepTimes(), _grids(stage)
     measured.step_s = stage.scheduling_s()
@@ -149,7 +149,7 @@ def _check(engine: "LLMEngine", seconds: float) -> None:
         ("max_num_seqs", config.max_num_seqs, 2),
         ("max_num_batched_tokens", config.max_num_batched_tokens, 4),
         ("max_prefill_chunk", scheduler.max_prefill_chunk, 3),
-        ("max_model_len", config.max_model_len or 0, 16),
+        ("max_model_len", config.max_model_len, 16),
     ):
         if found < least:
             raise ConfigError(f"{name}: found {found}, expected at least {least} to measure anything")
@@ -165,7 +165,7 @@ def _describe(engine: "LLMEngine", model: str) -> dict[str, Any]:
         "version": VERSION,
         "model": model or engine.spec.architecture,
         "quantization": engine.config.quantization,
-        "num_threads": engine.num_threads,
+        "num_threads": engine.config.num_threads,
         "machine": _processor(),
         "block_size": engine.config.block_size,
         "block_bytes": token_bytes * engine.config.block_size,

@@ -55,8 +55,6 @@ class Stage:
     def __init__(self, engine: "LLMEngine", clock: Callable[[], float]) -> None:
         self.random = random.Random(0)
         config, scheduler = engine.config, engine.scheduler
-        assert config.num_blocks is not None
-        assert config.max_model_len is not None
         self._engine = engine
         self._clock = clock
         self._block_size = config.block_size
@@ -117,7 +115,7 @@ class Stage:
 
     def transfer_s(self, *kinds: TransferKind) -> float:
         """Seconds of moving a block's content, in the middle of these kinds and of several blocks."""
-        owner, num_slots = Sequence(-1, [0], self._params), max(1, self._engine.config.swap_capacity)
+        owner, num_slots = Sequence(-1, [0], self._params), max(1, self._engine.config.num_swap_blocks)
         times = []
         for is_first in (True, False):  # the first write to a block pays for its memory
             for number in range(_NUM_REPEATS):

@@ -37,8 +37,7 @@ def scheduler(policy: str | SchedulingPolicy, **settings: Any) -> Scheduler:
         "enable_prefix_caching": False,
     }
     name = policy if isinstance(policy, str) else "fcfs"
-    config = EngineConfig(**{**defaults, **settings, "policy": name})
-    assert config.num_blocks is not None
+    config = EngineConfig(**{**defaults, **settings, "policy": name}).complete()
     manager = BlockManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
     s = Scheduler(config, manager)
     if isinstance(policy, SchedulingPolicy):

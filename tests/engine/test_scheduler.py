@@ -27,10 +27,10 @@ _ids = iter(range(10**9))
 
 def scheduler(**settings: Any) -> Scheduler:
     """Blocks of 4 tokens, 16 of them, 16 tokens a step, unless the test says otherwise."""
-    config = EngineConfig(**{"block_size": 4, "num_blocks": 16, "max_num_batched_tokens": 16} | settings)
-    assert config.num_blocks is not None
+    defaults = {"block_size": 4, "num_blocks": 16, "max_num_batched_tokens": 16}
+    config = EngineConfig(**defaults | settings).complete()
     manager = BlockManager(
-        config.num_blocks, config.block_size, config.enable_prefix_caching, config.swap_capacity
+        config.num_blocks, config.block_size, config.enable_prefix_caching, config.num_swap_blocks
     )
     return Scheduler(config, manager)
 

@@ -193,7 +193,7 @@ def test_an_answer_does_not_depend_on_how_it_was_served(
         together = serve(engine, drawn, cache_resets)
         engine.close()
     assert engine.block_manager.num_free_blocks == engine.block_manager.num_blocks
-    assert engine.block_manager.num_free_swap_blocks == config.swap_capacity
+    assert engine.block_manager.num_free_swap_blocks == engine.config.num_swap_blocks
     for request, output in together.items():
         for completion in output.outputs:
             check_against_alone(model, quantization, request, output, completion)

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition
 
-from pagellm.engine.config import EngineConfig
+from pagellm.engine.config import CompleteConfig, EngineConfig
 from pagellm.engine.errors import PolicyError, RequestError
 from pagellm.engine.outputs import FinishReason
 from pagellm.engine.sampling_params import SamplingParams
@@ -50,18 +50,17 @@ Work = list[tuple[Sequence, int]]
 class Side:
     """One of the two schedulers, and its sequences by seq_id: all that were accepted."""
 
-    config: EngineConfig
+    config: CompleteConfig
     hash_block: Callable[[int, bytes], int]
     sequences: dict[int, Sequence] = field(default_factory=dict)
     num_policy_errors: int = 0
 
     def __post_init__(self) -> None:
-        assert self.config.num_blocks is not None
         self.manager = BlockManager(
             self.config.num_blocks,
             self.config.block_size,
             self.config.enable_prefix_caching,
-            self.config.swap_capacity,
+            self.config.num_swap_blocks,
             self.hash_block,
         )
         self.scheduler = Scheduler(self.config, self.manager)
@@ -109,8 +108,7 @@ class Rules:
     @property
     def limit(self) -> int:
         """Tokens that a sequence may have."""
-        capacity = self.config.capacity_tokens
-        return min(capacity, self.config.max_model_len or capacity)
+        return self.config.max_model_len
 
     def longest(self, sequence: Sequence) -> int:
         """Tokens of prompt and output at most. One that a full prompt gives has no place in the cache."""
@@ -275,20 +273,20 @@ class Expected:
                 self.budget -= self.prefills[-1][1]
 
     def chunk(self, remaining: int) -> int:
-        return min(remaining, self.budget, self.rules.config.max_prefill_chunk or self.budget)
+        return min(remaining, self.budget, self.rules.config.max_prefill_chunk)
 
 
 class Driver:
     """Drives two schedulers that are told the same, and checks the first."""
 
-    def __init__(self, config: EngineConfig, hash_block: Callable[[int, bytes], int]) -> None:
+    def __init__(self, config: CompleteConfig, hash_block: Callable[[int, bytes], int]) -> None:
         self.config = config
         self.collides = hash_block is two_bits
         self.sides = [Side(config, hash_block), Side(config, hash_block)]
         self.main = self.sides[0]
         self.scheduler, self.manager = self.main.scheduler, self.main.manager
         self.rules = Rules(self.main)
-        self.memory = Memory(self.manager.num_blocks, config.block_size, config.swap_capacity)
+        self.memory = Memory(self.manager.num_blocks, config.block_size, config.num_swap_blocks)
         self.batches: list[ScheduledBatch] = []  # between schedule and commit: one of each scheduler
         self.ran = False
         self.was_reset = False
@@ -589,7 +587,7 @@ class Driver:
         for (sequence, num_new), samples in zip(work, batch.samples, strict=True):
             remaining = sequence.num_tokens - sequence.num_computed_tokens
             assert 1 <= num_new <= remaining
-            assert num_new <= (self.config.max_prefill_chunk or num_new)
+            assert num_new <= self.config.max_prefill_chunk
             assert samples == (num_new == remaining)
             forks = [c.seq_id for c in batch.forks.get(sequence, [])]
             begin = [c for c, parent in self.rules.begins_like.items() if parent == sequence.seq_id]
@@ -620,7 +618,7 @@ class Driver:
             covered["cache hits"] += num_cached > 0
             covered["cache hits under colliding hashes"] += num_cached > 0 and self.collides
             remaining = sequence.num_tokens - sequence.num_computed_tokens
-            assert num_new == min(remaining, budget, self.config.max_prefill_chunk or budget)
+            assert num_new == min(remaining, budget, self.config.max_prefill_chunk)
             budget -= num_new
             assert len(sequence.block_table) == self.rules.blocks_for(self._num_slots(sequence))
         watermark = int(self.config.watermark * self.manager.num_blocks)
@@ -666,7 +664,7 @@ mostly = st.sampled_from([True, True, True, False])
 
 
 @st.composite
-def configs(draw: st.DrawFn) -> EngineConfig:
+def configs(draw: st.DrawFn) -> CompleteConfig:
     block_size = draw(st.integers(1, 4))
     num_blocks = draw(st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 10, 12]))
     preemption = draw(st.sampled_from(["recompute", "swap", "swap", "auto", "auto"]))
@@ -685,7 +683,7 @@ def configs(draw: st.DrawFn) -> EngineConfig:
         num_swap_blocks=draw(swap_blocks[preemption]),
         watermark=draw(st.sampled_from([0.0, 0.0, 0.0, 0.25, 0.5])),
         max_preemptions=draw(st.sampled_from([1, 1, 2, 3, 8, 8])),
-    )
+    ).complete()
 
 
 @st.composite
@@ -732,7 +730,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def configure(
         self,
-        config: EngineConfig,
+        config: CompleteConfig,
         hash_block: Callable[[int, bytes], int],
         fault: tuple[str, object],
         after: int,

@@ -59,7 +59,7 @@ def test_a_profile_loads_and_names_what_was_measured(engine: LLMEngine, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
     model = CostModel.load(tmp_path / "profile.json")
     assert isinstance(model, ProfileCostModel)
-    assert model.name.startswith(f"tiny, auto, {engine.num_threads} threads, ")
+    assert model.name.startswith(f"tiny, auto, {engine.config.num_threads} threads, ")
     assert model.block_size == 16
     assert model.block_bytes(16) == 2 * model.block_bytes(8) > 0
     token_words = profile["block_bytes"] / 16 / 4

@@ -238,7 +238,7 @@ def test_nothing_is_kept_of_requests_that_have_ended() -> None:
 
 
 def test_the_unwritten_share_is_that_of_the_block_manager() -> None:
-    config = EngineConfig(block_size=4, num_blocks=30)
+    config = EngineConfig(block_size=4, num_blocks=30).complete()
     scheduler = Scheduler(config, BlockManager(30, 4))
     metrics = MetricsCollector([scheduler])
     for number, length in enumerate((3, 10, 8)):
@@ -257,7 +257,8 @@ def test_the_unwritten_share_is_that_of_the_block_manager() -> None:
 
 
 def test_the_cached_share_is_that_of_blocks_that_hold_a_known_prefix() -> None:
-    schedulers = [Scheduler(EngineConfig(block_size=4, num_blocks=30), BlockManager(30, 4)) for _ in range(2)]
+    config = EngineConfig(block_size=4, num_blocks=30).complete()
+    schedulers = [Scheduler(config, BlockManager(30, 4)) for _ in range(2)]
     metrics = MetricsCollector(schedulers)
     sequence = Sequence(0, list(range(10)), SamplingParams(max_tokens=1))
     schedulers[1].add(sequence, 1.0)

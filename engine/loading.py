@@ -1,0 +1,119 @@
+"""From a model's name to the parts of an engine: reads the checkpoint, sizes the KV cache, compiles the
+kernels and loads the weights.
+
+What can be refused is refused before anything that takes long.
+"""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from pagellm.engine.checkpoints import Checkpoint, open_checkpoint, resolve_model
+from pagellm.engine.compilation import compile_kernels
+from pagellm.engine.config import CompleteConfig, EngineConfig
+from pagellm.engine.errors import ConfigError
+from pagellm.engine.model_runner import ModelRunner
+from pagellm.engine.models import ModelSpec, read_spec
+from pagellm.engine.scheduling.block_manager import BlockManager
+from pagellm.engine.scheduling.scheduler import PreemptionCosts, Scheduler
+from pagellm.engine.step_log import StepLogFile
+from pagellm.engine.tokenizer import Tokenizer, load_tokenizer
+from pagellm.engine.weights import architecture_of, formats_of, kv_bytes_per_token, load_weights
+
+
+@dataclass(frozen=True)
+class EngineParts:
+    """What an engine is made of.
+
+    block_bytes: keys and values of one block, in all layers. step_log: None where none was asked for.
+    """
+
+    config: CompleteConfig
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    scheduler: Scheduler
+    runner: ModelRunner
+    block_bytes: int
+    step_log: StepLogFile | None = None
+
+
+def load_engine(model: str, config: EngineConfig | None = None, show_progress: bool = False) -> EngineParts:
+    """Everything that it takes to serve a model.
+
+    model: a known name, a local path or a hub id. show_progress: of fetching, compiling and loading, on
+    standard error. Raises `CheckpointError` for a model and `ConfigError` for settings that cannot be served.
+    """
+    with open_checkpoint(resolve_model(model, show_progress)) as checkpoint:
+        spec = read_spec(checkpoint)
+        tokenizer = _load_tokenizer(checkpoint, spec.vocab_size)
+        asked = config or EngineConfig()
+        formats = formats_of(checkpoint, spec, asked.quantization)
+        token_bytes = kv_bytes_per_token(spec, formats)
+        complete = size_cache(asked, spec.max_positions, token_bytes)
+        block_manager = BlockManager(
+            complete.num_blocks,
+            complete.block_size,
+            complete.enable_prefix_caching,
+            complete.num_swap_blocks,
+        )
+        scheduler = Scheduler(complete, block_manager)
+        step_log = None if complete.step_log is None else StepLogFile(complete.step_log)
+        compile_kernels(show_progress)
+        weights = load_weights(checkpoint, spec, formats, complete.max_model_len, show_progress)
+    runner = ModelRunner(architecture_of(spec), weights, complete)
+    scheduler.costs = PreemptionCosts(swap_block_s=runner.measure_swap_s())
+    return EngineParts(
+        complete, spec, tokenizer, scheduler, runner, token_bytes * complete.block_size, step_log
+    )
+
+
+def size_cache(config: EngineConfig, context: int, token_bytes: int) -> CompleteConfig:
+    """The settings with what the user left open filled in for a model and this machine.
+
+    context: tokens that the model can take. token_bytes: keys and values of one token, in all layers. Raises
+    `ConfigError` for what the model or the machine cannot hold.
+    """
+    if config.max_model_len is not None and config.max_model_len > context:
+        raise ConfigError(
+            f"max_model_len: found {config.max_model_len}, expected at most {context}, the context of this "
+            "model"
+        )
+    block_bytes = token_bytes * config.block_size
+    affordable = max(1, _memory_bytes("SC_AVPHYS_PAGES") // 4 // block_bytes)
+    useful = config.max_num_seqs * -(-(config.max_model_len or context) // config.block_size)
+    complete = config.complete(min(affordable, useful), context)
+    num_blocks, memory = complete.num_blocks, _memory_bytes("SC_PHYS_PAGES")
+    if num_blocks * block_bytes > memory:
+        raise ConfigError(
+            f"num_blocks: found {num_blocks} of block_size {config.block_size}, {block_bytes} bytes each, "
+            f"expected no more than the {memory} bytes of memory hold"
+        )
+    if config.swap_dir is None and (num_blocks + complete.num_swap_blocks) * block_bytes > memory:
+        raise ConfigError(
+            f"num_swap_blocks: found {complete.num_swap_blocks} beside {num_blocks} blocks of {block_bytes} "
+            f"bytes, expected no more than the {memory} bytes of memory hold, or a swap_dir"
+        )
+    if config.max_model_len is not None and complete.capacity_tokens < config.max_model_len:
+        raise ConfigError(
+            f"max_model_len: found {config.max_model_len}, expected at most {complete.capacity_tokens}, what "
+            f"{num_blocks} KV blocks of {config.block_size} tokens hold"
+        )
+    return complete
+
+
+def _load_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> Tokenizer:
+    if checkpoint.format == "safetensors":
+        return load_tokenizer(checkpoint.path, model_vocab_size=vocab_size)
+    metadata = {
+        key: value.tolist() if isinstance(value, np.ndarray) else value
+        for key, value in checkpoint.config.items()
+    }
+    return load_tokenizer(metadata, model_vocab_size=vocab_size)
+
+
+def _memory_bytes(pages: str) -> int:
+    try:
+        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 4 << 30  # a system that does not say
