@@ -94,7 +94,7 @@ def calibrate(
     progress: Callable[[float], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
-    """Measures an engine that has nothing to do; returns a profile (see cost_profile.py).
+    """Measures an engine that has nothing to do; returns a profile (see costs/profile.py).
 
     model: what the profile calls it. seconds: how long this takes, give or take the longest step. progress:
     called with each amount of these that has passed. clock: seconds.

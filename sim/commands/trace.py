@@ -11,7 +11,7 @@ from typing import Any
 
 from pagellm.sim.traces.describe import describe
 from pagellm.sim.traces.distributions import arrivals
-from pagellm.sim.traces.formats import FORMATS
+from pagellm.sim.traces.formats import FORMATS, format_text
 from pagellm.sim.traces.request import TraceRequest
 from pagellm.sim.traces.synth import Workload, synthesise
 from pagellm.sim.traces.trace import Trace
@@ -115,12 +115,15 @@ def _write(trace: Trace, options: argparse.Namespace) -> None:
     number = trace.save(options.output) if options.output else trace.write(sys.stdout.buffer)
     report = sys.stdout if options.output else sys.stderr
     if options.json:
-        counts = {"num_skipped": trace.num_skipped, "num_dropped": trace.num_dropped}
+        counts = {"format": trace.format, "num_skipped": trace.num_skipped, "num_dropped": trace.num_dropped}
         written = {"output": options.output, "num_requests": number} | counts
         print(json.dumps(written | {"skipped": trace.skipped_records()}), file=report)
         return
     left_out = f"{trace.num_skipped:,} skipped, {trace.num_dropped:,} dropped"
-    print(f"{number:,} requests written, {left_out}", file=report)
+    why = ", with nothing to generate" if trace.num_dropped else ""
+    print(f"{number:,} requests written, {left_out}{why}", file=report)
+    if trace.format == "mooncake-s":  # a choice that the file's content made
+        print(f"read as {format_text(trace.format)}", file=report)
     list_skipped(trace)
 
 

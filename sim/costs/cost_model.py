@@ -1,6 +1,6 @@
 """What a step costs: seconds from the shape of a scheduled batch, without computing anything.
 
-Three models: a profile of measured tables (cost_profile.py), the limits of a machine (roofline.py), and the
+Three models: a profile of measured tables (profile.py), the limits of a machine (roofline.py), and the
 steps of a recorded run, here. All are plain Python, because they are asked once for each step.
 """
 
@@ -56,7 +56,8 @@ class CostModel(ABC):
     def roofline(hardware: str, model: str, num_devices: int = 1, **options: float) -> "RooflineCostModel":
         """The limits of a known accelerator for a known model, by their names in hardware.json.
 
-        options: those of `RooflineCostModel`. Raises `ConfigError`.
+        options: those of `RooflineCostModel`: efficiency, step_overhead_s, sequence_overhead_s.
+        Raises `ConfigError`.
         """
         from pagellm.sim.costs.roofline import RooflineCostModel
 

@@ -13,6 +13,7 @@ from pagellm.sim.costs.cost_model import CostModel, shape_of
 
 # Of a device's memory, what weights and KV blocks may take; the rest is for activations.
 _USABLE_MEMORY = 0.9
+_OPTIONS = ("efficiency", "step_overhead_s", "sequence_overhead_s")
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,10 @@ class RooflineCostModel(CostModel):
     ) -> None:
         if type(num_devices) is not int or num_devices < 1:
             raise ConfigError(f"num_devices: found {num_devices!r}, expected a positive integer")
-        if not 0 < efficiency <= 1:
+        if type(efficiency) not in (int, float) or not 0 < efficiency <= 1:
             raise ConfigError(f"efficiency: found {efficiency!r}, expected a number above 0 and up to 1")
         for option, value in (("step", step_overhead_s), ("sequence", sequence_overhead_s)):
-            if not 0 <= value < 1e300:
+            if type(value) not in (int, float) or not 0 <= value < 1e300:
                 raise ConfigError(f"{option}_overhead_s: found {value!r}, expected seconds from 0")
         self.name = name
         self._hardware, self._model, self._num_devices = hardware, model, num_devices
@@ -123,6 +124,9 @@ class RooflineCostModel(CostModel):
         device = Hardware(**_entry(known, "hardware", hardware, Hardware))
         decoder = Model(**_entry(known, "models", model, Model))
         name = f"{model} on {num_devices} x {hardware}, roofline"
+        for option in options:
+            if option not in _OPTIONS:
+                raise ConfigError(f"roofline: found {option!r}, expected one of {', '.join(_OPTIONS)}")
         return cls(device, decoder, num_devices, name=name, **options)
 
     def begin(self, config: EngineConfig, num_replicas: int = 1) -> None:

@@ -205,7 +205,7 @@ class MetricsCollector:
         wall_s: float,
         extrapolated: int = 0,
     ) -> Report:
-        """What the replay of a trace gave, when it is over; see report_schema.py for what is what."""
+        """What the replay of a trace gave, when it is over; see schema.py for what is what."""
         left_out = {"num_skipped": trace.num_skipped, "num_dropped": trace.num_dropped}
         return Report(
             {

@@ -1,6 +1,6 @@
 """How a report is shown: a table for the terminal, a page for the browser, a comparison of two.
 
-What a report is stands in `report_schema`. The page is one file that asks for nothing else: its parts are
+What a report is stands in `schema`. The page is one file that asks for nothing else: its parts are
 in `page/`, its data is JSON inside it, and every name in that data is only ever shown as text.
 """
 

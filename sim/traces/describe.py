@@ -14,6 +14,7 @@ from typing import Any
 
 from xxhash import xxh3_64_intdigest
 
+from pagellm.sim.traces.formats import format_text
 from pagellm.sim.traces.request import BYTES_PER_TOKEN, TraceRequest, found
 from pagellm.sim.traces.trace import Trace
 
@@ -46,10 +47,11 @@ class Description:
     what a prefix cache of unlimited size finds of prompts alone.
     num_sessions: conversations that requests name.
     is_exact: whether these two are; else the share is at least so large, the number at most.
-    num_skipped, num_dropped: as in `Trace`.
+    num_skipped, num_dropped: as in `Trace`. format: of the file, None for a trace that is from none.
     """
 
     name: str
+    format: str | None
     num_requests: int
     duration_s: float
     rate_per_s: float | None
@@ -74,9 +76,10 @@ class Description:
         gaps = "" if self.gap_cv is None else f", coefficient of variation of the gaps {self.gap_cv:.2f}"
         lines = [
             f"{self.name}",
+            *([] if self.format is None else [f"format         {format_text(self.format)}"]),
             f"requests       {self.num_requests:,}"
             + f"{f', {self.num_skipped:,} skipped' if self.num_skipped else ''}"
-            + f"{f', {self.num_dropped:,} dropped' if self.num_dropped else ''}",
+            + f"{f', {self.num_dropped:,} dropped, with nothing to generate' if self.num_dropped else ''}",
             f"duration       {self.duration_s:,.1f} s",
             f"rate           {rate}{gaps}",
             f"shared prefix  {at_least}{self.shared_prefix_share:.1%} of prompt tokens",
@@ -111,6 +114,7 @@ def describe(trace: Trace) -> Description:
         raise found(trace.name, None, "at least one request")
     return Description(
         name=trace.name,
+        format=trace.format,
         num_requests=len(prompt_lens),
         duration_s=gaps.last,
         rate_per_s=gaps.rate,

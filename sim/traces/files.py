@@ -1,7 +1,7 @@
 """A trace file as records: plain or gzip, JSON Lines, CSV with a header, or one JSON document.
 
 It knows bytes, lines and syntax, and says where in the file a record stands; what a record means is the
-business of trace_formats.py.
+business of formats.py.
 """
 
 import csv

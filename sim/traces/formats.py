@@ -52,6 +52,8 @@ _MAX_CHATS = 2**20
 _HUMANS = ("human", "user")
 _MODELS = ("gpt", "chatgpt", "assistant", "bing", "bard")
 _OTHERS = ("system", "tool")
+# What is said of a clock that was told from the content.
+CLOCKS = {"mooncake": "times in milliseconds", "mooncake-s": "times in seconds, as they have fractions"}
 # The first lines, in which a format must show itself.
 _DETECTION_LINES = 100
 
@@ -80,7 +82,7 @@ def _native(_: Encoder | None) -> Parse:
 
     def parse(record: Mapping[str, Any]) -> Iterator[Fields]:
         check_seconds("arrival_time", record.get("arrival_time"))
-        check_integer("output_len", record.get("output_len"), 1)
+        check_integer("output_len", record.get("output_len"), 0)
         fields = {name: record[name] for name in names if record.get(name) is not None}
         for name in ("id", "session", "tenant"):
             if type(fields.get(name)) is int:
@@ -91,6 +93,17 @@ def _native(_: Encoder | None) -> Parse:
 
 
 def _mooncake(_: Encoder | None) -> Parse:
+    def parse(record: Mapping[str, Any]) -> Iterator[Fields]:
+        fields = _with_hash_ids(record, MOONCAKE_BLOCK_SIZE)
+        if fields["arrival_time"] != int(fields["arrival_time"]):
+            expected = "whole milliseconds, as in the lines before; the format mooncake-s is of seconds"
+            raise found("timestamp", fields["arrival_time"], expected)
+        yield fields
+
+    return parse
+
+
+def _mooncake_seconds(_: Encoder | None) -> Parse:
     def parse(record: Mapping[str, Any]) -> Iterator[Fields]:
         yield _with_hash_ids(record, MOONCAKE_BLOCK_SIZE)
 
@@ -116,8 +129,7 @@ def _azure(_: Encoder | None) -> Parse:
     def parse(record: Mapping[str, Any]) -> Iterator[Fields]:
         yield {
             "arrival_time": _azure_ticks(record.get("TIMESTAMP")),
-            "prompt_len": _integer(record, "ContextTokens"),
-            "output_len": _integer(record, "GeneratedTokens"),
+            **_lengths(record, "ContextTokens", "GeneratedTokens"),
         }
 
     return parse
@@ -127,14 +139,11 @@ def _burstgpt(_: Encoder | None) -> Parse:
     def parse(record: Mapping[str, Any]) -> Iterator[Fields]:
         fields: Fields = {
             "arrival_time": check_number("Timestamp", record.get("Timestamp")),
-            "output_len": _integer(record, "Response tokens", 0),
-            # A failed request may have been refused before its tokens were counted.
-            "prompt_len": _integer(record, "Request tokens", 0 if record["Response tokens"] == 0 else 1),
+            **_lengths(record, "Request tokens", "Response tokens"),
         }
         if record.get("Session ID") is not None:
             fields["session"] = str(record["Session ID"])
-        if fields["output_len"] > 0:
-            yield fields
+        yield fields
 
     return parse
 
@@ -177,6 +186,12 @@ def _sharegpt(tokenizer: Encoder | None) -> Parse:
     return parse
 
 
+def _items_or_lines(path: Path) -> Iterator[Record]:
+    """One JSON array, or JSON Lines."""
+    first = next((line for _, line in read_lines(path) if line.strip()), b"")
+    return json_items(path, None) if first.lstrip().startswith(b"[") else json_lines(path)
+
+
 FORMATS = {
     form.name: form
     for form in (
@@ -190,19 +205,48 @@ FORMATS = {
         ),
         Format("jsonl", json_lines, _native, "arrival_time", is_shifted=False),
         Format("mooncake", json_lines, _mooncake, ticks_per_s=1000),
+        Format("mooncake-s", json_lines, _mooncake_seconds),
         Format("bailian", json_lines, _bailian),
         Format("azure", csv_rows, _azure, "TIMESTAMP", ticks_per_s=AZURE_TICKS),
         Format("burstgpt", csv_rows, _burstgpt, "Timestamp"),
-        Format("sharegpt", partial(json_items, key=None), _sharegpt, is_shifted=False),
+        Format("sharegpt", _items_or_lines, _sharegpt, is_shifted=False),
     )
 }
 
 
-def detect(path: Path) -> Format:
-    """The format of a file, from its first lines.
+def detect(path: Path, name: str | None = None) -> Format:
+    """The format of a file, from its first lines, or of a name.
 
-    Raises `TraceError` for a file that cannot be read, is empty, or is in none of the formats.
+    Mooncake's timestamps are whole milliseconds. Where one of the first lines has a fraction, they are
+    seconds, and the format is mooncake-s.
+
+    Raises `TraceError` for a file that cannot be read and for an unknown name; without a name for a file that
+    is empty or in none of the formats, too.
     """
+    if name is not None and name not in FORMATS:
+        raise found("format", name, f"one of {', '.join(FORMATS)}")
+    next(read_lines(path), None)
+    form = FORMATS[name] if name else _detect(path)
+    if form.name == "mooncake" and _has_fractions(path):
+        return FORMATS["mooncake-s"]
+    return form
+
+
+def format_text(name: str) -> str:
+    """A format for people: its name, and what its clock counts where that was told from the content."""
+    return f"{name}, {CLOCKS[name]}" if name in CLOCKS else name
+
+
+def _has_fractions(path: Path) -> bool:
+    """Whether a timestamp of the first lines is no whole number."""
+    for record in islice(json_lines(path), _DETECTION_LINES):
+        timestamp = record.value.get("timestamp") if isinstance(record.value, dict) else None
+        if isinstance(timestamp, float) and not timestamp.is_integer():
+            return True
+    return False
+
+
+def _detect(path: Path) -> Format:
     first: tuple[int, str] | None = None
     error: TraceError | None = None
     for number, line in islice(read_lines(path), _DETECTION_LINES):
@@ -248,6 +292,8 @@ def _format_of_fields(record: Any) -> str | None:
         return "json"
     if names & {"arrival_time", "prompt", "prompt_token_ids", "prompt_len", "output_len"}:
         return "jsonl"
+    if names & {"conversations", "items"}:
+        return "sharegpt"
     if names & {"chat_id", "parent_chat_id"}:
         return "bailian"
     if names & {"timestamp", "input_length", "output_length"}:
@@ -260,14 +306,22 @@ def _with_hash_ids(record: Mapping[str, Any], block_size: int) -> Fields:
         raise found("hash_ids", None, f"one id for each {block_size} tokens")
     return {
         "arrival_time": check_number("timestamp", record.get("timestamp")),
-        "prompt_len": _integer(record, "input_length"),
-        "output_len": _integer(record, "output_length"),
+        **_lengths(record, "input_length", "output_length"),
         "hash_ids": record["hash_ids"],
         "hash_block_size": block_size,
     }
 
 
-def _integer(record: Mapping[str, Any], name: str, low: int = 1) -> int:
+def _lengths(record: Mapping[str, Any], prompt: str, output: str) -> Fields:
+    """The two lengths, by their names in the format.
+
+    A request that failed has no output; it may have been refused before its prompt was counted.
+    """
+    output_len = _integer(record, output, 0)
+    return {"prompt_len": _integer(record, prompt, min(output_len, 1)), "output_len": output_len}
+
+
+def _integer(record: Mapping[str, Any], name: str, low: int) -> int:
     return check_integer(name, record.get(name), low)
 
 

@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from pagellm.engine.errors import TraceError
-from pagellm.sim.traces.files import Record, read_lines
-from pagellm.sim.traces.formats import FORMATS, Fields, Format, detect
+from pagellm.sim.traces.files import Record
+from pagellm.sim.traces.formats import Fields, Format, detect
 from pagellm.sim.traces.prompt_tokens import Encoder
 from pagellm.sim.traces.request import TraceRequest, check_integer, check_number, found
 
 MAX_LISTED_SKIPS = 100
+# What helps, at the end of errors; each is an option of `Trace.load` and of the commands.
+_SORT = "sort (--sort) sorts them in memory"
+SKIP_BAD = "skip_bad (--skip-bad) leaves bad requests out"
 
 
-class Losses:
-    """What the latest reading of a file left out: bad records, and those without a request."""
+class LeftOut:
+    """What the latest reading of a file left out: bad records, and those with nothing to generate."""
 
     def __init__(self) -> None:
         self.reset()
@@ -53,12 +56,14 @@ class Trace:
         self,
         requests: Callable[[], Iterator[TraceRequest]],
         name: str = "trace",
-        losses: Losses | None = None,
+        left_out: LeftOut | None = None,
+        format: str | None = None,
     ) -> None:
-        """requests: begins a new iteration, in order of arrival."""
+        """requests: begins a new iteration, in order of arrival. format: of the file that they are from."""
         self._requests = requests
         self.name = name
-        self._losses = losses or Losses()
+        self.format = format
+        self._left_out = left_out or LeftOut()
 
     def __iter__(self) -> Iterator[TraceRequest]:
         return self._requests()
@@ -66,7 +71,7 @@ class Trace:
     @property
     def skipped(self) -> list[tuple[int, str]]:
         """(line, message) of the first bad records that the latest iteration skipped, at most 100."""
-        return self._losses.skipped
+        return self._left_out.skipped
 
     def skipped_records(self) -> list[dict[str, Any]]:
         """The same as JSON has them: line and message of each."""
@@ -75,13 +80,13 @@ class Trace:
     @property
     def num_skipped(self) -> int:
         """Bad records that the latest iteration skipped."""
-        return self._losses.num_skipped
+        return self._left_out.num_skipped
 
     @property
     def num_dropped(self) -> int:
-        """Records of the latest iteration without a request to replay: failed ones in BurstGPT, conversations
-        in which no human is answered in ShareGPT."""
-        return self._losses.num_dropped
+        """Records that the latest iteration dropped, in whatever format: with nothing to generate, there is
+        nothing to replay. (A conversation of ShareGPT's is one where no human is answered.)"""
+        return self._left_out.num_dropped
 
     @classmethod
     def load(
@@ -95,7 +100,9 @@ class Trace:
     ) -> "Trace":
         """A trace from a file, gzip or not.
 
-        format: json, jsonl, mooncake, bailian, azure, burstgpt or sharegpt; None tells it from the content.
+        format: json, jsonl, mooncake, mooncake-s, bailian, azure, burstgpt or sharegpt; None tells it from
+        the content. Mooncake's timestamps are milliseconds, and seconds if they have fractions (mooncake-s).
+        A record with 0 tokens of output is dropped and counted, in every format.
         skip_bad: leave bad records out and count them, instead of ending with an error. Damage to the file
         itself is always an error. sort: read all requests into memory and sort them by arrival.
         tokenizer: counts the tokens of ShareGPT's answers, which are estimated from their bytes without one.
@@ -104,21 +111,18 @@ class Trace:
         and with sort that is everything), else from the iteration.
         """
         path = Path(path)
-        if format is not None and format not in FORMATS:
-            raise found("format", format, f"one of {', '.join(FORMATS)}")
-        next(read_lines(path), None)  # a file that cannot be read is an error here, whatever its format
-        reader = _Reader(path, FORMATS[format] if format else detect(path), skip_bad, tokenizer)
+        reader = _Reader(path, detect(path, format), skip_bad, tokenizer)
         if not (sort or reader.form.is_document):
-            return cls(reader.stream, str(path), reader.losses)
+            return cls(reader.stream, str(path), reader.left_out, reader.form.name)
         requests = reader.read_sorted()
-        return cls(lambda: iter(requests), str(path), reader.losses)
+        return cls(lambda: iter(requests), str(path), reader.left_out, reader.form.name)
 
     @classmethod
     def from_requests(cls, requests: Iterable[TraceRequest], name: str = "trace") -> "Trace":
         """A trace in memory, sorted by arrival; requests that arrive together keep their order."""
         in_order = sorted(requests, key=lambda request: request.arrival_time)
         if not in_order:
-            raise _no_requests(name, Losses())
+            raise _no_requests(name, LeftOut())
         placed = [replace(r, index=index, id=r.id or str(index)) for index, r in enumerate(in_order)]
         return cls(lambda: iter(placed), name)
 
@@ -144,7 +148,7 @@ class Trace:
 
     def through(self, step: Callable[[Iterator[TraceRequest]], Iterator[TraceRequest]]) -> "Trace":
         """What a step makes of the requests one by one; it has to keep them in the order of arrival."""
-        return Trace(lambda: step(iter(self)), self.name, self._losses)
+        return Trace(lambda: step(iter(self)), self.name, self._left_out, self.format)
 
     def save(self, path: str | os.PathLike[str]) -> int:
         """Writes JSON Lines, compressed if the name ends in .gz; returns the number of requests.
@@ -173,14 +177,14 @@ class _Reader:
 
     def __init__(self, path: Path, form: Format, skip_bad: bool, tokenizer: Encoder | None) -> None:
         self.form = form
-        self.losses = Losses()
+        self.left_out = LeftOut()
         self._path = path
         self._skip_bad = skip_bad
         self._tokenizer = tokenizer
 
     def stream(self) -> Iterator[TraceRequest]:
         """The requests in the file's order, which must be that of their arrival."""
-        self.losses.reset()
+        self.left_out.reset()
         return self._placed(self._parsed())
 
     def read_sorted(self) -> list[TraceRequest]:
@@ -196,7 +200,8 @@ class _Reader:
             except TraceError as error:
                 self._refuse(record, error)
                 continue
-            self.losses.num_dropped += not requests
+            requests = [fields for fields in requests if fields["output_len"] > 0]
+            self.left_out.num_dropped += not requests
             for fields in requests:
                 yield record, fields
 
@@ -212,7 +217,9 @@ class _Reader:
                 if ticks < last:
                     earlier = f"{(last - ticks) / self.form.ticks_per_s:g} s earlier than the last"
                     field = self.form.time_field
-                    raise found(field, record.value.get(field), f"times that never decrease; {earlier}")
+                    raise found(
+                        field, record.value.get(field), f"times that never decrease; {earlier}; {_SORT}"
+                    )
                 origin = ticks if start is None else start
                 place["arrival_time"] = (ticks - origin) / self.form.ticks_per_s
                 request = TraceRequest(**fields | place)
@@ -222,12 +229,12 @@ class _Reader:
             start, last, index = origin, ticks, index + 1
             yield request
         if index == 0:
-            raise _no_requests(str(self._path), self.losses)
+            raise _no_requests(str(self._path), self.left_out)
 
     def _refuse(self, record: Record, error: TraceError) -> None:
         if not self._skip_bad:
-            raise TraceError(f"{self._path}:{record.line}: {record.place}{error}") from None
-        self.losses.skip(record.line, f"{record.place}{error}")
+            raise TraceError(f"{self._path}:{record.line}: {record.place}{error}; {SKIP_BAD}") from None
+        self.left_out.skip(record.line, f"{record.place}{error}")
 
 
 def _value(record: Record) -> dict[str, object]:
@@ -238,10 +245,10 @@ def _value(record: Record) -> dict[str, object]:
     return record.value
 
 
-def _no_requests(name: str, losses: Losses) -> TraceError:
-    left_out = f"{losses.num_skipped} bad, {losses.num_dropped} dropped"
-    first = f"; line {losses.skipped[0][0]}: {losses.skipped[0][1]}" if losses.skipped else ""
-    return TraceError(f"{name}: found no requests ({left_out}{first}), expected at least one")
+def _no_requests(name: str, left_out: LeftOut) -> TraceError:
+    counts = f"{left_out.num_skipped} bad, {left_out.num_dropped} dropped, as they generate nothing"
+    first = f"; line {left_out.skipped[0][0]}: {left_out.skipped[0][1]}" if left_out.skipped else ""
+    return TraceError(f"{name}: found no requests ({counts}{first}), expected at least one")
 
 
 @contextmanager

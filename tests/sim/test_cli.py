@@ -36,6 +36,7 @@ def test_convert_to_a_file_reports_on_standard_output(
     output = str(tmp_path / "out.jsonl.gz")
     run("convert", MOONCAKE, "-o", output, "--limit", "50", "--rate-factor", "2", "--json")
     report = {"output": output, "num_requests": 50, "num_skipped": 0, "num_dropped": 0, "skipped": []}
+    report["format"] = "mooncake"
     assert json.loads(capsys.readouterr().out) == report
     assert list(Trace.load(output)) == list(Trace.load(MOONCAKE).limited(50).scaled(2))
 
@@ -63,6 +64,24 @@ def test_convert_names_what_it_skips(tmp_path: Path, capsys: pytest.CaptureFixtu
     out, err = capsys.readouterr()
     assert out == "2 requests written, 1 skipped, 0 dropped\n"
     assert err.startswith("line 2: column 1: found 'oops', expected JSON")
+
+
+def test_what_was_dropped_and_how_times_were_read_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "trace.jsonl"
+    line = '{"timestamp": %s, "input_length": 5, "output_length": %d, "hash_ids": [1]}\n'
+    source.write_text(line % (0, 7) + line % (1.5, 0) + line % (2.5, 7))
+    run("convert", str(source), "-o", str(tmp_path / "out.jsonl"))
+    assert capsys.readouterr().out == (
+        "2 requests written, 0 skipped, 1 dropped, with nothing to generate\n"
+        "read as mooncake-s, times in seconds, as they have fractions\n"
+    )
+    run("describe", str(source))
+    out = capsys.readouterr().out
+    assert "format         mooncake-s, times in seconds, as they have fractions\n" in out
+    assert "requests       2, 1 dropped, with nothing to generate\n" in out
+    assert "duration       2.5 s\n" in out
 
 
 def test_synth_takes_every_setting_of_a_workload(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,6 +113,14 @@ def test_a_roofline_that_cannot_be_is_refused(arguments: tuple[Any, ...], messag
         CostModel.roofline("l4", "qwen2.5-7b", step_overhead_s=-1)
 
 
+def test_a_misspelt_option_of_a_roofline_is_one_error_that_names_those_that_there_are() -> None:
+    expected = "found 'efficency', expected one of efficiency, step_overhead_s, sequence_overhead_s"
+    with pytest.raises(ConfigError, match=f"roofline: {expected}"):
+        CostModel.roofline("l4", "smollm2-135m", efficency=0.5)
+    with pytest.raises(ConfigError, match="efficiency: found 'half', expected a number above 0 and up to 1"):
+        CostModel.roofline("l4", "smollm2-135m", efficiency="half")  # type: ignore[arg-type]
+
+
 def step_log(path: Path, **changes: Any) -> Path:
     """Two steps, the second one changed."""
     costs = {"recompute_token_s": 0.001, "swap_block_s": 0.002}

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pagellm.engine import TraceError
 from pagellm.sim import Trace, TraceRequest
+from pagellm.sim.traces.trace import SKIP_BAD
 
 GOOD: dict[str, Any] = {"arrival_time": 1.5, "output_len": 2, "prompt_len": 20}
 TIMES = st.floats(0, 1e9)
@@ -95,7 +96,7 @@ def test_a_stream_is_read_line_by_line_and_ends_with_its_error(tmp_path: Path) -
 def test_a_time_that_runs_backwards_is_an_error_or_sorted(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", GOOD | {"arrival_time": 5}, GOOD | {"arrival_time": 4.5}, GOOD)
     with pytest.raises(
-        TraceError, match=r"t.jsonl:2: arrival_time: found 4.5, expected .* never decrease; 0.5 s"
+        TraceError, match=r"t.jsonl:2: arrival_time: found 4.5, expected .* never decrease; 0.5 s .*--sort"
     ):
         list(Trace.load(path))
     in_order = list(Trace.load(path, sort=True))
@@ -115,7 +116,7 @@ BAD_LINES: list[tuple[object, str]] = [
     ({"output_len": 1, "prompt_len": 1}, "arrival_time"),
     ({"arrival_time": 2, "prompt_len": 1}, "output_len"),
     ({"arrival_time": 2, "output_len": 1}, "prompt_len"),
-    (GOOD | {"output_len": 0}, "output_len"),
+    (GOOD | {"output_len": -1}, "output_len"),
     (GOOD | {"prompt_len": 0}, "prompt_len"),
     (GOOD | {"prompt_len": True}, "prompt_len"),
     (GOOD | {"arrival_time": -1}, "arrival_time"),
@@ -139,7 +140,8 @@ def test_a_bad_line_is_one_error_or_one_counted_skip(tmp_path: Path, line: objec
     for _ in range(2):  # each iteration counts anew
         assert [(r.arrival_time, r.index) for r in trace] == [(1.5, 0), (2.0, 1)]
         assert trace.num_skipped == 1
-        assert trace.skipped == [(2, str(caught.value).removeprefix(f"{path}:2: "))]
+        [(number, message)] = trace.skipped
+        assert (number, f"{path}:2: {message}; {SKIP_BAD}") == (2, str(caught.value))
 
 
 def test_bytes_that_are_no_utf8_are_an_error_of_their_line(tmp_path: Path) -> None:
@@ -190,8 +192,8 @@ def test_a_damaged_gzip_file_is_an_error_after_what_was_whole(tmp_path: Path, sk
         ('{"requests": [%s', r":1: .*malformed JSON"),
         ('{"a": {"requests": 1}, "requests": [%s,\n 7]}', r":2: requests\[1\]: request: found 7"),
         (
-            '{"requests": [%s,\n\n {"arrival_time": 1, "output_len": 0}]}',
-            r":3: requests\[1\]: output_len: found 0",
+            '{"requests": [%s,\n\n {"arrival_time": 1, "output_len": -1}]}',
+            r":3: requests\[1\]: output_len: found -1",
         ),
         ('{"requests": [' + "[" * 100_000, r":1: found JSON beyond limits"),
     ],
@@ -234,9 +236,9 @@ def test_what_is_no_file_or_no_format_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_file_in_which_all_is_bad_is_an_error(tmp_path: Path) -> None:
-    path = write(tmp_path / "t", GOOD | {"output_len": 0}, GOOD | {"output_len": -1})
+    path = write(tmp_path / "t", GOOD | {"output_len": -2}, GOOD | {"output_len": -1})
     with pytest.raises(
-        TraceError, match=r"found no requests \(2 bad, 0 dropped; line 1: output_len: found 0"
+        TraceError, match=r"found no requests \(2 bad, 0 dropped, .*; line 1: output_len: found -2"
     ):
         list(Trace.load(path, skip_bad=True))
 

@@ -88,6 +88,52 @@ def test_burstgpt_drops_and_counts_what_failed(tmp_path: Path) -> None:
     assert (requests.num_dropped, requests.num_skipped) == (1, 0)
 
 
+JSONL = {"arrival_time": 0, "prompt_len": 4, "output_len": 5}
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [json.dumps(MOONCAKE | {"output_length": n, "timestamp": 8000}) + "\n" for n in (5, 0)],
+        [json.dumps(MOONCAKE | {"output_length": n, "timestamp": 0.5}) + "\n" for n in (5, 0)],
+        [json.dumps(BAILIAN | {"output_length": n}) + "\n" for n in (5, 0)],
+        [AZURE, "2023-11-16 18:15:46,4,5\n", "2023-11-16 18:15:46,4,0\n"],
+        [BURSTGPT, "1,m,4,5,9,l\n", "2,m,4,0,4,l\n"],
+        [json.dumps(JSONL) + "\n", json.dumps(JSONL | {"output_len": 0}) + "\n"],
+        [json.dumps({"requests": [JSONL, JSONL | {"output_len": 0}]})],
+    ],
+)
+def test_what_generates_nothing_is_dropped_and_counted_in_every_format(
+    tmp_path: Path, lines: list[str]
+) -> None:
+    requests = trace(tmp_path, *lines)
+    assert [r.output_len for r in requests] == [5]
+    assert (requests.num_dropped, requests.num_skipped) == (1, 0)
+
+
+def test_mooncake_times_with_fractions_are_seconds(tmp_path: Path) -> None:
+    lines = [MOONCAKE | {"timestamp": time} for time in (3, 4, 5.25, 65.5)]
+    requests = trace(tmp_path, *lines)
+    assert [r.arrival_time for r in requests] == [0, 1, 2.25, 62.5]
+    assert requests.format == "mooncake-s"
+    assert [r.arrival_time for r in trace(tmp_path, *lines, format="mooncake")] == [0, 1, 2.25, 62.5]
+
+
+def test_mooncake_times_that_are_whole_are_milliseconds(tmp_path: Path) -> None:
+    lines = [MOONCAKE | {"timestamp": time} for time in (3000, 4000.0, 5250)]
+    requests = trace(tmp_path, *lines)
+    assert ([r.arrival_time for r in requests], requests.format) == ([0, 1, 2.25], "mooncake")
+    seconds = trace(tmp_path, *lines, format="mooncake-s")
+    assert [r.arrival_time for r in seconds] == [0, 1000, 2250]
+
+
+def test_a_mooncake_clock_does_not_change_its_unit(tmp_path: Path) -> None:
+    lines = [*[MOONCAKE | {"timestamp": 7}] * 100, MOONCAKE | {"timestamp": 7.5}]
+    with pytest.raises(TraceError, match=r"trace:101: timestamp: found 7.5, expected whole .*mooncake-s"):
+        list(trace(tmp_path, *lines))
+    assert len(list(trace(tmp_path, *lines, format="mooncake-s"))) == 101
+
+
 def test_burstgpt_with_sessions(tmp_path: Path) -> None:
     header = "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
     [request] = trace(tmp_path, header, "5,abc,1.5,ChatGPT,472,18,490,Conversation log\n")
@@ -158,6 +204,17 @@ def test_sharegpt_asks_with_the_conversation_so_far(tmp_path: Path) -> None:
     assert [r.output_len for r in exact] == [12, 8, 12]
 
 
+def test_sharegpt_may_be_json_lines(tmp_path: Path) -> None:
+    other = conversation(("human", "Hi"), ("gpt", "Hello"), key="items")
+    requests = trace(tmp_path, SHAREGPT, other)
+    assert list(requests) == list(trace(tmp_path, [SHAREGPT, other]))
+    assert [r.prompt for r in requests] == ["Hi", "Hi\nHello there!\nBye", "Hi"]
+    with pytest.raises(
+        TraceError, match=r"trace:2: conversations: found 5, expected a list of turns; .*--skip"
+    ):
+        list(trace(tmp_path, SHAREGPT, {"conversations": 5}))
+
+
 def test_sharegpt_asks_only_where_a_human_is_answered(tmp_path: Path) -> None:
     turns = [
         ("gpt", "ahem"),
@@ -207,7 +264,7 @@ BAD_RECORDS = [
     *((MOONCAKE, without(MOONCAKE, name), name) for name in MOONCAKE),
     *((MOONCAKE, MOONCAKE | {"timestamp": value}, "timestamp") for value in (-1, True, "1", 26_999)),
     *((MOONCAKE, MOONCAKE | {"input_length": value}, "input_length") for value in (0, -1, 1.5, True, "5")),
-    *((MOONCAKE, MOONCAKE | {"output_length": value}, "output_length") for value in (0, -1, 1.5, True)),
+    *((MOONCAKE, MOONCAKE | {"output_length": value}, "output_length") for value in (-1, 1.5, True)),
     *(
         (MOONCAKE, MOONCAKE | {"hash_ids": value}, "hash_ids")
         for value in ([46], [1, 2, 3], "46", [-1, 0], {})
@@ -239,7 +296,7 @@ def test_a_bad_field_of_a_line_is_named(tmp_path: Path, good: Any, bad: Any, fie
         (AZURE, "2023-11-16 18:15:46,1.0,2", "ContextTokens"),
         (AZURE, "2023-11-16 18:15:46,1_0,2", "ContextTokens"),
         (AZURE, "2023-11-16 18:15:46,,2", "ContextTokens"),
-        (AZURE, "2023-11-16 18:15:46,1,0", "GeneratedTokens"),
+        (AZURE, "2023-11-16 18:15:46,1,-1", "GeneratedTokens"),
         (AZURE, "2023-11-16 18:15:46,1,nan", "GeneratedTokens"),
         (AZURE, "2023-11-16 18:15:46,1", "row"),
         (AZURE, "2023-11-16 18:15:46,1,2,3", "row"),
@@ -307,6 +364,7 @@ SAMPLES = {
     "bailian": json.dumps(BAILIAN),
     "azure": f"{AZURE}2023-11-16 18:15:46,1,2",
     "burstgpt": f"{BURSTGPT}1,m,1,2,3,l",
+    "mooncake-s": json.dumps(MOONCAKE | {"timestamp": 1.5}),
     "sharegpt": json.dumps([SHAREGPT], indent=1),
 }
 
@@ -322,7 +380,7 @@ def test_a_format_is_told_from_the_content_and_can_be_named(
     assert list(Trace.load(path)) == list(Trace.load(path, format=name))
     others = [other for other in SAMPLES if other != name]
     for other in others:
-        if {name, other} != {"mooncake", "bailian"}:  # these share their fields
+        if not {name, other} <= {"mooncake", "mooncake-s", "bailian"}:  # these share their fields
             with pytest.raises(TraceError, match="anything:"):
                 list(Trace.load(path, format=other))
 
