@@ -4,7 +4,6 @@ kernels and loads the weights.
 What can be refused is refused before anything that takes long.
 """
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +12,18 @@ from pagellm.engine.checkpoints import Checkpoint, open_checkpoint, resolve_mode
 from pagellm.engine.compilation import compile_kernels
 from pagellm.engine.config import CompleteConfig, EngineConfig
 from pagellm.engine.errors import ConfigError
+from pagellm.engine.memory import Memory, read_memory
 from pagellm.engine.model_runner import ModelRunner
 from pagellm.engine.models import ModelSpec, read_spec
+from pagellm.engine.progress import say
 from pagellm.engine.scheduling.block_manager import BlockManager
 from pagellm.engine.scheduling.scheduler import PreemptionCosts, Scheduler
 from pagellm.engine.step_log import StepLogFile
 from pagellm.engine.tokenizer import Tokenizer, load_tokenizer
 from pagellm.engine.weights import architecture_of, formats_of, kv_bytes_per_token, load_weights
+
+# Of the memory that is available the KV cache takes this part at most, if its size is left open.
+_SHARE = 4
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def load_engine(model: str, config: EngineConfig | None = None, show_progress: b
         asked = config or EngineConfig()
         formats = formats_of(checkpoint, spec, asked.quantization)
         token_bytes = kv_bytes_per_token(spec, formats)
-        complete = size_cache(asked, spec.max_positions, token_bytes)
+        complete = size_cache(asked, spec.max_positions, token_bytes, read_memory(), show_progress)
         block_manager = BlockManager(
             complete.num_blocks,
             complete.block_size,
@@ -68,11 +72,13 @@ def load_engine(model: str, config: EngineConfig | None = None, show_progress: b
     )
 
 
-def size_cache(config: EngineConfig, context: int, token_bytes: int) -> CompleteConfig:
-    """The settings with what the user left open filled in for a model and this machine.
+def size_cache(
+    config: EngineConfig, context: int, token_bytes: int, memory: Memory, show: bool = False
+) -> CompleteConfig:
+    """The settings with what the user left open filled in for a model and the memory that there is.
 
-    context: tokens that the model can take. token_bytes: keys and values of one token, in all layers. Raises
-    `ConfigError` for what the model or the machine cannot hold.
+    context: tokens that the model can take. token_bytes: keys and values of one token, in all layers. show:
+    say what was found and chosen. Raises `ConfigError` for what the model or the memory cannot hold.
     """
     if config.max_model_len is not None and config.max_model_len > context:
         raise ConfigError(
@@ -80,19 +86,25 @@ def size_cache(config: EngineConfig, context: int, token_bytes: int) -> Complete
             "model"
         )
     block_bytes = token_bytes * config.block_size
-    affordable = max(1, _memory_bytes("SC_AVPHYS_PAGES") // 4 // block_bytes)
+    affordable = max(1, memory.available // _SHARE // block_bytes)
     useful = config.max_num_seqs * -(-(config.max_model_len or context) // config.block_size)
     complete = config.complete(min(affordable, useful), context)
-    num_blocks, memory = complete.num_blocks, _memory_bytes("SC_PHYS_PAGES")
-    if num_blocks * block_bytes > memory:
+    num_blocks, total = complete.num_blocks, memory.total
+    if show and config.num_blocks is None:
+        why = "as many as max_num_seqs can use" if useful <= affordable else "a quarter of what is available"
+        say(
+            f"KV cache: {num_blocks} blocks of {config.block_size} tokens, "
+            f"{_gigabytes(num_blocks * block_bytes)}: {why}, {_gigabytes(memory.available)} {memory.source}"
+        )
+    if num_blocks * block_bytes > total:
         raise ConfigError(
             f"num_blocks: found {num_blocks} of block_size {config.block_size}, {block_bytes} bytes each, "
-            f"expected no more than the {memory} bytes of memory hold"
+            f"expected no more than the {total} bytes of memory hold"
         )
-    if config.swap_dir is None and (num_blocks + complete.num_swap_blocks) * block_bytes > memory:
+    if config.swap_dir is None and (num_blocks + complete.num_swap_blocks) * block_bytes > total:
         raise ConfigError(
             f"num_swap_blocks: found {complete.num_swap_blocks} beside {num_blocks} blocks of {block_bytes} "
-            f"bytes, expected no more than the {memory} bytes of memory hold, or a swap_dir"
+            f"bytes, expected no more than the {total} bytes of memory hold, or a swap_dir"
         )
     if config.max_model_len is not None and complete.capacity_tokens < config.max_model_len:
         raise ConfigError(
@@ -100,6 +112,10 @@ def size_cache(config: EngineConfig, context: int, token_bytes: int) -> Complete
             f"{num_blocks} KV blocks of {config.block_size} tokens hold"
         )
     return complete
+
+
+def _gigabytes(number: int) -> str:
+    return f"{number / 1e9:.2f} GB"
 
 
 def _load_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> Tokenizer:
@@ -110,10 +126,3 @@ def _load_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> Tokenizer:
         for key, value in checkpoint.config.items()
     }
     return load_tokenizer(metadata, model_vocab_size=vocab_size)
-
-
-def _memory_bytes(pages: str) -> int:
-    try:
-        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 4 << 30  # a system that does not say

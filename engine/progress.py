@@ -3,12 +3,20 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 Advance = Callable[[float], None]
 
 # Shorter work needs no word where nobody watches a bar.
 _LONG_S = 2.0
+
+
+def say(text: str) -> None:
+    """One line on standard error; where there is none, or it takes nothing, the line is lost and no more."""
+    if sys.stderr is None:  # print() would use standard output
+        return
+    with suppress(OSError):
+        print(f"pagellm: {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -17,7 +25,7 @@ def progress(label: str, total: float, unit: str = "", show: bool = True) -> Ite
 
     unit: "bytes" shows sizes and speed. Nothing is shown unless `show`.
     """
-    if not show:
+    if not show or sys.stderr is None:
         yield lambda _amount: None
         return
     if not sys.stderr.isatty():
@@ -42,8 +50,8 @@ def _lines(label: str) -> Iterator[Advance]:
         nonlocal announced
         if not announced and time.perf_counter() - start > _LONG_S:
             announced = True
-            print(f"{label} ...", file=sys.stderr, flush=True)
+            say(f"{label} ...")
 
     yield advance
     if announced:
-        print(f"{label}: done in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+        say(f"{label}: done in {time.perf_counter() - start:.1f} s")
