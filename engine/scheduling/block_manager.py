@@ -288,6 +288,21 @@ class BlockManager:
         for block in list(self._cache):
             self._cache.remove(block)
 
+    def recover(self) -> None:
+        """Begins anew after an operation that did not end: all blocks are free and nothing is cached.
+
+        The sequences that had blocks are for the caller to restart; the counts of the cache go on.
+        """
+        new = BlockManager(
+            self.num_blocks,
+            self.block_size,
+            self.enable_prefix_caching,
+            self.num_swap_blocks,
+            self._hash_block,
+        )
+        new.stats = self.stats
+        vars(self).update(vars(new))
+
     def usage(self) -> dict[str, int]:
         """Counts for a report: O(blocks in use)."""
         used = self.num_blocks - len(self._free)

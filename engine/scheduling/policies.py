@@ -187,11 +187,15 @@ class CheckedPolicy:
     """
 
     def __init__(self, policy: SchedulingPolicy) -> None:
-        self._policy = policy
         self._error: PolicyError | None = None
-        self.prefills_alone = policy.prefills_alone
-        # Called in every step, hence left out where it does nothing.
-        self.counts_batches = type(policy).on_commit is not SchedulingPolicy.on_commit
+        self._set(policy)
+
+    def restart(self) -> None:
+        """Puts a new policy of the same class in the place of one that may not have heard of everything."""
+        try:
+            self._set(type(self._policy)())
+        except Exception as error:  # a user's policy may raise anything
+            self._replace("__init__", error)
 
     def raise_error(self) -> None:
         """Raises the policy's `PolicyError`, once."""
@@ -232,14 +236,20 @@ class CheckedPolicy:
         try:
             return check(getattr(self._policy, method)(*own))
         except Exception as error:  # a user's policy may raise anything
-            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            name = type(self._policy).__name__
-            self._error = PolicyError(
-                f"policy {name}: {method}(): {what}; it goes on first come first served"
-            )
-            self._policy = SchedulingPolicy()
-            self.prefills_alone = self.counts_batches = False
+            self._replace(method, error)
             return check(getattr(self._policy, method)(*arguments))
+
+    def _set(self, policy: SchedulingPolicy) -> None:
+        self._policy = policy
+        self.prefills_alone = policy.prefills_alone
+        # Called in every step, hence left out where it does nothing.
+        self.counts_batches = type(policy).on_commit is not SchedulingPolicy.on_commit
+
+    def _replace(self, method: str, error: Exception) -> None:
+        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        name = type(self._policy).__name__
+        self._error = PolicyError(f"policy {name}: {method}(): {what}; it goes on first come first served")
+        self._set(SchedulingPolicy())
 
 
 def _as_key(answer: Any) -> tuple[float, ...]:

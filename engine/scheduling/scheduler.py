@@ -12,7 +12,7 @@ others, with every block that it can ever need, and is not preempted again.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import compress
@@ -238,6 +238,22 @@ class Scheduler:
             self.waiting.remove(sequence)
         self.block_manager.free(sequence)
         self._wait(sequence, SequenceStatus.WAITING)
+
+    def recover(self, num_known: Mapping[Sequence, int]) -> None:
+        """Begins anew after an operation that did not end, whatever it left behind.
+
+        num_known: the sequences that have not ended, and how many of its tokens each keeps. All of them wait,
+        in their order, and are computed again; so does the policy begin anew, and is told of them. May be
+        called again if it did not end itself.
+        """
+        self.block_manager.recover()
+        self.policy.restart()
+        self.waiting, self.running = WaitingQueue(self.policy), []
+        self._unborn, self._transfers, self._blocked = {}, deque(), None
+        for sequence in sorted(num_known, key=lambda sequence: sequence.arrival_index):
+            sequence.restart(num_known[sequence])
+            self.policy.on_add(sequence, self.stats)
+            self._wait(sequence, SequenceStatus.WAITING)
 
     def check(self) -> None:
         """Asserts that queues, states and blocks agree."""

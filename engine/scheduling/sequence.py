@@ -101,5 +101,16 @@ class Sequence:
         """The tokens generated so far."""
         return self.token_ids[self.num_prompt_tokens :].tolist()
 
+    def restart(self, num_tokens: int) -> None:
+        """Leaves it its first `num_tokens` tokens, waiting without blocks: nothing of it is computed."""
+        self.token_ids = self.token_ids[:num_tokens]
+        self.forks = []
+        self.status = SequenceStatus.WAITING
+        self.finish_reason = None
+        self.block_table = []
+        self.swap_table = []
+        self.block_hashes = []
+        self.num_slots = self.num_computed_tokens = self.num_registered_blocks = 0
+
     def __repr__(self) -> str:
         return f"Sequence({self.seq_id}, {self.status.value}, {self.num_computed_tokens}/{self.num_tokens})"

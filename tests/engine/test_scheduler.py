@@ -1008,3 +1008,46 @@ def test_when_the_second_tier_is_given_up_nobody_moves_out_any_more() -> None:
     batch = schedule(s)
     assert [(p.sequence, p.by) for p in batch.preempted] == [(b, Preemption.RECOMPUTE)]
     assert not batch.transfers
+
+
+def test_after_an_operation_that_did_not_end_all_begin_anew_in_their_order() -> None:
+    """Whatever queues, tables and states say: three run, of which one has a fork to come, and one waits."""
+    s = scheduler(max_num_seqs=3)
+    parent, fork = add_with_forks(s, prompt(5), 1)
+    second, third = add(s, prompt(6, 50)), add(s, prompt(4, 70))
+    late = add(s, prompt(3, 90))
+    for _ in range(2):
+        batch = s.schedule()
+        s.commit(batch, [7] * len(batch.sampled))
+    s.running.clear()  # as in the midst of something
+    s.block_manager._reference_counts[0] += 1
+    s.recover({late: 3, third: 4, second: 7, fork: 6, parent: 5})
+    s.check()
+    assert (s.block_manager.num_free_blocks, s.block_manager.num_cached_blocks, s.running) == (16, 0, [])
+    assert [sequence.num_tokens for sequence in (parent, fork, second, third, late)] == [5, 6, 7, 4, 3]
+    served = []
+    while s.has_unfinished:
+        batch = s.schedule()
+        served += [admitted.sequence for admitted in batch.admitted]
+        s.commit(batch, [EOS] * len(batch.sampled))
+    assert served == [parent, fork, second, third, late]
+
+
+def test_a_recovery_that_was_interrupted_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = scheduler()
+    first, second = add(s, prompt(4)), add(s, prompt(5))
+    s.schedule()
+    restart = Sequence.restart
+
+    def interrupted(sequence: Sequence, num_tokens: int) -> None:
+        restart(sequence, num_tokens)
+        if sequence is second:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sequence, "restart", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        s.recover({first: 4, second: 5})
+    monkeypatch.undo()
+    s.recover({first: 4, second: 5})
+    s.check()
+    assert list(s.waiting) == [first, second]

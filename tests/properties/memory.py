@@ -49,6 +49,11 @@ class Memory:
         self._numbers: dict[tuple[int | str, int], int] = {}
         self._prefixes: dict[int, list[int]] = {}  # of each sequence, by seq_id
 
+    def forget_tokens(self, num_tokens: dict[int, int]) -> None:
+        """Sequences, by seq_id, have no more than so many tokens now."""
+        for seq_id, count in num_tokens.items():
+            del self._prefixes.setdefault(seq_id, [])[count:]
+
     def prefixes(self, sequence: Sequence) -> list[int]:
         """The number of the prefix that ends with each of a sequence's tokens."""
         known = self._prefixes.setdefault(sequence.seq_id, [])

@@ -438,6 +438,26 @@ class Driver:
         self.batches = []
         covered["interrupted steps"] += 1
 
+    def recover(self, num_lost: int) -> None:
+        """All of them wait anew, in their order, without the last tokens of their outputs."""
+        kept = {s.seq_id: max(s.num_prompt_tokens, s.num_tokens - num_lost) for s in self.rules.alive()}
+        tokens = {seq_id: list(self.main.sequences[seq_id].token_ids[:n]) for seq_id, n in kept.items()}
+        self.batches = []
+        for side in self.sides:
+            side.scheduler.recover({side.sequences[seq_id]: n for seq_id, n in kept.items()})
+        self.rules.begins_like.clear()
+        self.rules.served.clear()
+        self.rules.ended_last = []
+        self.memory.forget_tokens(kept)
+        for sequence in self.rules.alive():
+            assert list(sequence.token_ids) == tokens[sequence.seq_id]
+            assert (sequence.status, sequence.num_computed_tokens) == (WAITING, 0)
+            assert sequence.block_table == sequence.swap_table == sequence.forks == []
+        assert self.manager.num_free_blocks == self.manager.num_blocks
+        assert self.manager.num_free_swap_blocks == self.manager.num_swap_blocks
+        assert self.manager.num_cached_blocks == 0
+        covered["recoveries"] += 1
+
     def commit(self, tokens: list[int]) -> None:
         """Each sequence must get exactly its token, and the end that follows from its request."""
         batch = self.batches[0]
@@ -791,6 +811,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(num_transfers=st.integers(0, 3))
     def interrupt(self, num_transfers: int) -> None:
         self.driver.interrupt(num_transfers)
+
+    @precondition(lambda self: self.driver.rules.alive())
+    @rule(num_lost=st.integers(0, 2))
+    def recover(self, num_lost: int) -> None:
+        self.driver.recover(num_lost)
 
     @precondition(lambda self: self.driver.batches)
     @rule(tokens=sampled_tokens)
