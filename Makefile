@@ -3,7 +3,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test soak mutation lint bench clean
+.PHONY: demo test check soak mutation lint bench clean
 
 # The environment is rebuilt when the project's dependencies change.
 .venv/ready: pyproject.toml
@@ -21,6 +21,11 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+# What computes, with every access checked against its array: a wrong index ends the run with its numbers.
+check: .venv/ready
+	PAGELLM_CHECK=1 $(BIN)/python -m pytest --capture=no --hypothesis-profile=quick tests/kernels \
+		tests/engine/test_numerics.py --ignore tests/kernels/test_instruction_sets.py
 
 # More of the property-based tests, with fresh seeds: make soak SECONDS=3600
 SECONDS ?= 60

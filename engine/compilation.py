@@ -27,6 +27,7 @@ from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.kernels.activation import SILU_GATED
 from pagellm.kernels.jit import cache_on_disk
 from pagellm.kernels.packing import FLOAT32, aligned_zeros, encode, pack_blocks
+from pagellm.kernels.simd.llvm import CHECKED
 from pagellm.kernels.transformer import LAYER_PARTS, Architecture, Weights, lay_out
 
 # What a full compilation reports; a wrong number only makes the bar end early or late.
@@ -62,8 +63,8 @@ def compile_kernels(show: bool = True) -> Path | None:
 
 
 def _sources_key() -> str:
-    """Changes with the kernels' sources and with Numba: what is cached for one key never goes stale."""
-    digest = hashlib.sha256(numba.__version__.encode())
+    """Changes with the sources, with Numba and with `PAGELLM_CHECK`: what is cached never goes stale."""
+    digest = hashlib.sha256(f"{numba.__version__} {CHECKED}".encode())
     for path in sorted(Path(kernels.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

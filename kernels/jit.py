@@ -23,6 +23,8 @@ from numba.core.registry import CPUDispatcher
 from numba.core.sigutils import normalize_signature
 from numba.extending import register_jitable
 
+from pagellm.kernels.simd.llvm import CHECKED
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _SETTINGS: dict[str, Any] = {
@@ -30,6 +32,7 @@ _SETTINGS: dict[str, Any] = {
     "error_model": "numpy",
     "no_cfunc_wrapper": True,
     "_nrt": False,
+    "boundscheck": CHECKED,
 }
 _entry_points: list[Any] = []
 

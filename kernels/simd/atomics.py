@@ -12,7 +12,7 @@ from pagellm.kernels.simd.llvm import BYTE_POINTER, I32, element_pointer
 
 
 def _counter_pointer(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    return element_pointer(context, builder, signature.args[0], *arguments[:2])
+    return element_pointer(context, builder, signature.args[0], *arguments[:2], count=1)
 
 
 @intrinsic

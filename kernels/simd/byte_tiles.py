@@ -22,7 +22,7 @@ from pagellm.kernels.simd.llvm import (
     load_at,
     splat,
 )
-from pagellm.kernels.simd.tiles import add_product, float_row, literal, tile_update
+from pagellm.kernels.simd.tiles import Step, add_product, float_row, literal, tile_update
 from pagellm.kernels.simd.vectors import from_float16, int_vector
 
 
@@ -32,7 +32,8 @@ def start_int_tile(_typing: Any, rows: Any, vectors: Any, x: Any, index: Any, st
     num_rows, num_vectors, row_stride = literal(rows), literal(vectors), literal(stride)
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = element_pointer(context, builder, signature.args[2], *arguments[2:4])
+        read = (num_rows - 1) * row_stride + 1
+        pointer = element_pointer(context, builder, signature.args[2], *arguments[2:4], count=read)
         values = []
         for row in range(num_rows):
             values += [splat(builder, load_at(builder, pointer, I32, row * row_stride))] * num_vectors
@@ -181,10 +182,10 @@ def dot_int8(
         return _add_short_pairs(builder, accumulator, _add_byte_pairs(builder, magnitudes, signed))
 
     if _MULTIPLIES_MAGNITUDES:
-        update = tile_update((_int_row, load_magnitudes, add_products))
+        update = tile_update(Step(_int_row, load_magnitudes, add_products))
     else:
         update = tile_update(
-            (
+            Step(
                 _int_row,
                 load_words,
                 lambda b, row, column, accumulator: _dot_bytes(b, column, row, accumulator),
@@ -223,7 +224,10 @@ def dot_int4(
             return builder.bitcast(builder.add(pairs, _add_byte_pairs(builder, column, row)), INT_VECTOR)
         return _dot_bytes(builder, column, row, accumulator)
 
-    update = tile_update((_int_row, low_nibbles, add_products), (fourth_word, high_nibbles, add_products))
+    update = tile_update(
+        Step(_int_row, low_nibbles, add_products),
+        Step(fourth_word, high_nibbles, add_products, row_words=5),
+    )
     return update(typing, tile, rows, x, x_index, x_stride, w, w_index)
 
 
@@ -252,8 +256,9 @@ def add_scaled(
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         accumulators, int_values, _, x_value, x_at, _, w_value, w_at = arguments
-        x_pointer = element_pointer(context, builder, signature.args[3], x_value, x_at)
-        w_pointer = element_pointer(context, builder, signature.args[6], w_value, w_at)
+        x_words, w_words = (num_rows - 1) * stride + 1, num_vectors * LANES // 2
+        x_pointer = element_pointer(context, builder, signature.args[3], x_value, x_at, count=x_words)
+        w_pointer = element_pointer(context, builder, signature.args[6], w_value, w_at, count=w_words)
         scales = [
             from_float16(builder, load_at(builder, w_pointer, HALF_VECTOR, v * LANES // 2))
             for v in range(num_vectors)

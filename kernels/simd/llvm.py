@@ -1,5 +1,7 @@
 """What emitting LLVM IR needs: its types, the addresses of elements, reads, writes, the host's features."""
 
+import os
+import re
 from typing import Any
 
 import numba
@@ -57,10 +59,56 @@ REGISTERS = 32 if host_has("avx512f") or host_has("neon") else 16
 REGISTERS_PER_VECTOR = 1 if host_has("avx512f") else 2 if host_has("avx") else 4
 
 
-def element_pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
-    """The address of `array[index]`, its elements counted one after the other."""
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.gep(data, [index])
+# Whether every access is checked against its array's size; a wrong one aborts the process with its numbers.
+CHECKED = os.environ.get("PAGELLM_CHECK", "0") not in ("", "0")
+
+
+def element_pointer(
+    context: Any, builder: Any, array_type: Any, array: Any, index: Any, *, count: Any
+) -> Any:
+    """The address of `array[index]`, its elements counted one after the other.
+
+    count: how many from there on are read or written, a number or a value of the code; 0 if none is.
+    """
+    array = context.make_array(array_type)(context, builder, array)
+    if CHECKED and count != 0:
+        end = builder.add(index, I64(count) if isinstance(count, int) else count)
+        _abort_if_outside(builder, index, end, array.nitems)
+    return builder.gep(array.data, [index])
+
+
+def _abort_if_outside(builder: Any, start: Any, end: Any, size: Any) -> None:
+    """Ends the process with one line on standard error unless `0 <= start` and `end <= size`."""
+    outside = builder.or_(builder.icmp_signed("<", start, start.type(0)), builder.icmp_signed(">", end, size))
+    with builder.if_then(outside, likely=False):
+        message = f"pagellm: elements %lld to %lld of an array of %lld, in {_name_of(builder.function)}\n"
+        text = builder.bitcast(
+            cgutils.global_constant(builder, "outside", cgutils.make_bytearray(message.encode() + b"\0")),
+            BYTE_POINTER,
+        )
+        kind = ir.FunctionType(I32, [I32, BYTE_POINTER], var_arg=True)
+        dprintf = cgutils.get_or_insert_function(builder.module, kind, "dprintf")
+        builder.call(dprintf, [I32(2), text, start, builder.sub(end, end.type(1)), size])
+        kind = ir.FunctionType(ir.VoidType(), [])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "abort"), [])
+
+
+def _name_of(function: Any) -> str:
+    """The dotted name of a kernel, from its mangled one: _ZN3abc2de... is abc.de."""
+    parts, rest = [], function.name.removeprefix("_ZN")
+    while match := re.match(r"\d+", rest):
+        length, rest = int(match[0]), rest[match.end() :]
+        parts.append(rest[:length])
+        rest = rest[length:]
+    return ".".join(parts) or str(function.name)
+
+
+def _check_plain_index(_context: Any, builder: Any, index: Any, size: Any, axis: Any = None) -> None:
+    _abort_if_outside(builder, index, builder.add(index, index.type(1)), size)
+
+
+if CHECKED:  # Numba's own check of `array[i]` raises an error, which leaves a team's other threads waiting
+    cgutils.do_boundscheck = _check_plain_index
 
 
 def load_at(builder: Any, pointer: Any, kind: Any, word: int = 0) -> Any:

@@ -1,6 +1,6 @@
 """Register tiles: accumulators that stay in registers while products of float formats are added to them."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
@@ -47,7 +47,8 @@ def start_tile(_typing: Any, rows: Any, vectors: Any, first_row: Any, index: Any
     num_rows, num_vectors = literal(rows), literal(vectors)
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = element_pointer(context, builder, signature.args[2], arguments[2], arguments[3])
+        row_words = num_vectors * LANES
+        pointer = element_pointer(context, builder, signature.args[2], *arguments[2:4], count=row_words)
         row = [load_at(builder, pointer, VECTOR, v * LANES) for v in range(num_vectors)]
         return context.make_tuple(builder, signature.return_type, row * num_rows)
 
@@ -63,7 +64,9 @@ def write_tile(_typing: Any, tile: Any, rows: Any, out: Any, index: Any, stride:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         tile_value, _, out_value, index_value, stride_value, accumulates = arguments
-        start = element_pointer(context, builder, signature.args[2], out_value, index_value)
+        last_row = builder.mul(stride_value, I64(num_rows - 1))
+        written = builder.add(last_row, I64(num_vectors * LANES))
+        start = element_pointer(context, builder, signature.args[2], out_value, index_value, count=written)
 
         def write(adds: bool) -> None:
             pointer = start
@@ -85,15 +88,23 @@ def write_tile(_typing: Any, tile: Any, rows: Any, out: Any, index: Any, stride:
     return types.void(tile, rows, out, types.intp, types.intp, types.boolean), emit
 
 
-def tile_update(*steps: tuple[Any, Any, Any]) -> Any:
+class Step(NamedTuple):
+    """One of the products that `tile_update` adds to every accumulator."""
+
+    load_row: Any  # (builder, pointer): what a row has in common
+    load_column: Any  # (builder, pointer, v): what the v-th vector of columns has in common
+    multiply_add: Any  # (builder, row, column, accumulator): joins them
+    row_words: int = 1  # how many words from a row's pointer on the step reads up to
+    column_words: int = LANES  # of each vector of columns
+
+
+def tile_update(*steps: Step) -> Any:
     """The body of an intrinsic `(tile, rows, x, x_index, x_stride, w, w_index)` that updates a register tile.
 
-    Of a step, `load_row(builder, pointer)` reads what a row has in common, `load_column(builder, pointer, v)`
-    what the v-th vector of columns has, and `multiply_add(builder, row, column, accumulator)` joins them. A
-    tile that leaves too few registers for all columns of all steps meets them one by one.
-    `w_index` is where the first vector of columns begins, with the others behind it, or a tuple of where each
-    begins. `rows` and `x_stride` are compile-time constants, so the reads of all rows need a single address
-    register; with a stride known only at run time the accumulators spill.
+    A tile that leaves too few registers for all columns of all steps meets them one by one. `w_index` is
+    where the first vector of columns begins, with the others behind it, or a tuple of where each begins.
+    `rows` and `x_stride` are compile-time constants, so the reads of all rows need a single address register;
+    with a stride known only at run time the accumulators spill.
     """
 
     def intrinsic_of(
@@ -109,25 +120,28 @@ def tile_update(*steps: tuple[Any, Any, Any]) -> Any:
 
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             tile_value, _, x_value, x_at, _, w_value, w_at = arguments
-            x_pointer = element_pointer(context, builder, signature.args[2], x_value, x_at)
+            x_words = (num_rows - 1) * stride + max(step.row_words for step in steps)
+            x_pointer = element_pointer(context, builder, signature.args[2], x_value, x_at, count=x_words)
+            w_words = max(step.column_words for step in steps) * (1 if apart else num_vectors)
             indices = [builder.extract_value(w_at, v) if apart else w_at for v in range(num_vectors)]
             w_pointers = [
-                element_pointer(context, builder, signature.args[5], w_value, index) for index in indices
+                element_pointer(context, builder, signature.args[5], w_value, index, count=w_words)
+                for index in indices
             ]
             accumulators = [builder.extract_value(tile_value, i) for i in range(tile.count)]
             parts = [(step, first) for step in steps for first in range(0, num_vectors, at_once)]
-            for part, ((load_row, load_column, multiply_add), first) in enumerate(parts):
+            for part, (step, first) in enumerate(parts):
                 if part > 0 and registers > REGISTERS:  # what is behind this is not read before it
                     builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
                 columns = {
-                    v: load_column(builder, w_pointers[v], 0 if apart else v)
+                    v: step.load_column(builder, w_pointers[v], 0 if apart else v)
                     for v in range(first, first + at_once)
                 }
                 for row in range(num_rows):
-                    factor = load_row(builder, builder.gep(x_pointer, [I64(row * stride)]))
+                    factor = step.load_row(builder, builder.gep(x_pointer, [I64(row * stride)]))
                     for v, column in columns.items():
                         i = row * num_vectors + v
-                        accumulators[i] = multiply_add(builder, factor, column, accumulators[i])
+                        accumulators[i] = step.multiply_add(builder, factor, column, accumulators[i])
             return context.make_tuple(builder, signature.return_type, accumulators)
 
         return tile(tile, rows, x, types.intp, x_stride, w, place), emit
@@ -136,12 +150,12 @@ def tile_update(*steps: tuple[Any, Any, Any]) -> Any:
 
 
 def float_row(builder: Any, pointer: Any) -> Any:
-    """The `load_row` of `tile_update` for floats: one, in all lanes."""
+    """The `load_row` of a `Step` for floats: one, in all lanes."""
     return splat(builder, builder.load(pointer))
 
 
 def add_product(builder: Any, row: Any, column: Any, accumulator: Any) -> Any:
-    """The `multiply_add` of `tile_update` for floats."""
+    """The `multiply_add` of a `Step` for floats."""
     return call_intrinsic(builder, "fmuladd", [row, column, accumulator])
 
 
@@ -153,7 +167,7 @@ def outer_product(
 
     `tile` is a tuple of rows * V vectors, row-major; see `tile_update`.
     """
-    update = tile_update((float_row, lambda b, w, v: load_at(b, w, VECTOR, v * LANES), add_product))
+    update = tile_update(Step(float_row, lambda b, w, v: load_at(b, w, VECTOR, v * LANES), add_product))
     return update(typing, tile, rows, x, x_index, x_stride, w, w_index)
 
 
@@ -166,7 +180,7 @@ def outer_product_float16(
     def load_column(builder: Any, pointer: Any, v: int) -> Any:
         return from_float16(builder, load_at(builder, pointer, HALF_VECTOR, v * LANES // 2))
 
-    update = tile_update((float_row, load_column, add_product))
+    update = tile_update(Step(float_row, load_column, add_product, column_words=LANES // 2))
     return update(typing, tile, rows, x, x_index, x_stride, w, w_index)
 
 
@@ -179,7 +193,7 @@ def outer_product_bfloat16(
     def load_column(builder: Any, pointer: Any, v: int) -> Any:
         return from_bfloat16(builder, load_at(builder, pointer, SHORT_VECTOR, v * LANES // 2))
 
-    update = tile_update((float_row, load_column, add_product))
+    update = tile_update(Step(float_row, load_column, add_product, column_words=LANES // 2))
     return update(typing, tile, rows, x, x_index, x_stride, w, w_index)
 
 
@@ -211,7 +225,7 @@ def dot_bfloat16(
             )
             return builder.call(function, [accumulator, row, column])
 
-        update = tile_update((splat_pair, load_pairs, add_products))
+        update = tile_update(Step(splat_pair, load_pairs, add_products))
     else:
 
         def load_low(builder: Any, pointer: Any, v: int) -> Any:
@@ -225,5 +239,7 @@ def dot_bfloat16(
         def second_row(builder: Any, pointer: Any) -> Any:
             return splat(builder, load_at(builder, pointer, F32, 1))
 
-        update = tile_update((float_row, load_low, add_product), (second_row, load_high, add_product))
+        update = tile_update(
+            Step(float_row, load_low, add_product), Step(second_row, load_high, add_product, row_words=2)
+        )
     return update(typing, tile, rows, x, x_index, x_stride, w, w_index)

@@ -54,7 +54,7 @@ def load(_typing: Any, array: Any, index: Any) -> Any:
     require_float32(array)
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = element_pointer(context, builder, signature.args[0], *arguments)
+        pointer = element_pointer(context, builder, signature.args[0], *arguments, count=LANES)
         return load_at(builder, pointer, VECTOR)
 
     return vector(array, types.intp), emit
@@ -66,7 +66,7 @@ def store(_typing: Any, array: Any, index: Any, value: Any) -> Any:
     require_float32(array)
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = element_pointer(context, builder, signature.args[0], *arguments[:2])
+        pointer = element_pointer(context, builder, signature.args[0], *arguments[:2], count=LANES)
         store_at(builder, pointer, arguments[2])
         return context.get_dummy_value()
 
@@ -79,7 +79,7 @@ def prefetch(_typing: Any, array: Any, index: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = builder.bitcast(
-            element_pointer(context, builder, signature.args[0], *arguments), BYTE_POINTER
+            element_pointer(context, builder, signature.args[0], *arguments, count=0), BYTE_POINTER
         )
         kind = ir.FunctionType(ir.VoidType(), [BYTE_POINTER, I32, I32, I32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
@@ -164,12 +164,14 @@ def nearest(typing: Any, value: Any) -> Any:
     return _unary(lambda builder, x: call_intrinsic(builder, "rint", [x]))(typing, value)
 
 
-def _store_as(convert: Any) -> Any:
+def _store_as(convert: Any, num_words: int) -> Any:
+    """The body of an intrinsic that writes a vector as `num_words` words of another type."""
+
     def intrinsic_of(_typing: Any, array: Any, index: Any, value: Any) -> Any:
         require_float32(array)
 
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            pointer = element_pointer(context, builder, signature.args[0], *arguments[:2])
+            pointer = element_pointer(context, builder, signature.args[0], *arguments[:2], count=num_words)
             store_at(builder, pointer, convert(builder, arguments[2]))
             return context.get_dummy_value()
 
@@ -211,7 +213,7 @@ def load_bfloat16(_typing: Any, array: Any, index: Any) -> Any:
     require_float32(array)
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = element_pointer(context, builder, signature.args[0], *arguments)
+        pointer = element_pointer(context, builder, signature.args[0], *arguments, count=LANES // 2)
         return from_bfloat16(builder, load_at(builder, pointer, SHORT_VECTOR))
 
     return vector(array, types.intp), emit
@@ -220,7 +222,7 @@ def load_bfloat16(_typing: Any, array: Any, index: Any) -> Any:
 @intrinsic
 def store_bfloat16(typing: Any, array: Any, index: Any, value: Any) -> Any:
     """Writes `LANES` floats as bfloat16 to the `LANES / 2` words from `index` on, rounded to nearest even."""
-    return _store_as(to_bfloat16)(typing, array, index, value)
+    return _store_as(to_bfloat16, LANES // 2)(typing, array, index, value)
 
 
 @intrinsic
@@ -230,7 +232,7 @@ def store_int8(typing: Any, array: Any, index: Any, value: Any) -> Any:
     def convert(builder: Any, floats: Any) -> Any:
         return builder.trunc(builder.fptosi(floats, INT_VECTOR), ir.VectorType(I8, LANES))
 
-    return _store_as(convert)(typing, array, index, value)
+    return _store_as(convert, LANES // 4)(typing, array, index, value)
 
 
 @intrinsic
@@ -239,7 +241,8 @@ def store_int32(_typing: Any, array: Any, index: Any, value: Any) -> Any:
     require_float32(array)
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        store_at(builder, element_pointer(context, builder, signature.args[0], *arguments[:2]), arguments[2])
+        pointer = element_pointer(context, builder, signature.args[0], *arguments[:2], count=1)
+        store_at(builder, pointer, arguments[2])
         return context.get_dummy_value()
 
     return types.void(array, types.intp, types.int32), emit
@@ -251,7 +254,8 @@ def load_int32(_typing: Any, array: Any, index: Any) -> Any:
     require_float32(array)
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return load_at(builder, element_pointer(context, builder, signature.args[0], *arguments), I32)
+        pointer = element_pointer(context, builder, signature.args[0], *arguments, count=1)
+        return load_at(builder, pointer, I32)
 
     return types.int32(array, types.intp), emit
 
@@ -275,7 +279,7 @@ def store_within(_typing: Any, array: Any, index: Any, value: Any, low: Any, hig
             f"llvm.experimental.vector.compress.v{LANES}f32",
         )
         kept = builder.call(compress, [lanes, inside, ir.Constant(VECTOR, ir.Undefined)])
-        pointer = element_pointer(context, builder, signature.args[0], array_value, index_value)
+        pointer = element_pointer(context, builder, signature.args[0], array_value, index_value, count=LANES)
         store_at(builder, pointer, kept)
         return builder.zext(builder.ctpop(builder.bitcast(inside, ir.IntType(LANES))), I64)
 
