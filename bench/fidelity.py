@@ -169,7 +169,7 @@ def cases_for(config: EngineConfig, model: CostModel, num_requests: int) -> list
         arrivals = f"poisson:{requests_per_s:.6g}"
         return synthesise(Workload(num_requests=num_requests, arrivals=arrivals, seed=seed, **WORKLOAD))
 
-    most = Simulator(config, model).replay(trace(1e6, 1)).summary["requests_per_s"]
+    most = Simulator(config, model, accept_profile_error=True).replay(trace(1e6, 1)).summary["requests_per_s"]
     few = replace(config, num_blocks=FEW_BLOCKS)
     return [
         Case("60 % load", trace(0.6 * most, 2), config),
@@ -186,7 +186,7 @@ def measured(case: Case, name: str, profile: dict) -> Run:
     finally:
         engine.close()
     simulated, paced = (
-        Simulator(case.config, ProfileCostModel(each)).replay(case.trace).data
+        Simulator(case.config, ProfileCostModel(each), accept_profile_error=True).replay(case.trace).data
         for each in (profile, at_pace(profile, pace))
     )
     return Run(real, simulated, paced, pace)

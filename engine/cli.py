@@ -127,12 +127,15 @@ def _integers(text: str) -> list[int]:
 
 
 def engine_config(options: argparse.Namespace) -> EngineConfig:
-    """The settings that were given; raises `ConfigError`."""
-    given = {
-        name: getattr(options, name) for name in EngineConfig.__dataclass_fields__ if hasattr(options, name)
-    }
+    """The settings that were given, the defaults of the others. Raises `ConfigError`."""
+    return EngineConfig(**given_settings(options))
+
+
+def given_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given, by the names of `EngineConfig`."""
     sys.path.insert(0, os.getcwd())  # where a policy named as module:Class is looked for
-    return EngineConfig(**{name: value for name, value in given.items() if value is not None})
+    given = {name: getattr(options, name, None) for name in EngineConfig.__dataclass_fields__}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _llm(options: argparse.Namespace) -> "LLM":

@@ -99,7 +99,7 @@ class LLMEngine:
         self.block_bytes = parts.block_bytes
         self.runner = parts.runner
         self._step_log = parts.step_log
-        self._recorder = None if parts.step_log is None else StepRecorder(parts.scheduler)
+        self._recorder = None if parts.step_log is None else StepRecorder(parts.scheduler, parts.config)
         self._requests: dict[str, _Request] = {}
         self._by_seq_id: dict[int, tuple[_Request, _Completion]] = {}
         self._next_seq_id = 0
@@ -180,6 +180,12 @@ class LLMEngine:
                 self._end(completion.sequence, FinishReason.ABORT)
                 self._finish(request, completion, FinishReason.ABORT)
         return request.output
+
+    def restart_clock(self) -> None:
+        """Lets `now` begin at 0 again. Raises `RequestError` while requests are under way."""
+        if self.has_unfinished:
+            raise RequestError("clock: found requests under way, expected none when it begins again")
+        self._start = time.perf_counter()
 
     def now(self) -> float:
         """Seconds since the engine was made: its clock, and the scheduler's."""

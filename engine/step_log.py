@@ -9,11 +9,14 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
+from pagellm.engine.config import CompleteConfig
 from pagellm.engine.errors import ConfigError
 from pagellm.engine.scheduling.scheduler import ScheduledBatch, Scheduler
 from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
 
 StepRecord = dict[str, Any]
+# Settings of which no decision of a scheduler follows: num_swap_blocks says what swap_dir comes to.
+NO_DECISIONS = ("swap_dir", "step_log", "num_threads", "quantization")
 
 
 class StepRecorder:
@@ -33,10 +36,12 @@ class StepRecorder:
     running, waiting, swapped: sequences when the step was scheduled. blocks: used, free, shared (references
     beyond the first), unwritten_slots (allocated and not computed yet), swap_used. cache: tokens of prompts
     looked up, found and forgotten since the start.
+    config, in the first record: the settings that decisions follow from, with nothing left open.
     """
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, config: CompleteConfig | None = None) -> None:
         self._scheduler = scheduler
+        self._config = config
         self._num_steps = 0
         self._added: list[StepRecord] = []
         self._ended: list[list[Any]] = []
@@ -104,6 +109,9 @@ class StepRecorder:
             "blocks": scheduler.block_manager.usage(),
             "cache": asdict(scheduler.block_manager.stats),
         }
+        if self._num_steps == 0 and self._config is not None:
+            settings = asdict(self._config)
+            record["config"] = {name: settings[name] for name in settings if name not in NO_DECISIONS}
         self._num_steps += 1
         self._added, self._ended = [], []
         return record

@@ -70,13 +70,13 @@ def _serve(
     prompt_tokens = PromptTokens(engine.spec.vocab_size, engine.tokenizer)
     requests = iter(trace)
     upcoming = next(requests, None)
-    begin = engine.now()
+    engine.restart_clock()  # it shows the time of the trace, as a simulation's does
     under_way: dict[str, None] = {}
     num_ended = num_added = 0
     try:
         while upcoming is not None or engine.has_unfinished:
-            while upcoming is not None and begin + upcoming.arrival_time <= engine.now():
-                request_id, arrival = f"replay-{num_added}", begin + upcoming.arrival_time
+            while upcoming is not None and upcoming.arrival_time <= engine.now():
+                request_id, arrival = f"replay-{num_added}", upcoming.arrival_time
                 num_added += 1
                 try:
                     engine.add_request(
@@ -94,7 +94,7 @@ def _serve(
                 upcoming = next(requests, None)
             if not engine.has_unfinished:
                 if upcoming is not None:
-                    time.sleep(max(0.0, begin + upcoming.arrival_time - engine.now()))
+                    time.sleep(max(0.0, upcoming.arrival_time - engine.now()))
                 continue
             for output in engine.step():
                 if output.finished:
@@ -103,7 +103,7 @@ def _serve(
                     if output.finish_reason is FinishReason.ERROR:
                         raise TraceError(f"{output.request_id}: the model gave no finite logits")
                     if progress is not None:
-                        progress(num_ended, engine.now() - begin)
+                        progress(num_ended, engine.now())
     finally:
         for request_id in under_way:
             engine.abort(request_id)

@@ -8,7 +8,7 @@ the step's tokens after as long as the cost model says. Nothing here knows weigh
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from enum import IntEnum
 from heapq import heapify, heappop, heappush, heappushpop
 from itertools import islice
@@ -70,7 +70,8 @@ class Replica:
 class Simulator:
     """Replays traces with some settings and step times.
 
-    config: as the engine's; num_blocks may be left open where the cost model knows the machine's memory. Its
+    config: as the engine's. Where it leaves num_blocks and max_model_len open, they are what the cost model
+    knows of the machine and the model, as with an engine. Its
     step_log gets the records of the engine's step log; num_threads and quantization only say what a profile
     must be of.
     prompt_tokens: what prompts are made of, with a tokenizer for a trace of texts.
@@ -82,7 +83,8 @@ class Simulator:
 
     skip_bad: count requests that can never be computed as rejected, instead of ending with an error.
     slo: the most seconds that a good request takes: ttft_s, tpot_s, e2e_s, queue_s. results: a file that gets
-    a line of JSON for each request. progress: called with the number of requests that have ended and the
+    a line of JSON for each request. accept_profile_error: use a profile whose own error is above
+    `MAX_PROFILE_ERROR`, too. progress: called with the number of requests that have ended and the
     simulated time, whenever one has.
 
     Raises `ConfigError`.
@@ -100,6 +102,7 @@ class Simulator:
     skip_bad: bool = False
     slo: Mapping[str, float] | None = None
     results: str | PathLike[str] | None = None
+    accept_profile_error: bool = False
     progress: Callable[[int, float], None] | None = None
 
     def __post_init__(self) -> None:
@@ -113,11 +116,8 @@ class Simulator:
                 raise ConfigError(f"{name}: found {number!r}, expected a number above 0")
         if self.router not in ROUTERS:
             raise ConfigError(f"router: found {self.router!r}, expected one of {', '.join(ROUTERS)}")
-        if self.config.num_blocks is None:
-            num_blocks = self.cost_model.num_blocks(self.config.block_size)
-            if num_blocks is None:
-                raise ConfigError("num_blocks: found nothing, expected a number; the step times name none")
-            object.__setattr__(self, "config", replace(self.config, num_blocks=num_blocks))
+        object.__setattr__(self, "config", self.cost_model.fill(self.config))
+        self.cost_model.check_error(self.accept_profile_error)
 
     def replay(self, trace: Trace) -> Report:
         """Simulates a whole trace.
@@ -141,6 +141,7 @@ class Simulator:
             kind="simulated",
             model=self.cost_model.name,
             extrapolated=self.cost_model.extrapolated,
+            profile_error=None if self.cost_model.error is None else asdict(self.cost_model.error),
             config=self.config,
             load={
                 "mode": "open" if self.clients is None else "closed",
@@ -174,7 +175,7 @@ class _Replay:
         self._step_log = None if config.step_log is None else StepLogFile(config.step_log)
         if self._step_log is not None:
             for replica in self._replicas:
-                replica.recorder = StepRecorder(replica.scheduler)
+                replica.recorder = StepRecorder(replica.scheduler, config)
         self._output_token = simulator.prompt_tokens.vocab_size
         self._params: dict[tuple[Any, ...], SamplingParams] = {}
         self._events: list[Event] = []

@@ -169,6 +169,8 @@ def _describe(engine: "LLMEngine", model: str) -> dict[str, Any]:
         "machine": _processor(),
         "block_size": engine.config.block_size,
         "block_bytes": token_bytes * engine.config.block_size,
+        "num_blocks": engine.config.num_blocks,
+        "max_model_len": engine.spec.max_positions,
     }
 
 

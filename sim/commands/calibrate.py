@@ -4,8 +4,10 @@ import argparse
 import json
 from typing import Any
 
+from pagellm.engine.cli import given_settings
 from pagellm.engine.config import DEFAULT_MODEL, QUANTIZATIONS, EngineConfig
 from pagellm.sim.calibration.calibrate import DEFAULT_SECONDS, calibrate
+from pagellm.sim.costs.cost_model import MAX_PROFILE_ERROR
 from pagellm.sim.costs.profile import ProfileCostModel, check_writable, write_profile
 
 _NUM_SWAP_BLOCKS = 8  # of a second tier in memory, so that moving blocks there can be timed
@@ -42,11 +44,7 @@ def add_calibrate(commands: "argparse._SubParsersAction[Any]") -> None:
 def _calibrate(options: argparse.Namespace) -> None:
     """Measure how long the steps of a model take on this machine, for `pagellm replay --profile`."""
     check_writable(options.output)
-    given = {name: getattr(options, name, None) for name in EngineConfig.__dataclass_fields__}
-    config = EngineConfig(
-        num_swap_blocks=_NUM_SWAP_BLOCKS,
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    config = EngineConfig(num_swap_blocks=_NUM_SWAP_BLOCKS, **given_settings(options))
     from pagellm.engine.llm_engine import LLMEngine
     from pagellm.engine.progress import progress
 
@@ -71,6 +69,11 @@ def _calibrate(options: argparse.Namespace) -> None:
         print(
             f"the machine was slower than it can be for {fit['disturbed_share']:.0%} of the time; the "
             "profile is of what it was mostly like; measure again when it is idle"
+        )
+    if fit["mean_error"] > MAX_PROFILE_ERROR:
+        print(
+            "that is too much: measure again when the machine is idle; `replay` and `sweep` use this profile "
+            "only with --accept-profile-error"
         )
     elif fit["mean_error"] > _MOST_ERROR:
         print("that is much: measure again when the machine is idle, or for more seconds")

@@ -9,10 +9,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pagellm.engine.cli import add_model_options, engine_config
+from pagellm.engine.cli import add_model_options, engine_config, given_settings
 from pagellm.engine.config import DEFAULT_MODEL
 from pagellm.engine.errors import ConfigError, TraceError
-from pagellm.sim.commands.sweep import parse_roofline
+from pagellm.sim.commands.sweep import add_accept_profile_error, parse_roofline
 from pagellm.sim.commands.trace import PROGRESS_INTERVAL_S, add_trace_input, list_skipped, load_trace
 from pagellm.sim.costs.cost_model import CostModel
 from pagellm.sim.costs.profile import ProfileCostModel
@@ -38,6 +38,7 @@ def add_replay(commands: "argparse._SubParsersAction[Any]") -> None:
     times.add_argument(
         "--roofline", metavar="HARDWARE,MODEL[,N]", help="the limits of N known devices for a known model"
     )
+    add_accept_profile_error(times)
     times.add_argument("--real", action="store_true", help="the clock: serve the trace on the real engine")
     load = replay.add_argument_group("load")
     load.add_argument("--limit", type=int, metavar="N", help="only the first N requests")
@@ -119,9 +120,10 @@ def _compare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> No
 
 
 def _simulate(trace: Trace, options: argparse.Namespace) -> Report:
+    costs = _cost_model(options)
     return Simulator(
-        engine_config(options),
-        _cost_model(options),
+        costs.settings(given_settings(options)),
+        costs,
         rate_factor=options.rate_factor,
         clients=options.clients,
         replicas=options.replicas,
@@ -130,6 +132,7 @@ def _simulate(trace: Trace, options: argparse.Namespace) -> Report:
         skip_bad=options.skip_bad,
         slo=options.slo,
         results=options.results,
+        accept_profile_error=options.accept_profile_error,
         progress=_progress(),
     ).replay(trace)
 
@@ -152,9 +155,11 @@ def _cost_model(options: argparse.Namespace) -> CostModel:
 
 
 def _replay_for_real(trace: Trace, options: argparse.Namespace) -> Report:
-    for name in ("profile", "roofline", "clients", "timeout_s"):
-        if getattr(options, name) is not None:
-            raise ConfigError(f"{_flag(name)}: not with --real, which serves at arrival times")
+    for name in ("profile", "roofline", "clients", "timeout_s", "accept_profile_error"):
+        if getattr(options, name):
+            raise ConfigError(
+                f"{_flag(name)}: not with --real, which serves at arrival times on this machine"
+            )
     if options.replicas != 1:
         raise ConfigError(f"--replicas: found {options.replicas} with --real, expected 1")
     config = engine_config(options)

@@ -8,6 +8,7 @@ from typing import Any
 
 from pagellm.engine.errors import ConfigError, PagellmError
 from pagellm.sim.commands.trace import add_trace_input
+from pagellm.sim.costs.cost_model import MAX_PROFILE_ERROR
 from pagellm.sim.sweep.file import Point
 from pagellm.sim.sweep.grid import REPLAY_SETTINGS, SLO_LATENCIES, SLO_STATISTICS, Grid, Slo
 from pagellm.sim.sweep.report import to_html, to_json, to_text, words
@@ -28,6 +29,7 @@ def add_sweep(commands: "argparse._SubParsersAction[Any]") -> None:
     costs.add_argument(
         "--roofline", metavar="HARDWARE,MODEL[,N]", help="step times: what N known devices can do at most"
     )
+    add_accept_profile_error(sweep)
     sweep.add_argument(
         "--slo", metavar="NAME=SECONDS,...",
         help=f"limits that a good point keeps, such as ttft_p99=1.0,tpot_p99=0.1; of "
@@ -49,6 +51,14 @@ def add_sweep(commands: "argparse._SubParsersAction[Any]") -> None:
     sweep.set_defaults(command=_sweep)
 
 
+def add_accept_profile_error(parser: "argparse._ActionsContainer") -> None:
+    """Adds --accept-profile-error."""
+    parser.add_argument(
+        "--accept-profile-error", action="store_true",
+        help=f"use a profile even if its step times are off by more than {100 * MAX_PROFILE_ERROR:g} %%",
+    )  # fmt: skip
+
+
 def _sweep(options: argparse.Namespace) -> None:
     """Replay a trace with every combination of some settings, or search the highest load of each."""
     sys.path.insert(0, os.getcwd())  # where a policy named as module:Class is looked for
@@ -61,6 +71,7 @@ def _sweep(options: argparse.Namespace) -> None:
         None if options.output is None else Path(options.output),
         options.jobs,
         progress,
+        options.accept_profile_error,
     )
     try:
         result = sweep.run_capacity(options.tolerance) if options.capacity else sweep.run()

@@ -1,15 +1,15 @@
 """What a step costs: seconds from the shape of a scheduled batch, without computing anything.
 
 Three models: a profile of measured tables (profile.py), the limits of a machine (roofline.py), and the
-steps of a recorded run, here. All are plain Python, because they are asked once for each step.
+steps of a recorded run (recorded.py). All are plain Python, because they are asked once for each step.
 """
 
 import json
 import os
 import reprlib
 from abc import ABC, abstractmethod
-from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,17 +22,36 @@ if TYPE_CHECKING:
     from pagellm.sim.costs.roofline import RooflineCostModel
 
 _context = attrgetter("num_computed_tokens")
+# The mean error of a profile's step times above which nobody uses it without having said so.
+MAX_PROFILE_ERROR = 0.25
+
+
+@dataclass(frozen=True)
+class StepTimeError:
+    """How far step times were from steps that were measured to check them, as shares of what was measured.
+
+    mean: of the absolute error; p90: nine of ten steps were within it. mean_signed: below 0 where steps took
+    longer than was predicted. num_steps: as many were measured.
+    """
+
+    mean: float
+    p90: float
+    mean_signed: float
+    num_steps: int
 
 
 class CostModel(ABC):
     """Prices steps.
 
     name: what the times come from, for reports. costs: what preemption is expected to cost in the step to
-    come, for the scheduler.
+    come, for the scheduler. error: of a profile's times, None where nothing was held against them.
+    max_model_len: tokens that the model takes, if that is known.
     """
 
     name: str
     costs = PreemptionCosts()
+    error: StepTimeError | None = None
+    max_model_len: int | None = None
 
     @property
     def extrapolated(self) -> int:
@@ -43,9 +62,10 @@ class CostModel(ABC):
     def load(path: str | os.PathLike[str]) -> "CostModel":
         """A model from a file: a profile, or the step log of a run. Raises `ProfileError`."""
         from pagellm.sim.costs.profile import ProfileCostModel
+        from pagellm.sim.costs.recorded import RecordedCostModel
 
         path = Path(path)
-        first = next(_lines(path), "")
+        first = next(read_lines(path), "")
         try:
             is_step_log = "duration_s" in json.loads(first)
         except (ValueError, TypeError):
@@ -62,6 +82,43 @@ class CostModel(ABC):
         from pagellm.sim.costs.roofline import RooflineCostModel
 
         return RooflineCostModel.of_names(hardware, model, num_devices, **options)
+
+    def settings(self, given: Mapping[str, Any]) -> EngineConfig:
+        """The engine's settings: those given, else those of the run that was recorded, else the defaults.
+
+        Raises `ConfigError`.
+        """
+        return EngineConfig(**given)
+
+    def fill(self, config: EngineConfig) -> EngineConfig:
+        """The settings with num_blocks and max_model_len, where they were left open and are known here.
+
+        Raises `ConfigError` where num_blocks stays open, and for more tokens than the model takes.
+        """
+        num_blocks = config.num_blocks or self.num_blocks(config.block_size)
+        if num_blocks is None:
+            raise ConfigError(
+                f"num_blocks: found nothing, expected a number (--num-blocks): {self.name} does not say what "
+                "the machine holds"
+            )
+        wanted, known = config.max_model_len, self.max_model_len
+        if wanted is not None and known is not None and wanted > known:
+            raise ConfigError(
+                f"max_model_len: found {wanted}, expected at most {known}, the context of this model"
+            )
+        limits = (limit for limit in (wanted, known, num_blocks * config.block_size) if limit is not None)
+        return replace(config, num_blocks=num_blocks, max_model_len=min(limits))
+
+    def check_error(self, accept: bool) -> None:
+        """Raises `ConfigError` for times that were far from what was measured, unless that is accepted."""
+        if type(accept) is not bool:
+            raise ConfigError(f"accept_profile_error: found {accept!r}, expected True or False")
+        if self.error is not None and self.error.mean > MAX_PROFILE_ERROR and not accept:
+            found = f"a mean error of {self.error.mean:.0%} in the step times of {self.name}"
+            raise ConfigError(
+                f"profile: found {found}, expected at most {MAX_PROFILE_ERROR:.0%}: calibrate again when the "
+                "machine is idle, or accept it with accept_profile_error (--accept-profile-error)"
+            )
 
     def begin(self, config: EngineConfig, num_replicas: int = 1) -> None:  # noqa: B027 (may do nothing)
         """Prepares for a replay with these settings, from its first step. Raises `ConfigError`."""
@@ -113,61 +170,10 @@ def shape_of(batch: ScheduledBatch) -> BatchShape:
     return BatchShape(num_decodes, context, prefills)
 
 
-class RecordedCostModel(CostModel):
-    """The steps of a recorded run, from a step log: each starts and takes as long as it did.
-
-    A simulation of the same requests with the same settings then takes the same decisions.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.name = f"steps of {path}"
-        self._path = path
-        self._next = 0
-        columns = [array("d") for _ in _RECORDED]
-        for number, line in enumerate(_lines(Path(path))):
-            for column, value in zip(columns, _recorded(f"{path}:{number + 1}", number, line), strict=True):
-                column.append(value)
-        self._start_s, self._duration_s, self._recompute_token_s, self._swap_block_s = columns
-
-    def begin(self, config: EngineConfig, num_replicas: int = 1) -> None:
-        if num_replicas != 1:
-            raise ConfigError(f"replicas: found {num_replicas} with a recorded run, expected 1")
-        self._next = 0
-
-    def next_start(self, now: float) -> float:
-        if self._next == len(self._start_s):
-            raise ProfileError(f"{self._path}: found {self._next} steps, expected more for this replay")
-        costs = self._recompute_token_s[self._next], self._swap_block_s[self._next]
-        self.costs = PreemptionCosts(*costs)
-        return max(now, self._start_s[self._next])
-
-    def step_time(self, batch: ScheduledBatch) -> float:
-        self._next += 1
-        return self._duration_s[self._next - 1]
-
-
-_RECORDED = ("start_s", "duration_s", "costs.recompute_token_s", "costs.swap_block_s")
-
-
-def _recorded(place: str, number: int, line: str) -> Iterator[float]:
-    """What a recorded step took, as named in `_RECORDED`."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ProfileError(f"{place}: {error}, expected a step as JSON") from None
-    if not isinstance(record, dict) or record.get("step") != number:
-        raise bad_field(place, "step", record, str(number))
-    for field in _RECORDED:
-        value: Any = record
-        for name in field.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        yield seconds(place, field, value)
-
-
-def seconds(place: str, field: str, value: Any) -> float:
-    """The value, if it is a finite number of seconds from 0."""
+def seconds(place: str, field: str, value: Any, expected: str = "a finite number of seconds from 0") -> float:
+    """The value, if it is a finite number from 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e300:
-        raise bad_field(place, field, value, "a finite number of seconds from 0")
+        raise bad_field(place, field, value, expected)
     return float(value)
 
 
@@ -177,7 +183,8 @@ def bad_field(place: str, field: str, value: Any, expected: str) -> ProfileError
     return ProfileError(f"{place}: {field}: found {shown}, expected {expected}")
 
 
-def _lines(path: Path) -> Iterator[str]:
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a file of text. Raises `ProfileError`."""
     try:
         with path.open(encoding="utf-8") as file:
             yield from file

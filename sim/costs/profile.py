@@ -5,6 +5,7 @@ A profile is a JSON object:
     {"format": "pagellm-profile", "version": 1,
      "model": "...", "quantization": "int8", "num_threads": 2, "machine": "...",    what was measured
      "block_size": 16, "block_bytes": 368640,           tokens and bytes of a KV block
+     "num_blocks": 4096, "max_model_len": 8192,         blocks that there were, and the model's context
      "prefill": {"chunk_tokens": [...],                 of one sequence, computed in one step
                  "context_tokens": [...],               of the same sequence, computed before
                  "seconds": [[...], ...]},              a row for each of chunk_tokens
@@ -17,9 +18,11 @@ A profile is a JSON object:
                "seconds": [[...], ...]},                a row for each of chunk_tokens
      "overhead": {"step_s": x, "sequence_s": x},        of scheduling and sampling
      "transfer": {"copy_block_s": x, "swap_block_s": x},
-     "fit": {...}}                                      of calibrate.py, for people: see there
+     "fit": {"num_steps": 60, "mean_error": x,          how far these times were from those of other steps,
+             "p90_error": x, "mean_signed_error": x}}   relative to them; more, for people: see calibrate.py
 
-Axes increase and have two points or more. "mixed" may be missing; the two parts of a step then add up.
+Axes increase and have two points or more. "mixed" may be missing; the two parts of a step then add up. So may
+"num_blocks", "max_model_len" and "fit", which are then not known.
 """
 
 import json
@@ -37,7 +40,7 @@ from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError, ProfileError
 from pagellm.engine.scheduling.block_manager import TransferKind
 from pagellm.engine.scheduling.scheduler import PreemptionCosts, ScheduledBatch
-from pagellm.sim.costs.cost_model import CostModel, bad_field, seconds, shape_of
+from pagellm.sim.costs.cost_model import CostModel, StepTimeError, bad_field, seconds, shape_of
 
 FORMAT = "pagellm-profile"
 VERSION = 1
@@ -110,6 +113,12 @@ class ProfileCostModel(CostModel):
         )
         self.block_size: int = profile["block_size"]
         self._measured_block_bytes: int = profile["block_bytes"]
+        for field in ("num_blocks", "max_model_len"):
+            if profile.get(field) is not None:
+                _check_positive(place, field, profile[field])
+        self._num_blocks: int | None = profile.get("num_blocks")
+        self.max_model_len = profile.get("max_model_len")
+        self.error = _error_of(profile, place)
         self._prefill = read_table(profile, "prefill", "chunk_tokens", "context_tokens", place)
         self._decode = read_table(profile, "decode", "num_sequences", "context_tokens", place)
         self._saved = None if profile.get("mixed") is None else self._read_saved(profile, place)
@@ -149,6 +158,9 @@ class ProfileCostModel(CostModel):
 
     def block_bytes(self, block_size: int) -> int:
         return self._measured_block_bytes * block_size // self.block_size
+
+    def num_blocks(self, block_size: int) -> int | None:
+        return None if self._num_blocks is None else max(1, self._num_blocks * self.block_size // block_size)
 
     def step_time(self, batch: ScheduledBatch) -> float:
         num_decodes, context, prefills = shape_of(batch)
@@ -260,6 +272,19 @@ def _part(profile: dict[str, Any], name: str, place: str) -> dict[str, Any]:
     if not isinstance(part, dict):
         raise bad_field(place, name, part, "an object with named fields")
     return part
+
+
+def _error_of(profile: dict[str, Any], place: str) -> StepTimeError | None:
+    if profile.get("fit") is None:
+        return None
+    fit = _part(profile, "fit", place)
+    for name in ("mean_error", "p90_error"):
+        seconds(place, f"fit.{name}", fit.get(name), "a finite number from 0")
+    signed: Any = fit.get("mean_signed_error")
+    if type(signed) not in (int, float) or not abs(signed) < 1e300:
+        raise bad_field(place, "fit.mean_signed_error", signed, "a finite number")
+    _check_positive(place, "fit.num_steps", fit.get("num_steps"))
+    return StepTimeError(fit["mean_error"], fit["p90_error"], signed, fit["num_steps"])
 
 
 def _axis(place: str, field: str, values: Any) -> list[float]:

@@ -35,7 +35,7 @@ class Model:
     """What of a decoder's shape matters for its time; weights and KV take so many bytes a number.
 
     vocab_size: rows of the embedding and of the output head; 0 takes both for a part of the layers.
-    tied_embeddings: whether the two are one matrix.
+    tied_embeddings: whether the two are one matrix. max_model_len: tokens that it takes, None for no limit.
     """
 
     num_parameters: int
@@ -48,6 +48,7 @@ class Model:
     kv_bytes: float
     vocab_size: int = 0
     tied_embeddings: bool = True
+    max_model_len: int | None = None
 
     @property
     def head_parameters(self) -> int:
@@ -94,6 +95,7 @@ class RooflineCostModel(CostModel):
             if type(value) not in (int, float) or not 0 <= value < 1e300:
                 raise ConfigError(f"{option}_overhead_s: found {value!r}, expected seconds from 0")
         self.name = name
+        self.max_model_len = model.max_model_len
         self._hardware, self._model, self._num_devices = hardware, model, num_devices
         self._step_overhead_s, self._sequence_overhead_s = step_overhead_s, sequence_overhead_s
         flops_per_s = hardware.flops_per_s * num_devices * efficiency

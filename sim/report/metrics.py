@@ -204,6 +204,7 @@ class MetricsCollector:
         load: dict[str, Any],
         wall_s: float,
         extrapolated: int = 0,
+        profile_error: dict[str, Any] | None = None,
     ) -> Report:
         """What the replay of a trace gave, when it is over; see schema.py for what is what."""
         left_out = {"num_skipped": trace.num_skipped, "num_dropped": trace.num_dropped}
@@ -215,6 +216,7 @@ class MetricsCollector:
                 "skipped": trace.skipped_records(),
                 "model": model,
                 "extrapolated": extrapolated,
+                "profile_error": profile_error,
                 "config": asdict(config),
                 "load": load,
                 "summary": self.summary(wall_s) | left_out,

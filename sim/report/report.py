@@ -18,8 +18,8 @@ from pagellm.engine.errors import ReportError
 from pagellm.sim.report.schema import Report, check_report, load_report
 
 __all__ = [
-    "check_report", "compare", "compare_json", "error_percent", "load_report", "number_text", "seconds_text",
-    "to_html", "to_text", "write_page",
+    "check_report", "compare", "compare_json", "error_percent", "load_report", "number_text",
+    "profile_error_text", "seconds_text", "to_html", "to_text", "write_page",
 ]  # fmt: skip
 
 _WIDTH = 80
@@ -88,6 +88,8 @@ def to_text(report: Report) -> str:
     lines = [
         ("", _name(report["trace"], _WIDTH)),
         ("", f"{report['kind']} on {_name(report['model'], _WIDTH - 13)}"),
+        *(("step times", words) for words in profile_error_text(report.get("profile_error"))),
+        *_extrapolated(report.get("extrapolated", 0), summary["num_steps"]),
         ("load", _load(load)),
         ("requests", f"{summary['num_requests']:,}: {counts}"),
         *_left_out(summary),
@@ -112,6 +114,19 @@ def to_text(report: Report) -> str:
     ]
     table = [f"{label:<14}{value}" if label or i > 1 else value for i, (label, value) in enumerate(lines)]
     return "\n".join([*table, "", *_latency_table(summary)])
+
+
+def profile_error_text(error: dict[str, Any] | None) -> Iterator[str]:
+    """How far a profile's step times were from measured ones, in words; nothing where that is not known."""
+    if error is not None:
+        way = "short" if error["mean_signed"] < 0 else "long"
+        bias = f"too {way} by {_share(abs(error['mean_signed']))}"
+        yield f"off by {_share(error['mean'])} on average, 9 of 10 within {_share(error['p90'])}; {bias}"
+
+
+def _extrapolated(count: int, num_steps: int) -> Iterator[tuple[str, str]]:
+    if count:
+        yield "", f"{count:,} look-ups outside of what was measured, in {num_steps:,} steps"
 
 
 def _latency_table(summary: dict[str, Any]) -> Iterator[str]:
@@ -159,6 +174,8 @@ def _settings(config: dict[str, Any], *names: str) -> str:
 def compare(a: Report, b: Report) -> str:
     """Metric by metric: both values, and by how many percent b differs from a."""
     lines = [f"{name}: {_name(_title(report), _WIDTH - 3)}" for name, report in (("a", a), ("b", b))]
+    for name, report in (("a", a), ("b", b)):
+        lines += [f"{name}: step times {words}" for words in profile_error_text(report.get("profile_error"))]
     lines += ["", f"{'':<24}{'a':>16}{'b':>16}   b is"]
     for group, metrics in groupby(METRICS, lambda metric: metric.group):
         rows = [(metric, metric.value(a), metric.value(b)) for metric in metrics]
@@ -192,7 +209,7 @@ def compare_json(a: Report, b: Report) -> str:
         for metric in METRICS
     ]
     names = {
-        side: {name: report[name] for name in ("trace", "model", "kind")}
+        side: {name: report.get(name) for name in ("trace", "model", "kind", "profile_error")}
         for side, report in (("a", a), ("b", b))
     }
     return json.dumps({"version": 1, **names, "metrics": metrics}, allow_nan=False)

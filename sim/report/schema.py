@@ -1,6 +1,10 @@
 """What a report is, and its check at the door. A report says what a replay gave; it is one JSON object.
 
 version: 1. kind: "simulated" or "real". trace: its name. model: what step times come from.
+profile_error: null or missing where nothing was held against step times that were measured; else mean, p90,
+  mean_signed: shares of what was measured, of the absolute error and of the error; num_steps. See
+  `StepTimeError`.
+extrapolated: look-ups of step times outside of what was measured; missing or 0 where there were none.
 skipped: line and message of the trace's first bad records, which were left out.
 config: every field of `EngineConfig`.
 load: mode ("open" or "closed"), rate_factor, clients, replicas, router, timeout_s.

@@ -12,6 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError, ReportError
 from pagellm.sim.sweep.grid import Settings, Value, full_settings
 
@@ -41,9 +42,9 @@ class Identity:
     def __str__(self) -> str:
         return f"{self.trace} ({self.trace_sha256[:8]}; {self.reading}) on {self.cost_model}"
 
-    def key(self, settings: Settings) -> str:
+    def key(self, settings: Settings, defaults: EngineConfig) -> str:
         """Names a replay with these settings, whether or not they repeat defaults."""
-        parts = [VERSION, *self.content, full_settings(settings)]
+        parts = [VERSION, *self.content, full_settings(settings, defaults)]
         return sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -68,9 +69,11 @@ class ResultsFile:
     something else.
     """
 
-    def __init__(self, path: Path | None, identity: Identity) -> None:
+    def __init__(self, path: Path | None, identity: Identity, defaults: EngineConfig) -> None:
+        """defaults: the engine's settings where none are given."""
         self._path = path
         self._identity = identity
+        self._defaults = defaults
         self._points: dict[str, Point] = {}
         self._file = None
         if path is None:
@@ -91,12 +94,12 @@ class ResultsFile:
 
     def get(self, settings: Settings) -> Point | None:
         """The replay with these settings, if it is known."""
-        found = self._points.get(self._identity.key(settings))
+        found = self._points.get(self._identity.key(settings, self._defaults))
         return None if found is None else Point(dict(settings), found.summary, found.extrapolated)
 
     def add(self, point: Point) -> None:
         """Takes in a replay that was finished."""
-        key = self._identity.key(point.settings)
+        key = self._identity.key(point.settings, self._defaults)
         self._points[key] = point
         if self._file is None:
             return

@@ -77,14 +77,17 @@ def simulator(settings: Settings, cost_model: CostModel, skip_bad: bool = False)
     """What replays with these settings. Raises `ConfigError`."""
     config = {name: value for name, value in settings.items() if name in _CONFIG_TYPES}
     replay: dict[str, Any] = {name: value for name, value in settings.items() if name in _REPLAY_TYPES}
-    return Simulator(EngineConfig(**config), cost_model, skip_bad=skip_bad, **replay)  # type: ignore[arg-type]
+    # Whether a profile's error is accepted was asked once, for the whole sweep.
+    return Simulator(
+        cost_model.settings(config), cost_model, skip_bad=skip_bad, accept_profile_error=True, **replay
+    )
 
 
-def full_settings(settings: Settings) -> dict[str, Value]:
-    """These settings and the defaults of all others, by name."""
+def full_settings(settings: Settings, defaults: EngineConfig) -> dict[str, Value]:
+    """These settings and the defaults of all others, by name. defaults: those of the engine."""
     given: dict[str, Value] = {
         name: settings.get(name, getattr(kind, name))
-        for kind, names in ((EngineConfig, _CONFIG_TYPES), (Simulator, _REPLAY_TYPES))
+        for kind, names in ((defaults, _CONFIG_TYPES), (Simulator, _REPLAY_TYPES))
         for name in names
     }
     return dict(sorted(given.items()))

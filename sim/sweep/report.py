@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pagellm.sim.report.report import METRICS, number_text, seconds_text, write_page
+from pagellm.sim.report.report import METRICS, number_text, profile_error_text, seconds_text, write_page
 from pagellm.sim.sweep.capacity import HIGHEST, LOWEST
 from pagellm.sim.sweep.file import Point
 from pagellm.sim.sweep.grid import Limit, Settings
@@ -25,6 +25,7 @@ _Column = tuple[str, Callable[[Point], str]]
 def to_text(result: SweepResult) -> str:
     """Tables for the terminal: the grid, and the capacities where they were searched."""
     lines = [_printable(result.trace), f"simulated on {_printable(result.cost_model)}"]
+    lines += [f"step times: {words}" for words in profile_error_text(result.profile_error)]
     lines += _left_out(result.points)
     if result.slo is not None:
         limits = (f"{limit.name} {seconds_text(limit.seconds)}" for limit in result.slo.limits)
@@ -38,7 +39,8 @@ def to_text(result: SweepResult) -> str:
 def to_json(result: SweepResult) -> str:
     """The whole result as one JSON object.
 
-    version, trace, cost_model, slo (seconds by name, or null), grid (values by key)
+    version, trace, cost_model, profile_error (as in a report), slo (seconds by name, or null), grid (values
+      by key)
     points: settings, summary, extrapolated, error, slo_holds; null where there is none
     capacities: null, or for each point settings, status, error, rate_factor (the highest at which the SLO
       holds), fails_at (the lowest at which it does not), requests_per_s, range and probes, which are points
@@ -98,6 +100,7 @@ def _to_dict(result: SweepResult) -> dict[str, Any]:
         "version": 1,
         "trace": result.trace,
         "cost_model": result.cost_model,
+        "profile_error": result.profile_error,
         "slo": None if result.slo is None else result.slo.to_dict(),
         "grid": result.grid.axes,
         "points": [point(p) for p in result.points],

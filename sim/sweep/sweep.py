@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
@@ -126,7 +126,10 @@ class Capacity:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """All points of a grid in its order; capacities likewise, None if they were not asked for."""
+    """All points of a grid in its order; capacities likewise, None if they were not asked for.
+
+    profile_error: how far the profile's step times were from measured ones; None where that is not known.
+    """
 
     trace: str
     cost_model: str
@@ -134,6 +137,7 @@ class SweepResult:
     slo: Slo | None
     points: list[Point]
     capacities: list[Capacity] | None = None
+    profile_error: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ class Sweep:
 
     slo: what a good point keeps. results: the file of finished replays, which is read first. jobs: processes;
     1 replays in this one, None takes a process for each usable core. progress: called with each point, as it
-    is finished or found in the file.
+    is finished or found in the file. accept_profile_error: as in `Simulator`.
     """
 
     trace: TraceFile
@@ -152,6 +156,7 @@ class Sweep:
     results: Path | None = None
     jobs: int | None = None
     progress: Callable[[Point], None] | None = field(default=None, compare=False)
+    accept_profile_error: bool = False
 
     def run(self) -> SweepResult:
         """Replays every point. A point that fails has its error, and the others go on.
@@ -160,7 +165,7 @@ class Sweep:
         """
         identity = self._checked()
         points = self._drive(identity, [_replayed(settings) for settings in self.grid])
-        return SweepResult(identity.trace, identity.cost_model, self.grid, self.slo, points)
+        return self._result(identity, points)
 
     def run_capacity(self, tolerance: float = 0.02) -> SweepResult:
         """Searches the highest rate_factor at which the SLO holds at each point; see `capacity.search`.
@@ -183,7 +188,21 @@ class Sweep:
             for capacity in capacities
             for first in capacity.probes[:1]
         ]
-        return SweepResult(identity.trace, identity.cost_model, self.grid, self.slo, points, capacities)
+        return self._result(identity, points, capacities)
+
+    def _result(
+        self, identity: Identity, points: list[Point], capacities: list[Capacity] | None = None
+    ) -> SweepResult:
+        error = _load_costs(self.costs).error
+        return SweepResult(
+            identity.trace,
+            identity.cost_model,
+            self.grid,
+            self.slo,
+            points,
+            capacities,
+            None if error is None else asdict(error),
+        )
 
     def _checked(self) -> Identity:
         """What is replayed, if all of it can be read and every value alone is good."""
@@ -191,8 +210,9 @@ class Sweep:
             raise ConfigError(f"jobs: found {self.jobs!r}, expected a positive integer")
         _load_trace.cache_clear()
         _load_costs.cache_clear()
-        trace, cost_model = self.trace.load(), self.costs.load()
+        trace, cost_model = self.trace.load(), _load_costs(self.costs)
         next(iter(trace))
+        cost_model.check_error(self.accept_profile_error)
         self.grid.check(cost_model)
         return Identity(
             trace.name, self.trace.hash(), self.trace.reading(), cost_model.name, self.costs.hash()
@@ -214,7 +234,7 @@ class Sweep:
                 done[number] = end.value
 
         with ExitStack() as stack:
-            file = ResultsFile(self.results, identity)
+            file = ResultsFile(self.results, identity, _load_costs(self.costs).settings({}))
             stack.callback(file.close)
             lanes, check_interrupts = stack.enter_context(_lanes(self.jobs or usable_cores()))
             while ready or running:

@@ -13,7 +13,8 @@ from pagellm.engine import ConfigError, EngineConfig, ProfileError
 from pagellm.engine.scheduling.block_manager import Transfer, TransferKind
 from pagellm.engine.scheduling.scheduler import PreemptionCosts
 from pagellm.sim import CostModel
-from pagellm.sim.costs.cost_model import RecordedCostModel, shape_of
+from pagellm.sim.costs.cost_model import shape_of
+from pagellm.sim.costs.recorded import RecordedCostModel
 from pagellm.sim.costs.roofline import Hardware, Model, RooflineCostModel
 from tests.sim.batches import batch_of
 

@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 
-from pagellm.engine import EngineConfig, LLMEngine, ProfileError, SamplingParams
+from pagellm.__main__ import main
+from pagellm.engine import ConfigError, EngineConfig, LLMEngine, ProfileError, SamplingParams
 from pagellm.sim import CostModel, PromptTokens, Simulator, Trace, TraceRequest
+from pagellm.sim.calibration.calibrate import calibrate
+from pagellm.sim.costs.profile import ProfileCostModel
+from pagellm.sim.costs.roofline import Hardware, Model, RooflineCostModel
 from tests.conftest import model_path
 
 VOCAB_SIZE = 101
@@ -131,3 +135,126 @@ def test_a_replay_of_more_than_was_recorded_says_so(tmp_path: Path) -> None:
     trace = Trace.from_requests([TraceRequest(arrival_time=0, prompt_len=3, output_len=2)])
     with pytest.raises(ProfileError, match=r"steps.jsonl: found 1 steps, expected more for this replay"):
         Simulator(EngineConfig(num_blocks=4), CostModel.load(path)).replay(trace)
+
+
+TINY = str(model_path("llama_tiny"))  # of 256 positions
+# What the caller's clock says, and how far the simulator's steps were from it.
+TIMES = (*MEASURED, "start_s")
+
+
+def decisions(path: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+
+
+def replay(trace: Path, log: Path, *arguments: str) -> dict[str, Any]:
+    output = log.with_suffix(".json")
+    assert main(["replay", str(trace), "--step-log", str(log), "-o", str(output), *arguments]) == 0
+    report: dict[str, Any] = json.loads(output.read_text())
+    return report
+
+
+def write_trace(path: Path, *requests: TraceRequest) -> Path:
+    Trace.from_requests(requests).save(path)
+    return path
+
+
+LONG = TraceRequest(arrival_time=0, prompt_len=250, output_len=100)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("--max-model-len", "200"),
+        ("--num-blocks", "40", "--block-size", "4", "--no-prefix-caching"),
+        ("--num-blocks", "8", "--max-num-seqs", "3", "--policy", "shortest_job"),
+        ("--num-blocks", "8", "--preemption", "swap", "--swap-blocks", "5", "--watermark", "0"),
+        ("--max-num-batched-tokens", "24", "--max-prefill-chunk", "9", "--max-preemptions", "1"),
+    ],
+)
+def test_a_recorded_run_is_replayed_without_a_setting(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: tuple[str, ...]
+) -> None:
+    """Its log knows the context of the model, the blocks and whatever else decisions follow from."""
+    random = Random(3)
+    requests = [
+        TraceRequest(
+            arrival_time=0.0003 * number,
+            prompt_len=(length := random.randint(1, 60)),
+            hash_ids=[number % 3, *range(100 * number, 100 * number + (length - 1) // 16)],
+            hash_block_size=16,
+            output_len=random.randint(1, 40) if number % 4 else 300,
+        )
+        for number in range(40)
+    ]
+    trace = write_trace(tmp_path / "t.jsonl", *requests)
+    real_log, log = tmp_path / "real.jsonl", tmp_path / "simulated.jsonl"
+    real = replay(trace, real_log, "--real", "--model", TINY, *settings)
+    simulated = replay(trace, log, "--profile", str(real_log))
+    assert decisions(log) == decisions(real_log)
+    assert len(decisions(log)) == real["summary"]["num_steps"] == simulated["summary"]["num_steps"]
+    assert simulated["summary"]["output_tokens"] == real["summary"]["output_tokens"]
+    for name in ("num_blocks", "max_model_len", "policy", "block_size"):
+        assert simulated["config"][name] == real["config"][name]
+
+
+@pytest.mark.filterwarnings("ignore:.*continued linearly")
+def test_a_run_is_cut_at_the_models_context_by_every_kind_of_step_times(tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "t.jsonl", LONG)
+    real_log, log = tmp_path / "real.jsonl", tmp_path / "simulated.jsonl"
+    real = replay(trace, real_log, "--real", "--model", TINY)
+    assert real["summary"]["output_tokens"] == 6
+    replay(trace, log, "--profile", str(real_log))
+    assert decisions(log) == decisions(real_log)
+
+    tiny = Model(
+        num_parameters=10**6, num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16,
+        weight_bytes=2, kv_bytes=2, max_model_len=256,
+    )  # fmt: skip
+    device = Hardware(1e12, 1e9, 1e10, 1e9, 1e9)
+    engine = LLMEngine(TINY, EngineConfig(max_num_seqs=2))
+    profile = calibrate(engine, seconds=0.5)
+    engine.close()
+    for costs in (RooflineCostModel(device, tiny), ProfileCostModel(profile)):
+        config = EngineConfig(step_log=str(log))
+        report = Simulator(config, costs, accept_profile_error=True).replay(Trace.load(trace))
+        assert report.summary["output_tokens"] == 6
+        assert report.data["config"]["max_model_len"] == 256
+        for name in ("scheduled", "finished"):
+            assert [step[name] for step in decisions(log)] == [step[name] for step in decisions(real_log)]
+        with pytest.raises(ConfigError, match="max_model_len: found 300, expected at most 256, the context"):
+            Simulator(EngineConfig(max_model_len=300), costs, accept_profile_error=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*recorded with policy")
+def test_code_that_a_log_names_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace, log = write_trace(tmp_path / "t.jsonl", LONG), tmp_path / "run.jsonl"
+    replay(trace, log, "--roofline", "l4,smollm2-135m", "--num-blocks", "64")
+    first, *others = log.read_text().splitlines()
+    record = json.loads(first)
+    record["config"]["policy"] = "os:system"
+    log.write_text("\n".join([json.dumps(record), *others]))
+    assert main(["replay", str(trace), "--profile", str(log)]) == 2
+    assert "policy: found nothing, expected 'os:system', with which" in capsys.readouterr().err
+    assert main(["replay", str(trace), "--profile", str(log), "--policy", "fcfs"]) == 0
+
+
+def test_other_settings_than_the_recorded_ones_are_said(tmp_path: Path) -> None:
+    trace, log = write_trace(tmp_path / "t.jsonl", LONG), tmp_path / "run.jsonl"
+    replay(trace, log, "--roofline", "l4,smollm2-135m", "--num-blocks", "64")
+    costs = CostModel.load(log)
+    with pytest.warns(UserWarning, match="recorded with max_num_seqs 128, replayed with max_num_seqs 4: dec"):
+        Simulator(EngineConfig(max_num_seqs=4), costs).replay(Trace.load(trace))
+
+
+@pytest.mark.parametrize("config", [5, {}, {"num_blocks": 4}])
+def test_settings_of_a_log_that_are_none_are_refused(tmp_path: Path, config: Any) -> None:
+    path = tmp_path / "steps.jsonl"
+    costs = {"recompute_token_s": 0.0, "swap_block_s": 0.0}
+    record = {"step": 0, "start_s": 0.0, "duration_s": 0.5, "costs": costs, "config": config}
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(
+        ProfileError, match=r"steps.jsonl:1: config: found .*, expected an object of block_size"
+    ):
+        CostModel.load(path)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from pagellm.__main__ import main
-from pagellm.engine import EngineConfig, LLMEngine, TraceError
-from pagellm.sim import Trace, TraceRequest
+from pagellm.engine import ConfigError, EngineConfig, LLMEngine, TraceError
+from pagellm.sim import CostModel, Simulator, Trace, TraceRequest
 from pagellm.sim.real_replay import replay_for_real
 from tests.conftest import model_path
 from tests.sim.test_cost_profile import PROFILE
@@ -179,6 +179,50 @@ def test_a_profile_of_another_model_is_refused(
     path.write_text(json.dumps(PROFILE))
     status = main(["replay", trace, "--profile", str(path), "--num-blocks", "64", *arguments])
     assert (status, message in capsys.readouterr().err) == (2 if message else 0, True)
+
+
+POOR = {"mean_error": 0.54, "p90_error": 1.25, "mean_signed_error": -0.5, "num_steps": 60}
+SHOWN = "off by 54.0 % on average, 9 of 10 within 125.0 %; too short by 50.0 %"
+
+
+@pytest.mark.filterwarnings("ignore:.*asked for")
+def test_a_poor_profile_has_to_be_accepted_and_every_report_says_how_poor_it_is(
+    capsys: pytest.CaptureFixture[str], trace: str, tmp_path: Path
+) -> None:
+    profile, report, page = tmp_path / "profile.json", tmp_path / "r.json", tmp_path / "r.html"
+    profile.write_text(json.dumps(PROFILE | {"fit": POOR, "num_blocks": 64, "max_model_len": 100}))
+    for command in (["replay"], ["sweep", "--jobs", "1"]):
+        assert main([*command, trace, "--profile", str(profile)]) == 2
+        error = capsys.readouterr().err
+        assert "profile: found a mean error of 54% in the step times of tiny, int8" in error
+        assert "expected at most 25%: calibrate again" in error
+        assert "--accept-profile-error" in error
+    accept = ("--profile", str(profile), "--accept-profile-error")
+
+    assert main(["replay", trace, *accept, "-o", str(report), "--report", str(page)]) == 0
+    assert f"\nstep times    {SHOWN}\n" in capsys.readouterr().out
+    error = {"mean": 0.54, "p90": 1.25, "mean_signed": -0.5, "num_steps": 60}
+    assert json.loads(report.read_text())["profile_error"] == error
+    assert '"profile_error":{"mean":0.54,' in page.read_text()
+    assert main(["replay", "--compare", str(report), str(report)]) == 0
+    assert f"\nb: step times {SHOWN}\n" in capsys.readouterr().out
+
+    assert main(["sweep", trace, *accept, "--jobs", "1", "--report", str(page)]) == 0
+    assert f"\nstep times: {SHOWN}\n" in capsys.readouterr().out
+    assert '"profile_error":{"mean":0.54,' in page.read_text()
+    assert main(["sweep", trace, *accept, "--jobs", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["profile_error"] == error
+
+
+@pytest.mark.filterwarnings("ignore:.*asked for")
+def test_a_good_profile_is_used_as_it_is(
+    capsys: pytest.CaptureFixture[str], trace: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(PROFILE | {"fit": POOR | {"mean_error": 0.25}, "num_blocks": 64}))
+    assert run(capsys, trace, "--profile", str(path))["profile_error"]["mean"] == 0.25
+    with pytest.raises(ConfigError, match="accept_profile_error: found 1, expected True or False"):
+        Simulator(EngineConfig(), CostModel.load(path), accept_profile_error=1)  # type: ignore[arg-type]
 
 
 def test_a_real_replay_and_a_simulated_one_of_its_steps_agree(

@@ -55,6 +55,13 @@ const FORMATS = {
   },
 };
 
+// How far a profile's step times were from measured ones; null where that is not known.
+function profileErrorWords(error) {
+  if (!error) return null;
+  const bias = `too ${error.mean_signed < 0 ? "short" : "long"} by ${FORMATS.share(Math.abs(error.mean_signed))}`;
+  return `step times off by ${FORMATS.share(error.mean)} on average, 9 of 10 within ${FORMATS.share(error.p90)}; ${bias}`;
+}
+
 // A moment on the time axis, as exact as a step of so many seconds needs.
 function clock(time, step) {
   const digits = step < 1 ? Math.min(6, Math.ceil(-Math.log10(step) - 1e-9)) : 0;

@@ -47,7 +47,8 @@ function header(report) {
     html("p", { class: "kind" }, `pagellm · ${report.kind} replay`),
     html("h1", {}, report.trace),
     html("p", { class: "subtitle" },
-      [report.model, loadWords(load), `policy ${report.config.policy ?? NONE}`].join(" · ")));
+      [report.model, profileErrorWords(report.profile_error), loadWords(load),
+        `policy ${report.config.policy ?? NONE}`].filter(Boolean).join(" · ")));
 }
 
 function comparisonHeader(entries) {
@@ -57,7 +58,8 @@ function comparisonHeader(entries) {
     html("p", { class: "kind" }, `pagellm · comparison of ${entries.length} replays`),
     html("h1", {}, traces.length === 1 ? traces[0] : `${traces.length} traces`),
     html("ul", { class: "reports" }, entries.map((entry) => html("li", {}, marker(entry),
-      html("span", {}, distinction(entry.report, reports) || "no setting differs")))));
+      html("span", {}, [distinction(entry.report, reports) || "no setting differs",
+        profileErrorWords(entry.report.profile_error)].filter(Boolean).join(" · "))))));
 }
 
 function loadWords(load) {

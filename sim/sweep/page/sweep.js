@@ -187,7 +187,8 @@ function begin() {
     html("header", {},
       html("p", { class: "kind" }, `pagellm · sweep of ${grouped(data.points.length)} points`),
       html("h1", {}, data.trace),
-      html("p", { class: "subtitle" }, [data.cost_model, limits.length ? `SLO ${limits.join(", ")}` : null]
+      html("p", { class: "subtitle" }, [data.cost_model, profileErrorWords(data.profile_error),
+        limits.length ? `SLO ${limits.join(", ")}` : null]
         .filter(Boolean).join(" · "))),
     html("main", {},
       capacity ? section("Capacity", "the highest load at which the SLO holds; hollow points break it",

@@ -1,0 +1,138 @@
+"""The steps of a recorded run, from its step log: what each took, and the settings that it ran with."""
+
+import json
+import math
+import os
+import warnings
+from array import array
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pagellm.engine.config import CompleteConfig, EngineConfig
+from pagellm.engine.errors import ConfigError, ProfileError
+from pagellm.engine.scheduling.scheduler import PreemptionCosts, ScheduledBatch
+from pagellm.engine.step_log import NO_DECISIONS
+from pagellm.sim.costs.cost_model import CostModel, bad_field, read_lines, seconds
+
+# Settings of a recorded run, and those which make the recorded value of another one void.
+_DECISIONS = tuple(name for name in EngineConfig.__dataclass_fields__ if name not in NO_DECISIONS)
+_FOLLOWS = {
+    "max_prefill_chunk": ("max_num_batched_tokens",),
+    "num_swap_blocks": ("preemption", "num_blocks", "block_size", "swap_dir"),
+}
+_RECORDED = ("start_s", "duration_s", "costs.recompute_token_s", "costs.swap_block_s")
+
+
+class RecordedCostModel(CostModel):
+    """The steps of a recorded run, from a step log: each starts and takes as long as it did.
+
+    A simulation of the same requests with the same settings then takes the same decisions. The settings are
+    in the log's first record; logs of older versions have none.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.name = f"steps of {path}"
+        self._path = path
+        self._next = 0
+        self._config: CompleteConfig | None = None
+        columns = [array("d") for _ in _RECORDED]
+        arrivals = array("d")  # of the first request that each step took in
+        for number, line in enumerate(read_lines(Path(path))):
+            place = f"{path}:{number + 1}"
+            record = _step(place, number, line)
+            if number == 0 and "config" in record:
+                self._config = _recorded_config(place, record["config"])
+                self.max_model_len = self._config.max_model_len
+            for column, value in zip(columns, _recorded(place, record), strict=True):
+                column.append(value)
+            times = [added["arrival_s"] for added in record.get("added", ())]
+            arrivals.append(min(times, default=math.inf))
+        self._start_s, self._duration_s, self._recompute_token_s, self._swap_block_s = columns
+        self._start_before(arrivals)
+
+    def _start_before(self, arrivals: "array[float]") -> None:
+        """Lets steps start before those requests came which they did not take in.
+
+        A real engine looks for requests a few microseconds before it schedules.
+        """
+        upcoming = math.inf
+        for step in reversed(range(len(arrivals))):
+            if self._start_s[step] >= upcoming:
+                self._start_s[step] = math.nextafter(upcoming, 0.0)
+            upcoming = min(upcoming, arrivals[step])
+
+    def settings(self, given: Mapping[str, Any]) -> EngineConfig:
+        if self._config is None:
+            return super().settings(given)
+        recorded = {name: getattr(self._config, name) for name in _DECISIONS}
+        if ":" in recorded["policy"] and "policy" not in given:
+            raise ConfigError(
+                f"policy: found nothing, expected {recorded['policy']!r}, with which {self._path} was "
+                "recorded: code that a file names is not run"
+            )
+        # What follows from other settings follows from those given: blocks from their size, say.
+        del recorded["num_blocks"], recorded["max_model_len"]
+        for name, others in _FOLLOWS.items():
+            if given.keys() & set(others):
+                del recorded[name]
+        return EngineConfig(**(recorded | dict(given)))
+
+    def num_blocks(self, block_size: int) -> int | None:
+        return None if self._config is None else max(1, self._config.capacity_tokens // block_size)
+
+    def begin(self, config: EngineConfig, num_replicas: int = 1) -> None:
+        if num_replicas != 1:
+            raise ConfigError(f"replicas: found {num_replicas} with a recorded run, expected 1")
+        self._next = 0
+        if self._config is not None:
+            complete = config.complete()
+            differing = [n for n in _DECISIONS if getattr(complete, n) != getattr(self._config, n)]
+            if differing:
+                found = ", ".join(f"{name} {getattr(complete, name)}" for name in differing)
+                recorded = ", ".join(f"{name} {getattr(self._config, name)}" for name in differing)
+                warnings.warn(
+                    f"{self._path}: recorded with {recorded}, replayed with {found}: decisions differ, and "
+                    "the step times are those of other steps",
+                    stacklevel=3,
+                )
+
+    def next_start(self, now: float) -> float:
+        if self._next == len(self._start_s):
+            raise ProfileError(f"{self._path}: found {self._next} steps, expected more for this replay")
+        costs = self._recompute_token_s[self._next], self._swap_block_s[self._next]
+        self.costs = PreemptionCosts(*costs)
+        return max(now, self._start_s[self._next])
+
+    def step_time(self, batch: ScheduledBatch) -> float:
+        self._next += 1
+        return self._duration_s[self._next - 1]
+
+
+def _step(place: str, number: int, line: str) -> dict[str, Any]:
+    """The record of a step, if it is the one that comes next."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ProfileError(f"{place}: {error}, expected a step as JSON") from None
+    if not isinstance(record, dict) or record.get("step") != number:
+        raise bad_field(place, "step", record, str(number))
+    return record
+
+
+def _recorded_config(place: str, settings: Any) -> CompleteConfig:
+    if not isinstance(settings, dict) or set(settings) != set(_DECISIONS):
+        raise bad_field(place, "config", settings, f"an object of {', '.join(_DECISIONS)}")
+    try:
+        return EngineConfig(**settings).complete()
+    except ConfigError as error:
+        raise ProfileError(f"{place}: config: {error}") from None
+
+
+def _recorded(place: str, record: dict[str, Any]) -> Iterator[float]:
+    """What a recorded step took, as named in `_RECORDED`."""
+    for field in _RECORDED:
+        value: Any = record
+        for name in field.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        yield seconds(place, field, value)
