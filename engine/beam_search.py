@@ -4,12 +4,13 @@ The branches share the blocks of what they have in common and copy a block only 
 """
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pagellm.engine.errors import RequestError
+from pagellm.engine.checks import integer, number
 from pagellm.engine.llm_engine import LLMEngine
 from pagellm.engine.outputs import CompletionOutput, FinishReason, RequestOutput
+from pagellm.engine.prompts import Prompt
 from pagellm.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 
 
@@ -29,16 +30,11 @@ class BeamSearchParams:
     cache_salt: str = ""
 
     def __post_init__(self) -> None:
-        width = self.beam_width
-        if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= MAX_LOGPROBS // 2:
-            raise RequestError(
-                f"beam_width: found {width!r}, expected an integer from 1 to {MAX_LOGPROBS // 2}"
-            )
-        penalty = self.length_penalty
-        if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not 0 <= penalty <= 10:
-            raise RequestError(f"length_penalty: found {penalty!r}, expected a number from 0 to 10")
-        if self.max_tokens is None:
-            raise RequestError("max_tokens: found None, expected a positive integer")
+        width = integer("beam_width", self.beam_width, 1, MAX_LOGPROBS // 2)
+        penalty = number("length_penalty", self.length_penalty, 0.0, 10.0)
+        max_tokens = integer("max_tokens", self.max_tokens, 1)
+        for name, value in (("beam_width", width), ("length_penalty", penalty), ("max_tokens", max_tokens)):
+            object.__setattr__(self, name, value)
         self.of_beam()  # checks the others
 
     def of_beam(self) -> SamplingParams:
@@ -66,7 +62,7 @@ class BeamSearch:
         self,
         engine: LLMEngine,
         new_request_id: Callable[[], str],
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         params: BeamSearchParams,
     ) -> None:
         self._engine = engine
@@ -79,7 +75,7 @@ class BeamSearch:
         room = (engine.config.max_model_len or 0) - len(first.prompt_token_ids)
         self._max_tokens = max(1, min(params.max_tokens, room))
         self.output = RequestOutput(
-            first.request_id, first.prompt, first.prompt_token_ids, [CompletionOutput(0)]
+            first.request_id, first.prompt, first.prompt_token_ids, [CompletionOutput(0)], self._of_beam
         )
 
     def advance(self) -> None:

@@ -3,6 +3,25 @@
 Each message names the place (file, field, parameter), the value found and the value expected.
 """
 
+import reprlib
+
+_SHOWN_CHARACTERS = 80
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = _SHOWN_CHARACTERS
+_repr.maxlevel = 3
+_repr.maxlist = _repr.maxtuple = _repr.maxdict = _repr.maxset = _repr.maxfrozenset = 8
+
+
+def found(value: object) -> str:
+    """A value as an error message shows it: one short line, whatever its size."""
+    try:
+        text = _repr.repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        text = f"an {type(value).__name__} too long to print"
+    text = " ".join(text.splitlines())
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 3]}..."
+
 
 class PagellmError(Exception):
     """Anything that pagellm refuses or cannot do."""

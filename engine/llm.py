@@ -12,10 +12,10 @@ from pagellm.engine.config import DEFAULT_MODEL, EngineConfig
 from pagellm.engine.errors import PagellmError, RequestError
 from pagellm.engine.llm_engine import LLMEngine
 from pagellm.engine.outputs import CompletionOutput, FinishReason, RequestOutput
+from pagellm.engine.prompts import Prompt, as_prompts, params_for_each
 from pagellm.engine.sampling_params import SamplingParams
 from pagellm.engine.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 
 
@@ -52,19 +52,12 @@ class LLM:
     ) -> list[RequestOutput]:
         """One finished output a prompt, in order.
 
-        prompts: one or several, each a text or a list of token ids; sampling_params: one for all, or one for
-        each.
+        prompts: one or several, each a text, a list of token ids, {"prompt": text} or {"prompt_token_ids":
+        ids}. sampling_params: one for all, or one for each; None is what the model's `generation_config.json`
+        says. The output names what it was served with.
         """
-        many = _as_list(prompts)
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(many)
-        else:
-            params = list(sampling_params)
-        if len(params) != len(many):
-            raise RequestError(
-                f"sampling_params: found {len(params)}, expected {len(many)}, one for each prompt"
-            )
-        return self._finish(self._add(many, params))
+        many = as_prompts(prompts)
+        return self._finish(self._add(many, params_for_each(sampling_params, len(many))))
 
     def chat(
         self,
@@ -85,20 +78,22 @@ class LLM:
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> "CompletionStream":
         """A completion's text piece by piece, as soon as no stop string can take it back."""
-        params = sampling_params or SamplingParams()
-        if params.n != 1:
-            raise RequestError(f"n: found {params.n}, expected 1 for a stream")
-        return self.stream_all([prompt], params)[0][0]
+        [params] = params_for_each(sampling_params, 1)
+        if (params or self.engine.default_sampling_params).n != 1:
+            raise RequestError("n: found more than 1, expected 1 for a stream")
+        return self._streams([prompt], [params])[0][0]
 
     def stream_all(
-        self, prompts: Sequence[Prompt], sampling_params: SamplingParams | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> "list[list[CompletionStream]]":
-        """A stream for each completion of each prompt. All run together, whichever is being read."""
-        outputs = self._add(prompts, [sampling_params or SamplingParams()] * len(prompts))
-        return [
-            [CompletionStream(self.engine, output.request_id, completion) for completion in output.outputs]
-            for output in outputs
-        ]
+        """A stream for each completion of each prompt. All run together, whichever is being read.
+
+        prompts, sampling_params: as in `generate`.
+        """
+        many = as_prompts(prompts)
+        return self._streams(many, params_for_each(sampling_params, len(many)))
 
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams | None = None
@@ -106,7 +101,7 @@ class LLM:
         """One output a prompt, whose completions are its best beams, the best one first."""
         searches: list[BeamSearch] = []
         try:
-            for prompt in _as_list(prompts):
+            for prompt in as_prompts(prompts):
                 searches.append(
                     BeamSearch(self.engine, self._request_ids.__next__, prompt, params or BeamSearchParams())
                 )
@@ -131,7 +126,15 @@ class LLM:
         """Gives up what is under way and ends the threads."""
         self.engine.close()
 
-    def _add(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[RequestOutput]:
+    def _streams(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | None]
+    ) -> "list[list[CompletionStream]]":
+        return [
+            [CompletionStream(self.engine, output.request_id, completion) for completion in output.outputs]
+            for output in self._add(prompts, params)
+        ]
+
+    def _add(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | None]) -> list[RequestOutput]:
         """Adds all requests or, if one of them is bad, none."""
         outputs: list[RequestOutput] = []
         try:
@@ -191,9 +194,3 @@ class CompletionStream(Iterator[str]):
 
     def __del__(self) -> None:
         self.close()
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]

@@ -14,11 +14,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pagellm.engine.checks import flag, number
 from pagellm.engine.config import EngineConfig
-from pagellm.engine.errors import RequestError
+from pagellm.engine.errors import RequestError, found
 from pagellm.engine.loading import EngineParts, load_engine
 from pagellm.engine.model_runner import RunnerOutput
 from pagellm.engine.outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprob
+from pagellm.engine.prompts import Prompt, read_prompt
 from pagellm.engine.sampling_params import SamplingParams
 from pagellm.engine.scheduling.block_manager import TransferKind
 from pagellm.engine.scheduling.scheduler import Preemption, ScheduledBatch
@@ -29,6 +31,8 @@ from pagellm.engine.tokenizer import IncrementalDetokenizer
 
 # How much of what was measured before a step is kept after it.
 _REMEMBERED = 0.75
+# Times from a caller are no further from now, in seconds, so that differences of them are numbers.
+_LONG_AGO_S = 1e12
 
 
 class Observer(Protocol):
@@ -60,6 +64,7 @@ class _Completion:
     output: CompletionOutput
     detokenizer: IncrementalDetokenizer
     stop: StopChecker
+    hides_special: bool  # whether special tokens are left out of the text
 
 
 @dataclass
@@ -100,6 +105,10 @@ class LLMEngine:
         self.runner = parts.runner
         self._step_log = parts.step_log
         self._recorder = None if parts.step_log is None else StepRecorder(parts.scheduler, parts.config)
+        self.default_sampling_params = parts.default_sampling_params
+        self._special_texts = {
+            token_id: self.tokenizer.decode([token_id]) for token_id in self.tokenizer.special_ids
+        }
         self._requests: dict[str, _Request] = {}
         self._by_seq_id: dict[int, tuple[_Request, _Completion]] = {}
         self._next_seq_id = 0
@@ -114,53 +123,63 @@ class LLMEngine:
     def add_request(
         self,
         request_id: str,
-        prompt: str | Items[int],
+        prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         return_logits: bool = False,
         fork_of: str | None = None,
         arrival_time: float | None = None,
     ) -> RequestOutput:
-        """Takes a request in: a text, or token ids. Raises `RequestError` for one that cannot be served.
+        """Takes a request in. Raises `RequestError`, before anything changes, for one that cannot be served.
 
-        return_logits: its finished output carries the logits of every token of the prompt. fork_of: a request
-        whose tokens so far this prompt begins with; while that runs, they share the blocks of what it has
-        computed of them. arrival_time: when it came, on the engine's clock, if that was before now.
+        All of it is checked and copied here: what the caller does to it afterwards changes nothing.
+
+        prompt: a text, token ids, or either under vLLM's names. sampling_params: None is what the model's
+        `generation_config.json` says, `default_sampling_params`. return_logits: its finished output carries
+        the logits of every token of the prompt. fork_of: a request whose tokens so far this prompt begins
+        with; while that runs, they share the blocks of what it has computed of them, unless log-probabilities
+        or logits of the prompt are wanted, for which all of it is computed. arrival_time: when it came, on
+        the engine's clock, if that was before now.
         The output that is returned is the one that the steps to come will fill.
         """
-        params = sampling_params or SamplingParams()
+        if not isinstance(request_id, str):
+            raise RequestError(f"request_id: found {found(request_id)}, expected a string")
         if request_id in self._requests:
-            raise RequestError(f"request_id: {request_id!r} is in use, expected a new one")
-        if not isinstance(prompt, str | Items | np.ndarray) or isinstance(prompt, bytes | bytearray):
-            raise RequestError(f"prompt: found {prompt!r}, expected a text or a list of token ids")
-        text = prompt if isinstance(prompt, str) else None
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        self._check_token_ids("prompt", token_ids)
-        self._check_token_ids("logit_bias", list(params.logit_bias))
-        self._check_token_ids("stop_token_ids", list(params.stop_token_ids))
-        token_ids = [int(token) for token in token_ids]  # they may have been NumPy's
+            raise RequestError(f"request_id: {found(request_id)} is in use, expected a new one")
+        params = self.default_sampling_params if sampling_params is None else sampling_params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling_params: found {found(params)}, expected a SamplingParams")
+        if fork_of is not None and not isinstance(fork_of, str):
+            raise RequestError(f"fork_of: found {found(fork_of)}, expected the id of a request")
+        wants_logits = flag("return_logits", return_logits)
+        arrival = self.now()
+        if arrival_time is not None:
+            arrival = number("arrival_time", arrival_time, -_LONG_AGO_S, _LONG_AGO_S)
+        text, token_ids = self._read_prompt(prompt)
+        self._check_token_ids("logit_bias", params.bias.ids)
+        self._check_token_ids("stop_token_ids", params.stop_token_ids)
         if params.seed is None:
             params = replace(params, seed=random.getrandbits(63))
         completions = [
-            self._new_completion(index, token_ids, params.of_completion(index), return_logits)
+            self._new_completion(index, token_ids, params.of_completion(index), wants_logits)
             for index in range(params.n)
         ]
-        output = RequestOutput(request_id, text, token_ids, [c.output for c in completions])
+        output = RequestOutput(request_id, text, token_ids, [c.output for c in completions], params)
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None] * len(token_ids)
-        request = _Request(output, completions, self.now() if arrival_time is None else arrival_time)
+        request = _Request(output, completions, arrival)
         sequence, *sequence.forks = (completion.sequence for completion in completions)
         parent = None if fork_of is None else self._requests.get(fork_of)
-        if parent is None:
-            self.scheduler.add(sequence, request.arrival)
+        if parent is None or not sequence.reads_cache:
+            self.scheduler.add(sequence, arrival)
         else:
-            self.scheduler.fork(parent.completions[0].sequence, sequence, request.arrival)
+            self.scheduler.fork(parent.completions[0].sequence, sequence, arrival)
         for completion in completions:
             self._by_seq_id[completion.sequence.seq_id] = (request, completion)
             if self._recorder is not None:
                 self._recorder.added(completion.sequence)
             if self.observer is not None:
                 self.observer.arrived(completion.sequence, request_id, request.arrival)
-        if return_logits:
+        if wants_logits:
             request.logits = np.zeros((len(token_ids), self.spec.vocab_size), np.float32)
         self._requests[request_id] = request
         return output
@@ -288,14 +307,24 @@ class LLMEngine:
             per_token = self._prefill_s / self._prefill_tokens
             self.scheduler.costs = replace(self.scheduler.costs, recompute_token_s=per_token)
 
-    def _check_token_ids(self, name: str, token_ids: list[int]) -> None:
-        for index, token in enumerate(token_ids):
-            if isinstance(token, bool) or not isinstance(token, int | np.integer):
-                raise RequestError(f"{name}: found {token!r} at {index}, expected a token id")
-            if not 0 <= token < self.spec.vocab_size:
-                raise RequestError(
-                    f"{name}: found token id {token} at {index}, expected 0 to {self.spec.vocab_size - 1}"
-                )
+    def _read_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """The prompt's text, where it came with one, and its token ids."""
+        text, token_ids = read_prompt(prompt)
+        if token_ids is None:
+            assert text is not None
+            return text, self.tokenizer.encode(text)
+        self._check_token_ids("prompt", token_ids)
+        return text, token_ids
+
+    def _check_token_ids(self, name: str, token_ids: Items[int]) -> None:
+        vocab_size = self.spec.vocab_size
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+            place, token = next(
+                (i, token) for i, token in enumerate(token_ids) if not 0 <= token < vocab_size
+            )
+            raise RequestError(
+                f"{name}: found token id {found(token)} at {place}, expected 0 to {vocab_size - 1}"
+            )
 
     def _new_completion(
         self, index: int, token_ids: list[int], params: SamplingParams, wants_logits: bool
@@ -310,7 +339,8 @@ class LLMEngine:
         self._next_seq_id += 1
         output = CompletionOutput(index, logprobs=None if params.logprobs is None else [])
         detokenizer = IncrementalDetokenizer(self.tokenizer, skip_special_tokens=params.skip_special_tokens)
-        return _Completion(sequence, output, detokenizer, StopChecker(params))
+        stop = StopChecker(params)
+        return _Completion(sequence, output, detokenizer, stop, params.skip_special_tokens)
 
     def _note_admissions(self, batch: ScheduledBatch) -> None:
         now = self.now()
@@ -364,7 +394,8 @@ class LLMEngine:
         text = completion.detokenizer.append(token_id)
         if sequence.finish_reason is not None:
             text += completion.detokenizer.finish()
-        stop_string = completion.stop.append(text, len(output.token_ids))
+        hidden = self._special_texts.get(token_id, "") if completion.hides_special else ""
+        stop_string = completion.stop.append(text, len(output.token_ids), hidden)
         if stop_string is not None:
             output.stop_reason = stop_string
             self._end(sequence, FinishReason.STOP)

@@ -4,7 +4,7 @@ kernels and loads the weights.
 What can be refused is refused before anything that takes long.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from pagellm.engine.memory import Memory, read_memory
 from pagellm.engine.model_runner import ModelRunner
 from pagellm.engine.models import ModelSpec, read_spec
 from pagellm.engine.progress import say
+from pagellm.engine.sampling_params import SamplingParams
 from pagellm.engine.scheduling.block_manager import BlockManager
 from pagellm.engine.scheduling.scheduler import PreemptionCosts, Scheduler
 from pagellm.engine.step_log import StepLogFile
@@ -31,6 +32,7 @@ class EngineParts:
     """What an engine is made of.
 
     block_bytes: keys and values of one block, in all layers. step_log: None where none was asked for.
+    default_sampling_params: of requests that come without any.
     """
 
     config: CompleteConfig
@@ -40,6 +42,7 @@ class EngineParts:
     runner: ModelRunner
     block_bytes: int
     step_log: StepLogFile | None = None
+    default_sampling_params: SamplingParams = field(default_factory=SamplingParams)
 
 
 def load_engine(model: str, config: EngineConfig | None = None, show_progress: bool = False) -> EngineParts:

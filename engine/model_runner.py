@@ -231,8 +231,8 @@ def _outputs(rows: list[_Row], vocab_size: int) -> Outputs:
             history += sequence.token_ids
         history_start.append(len(history))
         if samples:
-            bias_ids.extend(p.logit_bias)
-            bias_values.extend(p.logit_bias.values())
+            bias_ids += p.bias.ids
+            bias_values += p.bias.values_f32
             if sequence.num_output_tokens < p.min_tokens:  # minus infinity, whatever else is added
                 ends = [t for t in sequence.stop_token_ids if t < vocab_size]
                 bias_ids.extend(ends)

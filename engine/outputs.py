@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from pagellm.engine.sampling_params import SamplingParams
+
 if TYPE_CHECKING:  # the scheduler and the simulator import this module, and do without NumPy
     import numpy as np
     from numpy.typing import NDArray
@@ -67,6 +69,7 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    sampling_params: SamplingParams  # what it was served with, the seed that was drawn included
     prompt_logprobs: list[TokenLogprob | None] | None = None  # the first token has none
     logits: NDArray[np.float32] | None = None  # [prompt tokens, vocab_size] of a finished request that asked
 

@@ -1,21 +1,68 @@
 """How a request's tokens are chosen and when it ends; validated on construction."""
 
 import math
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pagellm.engine.errors import RequestError
+from pagellm.engine.checks import flag, integer, integers, number, text
+from pagellm.engine.errors import RequestError, found
 
 MAX_LOGPROBS = 100
+# Stop strings are looked for with an automaton of a node for each of their characters.
+MAX_STOP_CHARACTERS = 1 << 16
 # Keeps every product and sum of a logit within float32.
 _LARGEST = 1e30
 _PENALTY_RANGE = (1e-3, 1e3)
+_LARGEST_TOKEN_ID = (1 << 31) - 1
+
+
+class LogitBias(Mapping[int, float]):
+    """Token ids and what is added to their logits: checked and copied once, and changed by nobody.
+
+    ids, values_f32: the same as arrays of int32 and float32, in which a step takes them over.
+    """
+
+    __slots__ = ("_bias_of", "ids", "values_f32")
+
+    def __init__(self, biases: Mapping[Any, Any]) -> None:
+        self._bias_of: dict[int, float] = {}
+        for token, bias in biases.items():
+            token_id = integer("logit_bias", token, 0, _LARGEST_TOKEN_ID)
+            if type(bias) is not float or not -_LARGEST <= bias <= _LARGEST:
+                bias = _bias_number(f"logit_bias[{token_id}]", bias)
+            self._bias_of[token_id] = bias
+        self.ids = array("i", self._bias_of)
+        self.values_f32 = array("f", self._bias_of.values())
+
+    def __getitem__(self, token_id: int) -> float:
+        return self._bias_of[token_id]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._bias_of)
+
+    def __len__(self) -> int:
+        return len(self._bias_of)
+
+    def __repr__(self) -> str:
+        return repr(self._bias_of)
+
+    def __copy__(self) -> "LogitBias":
+        return self
+
+    def __deepcopy__(self, memo: object) -> "LogitBias":
+        return self
+
+
+_NO_BIAS = LogitBias({})
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """The parameters of one request; a bad value is a `RequestError` that names it.
+
+    What is given is copied: a list or mapping that is changed afterwards changes nothing here.
 
     Order of application: repetition, frequency and presence penalty, logit_bias, temperature, top_k, top_p
     (over what top_k left), min_p.
@@ -30,7 +77,9 @@ class SamplingParams:
     seed: any integer; without one a request draws its own.
     max_tokens: None is as many as `max_model_len` leaves. min_tokens: before so many, neither an end-of-text
     token nor a stop token or string ends the output.
-    stop: strings that end the output; the text is cut before them unless include_stop_str_in_output.
+    stop: strings that end the output; the text is cut before them unless include_stop_str_in_output. One that
+    contains a whole special token ends it also where special tokens are left out of the text. At most 65,536
+    characters in all.
     stop_token_ids: tokens that end it. ignore_eos: the model's own end-of-text tokens do not.
     logprobs: log-probabilities of each sampled token and so many of the likeliest ones (0: the sampled only),
     the model's own, before penalties and temperature. prompt_logprobs: the same for the prompt's tokens.
@@ -48,7 +97,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: _NO_BIAS)
     seed: int | None = None
     max_tokens: int | None = 16
     min_tokens: int = 0
@@ -65,52 +114,41 @@ class SamplingParams:
     deadline_s: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        for name, nothing in (("stop", ()), ("stop_token_ids", ()), ("logit_bias", {})):
-            if getattr(self, name) is None:  # as clients of other engines say "none"
-                object.__setattr__(self, name, nothing)
-        _integer("n", self.n, 1, 1024)
-        _number("temperature", self.temperature, 0.0, _LARGEST)
-        _integer("top_k", self.top_k, -1, None)
-        if not (_is_number(self.top_p) and 0.0 < self.top_p <= 1.0):
-            raise _error("top_p", self.top_p, "a number above 0 and up to 1")
-        _number("min_p", self.min_p, 0.0, 1.0)
-        _number("repetition_penalty", self.repetition_penalty, *_PENALTY_RANGE)
-        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        if self.seed is not None:
-            _integer("seed", self.seed, None, None)
-        if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, None)
-        _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
+        self._take("n", integer, 1, 1024)
+        self._take("temperature", number, 0.0, _LARGEST)
+        self._take("top_k", integer, -1, None)
+        self._take("top_p", number, 0.0, 1.0)
+        if self.top_p == 0:
+            raise RequestError("top_p: found 0, expected a number above 0 and up to 1")
+        self._take("min_p", number, 0.0, 1.0)
+        self._take("repetition_penalty", number, *_PENALTY_RANGE)
+        self._take("presence_penalty", number, -2.0, 2.0)
+        self._take("frequency_penalty", number, -2.0, 2.0)
+        self._take("seed", integer, None, None, optional=True)
+        self._take("max_tokens", integer, 1, None, optional=True)
+        self._take("min_tokens", integer, 0, self.max_tokens)
         for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+            self._take(name, integer, 0, MAX_LOGPROBS, optional=True)
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
-            if not isinstance(getattr(self, name), bool):
-                raise _error(name, getattr(self, name), "True or False")
+            self._take(name, flag)
         for name in ("cache_salt", "tenant"):
-            if not isinstance(getattr(self, name), str):
-                raise _error(name, getattr(self, name), "a string")
-        _number("priority", self.priority, -_LARGEST, _LARGEST)
-        if self.deadline_s is not None:
-            _number("deadline_s", self.deadline_s, 0.0, _LARGEST)
-        self._check_collections()
+            self._take(name, text)
+        self._take("priority", number, -_LARGEST, _LARGEST)
+        self._take("deadline_s", number, 0.0, _LARGEST, optional=True)
+        for name, check in (("stop", _stops), ("stop_token_ids", _stop_token_ids), ("logit_bias", _bias)):
+            self._take(name, check)
 
-    def _check_collections(self) -> None:
-        if not isinstance(self.stop, Sequence) or not all(isinstance(s, str) and s for s in self.stop):
-            raise _error("stop", self.stop, "a non-empty string or a list of them")
-        if isinstance(self.stop_token_ids, str) or not isinstance(self.stop_token_ids, Sequence):
-            raise _error("stop_token_ids", self.stop_token_ids, "a list of token ids")
-        for token in self.stop_token_ids:
-            _integer("stop_token_ids", token, 0, None)
-        if not isinstance(self.logit_bias, Mapping):
-            raise _error("logit_bias", self.logit_bias, "a mapping of token id to number")
-        for token, bias in self.logit_bias.items():
-            _integer("logit_bias", token, 0, None)
-            if not _is_number(bias) or not (abs(bias) <= _LARGEST or bias == -math.inf):
-                raise _error(f"logit_bias[{token}]", bias, f"a number up to {_LARGEST:g}, or minus infinity")
+    def _take(self, name: str, check: Any, *bounds: Any, optional: bool = False) -> None:
+        """Puts what the check makes of a value in its place."""
+        value = getattr(self, name)
+        if not (optional and value is None):
+            object.__setattr__(self, name, check(name, value, *bounds))
+
+    @property
+    def bias(self) -> LogitBias:
+        """`logit_bias` as what it is kept as."""
+        assert isinstance(self.logit_bias, LogitBias)
+        return self.logit_bias
 
     @property
     def has_penalties(self) -> bool:
@@ -122,22 +160,42 @@ class SamplingParams:
         return replace(self, n=1, seed=None if self.seed is None else self.seed + index)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+# None is how clients of other engines say "none" of the following.
 
 
-def _error(name: str, found: Any, expected: str) -> RequestError:
-    return RequestError(f"{name}: found {found!r}, expected {expected}")
+def _stops(name: str, value: Any) -> tuple[str, ...]:
+    value = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(value, Sequence) or not all(isinstance(stop, str) and stop for stop in value):
+        raise RequestError(f"{name}: found {found(value)}, expected a non-empty string or a list of them")
+    stops = tuple(dict.fromkeys(text(name, stop) for stop in value))
+    num_characters = sum(map(len, stops))
+    if num_characters > MAX_STOP_CHARACTERS:
+        raise RequestError(
+            f"{name}: found {num_characters} characters in all, expected at most {MAX_STOP_CHARACTERS}"
+        )
+    return stops
 
 
-def _number(name: str, value: Any, low: float, high: float) -> None:
-    if not _is_number(value) or not low <= value <= high:
-        raise _error(name, value, f"a number from {low:g} to {high:g}")
+def _stop_token_ids(name: str, value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str | bytes) or not (isinstance(value, Sequence) or hasattr(value, "tolist")):
+        raise RequestError(f"{name}: found {found(value)}, expected a list of token ids")
+    return tuple(integer(name, token_id, 0) for token_id in integers(name, value))
 
 
-def _integer(name: str, value: Any, low: int | None, high: int | None) -> None:
-    fits = isinstance(value, int) and not isinstance(value, bool)
-    if not fits or (low is not None and value < low) or (high is not None and value > high):
-        bounds = " from " * (low is not None) + str("" if low is None else low)
-        bounds += "" if high is None else f" to {high}"
-        raise _error(name, value, f"an integer{bounds}" + (" on" if low is not None and high is None else ""))
+def _bias_number(name: str, value: Any) -> float:
+    bias = number(name, value, -math.inf, _LARGEST)
+    if -math.inf < bias < -_LARGEST:
+        raise RequestError(f"{name}: found {bias!r}, expected {-_LARGEST:g} or more, or minus infinity")
+    return bias
+
+
+def _bias(name: str, value: Any) -> LogitBias:
+    if value is None:
+        return _NO_BIAS
+    if isinstance(value, LogitBias):
+        return value
+    if not isinstance(value, Mapping):
+        raise RequestError(f"{name}: found {found(value)}, expected a mapping of token id to number")
+    return LogitBias(value)

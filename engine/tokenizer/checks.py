@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pagellm.engine.errors import CheckpointError
+from pagellm.engine.errors import CheckpointError, found
+
+__all__ = ["expect", "found", "read_json_object", "read_json_object_if_present"]
 
 T = TypeVar("T")
 
@@ -15,12 +17,6 @@ _JSON_NAMES: dict[type, str] = {
     int: "an integer",
     bool: "true or false",
 }
-
-
-def found(value: object) -> str:
-    """A value as an error message shows it: short, whatever its size."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def expect(value: object, kind: type[T], where: str) -> T:

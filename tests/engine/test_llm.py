@@ -1,6 +1,8 @@
 """The offline API and the engine under it, on a small random model with a tokenizer."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -258,6 +260,128 @@ def test_a_prompt_of_exactly_max_model_len_gives_one_token(llm: LLM) -> None:
     [output] = llm.generate([[1] * max_len], GREEDY)
     assert (len(output.token_ids), output.finish_reason) == (1, FinishReason.LENGTH)
     assert llm.logits([1] * max_len).shape[0] == max_len
+
+
+def test_prompts_in_vllms_forms_are_served(llm: LLM) -> None:
+    expected = llm.generate(["ab", [1, 2, 3]], GREEDY)
+    outputs = llm.generate([{"prompt": "ab"}, {"prompt_token_ids": np.array([1, 2, 3])}], GREEDY)
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
+    assert llm.generate({"prompt": "ab"}, GREEDY)[0].token_ids == expected[0].token_ids
+    assert "".join(llm.stream({"prompt": "ab"}, GREEDY)) == expected[0].text
+
+
+def test_a_text_is_one_prompt_wherever_several_may_be_given(llm: LLM) -> None:
+    [[stream]] = llm.stream_all("abc", GREEDY)
+    assert "".join(stream) == llm.generate("abc", GREEDY)[0].text
+
+
+@pytest.mark.parametrize("prompts", [{"ab"}, (text for text in ["ab"]), 7, None])
+def test_prompts_of_another_kind_are_refused_everywhere(llm: LLM, prompts: Any) -> None:
+    for serve in (llm.generate, llm.stream_all, llm.beam_search):
+        with pytest.raises(RequestError, match="prompts: found"):
+            serve(prompts)
+    with pytest.raises(RequestError, match="prompt: found"):
+        llm.stream(prompts)
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0}, [{"temperature": 0}], "greedy"])
+def test_parameters_of_another_kind_are_refused_everywhere(llm: LLM, params: Any) -> None:
+    for serve in (llm.generate, llm.stream, llm.stream_all):
+        with pytest.raises(RequestError, match="sampling_params: found"):
+            serve("ab", params)
+    with pytest.raises(RequestError, match="sampling_params: found"):
+        llm.engine.add_request("bad", "ab", params)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"arrival_time": "x"}, "arrival_time: found 'x'"),
+        ({"arrival_time": float("nan")}, "arrival_time: found nan"),
+        ({"arrival_time": True}, "arrival_time: found True"),
+        ({"return_logits": 1}, "return_logits: found 1"),
+        ({"fork_of": 1}, "fork_of: found 1"),
+        ({"request_id": []}, r"request_id: found \[\]"),
+        (
+            {"sampling_params": SamplingParams(logit_bias={10**9: 1.0})},
+            "logit_bias: found token id 1000000000",
+        ),
+    ],
+)
+def test_whatever_else_a_request_carries_is_checked_at_the_door(
+    llm: LLM, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        llm.engine.add_request(**{"request_id": "bad", "prompt": "ab"} | arguments)
+
+
+def test_a_request_does_not_follow_what_its_caller_changes_afterwards(llm: LLM) -> None:
+    prompt, stop, stop_token_ids = [1, 2, 3], ["never"], [0]
+    logit_bias = {5: -1.0}
+    params = SamplingParams(
+        temperature=0, max_tokens=8, ignore_eos=True, logit_bias=logit_bias, stop=stop,
+        stop_token_ids=stop_token_ids,
+    )  # fmt: skip
+    [expected] = llm.generate([prompt], params)
+    output = llm.engine.add_request("copied", prompt, params)
+    llm.engine.step()
+    prompt[:] = [9, 9, 9]
+    output.prompt_token_ids.clear()
+    stop.append(expected.text[-2:])
+    stop_token_ids.append(expected.token_ids[2])
+    logit_bias.update({10**9: 1.0, expected.token_ids[3]: -np.inf})
+    while llm.engine.has_unfinished:
+        llm.engine.step()
+    assert output.token_ids == expected.token_ids
+
+
+def test_an_output_says_what_it_was_served_with(llm: LLM) -> None:
+    [output] = llm.generate("ab", SamplingParams(temperature=0.5, max_tokens=4))
+    assert output.sampling_params.temperature == 0.5
+    [again] = llm.generate("ab", output.sampling_params)  # with the seed that was drawn
+    assert again.token_ids == output.token_ids
+    assert llm.generate("ab")[0].sampling_params.max_tokens == SamplingParams().max_tokens
+
+
+@pytest.mark.parametrize("wanted", ["prompt_logprobs", "logits"])
+def test_a_fork_whose_prompts_logits_are_wanted_computes_them(llm: LLM, wanted: str) -> None:
+    prompt, engine = list(range(1, 10)), llm.engine
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=3,
+        ignore_eos=True,
+        prompt_logprobs=2 if wanted == "prompt_logprobs" else None,
+    )
+    alone = engine.add_request("alone", prompt, params, return_logits=wanted == "logits")
+    while engine.has_unfinished:
+        engine.step()
+    engine.add_request("parent", prompt, GREEDY)
+    engine.step()
+    fork = engine.add_request("fork", prompt, params, return_logits=wanted == "logits", fork_of="parent")
+    while engine.has_unfinished:
+        engine.step()
+    assert fork.token_ids == alone.token_ids
+    assert fork.prompt_logprobs == alone.prompt_logprobs
+    if wanted == "logits":
+        assert fork.logits is not None
+        assert alone.logits is not None
+        assert np.array_equal(fork.logits, alone.logits)
+        assert fork.logits.any(axis=1).all()
+
+
+@pytest.mark.parametrize("skip_special_tokens", [True, False])
+def test_a_stop_string_that_is_a_special_token_stops(llm: LLM, skip_special_tokens: bool) -> None:
+    eos = llm.tokenizer.eos_token_ids[0]
+    stop = llm.tokenizer.decode([eos])
+    params = SamplingParams(
+        temperature=0, max_tokens=4, logit_bias={eos: 1e6}, ignore_eos=True, stop=[stop],
+        skip_special_tokens=skip_special_tokens,
+    )  # fmt: skip
+    [output] = llm.generate("ab", params)
+    assert (output.token_ids, output.text, output.finish_reason) == ([eos], "", FinishReason.STOP)
+    assert output.outputs[0].stop_reason == stop
+    [included] = llm.generate("ab", replace(params, include_stop_str_in_output=True))
+    assert included.text == stop
 
 
 def test_a_request_id_in_use_is_refused(llm: LLM) -> None:

@@ -1,8 +1,11 @@
 """Sampling parameters are checked when they are made."""
 
 import math
+import pickle
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pagellm.engine import RequestError, SamplingParams
@@ -49,6 +52,16 @@ from pagellm.engine import RequestError, SamplingParams
         ("prompt_logprobs", 1.0),
         ("ignore_eos", 1),
         ("skip_special_tokens", "no"),
+        ("stop", ["a\ud800"]),
+        ("stop", ["a" * 40_000, "b" * 40_000]),
+        ("cache_salt", "\ud800"),
+        ("tenant", 5),
+        ("temperature", 10**400),
+        ("top_k", [-(10**5000)]),
+        ("stop_token_ids", [10**5000, "x"]),
+        ("logit_bias", {10**5000: 1}),
+        ("n", np.bool_(True)),
+        ("deadline_s", math.nan),
     ],
 )
 def test_a_value_out_of_range_is_an_error_that_names_it(name: str, value: Any) -> None:
@@ -65,3 +78,29 @@ def test_the_edges_of_the_ranges_are_allowed() -> None:
 def test_a_completions_seed_follows_its_index() -> None:
     params = SamplingParams(n=4, seed=2**63, temperature=0.5)
     assert params.of_completion(3) == SamplingParams(n=1, seed=2**63 + 3, temperature=0.5)
+
+
+def test_numbers_of_other_libraries_become_pythons_own() -> None:
+    params = SamplingParams(
+        n=np.int64(2), temperature=np.float32(0.5), seed=np.uint8(3), logit_bias={np.int32(5): np.float16(1)},
+        stop_token_ids=np.array([1, 2]),
+    )  # type: ignore[arg-type] # fmt: skip
+    assert params == SamplingParams(n=2, temperature=0.5, seed=3, logit_bias={5: 1}, stop_token_ids=(1, 2))
+    values = [params.n, params.temperature, params.seed, *params.stop_token_ids, *params.logit_bias]
+    assert list(map(type, values)) == [int, float, int, int, int, int]
+
+
+def test_what_is_given_is_copied() -> None:
+    stop, stop_token_ids, logit_bias = ["a"], [1], {5: 1.0}
+    params = SamplingParams(stop=stop, stop_token_ids=stop_token_ids, logit_bias=logit_bias)
+    stop.append("b")
+    stop_token_ids.append(2)
+    logit_bias[10**9] = 1.0
+    assert (params.stop, params.stop_token_ids, dict(params.logit_bias)) == (("a",), (1,), {5: 1.0})
+    assert params.of_completion(0).logit_bias is params.logit_bias
+
+
+def test_parameters_are_pickled_and_copied_whole() -> None:
+    params = SamplingParams(logit_bias={5: 1.0, 7: -math.inf}, stop=["a"])
+    assert pickle.loads(pickle.dumps(params)) == params
+    assert asdict(params)["logit_bias"] == {5: 1.0, 7: -math.inf}
