@@ -1,8 +1,16 @@
-"""One small file an architecture: a checkpoint's config and tensor names become one `ModelSpec`."""
+"""One small file an architecture: a checkpoint's config and tensor names become one `ModelSpec`.
+
+What a reader obeys is what its format's reference obeys, transformers for a config.json and llama.cpp for a
+GGUF file, with the reference's defaults for absent keys; what could change the arithmetic and is not obeyed
+is refused by name.
+"""
+
+import re
 
 from pagellm.engine.checkpoints import Checkpoint
-from pagellm.engine.errors import CheckpointError
+from pagellm.engine.errors import CheckpointError, found
 from pagellm.engine.models import gpt2, llama
+from pagellm.engine.models.names import names_of
 from pagellm.engine.models.spec import ModelSpec, Source
 
 __all__ = ["ModelSpec", "Source", "read_spec"]
@@ -15,8 +23,11 @@ _HUGGINGFACE = {
 }
 _GGUF = {"gpt2": gpt2.from_gguf, "llama": llama.from_gguf, "qwen2": llama.from_gguf}
 
-# Tensors of published checkpoints that repeat what the configuration says or what another tensor holds.
-_REDUNDANT = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "lm_head.weight", "rope_freqs.weight")
+# Tensors of published checkpoints that repeat the configuration; transformers passes over them, too.
+_REDUNDANT = {
+    "safetensors": re.compile(r".*\.rotary_emb\.inv_freq|(.*\.)?h\.\d+\.attn\.(masked_)?bias"),
+    "gguf": re.compile(r"(?!)"),
+}
 
 
 def read_spec(checkpoint: Checkpoint) -> ModelSpec:
@@ -33,7 +44,7 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
     name = checkpoint.config.get(key)
     if not isinstance(name, str) or name not in readers:
         raise CheckpointError(
-            f"{checkpoint.path}: {key}: found {name!r}, expected an architecture that is supported: "
+            f"{checkpoint.path}: {key}: found {found(name)}, expected an architecture that is supported: "
             f"{', '.join(readers)}"
         )
     spec = readers[name](checkpoint)
@@ -42,17 +53,18 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
 
 
 def _check_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> None:
-    used = set()
+    used = set(spec.repeated)
+    redundant = _REDUNDANT[checkpoint.format]
     for parts in (*spec.layers, spec.rest):
         for sources in parts.values():
             for source in sources:
                 _check_shape(checkpoint, source)
                 used.add(source.tensor)
     for name in checkpoint.tensors:
-        if name not in used and not name.endswith(_REDUNDANT):
+        if name not in used and not redundant.fullmatch(name):
             raise CheckpointError(
-                f"{checkpoint.path}: tensor {name} has no place in architecture {spec.architecture} with "
-                "this configuration"
+                f"{checkpoint.path}: tensor {name:.120} has no place in architecture {spec.architecture} "
+                "with this configuration"
             )
 
 
@@ -60,7 +72,8 @@ def _check_shape(checkpoint: Checkpoint, source: Source) -> None:
     tensor = checkpoint.tensors.get(source.tensor)
     if tensor is None:
         raise CheckpointError(
-            f"{checkpoint.path}: tensor {source.tensor} is missing, expected with shape {source.shape}"
+            f"{checkpoint.path}: tensor {source.tensor} is missing, expected with shape {source.shape}; "
+            f"there are {names_of(checkpoint)}"
         )
     if tensor.shape != source.shape:
         raise CheckpointError(

@@ -1,21 +1,31 @@
-"""Typed access to a checkpoint's configuration: each bad field is one error that names it."""
+"""Typed access to a checkpoint's configuration: each bad field is one error that names it.
 
+A reader asks for every key that it obeys; a key that nobody asked for and that is not known to change nothing
+is refused, because it may stand for arithmetic that would be left out.
+"""
+
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pagellm.engine.errors import CheckpointError
+from pagellm.engine.errors import CheckpointError, found
 
 _REQUIRED = object()
 
 
 class Fields:
-    """The configuration of one checkpoint, its names after `prefix`."""
+    """The configuration of one checkpoint, or one section of it.
+
+    values: without the prefix, which only messages show. A default is for a key that is absent; one that is
+    null has no value, which is an error except where the default is None, too.
+    """
 
     def __init__(self, path: Path, values: Mapping[str, Any], prefix: str = "") -> None:
         self.path = path
         self.values = values
         self.prefix = prefix
+        self._asked: set[str] = set()
 
     def integer(self, name: str, default: Any = _REQUIRED, maximum: int = 1 << 20) -> int:
         """A positive integer; the maximum keeps a hostile file from asking for endless work."""
@@ -23,6 +33,10 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= maximum:
             raise self.error(name, value, f"an integer from 1 to {maximum}")
         return value
+
+    def integer_or_none(self, name: str, default: int | None = None, maximum: int = 1 << 20) -> int | None:
+        """A positive integer, or None where the key is null."""
+        return self.integer(name, default, maximum) if self.get(name, default) is not None else None
 
     def number(self, name: str, default: Any = _REQUIRED) -> float:
         """A positive finite number."""
@@ -46,27 +60,43 @@ class Fields:
         return choices[value]
 
     def section(self, name: str) -> "Fields | None":
-        """A nested object, or None where it is absent or null."""
-        value = self._get(name, None)
-        if value is None:
-            return None
-        if not isinstance(value, Mapping):
+        """A nested object, or None where it is absent, null or empty."""
+        value = self.get(name)
+        if value is not None and not isinstance(value, Mapping):
             raise self.error(name, value, "an object")
-        return Fields(self.path, value, f"{name}.")
+        return Fields(self.path, value, f"{self.prefix}{name}.") if value else None
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A key's value as it is; the default where it is absent."""
+        self._asked.add(name)
+        return self.values.get(name, default)
 
     def has(self, name: str) -> bool:
-        """Whether a field is there and not null."""
-        return self._get(name, None) is not None
+        """Whether a key is there and not null."""
+        return self.get(name) is not None
 
-    def error(self, name: str, found: object, expected: str) -> CheckpointError:
+    def expect(self, name: str, *neutral: Any) -> None:
+        """Refuses a key whose value is none of those that change nothing; null and absent never do."""
+        value = self.get(name)
+        if value is not None and not any(type(value) is type(one) and value == one for one in neutral):
+            raise self.error(name, value, f"{found(neutral[0])}; another value is not supported")
+
+    def refuse_others(self, harmless: re.Pattern[str], reader: str) -> None:
+        """Refuses the first key that was not asked for and is not `harmless`; null says nothing."""
+        for name, value in self.values.items():
+            if name not in self._asked and value is not None and not harmless.fullmatch(name):
+                raise self.error(
+                    name, value, f"no such key: {reader} does not know it, and it may change what is computed"
+                )
+
+    def error(self, name: str, value: object, expected: str) -> CheckpointError:
         """The error for a field's bad value."""
-        return CheckpointError(f"{self.path}: {self.prefix}{name}: found {found!r}, expected {expected}")
+        return CheckpointError(
+            f"{self.path}: {self.prefix}{name[:80]}: found {found(value)}, expected {expected}"
+        )
 
     def _get(self, name: str, default: Any) -> Any:
-        # GGUF spells the prefix out in each key; a nested section has it only in its messages.
-        value = self.values.get(name, self.values.get(self.prefix + name))
-        if value is not None:
-            return value
-        if default is _REQUIRED:
+        value = self.get(name, default)
+        if value is _REQUIRED:
             raise CheckpointError(f"{self.path}: {self.prefix}{name} is missing")
-        return default
+        return value

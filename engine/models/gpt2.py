@@ -4,7 +4,8 @@ GPT-3-shaped configurations are the same architecture at other sizes.
 """
 
 from pagellm.engine.checkpoints import Checkpoint
-from pagellm.engine.models.fields import Fields
+from pagellm.engine.models import gguf_metadata, hub_config
+from pagellm.engine.models.names import count_layers, embedding_and_head, hub_prefixes
 from pagellm.engine.models.spec import ModelSpec, Parts, Source
 
 _ACTIVATIONS = {
@@ -40,62 +41,90 @@ _GGUF = {
 }
 
 
+# Names of other classes that transformers takes for this one's, too.
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
+
 def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
     """Reads a config.json of model_type gpt2."""
-    fields = Fields(checkpoint.path, checkpoint.config)
-    for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        if fields.boolean(name, False):
-            raise fields.error(name, True, "false: this variant is not supported")
-    hidden, heads = fields.integer("n_embd"), fields.integer("n_head")
+    fields = hub_config.read_config(checkpoint)
+    fields.expect("scale_attn_by_inverse_layer_idx", False)
+    for alias, name in _ALIASES.items():
+        if fields.has(alias) and fields.get(alias) != fields.get(name):
+            raise fields.error(alias, fields.get(alias), f"{name} alone, or the same as {name}")
+    hidden, heads = fields.integer("n_embd", 768), fields.integer("n_head", 12)
     if hidden % heads:
         raise fields.error("n_embd", hidden, f"a multiple of n_head, {heads}")
     # Published checkpoints hold the bare decoder; saved from a language model it has a prefix.
-    prefix = "" if "wte.weight" in checkpoint.tensors else "transformer."
-    return _spec(
+    decoder, wrapper = hub_prefixes(checkpoint, "transformer.", "h.0.ln_1.weight")
+    embedding, lm_head, repeated = embedding_and_head(
         checkpoint,
-        prefix=prefix,
+        decoder + _HUGGINGFACE["embedding"],
+        f"{wrapper}lm_head.weight",
+        fields.boolean("tie_word_embeddings", True),
+    )
+    spec = _spec(
+        prefix=decoder,
         names=_HUGGINGFACE,
         transposed=True,
-        num_layers=fields.integer("n_layer", maximum=len(checkpoint.tensors)),
+        num_layers=count_layers(fields, "n_layer", checkpoint, 12),
         hidden=hidden,
         heads=heads,
-        intermediate=fields.integer("n_inner", 4 * hidden),
-        vocab=fields.integer("vocab_size", maximum=1 << 30),
-        max_positions=fields.integer("n_positions", maximum=1 << 30),
+        intermediate=fields.integer_or_none("n_inner") or 4 * hidden,
+        vocab=fields.integer("vocab_size", 50257, maximum=1 << 30),
+        max_positions=fields.integer("n_positions", 1024, maximum=1 << 30),
         epsilon=fields.number("layer_norm_epsilon", 1e-5),
         activation=fields.choice("activation_function", _ACTIVATIONS, "gelu_new"),
         scaled=fields.boolean("scale_attn_weights", True),
-        lm_head="" if fields.boolean("tie_word_embeddings", True) else "lm_head.weight",
+        embedding=embedding,
+        lm_head=lm_head,
+        repeated=repeated,
     )
+    fields.refuse_others(hub_config.HARMLESS, "model_type gpt2")
+    return spec
 
 
 def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
     """Reads the metadata of a GGUF file of architecture gpt2."""
-    fields = Fields(checkpoint.path, checkpoint.config, "gpt2.")
+    fields = gguf_metadata.read_metadata(checkpoint)
     hidden, heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
     if hidden % heads:
         raise fields.error("embedding_length", hidden, f"a multiple of attention.head_count, {heads}")
-    embedding = checkpoint.tensors.get(_GGUF["embedding"])
-    return _spec(
-        checkpoint,
+    for name, expected in (
+        ("attention.head_count_kv", heads),
+        ("attention.key_length", hidden // heads),
+        ("attention.value_length", hidden // heads),
+        ("embedding_length_out", hidden),
+    ):
+        if fields.integer(name, expected) != expected:
+            raise fields.error(name, fields.get(name), str(expected))
+    spec = _spec(
         prefix="",
         names=_GGUF,
         transposed=False,
-        num_layers=fields.integer("block_count", maximum=len(checkpoint.tensors)),
+        num_layers=count_layers(fields, "block_count", checkpoint),
         hidden=hidden,
         heads=heads,
         intermediate=fields.integer("feed_forward_length"),
-        vocab=embedding.shape[0] if embedding is not None else fields.integer("vocab_size", maximum=1 << 30),
+        vocab=gguf_metadata.vocabulary(checkpoint, _GGUF["embedding"]),
         max_positions=fields.integer("context_length", maximum=1 << 30),
         epsilon=fields.number("attention.layer_norm_epsilon"),
         activation="gelu_tanh",
         scaled=True,
-        lm_head="output.weight" if "output.weight" in checkpoint.tensors else "",
+        embedding=_GGUF["embedding"],
+        lm_head="output.weight" if "output.weight" in checkpoint.tensors else None,
+        repeated=(),
     )
+    fields.refuse_others(gguf_metadata.HARMLESS, "architecture gpt2")
+    return spec
 
 
 def _spec(
-    checkpoint: Checkpoint,
     *,
     prefix: str,
     names: dict[str, str],
@@ -109,7 +138,9 @@ def _spec(
     epsilon: float,
     activation: str,
     scaled: bool,
-    lm_head: str,
+    embedding: str,
+    lm_head: str | None,
+    repeated: tuple[str, ...],
 ) -> ModelSpec:
     def linear(name: str, outputs: int, inputs: int) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
         shape = (inputs, outputs) if transposed else (outputs, inputs)
@@ -136,12 +167,12 @@ def _spec(
 
     final_norm, final_norm_b = norm(prefix + names["final_norm"])
     rest = {
-        "embedding": (Source(prefix + names["embedding"], (vocab, hidden)),),
+        "embedding": (Source(embedding, (vocab, hidden)),),
         "position_embedding": (Source(prefix + names["position_embedding"], (max_positions, hidden)),),
         "final_norm": final_norm,
         "final_norm_b": final_norm_b,
     }
-    if lm_head:
+    if lm_head is not None:
         rest["lm_head"] = (Source(lm_head, (vocab, hidden)),)
     return ModelSpec(
         architecture="gpt2",
@@ -160,4 +191,5 @@ def _spec(
         rope_frequencies=None,
         layers=tuple(layer(index) for index in range(num_layers)),
         rest=rest,
+        repeated=repeated,
     )

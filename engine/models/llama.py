@@ -1,109 +1,216 @@
 """The Llama family: RMSNorm, rotary embeddings, SwiGLU, grouped-query attention (Touvron et al. 2023).
 
-Llama, Mistral and Qwen2 differ here only in which projections have a bias.
+Llama, Mistral and Qwen2 differ here in which projections have a bias and in what an absent key means.
 """
 
+import math
+from typing import Any
+
 from pagellm.engine.checkpoints import Checkpoint
-from pagellm.engine.models import rope
+from pagellm.engine.errors import CheckpointError
+from pagellm.engine.models import gguf_metadata, hub_config, rope
 from pagellm.engine.models.fields import Fields
+from pagellm.engine.models.names import count_layers, embedding_and_head, hub_prefixes
 from pagellm.engine.models.spec import ModelSpec, Parts, Source
+
+# What transformers' class of a model_type takes for a key that config.json lacks, where the classes differ.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "vocab_size": 32000,
+        "intermediate_size": 11008,
+        "num_key_value_heads": None,
+        "max_position_embeddings": 2048,
+    },
+    "mistral": {
+        "vocab_size": 32000,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+    },
+    "qwen2": {
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+    },
+}
+_DEFAULT_WINDOW = 4096  # of Mistral and, where use_sliding_window is true, of Qwen2
+_DEFAULT_FIRST_WINDOW_LAYER = 28  # of Qwen2
 
 
 def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
     """Reads a config.json of model_type llama, mistral or qwen2."""
-    fields = Fields(checkpoint.path, checkpoint.config)
-    model_type = fields.values["model_type"]
+    fields = hub_config.read_config(checkpoint)
+    model_type = str(checkpoint.config["model_type"])
+    defaults = _DEFAULTS[model_type]
+
+    def integer(name: str, maximum: int = 1 << 20) -> int:
+        return fields.integer(name, defaults[name], maximum)
+
     fields.choice("hidden_act", {"silu": "silu_gated", "swish": "silu_gated"}, "silu")
-    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    head_dim = fields.integer("head_dim", hidden // heads or None)
-    scaling = fields.section("rope_parameters") or fields.section("rope_scaling")
-    theta = fields.number("rope_theta", 10000.0)
-    if scaling is not None and scaling.has("rope_theta"):
-        theta = scaling.number("rope_theta")
-    rotary_factor = fields.number("partial_rotary_factor", 1.0)
-    if rotary_factor > 1:
-        raise fields.error("partial_rotary_factor", rotary_factor, "a number up to 1")
-    rotary_dim = int(head_dim * rotary_factor)
-    max_positions = fields.integer("max_position_embeddings", 2048, maximum=1 << 30)
-    windowed = model_type == "mistral" or fields.boolean("use_sliding_window", False)
-    if windowed and fields.has("sliding_window"):
-        # Within the window, sliding attention is full attention.
-        max_positions = min(max_positions, fields.integer("sliding_window", maximum=1 << 30))
-    attention_bias = fields.boolean("attention_bias", False)
-    return _spec(
-        checkpoint,
-        architecture=str(model_type),
-        num_layers=fields.integer("num_hidden_layers", maximum=len(checkpoint.tensors)),
+    hidden, heads = fields.integer("hidden_size", 4096), fields.integer("num_attention_heads", 32)
+    head_dim = fields.integer_or_none("head_dim") or hidden // heads
+    num_layers = count_layers(fields, "num_hidden_layers", checkpoint, 32)
+    max_positions = integer("max_position_embeddings", 1 << 30)
+    attention_bias, mlp_bias = _biases(fields, model_type)
+    decoder, wrapper = hub_prefixes(checkpoint, "model.", "layers.0.input_layernorm.weight")
+    names = _HUGGINGFACE | {
+        part: decoder + _HUGGINGFACE[part] for part in ("embedding", "final_norm", "layer")
+    }
+    tied = fields.boolean("tie_word_embeddings", False)
+    embedding, lm_head, repeated = embedding_and_head(
+        checkpoint, names["embedding"], f"{wrapper}lm_head.weight", tied
+    )
+    spec = _spec(
+        architecture=model_type,
+        num_layers=num_layers,
         hidden=hidden,
         heads=heads,
-        kv_heads=fields.integer("num_key_value_heads", heads),
+        kv_heads=fields.integer_or_none("num_key_value_heads", defaults["num_key_value_heads"]) or heads,
         head_dim=head_dim,
-        intermediate=fields.integer("intermediate_size"),
-        vocab=fields.integer("vocab_size", maximum=1 << 30),
+        intermediate=integer("intermediate_size"),
+        vocab=integer("vocab_size", 1 << 30),
         max_positions=max_positions,
+        window=_window(fields, model_type, num_layers),
         epsilon=fields.number("rms_norm_eps", 1e-6),
-        frequencies=rope.scaled(rope.frequencies(rotary_dim, theta), scaling),
-        tied=fields.boolean("tie_word_embeddings", False),
+        frequencies=rope.of_config(fields, head_dim, max_positions),
+        attention_scale=head_dim**-0.5,
         qkv_bias=attention_bias or model_type == "qwen2",
         output_bias=attention_bias,
-        mlp_bias=fields.boolean("mlp_bias", False),
-        names=_HUGGINGFACE,
+        mlp_bias=mlp_bias,
+        names=names | {"embedding": embedding},
+        lm_head=lm_head,
+        repeated=repeated,
         paired=False,
     )
+    fields.refuse_others(hub_config.HARMLESS, f"model_type {model_type}")
+    return spec
+
+
+def _biases(fields: Fields, model_type: str) -> tuple[bool, bool]:
+    """Whether attention, and the feed-forward part, have biases that the configuration decides."""
+    if model_type == "llama":
+        return fields.boolean("attention_bias", False), fields.boolean("mlp_bias", False)
+    # The other classes have the biases that they have: Qwen2 those of Q, K and V, Mistral none.
+    fields.expect("attention_bias", False, *[True] * (model_type == "qwen2"))
+    fields.expect("mlp_bias", False)
+    return False, False
+
+
+def _window(fields: Fields, model_type: str, num_layers: int) -> int | None:
+    """The tokens that a layer with a sliding window sees, or None where all layers see everything.
+
+    Llama's class knows no window, Mistral's has one in all layers, Qwen2's in those that `layer_types` or
+    else `max_window_layers` say.
+    """
+    keys = ("layer_types", "use_sliding_window", "max_window_layers", "sliding_window")
+    types, _, _, window = (fields.get(key) for key in keys)
+    if types is not None:
+        kinds = ("full_attention", "sliding_attention")
+        if not isinstance(types, list) or len(types) != num_layers or any(t not in kinds for t in types):
+            raise fields.error(
+                "layer_types", types, f"a list of {num_layers}, each one of {', '.join(kinds)}"
+            )
+    if model_type == "llama" or ("sliding_window" in fields.values and window is None):
+        return None
+    window = fields.integer("sliding_window", _DEFAULT_WINDOW, maximum=1 << 30)
+    if model_type == "mistral":
+        return window
+    enabled = fields.boolean("use_sliding_window", False)
+    if types is not None:
+        slides = "sliding_attention" in types
+        if slides and not enabled:
+            raise fields.error("layer_types", types, "full_attention alone where use_sliding_window is false")
+    else:
+        first = fields.get("max_window_layers", _DEFAULT_FIRST_WINDOW_LAYER)
+        if type(first) is not int:
+            raise fields.error("max_window_layers", first, "an integer")
+        slides = enabled and first < num_layers
+    return window if slides else None
 
 
 def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
     """Reads the metadata of a GGUF file of architecture llama or qwen2."""
-    architecture = checkpoint.config["general.architecture"]
-    fields = Fields(checkpoint.path, checkpoint.config, f"{architecture}.")
-    if fields.values.get(f"{architecture}.expert_count"):
-        raise fields.error("expert_count", fields.values[f"{architecture}.expert_count"], "no experts")
+    fields = gguf_metadata.read_metadata(checkpoint)
+    architecture = str(checkpoint.config["general.architecture"])
     hidden, heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
-    head_dim = fields.integer("attention.key_length", hidden // heads or None)
-    if fields.integer("attention.value_length", head_dim) != head_dim:
-        raise fields.error("attention.value_length", fields.integer("attention.value_length"), str(head_dim))
-    rotary_dim = fields.integer("rope.dimension_count", head_dim)
-    if rotary_dim > head_dim or (architecture == "llama" and rotary_dim != head_dim):
-        raise fields.error("rope.dimension_count", rotary_dim, f"{head_dim}, the size of a head")
-    frequencies = rope.frequencies(rotary_dim, fields.number("rope.freq_base", 10000.0))
-    if fields.choice("rope.scaling.type", {"none": "none", "linear": "linear"}, "none") == "linear":
-        factor = fields.number("rope.scaling.factor")
-        frequencies = tuple(frequency / factor for frequency in frequencies)
-    if "rope_freqs.weight" in checkpoint.tensors:  # how llama.cpp stores the llama3 scaling
-        tensor = checkpoint.tensors["rope_freqs.weight"]
-        if tensor.shape != (len(frequencies),):
-            raise fields.error("rope_freqs.weight", tensor.shape, f"shape ({len(frequencies)},)")
-        divisors = tensor.rows(0, len(frequencies))
-        frequencies = tuple(f / float(d) for f, d in zip(frequencies, divisors, strict=True))
-    embedding = checkpoint.tensors.get(_GGUF["embedding"])
-    return _spec(
-        checkpoint,
-        architecture=str(architecture),
-        num_layers=fields.integer("block_count", maximum=len(checkpoint.tensors)),
+    head_dim = fields.integer("attention.key_length", hidden // heads)
+    for name, expected in (
+        ("attention.value_length", head_dim),
+        ("rope.dimension_count", head_dim),
+        ("embedding_length_out", hidden),
+    ):
+        if fields.integer(name, expected) != expected:
+            raise fields.error(name, fields.get(name), str(expected))
+    frequencies = rope.frequencies(head_dim, fields.number("rope.freq_base", rope.DEFAULT_THETA))
+    factor = _linear_factor(fields)
+    frequencies = tuple(frequency / factor for frequency in frequencies)
+    if architecture == "llama" and "rope_freqs.weight" in checkpoint.tensors:
+        divisors = _rope_divisors(checkpoint, len(frequencies))
+        frequencies = tuple(f / d for f, d in zip(frequencies, divisors, strict=True))
+    vocab = gguf_metadata.vocabulary(checkpoint, _GGUF["embedding"])
+    lm_head = _GGUF["lm_head"] if _GGUF["lm_head"] in checkpoint.tensors else None
+    # llama.cpp multiplies queries and keys, all of whose dimensions are rotated, by this.
+    rotated_scale = fields.number("rope.scaling.attn_factor", 1.0)
+    spec = _spec(
+        architecture=architecture,
+        num_layers=count_layers(fields, "block_count", checkpoint),
         hidden=hidden,
         heads=heads,
         kv_heads=fields.integer("attention.head_count_kv", heads),
         head_dim=head_dim,
         intermediate=fields.integer("feed_forward_length"),
-        vocab=embedding.shape[0] if embedding is not None else fields.integer("vocab_size", maximum=1 << 30),
+        vocab=vocab,
         max_positions=fields.integer("context_length", maximum=1 << 30),
+        window=fields.integer_or_none("attention.sliding_window", maximum=1 << 30),
         epsilon=fields.number("attention.layer_norm_rms_epsilon"),
         frequencies=frequencies,
-        tied=_GGUF["lm_head"] not in checkpoint.tensors,
+        attention_scale=head_dim**-0.5 * rotated_scale**2,
         qkv_bias="blk.0.attn_q.bias" in checkpoint.tensors,
         output_bias="blk.0.attn_output.bias" in checkpoint.tensors,
         mlp_bias="blk.0.ffn_down.bias" in checkpoint.tensors,
         names=_GGUF,
+        lm_head=lm_head,
+        # Tensors that are read here and not by the loader.
+        repeated=("rope_freqs.weight",) if architecture == "llama" else (),
         # llama.cpp's converter stores Llama's rotary dimensions as neighbouring pairs, Qwen2's it leaves.
         paired=architecture == "llama",
     )
+    fields.refuse_others(gguf_metadata.HARMLESS, f"architecture {architecture}")
+    return spec
+
+
+def _linear_factor(fields: Fields) -> float:
+    """What positions are divided by, by llama.cpp's rules: linear where no type is named; 0 is no scaling."""
+    kind = fields.choice("rope.scaling.type", {"none": "none", "linear": "linear"}, "linear")
+    old, new = fields.get("rope.scale_linear", 0), fields.get("rope.scaling.factor")
+    name, value = ("rope.scale_linear", old) if new is None else ("rope.scaling.factor", new)
+    if kind == "none" or (isinstance(value, int | float) and value == 0):
+        return 1.0
+    return fields.number(name)
+
+
+def _rope_divisors(checkpoint: Checkpoint, size: int) -> list[float]:
+    """What llama.cpp's converter makes of the llama3 scaling: a divisor for each frequency."""
+    tensor = checkpoint.tensors["rope_freqs.weight"]
+    if tensor.shape != (size,):
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor rope_freqs.weight has shape {tensor.shape}, expected ({size},)"
+        )
+    divisors: list[float] = tensor.rows(0, size).tolist()
+    for index, divisor in enumerate(divisors):
+        if not 0 < divisor < math.inf:
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor rope_freqs.weight: found {divisor} at {index}, expected a number "
+                "above zero"
+            )
+    return divisors
 
 
 _HUGGINGFACE = {
-    "embedding": "model.embed_tokens.weight",
-    "final_norm": "model.norm.weight",
-    "lm_head": "lm_head.weight",
-    "layer": "model.layers.{}.",
+    "embedding": "embed_tokens.weight",
+    "final_norm": "norm.weight",
+    "layer": "layers.{}.",
     "attention_norm": "input_layernorm",
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
@@ -132,7 +239,6 @@ _GGUF = {
 
 
 def _spec(
-    checkpoint: Checkpoint,
     *,
     architecture: str,
     num_layers: int,
@@ -145,7 +251,10 @@ def _spec(
     max_positions: int,
     epsilon: float,
     frequencies: tuple[float, ...],
-    tied: bool,
+    window: int | None,
+    attention_scale: float,
+    lm_head: str | None,
+    repeated: tuple[str, ...],
     qkv_bias: bool,
     output_bias: bool,
     mlp_bias: bool,
@@ -189,8 +298,8 @@ def _spec(
         "embedding": (Source(names["embedding"], (vocab, hidden)),),
         "final_norm": (Source(names["final_norm"], (hidden,)),),
     }
-    if not tied:
-        rest["lm_head"] = (Source(names["lm_head"], (vocab, hidden)),)
+    if lm_head is not None:
+        rest["lm_head"] = (Source(lm_head, (vocab, hidden)),)
     return ModelSpec(
         architecture=architecture,
         num_layers=num_layers,
@@ -200,12 +309,14 @@ def _spec(
         head_dim=head_dim,
         intermediate_size=intermediate,
         vocab_size=vocab,
-        max_positions=max_positions,
+        max_positions=max_positions if window is None else min(max_positions, window),
+        sliding_window=window,
         layer_norm=False,
         norm_epsilon=epsilon,
         activation="silu_gated",
-        attention_scale=head_dim**-0.5,
+        attention_scale=attention_scale,
         rope_frequencies=frequencies,
         layers=tuple(layer(index) for index in range(num_layers)),
         rest=rest,
+        repeated=repeated,
     )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pagellm.engine.errors import CheckpointError
+from pagellm.engine.models import rope
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class ModelSpec:
     rotated pair of dimensions, scaling included, or None where positions are learned. Parts of a layer:
     attention_norm, qkv, output, mlp_norm, up (the gate before it where gated), down; of the rest: embedding,
     position_embedding, final_norm, lm_head (absent where tied to the embedding); each with a bias "_b" except
-    the embeddings.
+    the embeddings. sliding_window: tokens that attention sees in some layers; up to so many it is full
+    attention, and max_positions is no more. repeated: tensors whose values another one has, or the other
+    fields have.
     """
 
     architecture: str
@@ -57,6 +60,8 @@ class ModelSpec:
     rope_frequencies: tuple[float, ...] | None
     layers: tuple[Parts, ...] = field(repr=False)
     rest: Parts = field(repr=False)
+    sliding_window: int | None = None
+    repeated: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -64,6 +69,7 @@ class ModelSpec:
                 f"{self.architecture}: {self.num_heads} attention heads cannot share {self.num_kv_heads} KV "
                 "heads; expected a multiple"
             )
+        rope.check(self.rope_frequencies or (), self.architecture)
         rotary_dim = 2 * len(self.rope_frequencies or ())
         if rotary_dim > self.head_dim:
             raise CheckpointError(

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pagellm.engine import CheckpointError
-from pagellm.engine.checkpoints import Checkpoint, open_checkpoint
+from pagellm.engine.checkpoints import Checkpoint, Tensor, open_checkpoint
 from pagellm.engine.models import ModelSpec, gpt2, read_spec
 from tests.conftest import MODELS
 
@@ -56,7 +57,9 @@ def test_gpt2s_published_sizes_are_configurations_alone(
 ) -> None:
     config = {"model_type": "gpt2", "n_layer": layers, "n_embd": hidden, "n_head": heads}
     config |= {"n_positions": positions, "vocab_size": 50257}
-    tensors = dict.fromkeys(range(12 * layers + 4))  # only their number matters before shapes are checked
+    tensors = dict.fromkeys(
+        map(str, range(12 * layers + 4))
+    )  # only their number matters before shapes are checked
     checkpoint = SimpleNamespace(path=Path("gpt2"), format="safetensors", config=config, tensors=tensors)
     spec = gpt2.from_huggingface(cast(Checkpoint, checkpoint))
     assert num_parameters(spec) == parameters
@@ -80,8 +83,7 @@ def test_gpt2s_published_sizes_are_configurations_alone(
         ("llama_mha", setting(rope_parameters={"rope_type": "yarn", "factor": 4}), "rope_type: found 'yarn'"),
         ("llama_rope_linear", setting(rope_scaling={"type": "linear"}), "factor is missing"),
         ("llama_mha", setting(tie_word_embeddings="yes"), "tie_word_embeddings: found 'yes'"),
-        ("llama_mha", setting(partial_rotary_factor=10000.0), "partial_rotary_factor: found 10000.0"),
-        ("llama_mha", setting(partial_rotary_factor=0.01), "found 0 dimensions, expected an even number"),
+        ("llama_mha", setting(head_dim=7), "found 7 dimensions, expected an even number"),
         ("llama_mha", setting(rms_norm_eps=10**400), "rms_norm_eps: found 1000"),
         ("llama_mha", setting(model_type=["llama"]), r"model_type: found \['llama'\]"),
         ("gpt2", setting(n_head=7), "n_embd: found .*a multiple of n_head, 7"),
@@ -125,6 +127,265 @@ def test_sliding_window_attention_is_served_within_its_window(tmp_path: Path) ->
     assert edited(tmp_path / "none", "mistral", setting(sliding_window=None)).max_positions > 20
 
 
+def test_a_mistral_without_a_window_has_its_class_s_and_null_means_none(tmp_path: Path) -> None:
+    def without_window(config: dict[str, Any], _tensors: dict[str, Any]) -> None:
+        config["max_position_embeddings"] = 9999
+        del config["sliding_window"]
+
+    assert edited(tmp_path, "mistral", without_window).max_positions == 4096
+    spec = edited(tmp_path / "null", "mistral", setting(max_position_embeddings=9999, sliding_window=None))
+    assert spec.max_positions == 9999
+    assert spec.sliding_window is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "max_positions"),
+    [
+        ({"layer_types": ["full_attention"] * 2}, 64),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, 20),
+        ({"max_window_layers": 2}, 64),  # from that layer on
+        ({"max_window_layers": 1}, 20),
+        ({"sliding_window": None, "max_window_layers": 0}, 64),
+        ({"use_sliding_window": False, "max_window_layers": 0}, 64),
+    ],
+)
+def test_qwen2_s_window_counts_where_a_layer_uses_it(
+    tmp_path: Path, changes: dict[str, Any], max_positions: int
+) -> None:
+    def edit(config: dict[str, Any], _tensors: dict[str, Any]) -> None:
+        config.pop("layer_types", None)
+        config.update({"use_sliding_window": True, "sliding_window": 20} | changes)
+
+    assert edited(tmp_path, "qwen2", edit).max_positions == max_positions
+
+
+def test_llama_s_class_knows_no_window(tmp_path: Path) -> None:
+    spec = edited(tmp_path, "llama_mha", setting(sliding_window=8, use_sliding_window=True))
+    assert spec.max_positions == 64
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"embedding_multiplier": 12.0}, r"embedding_multiplier: found 12\.0, expected no such key"),
+        ({"logit_scale": 0.0625}, "logit_scale: found"),
+        ({"is_causal": False}, "is_causal: found False, expected True"),
+        ({"rope_interleaved": True}, "rope_interleaved: found True"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads: found"),
+        ({"layer_types": ["chunked_attention"] * 2}, "layer_types: found"),
+        ({"layer_types": ["full_attention"]}, "layer_types: found"),
+        ({"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+         r"rope_parameters\.rope_theta: found 500000\.0, expected 10000\.0, as rope_scaling has it"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_scaling": {"type": "default"}},
+         r"rope_parameters\.rope_type: found 'linear', expected 'default', as rope_scaling"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0}, "partial_rotary_factor": 0.5},
+         "partial_rotary_factor: found 0.5"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "stretch": 3}}, r"rope_scaling\.stretch"),
+        ({"rope_parameters": {"rope_theta": 1e-9}}, "theta 1e-09, expected a number from 1"),
+        ({"rope_scaling": {"type": "linear", "factor": 1e-9}}, "radians a position"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config: found 'gptq'"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "found 'bitsandbytes'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "found 'fp8', expected weights in float32"),
+        ({"quantization_config": {"quant_method": "awq"}}, "found 'awq'"),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "found 'compressed-tensors'"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, r"quantization: found \{"),
+        ({"rms_norm_eps": None}, "rms_norm_eps: found None"),
+    ],
+)  # fmt: skip
+def test_what_could_change_the_arithmetic_is_obeyed_or_refused_by_name(
+    tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        edited(tmp_path, "llama_mha", setting(**keys))
+
+
+# Keys as files on the hub have them, of several years of transformers.
+OLD_KEYS: dict[str, Any] = {
+    "_name_or_path": "a/b", "_attn_implementation_autoset": True, "transformers_version": "4.31.0",
+    "torch_dtype": "bfloat16", "auto_map": {"AutoModel": "x.Y"}, "use_cache": True, "pad_token_id": -1,
+    "attention_dropout": 0.1, "initializer_range": 0.02, "gradient_checkpointing": False,
+    "max_length": 4096, "temperature": 0.7, "top_p": 0.9, "do_sample": True, "num_beams": 1,
+    "id2label": {"0": "A"}, "label2id": {"A": 0}, "task_specific_params": None, "tokenizer_class": "X",
+    "is_decoder": False, "is_encoder_decoder": False, "pruned_heads": {}, "tie_encoder_decoder": False,
+    "cross_attention_hidden_size": None, "chunk_size_feed_forward": 0, "return_dict": True,
+    "torchscript": False, "output_attentions": False, "unsloth_fixed": True, "bad_words_ids": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("llama_mha", {"pretraining_tp": 1, "max_sequence_length": 2048}),
+        ("llama_mha", {"pretraining_tp": 2, "is_llama_config": True, "rope_interleaved": False}),
+        ("llama_mha", {"transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}}),
+        ("qwen2", {"use_mrope": False, "max_window_layers": 21, "use_sliding_window": False}),
+        ("mistral", {"rope_theta": 10000.0, "attention_bias": False}),
+        ("gpt2", {"n_ctx": 64, "summary_type": "cls_index", "summary_first_dropout": 0.1, "attn_pdrop": 0.1}),
+        ("gpt2", {"reorder_and_upcast_attn": False, "scale_attn_by_inverse_layer_idx": False}),
+        ("gpt2", {"hidden_size": 32, "num_attention_heads": 4}),
+    ],
+)  # fmt: skip
+def test_keys_that_change_nothing_are_let_by(tmp_path: Path, name: str, keys: dict[str, Any]) -> None:
+    expected = read_spec(open_checkpoint(MODELS / name))
+    assert edited(tmp_path, name, setting(**OLD_KEYS | keys)) == expected
+
+
+def test_another_class_s_name_of_a_key_must_agree(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="hidden_size: found 64, expected n_embd alone"):
+        edited(tmp_path, "gpt2", setting(hidden_size=64))
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "module._orig_mod."])
+@pytest.mark.parametrize("name", ["llama_mha", "llama_base_model", "gpt2_untied"])
+def test_a_wrapper_s_prefix_changes_nothing(tmp_path: Path, name: str, wrapper: str) -> None:
+    def wrap(_config: dict[str, Any], tensors: dict[str, Any]) -> None:
+        for tensor in list(tensors):
+            tensors[wrapper + tensor] = tensors.pop(tensor)
+
+    plain = read_spec(open_checkpoint(MODELS / name))
+    wrapped = edited(tmp_path, name, wrap)
+    assert num_parameters(wrapped) == num_parameters(plain)
+    assert all(s.tensor.startswith(wrapper) for sources in wrapped.rest.values() for s in sources)
+
+
+def test_names_of_another_kind_are_listed(tmp_path: Path) -> None:
+    def rename(_config: dict[str, Any], tensors: dict[str, Any]) -> None:
+        for tensor in list(tensors):
+            tensors[f"net.{tensor}"] = tensors.pop(tensor)
+
+    with pytest.raises(CheckpointError, match=r"weight is missing, expected .*; there are 21 \('net\."):
+        edited(tmp_path, "llama_mha", rename)
+
+
+def test_an_equal_head_beside_a_tied_embedding_is_the_embedding(tmp_path: Path) -> None:
+    def repeat(_config: dict[str, Any], tensors: dict[str, Any]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+
+    def change(_config: dict[str, Any], tensors: dict[str, Any]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+        tensors["lm_head.weight"][-1, -1] += 1
+
+    assert edited(tmp_path, "llama_gqa", repeat).tied
+    assert not edited(tmp_path / "other", "llama_gqa", change).tied
+
+
+def test_too_few_tensors_for_the_layers_are_listed(tmp_path: Path) -> None:
+    def keep_one(_config: dict[str, Any], tensors: dict[str, Any]) -> None:
+        for name in list(tensors)[1:]:
+            del tensors[name]
+
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers: found 2, expected tensors .* only 1 \('"):
+        edited(tmp_path, "llama_mha", keep_one)
+
+
 def test_tied_output_is_the_embedding() -> None:
     assert read_spec(open_checkpoint(MODELS / "gpt2")).tied
     assert not read_spec(open_checkpoint(MODELS / "gpt2_untied")).tied
+
+
+# GGUF
+
+
+def with_metadata(name: str, changes: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> ModelSpec:
+    """The spec of a GGUF fixture with some keys under its architecture's prefix changed."""
+    with open_checkpoint(MODELS / name / "model.gguf") as checkpoint:
+        prefix = f"{checkpoint.config['general.architecture']}."
+        config = checkpoint.config | {prefix + key: value for key, value in changes.items()}
+        tensors = dict(checkpoint.tensors) if tensors is None else tensors
+        return read_spec(replace(checkpoint, config=config, tensors=tensors))
+
+
+@pytest.mark.parametrize(
+    ("changes", "divisor"),
+    [
+        ({}, 1.0),
+        ({"rope.scaling.factor": 4.0}, 4.0),  # llama.cpp takes linear where no type is named
+        ({"rope.scale_linear": 4.0}, 4.0),
+        ({"rope.scaling.type": "linear", "rope.scale_linear": 4.0}, 4.0),
+        ({"rope.scaling.factor": 2.0, "rope.scale_linear": 4.0}, 2.0),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, 1.0),
+        ({"rope.scaling.factor": 0.0}, 1.0),
+        ({"rope.scaling.finetuned": True, "rope.scaling.original_context_length": 64}, 1.0),
+    ],
+)
+def test_linear_scaling_of_a_gguf_file_by_llama_cpp_s_rules(changes: dict[str, Any], divisor: float) -> None:
+    plain = with_metadata("gguf_llama_f32", {}).rope_frequencies
+    assert plain is not None
+    scaled = with_metadata("gguf_llama_f32", changes).rope_frequencies
+    assert scaled == tuple(frequency / divisor for frequency in plain)
+
+
+def test_a_gguf_file_s_attention_factor_scales_queries_and_keys() -> None:
+    plain = with_metadata("gguf_llama_f32", {}).attention_scale
+    assert with_metadata("gguf_llama_f32", {"rope.scaling.attn_factor": 0.5}).attention_scale == plain / 4
+
+
+@pytest.mark.parametrize("name", ["gguf_llama_f32", "gguf_qwen2", "gguf_gpt2"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention.causal": True, "expert_count": 0, "expert_used_count": 0},
+        {"vocab_size": 32, "tensor_data_layout": "Meta AI original pth", "pooling_type": 3},
+    ],
+)
+def test_keys_of_a_gguf_file_that_change_nothing_are_let_by(name: str, changes: dict[str, Any]) -> None:
+    assert with_metadata(name, changes) == with_metadata(name, {})
+
+
+@pytest.mark.parametrize("name", ["gguf_llama_f32", "gguf_qwen2", "gguf_gpt2"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention.causal": False}, r"attention\.causal: found False, expected True"),
+        ({"attention.scale": 0.5}, r"attention\.scale: found 0\.5, expected no such key"),
+        ({"logit_scale": 0.5}, "logit_scale: found"),
+        ({"expert_count": 8}, "expert_count: found 8, expected 0"),
+        ({"expert_count": np.zeros(3, np.uint32)}, r"expert_count: found array"),
+        ({"block_count": np.full(3, 2, np.uint32)}, r"block_count: found array.*, expected an integer"),
+        ({"attention.head_count": np.full(2, 4, np.uint32)}, r"head_count: found array"),
+        ({"block_count": 1000}, "block_count: found 1000, expected tensors for so many layers"),
+        ({"nextn_predict_layers": 1}, "nextn_predict_layers: found 1"),
+    ],
+)
+def test_what_could_change_a_gguf_file_s_arithmetic_is_refused_by_name(
+    name: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        with_metadata(name, changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope.scaling.type": "yarn"}, r"rope\.scaling\.type: found 'yarn', expected one of none, linear"),
+        ({"rope.scaling.factor": np.ones(2, np.float32)}, r"rope\.scaling\.factor: found array"),
+        ({"rope.scaling.factor": -1.0}, r"rope\.scaling\.factor: found -1\.0"),
+        ({"rope.scaling.yarn_ext_factor": 1.0}, "yarn_ext_factor: found"),
+        ({"rope.dimension_count": 4}, r"rope\.dimension_count: found 4, expected 6"),
+        ({"rope.freq_base": 0.25}, "theta 0.25, expected a number from 1"),
+    ],
+)
+def test_rotary_settings_of_a_gguf_file_are_obeyed_or_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        with_metadata("gguf_llama_f32", changes)
+
+
+def test_a_gguf_file_of_a_vocabulary_alone_is_named_so() -> None:
+    with pytest.raises(CheckpointError, match="metadata alone \\(a vocabulary\\)"):
+        with_metadata("gguf_llama_f32", {}, tensors={})
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_a_divisor_of_rotary_frequencies_is_a_positive_number(tmp_path: Path, value: float) -> None:
+    source = MODELS / "gguf_llama_rope_freqs" / "model.gguf"
+    with open_checkpoint(source) as checkpoint:
+        offset = checkpoint.tensors["rope_freqs.weight"].offset
+    content = bytearray(source.read_bytes())
+    content[offset + 4 : offset + 8] = np.float32(value).tobytes()
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content)
+    with (
+        open_checkpoint(path) as checkpoint,
+        pytest.raises(CheckpointError, match=r"rope_freqs\.weight: found .* at 1, expected a number above"),
+    ):
+        read_spec(checkpoint)
