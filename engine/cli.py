@@ -2,18 +2,19 @@
 
 import argparse
 import json
-import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pagellm.engine.config import DEFAULT_MODEL, PREEMPTIONS, QUANTIZATIONS, EngineConfig
 from pagellm.engine.errors import RequestError
 from pagellm.engine.outputs import RequestOutput
+from pagellm.engine.progress import say
 from pagellm.engine.sampling_params import SamplingParams
 from pagellm.engine.scheduling.policies import POLICIES
+from pagellm.engine.user_policy import import_policy
 
 if TYPE_CHECKING:
     from pagellm.engine.llm import LLM
@@ -132,9 +133,9 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were given, by the names of `EngineConfig`."""
-    sys.path.insert(0, os.getcwd())  # where a policy named as module:Class is looked for
+    """The settings that were given, by the names of `EngineConfig`. Raises `ConfigError`."""
     given = {name: getattr(options, name, None) for name in EngineConfig.__dataclass_fields__}
+    import_policy(given["policy"])
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -174,7 +175,22 @@ def _generate(options: argparse.Namespace) -> None:
 def _prompt_from_stdin() -> list[str]:
     if sys.stdin is None or sys.stdin.isatty():
         raise RequestError("PROMPT: found none, expected one as an argument or on standard input")
-    return [sys.stdin.read()]
+    return [_from_stdin(sys.stdin.read)]
+
+
+def _from_stdin(read: Callable[[], str]) -> str:
+    """What is read there. Raises `RequestError` for what cannot be read, and `EOFError` as `read` does."""
+    try:
+        return read()
+    except UnicodeDecodeError as error:
+        found = error.object[error.start : error.start + 1]
+        raise RequestError(
+            f"standard input: found the byte {found!r} at {error.start}, expected text as {error.encoding}"
+        ) from None
+    except OSError as error:
+        if error.filename is not None:  # the output's, to which a question was written
+            raise
+        raise RequestError(f"standard input: {error.strerror}") from None
 
 
 def _print_in_order(llm: "LLM", texts: list[str], prompts: list[Any], params: SamplingParams) -> None:
@@ -204,12 +220,14 @@ def _chat(options: argparse.Namespace) -> None:
     """Talk with the model: one message a line, Ctrl-C stops an answer, Ctrl-D ends; with --json, one JSON
     object an answer."""
     params = _sampling_params(options)
+    if sys.stdin is None:
+        raise RequestError("standard input: found it closed, expected messages, one a line")
     llm = _llm(options)
     messages = [{"role": "system", "content": options.system}] if options.system else []
     interactive = sys.stdin.isatty() and not options.json
     while True:
         try:
-            line = input("> " if interactive else "")
+            line = _from_stdin(lambda: input("> " if interactive else ""))
         except EOFError:
             break
         if not line.strip():
@@ -221,7 +239,7 @@ def _chat(options: argparse.Namespace) -> None:
             messages.pop()
             if not interactive:
                 raise
-            print(f"pagellm: {error}", file=sys.stderr)
+            say(str(error))
             continue
         messages.append({"role": "assistant", "content": answer})
 

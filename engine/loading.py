@@ -57,7 +57,9 @@ def load_engine(model: str, config: EngineConfig | None = None, show_progress: b
         asked = config or EngineConfig()
         formats = formats_of(checkpoint, spec, asked.quantization)
         token_bytes = kv_bytes_per_token(spec, formats)
-        complete = size_cache(asked, spec.max_positions, token_bytes, read_memory(), show_progress)
+        memory = read_memory()
+        complete = size_cache(asked, spec.max_positions, token_bytes, memory)
+        block_bytes = token_bytes * complete.block_size
         block_manager = BlockManager(
             complete.num_blocks,
             complete.block_size,
@@ -66,22 +68,20 @@ def load_engine(model: str, config: EngineConfig | None = None, show_progress: b
         )
         scheduler = Scheduler(complete, block_manager)
         step_log = None if complete.step_log is None else StepLogFile(complete.step_log)
+        if show_progress and asked.num_blocks is None:
+            say(_size_chosen(complete, block_bytes, memory))
         compile_kernels(show_progress)
         weights = load_weights(checkpoint, spec, formats, complete.max_model_len, show_progress)
     runner = ModelRunner(architecture_of(spec), weights, complete)
     scheduler.costs = PreemptionCosts(swap_block_s=runner.measure_swap_s())
-    return EngineParts(
-        complete, spec, tokenizer, scheduler, runner, token_bytes * complete.block_size, step_log
-    )
+    return EngineParts(complete, spec, tokenizer, scheduler, runner, block_bytes, step_log)
 
 
-def size_cache(
-    config: EngineConfig, context: int, token_bytes: int, memory: Memory, show: bool = False
-) -> CompleteConfig:
+def size_cache(config: EngineConfig, context: int, token_bytes: int, memory: Memory) -> CompleteConfig:
     """The settings with what the user left open filled in for a model and the memory that there is.
 
-    context: tokens that the model can take. token_bytes: keys and values of one token, in all layers. show:
-    say what was found and chosen. Raises `ConfigError` for what the model or the memory cannot hold.
+    context: tokens that the model can take. token_bytes: keys and values of one token, in all layers. Raises
+    `ConfigError` for what the model or the memory cannot hold.
     """
     if config.max_model_len is not None and config.max_model_len > context:
         raise ConfigError(
@@ -93,12 +93,6 @@ def size_cache(
     useful = config.max_num_seqs * -(-(config.max_model_len or context) // config.block_size)
     complete = config.complete(min(affordable, useful), context)
     num_blocks, total = complete.num_blocks, memory.total
-    if show and config.num_blocks is None:
-        why = "as many as max_num_seqs can use" if useful <= affordable else "a quarter of what is available"
-        say(
-            f"KV cache: {num_blocks} blocks of {config.block_size} tokens, "
-            f"{_gigabytes(num_blocks * block_bytes)}: {why}, {_gigabytes(memory.available)} {memory.source}"
-        )
     if num_blocks * block_bytes > total:
         raise ConfigError(
             f"num_blocks: found {num_blocks} of block_size {config.block_size}, {block_bytes} bytes each, "
@@ -117,8 +111,13 @@ def size_cache(
     return complete
 
 
-def _gigabytes(number: int) -> str:
-    return f"{number / 1e9:.2f} GB"
+def _size_chosen(config: CompleteConfig, block_bytes: int, memory: Memory) -> str:
+    share = config.num_blocks * block_bytes / memory.available if memory.available else 1.0
+    return (
+        f"KV cache: {config.num_blocks} blocks of {config.block_size} tokens, "
+        f"{config.num_blocks * block_bytes / 1e9:.2f} GB, {share:.1%} of the {memory.available / 1e9:.2f} GB "
+        f"available {memory.source}"
+    )
 
 
 def _load_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> Tokenizer:

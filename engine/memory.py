@@ -1,4 +1,4 @@
-"""How much memory this process may still take, by the system's own account and every limit that is set for it.
+"""How much memory this process may still take: by the system's account, and by every limit that is set.
 
 Pages that only hold what files hold count as available: the system gives them away before it runs out.
 """
@@ -28,18 +28,25 @@ class Memory:
 
 @dataclass(frozen=True)
 class _Files:
-    """What a control group's files are called. `reclaimable`: fields of its memory.stat."""
+    """Where control groups are, and what their files are called. `reclaimable`: fields of memory.stat."""
 
+    mounts: tuple[str, ...]
     limits: tuple[str, ...]
     usage: str
     reclaimable: tuple[str, ...]
 
 
 _V1 = _Files(
-    ("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
+    mounts=("sys/fs/cgroup/memory",),
+    limits=("memory.limit_in_bytes",),
+    usage="memory.usage_in_bytes",
+    reclaimable=("total_inactive_file", "total_active_file"),
 )
 _V2 = _Files(
-    ("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file", "slab_reclaimable")
+    mounts=("sys/fs/cgroup", "sys/fs/cgroup/unified"),
+    limits=("memory.max", "memory.high"),
+    usage="memory.current",
+    reclaimable=("inactive_file", "active_file", "slab_reclaimable"),
 )
 
 
@@ -65,7 +72,7 @@ def _of_system(root: Path) -> Memory:
     if available is None:  # before Linux 3.14
         available = sum(fields.get(name, 0) for name in ("MemFree", "Buffers", "Cached"))
         available -= fields.get("Shmem", 0)
-    return Memory(1024 * available, 1024 * fields["MemTotal"], "of the system")
+    return Memory(1024 * available, 1024 * fields["MemTotal"], "in the system")
 
 
 def _of_groups(root: Path) -> Iterator[Memory]:
@@ -73,15 +80,12 @@ def _of_groups(root: Path) -> Iterator[Memory]:
     for line in _text(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if number == "0" and not controllers:
-            mounts, files = ("sys/fs/cgroup", "sys/fs/cgroup/unified"), _V2
-        elif "memory" in controllers.split(","):
-            mounts, files = ("sys/fs/cgroup/memory",), _V1
-        else:
+        files = _V2 if number == "0" else _V1
+        if files is _V1 and "memory" not in controllers.split(","):
             continue
         # In a container the path may be the host's, of which the container sees a part, or one with "..".
         parts = [part for part in PurePosixPath(path).parts if part not in ("/", "..")]
-        for mount in mounts:
+        for mount in files.mounts:
             for depth in range(len(parts), -1, -1):
                 yield from _of_group(root, PurePosixPath(mount, *parts[:depth]), files)
 
@@ -94,11 +98,10 @@ def _of_group(root: Path, group: PurePosixPath, files: _Files) -> Iterator[Memor
     fields = _fields(directory / "memory.stat")
     used -= sum(fields.get(name, 0) for name in files.reclaimable)
     for name in files.limits:
-        limit = _number(directory / name)
-        if limit is not None:
+        if (limit := _number(directory / name)) is not None:
             yield Memory(limit - max(0, used), limit, f"within the {limit} bytes of /{group / name}")
-    limit = fields.get("hierarchical_memory_limit")  # may be that of a group which is out of sight
-    if limit is not None:
+    # It may be that of a group which is out of sight.
+    if (limit := fields.get("hierarchical_memory_limit")) is not None:
         yield Memory(limit - max(0, used), limit, f"within the {limit} bytes of a group around /{group}")
 
 
@@ -106,10 +109,10 @@ def _of_process(root: Path) -> Iterator[Memory]:
     if resource is None:
         return
     fields = _fields(root / "proc/self/status")
-    for kind, field in (("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")):
+    for kind, size in (("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")):
         limit, _ = resource.getrlimit(getattr(resource, kind))
         if limit != resource.RLIM_INFINITY:
-            used = 1024 * fields.get(field, 0)
+            used = 1024 * fields.get(size, 0)
             yield Memory(limit - used, limit, f"within the {limit} bytes of {kind}")
 
 

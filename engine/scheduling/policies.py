@@ -170,9 +170,14 @@ def load_policy(name: str) -> SchedulingPolicy:
     module_name, _, class_name = name.partition(":")
     if not class_name:
         raise ConfigError(f"policy: found {name!r}, expected {', '.join(POLICIES)} or module:Class")
+    if "/" in module_name or "\\" in module_name or module_name.endswith(".py"):
+        raise ConfigError(
+            f"policy: found {name!r}, expected module:Class with the module's name as in an import: "
+            f"my.policy:{class_name} for my/policy.py"
+        )
     try:
         policy = getattr(import_module(module_name), class_name)()
-    except Exception as error:  # the user's module may raise anything
+    except (Exception, SystemExit) as error:  # the user's module may raise anything
         raise ConfigError(f"policy: {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
     if not isinstance(policy, SchedulingPolicy):
         raise ConfigError(f"policy: found {name!r}, expected a subclass of pagellm.SchedulingPolicy")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pagellm.engine.errors import ConfigError, PagellmError
+from pagellm.engine.user_policy import import_policy
 from pagellm.sim.commands.trace import add_trace_input
 from pagellm.sim.costs.cost_model import MAX_PROFILE_ERROR
 from pagellm.sim.sweep.file import Point
@@ -61,12 +62,14 @@ def add_accept_profile_error(parser: "argparse._ActionsContainer") -> None:
 
 def _sweep(options: argparse.Namespace) -> None:
     """Replay a trace with every combination of some settings, or search the highest load of each."""
-    sys.path.insert(0, os.getcwd())  # where a policy named as module:Class is looked for
+    grid = Grid.parse(options.grid)
+    for policy in grid.axes.get("policy", ()):
+        import_policy(policy)
     progress = _Progress()
     sweep = Sweep(
         TraceFile(options.trace, options.limit, options.format, options.skip_bad, options.sort),
         CostSource(options.profile, None if options.roofline is None else parse_roofline(options.roofline)),
-        Grid.parse(options.grid),
+        grid,
         None if options.slo is None else Slo.parse(options.slo),
         None if options.output is None else Path(options.output),
         options.jobs,

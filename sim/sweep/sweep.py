@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 from pagellm.engine.config import usable_cores
 from pagellm.engine.errors import ConfigError, PagellmError
+from pagellm.engine.user_policy import import_policy
 from pagellm.sim.costs.cost_model import CostModel
 from pagellm.sim.sweep.capacity import Bracket, search
 from pagellm.sim.sweep.file import Identity, Point, ResultsFile
@@ -298,6 +299,7 @@ def _replay(trace: TraceFile, costs: CostSource, settings: dict[str, Any]) -> Po
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # extrapolation is counted
+            import_policy(settings.get("policy"))
             replayer = simulator(settings, _load_costs(costs), trace.skip_bad)
             report = replayer.replay(_load_trace(trace))
     except PagellmError as error:

@@ -1,0 +1,76 @@
+"""One command: the engine's and the simulator's in one parser, and errors as lines for people.
+
+Standard output carries results alone; progress and errors go to standard error. Exit status 0, 2 with one
+line for bad input, 130 after Ctrl-C.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from pagellm import __version__
+from pagellm.engine import cli
+from pagellm.engine.errors import PagellmError
+from pagellm.engine.progress import say
+from pagellm.streams import STANDARD_OUTPUT, discard_output
+
+# Characters of an error; what is longer repeats some input.
+_LONGEST = 1000
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command; returns the exit status. Raises `SystemExit` for what argparse answers itself."""
+    if sys.stdout is None:
+        return _refuse("standard output: found it closed, expected it open, at least to /dev/null")
+    try:
+        try:
+            options = _parser(arguments).parse_args(arguments)
+            command: Callable[[argparse.Namespace], None] = options.command
+            command(options)
+            return 0
+        except PagellmError as error:
+            return _refuse(str(error))
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            return 130
+        except MemoryError as error:
+            return _refuse(f"out of memory: {error}" if str(error) else "out of memory")
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        is_output = error.filename == STANDARD_OUTPUT
+        if is_output:
+            discard_output()
+            if isinstance(error, BrokenPipeError):  # the reader has gone (`pagellm ... | head`)
+                return 0
+        place = "" if error.filename is None else f"{error.filename}: "
+        return _refuse(f"{place}{error.strerror or error}")
+
+
+def _refuse(message: str) -> int:
+    """Says what is wrong in one line of bounded length; returns the exit status."""
+    line = " ".join(message.split())
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    say(line)
+    return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        command = self.prog.partition(" ")[2]
+        sys.exit(_refuse(f"{command}: {message}" if command else message))
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser; the simulator is imported only where the command is none of the engine's."""
+    parser = _Parser(prog="pagellm", description="Serve small language models on CPUs.")
+    parser.add_argument("--version", action="version", version=f"pagellm {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    cli.add_commands(commands)
+    if not (arguments and arguments[0] in commands.choices):
+        from pagellm.sim.commands import add_commands
+
+        add_commands(commands)
+    return parser
