@@ -9,7 +9,6 @@ the whitespace beside them. It knows nothing of what happens to the stretches.
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import regex
 
@@ -43,37 +42,26 @@ class AddedVocabulary:
     def __init__(self, tokens: Iterable[AddedToken], normalize: Callable[[str], str] = str) -> None:
         self.tokens = tuple(tokens)
         self._normalize = normalize
+        raw: dict[str, AddedToken] = {}
+        normalized: dict[str, AddedToken] = {}
+        # Where two contents are normalised to one, a special token goes first.
+        for token in sorted(self.tokens, key=lambda token: not token.special):
+            if token.normalized:
+                normalized.setdefault(normalize(token.content), token)
+            else:
+                raw[token.content] = token
+        self._raw, self._normalized = _Finder(raw), _Finder(normalized)
 
     def split(self, text: str, *, parse_special: bool) -> Iterator[str | AddedToken]:
         """The text's added tokens and the (normalised) stretches between them, in order.
 
         With `parse_special` false, special tokens are text like any other.
         """
-        raw, normalized = self._finders if parse_special else self._finders_without_special
-        for piece in raw.split(text):
+        for piece in self._raw.split(text, parse_special):
             if isinstance(piece, AddedToken):
                 yield piece
             else:
-                yield from normalized.split(self._normalize(piece))
-
-    @cached_property
-    def _finders(self) -> tuple["_Finder", "_Finder"]:
-        return self._make_finders(self.tokens)
-
-    @cached_property
-    def _finders_without_special(self) -> tuple["_Finder", "_Finder"]:
-        return self._make_finders([token for token in self.tokens if not token.special])
-
-    def _make_finders(self, tokens: Iterable[AddedToken]) -> tuple["_Finder", "_Finder"]:
-        """One finder for the raw text and one for the normalised text."""
-        raw: dict[str, AddedToken] = {}
-        normalized: dict[str, AddedToken] = {}
-        for token in tokens:
-            if token.normalized:
-                normalized[self._normalize(token.content)] = token
-            else:
-                raw[token.content] = token
-        return _Finder(raw), _Finder(normalized)
+                yield from self._normalized.split(self._normalize(piece), parse_special)
 
 
 class _Finder:
@@ -81,28 +69,56 @@ class _Finder:
 
     def __init__(self, token_of: dict[str, AddedToken]) -> None:
         self._token_of = token_of
-        # The standard library's `re` skips by the alternatives' common prefix ("<|"); `regex` does not.
-        longest_first = sorted(token_of, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first))) if token_of else None
+        lengths: dict[str, set[int]] = {}
+        for content in token_of:
+            lengths.setdefault(content[0], set()).add(len(content))
+        self._lengths_of_first = {first: sorted(found, reverse=True) for first, found in lengths.items()}
+        self._first = re.compile(f"[{re.escape(''.join(lengths))}]") if lengths else None
 
-    def split(self, text: str) -> Iterator[str | AddedToken]:
+    def split(self, text: str, parse_special: bool) -> Iterator[str | AddedToken]:
         done = 0
-        for match in self._pattern.finditer(text) if self._pattern else ():
-            token = self._token_of[match.group()]
-            start, stop = match.span()
-            if start < done or (token.single_word and _touches_a_word(text, start, stop)):
+        # Where the last run of whitespace that was looked through ends.
+        space_stop = 0
+        for start, content in self._matches(text):
+            token = self._token_of[content]
+            stop = start + len(content)
+            if token.special and not parse_special:
                 continue
+            if token.single_word and _touches_a_word(text, start, stop):
+                continue
+            # A token of whitespace that the one before has swallowed (`rstrip`) is there all the same, unless
+            # it takes whitespace on its left too: then nothing is left of it.
             if token.lstrip:
                 start = done + len(text[done:start].rstrip(_WHITESPACE))
             if token.rstrip:
-                while stop < len(text) and text[stop] in _WHITESPACE:
-                    stop += 1
+                if space_stop < stop:
+                    space_stop = stop
+                    while space_stop < len(text) and text[space_stop] in _WHITESPACE:
+                        space_stop += 1
+                stop = space_stop if text[stop : stop + 1] in _WHITESPACE else stop
             if done < start:
                 yield text[done:start]
-            yield token
+            if start < stop:
+                yield token
             done = stop
         if done < len(text):
             yield text[done:]
+
+    def _matches(self, text: str) -> Iterator[tuple[int, str]]:
+        """Each match's start and content; none begins before the end of the one before it."""
+        if self._first is None:
+            return
+        done = 0
+        for candidate in self._first.finditer(text):
+            start = candidate.start()
+            if start < done:
+                continue
+            for length in self._lengths_of_first[text[start]]:
+                content = text[start : start + length]
+                if content in self._token_of:
+                    yield start, content
+                    done = start + len(content)
+                    break
 
 
 def _touches_a_word(text: str, start: int, stop: int) -> bool:

@@ -5,7 +5,7 @@ Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units" (
 """
 
 from collections.abc import Mapping, Sequence
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from itertools import pairwise
 
 from pagellm.engine.errors import CheckpointError
@@ -13,6 +13,7 @@ from pagellm.engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
 from pagellm.engine.tokenizer.checks import found
 
 _NO_MERGE = -1
+_MERGED_AWAY = -1
 
 
 class Bpe:
@@ -20,11 +21,10 @@ class Bpe:
 
     `merges` are written "left right" in the byte-level alphabet, best first. A byte that has no entry in
     `vocab` (some vocabularies leave out bytes that their training text never had) becomes `unk_token`, or is
-    dropped where there is
-    none: what the reference implementations do.
+    dropped where there is none: what the reference implementations do.
 
     Raises:
-        CheckpointError: a merge is not a pair, or makes a token that `vocab` lacks.
+        CheckpointError: a merge is not a pair of tokens of `vocab`, or makes a token that `vocab` lacks.
     """
 
     def __init__(
@@ -36,17 +36,10 @@ class Bpe:
         unk_token: str | None = None,
     ) -> None:
         self._vocab = vocab
-        self._ranks = dict(zip(merges, range(len(merges)), strict=True))
+        self._merges = MergeTable(vocab, merges)
         self._ignore_merges = ignore_merges
-        self._symbol_of_byte = [char if char in vocab else unk_token or "" for char in CHAR_OF_BYTE]
-        self._drops_bytes = "" in self._symbol_of_byte
-        for index, merge in enumerate(merges):
-            left, _, right = merge.partition(" ")
-            if left + right not in vocab or not left or not right:
-                raise CheckpointError(
-                    f"merges[{index}]: found {found(merge)}, expected two tokens with a space between that"
-                    " join to a token of the vocabulary"
-                )
+        symbols = [char if char in vocab else unk_token for char in CHAR_OF_BYTE]
+        self._id_of_byte = [None if symbol is None else vocab[symbol] for symbol in symbols]
 
     def encode_word(self, word: str) -> tuple[int, ...]:
         """The ids of one word.
@@ -57,52 +50,91 @@ class Bpe:
         Raises:
             UnicodeEncodeError: the word has a lone surrogate, which no UTF-8 can express.
         """
-        symbols = [self._symbol_of_byte[byte] for byte in word.encode("utf-8")]
-        if self._drops_bytes:
-            symbols = [symbol for symbol in symbols if symbol]
+        data = word.encode("utf-8")
         if self._ignore_merges:
-            whole = self._vocab.get("".join(symbols))
+            whole = self._vocab.get("".join([CHAR_OF_BYTE[byte] for byte in data]))
             if whole is not None:
                 return (whole,)
-        return tuple([self._vocab[symbol] for symbol in merge_symbols(symbols, self._ranks)])
+        ids = [id_ for byte in data if (id_ := self._id_of_byte[byte]) is not None]
+        return tuple(self._merges.apply(ids))
 
 
-def merge_symbols(symbols: list[str], ranks: Mapping[str, int]) -> list[str]:
-    """Merges adjacent symbols until no pair has a rank: lowest rank first, and of equals the leftmost.
+class MergeTable:
+    """The merges as numbers: a pair of ids is one integer, `left * stride + right`."""
 
-    A heap of (rank, position) over a doubly linked list: O(n log n), so that a word of a million letters is
-    no attack. An entry of the heap whose pair has changed since is recognised by `rank_at` and skipped.
-    """
-    size = len(symbols)
-    rank_of = ranks.get
-    rank_at = [rank_of(f"{left} {right}", _NO_MERGE) for left, right in pairwise(symbols)]
-    rank_at.append(_NO_MERGE)
-    # One integer an entry, because integers compare faster than tuples.
-    heap = [rank * size + position for position, rank in enumerate(rank_at) if rank != _NO_MERGE]
-    if not heap:
-        return symbols
-    heapify(heap)
-    symbols = symbols.copy()
-    next_of = list(range(1, size + 1))
-    previous_of = list(range(-1, size - 1))
+    def __init__(self, vocab: Mapping[str, int], merges: Sequence[str]) -> None:
+        self._stride = max(vocab.values(), default=0) + 1
+        self._rank_of_pair: dict[int, int] = {}
+        self._merged: list[int] = []
+        for rank, merge in enumerate(merges):
+            left, _, right = merge.partition(" ")
+            try:
+                self._rank_of_pair[vocab[left] * self._stride + vocab[right]] = rank
+                self._merged.append(vocab[left + right])
+            except KeyError:
+                raise CheckpointError(
+                    f"merges[{rank}]: found {found(merge)}, expected two tokens of the vocabulary with a"
+                    " space between that join to a token of the vocabulary"
+                ) from None
 
-    while heap:
-        rank, left = divmod(heappop(heap), size)
-        if rank_at[left] != rank:
-            continue
-        right = next_of[left]
-        merged = symbols[left] + symbols[right]
-        symbols[left], symbols[right] = merged, ""
-        rank_at[left] = rank_at[right] = _NO_MERGE
-        after = next_of[left] = next_of[right]
-        if after < size:
-            previous_of[after] = left
-            rank = rank_at[left] = rank_of(f"{merged} {symbols[after]}", _NO_MERGE)
+    def apply(self, ids: list[int]) -> list[int]:
+        """Merges adjacent ids until no pair has a rank: lowest rank first, and of equals the leftmost.
+
+        A heap of the ranks that are there, and for each rank its positions, sorted when its turn comes:
+        O(n log n), so that a word of a million letters is no attack. A position whose pair has changed since
+        is recognised by `rank_at` and skipped.
+        """
+        stride, rank_of = self._stride, self._rank_of_pair.get
+        rank_at = [rank_of(left * stride + right, _NO_MERGE) for left, right in pairwise(ids)]
+        positions_of: dict[int, list[int]] = {}
+        for position, rank in enumerate(rank_at):
             if rank != _NO_MERGE:
-                heappush(heap, rank * size + left)
-        before = previous_of[left]
-        if before >= 0:
-            rank = rank_at[before] = rank_of(f"{symbols[before]} {merged}", _NO_MERGE)
-            if rank != _NO_MERGE:
-                heappush(heap, rank * size + before)
-    return [symbol for symbol in symbols if symbol]
+                positions_of.setdefault(rank, []).append(position)
+        ranks = sorted(positions_of)
+        size = len(ids)
+        rank_at.append(_NO_MERGE)
+        ids = ids.copy()
+        next_of = list(range(1, size + 1))
+        previous_of = list(range(-1, size - 1))
+        # Ranks that had to give way to a lower one that their own merge made: their positions are a heap.
+        # A merge never makes its own pair again, so that all other lists are whole when their turn comes.
+        resumed: set[int] = set()
+
+        while ranks:
+            rank = ranks[0]
+            positions = positions_of[rank]
+            is_heap = rank in resumed
+            if not is_heap:
+                positions.sort(reverse=True)
+            merged = self._merged[rank]
+            while positions and ranks[0] == rank:
+                left = heappop(positions) if is_heap else positions.pop()
+                if rank_at[left] != rank:
+                    continue
+                right = next_of[left]
+                ids[left], ids[right] = merged, _MERGED_AWAY
+                rank_at[left] = rank_at[right] = _NO_MERGE
+                after = next_of[left] = next_of[right]
+                if after < size:
+                    previous_of[after] = left
+                    new_rank = rank_at[left] = rank_of(merged * stride + ids[after], _NO_MERGE)
+                    if new_rank in positions_of:
+                        (heappush if new_rank in resumed else list.append)(positions_of[new_rank], left)
+                    elif new_rank != _NO_MERGE:
+                        positions_of[new_rank] = [left]
+                        heappush(ranks, new_rank)
+                before = previous_of[left]
+                if before >= 0:
+                    new_rank = rank_at[before] = rank_of(ids[before] * stride + merged, _NO_MERGE)
+                    if new_rank in positions_of:
+                        (heappush if new_rank in resumed else list.append)(positions_of[new_rank], before)
+                    elif new_rank != _NO_MERGE:
+                        positions_of[new_rank] = [before]
+                        heappush(ranks, new_rank)
+            if ranks[0] == rank:
+                del positions_of[heappop(ranks)]
+                resumed.discard(rank)
+            elif not is_heap:
+                positions.reverse()
+                resumed.add(rank)
+        return [id_ for id_ in ids if id_ != _MERGED_AWAY]

@@ -6,10 +6,9 @@ readers' business.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import chain
-from operator import index
 from typing import Any
-from unicodedata import normalize
 
 from pagellm.engine.errors import CheckpointError, RequestError
 from pagellm.engine.tokenizer.added_tokens import AddedVocabulary
@@ -17,6 +16,7 @@ from pagellm.engine.tokenizer.bpe import Bpe
 from pagellm.engine.tokenizer.byte_alphabet import token_to_bytes
 from pagellm.engine.tokenizer.chat_template import ChatTemplate
 from pagellm.engine.tokenizer.checks import found
+from pagellm.engine.tokenizer.normalization import to_nfc
 from pagellm.engine.tokenizer.spec import TokenizerSpec
 
 
@@ -42,12 +42,12 @@ class Tokenizer:
 
     def __init__(self, spec: TokenizerSpec) -> None:
         self._bpe = Bpe(spec.vocab, spec.merges, ignore_merges=spec.ignore_merges, unk_token=spec.unk_token)
-        self._added = AddedVocabulary(spec.added_tokens, _to_nfc if spec.normalize_nfc else str)
+        self._added = AddedVocabulary(spec.added_tokens, to_nfc if spec.normalize_nfc else str)
         self._pretokenizer = spec.pretokenizer
         self._words = _WordCache(self._bpe)
-        self._token_of_id = {token_id: token for token, token_id in spec.vocab.items()}
-        self._added_bytes = {token.id: token.content.encode("utf-8") for token in spec.added_tokens}
-        self.vocab_size = max(chain(self._token_of_id, self._added_bytes), default=-1) + 1
+        self._vocab = spec.vocab
+        added_ids = [token.id for token in spec.added_tokens]
+        self.vocab_size = max(chain(spec.vocab.values(), added_ids), default=-1) + 1
         self.model_vocab_size = max(self.vocab_size, spec.model_vocab_size or 0)
         self.special_ids = frozenset(token.id for token in spec.added_tokens if token.special)
         self.bos_token_id = self._known(spec.bos_token_id, "bos_token_id")
@@ -110,10 +110,15 @@ class Tokenizer:
         Raises:
             RequestError: an id outside `0 .. model_vocab_size - 1`.
         """
-        skipped = self.special_ids if skip_special_tokens else frozenset()
-        # Looked up before it is compared: what is no id is refused, not skipped.
-        pieces = [data for id_ in ids if (data := self.token_bytes(id_)) and id_ not in skipped]
-        return b"".join(pieces).decode("utf-8", "replace")
+        ids = list(ids)
+        table = self._bytes_without_special if skip_special_tokens else self._bytes_of_id
+        try:
+            if ids and min(ids) >= 0:
+                return b"".join(map(table.__getitem__, ids)).decode("utf-8", "replace")
+        except (IndexError, TypeError):
+            pass
+        # Empty, or one that is no id: that one is named.
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for: often a part of a character only.
@@ -122,15 +127,30 @@ class Tokenizer:
             RequestError: an id outside `0 .. model_vocab_size - 1`.
         """
         try:
-            id_ = index(token_id)
-        except TypeError:
-            id_ = -1
-        if not 0 <= id_ < self.model_vocab_size:
-            raise RequestError(
-                f"token id: found {found(token_id)}, expected one from 0 to {self.model_vocab_size - 1}"
-            )
-        added = self._added_bytes.get(id_)
-        return added if added is not None else token_to_bytes(self._token_of_id.get(id_, ""))
+            if token_id >= 0:
+                return self._bytes_of_id[token_id]
+        except (IndexError, TypeError):
+            pass
+        raise RequestError(
+            f"token id: found {found(token_id)}, expected one from 0 to {self.model_vocab_size - 1}"
+        )
+
+    @cached_property
+    def _bytes_of_id(self) -> list[bytes]:
+        """The bytes of every id that the model can produce."""
+        table = [b""] * self.model_vocab_size
+        for token, token_id in self._vocab.items():
+            table[token_id] = token_to_bytes(token)
+        for added in self._added.tokens:
+            table[added.id] = added.content.encode("utf-8")
+        return table
+
+    @cached_property
+    def _bytes_without_special(self) -> list[bytes]:
+        table = self._bytes_of_id.copy()
+        for token_id in self.special_ids:
+            table[token_id] = b""
+        return table
 
     def apply_chat_template(
         self,
@@ -202,7 +222,3 @@ class _WordCache(dict[str, tuple[int, ...]]):
                 self.clear()
             self[word] = ids
         return ids
-
-
-def _to_nfc(text: str) -> str:
-    return normalize("NFC", text)
