@@ -7,8 +7,9 @@ if __name__ != "pagellm.sim":
 
 if TYPE_CHECKING:
     from pagellm.sim.costs.cost_model import CostModel
-    from pagellm.sim.report.metrics import MetricsCollector, Report
-    from pagellm.sim.report.report import compare, load_report, to_html
+    from pagellm.sim.report.metrics import MetricsCollector
+    from pagellm.sim.report.report import compare, to_html
+    from pagellm.sim.report.schema import Report, load_report
     from pagellm.sim.simulator import Simulator
     from pagellm.sim.sweep.grid import Grid, Slo
     from pagellm.sim.sweep.sweep import CostSource, Sweep, SweepResult, TraceFile
@@ -23,7 +24,7 @@ _MODULES = {
     "Grid": "sweep.grid",
     "MetricsCollector": "report.metrics",
     "PromptTokens": "traces.prompt_tokens",
-    "Report": "report.metrics",
+    "Report": "report.schema",
     "Simulator": "simulator",
     "Slo": "sweep.grid",
     "Sweep": "sweep.sweep",
@@ -33,7 +34,7 @@ _MODULES = {
     "TraceRequest": "traces.request",
     "Workload": "traces.synth",
     "compare": "report.report",
-    "load_report": "report.report",
+    "load_report": "report.schema",
     "synthesise": "traces.synth",
     "to_html": "report.report",
 }

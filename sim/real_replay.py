@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from pagellm.engine.errors import RequestError, TraceError
 from pagellm.engine.outputs import FinishReason
 from pagellm.engine.sampling_params import SamplingParams
-from pagellm.sim.report.metrics import MetricsCollector, Report
+from pagellm.sim.report.metrics import MetricsCollector
+from pagellm.sim.report.schema import Report
 from pagellm.sim.traces.prompt_tokens import PromptTokens
 from pagellm.sim.traces.request import TraceRequest
 from pagellm.sim.traces.trace import Trace

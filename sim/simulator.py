@@ -8,7 +8,7 @@ the step's tokens after as long as the cost model says. Nothing here knows weigh
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import KW_ONLY, asdict, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from enum import IntEnum
 from heapq import heapify, heappop, heappush, heappushpop
 from itertools import islice
@@ -23,7 +23,8 @@ from pagellm.engine.scheduling.scheduler import ScheduledBatch, Scheduler
 from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
 from pagellm.engine.step_log import StepLogFile, StepRecorder
 from pagellm.sim.costs.cost_model import CostModel
-from pagellm.sim.report.metrics import MetricsCollector, Report
+from pagellm.sim.report.metrics import MetricsCollector
+from pagellm.sim.report.schema import Report
 from pagellm.sim.router import ROUTERS, Router
 from pagellm.sim.traces.prompt_tokens import PromptTokens
 from pagellm.sim.traces.request import MAX_LEN, TraceRequest
@@ -141,7 +142,7 @@ class Simulator:
             kind="simulated",
             model=self.cost_model.name,
             extrapolated=self.cost_model.extrapolated,
-            profile_error=None if self.cost_model.error is None else asdict(self.cost_model.error),
+            profile_error=self.cost_model.error,
             config=self.config,
             load={
                 "mode": "open" if self.clients is None else "closed",

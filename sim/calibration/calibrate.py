@@ -27,6 +27,7 @@ from pagellm.engine.scheduling.block_manager import TransferKind
 from pagellm.sim.calibration.staged_steps import Stage, StepShape
 from pagellm.sim.calibration.step_times import StepTimes
 from pagellm.sim.costs.profile import FORMAT, VERSION, ProfileCostModel
+from pagellm.sim.quantiles import quantiles
 
 if TYPE_CHECKING:
     from pagellm.engine.llm_engine import LLMEngine
@@ -301,7 +302,7 @@ def _fit(stage: Stage, model: ProfileCostModel, time_left: Callable[[], bool]) -
         "num_steps": len(errors),
         "mean_signed_error": fmean(errors),
         "mean_error": fmean(absolute),
-        "p90_error": absolute[int(0.9 * (len(absolute) - 1))],
+        "p90_error": quantiles(absolute, [0.9])[0],
     }
 
 

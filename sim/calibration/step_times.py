@@ -11,6 +11,7 @@ from math import fsum
 from statistics import fmean, median
 
 from pagellm.sim.calibration.staged_steps import StepShape
+from pagellm.sim.quantiles import quantiles
 
 _UNDISTURBED_SHARE = 0.25  # of the times of a shape: so many are expected to be as the machine has them
 _WINDOW = 15  # steps whose median slowness says whether the machine was disturbed
@@ -72,8 +73,7 @@ def _undisturbed(steps: list[tuple[StepShape, float]]) -> list[tuple[StepShape, 
     Prompts wait for its arithmetic, decodes for its memory, and what slows one may leave the other alone.
     """
     fast = {
-        shape: sorted(times)[int(_UNDISTURBED_SHARE * len(times))]
-        for shape, times in _by_shape(steps).items()
+        shape: quantiles(sorted(times), [_UNDISTURBED_SHARE])[0] for shape, times in _by_shape(steps).items()
     }
     calm = []
     for has_chunks in (True, False):

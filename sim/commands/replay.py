@@ -16,9 +16,10 @@ from pagellm.sim.commands.sweep import add_accept_profile_error, parse_roofline
 from pagellm.sim.commands.trace import PROGRESS_INTERVAL_S, add_trace_input, list_skipped, load_trace
 from pagellm.sim.costs.cost_model import CostModel
 from pagellm.sim.costs.profile import ProfileCostModel
-from pagellm.sim.report.metrics import SLO_NAMES, Report
+from pagellm.sim.report.metrics import SLO_NAMES
 from pagellm.sim.report.perfetto import from_step_log
 from pagellm.sim.report.report import compare, compare_json, load_report, to_html, to_text
+from pagellm.sim.report.schema import Report
 from pagellm.sim.router import ROUTERS
 from pagellm.sim.simulator import Simulator
 from pagellm.sim.sweep.sweep import CostSource
@@ -102,8 +103,8 @@ def _replay(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Non
     if options.output:
         report.to_json(options.output)
     if options.report:
-        to_html([report.data], options.report)
-    print(report.to_json() if options.json else to_text(report.data))
+        report.to_html(options.report)
+    print(report.to_json() if options.json else to_text(report))
 
 
 def _compare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

@@ -9,10 +9,10 @@ import os
 import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
 
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError, ProfileError
@@ -26,17 +26,19 @@ _context = attrgetter("num_computed_tokens")
 MAX_PROFILE_ERROR = 0.25
 
 
-@dataclass(frozen=True)
-class StepTimeError:
-    """How far step times were from steps that were measured to check them, as shares of what was measured.
+# A number that may be negative.
+Signed = Annotated[float, "signed"]
 
-    mean: of the absolute error; p90: nine of ten steps were within it. mean_signed: below 0 where steps took
-    longer than was predicted. num_steps: as many were measured.
+
+class StepTimeError(TypedDict):
+    """How far a profile's step times were from steps that were measured to check them, relative to these.
+
+    mean, p90: of the absolute error. mean_signed: negative where steps took longer than was predicted.
     """
 
     mean: float
     p90: float
-    mean_signed: float
+    mean_signed: Signed
     num_steps: int
 
 
@@ -113,8 +115,8 @@ class CostModel(ABC):
         """Raises `ConfigError` for times that were far from what was measured, unless that is accepted."""
         if type(accept) is not bool:
             raise ConfigError(f"accept_profile_error: found {accept!r}, expected True or False")
-        if self.error is not None and self.error.mean > MAX_PROFILE_ERROR and not accept:
-            found = f"a mean error of {self.error.mean:.0%} in the step times of {self.name}"
+        if self.error is not None and self.error["mean"] > MAX_PROFILE_ERROR and not accept:
+            found = f"a mean error of {self.error['mean']:.0%} in the step times of {self.name}"
             raise ConfigError(
                 f"profile: found {found}, expected at most {MAX_PROFILE_ERROR:.0%}: calibrate again when the "
                 "machine is idle, or accept it with accept_profile_error (--accept-profile-error)"

@@ -284,7 +284,12 @@ def _error_of(profile: dict[str, Any], place: str) -> StepTimeError | None:
     if type(signed) not in (int, float) or not abs(signed) < 1e300:
         raise bad_field(place, "fit.mean_signed_error", signed, "a finite number")
     _check_positive(place, "fit.num_steps", fit.get("num_steps"))
-    return StepTimeError(fit["mean_error"], fit["p90_error"], signed, fit["num_steps"])
+    return {
+        "mean": fit["mean_error"],
+        "p90": fit["p90_error"],
+        "mean_signed": signed,
+        "num_steps": fit["num_steps"],
+    }
 
 
 def _axis(place: str, field: str, values: Any) -> list[float]:

@@ -10,49 +10,30 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from pagellm.engine.config import EngineConfig
-from pagellm.engine.errors import ConfigError, ReportError
+from pagellm.engine.errors import ConfigError
 from pagellm.engine.scheduling.scheduler import Preemption, ScheduledBatch, Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
-from pagellm.sim.report.quantiles import Exact, LogHistogram, Values
-from pagellm.sim.report.schema import VERSION
+from pagellm.sim.costs.cost_model import StepTimeError
+from pagellm.sim.quantiles import Exact, LogHistogram
+from pagellm.sim.report.schema import (
+    VERSION,
+    Cache,
+    Goodput,
+    KvCache,
+    Latencies,
+    Load,
+    Report,
+    Summary,
+    TimelineData,
+)
 from pagellm.sim.report.timeline import Timeline
 from pagellm.sim.traces.trace import Trace
 
 SLO_NAMES = ("ttft_s", "tpot_s", "e2e_s", "queue_s")
 _CURVE = [number / 200 for number in range(201)]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a replay gives: `data` as it is written to JSON."""
-
-    data: dict[str, Any]
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """The figures of the whole run."""
-        summary: dict[str, Any] = self.data["summary"]
-        return summary
-
-    def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Writes it as one page that needs nothing else. Raises `ReportError`."""
-        from pagellm.sim.report.report import to_html
-
-        to_html([self.data], Path(path))
-
-    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The report as JSON, written to a file as well if one is named. Raises `ReportError`."""
-        text = json.dumps(self.data, allow_nan=False)
-        if path is not None:
-            try:
-                Path(path).write_text(text + "\n", "utf-8")
-            except OSError as error:
-                raise ReportError(f"{path}: cannot be written: {error.strerror}") from error
-        return text
 
 
 @dataclass(slots=True)
@@ -198,16 +179,15 @@ class MetricsCollector:
         self,
         trace: Trace,
         *,
-        kind: str,
+        kind: Literal["simulated", "real"],
         model: str,
         config: EngineConfig,
-        load: dict[str, Any],
+        load: Load,
         wall_s: float,
         extrapolated: int = 0,
-        profile_error: dict[str, Any] | None = None,
+        profile_error: StepTimeError | None = None,
     ) -> Report:
         """What the replay of a trace gave, when it is over; see schema.py for what is what."""
-        left_out = {"num_skipped": trace.num_skipped, "num_dropped": trace.num_dropped}
         return Report(
             {
                 "version": VERSION,
@@ -219,24 +199,32 @@ class MetricsCollector:
                 "profile_error": profile_error,
                 "config": asdict(config),
                 "load": load,
-                "summary": self.summary(wall_s) | left_out,
+                "summary": self.summary(wall_s, trace.num_skipped, trace.num_dropped),
                 "timeline": self.timeline(),
                 "latencies": self.latencies(),
             }
         )
 
-    def summary(self, wall_s: float) -> dict[str, Any]:
-        """The report's summary so far, but for the trace's part; wall_s: what getting there took."""
+    def summary(self, wall_s: float, num_skipped: int = 0, num_dropped: int = 0) -> Summary:
+        """The report's summary so far.
+
+        wall_s: what getting there took. num_skipped, num_dropped: records that the trace left out.
+        """
         counts = self._counts
         duration_s = max(0.0, self._last_token_at_s - (self._first_arrival_s or 0.0))
         tokens = counts["prompt_tokens"], counts["output_tokens"]
-        goodput = None
+        goodput: Goodput | None = None
         if self._slo:
             share = counts["good"] / counts["requests"] if counts["requests"] else None
             rate = _rate(counts["good"], duration_s)
-            goodput = {"slo": self._slo, "share": share, "requests_per_s": rate}
+            goodput = {"slo": dict(self._slo), "share": share, "requests_per_s": rate}
         return {
-            **{f"num_{name}": counts[name] for name in ("requests", "finished", "timed_out", "rejected")},
+            "num_requests": counts["requests"],
+            "num_finished": counts["finished"],
+            "num_timed_out": counts["timed_out"],
+            "num_rejected": counts["rejected"],
+            "num_skipped": num_skipped,
+            "num_dropped": num_dropped,
             "duration_s": duration_s,
             "prompt_tokens": tokens[0],
             "output_tokens": tokens[1],
@@ -244,7 +232,11 @@ class MetricsCollector:
             "requests_per_s": _rate(counts["finished"], duration_s),
             "output_tokens_per_s": _rate(tokens[1], duration_s),
             "total_tokens_per_s": _rate(sum(tokens), duration_s),
-            **{name: values.summary() for name, values in self._distributions().items()},
+            "ttft_s": self._latencies["ttft"].summary(),
+            "tpot_s": self._latencies["tpot"].summary(),
+            "itl_s": self._itl.summary(),
+            "e2e_s": self._latencies["e2e"].summary(),
+            "queue_s": self._latencies["queue"].summary(),
             "goodput": goodput,
             "cache": self._cache(),
             "preemptions": {
@@ -257,16 +249,24 @@ class MetricsCollector:
             "wall_s": wall_s,
         }
 
-    def timeline(self) -> dict[str, Any]:
+    def timeline(self) -> TimelineData:
         """The report's timeline so far."""
         has_cache = any(seen.manager.enable_prefix_caching for seen in self._replicas)
         return self._timeline.to_dict(has_cache)
 
-    def latencies(self) -> dict[str, list[float]]:
+    def latencies(self) -> Latencies:
         """Of each latency the values at 0, 0.5, 1, ... 100 percent; empty where none was measured."""
+
+        def curve(values: Exact | LogHistogram) -> list[float]:
+            return values.quantiles(_CURVE) if len(values) else []
+
+        exact = self._latencies
         return {
-            name: values.quantiles(_CURVE) if values.summary()["count"] else []
-            for name, values in self._distributions().items()
+            "ttft_s": curve(exact["ttft"]),
+            "tpot_s": curve(exact["tpot"]),
+            "itl_s": curve(self._itl),
+            "e2e_s": curve(exact["e2e"]),
+            "queue_s": curve(exact["queue"]),
         }
 
     def _arrive(self, time_s: float) -> None:
@@ -381,17 +381,7 @@ class MetricsCollector:
         if self._results is not None:
             self._results.write(json.dumps(fields, separators=(",", ":")) + "\n")
 
-    def _distributions(self) -> dict[str, Values]:
-        exact = self._latencies
-        return {
-            "ttft_s": exact["ttft"],
-            "tpot_s": exact["tpot"],
-            "itl_s": self._itl,
-            "e2e_s": exact["e2e"],
-            "queue_s": exact["queue"],
-        }
-
-    def _cache(self) -> dict[str, Any]:
+    def _cache(self) -> Cache:
         buckets = self._timeline.buckets
         queries, hits = sum(b.query_tokens for b in buckets), sum(b.hit_tokens for b in buckets)
         evicted = sum(seen.manager.stats.evictions - seen.first_evictions for seen in self._replicas)
@@ -402,7 +392,7 @@ class MetricsCollector:
             "evicted_tokens": evicted,
         }
 
-    def _kv(self, duration_s: float) -> dict[str, Any]:
+    def _kv(self, duration_s: float) -> KvCache:
         """The mean share is weighted by the blocks in use."""
         buckets = self._timeline.buckets
         used = sum(bucket.used_blocks_time for bucket in buckets)

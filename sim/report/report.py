@@ -8,20 +8,23 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pagellm.engine.errors import ReportError
-from pagellm.sim.report.schema import Report, check_report, load_report
+from pagellm.sim.costs.cost_model import StepTimeError
+from pagellm.sim.report.schema import Goodput, Load, Report, Summary, check_report, load_report
 
 __all__ = [
     "check_report", "compare", "compare_json", "error_percent", "load_report", "number_text",
     "profile_error_text", "seconds_text", "to_html", "to_text", "write_page",
 ]  # fmt: skip
 
+# What a replay returned, or the JSON of one.
+AnyReport = Report | Mapping[str, Any]
 _WIDTH = 80
 _PAGE = Path(__file__).with_name("page")
 _SCRIPTS = ("draw.js", "summary.js", "timeline.js", "distributions.js", "page.js")
@@ -39,7 +42,7 @@ class Metric:
     unit: str
     path: str
 
-    def value(self, report: Report) -> float | None:
+    def value(self, report: AnyReport) -> float | None:
         """The report's value, None if it has none."""
         value: Any = report["summary"]
         for name in self.path.split("."):
@@ -78,8 +81,9 @@ METRICS = (
 )  # fmt: skip
 
 
-def to_text(report: Report) -> str:
-    """A summary for the terminal, of at most 80 columns."""
+def to_text(report: AnyReport) -> str:
+    """A summary for the terminal, of at most 80 columns. Raises `ReportError` for what is no report."""
+    report = check_report(report)
     summary, config, load = report["summary"], report["config"], report["load"]
     cache, preemptions, kv = summary["cache"], summary["preemptions"], summary["kv"]
     outcomes = ("finished", "timed_out", "rejected")
@@ -88,7 +92,7 @@ def to_text(report: Report) -> str:
     lines = [
         ("", _name(report["trace"], _WIDTH)),
         ("", f"{report['kind']} on {_name(report['model'], _WIDTH - 13)}"),
-        *(("step times", words) for words in profile_error_text(report.get("profile_error"))),
+        *(("step times", words) for words in profile_error_text(report.profile_error)),
         *_extrapolated(report.get("extrapolated", 0), summary["num_steps"]),
         ("load", _load(load)),
         ("requests", f"{summary['num_requests']:,}: {counts}"),
@@ -116,7 +120,7 @@ def to_text(report: Report) -> str:
     return "\n".join([*table, "", *_latency_table(summary)])
 
 
-def profile_error_text(error: dict[str, Any] | None) -> Iterator[str]:
+def profile_error_text(error: StepTimeError | None) -> Iterator[str]:
     """How far a profile's step times were from measured ones, in words; nothing where that is not known."""
     if error is not None:
         way = "short" if error["mean_signed"] < 0 else "long"
@@ -129,18 +133,19 @@ def _extrapolated(count: int, num_steps: int) -> Iterator[tuple[str, str]]:
         yield "", f"{count:,} look-ups outside of what was measured, in {num_steps:,} steps"
 
 
-def _latency_table(summary: dict[str, Any]) -> Iterator[str]:
+def _latency_table(summary: Summary) -> Iterator[str]:
     statistics = ("mean", "p50", "p90", "p95", "p99", "max")
     names = (name.upper() if name.startswith("p") else name for name in statistics)
     yield f"{'latency':<11}" + "".join(f"{name:>10}" for name in names) + f"{'count':>9}"
     for path, name in _NAMES.items():
-        values = [summary[path][statistic] for statistic in statistics]
+        found: dict[str, Any] = cast(dict[str, Any], summary)[path]
+        values = [found[statistic] for statistic in statistics]
         unit, factor = _seconds_unit(values, 10.0)
         cells = "".join(f"{number_text(value and value * factor):>10}" for value in values)
-        yield f"{name:<7}{unit:<4}{cells}{_short(summary[path]['count']):>9}"
+        yield f"{name:<7}{unit:<4}{cells}{_short(found['count']):>9}"
 
 
-def _load(load: dict[str, Any]) -> str:
+def _load(load: Load) -> str:
     if load["mode"] == "closed":
         rate = f"closed, {load['clients']:,} clients" if load["clients"] is not None else "closed"
     else:
@@ -150,13 +155,13 @@ def _load(load: dict[str, Any]) -> str:
     return f"{rate}{replicas}{router}"
 
 
-def _left_out(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _left_out(summary: Summary) -> Iterator[tuple[str, str]]:
     skipped, dropped = summary["num_skipped"], summary["num_dropped"]
     if skipped or dropped:
         yield "left out", f"{skipped:,} bad records, {dropped:,} without a request"
 
 
-def _goodput(goodput: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
+def _goodput(goodput: Goodput | None) -> Iterator[tuple[str, str]]:
     if goodput is not None:
         slo = ", ".join(
             f"{_NAMES.get(name, name)} {seconds_text(limit)}"
@@ -171,11 +176,15 @@ def _settings(config: dict[str, Any], *names: str) -> str:
     return _name(", ".join(f"{name} {config.get(name, '-')}" for name in names), _WIDTH - 14)
 
 
-def compare(a: Report, b: Report) -> str:
-    """Metric by metric: both values, and by how many percent b differs from a."""
-    lines = [f"{name}: {_name(_title(report), _WIDTH - 3)}" for name, report in (("a", a), ("b", b))]
+def compare(a: AnyReport, b: AnyReport) -> str:
+    """Metric by metric: both values, and by how many percent b differs from a.
+
+    Each is what a replay returned, or what its JSON holds. Raises `ReportError` for what is no report.
+    """
+    a, b = check_report(a, "a"), check_report(b, "b")
+    lines = [f"{name}: {_name(report.title, _WIDTH - 3)}" for name, report in (("a", a), ("b", b))]
     for name, report in (("a", a), ("b", b)):
-        lines += [f"{name}: step times {words}" for words in profile_error_text(report.get("profile_error"))]
+        lines += [f"{name}: step times {words}" for words in profile_error_text(report.profile_error)]
     lines += ["", f"{'':<24}{'a':>16}{'b':>16}   b is"]
     for group, metrics in groupby(METRICS, lambda metric: metric.group):
         rows = [(metric, metric.value(a), metric.value(b)) for metric in metrics]
@@ -196,8 +205,9 @@ def _compared(rows: list[tuple[Metric, float | None, float | None]]) -> Iterator
         yield f"  {label:<22}{cells}   {_difference(*values)}"
 
 
-def compare_json(a: Report, b: Report) -> str:
+def compare_json(a: AnyReport, b: AnyReport) -> str:
     """The same as one JSON object; error_percent is null where a is zero or either has no value."""
+    a, b = check_report(a, "a"), check_report(b, "b")
     metrics = [
         {
             "metric": metric.path,
@@ -234,15 +244,23 @@ def _difference(a: float | None, b: float | None) -> str:
     return f"{size} % {'higher' if error > 0 else 'lower'}"
 
 
-def to_html(reports: Sequence[Report], path: str | Path) -> None:
-    """Writes one page that shows a report, or compares several with the first of them."""
-    if not reports:
+def to_html(reports: AnyReport | Iterable[AnyReport], path: str | Path) -> None:
+    """Writes one page that shows a report, or compares several with the first of them.
+
+    Each is what a replay returned, or what its JSON holds. Raises `ReportError` for what is no report.
+    """
+    given = [reports] if isinstance(reports, Mapping) else list(reports)
+    if not given:
         raise ReportError("reports: found none, expected at least one")
+    checked = [check_report(report, f"reports[{index}]") for index, report in enumerate(given)]
     write_page(
         path,
-        title=" and ".join(dict.fromkeys(_title(report) for report in reports)),
-        text="\n\n\n".join(map(to_text, reports)),
-        data={"metrics": [vars(metric) for metric in METRICS], "reports": reports},
+        title=" and ".join(dict.fromkeys(report.title for report in checked)),
+        text="\n\n\n".join(map(to_text, checked)),
+        data={
+            "metrics": [vars(metric) for metric in METRICS],
+            "reports": [report.data for report in checked],
+        },
         scripts=_SCRIPTS,
         styles=("page.css",),
     )
@@ -300,10 +318,6 @@ def _rounded(value: Any) -> Any:
         rounded = float(f"{value:.{_PAGE_DIGITS}g}")
         return int(rounded) if rounded.is_integer() else rounded
     return value
-
-
-def _title(report: Report) -> str:
-    return f"{report['trace']}, {report['kind']} on {report['model']}"
 
 
 def _name(text: str, width: int) -> str:

@@ -1,173 +1,233 @@
-"""What a report is, and its check at the door. A report says what a replay gave; it is one JSON object.
+"""What a report is, and its check at the door: the shape of its JSON is the types below. Times are seconds.
 
-version: 1. kind: "simulated" or "real". trace: its name. model: what step times come from.
-profile_error: null or missing where nothing was held against step times that were measured; else mean, p90,
-  mean_signed: shares of what was measured, of the absolute error and of the error; num_steps. See
-  `StepTimeError`.
-extrapolated: look-ups of step times outside of what was measured; missing or 0 where there were none.
-skipped: line and message of the trace's first bad records, which were left out.
-config: every field of `EngineConfig`.
-load: mode ("open" or "closed"), rate_factor, clients, replicas, router, timeout_s.
-summary:
-  num_requests, num_finished, num_timed_out, num_rejected; and of the trace's records those that gave no
-    request: num_skipped, which are bad, and num_dropped, which have nothing to replay
-  duration_s: from the first arrival to the last token. wall_s: what the replay itself took.
-  prompt_tokens, output_tokens, num_steps, requests_per_s, output_tokens_per_s, total_tokens_per_s
-  distributions: count, mean, min, p50, p90, p95, p99, max; all but count are null if nothing was measured
-    ttft_s: first token - arrival. e2e_s: last token - arrival. queue_s: first chunk scheduled - arrival.
-    tpot_s: (last token - first token) / (output tokens - 1) of each request that has 2 or more.
-    itl_s: each gap between a request's consecutive tokens.
-  goodput: null, or slo, share, requests_per_s
-  cache: query_tokens, hit_tokens, hit_rate, evicted_tokens
-  preemptions: recompute, swap, requests, most_of_one_request
-  kv: num_blocks, block_bytes, peak_blocks, mean_blocks, peak_bytes, mean_bytes, mean_unwritten_share; means
-    are time-weighted, over all replicas together
-timeline: bucket_s, and lists of a value for each of equal buckets
-  time_s: where each begins
-  time-weighted means: running, waiting, swapped, batch_tokens, used_blocks
-  sampled: unwritten_share, of the slots of used blocks; cached_share, of all blocks those that hold a known
-    prefix
-  peak_blocks, and hit_rate, null where nothing was looked up
-  counts: preemptions, arrivals, finished. sums: prefill_tokens, decode_tokens.
-latencies: of each distribution the quantiles at 0, 0.5, 1, ... 100 percent; none if nothing was measured.
-
-Times are seconds. Fields beyond these are let through.
+A number is finite and not negative, unless its type says otherwise. Fields beyond these are let through.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,
+    TypedDict,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 from pagellm.engine.errors import ReportError
+from pagellm.sim.costs.cost_model import Signed, StepTimeError
+from pagellm.sim.quantiles import Distribution
 
-Report = dict[str, Any]
-
-VERSION = 1
+VERSION: Literal[1] = 1
 NUM_QUANTILES = 201
-DISTRIBUTIONS = ("ttft_s", "tpot_s", "itl_s", "e2e_s", "queue_s")
 
-_MISSING = object()
-_SHOWN = 60
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """What a field may hold, in words and as a predicate."""
-
-    expected: str
-    accepts: Callable[[Any], bool]
-
-    def or_null(self) -> "_Kind":
-        return _Kind(f"{self.expected}, or null", lambda value: value is None or self.accepts(value))
-
-    def each(self) -> "_Kind":
-        def accepts(value: Any) -> bool:
-            return isinstance(value, list) and all(map(self.accepts, value))
-
-        return _Kind(f"a list, each item {self.expected}", accepts)
-
-    def values(self) -> "_Kind":
-        def accepts(value: Any) -> bool:
-            return isinstance(value, dict) and all(map(self.accepts, value.values()))
-
-        return _Kind(f"an object, each value {self.expected}", accepts)
+# The values below which 0, 0.5, 1, ... 100 percent lie; none if nothing was measured.
+Quantiles = Annotated[list[float], "quantiles"]
 
 
-@dataclass(frozen=True)
-class _OrNull:
-    shape: dict[str, Any]
+class Goodput(TypedDict):
+    """slo: the most seconds of a good request by the latency's name. share, requests_per_s: of good ones."""
+
+    slo: dict[str, float | None]
+    share: float | None
+    requests_per_s: float | None
 
 
-def _is_number(value: Any) -> bool:
-    # No isfinite: it fails on an integer that is too large for a float.
-    return type(value) in (int, float) and 0 <= value < 1e300
+class Cache(TypedDict):
+    """Tokens of prompts that the prefix cache was asked for, had, and forgot."""
+
+    query_tokens: int
+    hit_tokens: int
+    hit_rate: float | None
+    evicted_tokens: int
 
 
-def _is_quantiles(value: Any) -> bool:
-    if not isinstance(value, list) or len(value) not in (0, NUM_QUANTILES):
-        return False
-    return all(map(_is_number, value)) and value == sorted(value)
+class Preemptions(TypedDict):
+    """How many there were of each kind, the requests that they met, and the most of one request."""
+
+    recompute: int
+    swap: int
+    requests: int
+    most_of_one_request: int
 
 
-def _one_of(*choices: object) -> _Kind:
-    shown = " or ".join(map(json.dumps, choices))
-    return _Kind(shown, lambda value: any(type(value) is type(c) and value == c for c in choices))
+class KvCache(TypedDict):
+    """KV blocks of all replicas together; means are weighted by time."""
+
+    num_blocks: int
+    block_bytes: float | None
+    peak_blocks: int
+    mean_blocks: float
+    peak_bytes: float | None
+    mean_bytes: float | None
+    mean_unwritten_share: float | None
 
 
-_NUMBER = _Kind("a finite number from 0", _is_number)
-_COUNT = _Kind("an integer from 0", lambda value: type(value) is int and _is_number(value))
-_TEXT = _Kind("a text", lambda value: isinstance(value, str))
-_SCALAR = _Kind(
-    "a text, a finite number, true or false",
-    lambda value: isinstance(value, str | bool) or (type(value) in (int, float) and abs(value) < 1e300),
-)
-_QUANTILES = _Kind(f"no or {NUM_QUANTILES} finite numbers from 0 that do not decrease", _is_quantiles)
-_DISTRIBUTION = {
-    "count": _COUNT,
-    **dict.fromkeys(("mean", "min", "p50", "p90", "p95", "p99", "max"), _NUMBER.or_null()),
-}
-_SHAPE = {
-    "version": _one_of(VERSION),
-    "kind": _one_of("simulated", "real"),
-    "trace": _TEXT,
-    "skipped": _SCALAR.values().each(),
-    "model": _TEXT,
-    "config": _SCALAR.or_null().values(),
-    "load": {
-        "mode": _one_of("open", "closed"),
-        "rate_factor": _NUMBER.or_null(),
-        "clients": _COUNT.or_null(),
-        "replicas": _COUNT,
-        "router": _TEXT.or_null(),
-        "timeout_s": _NUMBER.or_null(),
-    },
-    "summary": {
-        **dict.fromkeys(("num_requests", "num_finished", "num_timed_out", "num_rejected"), _COUNT),
-        **dict.fromkeys(("num_skipped", "num_dropped"), _COUNT),
-        "duration_s": _NUMBER,
-        **dict.fromkeys(("prompt_tokens", "output_tokens", "num_steps"), _COUNT),
-        **dict.fromkeys(("requests_per_s", "output_tokens_per_s", "total_tokens_per_s"), _NUMBER.or_null()),
-        **dict.fromkeys(DISTRIBUTIONS, _DISTRIBUTION),
-        "goodput": _OrNull(
-            {
-                "slo": _NUMBER.or_null().values(),
-                "share": _NUMBER.or_null(),
-                "requests_per_s": _NUMBER.or_null(),
-            }
-        ),
-        "cache": {
-            **dict.fromkeys(("query_tokens", "hit_tokens", "evicted_tokens"), _COUNT),
-            "hit_rate": _NUMBER.or_null(),
-        },
-        "preemptions": dict.fromkeys(("recompute", "swap", "requests", "most_of_one_request"), _COUNT),
-        "kv": {
-            **dict.fromkeys(("num_blocks", "peak_blocks"), _COUNT),
-            "mean_blocks": _NUMBER,
-            **dict.fromkeys(("block_bytes", "peak_bytes", "mean_bytes"), _NUMBER.or_null()),
-            "mean_unwritten_share": _NUMBER.or_null(),
-        },
-        "wall_s": _NUMBER,
-    },
-    "timeline": {
-        "bucket_s": _NUMBER,
-        **dict.fromkeys(("time_s", "running", "waiting", "swapped", "batch_tokens"), _NUMBER.each()),
-        **dict.fromkeys(("used_blocks", "peak_blocks"), _NUMBER.each()),
-        **dict.fromkeys(("unwritten_share", "cached_share"), _NUMBER.each()),
-        "hit_rate": _NUMBER.or_null().each(),
-        **dict.fromkeys(("preemptions", "arrivals", "finished"), _NUMBER.each()),
-        **dict.fromkeys(("prefill_tokens", "decode_tokens"), _NUMBER.each()),
-    },
-    "latencies": dict.fromkeys(DISTRIBUTIONS, _QUANTILES),
-}
+class Summary(TypedDict):
+    """The figures of the whole run.
+
+    num_skipped, num_dropped: of the trace's records those that gave no request: bad ones, and ones with
+    nothing to generate. duration_s: from the first arrival to the last token. wall_s: what the replay took.
+    ttft_s: first token - arrival. e2e_s: last token - arrival. queue_s: first chunk scheduled - arrival.
+    tpot_s: (last token - first token) / (output tokens - 1) of each request that has 2 or more.
+    itl_s: each gap between a request's consecutive tokens.
+    """
+
+    num_requests: int
+    num_finished: int
+    num_timed_out: int
+    num_rejected: int
+    num_skipped: int
+    num_dropped: int
+    duration_s: float
+    prompt_tokens: int
+    output_tokens: int
+    num_steps: int
+    requests_per_s: float | None
+    output_tokens_per_s: float | None
+    total_tokens_per_s: float | None
+    ttft_s: Distribution
+    tpot_s: Distribution
+    itl_s: Distribution
+    e2e_s: Distribution
+    queue_s: Distribution
+    goodput: Goodput | None
+    cache: Cache
+    preemptions: Preemptions
+    kv: KvCache
+    wall_s: float
 
 
-def load_report(path: str | Path) -> Report:
+class TimelineData(TypedDict):
+    """Lists of a value for each of equal buckets of bucket_s.
+
+    time_s: where each begins. running, waiting, swapped, batch_tokens, used_blocks: means weighted by time.
+    unwritten_share, of the slots of used blocks, and cached_share, of all blocks those that hold a known
+    prefix: sampled. hit_rate: null where nothing was looked up. The others are counts and sums.
+    """
+
+    bucket_s: float
+    time_s: list[float]
+    running: list[float]
+    waiting: list[float]
+    swapped: list[float]
+    batch_tokens: list[float]
+    used_blocks: list[float]
+    peak_blocks: list[float]
+    unwritten_share: list[float]
+    cached_share: list[float]
+    hit_rate: list[float | None]
+    preemptions: list[float]
+    arrivals: list[float]
+    finished: list[float]
+    prefill_tokens: list[float]
+    decode_tokens: list[float]
+
+
+class Latencies(TypedDict):
+    """The quantiles of each latency."""
+
+    ttft_s: Quantiles
+    tpot_s: Quantiles
+    itl_s: Quantiles
+    e2e_s: Quantiles
+    queue_s: Quantiles
+
+
+class Load(TypedDict):
+    """How requests came, and who served them."""
+
+    mode: Literal["open", "closed"]
+    rate_factor: float | None
+    clients: int | None
+    replicas: int
+    router: str | None
+    timeout_s: float | None
+
+
+class ReportData(TypedDict):
+    """A report as JSON.
+
+    trace: its name. skipped: line and message of its first bad records, which were left out. model: what step
+    times come from. profile_error: null where nothing is known of it. extrapolated: look-ups of step times
+    outside of what was measured. config: every field of `EngineConfig`.
+    """
+
+    version: Literal[1]
+    kind: Literal["simulated", "real"]
+    trace: str
+    skipped: list[dict[str, str | bool | float]]
+    model: str
+    extrapolated: NotRequired[int]
+    profile_error: NotRequired[StepTimeError | None]
+    config: dict[str, str | bool | float | None]
+    load: Load
+    summary: Summary
+    timeline: TimelineData
+    latencies: Latencies
+
+
+DISTRIBUTIONS = tuple(Latencies.__annotations__)
+
+
+class Report(Mapping[str, Any]):
+    """What a replay gives: `data` as it is written to JSON, which it can be indexed as."""
+
+    def __init__(self, data: ReportData) -> None:
+        self.data = data
+
+    def __getitem__(self, name: str) -> Any:
+        return cast(dict[str, Any], self.data)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.data)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def summary(self) -> Summary:
+        """The figures of the whole run."""
+        return self.data["summary"]
+
+    @property
+    def profile_error(self) -> StepTimeError | None:
+        """How far the profile's step times were from measured ones, None where that is not known."""
+        return self.data.get("profile_error")
+
+    @property
+    def title(self) -> str:
+        """What was replayed, how and on what."""
+        return f"{self.data['trace']}, {self.data['kind']} on {self.data['model']}"
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes it as one page that needs nothing else. Raises `ReportError`."""
+        from pagellm.sim.report.report import to_html
+
+        to_html([self], Path(path))
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The report as JSON, written to a file as well if one is named. Raises `ReportError`."""
+        text = json.dumps(self.data, allow_nan=False)
+        if path is not None:
+            try:
+                Path(path).write_text(text + "\n", "utf-8")
+            except OSError as error:
+                raise ReportError(f"{path}: cannot be written: {error.strerror}") from error
+        return text
+
+
+def load_report(path: str | os.PathLike[str]) -> Report:
     """The report in a file; a `ReportError` names the file, the field, what was found and expected."""
     try:
-        text = Path(path).read_bytes().decode()
-        report = json.loads(text)
+        report = json.loads(Path(path).read_bytes().decode())
     except OSError as error:
         raise ReportError(f"{path}: cannot be read: {error.strerror or error}") from None
     except json.JSONDecodeError as error:
@@ -179,31 +239,85 @@ def load_report(path: str | Path) -> Report:
 
 
 def check_report(report: Any, source: str = "report") -> Report:
-    """The report, if it has the shape above; else a `ReportError` that begins with its source."""
-    _check(source, "", report, _SHAPE)
+    """A report from what JSON has for one; else a `ReportError` that begins with its source."""
+    if isinstance(report, Report):
+        return report
+    _check(source, "", report, ReportData)
     timeline = report["timeline"]
     num_buckets = len(timeline["time_s"])
     for name, values in timeline.items():
         if isinstance(values, list) and len(values) != num_buckets:
             expected = f"{num_buckets} values, as many as timeline.time_s"
             raise ReportError(f"{source}: timeline.{name}: found {len(values)}, expected {expected}")
-    checked: Report = report
-    return checked
+    return Report(report)
 
 
-def _check(source: str, place: str, value: Any, shape: Any) -> None:
-    if isinstance(shape, _OrNull):
-        if value is None:
-            return
-        shape = shape.shape
-    if isinstance(shape, _Kind):
-        if not shape.accepts(value):
-            raise _found(source, place, value, shape.expected)
+_MISSING = object()
+_SHOWN = 60
+
+
+def _check(source: str, place: str, value: Any, hint: Any) -> None:
+    """Raises `ReportError` for a value that is not of a type; each field of an object is checked in turn."""
+    choices = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    shape = next(filter(is_typeddict, choices), None)
+    if shape is None:
+        if not _is(value, hint):
+            raise _found(source, place, value, _words(hint))
         return
-    if not isinstance(value, dict):
+    if value is None and NoneType in choices:
+        return
+    if not isinstance(value, Mapping):
         raise _found(source, place, value, "an object")
-    for name, inner in shape.items():
+    for name, inner in get_type_hints(shape, include_extras=True).items():
+        if get_origin(inner) is NotRequired:
+            if name not in value:
+                continue
+            [inner] = get_args(inner)
         _check(source, f"{place}.{name}" if place else name, value.get(name, _MISSING), inner)
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON is of a type."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint == Signed:
+        return type(value) in (int, float) and abs(value) < 1e300
+    if hint == Quantiles:
+        lengths = (0, NUM_QUANTILES)
+        return _is(value, list[float]) and len(value) in lengths and value == sorted(value)
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in arguments)
+    if isinstance(hint, UnionType):
+        return any(_is(value, choice) for choice in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(_is(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is(item, arguments[1]) for item in value.values())
+    if hint is float:  # no isfinite: it fails on an integer that is too large for a float
+        return type(value) in (int, float) and 0 <= value < 1e300
+    if hint is int:
+        return type(value) is int and 0 <= value < 10**300
+    return isinstance(value, hint)
+
+
+def _words(hint: Any) -> str:
+    """A type in words, as `_is` understands it."""
+    names = {int: "an integer from 0", float: "a finite number from 0", str: "a text", bool: "true or false"}
+    names |= {NoneType: "null"}
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint == Quantiles:
+        return f"no or {NUM_QUANTILES} finite numbers from 0 that do not decrease"
+    if hint == Signed:
+        return "a finite number"
+    if origin is Literal:
+        return " or ".join(map(json.dumps, arguments))
+    if isinstance(hint, UnionType):
+        *others, last = [names[choice] if choice in names else _words(choice) for choice in arguments]
+        return f"{', '.join(others)}, or {last}"
+    if origin is list:
+        return f"a list, each item {_words(arguments[0])}"
+    if origin is dict:
+        return f"an object, each value {_words(arguments[1])}"
+    return names[hint]
 
 
 def _found(source: str, place: str, value: Any, expected: str) -> ReportError:

@@ -4,7 +4,9 @@ When a run outgrows them, every two become one of twice the width.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
+
+from pagellm.sim.report.schema import TimelineData
 
 MAX_BUCKETS = 2000
 _FIRST_WIDTH_S = 1e-3
@@ -89,7 +91,7 @@ class Timeline:
             means.append(last)
         return means
 
-    def to_dict(self, has_cache: bool) -> dict[str, Any]:
+    def to_dict(self, has_cache: bool) -> TimelineData:
         """The report's timeline; the last bucket is as wide as there is something to say of it."""
         start_s, width = self.start_s or 0.0, self.width_s
         begins = [start_s + index * width for index in range(len(self.buckets))]
@@ -108,7 +110,7 @@ class Timeline:
             bucket.hit_tokens / bucket.query_tokens if has_cache and bucket.query_tokens else None
             for bucket in self.buckets
         ]
-        return series
+        return cast(TimelineData, series)
 
     def _make(self, index: int) -> int:
         """Makes the buckets up to one, wider ones if they were too many; returns its index."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from pagellm.engine.config import usable_cores
 from pagellm.engine.errors import ConfigError, PagellmError
 from pagellm.engine.user_policy import import_policy
-from pagellm.sim.costs.cost_model import CostModel
+from pagellm.sim.costs.cost_model import CostModel, StepTimeError
 from pagellm.sim.sweep.capacity import Bracket, search
 from pagellm.sim.sweep.file import Identity, Point, ResultsFile
 from pagellm.sim.sweep.grid import Grid, Settings, Slo, simulator
@@ -138,7 +138,7 @@ class SweepResult:
     slo: Slo | None
     points: list[Point]
     capacities: list[Capacity] | None = None
-    profile_error: dict[str, Any] | None = None
+    profile_error: StepTimeError | None = None
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Sweep:
             self.slo,
             points,
             capacities,
-            None if error is None else asdict(error),
+            error,
         )
 
     def _checked(self) -> Identity:

@@ -14,6 +14,7 @@ from typing import Any
 
 from xxhash import xxh3_64_intdigest
 
+from pagellm.sim.quantiles import quantiles
 from pagellm.sim.traces.formats import format_text
 from pagellm.sim.traces.request import BYTES_PER_TOKEN, TraceRequest, found
 from pagellm.sim.traces.trace import Trace
@@ -200,11 +201,5 @@ def _pieces(request: TraceRequest) -> tuple[Iterator[Any], int]:
 
 def _lengths(values: "array[int]") -> Lengths:
     ordered = array("i", sorted(values))
-    p50, p90, p99 = (_percentile(ordered, share) for share in (0.5, 0.9, 0.99))
+    p50, p90, p99 = quantiles(ordered, (0.5, 0.9, 0.99))
     return Lengths(sum(ordered), sum(ordered) / len(ordered), p50, p90, p99, ordered[-1])
-
-
-def _percentile(ordered: "array[int]", share: float) -> float:
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    return ordered[low] + (ordered[min(low + 1, len(ordered) - 1)] - ordered[low]) * (place - low)

@@ -171,7 +171,7 @@ def test_a_profile_is_told_from_a_step_log_by_its_content(tmp_path: Path) -> Non
         ({"num_blocks": 0}, "num_blocks: found 0, expected a positive integer"),
         ({"max_model_len": "long"}, "max_model_len: found 'long', expected a positive integer"),
         ({"fit": {"mean_error": -1}}, "fit.mean_error: found -1, expected a finite number from 0"),
-        ({"fit": {"mean_error": 0, "p90_error": 0}}, "fit.mean_signed_error: found nothing, expected a finite"),
+        ({"fit": {"mean_error": 0, "p90_error": 0}}, "fit.mean_signed_error: found nothing, expected a fin"),
     ],
 )  # fmt: skip
 def test_a_bad_profile_is_refused_by_its_field(changes: dict[str, Any], message: str) -> None:

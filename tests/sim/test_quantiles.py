@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagellm.sim.report.quantiles import Exact, LogHistogram
+from pagellm.sim.quantiles import Exact, LogHistogram
 
 SHARES = [0, 0.001, 0.25, 0.5, 0.9, 0.95, 0.99, 1]
 seconds = st.floats(1e-6, 1e5)

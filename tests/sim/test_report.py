@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagellm.engine import ReportError
+import pagellm.sim
+from pagellm.engine import EngineConfig, ReportError
+from pagellm.sim import TraceRequest
 from pagellm.sim.report.report import (
     METRICS,
     check_report,
@@ -52,6 +54,50 @@ def test_a_report_comes_back_from_its_file(tmp_path: Path) -> None:
         assert load_report(tmp_path / "report.json") == report
 
 
+def test_what_a_replay_returns_and_what_a_file_holds_are_taken_alike(tmp_path: Path) -> None:
+    trace = pagellm.sim.Trace.from_requests([TraceRequest(arrival_time=0, prompt_len=30, output_len=3)])
+    costs = pagellm.sim.CostModel.roofline("l4", "smollm2-135m")
+    report = pagellm.sim.Simulator(EngineConfig(num_blocks=8), costs).replay(trace)
+    assert check_report(json.loads(report.to_json())) == report == report.data
+    report.to_json(tmp_path / "report.json")
+    loaded = pagellm.sim.load_report(tmp_path / "report.json")
+    assert type(loaded) is type(report) is pagellm.sim.Report
+    assert loaded == report
+    assert loaded.summary["num_finished"] == loaded["summary"]["num_finished"] == 1
+    texts = {pagellm.sim.compare(a, b) for a in (report, loaded, report.data) for b in (report, loaded)}
+    assert len(texts) == 1
+    for number, reports in enumerate(([report], [loaded], report, [report.data])):
+        pagellm.sim.to_html(reports, tmp_path / f"{number}.html")
+    report.to_html(tmp_path / "4.html")
+    assert len({(tmp_path / f"{number}.html").read_text() for number in range(5)}) == 1
+    with pytest.raises(ReportError, match=r"b: version: found nothing, expected 1"):
+        pagellm.sim.compare(report, {})
+    with pytest.raises(ReportError, match=r"reports\[1\]: found 5, expected an object"):
+        pagellm.sim.to_html([report, 5], tmp_path / "5.html")  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (None, None),
+        ({"mean": 0.5, "p90": 1, "mean_signed": -0.25, "num_steps": 3}, None),
+        ({"mean": -0.5}, "profile_error.mean: found -0.5, expected a finite number from 0"),
+        (
+            {"mean": 1, "p90": 1, "mean_signed": "x"},
+            'profile_error.mean_signed: found "x", expected a finite',
+        ),
+        (5, "profile_error: found 5, expected an object"),
+    ],
+)
+def test_the_error_of_a_profile_may_be_missing_or_is_checked(error: Any, message: str | None) -> None:
+    report = sample_report(num_buckets=2) | {"profile_error": error}
+    if message is None:
+        assert check_report(report).profile_error == error
+    else:
+        with pytest.raises(ReportError, match=f"report: {message}"):
+            check_report(report)
+
+
 def test_fields_that_are_not_known_are_let_through() -> None:
     assert check_report(changed("summary.more", {"x": 1}))["summary"]["more"] == {"x": 1}
 
@@ -62,7 +108,7 @@ def test_fields_that_are_not_known_are_let_through() -> None:
         ("version", 2, "version: found 2, expected 1"),
         ("version", DELETE, "version: found nothing, expected 1"),
         ("kind", "guessed", 'kind: found "guessed", expected "simulated" or "real"'),
-        ("config", [], r"config: found \[\], expected an object, each value a text, a finite number, .*"),
+        ("config", [], r"config: found \[\], expected an object, each value a text, true or false, .*"),
         ("load", None, "load: found null, expected an object"),
         ("load.replicas", -1, "load.replicas: found -1, expected an integer from 0"),
         ("summary.duration_s", True, "summary.duration_s: found true, expected a finite number from 0"),

@@ -2,27 +2,29 @@
 
 import math
 from array import array
-from collections.abc import Callable, Iterable
-from typing import Protocol
-
-Summary = dict[str, float | int | None]
-
-_PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypedDict
 
 
-class Values(Protocol):
-    """Numbers of which the smallest, the largest and those between can be named."""
+class Distribution(TypedDict):
+    """What was measured; all but the count are None if nothing was."""
 
-    def quantiles(self, shares: Iterable[float]) -> list[float]:
-        """The values below which these shares, 0 to 1, of all lie; there must be some.
+    count: int
+    mean: float | None
+    min: float | None
+    p50: float | None
+    p90: float | None
+    p95: float | None
+    p99: float | None
+    max: float | None
 
-        Between two values it is interpolated linearly, as NumPy does by default.
-        """
-        ...
 
-    def summary(self) -> Summary:
-        """count, mean, min, p50, p90, p95, p99 and max; None, all but the count, where there are none."""
-        ...
+def quantiles(ordered: Sequence[float], shares: Iterable[float]) -> list[float]:
+    """The values below which these shares, 0 to 1, of all lie; there must be some values, in order.
+
+    Between two values it is interpolated linearly, as NumPy does by default.
+    """
+    return _interpolated(ordered.__getitem__, len(ordered), shares)
 
 
 class Exact:
@@ -36,9 +38,11 @@ class Exact:
         return len(self._values)
 
     def quantiles(self, shares: Iterable[float]) -> list[float]:
-        return _interpolated(sorted(self._values).__getitem__, len(self._values), shares)
+        """As the function."""
+        return quantiles(sorted(self._values), shares)
 
-    def summary(self) -> Summary:
+    def summary(self) -> Distribution:
+        """The distribution of the values."""
         return _summary(self, len(self._values), math.fsum(self._values))
 
 
@@ -89,6 +93,7 @@ class LogHistogram:
         self._min, self._max = min(self._min, other._min), max(self._max, other._max)
 
     def quantiles(self, shares: Iterable[float]) -> list[float]:
+        """As the function, off by half a percent at most."""
         keys = sorted(self._counts)
         reached, total = [], 0
         for key in keys:
@@ -108,7 +113,8 @@ class LogHistogram:
 
         return _interpolated(at_rank, self._count, shares)
 
-    def summary(self) -> Summary:
+    def summary(self) -> Distribution:
+        """The distribution of the values; percentiles are off by half a percent at most."""
         return _summary(self, self._count, self._sum)
 
     def _value(self, key: int) -> float:
@@ -118,12 +124,22 @@ class LogHistogram:
         return min(max(middle, self._min), self._max)
 
 
-def _summary(values: Values, count: int, total: float) -> Summary:
-    names = ["mean", "min", *_PERCENTILES, "max"]
-    if count == 0:
-        return {"count": 0} | dict.fromkeys(names)
-    least, *middle, most = values.quantiles([0.0, *_PERCENTILES.values(), 1.0])
-    return {"count": count} | dict(zip(names, [total / count, least, *middle, most], strict=True))
+def _summary(values: Exact | LogHistogram, count: int, total: float) -> Distribution:
+    low: float | None
+    low = p50 = p90 = p95 = p99 = high = None
+    if count:
+        low, p50, p90, p95, p99, high = values.quantiles((0.0, 0.5, 0.9, 0.95, 0.99, 1.0))
+    mean = total / count if count else None
+    return {
+        "count": count,
+        "mean": mean,
+        "min": low,
+        "p50": p50,
+        "p90": p90,
+        "p95": p95,
+        "p99": p99,
+        "max": high,
+    }
 
 
 def _interpolated(at_rank: Callable[[int], float], count: int, shares: Iterable[float]) -> list[float]:
