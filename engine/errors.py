@@ -13,6 +13,11 @@ _repr.maxlevel = 3
 _repr.maxlist = _repr.maxtuple = _repr.maxdict = _repr.maxset = _repr.maxfrozenset = 8
 
 
+def named(name: str) -> str:
+    """A name that a file gave to something, as an error message shows it: as it is where that is harmless."""
+    return name if name.isprintable() and 0 < len(name) <= _SHOWN_CHARACTERS else found(name)
+
+
 def found(value: object) -> str:
     """A value as an error message shows it: one short line, whatever its size."""
     try:

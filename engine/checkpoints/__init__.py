@@ -28,4 +28,5 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         from pagellm.engine.checkpoints.gguf import open_gguf
 
         return open_gguf(path)
-    raise CheckpointError(f"{path}: not found; expected a directory with config.json or a .gguf file")
+    reason = "neither a directory nor a plain file" if path.exists() else "not found"
+    raise CheckpointError(f"{path}: {reason}; expected a directory with config.json or a .gguf file")

@@ -7,6 +7,7 @@ hold a second copy of the weights. Knows the element types; does not know how a 
 
 import math
 import mmap
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from pagellm.engine.errors import CheckpointError
+from pagellm.engine.errors import CheckpointError, found
+from pagellm.engine.files import open_plain
 
 # (elements, bytes) of the smallest piece that can be read alone.
 BLOCK_SIZES = {
@@ -41,8 +43,8 @@ class WeightFile:
         self.path = path
         self._lock = threading.Lock()
         try:
-            self._file = path.open("rb", buffering=0)
-            self.num_bytes = path.stat().st_size
+            self._file = open_plain(path)
+            self.num_bytes = os.fstat(self._file.fileno()).st_size
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
 
@@ -120,15 +122,15 @@ class Tensor:
     def _check_rows(self, start: int, stop: int) -> None:
         if self.dtype not in BLOCK_SIZES:
             raise CheckpointError(
-                f"{self.file.path}: tensor {self.name!r} has type {self.dtype},"
+                f"{self.file.path}: tensor {found(self.name)} has type {self.dtype},"
                 f" expected one of {SUPPORTED_DTYPES}"
             )
         if not self.shape or 0 in self.shape:
             raise CheckpointError(
-                f"{self.file.path}: tensor {self.name!r} has shape {list(self.shape)}, expected rows"
+                f"{self.file.path}: tensor {found(self.name)} has shape {list(self.shape)}, expected rows"
             )
         if not 0 <= start <= stop <= self.shape[0]:
-            raise IndexError(f"rows [{start}, {stop}) of {self.name!r}, which has {self.shape[0]}")
+            raise IndexError(f"rows [{start}, {stop}) of {found(self.name)}, which has {self.shape[0]}")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pagellm.engine.checkpoints.base import BLOCK_SIZES, SUPPORTED_DTYPES, Checkpoint, Tensor, WeightFile
-from pagellm.engine.errors import CheckpointError
+from pagellm.engine.errors import CheckpointError, found
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -28,6 +28,12 @@ MAX_DIMS = 4
 # a dimension count, one dimension, a type and an offset.
 MIN_METADATA_BYTES = 8 + 4 + 1
 MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
+
+# More than any published file has, and few enough to be read in a second or two: the bytes of the metadata
+# and of the table of tensors together, and their entries.
+MAX_HEADER_BYTES = 64 << 20
+MAX_METADATA = 1 << 16
+MAX_TENSORS = 1 << 17
 
 BOOL, STRING, ARRAY = 7, 8, 9
 UINT32 = 4
@@ -69,6 +75,8 @@ class _Header:
         self.file = file
         self.data = data
         self.pos = 0
+        self.end = min(len(data), MAX_HEADER_BYTES)
+        self.ends = "the file ends" if self.end == len(data) else "the longest header that is read ends"
 
     def error(self, message: str) -> CheckpointError:
         return CheckpointError(f"{self.file.path}: {message}")
@@ -82,30 +90,31 @@ class _Header:
         version = self.number("<u4", "the version")
         if version not in VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-            found = f"big-endian GGUF version {swapped}" if swapped in VERSIONS else f"GGUF version {version}"
-            raise self.error(f"{found}, expected little-endian version 2 or 3")
-        num_tensors = self.count(MIN_TENSOR_BYTES, "tensors")
-        num_entries = self.count(MIN_METADATA_BYTES, "metadata entries")
+            kind = f"big-endian GGUF version {swapped}" if swapped in VERSIONS else f"GGUF version {version}"
+            raise self.error(f"{kind}, expected little-endian version 2 or 3")
+        num_tensors = self.count(MIN_TENSOR_BYTES, "tensors", MAX_TENSORS)
+        num_entries = self.count(MIN_METADATA_BYTES, "metadata entries", MAX_METADATA)
         metadata: dict[str, Any] = {}
         for index in range(num_entries):
             key = self.string(f"the key of metadata entry {index}")
             if key in metadata:
-                raise self.error(f"metadata key {key!r} is there twice")
-            value_type = self.number("<u4", f"the type of {key!r}")
+                raise self.error(f"metadata key {found(key)} is there twice")
+            value_type = self.number("<u4", f"the type of {found(key)}")
             metadata[key] = self.value(value_type, key)
             if key == "general.alignment" and value_type != UINT32:
                 raise self.error(f"general.alignment has value type {value_type}, expected {UINT32} (uint32)")
-        if metadata.get("split.count", 1) not in (0, 1):
+        num_parts = metadata.get("split.count", 1)
+        if not isinstance(num_parts, int) or num_parts > 1:
             raise self.error(
-                f"split.count is {metadata['split.count']}, expected one whole file;"
+                f"split.count: found {found(num_parts)}, expected one whole file;"
                 " merge the parts with llama-gguf-split --merge"
             )
         return metadata, self.tensors(num_tensors, metadata.get("general.alignment", DEFAULT_ALIGNMENT))
 
     def take(self, num_bytes: int, what: str) -> bytes:
-        if num_bytes > len(self.data) - self.pos:
+        if num_bytes > self.end - self.pos:
             raise self.error(
-                f"{what} needs {num_bytes} bytes at byte {self.pos}, but the file ends at {len(self.data)}"
+                f"{what} needs {num_bytes} bytes at byte {self.pos}, but {self.ends} at {self.end}"
             )
         taken = self.data[self.pos : self.pos + num_bytes]
         self.pos += num_bytes
@@ -114,12 +123,14 @@ class _Header:
     def number(self, dtype: str, what: str) -> Any:
         return np.frombuffer(self.take(int(dtype[2]), what), dtype=dtype)[0].item()
 
-    def count(self, min_bytes: int, what: str) -> int:
+    def count(self, min_bytes: int, what: str, maximum: int | None = None) -> int:
         """A number of things that follow, each of at least `min_bytes`."""
         count: int = self.number("<u8", f"the number of {what}")
-        left = len(self.data) - self.pos
+        left = self.end - self.pos
         if count * min_bytes > left:
-            raise self.error(f"{count} {what} cannot fit in the {left} bytes left")
+            raise self.error(f"{count} {what} cannot fit in the {left} bytes left before {self.ends}")
+        if maximum is not None and count > maximum:
+            raise self.error(f"{count} {what}, expected at most {maximum}")
         return count
 
     def string(self, what: str) -> str:
@@ -131,30 +142,30 @@ class _Header:
 
     def value(self, value_type: int, key: str) -> Any:
         if value_type == STRING:
-            return self.string(f"metadata {key!r}")
+            return self.string(f"metadata {found(key)}")
         if value_type == ARRAY:
-            element_type = self.number("<u4", f"the element type of {key!r}")
+            element_type = self.number("<u4", f"the element type of {found(key)}")
             if element_type == STRING:
                 return self.strings(key)
             return self.numbers(element_type, key)
         if value_type not in NUMBER_TYPES:
-            raise self.error(f"metadata {key!r} has value type {value_type}, expected 0 to 12")
-        value = self.number(NUMBER_TYPES[value_type], f"metadata {key!r}")
+            raise self.error(f"metadata {found(key)} has value type {value_type}, expected 0 to 12")
+        value = self.number(NUMBER_TYPES[value_type], f"metadata {found(key)}")
         return self.boolean(value, key) if value_type == BOOL else value
 
     def boolean(self, value: int, key: str) -> bool:
         if value > 1:
-            raise self.error(f"metadata {key!r} is the boolean {value}, expected 0 or 1")
+            raise self.error(f"metadata {found(key)} is the boolean {value}, expected 0 or 1")
         return bool(value)
 
     def numbers(self, element_type: int, key: str) -> "np.ndarray[Any, Any]":
         if element_type == ARRAY:
-            raise self.error(f"metadata {key!r} is an array of arrays, expected numbers or strings")
+            raise self.error(f"metadata {found(key)} is an array of arrays, expected numbers or strings")
         if element_type not in NUMBER_TYPES:
-            raise self.error(f"metadata {key!r} has element type {element_type}, expected 0 to 12")
+            raise self.error(f"metadata {found(key)} has element type {element_type}, expected 0 to 12")
         dtype = np.dtype(NUMBER_TYPES[element_type])
-        count = self.count(dtype.itemsize, f"elements of {key!r}")
-        values = np.frombuffer(self.take(count * dtype.itemsize, f"metadata {key!r}"), dtype=dtype)
+        count = self.count(dtype.itemsize, f"elements of {found(key)}")
+        values = np.frombuffer(self.take(count * dtype.itemsize, f"metadata {found(key)}"), dtype=dtype)
         if element_type != BOOL:
             return values
         self.boolean(int(values.max(initial=0)), key)
@@ -162,19 +173,21 @@ class _Header:
 
     def strings(self, key: str) -> list[str]:
         """An array of strings; the one loop here that runs a hundred thousand times."""
-        count = self.count(8, f"strings of {key!r}")
-        data, pos, end = self.data, self.pos, len(self.data)
+        count = self.count(8, f"strings of {found(key)}")
+        data, pos, end = self.data, self.pos, self.end
         values = []
         for index in range(count):
             start = pos + 8
             pos = start + _unpack_u64(data, pos)[0] if start <= end else start
             if pos > end:
-                raise self.error(f"string {index} of {key!r} runs to byte {pos}, but the file ends at {end}")
+                raise self.error(
+                    f"string {index} of {found(key)} runs to byte {pos}, but {self.ends} at {end}"
+                )
             raw = data[start:pos]
             try:
                 values.append(raw.decode())
             except UnicodeDecodeError as error:
-                raise self.error(f"string {index} of {key!r} is {raw[:40]!r}, expected UTF-8") from error
+                raise self.error(f"string {index} of {found(key)} is {raw[:40]!r}, expected UTF-8") from error
         self.pos = pos
         return values
 
@@ -186,12 +199,14 @@ class _Header:
         for index in range(num_tensors):
             name = self.string(f"the name of tensor {index}")
             if name in table:
-                raise self.error(f"tensor {name!r} is there twice")
+                raise self.error(f"tensor {found(name)} is there twice")
             shape = self.shape(name)
             dtype, num_bytes = self.storage(name, shape)
-            offset: int = self.number("<u8", f"the offset of tensor {name!r}")
+            offset: int = self.number("<u8", f"the offset of tensor {found(name)}")
             if offset % alignment:
-                raise self.error(f"tensor {name!r} is at offset {offset}, expected a multiple of {alignment}")
+                raise self.error(
+                    f"tensor {found(name)} is at offset {offset}, expected a multiple of {alignment}"
+                )
             table[name] = shape, dtype, offset
             ranges.append((offset, offset + num_bytes, name))
         data_start = -(-self.pos // alignment) * alignment
@@ -202,33 +217,34 @@ class _Header:
         }
 
     def shape(self, name: str) -> tuple[int, ...]:
-        num_dims = self.number("<u4", f"the dimensions of tensor {name!r}")
+        num_dims = self.number("<u4", f"the dimensions of tensor {found(name)}")
         if not 1 <= num_dims <= MAX_DIMS:
-            raise self.error(f"tensor {name!r} has {num_dims} dimensions, expected 1 to {MAX_DIMS}")
-        dims = struct.unpack(f"<{num_dims}Q", self.take(8 * num_dims, f"the shape of tensor {name!r}"))
+            raise self.error(f"tensor {found(name)} has {num_dims} dimensions, expected 1 to {MAX_DIMS}")
+        dims = struct.unpack(f"<{num_dims}Q", self.take(8 * num_dims, f"the shape of tensor {found(name)}"))
         # The file lists the innermost dimension first.
         shape: tuple[int, ...] = dims[::-1]
         if 0 in shape:
-            raise self.error(f"tensor {name!r} has shape {list(shape)}, expected positive dimensions")
+            raise self.error(f"tensor {found(name)} has shape {list(shape)}, expected positive dimensions")
         return shape
 
     def storage(self, name: str, shape: tuple[int, ...]) -> tuple[str, int]:
         """A tensor's element type and its size in bytes."""
         from gguf import GGMLQuantizationType
 
-        number = self.number("<u4", f"the type of tensor {name!r}")
+        number = self.number("<u4", f"the type of tensor {found(name)}")
         try:
             kind = GGMLQuantizationType(number)
         except ValueError:
             raise self.error(
-                f"tensor {name!r} has type {number}, expected one of {SUPPORTED_DTYPES}"
+                f"tensor {found(name)} has type {number}, expected one of {SUPPORTED_DTYPES}"
             ) from None
         if kind.name not in BLOCK_SIZES:
-            raise self.error(f"tensor {name!r} has type {kind.name}, expected one of {SUPPORTED_DTYPES}")
+            raise self.error(f"tensor {found(name)} has type {kind.name}, expected one of {SUPPORTED_DTYPES}")
         block, block_bytes = BLOCK_SIZES[kind.name]
         if shape[-1] % block:
             raise self.error(
-                f"tensor {name!r} is {kind.name} with rows of {shape[-1]}, expected a multiple of {block}"
+                f"tensor {found(name)} is {kind.name} with rows of {shape[-1]},"
+                f" expected a multiple of {block}"
             )
         return kind.name, math.prod(shape) // block * block_bytes
 
@@ -237,12 +253,12 @@ class _Header:
         for begin, end, name in sorted(ranges):
             if end > data_bytes:
                 raise self.error(
-                    f"tensor {name!r} ends at byte {end} of the data, expected at most {max(data_bytes, 0)};"
-                    " the file may be cut short"
+                    f"tensor {found(name)} ends at byte {end} of the data,"
+                    f" expected at most {max(data_bytes, 0)}; the file may be cut short"
                 )
             if begin < previous_end:
                 raise self.error(
-                    f"tensor {name!r} begins at byte {begin} of the data,"
-                    f" inside tensor {previous_name!r} that ends at byte {previous_end}"
+                    f"tensor {found(name)} begins at byte {begin} of the data,"
+                    f" inside tensor {found(previous_name)} that ends at byte {previous_end}"
                 )
             previous_end, previous_name = end, name

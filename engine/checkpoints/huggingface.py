@@ -7,6 +7,7 @@ map. Knows where the files of a model lie; does not know what its configuration 
 
 import json
 import math
+import os
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,19 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pagellm.engine.checkpoints.base import BLOCK_SIZES, Checkpoint, Tensor, WeightFile
-from pagellm.engine.errors import CheckpointError
+from pagellm.engine.errors import CheckpointError, found
+from pagellm.engine.files import read_plain
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# The format's own limit.
-MAX_HEADER_BYTES = 100_000_000
+# More than any published file has; the format's own limit would let a file ask for gigabytes.
+MAX_HEADER_BYTES = 32 << 20
+# Of config.json and of the index.
+MAX_JSON_BYTES = 16 << 20
+# Of a file, on every system that is in use.
+MAX_NAME_BYTES = 255
 UNSUPPORTED_SUFFIXES = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
 
 
@@ -29,20 +35,42 @@ def open_huggingface(directory: Path) -> Checkpoint:
     """Open a directory of config.json and safetensors."""
     config = read_json_object(directory / CONFIG_FILE)
     with ExitStack() as opened:
-        if (directory / WEIGHTS_FILE).is_file():
-            file = opened.enter_context(closing(WeightFile(directory / WEIGHTS_FILE)))
-            files, tensors = [file], _read_header(file)
-        elif (directory / INDEX_FILE).is_file():
+
+        def open_file(name: str) -> WeightFile:
+            return opened.enter_context(closing(WeightFile(directory / name)))
+
+        files: list[WeightFile] = []
+        tensors = None
+        if (directory / WEIGHTS_FILE).exists():
+            files = [open_file(WEIGHTS_FILE)]
+            tensors = _read_header(files[0])
+        if (directory / INDEX_FILE).exists():
             weight_map = _read_index(directory)
-            files = [
-                opened.enter_context(closing(WeightFile(directory / shard)))
-                for shard in sorted(set(weight_map.values()))
-            ]
-            tensors = _select(weight_map, files)
-        else:
+            if tensors is None or not _is_whole(directory, tensors, weight_map):
+                _check_shards(directory, weight_map)
+                files = [open_file(shard) for shard in sorted(set(weight_map.values()))]
+                tensors = _select(weight_map, files)
+        if tensors is None:
             raise CheckpointError(f"{directory}: {missing_weights(directory)}")
         opened.pop_all()
     return Checkpoint(directory, "safetensors", config, tensors, tuple(files))
+
+
+def _is_whole(directory: Path, tensors: dict[str, Tensor], weight_map: dict[str, str]) -> bool:
+    """Whether model.safetensors is the model although there is an index, too.
+
+    It is none if it lacks tensors of the index: then it was left there by something else. If it has them all,
+    and so have the shards, nobody can tell which is meant.
+    """
+    if not tensors.keys() >= weight_map.keys():
+        return False
+    shards = set(weight_map.values())
+    if shards == {WEIGHTS_FILE} or not all((directory / shard).exists() for shard in shards):
+        return True
+    raise CheckpointError(
+        f"{directory}: found both {WEIGHTS_FILE} and {INDEX_FILE} with its shards, each a whole model, "
+        "expected one of them: remove the other"
+    )
 
 
 def missing_weights(directory: Path) -> str:
@@ -60,32 +88,51 @@ def missing_weights(directory: Path) -> str:
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file whose top level is an object."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_plain(path, MAX_JSON_BYTES))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not found; expected a Hugging Face model directory") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
+    except ValueError as error:  # Python's own bound on the digits of an integer
+        raise CheckpointError(f"{path}: found an integer of thousands of digits") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: a JSON {type(value).__name__}, expected an object")
     return value
 
 
 def _read_index(directory: Path) -> dict[str, str]:
-    """Which shard holds which tensor; every shard is a file of this directory."""
+    """Which shard holds which tensor."""
     path = directory / INDEX_FILE
     weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path}: weight_map is {weight_map!r}, expected tensor names and file names")
+        raise CheckpointError(
+            f"{path}: weight_map: found {found(weight_map)}, expected tensor names and file names"
+        )
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or shard in ("", ".", "..") or "/" in shard or "\\" in shard:
+        if not _is_file_name(shard):
             raise CheckpointError(
-                f"{path}: tensor {name!r} is in {shard!r}, expected a file name in the same directory"
+                f"{path}: tensor {found(name)} is in {found(shard)},"
+                " expected a file name in the same directory"
             )
-        if not (directory / shard).is_file():
-            raise CheckpointError(f"{directory / shard}: not found, but {INDEX_FILE} has {name!r} there")
     return weight_map
+
+
+def _is_file_name(name: object) -> bool:
+    """Whether a file of a directory can be called so."""
+    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+        return False
+    try:
+        return len(os.fsencode(name)) <= MAX_NAME_BYTES
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+
+
+def _check_shards(directory: Path, weight_map: dict[str, str]) -> None:
+    for shard, name in {shard: name for name, shard in weight_map.items()}.items():
+        if not (directory / shard).exists():
+            raise CheckpointError(f"{directory / shard}: not found, but {INDEX_FILE} has {found(name)} there")
 
 
 def _select(weight_map: dict[str, str], files: list[WeightFile]) -> dict[str, Tensor]:
@@ -93,7 +140,7 @@ def _select(weight_map: dict[str, str], files: list[WeightFile]) -> dict[str, Te
     for name, shard in weight_map.items():
         if name not in shards[shard]:
             path = files[0].path.with_name(shard)
-            raise CheckpointError(f"{path}: no tensor {name!r}, but {INDEX_FILE} says it is there")
+            raise CheckpointError(f"{path}: no tensor {found(name)}, but {INDEX_FILE} says it is there")
     return {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
@@ -116,7 +163,7 @@ def _read_header(file: WeightFile) -> dict[str, Tensor]:
         with safe_open(file.path, framework="numpy"):
             pass
     except (SafetensorError, OSError) as error:
-        reason = _explain(raw_header, file.num_bytes - data_start) or str(error)
+        reason = _explain(raw_header, file.num_bytes - data_start) or str(error)[:200]
         raise CheckpointError(f"{file.path}: not a valid safetensors file: {reason}") from error
     header = json.loads(raw_header)
     header.pop("__metadata__", None)
@@ -134,10 +181,13 @@ def _explain(raw_header: bytes, data_bytes: int) -> str | None:
                 continue
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
             if end > data_bytes:
-                return f"tensor {name!r} ends at byte {end} of the data, but there are {data_bytes} bytes"
+                return f"tensor {found(name)} ends at byte {found(end)} of the data, of {data_bytes} bytes"
             expected = math.prod(shape) * BLOCK_SIZES[dtype][1]
             if end - begin != expected:
-                return f"tensor {name!r} has {end - begin} bytes, expected {expected} for {dtype} {shape}"
+                return (
+                    f"tensor {found(name)} has {found(end - begin)} bytes, expected {found(expected)} "
+                    f"for {dtype} {found(shape)}"
+                )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         # The header is broken in another way, which the library's own message tells.
         pass

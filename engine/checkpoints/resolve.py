@@ -6,13 +6,15 @@ that a model is there.
 
 import os
 import re
+from os import PathLike
 from pathlib import Path
 
 from pagellm.engine.checkpoints.fetch import KnownModel, fetch
 from pagellm.engine.checkpoints.gguf import MAGIC
 from pagellm.engine.checkpoints.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, missing_weights
 from pagellm.engine.config import DEFAULT_MODEL
-from pagellm.engine.errors import CheckpointError
+from pagellm.engine.errors import CheckpointError, found
+from pagellm.engine.files import open_plain
 
 KNOWN_MODELS = {
     model.name: model
@@ -46,19 +48,24 @@ HUB_FILES = [
 ]
 
 
-def resolve_model(name: str, progress: bool = True) -> Path:
+def resolve_model(name: str | PathLike[str], progress: bool = True) -> Path:
     """The directory or GGUF file of a model, fetched first if need be; `progress` shows a fetch on stderr.
 
-    Raises `CheckpointError` if there is no such model or it cannot be fetched.
+    A path object is only ever a path. Raises `CheckpointError` if there is no such model or it cannot be
+    fetched.
     """
-    path = os.path.expanduser(name)
-    if name and os.path.exists(path):
-        return _local(Path(path))
-    if name in KNOWN_MODELS:
-        return fetch(KNOWN_MODELS[name], progress)
-    if HUB_ID.fullmatch(name) and not name.endswith(".gguf"):
-        return _from_hub(name, progress)
-    raise CheckpointError(f"{name!r}: no such model; expected {_choices()}")
+    if not isinstance(name, str | PathLike):
+        raise CheckpointError(f"model: found {found(name)}, expected {_choices()}")
+    text = os.fspath(name)
+    if isinstance(text, str) and text and "\0" not in text:
+        path = os.path.expanduser(text)
+        if os.path.exists(path):
+            return _local(Path(path))
+        if isinstance(name, str) and name in KNOWN_MODELS:
+            return fetch(KNOWN_MODELS[name], progress)
+        if isinstance(name, str) and HUB_ID.fullmatch(name) and not name.endswith(".gguf"):
+            return _from_hub(name, progress)
+    raise CheckpointError(f"{found(text)}: no such model; expected {_choices()}")
 
 
 def _choices() -> str:
@@ -69,12 +76,12 @@ def _choices() -> str:
 def _local(path: Path) -> Path:
     try:
         if path.is_dir():
-            if not ((path / WEIGHTS_FILE).is_file() or (path / INDEX_FILE).is_file()):
+            if not ((path / WEIGHTS_FILE).exists() or (path / INDEX_FILE).exists()):
                 raise CheckpointError(f"{path}: no model in this directory: {missing_weights(path)}")
-            if not (path / CONFIG_FILE).is_file():
+            if not (path / CONFIG_FILE).exists():
                 raise CheckpointError(f"{path}: no model in this directory: weights, but no {CONFIG_FILE}")
             return path
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             magic = file.read(len(MAGIC))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
@@ -92,7 +99,7 @@ def _from_hub(name: str, progress: bool) -> Path:
         from huggingface_hub.utils import disable_progress_bars
     except ImportError:
         raise CheckpointError(
-            f"{name!r}: no such path, and fetching it from the hub needs: pip install 'pagellm[hub]';"
+            f"{found(name)}: no such path, and fetching it from the hub needs: pip install 'pagellm[hub]';"
             f" expected {_choices()}"
         ) from None
     if not progress:
@@ -103,7 +110,7 @@ def _from_hub(name: str, progress: bool) -> Path:
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
-            f"{name!r}: no such path, and the hub did not give it: {lines[0]};"
+            f"{found(name)}: no such path, and the hub did not give it: {lines[0][:200]};"
             " it is fetched by what pip install 'pagellm[hub]' brings, with access to the network"
         ) from error
     return _local(path)

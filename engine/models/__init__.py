@@ -8,7 +8,7 @@ is refused by name.
 import re
 
 from pagellm.engine.checkpoints import Checkpoint
-from pagellm.engine.errors import CheckpointError, found
+from pagellm.engine.errors import CheckpointError, found, named
 from pagellm.engine.models import gpt2, llama
 from pagellm.engine.models.names import names_of
 from pagellm.engine.models.spec import ModelSpec, Source
@@ -63,7 +63,7 @@ def _check_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> None:
     for name in checkpoint.tensors:
         if name not in used and not redundant.fullmatch(name):
             raise CheckpointError(
-                f"{checkpoint.path}: tensor {name:.120} has no place in architecture {spec.architecture} "
+                f"{checkpoint.path}: tensor {named(name)} has no place in architecture {spec.architecture} "
                 "with this configuration"
             )
 

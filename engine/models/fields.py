@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pagellm.engine.errors import CheckpointError, found
+from pagellm.engine.errors import CheckpointError, found, named
 
-_REQUIRED = object()
+REQUIRED = object()
 
 
 class Fields:
@@ -27,7 +27,7 @@ class Fields:
         self.prefix = prefix
         self._asked: set[str] = set()
 
-    def integer(self, name: str, default: Any = _REQUIRED, maximum: int = 1 << 20) -> int:
+    def integer(self, name: str, default: Any = REQUIRED, maximum: int = 1 << 20) -> int:
         """A positive integer; the maximum keeps a hostile file from asking for endless work."""
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= maximum:
@@ -38,7 +38,7 @@ class Fields:
         """A positive integer, or None where the key is null."""
         return self.integer(name, default, maximum) if self.get(name, default) is not None else None
 
-    def number(self, name: str, default: Any = _REQUIRED) -> float:
+    def number(self, name: str, default: Any = REQUIRED) -> float:
         """A positive finite number."""
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
@@ -52,7 +52,7 @@ class Fields:
             raise self.error(name, value, "true or false")
         return value
 
-    def choice(self, name: str, choices: Mapping[str, str], default: Any = _REQUIRED) -> str:
+    def choice(self, name: str, choices: Mapping[str, str], default: Any = REQUIRED) -> str:
         """One of the keys of `choices`; returns what it stands for."""
         value = self._get(name, default)
         if not isinstance(value, str) or value not in choices:
@@ -92,11 +92,11 @@ class Fields:
     def error(self, name: str, value: object, expected: str) -> CheckpointError:
         """The error for a field's bad value."""
         return CheckpointError(
-            f"{self.path}: {self.prefix}{name[:80]}: found {found(value)}, expected {expected}"
+            f"{self.path}: {self.prefix}{named(name)}: found {found(value)}, expected {expected}"
         )
 
     def _get(self, name: str, default: Any) -> Any:
         value = self.get(name, default)
-        if value is _REQUIRED:
+        if value is REQUIRED:
             raise CheckpointError(f"{self.path}: {self.prefix}{name} is missing")
         return value

@@ -1,18 +1,20 @@
 """How checkpoints of one architecture name their tensors: prefixes of wrappers, tied heads, layers."""
 
 import re
+from typing import Any
 
 import numpy as np
 
 from pagellm.engine.checkpoints import Checkpoint, Tensor
-from pagellm.engine.errors import found
-from pagellm.engine.models.fields import Fields
+from pagellm.engine.errors import named
+from pagellm.engine.models.fields import REQUIRED, Fields
 
 # What torch.compile and data-parallel training put before every name.
 _WRAPPERS = re.compile(r"((_orig_mod|module)\.)*")
 
 _COMPARE_BYTES = 8 << 20
 _LISTED = 3
+_MAX_LAYERS = 1 << 14
 
 
 def hub_prefixes(checkpoint: Checkpoint, base: str, anchor: str) -> tuple[str, str]:
@@ -61,9 +63,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return all(np.array_equal(read(a, i, j), read(b, i, j)) for i, j in zip(starts, ends, strict=True))
 
 
-def count_layers(fields: Fields, name: str, checkpoint: Checkpoint, *default: int) -> int:
+def count_layers(fields: Fields, name: str, checkpoint: Checkpoint, default: Any = REQUIRED) -> int:
     """The number of layers, each of which takes some tensors: a hostile one cannot ask for endless work."""
-    num_layers = fields.integer(name, *default)
+    num_layers = fields.integer(name, default, _MAX_LAYERS)
     if num_layers > len(checkpoint.tensors):
         raise fields.error(
             name, num_layers, f"tensors for so many layers, but there are only {names_of(checkpoint)}"
@@ -75,4 +77,4 @@ def names_of(checkpoint: Checkpoint) -> str:
     """How many tensors there are, and the first of them, as an error message lists them."""
     names = list(checkpoint.tensors)
     more = ", ..." if len(names) > _LISTED else ""
-    return f"{len(names)} ({', '.join(found(name) for name in names[:_LISTED])}{more})"
+    return f"{len(names)} ({', '.join(named(name) for name in names[:_LISTED])}{more})"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import struct
 import subprocess
@@ -297,7 +298,7 @@ def test_a_shard_stays_in_the_directory(tmp_path: Path, shard: Any) -> None:
 def test_an_index_must_map_tensors(tmp_path: Path, index: dict[str, Any]) -> None:
     directory = model_directory(tmp_path / "m")
     (directory / INDEX).write_text(json.dumps(index))
-    assert "weight_map is" in refusal(directory)
+    assert "weight_map: found" in refusal(directory)
 
 
 def sharded_copy(path: Path) -> tuple[Path, str]:
@@ -318,3 +319,100 @@ def test_a_tensor_must_be_in_its_shard(tmp_path: Path) -> None:
     index["weight_map"]["ghost.weight"] = shard
     (directory / INDEX).write_text(json.dumps(index))
     assert refusal(directory).startswith(f"{directory / shard}: no tensor 'ghost.weight'")
+
+
+# What lies beside the model, and files that are none
+
+
+def test_a_file_beside_the_index_that_lacks_its_tensors_is_not_the_model(tmp_path: Path) -> None:
+    directory, _ = sharded_copy(tmp_path / "m")
+    (directory / WEIGHTS).write_bytes(file_bytes(header_of({"other": ("F32", [2], 8)}), bytes(8)))
+    with open_checkpoint(directory) as checkpoint, open_checkpoint(FIXTURES / "llama_sharded") as expected:
+        assert checkpoint.tensors == expected.tensors
+
+
+def merged_copy(path: Path) -> tuple[Path, str]:
+    """The sharded fixture with all of its tensors in one file, too, and the name of a shard."""
+    directory, shard = sharded_copy(path)
+    with open_checkpoint(directory) as checkpoint:
+        tensors = {
+            name: (tensor.dtype, list(tensor.shape), 2 * math.prod(tensor.shape))
+            for name, tensor in checkpoint.tensors.items()
+        }
+        data = b"".join(
+            tensor.file.read(tensor.offset, 2 * math.prod(tensor.shape)).tobytes()
+            for tensor in checkpoint.tensors.values()
+        )
+    (directory / WEIGHTS).write_bytes(file_bytes(header_of(tensors), data))
+    return directory, shard
+
+
+def test_two_whole_models_in_a_directory_are_both_named(tmp_path: Path) -> None:
+    directory, _ = merged_copy(tmp_path / "m")
+    assert f"found both {WEIGHTS} and {INDEX} with its shards" in refusal(directory)
+
+
+def test_an_index_whose_shards_are_gone_is_no_model(tmp_path: Path) -> None:
+    directory, shard = merged_copy(tmp_path / "m")
+    (directory / shard).unlink()
+    with open_checkpoint(directory) as checkpoint:
+        assert [file.path.name for file in checkpoint.files] == [WEIGHTS]
+
+
+@pytest.mark.parametrize("shard", ["s" * 256, "é" * 128, "a\0b", "\ud800"])
+def test_a_shard_has_a_name_that_a_file_can_have(tmp_path: Path, shard: str) -> None:
+    directory = model_directory(tmp_path / "m")
+    (directory / INDEX).write_text(json.dumps({"weight_map": {"a": shard}}))
+    message = refusal(directory)
+    assert "tensor 'a' is in" in message
+    assert len(message) < 400
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS, INDEX, "shard.safetensors"])
+@pytest.mark.parametrize("kind", ["fifo", "device", "directory"])
+def test_what_is_no_plain_file_is_refused_at_once(tmp_path: Path, name: str, kind: str) -> None:
+    directory = model_directory(tmp_path / "m")
+    if name != WEIGHTS:
+        (directory / INDEX).write_text(json.dumps({"weight_map": {"a": "shard.safetensors"}}))
+    path = directory / name
+    path.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    message = refusal(directory)
+    assert message.startswith(f"{path}: cannot be ")
+    assert message.endswith(("no plain file", "Is a directory"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_a_path_to_no_plain_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    assert "neither a directory nor a plain file" in refusal(tmp_path / "fifo")
+
+
+def test_a_configuration_is_of_some_megabytes_at_most(tmp_path: Path) -> None:
+    directory = model_directory(tmp_path / "m")
+    with (directory / "config.json").open("wb") as file:
+        file.truncate(1 << 40)
+    assert "config.json: cannot be read: more than 16777216 bytes" in refusal(directory)
+
+
+def test_an_integer_of_thousands_of_digits_is_one_short_line(tmp_path: Path) -> None:
+    message = refusal(model_directory(tmp_path / "m", config=f'{{"vocab_size": {"9" * 5000}}}'))
+    assert message.endswith("config.json: found an integer of thousands of digits")
+
+
+def test_a_megabyte_in_a_file_is_a_short_line_in_the_message(tmp_path: Path) -> None:
+    long = "x" * (1 << 20)
+    directory = model_directory(tmp_path / "m")
+    for weight_map in ({long: "../x"}, {"a": f"../{long}"}, {"a": [long]}, [long], {long: "absent"}):
+        (directory / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+        assert len(refusal(directory)) < 500
+    (directory / INDEX).unlink()
+    for header in ({long: entry("F32", [4], 0, 12)}, {long: entry(long, [4], 0, 12)}, {"a": long}, {long: 1}):
+        (directory / WEIGHTS).write_bytes(file_bytes(header, bytes(12)))
+        assert len(refusal(directory)) < 500

@@ -178,8 +178,22 @@ BROKEN_FILES: dict[str, tuple[bytes, str]] = {
     "alignment a float": (alignment_of(32, 6), "general.alignment has value type 6, expected 4"),
     "split": (
         gguf_bytes([entry("split.count", 2, b"\x03\x00")]),
-        "split.count is 3, expected one whole file",
+        "split.count: found 3, expected one whole file",
     ),
+    "split an array": (
+        gguf_bytes([entry("split.count", ARRAY, array(UINT32, 2, bytes(8)))]),
+        "split.count: found array([0, 0], dtype=uint32), expected one whole file",
+    ),
+    "more tensors than anybody has": (
+        gguf_bytes(num_tensors=1 << 18, data=bytes(1 << 23)),
+        "262144 tensors, expected at most 131072",
+    ),
+    "more metadata than anybody has": (
+        gguf_bytes(num_entries=1 << 17, data=bytes(1 << 21)),
+        "131072 metadata entries, expected at most 65536",
+    ),
+    "a key of a megabyte twice": (gguf_bytes([entry("k" * (1 << 20), 0, b"\0")] * 2), "is there twice"),
+    "a name of a megabyte": (gguf_bytes((), [tensor("a" * (1 << 20), [])], bytes(32)), "has 0 dimensions"),
     "no dimensions": (gguf_bytes((), [tensor("a", [])], bytes(32)), "'a' has 0 dimensions, expected 1 to 4"),
     "five dimensions": (gguf_bytes((), [tensor("a", [1] * 5)], bytes(32)), "'a' has 5 dimensions"),
     "many dimensions": (gguf_bytes((), [tensor("a", [1], num_dims=1 << 31)], bytes(32)), "dimensions"),
@@ -221,6 +235,15 @@ def test_a_broken_file_is_refused(tmp_path: Path, content: bytes, reason: str) -
         open_checkpoint(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert reason in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_header_is_read_up_to_a_bound(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", gguf_bytes([entry("k", STRING, struct.pack("<Q", 1 << 30))]))
+    with path.open("r+b") as file:
+        file.truncate(1 << 31)
+    with pytest.raises(CheckpointError, match="before the longest header that is read ends"):
+        open_checkpoint(path)
 
 
 SMALL_FILE = gguf_bytes(

