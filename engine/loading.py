@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pagellm.engine.checkpoints import Checkpoint, open_checkpoint, resolve_model
+from pagellm.engine.checkpoints import BLOCK_SIZES, Checkpoint, open_checkpoint, resolve_model
 from pagellm.engine.compilation import compile_kernels
 from pagellm.engine.config import CompleteConfig, EngineConfig
 from pagellm.engine.errors import ConfigError
@@ -21,7 +21,13 @@ from pagellm.engine.scheduling.block_manager import BlockManager
 from pagellm.engine.scheduling.scheduler import PreemptionCosts, Scheduler
 from pagellm.engine.step_log import StepLogFile
 from pagellm.engine.tokenizer import Tokenizer, load_tokenizer
-from pagellm.engine.weights import architecture_of, formats_of, kv_bytes_per_token, load_weights
+from pagellm.engine.weights import (
+    architecture_of,
+    converted_types,
+    formats_of,
+    kv_bytes_per_token,
+    load_weights,
+)
 
 # Of the memory that is available the KV cache takes this part at most, if its size is left open.
 _SHARE = 4
@@ -57,6 +63,8 @@ def load_engine(model: str, config: EngineConfig | None = None, show_progress: b
         asked = config or EngineConfig()
         formats = formats_of(checkpoint, spec, asked.quantization)
         token_bytes = kv_bytes_per_token(spec, formats)
+        if show_progress and asked.quantization == "auto":
+            _say_converted(checkpoint, converted_types(checkpoint, spec, formats))
         memory = read_memory()
         complete = size_cache(asked, spec.max_positions, token_bytes, memory)
         block_bytes = token_bytes * complete.block_size
@@ -109,6 +117,15 @@ def size_cache(config: EngineConfig, context: int, token_bytes: int, memory: Mem
             f"{num_blocks} KV blocks of {config.block_size} tokens hold"
         )
     return complete
+
+
+def _say_converted(checkpoint: Checkpoint, types: list[str]) -> None:
+    if types:
+        sizes = (f"{name} ({8 * BLOCK_SIZES[name][1] / BLOCK_SIZES[name][0]:.3g} bits)" for name in types)
+        say(
+            f"{checkpoint.path.name}: weights of type {', '.join(sizes)} are converted to float32, 4 bytes a "
+            "weight; with quantization bf16, int8 or int4 they take 2, 1.1 or 0.6"
+        )
 
 
 def _size_chosen(config: CompleteConfig, block_bytes: int, memory: Memory) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pagellm.engine.checkpoints import Checkpoint, Tensor
+from pagellm.engine.checkpoints import BLOCK_SIZES, Checkpoint, Tensor
 from pagellm.engine.errors import CheckpointError
 from pagellm.engine.models import ModelSpec, Source
 from pagellm.engine.progress import progress
@@ -104,6 +104,17 @@ def formats_of(checkpoint: Checkpoint, spec: ModelSpec, quantization: str) -> ND
     if spec.tied:
         formats[-1, transformer.LM_HEAD] = formats[-1, transformer.EMBEDDING]
     return formats
+
+
+def converted_types(checkpoint: Checkpoint, spec: ModelSpec, formats: NDArray[np.int64]) -> list[str]:
+    """The quantized types of matrices that become float32, because no format of the kernels holds them."""
+    types = set()
+    for row, parts in enumerate((*spec.layers, spec.rest)):
+        indices = _LAYER_PARTS if row < spec.num_layers else _REST_PARTS
+        for name in _MATRICES & parts.keys():
+            if formats[row, indices[name]] == FLOAT32:
+                types |= {checkpoint.tensors[source.tensor].dtype for source in parts[name]}
+    return sorted(dtype for dtype in types if BLOCK_SIZES[dtype][0] > 1)
 
 
 def _format_of(dtypes: set[str], quantization: str, in_layer: bool) -> int:

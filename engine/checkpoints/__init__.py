@@ -7,11 +7,11 @@ knows nothing of architectures, of tokenizers or of how weights are laid out for
 
 from pathlib import Path
 
-from pagellm.engine.checkpoints.base import Checkpoint, Tensor
+from pagellm.engine.checkpoints.base import BLOCK_SIZES, SUPPORTED_DTYPES, Checkpoint, Tensor
 from pagellm.engine.checkpoints.resolve import resolve_model
 from pagellm.engine.errors import CheckpointError
 
-__all__ = ["Checkpoint", "Tensor", "open_checkpoint", "resolve_model"]
+__all__ = ["BLOCK_SIZES", "SUPPORTED_DTYPES", "Checkpoint", "Tensor", "open_checkpoint", "resolve_model"]
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

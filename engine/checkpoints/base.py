@@ -21,19 +21,41 @@ import numpy.typing as npt
 from pagellm.engine.errors import CheckpointError, found
 from pagellm.engine.files import open_plain
 
-# (elements, bytes) of the smallest piece that can be read alone.
+# (elements, bytes) of the smallest piece that can be read alone: numbers, and the blocks of GGUF files whose
+# values the gguf library knows.
 BLOCK_SIZES = {
     "F32": (1, 4),
     "F16": (1, 2),
     "BF16": (1, 2),
+    "F64": (1, 8),
     "Q8_0": (32, 34),
     "Q4_0": (32, 18),
     "Q4_1": (32, 20),
+    "Q5_0": (32, 22),
+    "Q5_1": (32, 24),
+    "Q2_K": (256, 84),
+    "Q3_K": (256, 110),
+    "Q4_K": (256, 144),
+    "Q5_K": (256, 176),
+    "Q6_K": (256, 210),
+    "IQ1_S": (256, 50),
+    "IQ1_M": (256, 56),
+    "IQ2_XXS": (256, 66),
+    "IQ2_XS": (256, 74),
+    "IQ2_S": (256, 82),
+    "IQ3_XXS": (256, 98),
+    "IQ3_S": (256, 110),
+    "IQ4_NL": (32, 18),
+    "IQ4_XS": (256, 136),
+    "TQ1_0": (256, 54),
+    "TQ2_0": (256, 66),
+    "MXFP4": (32, 17),
+    "NVFP4": (64, 36),
 }
 SUPPORTED_DTYPES = ", ".join(BLOCK_SIZES)
 
 # Pieces of 512 KiB in float32 keep the library's temporary arrays in cache and out of the peak memory.
-DEQUANTIZE_BLOCKS = 4096
+DEQUANTIZE_ELEMENTS = 1 << 17
 
 
 class WeightFile:
@@ -170,6 +192,9 @@ def to_float32(raw: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float32
         return raw.view("<f4").astype(np.float32, copy=False)
     if dtype == "F16":
         return raw.view("<f2").astype(np.float32)
+    if dtype == "F64":
+        with np.errstate(over="ignore"):
+            return raw.view("<f8").astype(np.float32)
     if dtype == "BF16":
         # A bfloat16 is the upper half of a float32.
         bits = raw.view("<u2").astype(np.uint32)
@@ -185,8 +210,10 @@ def _dequantize(raw: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float3
     block, block_bytes = BLOCK_SIZES[dtype]
     num_blocks = len(raw) // block_bytes
     values = np.empty(num_blocks * block, dtype=np.float32)
-    for begin in range(0, num_blocks, DEQUANTIZE_BLOCKS):
-        end = min(begin + DEQUANTIZE_BLOCKS, num_blocks)
+    step = DEQUANTIZE_ELEMENTS // block
+    for begin in range(0, num_blocks, step):
+        end = min(begin + step, num_blocks)
         piece = raw[begin * block_bytes : end * block_bytes].reshape(1, -1)
-        values[begin * block : end * block] = dequantize(piece, GGMLQuantizationType[dtype])[0]
+        with np.errstate(all="ignore"):  # a scale may be infinite or NaN, in files of random bytes
+            values[begin * block : end * block] = dequantize(piece, GGMLQuantizationType[dtype])[0]
     return values

@@ -7,7 +7,7 @@ is refused by name.
 
 import re
 
-from pagellm.engine.checkpoints import Checkpoint
+from pagellm.engine.checkpoints import BLOCK_SIZES, SUPPORTED_DTYPES, Checkpoint
 from pagellm.engine.errors import CheckpointError, found, named
 from pagellm.engine.models import gpt2, llama
 from pagellm.engine.models.names import names_of
@@ -78,4 +78,9 @@ def _check_shape(checkpoint: Checkpoint, source: Source) -> None:
     if tensor.shape != source.shape:
         raise CheckpointError(
             f"{checkpoint.path}: tensor {source.tensor} has shape {tensor.shape}, expected {source.shape}"
+        )
+    if tensor.dtype not in BLOCK_SIZES:
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {source.tensor} has type {tensor.dtype}, expected one of "
+            f"{SUPPORTED_DTYPES}"
         )

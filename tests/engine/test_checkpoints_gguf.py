@@ -94,6 +94,49 @@ def test_any_rows_are_the_rows_of_the_whole(tmp_path: Path, kind: str) -> None:
         np.testing.assert_array_equal(checkpoint.tensors["a"].rows(13, 29), whole[13:29])
 
 
+# What gguf can dequantize.
+QUANTIZED = [
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ1_S",
+    "IQ1_M",
+    "IQ2_XXS",
+    "IQ2_XS",
+    "IQ2_S",
+    "IQ3_XXS",
+    "IQ3_S",
+    "IQ4_NL",
+    "IQ4_XS",
+    "TQ1_0",
+    "TQ2_0",
+    "MXFP4",
+    "NVFP4",
+]
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_every_quantized_type_is_read_as_the_gguf_library_reads_it(tmp_path: Path, name: str) -> None:
+    if name not in GGMLQuantizationType.__members__:
+        pytest.skip(f"this version of gguf does not know {name}")
+    kind = GGMLQuantizationType[name]
+    elements, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(0).integers(0, 256, (3, 512 // elements * num_bytes), np.uint8)
+    content = gguf_bytes((), [tensor("a", [512, 3], kind)], raw.tobytes())
+    with np.errstate(all="ignore"):
+        expected = gguf.dequantize(raw, kind)
+    with open_checkpoint(write(tmp_path / "m.gguf", content)) as checkpoint:
+        np.testing.assert_array_equal(checkpoint.tensors["a"].rows(0, 3), expected)
+        np.testing.assert_array_equal(checkpoint.tensors["a"].rows(1, 2), expected[1:2])
+
+
 def test_elements_of_a_quantized_vector_may_begin_inside_a_block(tmp_path: Path) -> None:
     weights = np.random.default_rng(0).normal(size=96).astype(np.float32)
     stored = gguf.quantize(weights, GGMLQuantizationType.Q8_0)
@@ -204,8 +247,8 @@ BROKEN_FILES: dict[str, tuple[bytes, str]] = {
         "'a' has type 255, expected one of F32",
     ),
     "other tensor type": (
-        gguf_bytes((), [tensor("a", [256], 12)], bytes(256)),
-        "'a' has type Q4_K, expected one of F32",
+        gguf_bytes((), [tensor("a", [256], 15)], bytes(292)),
+        "'a' has type Q8_K, expected one of F32",
     ),
     "part of a block": (
         gguf_bytes((), [tensor("a", [33, 2], 8)], bytes(128)),

@@ -124,3 +124,12 @@ def test_a_weight_that_no_block_can_hold_is_refused(tmp_path: Path, quantization
         table = formats_of(checkpoint, spec, quantization)
         with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.down_proj.* no finite float16"):
             load_weights(checkpoint, spec, table, 8, show=False)
+
+
+def test_a_type_without_a_format_becomes_float32_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(model_path("gguf_llama_q5"))
+    LLM(path, num_blocks=8, show_progress=True).close()
+    said = capsys.readouterr().err
+    assert said.count("Q5_0 (5.5 bits), Q5_1 (6 bits) are converted to float32, 4 bytes a weight") == 1
+    LLM(path, num_blocks=8, show_progress=True, quantization="int8").close()
+    assert "converted" not in capsys.readouterr().err
