@@ -30,16 +30,16 @@ from numpy.typing import NDArray
 
 from bench.machine import bandwidth_gb_s, peak_gops
 from pagellm.engine.config import usable_cores
-from pagellm.kernels.activation import SILU_GATED
+from pagellm.kernels.activation import SILU
+from pagellm.kernels.architecture import Architecture, layer_rows
 from pagellm.kernels.attention import (
     KEY_CHUNK,
     attention,
     choose_heads_per_item,
-    key_cache_size,
     plan_tiles,
     token_words,
-    value_cache_size,
 )
+from pagellm.kernels.buffers import Batch, new_cache, new_plan, new_workspace
 from pagellm.kernels.jit import entry_point
 from pagellm.kernels.matmul import matmul
 from pagellm.kernels.packing import (
@@ -60,7 +60,6 @@ from pagellm.kernels.packing import (
     panels_size,
 )
 from pagellm.kernels.threads import ThreadTeam, barrier, new_counters, share_call
-from pagellm.kernels.transformer import Architecture, Batch, new_cache, new_plan, new_workspace
 
 FORMATS = {"float32": FLOAT32, "bf16": BFLOAT16, "int8": INT8, "int4": INT4_MIN, "int4, Q4_0": INT4}
 CACHE_FORMATS = {"float32": FLOAT32, "bf16": BFLOAT16}
@@ -82,19 +81,16 @@ WARM_UP_SECONDS = 0.1
 TURN_SECONDS = 0.04
 
 # SmolLM2-135M with as few layers, and next to no vocabulary.
+FEATURES = {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64, "attention_scale": 0.125, "rope_table": 0}
+FEATURES |= {"intermediate_size": 1536, "activation": SILU, "gated": True}
 ARCHITECTURE = Architecture(
-    num_layers=LAYERS,
     hidden_size=576,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    intermediate_size=1536,
     vocab_size=16,
+    num_positions=0,
+    tied=True,
     layer_norm=False,
     norm_epsilon=1e-5,
-    activation=SILU_GATED,
-    rotary=True,
-    attention_scale=0.125,
+    layers=layer_rows(LAYERS, **FEATURES),
 )
 
 
@@ -126,28 +122,27 @@ def _multiply(thread, mailbox, counters, format, x, M, N, K, weights, copies, bi
 
 
 @entry_point
-def _plan(arch, batch, plan):  # type: ignore[no-untyped-def]
+def _plan(batch, plan):  # type: ignore[no-untyped-def]
     plan.num_tiles[0] = plan_tiles(
-        batch.query_start_loc, plan.seq_lens, arch.num_heads // arch.num_kv_heads, plan.tile_sequence,
-        plan.tile_start, plan.tile_chunk, plan.state_start,
+        batch.query_start_loc, plan.seq_lens, plan.group_size, plan.tile_sequence, plan.tile_start,
+        plan.tile_chunk, plan.state_start,
     )  # fmt: skip
 
 
 @entry_point
 def _attend(thread, mailbox, arch, cache, batch, plan, work, layers):  # type: ignore[no-untyped-def]
     num_threads = share_call(thread, mailbox)
-    heads, kv_heads, head_dim = arch.num_heads, arch.num_kv_heads, arch.head_dim
-    layer_k = key_cache_size(cache.format, cache.num_blocks, cache.block_size, kv_heads, head_dim)
-    layer_v = value_cache_size(cache.format, cache.num_blocks, cache.block_size, kv_heads, head_dim)
+    features = arch.layers[0]
+    heads, kv_heads, head_dim = features.num_heads, features.num_kv_heads, features.head_dim
     heads_per_item = choose_heads_per_item(plan.num_tiles[0], num_threads, heads // kv_heads)
     for layer in range(layers):
         attention(
             work.counters, heads_per_item, cache.format, work.wide,
             padded((heads + 2 * kv_heads) * head_dim), heads, kv_heads, head_dim,
-            np.float32(arch.attention_scale), cache.keys, cache.values, layer * layer_k, layer * layer_v,
-            cache.block_size, batch.block_tables, batch.query_start_loc, plan.seq_lens,
-            plan.tile_sequence[: plan.num_tiles[0]], plan.tile_start, plan.tile_chunk, plan.state_start,
-            plan.states, work.attention[thread],
+            np.float32(features.attention_scale), cache.keys, cache.values, cache.key_start[layer],
+            cache.value_start[layer], cache.block_size, batch.block_tables, batch.query_start_loc,
+            plan.seq_lens, plan.group_size, plan.tile_sequence[: plan.num_tiles[0]], plan.tile_start,
+            plan.tile_chunk, plan.state_start, plan.states, work.attention[thread],
         )  # fmt: skip
         barrier(work.counters, num_threads)
 
@@ -210,12 +205,13 @@ class Attention:
         )
         plan = new_plan(arch, new_tokens, len(runs), -(-int(lengths.max()) // KEY_CHUNK))
         plan.seq_lens[:] = lengths
-        _plan(arch, batch, plan)
+        _plan(batch, plan)
         self._arguments = (arch, cache, batch, plan, work, layers)
-        heads_size = arch.num_heads * arch.head_dim
+        heads_size = FEATURES["num_heads"] * FEATURES["head_dim"]
         seen_keys = sum(count * start + count * (count + 1) // 2 for start, count in runs)
         self.operations = 4 * heads_size * seen_keys
-        self.kv_bytes = 4 * arch.num_kv_heads * token_words(format, arch.head_dim) * int(lengths.sum())
+        token_bytes = 4 * FEATURES["num_kv_heads"] * token_words(format, FEATURES["head_dim"])
+        self.kv_bytes = token_bytes * int(lengths.sum())
         self.num_bytes = self.kv_bytes + 2 * 4 * new_tokens * heads_size
 
     def run(self, team: ThreadTeam) -> None:

@@ -24,11 +24,11 @@ from pagellm.engine.sampling_params import SamplingParams
 from pagellm.engine.scheduling.block_manager import BlockManager
 from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
-from pagellm.kernels.activation import SILU_GATED
+from pagellm.kernels.activation import SILU
+from pagellm.kernels.architecture import Architecture, Weights, lay_out, layer_rows
 from pagellm.kernels.jit import cache_on_disk
 from pagellm.kernels.packing import FLOAT32, aligned_zeros, encode, pack_blocks
 from pagellm.kernels.simd.llvm import CHECKED
-from pagellm.kernels.transformer import LAYER_PARTS, Architecture, Weights, lay_out
 
 # What a full compilation reports; a wrong number only makes the bar end early or late.
 _NUM_COMPILATIONS = 150
@@ -71,27 +71,31 @@ def _sources_key() -> str:
 
 
 def _run_tiny_model() -> None:
-    arch = Architecture(
-        num_layers=1,
-        hidden_size=16,
+    layers = layer_rows(
+        1,
         num_heads=1,
         num_kv_heads=1,
         head_dim=16,
+        attention_scale=0.25,
+        rope_table=0,
         intermediate_size=16,
+        activation=SILU,
+        gated=1,
+    )
+    arch = Architecture(
+        hidden_size=16,
         vocab_size=16,
+        num_positions=0,
+        tied=True,
         layer_norm=False,
         norm_epsilon=1e-5,
-        activation=SILU_GATED,
-        rotary=True,
-        attention_scale=0.25,
+        layers=layers,
     )
-    formats = np.full((2, LAYER_PARTS), FLOAT32, np.int64)
-    offsets, size = lay_out(arch, formats, max_positions=1, tied=True)
-    table = np.ones((1, 8), np.float32)
-    values = aligned_zeros(size)
-    weights = Weights(values=values, offsets=offsets, formats=formats, cos=table, sin=table)
+    places, rest_places, size = lay_out(arch, [{}, {}])
+    values, table = aligned_zeros(size), np.ones((1, 1, 8), np.float32)
+    weights = Weights(values, places, rest_places, cos=table, sin=table, rope_halves=np.full(1, 8, np.int64))
     config = EngineConfig(num_blocks=1, max_num_batched_tokens=1, num_threads=1).complete()
-    runner = ModelRunner(arch, weights, config)
+    runner = ModelRunner(arch, weights, FLOAT32, config)
     scheduler = Scheduler(config, BlockManager(num_blocks=1, block_size=config.block_size))
     scheduler.add(Sequence(0, [0], SamplingParams()))
     runner.run(scheduler.schedule())

@@ -21,13 +21,7 @@ from pagellm.engine.scheduling.block_manager import BlockManager
 from pagellm.engine.scheduling.scheduler import PreemptionCosts, Scheduler
 from pagellm.engine.step_log import StepLogFile
 from pagellm.engine.tokenizer import Tokenizer, load_tokenizer
-from pagellm.engine.weights import (
-    architecture_of,
-    converted_types,
-    formats_of,
-    kv_bytes_per_token,
-    load_weights,
-)
+from pagellm.engine.weights import converted_types, formats_of, kv_bytes_per_token, kv_format, load_weights
 
 # Of the memory that is available the KV cache takes this part at most, if its size is left open.
 _SHARE = 4
@@ -62,7 +56,8 @@ def load_engine(model: str, config: EngineConfig | None = None, show_progress: b
         tokenizer = _load_tokenizer(checkpoint, spec.vocab_size)
         asked = config or EngineConfig()
         formats = formats_of(checkpoint, spec, asked.quantization)
-        token_bytes = kv_bytes_per_token(spec, formats)
+        cache_format = kv_format(formats)
+        token_bytes = kv_bytes_per_token(spec.arch, cache_format)
         if show_progress and asked.quantization == "auto":
             _say_converted(checkpoint, converted_types(checkpoint, spec, formats))
         memory = read_memory()
@@ -80,7 +75,7 @@ def load_engine(model: str, config: EngineConfig | None = None, show_progress: b
             say(_size_chosen(complete, block_bytes, memory))
         compile_kernels(show_progress)
         weights = load_weights(checkpoint, spec, formats, complete.max_model_len, show_progress)
-    runner = ModelRunner(architecture_of(spec), weights, complete)
+    runner = ModelRunner(spec.arch, weights, cache_format, complete)
     scheduler.costs = PreemptionCosts(swap_block_s=runner.measure_swap_s())
     return EngineParts(complete, spec, tokenizer, scheduler, runner, block_bytes, step_log)
 

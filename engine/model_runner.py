@@ -6,7 +6,7 @@ Knows arrays and their layout; does not know which sequences should run, or text
 import time
 from array import array
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,22 +17,20 @@ from pagellm.engine.scheduling.block_manager import Transfer, TransferKind
 from pagellm.engine.scheduling.scheduler import ScheduledBatch
 from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.engine.swap_space import FileSwapSpace, MemorySwapSpace, SwapSpace
-from pagellm.engine.weights import kv_format
-from pagellm.kernels.attention import KEY_CHUNK, key_cache_size, value_cache_size
-from pagellm.kernels.threads import ThreadTeam
-from pagellm.kernels.transformer import (
-    NUM_FLOATS,
-    NUM_INTEGERS,
-    Architecture,
+from pagellm.kernels.architecture import Architecture, Weights
+from pagellm.kernels.attention import KEY_CHUNK
+from pagellm.kernels.buffers import (
+    WANTED,
     Batch,
     Cache,
     Outputs,
-    Weights,
+    WantedRow,
     new_cache,
     new_plan,
     new_workspace,
-    step,
 )
+from pagellm.kernels.threads import ThreadTeam
+from pagellm.kernels.transformer import step
 
 
 @dataclass
@@ -62,17 +60,19 @@ class _Row:
 class ModelRunner:
     """Owns the weights, the KV cache and its second tier, the workspace and the threads that compute.
 
-    Raises `ConfigError` if there is no room for the second tier.
+    cache_format: FLOAT32 or BFLOAT16. Raises `ConfigError` if there is no room for the second tier.
     """
 
-    def __init__(self, arch: Architecture, weights: Weights, config: CompleteConfig) -> None:
+    def __init__(
+        self, arch: Architecture, weights: Weights, cache_format: int, config: CompleteConfig
+    ) -> None:
         self.arch = arch
         self.weights = weights
-        self.cache = new_cache(arch, kv_format(weights.formats), config.num_blocks, config.block_size)
-        self._blocks = _block_views(arch, self.cache)
+        self.cache = new_cache(arch, cache_format, config.num_blocks, config.block_size)
+        self._blocks = _block_views(self.cache)
         self._swap_space: SwapSpace | None = None
         if config.num_swap_blocks:
-            block_words = sum(part[:, 0].size for part in self._blocks)
+            block_words = sum(part[0].size for part in self._blocks)
             self._swap_space = (
                 MemorySwapSpace(config.num_swap_blocks, block_words)
                 if config.swap_dir is None
@@ -102,24 +102,23 @@ class ModelRunner:
         kind, source, target, _ = transfer
         if kind is TransferKind.COPY:
             for part in self._blocks:
-                part[:, target] = part[:, source]
+                part[target] = part[source]
             return
         assert self._swap_space is not None
         if kind is TransferKind.SWAP_OUT:
-            content = np.concatenate([part[:, source].ravel() for part in self._blocks])
+            content = np.concatenate([part[source] for part in self._blocks])
             self._swap_space.write(target, content)
         else:
             content = self._swap_space.read(source)
             for part in self._blocks:
-                size = part[:, target].size
-                part[:, target] = content[:size].reshape(part[:, target].shape)
-                content = content[size:]
+                size = part[target].size
+                part[target], content = content[:size], content[size:]
 
     def measure_swap_s(self) -> float:
         """Seconds that moving a block to the second tier takes, or back; 0 if there is none."""
         if self._swap_space is None:
             return 0.0
-        content = np.concatenate([part[:, 0].ravel() for part in self._blocks])
+        content = np.concatenate([part[0] for part in self._blocks])
         self._swap_space.write(0, content)  # the first write pays for the memory
         start = time.perf_counter()
         self._swap_space.write(0, content)
@@ -161,15 +160,12 @@ class ModelRunner:
             self._plan = new_plan(self.arch, *self._batch_limits, self._planned_chunks)
 
 
-def _block_views(arch: Architecture, cache: Cache) -> list[NDArray[np.float32]]:
-    """Keys and values as [num_layers, num_blocks, words of a block]."""
-    size = (cache.format, cache.num_blocks, cache.block_size, arch.num_kv_heads, arch.head_dim)
+def _block_views(cache: Cache) -> list[NDArray[np.float32]]:
+    """Each layer's keys and each layer's values as [num_blocks, words of a block]."""
     return [
-        words[: arch.num_layers * layer_size].reshape(arch.num_layers, cache.num_blocks, -1)
-        for words, layer_size in (
-            (cache.keys, key_cache_size(*size)),
-            (cache.values, value_cache_size(*size)),
-        )
+        words[first:end].reshape(cache.num_blocks, -1)
+        for words, starts in ((cache.keys, cache.key_start), (cache.values, cache.value_start))
+        for first, end in pairwise(starts)
     ]
 
 
@@ -195,7 +191,7 @@ def _wanted_rows(batch: ScheduledBatch, logits_of: frozenset[int]) -> list[_Row]
 
 
 def _outputs(rows: list[_Row], vocab_size: int) -> Outputs:
-    integers, floats = array("q"), array("d")
+    wanted: list[WantedRow] = []
     history, history_start = array("i"), array("i", [0])
     bias_ids, bias_values, bias_start = array("i"), array("f"), array("i", [0])
     num_wanted, most_logprobs = 0, 0
@@ -204,26 +200,22 @@ def _outputs(rows: list[_Row], vocab_size: int) -> Outputs:
         samples = row.target < 0
         num_logprobs = _num_logprobs(row, vocab_size)
         most_logprobs = max(most_logprobs, num_logprobs)
-        integers.extend(
-            (
-                row.token_row,
-                row.target,
-                num_logprobs,
-                num_wanted if row.wants_logits else -1,
-                min(max(p.top_k, 0), vocab_size),
-                _as_int64(p.seed or 0),
-                row.position + 1,
-                sequence.num_prompt_tokens,
-            )
-        )
-        floats.extend(
-            (
-                p.temperature,
-                p.top_p,
-                p.min_p,
-                p.repetition_penalty,
-                p.frequency_penalty,
-                p.presence_penalty,
+        wanted.append(
+            WantedRow(
+                token_row=row.token_row,
+                target=row.target,
+                num_logprobs=num_logprobs,
+                logits_row=num_wanted if row.wants_logits else -1,
+                top_k=min(max(p.top_k, 0), vocab_size),
+                seed=_as_int64(p.seed or 0),
+                position=row.position + 1,
+                prompt_len=sequence.num_prompt_tokens,
+                temperature=p.temperature,
+                top_p=p.top_p,
+                min_p=p.min_p,
+                repetition=p.repetition_penalty,
+                frequency=p.frequency_penalty,
+                presence=p.presence_penalty,
             )
         )
         num_wanted += row.wants_logits
@@ -239,8 +231,7 @@ def _outputs(rows: list[_Row], vocab_size: int) -> Outputs:
                 bias_values.extend([-np.inf] * len(ends))
         bias_start.append(len(bias_ids))
     return Outputs(
-        integers=np.frombuffer(integers, np.int64).reshape(len(rows), NUM_INTEGERS),
-        floats=np.frombuffer(floats, np.float64).reshape(len(rows), NUM_FLOATS),
+        wanted=np.array(wanted, WANTED),
         history=np.frombuffer(history, np.int32),
         history_start=np.frombuffer(history_start, np.int32),
         bias_ids=np.frombuffer(bias_ids, np.int32),

@@ -13,7 +13,7 @@ from pagellm.engine.checkpoints import BLOCK_SIZES, Checkpoint, Tensor
 from pagellm.engine.errors import CheckpointError
 from pagellm.engine.models import ModelSpec, Source
 from pagellm.engine.progress import progress
-from pagellm.kernels import activation, transformer
+from pagellm.kernels.architecture import PARTS, Architecture, Formats, Kind, Weights, lay_out
 from pagellm.kernels.attention import token_words
 from pagellm.kernels.packing import (
     BFLOAT16,
@@ -29,40 +29,10 @@ from pagellm.kernels.packing import (
     pack_blocks,
     padded,
 )
-from pagellm.kernels.transformer import Architecture, Weights
 
 # Bytes of float32 that one read may take: large enough to be quick, small beside any model.
 _READ_BYTES = 8 << 20
 
-_LAYER_PARTS = {
-    "attention_norm": transformer.ATTENTION_NORM,
-    "attention_norm_b": transformer.ATTENTION_NORM_B,
-    "qkv": transformer.QKV,
-    "qkv_b": transformer.QKV_B,
-    "output": transformer.OUTPUT,
-    "output_b": transformer.OUTPUT_B,
-    "mlp_norm": transformer.MLP_NORM,
-    "mlp_norm_b": transformer.MLP_NORM_B,
-    "up": transformer.UP,
-    "up_b": transformer.UP_B,
-    "down": transformer.DOWN,
-    "down_b": transformer.DOWN_B,
-}
-_REST_PARTS = {
-    "embedding": transformer.EMBEDDING,
-    "position_embedding": transformer.POSITION_EMBEDDING,
-    "final_norm": transformer.FINAL_NORM,
-    "final_norm_b": transformer.FINAL_NORM_B,
-    "lm_head": transformer.LM_HEAD,
-}
-_ACTIVATIONS = {
-    "silu_gated": activation.SILU_GATED,
-    "gelu_tanh": activation.GELU_TANH,
-    "gelu": activation.GELU,
-    "relu": activation.RELU,
-}
-# Parts that a product multiplies by; vectors and tables that are only looked up stay float32.
-_MATRICES = {"qkv", "output", "up", "down", "embedding", "lm_head"}
 # The formats that hold a quantized type of a checkpoint without a change of value, and what is made of a part
 # whose tensors have these types when nothing else is asked for.
 _QUANTIZED = {"Q8_0": (INT8,), "Q4_0": (INT4, INT4_MIN), "Q4_1": (INT4_MIN,)}
@@ -74,45 +44,25 @@ _KEPT_FORMATS = {
 }
 
 
-def architecture_of(spec: ModelSpec) -> Architecture:
-    """The numbers of a model that the compiled step needs."""
-    return Architecture(
-        num_layers=spec.num_layers,
-        hidden_size=spec.hidden_size,
-        num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        intermediate_size=spec.intermediate_size,
-        vocab_size=spec.vocab_size,
-        layer_norm=spec.layer_norm,
-        norm_epsilon=spec.norm_epsilon,
-        activation=_ACTIVATIONS[spec.activation],
-        rotary=spec.rope_frequencies is not None,
-        attention_scale=spec.attention_scale,
-    )
-
-
-def formats_of(checkpoint: Checkpoint, spec: ModelSpec, quantization: str) -> NDArray[np.int64]:
-    """The table of formats of `kernels.transformer.Weights` for a `quantization` of `EngineConfig`."""
-    formats = np.full((spec.num_layers + 1, transformer.LAYER_PARTS), FLOAT32, np.int64)
-    for row, parts in enumerate((*spec.layers, spec.rest)):
-        in_layer = row < spec.num_layers
-        for name in _MATRICES & parts.keys():
-            dtypes = {checkpoint.tensors[source.tensor].dtype for source in parts[name]}
-            index = (_LAYER_PARTS if in_layer else _REST_PARTS)[name]
-            formats[row, index] = _format_of(dtypes, quantization, in_layer)
-    if spec.tied:
-        formats[-1, transformer.LM_HEAD] = formats[-1, transformer.EMBEDDING]
+def formats_of(checkpoint: Checkpoint, spec: ModelSpec, quantization: str) -> Formats:
+    """The formats of all matrices for a `quantization` of `EngineConfig`."""
+    formats = []
+    for index, parts in enumerate((*spec.layers, spec.rest)):
+        by_part = {}
+        for name, sources in parts.items():
+            if PARTS[name].kind is Kind.MATRIX:
+                dtypes = {checkpoint.tensors[source.tensor].dtype for source in sources}
+                by_part[name] = _format_of(dtypes, quantization, in_layer=index < len(spec.layers))
+        formats.append(by_part)
     return formats
 
 
-def converted_types(checkpoint: Checkpoint, spec: ModelSpec, formats: NDArray[np.int64]) -> list[str]:
+def converted_types(checkpoint: Checkpoint, spec: ModelSpec, formats: Formats) -> list[str]:
     """The quantized types of matrices that become float32, because no format of the kernels holds them."""
     types = set()
-    for row, parts in enumerate((*spec.layers, spec.rest)):
-        indices = _LAYER_PARTS if row < spec.num_layers else _REST_PARTS
-        for name in _MATRICES & parts.keys():
-            if formats[row, indices[name]] == FLOAT32:
+    for parts, by_part in zip((*spec.layers, spec.rest), formats, strict=True):
+        for name, format in by_part.items():
+            if format == FLOAT32:
                 types |= {checkpoint.tensors[source.tensor].dtype for source in parts[name]}
     return sorted(dtype for dtype in types if BLOCK_SIZES[dtype][0] > 1)
 
@@ -130,22 +80,24 @@ def _format_of(dtypes: set[str], quantization: str, in_layer: bool) -> int:
     return {"none": FLOAT32, "bf16": BFLOAT16, "int8": INT8}[quantization]
 
 
-def kv_format(formats: NDArray[np.int64]) -> int:
+def kv_format(formats: Formats) -> int:
     """Of the KV cache: bfloat16 where the weights are rounded, too."""
-    return FLOAT32 if (formats == FLOAT32).all() else BFLOAT16
+    exact = all(format == FLOAT32 for by_part in formats for format in by_part.values())
+    return FLOAT32 if exact else BFLOAT16
 
 
-def kv_bytes_per_token(spec: ModelSpec, formats: NDArray[np.int64]) -> int:
-    """Bytes of keys and values that one token of context takes in all layers."""
-    words = token_words(kv_format(formats), spec.head_dim)
-    return spec.num_layers * spec.num_kv_heads * words * 4
+def kv_bytes_per_token(arch: Architecture, format: int) -> int:
+    """Bytes of keys and values that one token of context takes in all layers of a cache of this format."""
+    return sum(
+        4 * int(row["num_kv_heads"]) * token_words(format, int(row["head_dim"])) for row in arch.layers
+    )
 
 
 def load_weights(
-    checkpoint: Checkpoint, spec: ModelSpec, formats: NDArray[np.int64], max_model_len: int, show: bool
+    checkpoint: Checkpoint, spec: ModelSpec, formats: Formats, max_model_len: int, show: bool
 ) -> Weights:
     """Reads and packs all weights; raises `CheckpointError` if a tensor cannot be read."""
-    offsets, size = transformer.lay_out(architecture_of(spec), formats, spec.max_positions, spec.tied)
+    layers, rest, size = lay_out(spec.arch, formats)
     values = aligned_zeros(size)
     total = sum(
         int(np.prod(source.shape))
@@ -154,23 +106,23 @@ def load_weights(
         for source in sources
     )
     with progress("Loading weights", total * 4, "bytes", show) as advance:
-        for row, parts in enumerate((*spec.layers, spec.rest)):
-            indices = _LAYER_PARTS if row < spec.num_layers else _REST_PARTS
+        rows = zip((*spec.arch.layers, None), (*spec.layers, spec.rest), (*layers, *rest), strict=True)
+        for row, parts, places in rows:
             for name, sources in parts.items():
-                column = 0
+                part, column = PARTS[name], 0
+                start, format = places[name].tolist()
                 for source in sources:
                     tensor = checkpoint.tensors[source.tensor]
-                    start, format = int(offsets[row, indices[name]]), int(formats[row, indices[name]])
-                    if name in _MATRICES:
+                    if part.kind is Kind.MATRIX:
                         _load_matrix(tensor, source, format, values, start, column)
                     else:
                         _load_plain(tensor, source, values, start + column)
-                    column += source.shape[1 if source.transposed else 0]
-                    if name in ("up", "up_b"):
-                        column = padded(column)  # the gate and the linear half each begin on a panel
+                    column += source.outputs
+                    if part.pieces(row) > 1:
+                        column = padded(column)
                     advance(4 * int(np.prod(source.shape)))
-    cos, sin = _rotary_tables(spec.rope_frequencies, max_model_len)
-    return Weights(values=values, offsets=offsets, formats=formats, cos=cos, sin=sin)
+    cos, sin, halves = _rotary_tables(spec.rope_frequencies, max_model_len)
+    return Weights(values, layers, rest, cos, sin, halves)
 
 
 def _load_matrix(
@@ -217,11 +169,14 @@ def _unpair(rows: NDArray[Any], source: Source, head_dim: int) -> NDArray[Any]:
 
 
 def _rotary_tables(
-    frequencies: tuple[float, ...] | None, max_model_len: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """cos and sin of position * frequency, [max_model_len, rotary_dim / 2] each."""
-    if frequencies is None:
-        empty = np.zeros((1, 1), np.float32)
-        return empty, empty
-    angles = np.outer(np.arange(max_model_len, dtype=np.float64), np.asarray(frequencies))
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    tables: tuple[tuple[float, ...], ...], max_model_len: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
+    """`Weights.cos`, `sin` and `rope_halves` of the frequencies of each table."""
+    halves = np.array([len(frequencies) for frequencies in tables], np.int64)
+    shape = (len(tables), max_model_len, max(halves, default=0))
+    cos, sin = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    for table, frequencies in enumerate(tables):
+        angles = np.outer(np.arange(max_model_len, dtype=np.float64), np.asarray(frequencies))
+        cos[table, :, : len(frequencies)] = np.cos(angles)
+        sin[table, :, : len(frequencies)] = np.sin(angles)
+    return cos, sin, halves

@@ -7,24 +7,25 @@ import numpy as np
 from pagellm.kernels.jit import kernel
 from pagellm.kernels.simd import LANES, broadcast, exp, fma, load, store
 
-SILU_GATED, GELU_TANH, GELU, RELU = 0, 1, 2, 3
+SILU, GELU_TANH, GELU, RELU = range(4)
+KINDS = {"silu": SILU, "gelu_tanh": GELU_TANH, "gelu": GELU, "relu": RELU}
 
 _SQRT_2_OVER_PI = 0.7978845608028654
 
 
 @kernel
-def activate(kind, x, start, size, up_offset, out):
-    """`out[i] = f(x[start + i])`; for SILU_GATED times `x[start + up_offset + i]` (SwiGLU, Shazeer 2020).
+def activate(kind, gated, x, start, size, up_offset, out):
+    """`out[i] = f(x[start + i])` for i < size; if gated, times `x[start + up_offset + i]` (Shazeer 2020).
 
-    x and out must be readable and writable up to a whole vector.
+    x and out: flat, readable and writable up to a whole vector.
     """
     one = broadcast(np.float32(1.0))
     zero = broadcast(np.float32(0.0))
-    if kind == SILU_GATED:
+    if kind == SILU:  # x / (1 + exp(-x)) (Hendrycks and Gimpel 2016)
         for i in range(0, size, LANES):
-            gate = load(x, start + i)
-            store(out, i, gate / (one + exp(zero - gate)) * load(x, start + up_offset + i))
-    elif kind == GELU_TANH:  # 0.5 x (1 + tanh(y)) = x / (1 + exp(-2 y)) (Hendrycks and Gimpel 2016)
+            value = load(x, start + i)
+            store(out, i, value / (one + exp(zero - value)))
+    elif kind == GELU_TANH:  # 0.5 x (1 + tanh(y)) = x / (1 + exp(-2 y)) (the same)
         cubic = broadcast(np.float32(0.044715))
         factor = broadcast(np.float32(-2.0 * _SQRT_2_OVER_PI))
         for i in range(0, size, LANES):
@@ -38,3 +39,6 @@ def activate(kind, x, start, size, up_offset, out):
     else:
         for i in range(size):
             out[i] = max(x[start + i], np.float32(0.0))
+    if gated:
+        for i in range(0, size, LANES):
+            store(out, i, load(out, i) * load(x, start + up_offset + i))

@@ -364,21 +364,21 @@ def _attend_chunk(
 @kernel
 def attention(
     counters, heads_per_item, format, qkv, qkv_stride, num_heads, num_kv_heads, head_dim, scale, keys, values,
-    layer_k, layer_v, block_size, block_tables, query_start_loc, seq_lens, tile_sequence, tile_start,
-    tile_chunk, state_start, states, scratch
+    layer_k, layer_v, block_size, block_tables, query_start_loc, seq_lens, planned_group_size, tile_sequence,
+    tile_start, tile_chunk, state_start, states, scratch
 ):  # fmt: skip
     """One thread's share of causal attention of all new tokens of a batch.
 
     heads_per_item: of `choose_heads_per_item`; format: of the cache, FLOAT32 or BFLOAT16; qkv: flat rows of
     [num_heads + 2 * num_kv_heads, head_dim], rotated; keys, values: the flat caches, with this layer's part
     from `layer_k` and `layer_v` on; block_tables: [num_seqs, max_blocks]; query_start_loc: [num_seqs + 1];
-    seq_lens: [num_seqs], with the new tokens; tile_sequence, tile_start, tile_chunk: [num_tiles], each query
-    tile's sequence, its first flat token row, and the one chunk of keys that it looks at or -1 for all;
-    state_start: [num_tokens + 1], each token's first state; states: out, [num_states, num_heads,
-    state_words]; scratch: this thread's own.
+    seq_lens: [num_seqs], with the new tokens; planned_group_size: that of `plan_tiles`, the layer's own or a
+    greater one; tile_sequence, tile_start, tile_chunk: [num_tiles], each query tile's sequence, its first
+    flat token row, and the one chunk of keys that it looks at or -1 for all; state_start: [num_tokens + 1],
+    each token's first state; states: out, [num_states, num_heads, state_words]; scratch: this thread's own.
     """
     group_size = num_heads // num_kv_heads
-    tile_tokens = tokens_per_query_tile(group_size)
+    tile_tokens = tokens_per_query_tile(planned_group_size)
     row_words, size, rows = state_words(head_dim), _num_sums(head_dim), _tile_rows(group_size)
     # The scratch begins with the zeros that the products start from, at most a row of a tile's scores.
     key_tile = KEY_TILE

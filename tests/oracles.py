@@ -79,11 +79,11 @@ def rms_norm(x: ArrayLike, scale: ArrayLike, epsilon: float) -> Floats:
 # Activations
 
 
-def silu_gated(gate: ArrayLike, up: ArrayLike) -> Floats:
-    """SwiGLU's middle (Shazeer 2020): gate * sigmoid(gate) * up."""
-    gate = _exact(gate)
+def silu(x: ArrayLike) -> Floats:
+    """Hendrycks and Gimpel 2016: x * sigmoid(x)."""
+    x = _exact(x)
     with np.errstate(over="ignore"):
-        return gate / (1.0 + np.exp(-gate)) * _exact(up)
+        return x / (1.0 + np.exp(-x))
 
 
 def gelu(x: ArrayLike) -> Floats:

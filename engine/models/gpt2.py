@@ -7,6 +7,8 @@ from pagellm.engine.checkpoints import Checkpoint
 from pagellm.engine.models import gguf_metadata, hub_config
 from pagellm.engine.models.names import count_layers, embedding_and_head, hub_prefixes
 from pagellm.engine.models.spec import ModelSpec, Parts, Source
+from pagellm.kernels import activation as activations
+from pagellm.kernels.architecture import Architecture, layer_rows
 
 _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
@@ -176,19 +178,27 @@ def _spec(
         rest["lm_head"] = (Source(lm_head, (vocab, hidden)),)
     return ModelSpec(
         architecture="gpt2",
-        num_layers=num_layers,
-        hidden_size=hidden,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=hidden // heads,
-        intermediate_size=intermediate,
-        vocab_size=vocab,
+        arch=Architecture(
+            hidden_size=hidden,
+            vocab_size=vocab,
+            num_positions=max_positions,
+            tied=lm_head is None,
+            layer_norm=True,
+            norm_epsilon=epsilon,
+            layers=layer_rows(
+                num_layers,
+                num_heads=heads,
+                num_kv_heads=heads,
+                head_dim=hidden // heads,
+                attention_scale=(hidden // heads) ** -0.5 if scaled else 1.0,
+                rope_table=-1,
+                intermediate_size=intermediate,
+                activation=activations.KINDS[activation],
+                gated=False,
+            ),
+        ),
         max_positions=max_positions,
-        layer_norm=True,
-        norm_epsilon=epsilon,
-        activation=activation,
-        attention_scale=(hidden // heads) ** -0.5 if scaled else 1.0,
-        rope_frequencies=None,
+        rope_frequencies=(),
         layers=tuple(layer(index) for index in range(num_layers)),
         rest=rest,
         repeated=repeated,

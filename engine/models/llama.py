@@ -12,6 +12,8 @@ from pagellm.engine.models import gguf_metadata, hub_config, rope
 from pagellm.engine.models.fields import Fields
 from pagellm.engine.models.names import count_layers, embedding_and_head, hub_prefixes
 from pagellm.engine.models.spec import ModelSpec, Parts, Source
+from pagellm.kernels import activation
+from pagellm.kernels.architecture import Architecture, layer_rows
 
 # What transformers' class of a model_type takes for a key that config.json lacks, where the classes differ.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -47,7 +49,7 @@ def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
     def integer(name: str, maximum: int = 1 << 20) -> int:
         return fields.integer(name, defaults[name], maximum)
 
-    fields.choice("hidden_act", {"silu": "silu_gated", "swish": "silu_gated"}, "silu")
+    fields.choice("hidden_act", {"silu": "silu", "swish": "silu"}, "silu")
     hidden, heads = fields.integer("hidden_size", 4096), fields.integer("num_attention_heads", 32)
     head_dim = fields.integer_or_none("head_dim") or hidden // heads
     num_layers = count_layers(fields, "num_hidden_layers", checkpoint, 32)
@@ -302,20 +304,28 @@ def _spec(
         rest["lm_head"] = (Source(lm_head, (vocab, hidden)),)
     return ModelSpec(
         architecture=architecture,
-        num_layers=num_layers,
-        hidden_size=hidden,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        intermediate_size=intermediate,
-        vocab_size=vocab,
+        arch=Architecture(
+            hidden_size=hidden,
+            vocab_size=vocab,
+            num_positions=0,
+            tied=lm_head is None,
+            layer_norm=False,
+            norm_epsilon=epsilon,
+            layers=layer_rows(
+                num_layers,
+                num_heads=heads,
+                num_kv_heads=kv_heads,
+                head_dim=head_dim,
+                attention_scale=attention_scale,
+                rope_table=0,
+                intermediate_size=intermediate,
+                activation=activation.SILU,
+                gated=True,
+            ),
+        ),
         max_positions=max_positions if window is None else min(max_positions, window),
         sliding_window=window,
-        layer_norm=False,
-        norm_epsilon=epsilon,
-        activation="silu_gated",
-        attention_scale=attention_scale,
-        rope_frequencies=frequencies,
+        rope_frequencies=(frequencies,),
         layers=tuple(layer(index) for index in range(num_layers)),
         rest=rest,
         repeated=repeated,

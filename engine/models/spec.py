@@ -6,9 +6,11 @@ or how the kernels lay them out.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from pagellm.engine.errors import CheckpointError
 from pagellm.engine.models import rope
+from pagellm.kernels.architecture import LAYER_PARTS, REST_PARTS, Architecture, Kind, Part
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,18 @@ class Source:
     transposed: bool = False
     paired_heads: int = 0
 
+    @property
+    def outputs(self) -> int:
+        """The output columns that it becomes."""
+        return self.shape[1 if self.transposed else 0]
 
-# A part of the step to the tensors that are stacked, along the outputs, to make it. Parts that are not named
-# (biases) are zeros.
+    @property
+    def inputs(self) -> int | None:
+        """Of a matrix; a vector has none."""
+        return None if len(self.shape) == 1 else self.shape[0 if self.transposed else 1]
+
+
+# A part of `kernels.architecture.PARTS` to the tensors that are stacked, along the outputs, to make it.
 Parts = Mapping[str, tuple[Source, ...]]
 
 
@@ -35,49 +46,60 @@ Parts = Mapping[str, tuple[Source, ...]]
 class ModelSpec:
     """A decoder of the GPT-2 or Llama family, whatever its checkpoint called things.
 
-    activation: "silu_gated", "gelu_tanh", "gelu" or "relu". rope_frequencies: radians a position for each
-    rotated pair of dimensions, scaling included, or None where positions are learned. Parts of a layer:
-    attention_norm, qkv, output, mlp_norm, up (the gate before it where gated), down; of the rest: embedding,
-    position_embedding, final_norm, lm_head (absent where tied to the embedding); each with a bias "_b" except
-    the embeddings. sliding_window: tokens that attention sees in some layers; up to so many it is full
-    attention, and max_positions is no more. repeated: tensors whose values another one has, or the other
-    fields have.
+    architecture: its name; arch: its numbers. rope_frequencies: of each RoPE table that a layer may name,
+    radians a position for each rotated pair of dimensions, scaling included. layers, rest: the tensors of
+    every part; biases that are not named are zeros. sliding_window: tokens that attention sees in some
+    layers; up to so many it is full attention, and max_positions is no more. repeated: tensors whose values
+    another one has, or the other fields have.
     """
 
     architecture: str
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
+    arch: Architecture
     max_positions: int
-    layer_norm: bool
-    norm_epsilon: float
-    activation: str
-    attention_scale: float
-    rope_frequencies: tuple[float, ...] | None
+    rope_frequencies: tuple[tuple[float, ...], ...]
     layers: tuple[Parts, ...] = field(repr=False)
     rest: Parts = field(repr=False)
     sliding_window: int | None = None
     repeated: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise CheckpointError(
-                f"{self.architecture}: {self.num_heads} attention heads cannot share {self.num_kv_heads} KV "
-                "heads; expected a multiple"
-            )
-        rope.check(self.rope_frequencies or (), self.architecture)
-        rotary_dim = 2 * len(self.rope_frequencies or ())
-        if rotary_dim > self.head_dim:
-            raise CheckpointError(
-                f"{self.architecture}: {rotary_dim} dimensions of a head are rotated, expected at most "
-                f"{self.head_dim}, its size"
-            )
+        for frequencies in self.rope_frequencies:
+            rope.check(frequencies, self.architecture)
+        for index, row in enumerate(self.arch.layers):
+            where = f"{self.architecture}: layer {index}"
+            heads, kv_heads = row["num_heads"], row["num_kv_heads"]
+            if heads % kv_heads:
+                raise CheckpointError(
+                    f"{where}: {heads} attention heads cannot share {kv_heads} KV heads; expected a multiple"
+                )
+            table = int(row["rope_table"])
+            rotary_dim = 2 * len(self.rope_frequencies[table]) if table >= 0 else 0
+            if rotary_dim > row["head_dim"]:
+                raise CheckpointError(
+                    f"{where}: {rotary_dim} dimensions of a head are rotated, expected at most "
+                    f"{row['head_dim']}, its size"
+                )
+            self._check_parts(where, LAYER_PARTS, row, self.layers[index])
+        self._check_parts(self.architecture, REST_PARTS, None, self.rest)
+
+    def _check_parts(self, where: str, expected: tuple[Part, ...], row: Any, parts: Parts) -> None:
+        """Every part is there, as large as the architecture's numbers say, and no other."""
+        known = {part.name for part in expected}
+        for name in parts.keys() - known:
+            raise CheckpointError(f"{where}: found part {name}, expected one of {', '.join(sorted(known))}")
+        for part in expected:
+            shape = part.shape(self.arch, row)
+            if part.name not in parts and (part.kind is Kind.BIAS or shape[0] == 0):
+                continue
+            sources = parts.get(part.name, ())
+            inputs = {source.inputs for source in sources} - {None}
+            if (sum(source.outputs for source in sources), *inputs) != shape:
+                shapes = [source.shape for source in sources]
+                raise CheckpointError(
+                    f"{where}: {part.name}: found tensors of {shapes}, expected {shape} in all"
+                )
 
     @property
-    def tied(self) -> bool:
-        """Whether the output matrix is the embedding."""
-        return "lm_head" not in self.rest
+    def vocab_size(self) -> int:
+        """Rows of the embedding, and logits of a token."""
+        return self.arch.vocab_size

@@ -160,7 +160,7 @@ def _describe(engine: "LLMEngine", model: str) -> dict[str, Any]:
     """What is measured, and the axes of the tables."""
     from pagellm.engine.weights import kv_bytes_per_token
 
-    token_bytes = kv_bytes_per_token(engine.spec, engine.runner.weights.formats)
+    token_bytes = kv_bytes_per_token(engine.spec.arch, engine.runner.cache.format)
     return {
         "format": FORMAT,
         "version": VERSION,

@@ -63,7 +63,7 @@ def test_gpt2s_published_sizes_are_configurations_alone(
     checkpoint = SimpleNamespace(path=Path("gpt2"), format="safetensors", config=config, tensors=tensors)
     spec = gpt2.from_huggingface(cast(Checkpoint, checkpoint))
     assert num_parameters(spec) == parameters
-    assert spec.head_dim * heads == hidden
+    assert (spec.arch.layers["head_dim"] * heads == hidden).all()
 
 
 @pytest.mark.parametrize(
@@ -265,8 +265,8 @@ def test_an_equal_head_beside_a_tied_embedding_is_the_embedding(tmp_path: Path) 
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
         tensors["lm_head.weight"][-1, -1] += 1
 
-    assert edited(tmp_path, "llama_gqa", repeat).tied
-    assert not edited(tmp_path / "other", "llama_gqa", change).tied
+    assert edited(tmp_path, "llama_gqa", repeat).arch.tied
+    assert not edited(tmp_path / "other", "llama_gqa", change).arch.tied
 
 
 def test_too_few_tensors_for_the_layers_are_listed(tmp_path: Path) -> None:
@@ -279,8 +279,8 @@ def test_too_few_tensors_for_the_layers_are_listed(tmp_path: Path) -> None:
 
 
 def test_tied_output_is_the_embedding() -> None:
-    assert read_spec(open_checkpoint(MODELS / "gpt2")).tied
-    assert not read_spec(open_checkpoint(MODELS / "gpt2_untied")).tied
+    assert read_spec(open_checkpoint(MODELS / "gpt2")).arch.tied
+    assert not read_spec(open_checkpoint(MODELS / "gpt2_untied")).arch.tied
 
 
 # GGUF
@@ -309,15 +309,15 @@ def with_metadata(name: str, changes: dict[str, Any], tensors: dict[str, Tensor]
     ],
 )
 def test_linear_scaling_of_a_gguf_file_by_llama_cpp_s_rules(changes: dict[str, Any], divisor: float) -> None:
-    plain = with_metadata("gguf_llama_f32", {}).rope_frequencies
-    assert plain is not None
-    scaled = with_metadata("gguf_llama_f32", changes).rope_frequencies
+    [plain] = with_metadata("gguf_llama_f32", {}).rope_frequencies
+    [scaled] = with_metadata("gguf_llama_f32", changes).rope_frequencies
     assert scaled == tuple(frequency / divisor for frequency in plain)
 
 
 def test_a_gguf_file_s_attention_factor_scales_queries_and_keys() -> None:
-    plain = with_metadata("gguf_llama_f32", {}).attention_scale
-    assert with_metadata("gguf_llama_f32", {"rope.scaling.attn_factor": 0.5}).attention_scale == plain / 4
+    plain = with_metadata("gguf_llama_f32", {}).arch.layers["attention_scale"]
+    scaled = with_metadata("gguf_llama_f32", {"rope.scaling.attn_factor": 0.5}).arch.layers["attention_scale"]
+    np.testing.assert_array_equal(scaled, plain / 4)
 
 
 @pytest.mark.parametrize("name", ["gguf_llama_f32", "gguf_qwen2", "gguf_gpt2"])

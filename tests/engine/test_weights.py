@@ -11,11 +11,10 @@ from pagellm.engine import LLM, CheckpointError, ConfigError, EngineConfig
 from pagellm.engine.checkpoints import open_checkpoint
 from pagellm.engine.models import read_spec
 from pagellm.engine.weights import formats_of, kv_format, load_weights
-from pagellm.kernels import transformer
 from pagellm.kernels.packing import BFLOAT16, FLOAT32, INT4, INT4_MIN, INT8, unpack_column
 from tests.conftest import MODELS, model_path
 
-LAYER_MATRICES = (transformer.QKV, transformer.OUTPUT, transformer.UP, transformer.DOWN)
+LAYER_MATRICES = ("qkv", "output", "up", "down")
 
 
 def formats(model: str, quantization: str) -> tuple[set[int], int]:
@@ -23,7 +22,8 @@ def formats(model: str, quantization: str) -> tuple[set[int], int]:
     with open_checkpoint(model_path(model)) as checkpoint:
         spec = read_spec(checkpoint)
         table = formats_of(checkpoint, spec, quantization)
-    return set(table[:-1, LAYER_MATRICES].ravel().tolist()), int(table[-1, transformer.LM_HEAD])
+    lm_head = table[-1].get("lm_head", table[-1]["embedding"])
+    return {by_part[name] for by_part in table[:-1] for name in LAYER_MATRICES}, lm_head
 
 
 @pytest.mark.parametrize(
@@ -56,17 +56,16 @@ def test_a_quantized_file_is_repacked_without_a_change_of_value(model: str) -> N
     with open_checkpoint(model_path(model)) as checkpoint:
         spec = read_spec(checkpoint)
         weights = load_weights(checkpoint, spec, formats_of(checkpoint, spec, "auto"), 8, show=False)
-        tensors = {
-            transformer.EMBEDDING: (spec.num_layers, "token_embd.weight"),
-            transformer.DOWN: (0, "blk.0.ffn_down.weight"),
+        places = {
+            "token_embd.weight": weights.rest[0]["embedding"],
+            "blk.0.ffn_down.weight": weights.layers[0]["down"],
         }
-        for part, (row, name) in tensors.items():
+        for name, place in places.items():
             expected = checkpoint.tensors[name].rows(0, checkpoint.tensors[name].shape[0])
             column = np.zeros(expected.shape[1], np.float32)
             for n in range(len(expected)):
                 unpack_column(
-                    int(weights.formats[row, part]), weights.values, int(weights.offsets[row, part]),
-                    expected.shape[1], n, column, 0,
+                    int(place["format"]), weights.values, int(place["start"]), expected.shape[1], n, column, 0
                 )  # fmt: skip
                 np.testing.assert_array_equal(column, expected[n])
 

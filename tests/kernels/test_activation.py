@@ -4,53 +4,62 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pagellm.kernels.activation import GELU, GELU_TANH, RELU, SILU_GATED, activate
+from pagellm.kernels.activation import GELU, GELU_TANH, KINDS, RELU, SILU, activate
 from pagellm.kernels.simd import LANES
 from tests import oracles
 from tests.kernels.layouts import Matrix, random_matrix, whole_panels
 
 SIZES = [1, LANES - 1, LANES, LANES + 1, 53, 96]
-KINDS = {SILU_GATED: "silu_gated", GELU_TANH: "gelu_tanh", GELU: "gelu", RELU: "relu"}
+ORACLES = {SILU: oracles.silu, GELU_TANH: oracles.gelu_tanh, GELU: oracles.gelu, RELU: oracles.relu}
+both = pytest.mark.parametrize("gated", [False, True])
+each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 
 
-def activated(kind: int, x: Matrix, up: Matrix) -> Matrix:
+def activated(kind: int, gated: bool, x: Matrix, up: Matrix) -> Matrix:
     """The activation of one row somewhere in a buffer, with NaN wherever it may not look."""
     size, room = len(x), whole_panels(len(x))
     wide = np.full(3 * room, np.nan, np.float32)
-    wide[room : room + size], wide[2 * room : 2 * room + size] = x, up
+    wide[room : room + size] = x
+    if gated:
+        wide[2 * room : 2 * room + size] = up
     out = np.full(room + LANES, 7.0, np.float32)
-    activate(kind, wide, room, size, room, out)
+    activate(kind, int(gated), wide, room, size, room, out)
     assert (out[room:] == 7.0).all(), "wrote past the end"
     return out[:size].copy()
 
 
-def expected(kind: int, x: Matrix, up: Matrix) -> NDArray[np.float64]:
-    if kind == SILU_GATED:
-        return oracles.silu_gated(x, up)
-    return {GELU_TANH: oracles.gelu_tanh, GELU: oracles.gelu, RELU: oracles.relu}[kind](x)
+def expected(kind: int, gated: bool, x: Matrix, up: Matrix) -> NDArray[np.float64]:
+    return ORACLES[kind](x) * (up if gated else 1)
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", KINDS, ids=KINDS.get)
-def test_agrees_with_the_oracle(kind: int, size: int) -> None:
+@both
+@each_kind
+def test_agrees_with_the_oracle(kind: int, gated: bool, size: int) -> None:
     rng = np.random.default_rng(size)
     x, up = random_matrix(rng, size) * 3, random_matrix(rng, size)
-    np.testing.assert_allclose(activated(kind, x, up), expected(kind, x, up), rtol=3e-6, atol=1e-7)
+    np.testing.assert_allclose(
+        activated(kind, gated, x, up), expected(kind, gated, x, up), rtol=3e-6, atol=1e-7
+    )
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=KINDS.get)
-def test_agrees_over_the_whole_range(kind: int) -> None:
+@both
+@each_kind
+def test_agrees_over_the_whole_range(kind: int, gated: bool) -> None:
     x = np.concatenate([np.linspace(-60, 60, 4001), [-1e4, 1e4, 0.0, 1e-30, -1e-30]]).astype(np.float32)
     ones = np.ones_like(x)
-    np.testing.assert_allclose(activated(kind, x, ones), expected(kind, x, ones), rtol=3e-6, atol=2e-6)
+    np.testing.assert_allclose(
+        activated(kind, gated, x, ones), expected(kind, gated, x, ones), rtol=3e-6, atol=2e-6
+    )
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=KINDS.get)
-def test_zero_stays_exactly_zero_and_large_values_themselves(kind: int) -> None:
+@both
+@each_kind
+def test_zero_stays_exactly_zero_and_large_values_themselves(kind: int, gated: bool) -> None:
     x, ones = np.array([0.0, 100.0, 1e6], np.float32), np.ones(3, np.float32)
-    np.testing.assert_array_equal(activated(kind, x, ones), x)
+    np.testing.assert_array_equal(activated(kind, gated, x, ones), x)
 
 
 def test_the_gate_is_the_first_half() -> None:
     gate, up = np.full(4, 100.0, np.float32), np.full(4, -2.0, np.float32)
-    np.testing.assert_array_equal(activated(SILU_GATED, gate, up), np.full(4, -200.0, np.float32))
+    np.testing.assert_array_equal(activated(SILU, True, gate, up), np.full(4, -200.0, np.float32))

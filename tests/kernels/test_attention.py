@@ -11,7 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pagellm.kernels.activation import SILU_GATED
+from pagellm.kernels.activation import SILU
+from pagellm.kernels.architecture import Architecture, layer_rows
 from pagellm.kernels.attention import (
     KEY_CHUNK,
     QUERY_TILE_ROWS,
@@ -31,10 +32,10 @@ from pagellm.kernels.attention import (
     value_cache_size,
 )
 from pagellm.kernels.attention_products import KEY_TILE
+from pagellm.kernels.buffers import new_workspace
 from pagellm.kernels.packing import BFLOAT16, FLOAT32
 from pagellm.kernels.simd import LANES
 from pagellm.kernels.threads import new_counters
-from pagellm.kernels.transformer import Architecture, new_workspace
 from tests import oracles
 from tests.conftest import at_most
 from tests.kernels.layouts import (
@@ -106,14 +107,17 @@ class Tile:
     chunk: int = -1
 
 
-def query_tiles(heads: Heads, batch: list[Run], split: bool | None) -> tuple[list[Tile], list[int]]:
+def query_tiles(
+    heads: Heads, batch: list[Run], split: bool | None, group_size: int
+) -> tuple[list[Tile], list[int]]:
     """The work items of a batch, and how many states each token gets.
 
     split: an item for each chunk of keys of each tile, or of none, or of those that `plan_tiles` chooses.
+    group_size: the tiles suit so many query heads that share a KV head, or fewer.
     """
     if split is None:
-        return planned(heads, batch)
-    per_tile = tokens_per_query_tile(heads.group_size)
+        return planned(heads, batch, group_size)
+    per_tile = tokens_per_query_tile(group_size)
     tiles, states, token = [], [], 0
     for index, run in enumerate(batch):
         for start in range(run.start, run.end, per_tile):
@@ -125,16 +129,17 @@ def query_tiles(heads: Heads, batch: list[Run], split: bool | None) -> tuple[lis
     return tiles, states
 
 
-def planned(heads: Heads, batch: list[Run]) -> tuple[list[Tile], list[int]]:
+def planned(heads: Heads, batch: list[Run], group_size: int | None = None) -> tuple[list[Tile], list[int]]:
+    group_size = group_size or heads.group_size
     counts = [run.end - run.start for run in batch]
     longest = max(-(-run.end // KEY_CHUNK) for run in batch)
-    most = sum(counts), len(batch), longest, heads.group_size
+    most = sum(counts), len(batch), longest, group_size
     guard = 5
     sequence, start, chunk = (np.full(max_tiles(*most) + guard, -7, np.int32) for _ in range(3))
     state_start = np.full(sum(counts) + 1 + guard, -7, np.int32)
     num_tiles = plan_tiles(
         np.cumsum([0, *counts]).astype(np.int32), np.array([run.end for run in batch], np.int32),
-        heads.group_size, sequence, start, chunk, state_start,
+        group_size, sequence, start, chunk, state_start,
     )  # fmt: skip
     for array, used in ((sequence, num_tiles), (start, num_tiles), (chunk, num_tiles)):
         assert used + guard <= array.size
@@ -154,6 +159,7 @@ def attend(
     *,
     split: bool | None = False,
     heads_per_item: int = 1,
+    planned_group_size: int | None = None,
     seed: int = 0,
 ) -> list[Matrix]:
     """Attention of a batch on freshly filled blocks in a random order: [new tokens, num_heads, head_dim]s.
@@ -195,7 +201,8 @@ def attend(
     qkv = np.full((num_tokens, stride), np.nan, np.float32)
     qkv[:, :size] = np.concatenate([r.context.queries[r.start : r.end] for r in batch]).reshape(-1, size)
 
-    tiles, states_of = query_tiles(heads, batch, split)
+    group_size = planned_group_size or heads.group_size
+    tiles, states_of = query_tiles(heads, batch, split, group_size)
     tiles = [tiles[i] for i in rng.permutation(len(tiles))]
     state_start = np.cumsum([0, *states_of]).astype(np.int32)
     states = poisoned(int(state_start[-1]) * heads.num_heads * state_words(heads.head_dim) + 64)
@@ -206,7 +213,7 @@ def attend(
         new_counters(), heads_per_item, heads.format, qkv.reshape(-1), stride, heads.num_heads,
         heads.num_kv_heads, heads.head_dim, np.float32(heads.scale), keys, values, LAYER * layer_k,
         LAYER * layer_v, block_size, block_tables, query_start_loc, np.array(lengths, np.int32),
-        np.array([tile.sequence for tile in tiles], np.int32),
+        group_size, np.array([tile.sequence for tile in tiles], np.int32),
         np.array([tile.first_token for tile in tiles], np.int32),
         np.array([tile.chunk for tile in tiles], np.int32), state_start, states[:-64], scratch[:-64],
     )  # fmt: skip
@@ -302,6 +309,19 @@ def test_bits_do_not_depend_on_the_heads_of_an_item(
     outputs = attend(heads, batch, block_size, split=split, heads_per_item=heads_per_item)
     for one_by_one, found in zip(attend(heads, batch, block_size, split=split), outputs, strict=True):
         np.testing.assert_array_equal(found, one_by_one)
+
+
+@at_most(60)
+@given(HEADS, BLOCK_SIZE, st.lists(RUNS, min_size=1, max_size=4), SPLIT, st.integers(1, 9))
+def test_bits_do_not_depend_on_tiles_that_suit_another_layer(
+    heads: Heads, block_size: int, runs: list[tuple[int, int]], split: bool | None, times: int
+) -> None:
+    """One plan serves all layers: that of the layer in which the most query heads share a KV head."""
+    batch = runs_of(heads, runs)
+    own = attend(heads, batch, block_size, split=split)
+    shared = attend(heads, batch, block_size, split=split, planned_group_size=times * heads.group_size)
+    for found, expected in zip(shared, own, strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 @both_formats
@@ -522,18 +542,9 @@ def test_a_long_decode_is_split_and_a_prefill_is_not() -> None:
 
 @pytest.mark.parametrize("head_dim", [4, 80, 128, 256])
 def test_a_thread_of_a_step_has_room_to_store_a_head_that_is_all_of_its_model(head_dim: int) -> None:
-    arch = Architecture(
-        num_layers=1,
-        hidden_size=head_dim,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=head_dim,
-        intermediate_size=head_dim,
-        vocab_size=16,
-        layer_norm=False,
-        norm_epsilon=1e-5,
-        activation=SILU_GATED,
-        rotary=True,
-        attention_scale=0.25,
-    )
+    layers = layer_rows(
+        1, num_heads=1, num_kv_heads=1, head_dim=head_dim, attention_scale=0.25, rope_table=-1,
+        intermediate_size=head_dim, activation=SILU, gated=True,
+    )  # fmt: skip
+    arch = Architecture(head_dim, 16, 0, tied=True, layer_norm=False, norm_epsilon=1e-5, layers=layers)
     assert new_workspace(arch, 1, 2).scratch.shape[1] >= store_scratch_size(head_dim)

@@ -20,8 +20,9 @@ def rotated(x: Matrix, position: int, rotary_dim: int) -> Matrix:
     angles = np.outer(np.arange(MAX_LEN), frequencies(rotary_dim))
     buffer = np.full(len(x) + 16, 7.0, np.float32)
     buffer[5 : 5 + len(x)] = x
-    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    rotate(buffer, 5, cos, sin, np.int32(position))
+    room = np.full((MAX_LEN, 3), np.nan)  # of a table that is wider for another layer
+    cos, sin = (np.hstack([of(angles), room]).astype(np.float32) for of in (np.cos, np.sin))
+    rotate(buffer, 5, cos[position], sin[position], rotary_dim // 2)
     assert (buffer[:5] == 7.0).all()
     assert (buffer[5 + len(x) :] == 7.0).all()
     return buffer[5 : 5 + len(x)].copy()

@@ -1,0 +1,185 @@
+"""What tells models apart: a few numbers for all of a model, a row for each layer, and the parts it has.
+
+A layer is a row of `LAYER`: its features are numbers that the compiled step reads, so layers may differ in
+any of them and one step serves them all. `PARTS` names what a model has weights for; where each lies, which
+formats it can have and what a checkpoint must bring follow from this table.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pagellm.kernels.packing import FLOAT32, padded, panels_size
+from pagellm.kernels.simd import LANES
+
+# The features of a layer. One that is added here is read by the step and set by every architecture.
+LAYER = np.dtype(
+    [
+        ("num_heads", np.int64),
+        ("num_kv_heads", np.int64),
+        ("head_dim", np.int64),
+        ("attention_scale", np.float64),  # of queries times keys
+        ("rope_table", np.int64),  # of `Weights`, or -1: queries and keys are not rotated
+        ("intermediate_size", np.int64),
+        ("activation", np.int64),  # of kernels.activation
+        ("gated", np.int64),  # whether the activated gate multiplies a linear half
+    ],
+    align=True,
+)
+
+
+def layer_rows(num_layers: int, **features: Any) -> NDArray[np.void]:
+    """[num_layers] of `LAYER` from every feature by its name: a number for all layers, or one for each.
+
+    Raises `TypeError` for a feature that is not named, or that there is not.
+    """
+    if features.keys() != set(LAYER.names or ()):
+        raise TypeError(f"features: found {sorted(features)}, expected {sorted(LAYER.names or ())}")
+    rows = np.zeros(num_layers, LAYER)
+    for name, value in features.items():
+        rows[name] = value
+    return rows
+
+
+class Architecture(NamedTuple):
+    """The numbers that tell one model's step from another's."""
+
+    hidden_size: int
+    vocab_size: int
+    num_positions: int  # rows of the learned position embedding; 0 where there is none
+    tied: bool  # the output matrix is the embedding
+    layer_norm: bool  # LayerNorm; otherwise RMSNorm
+    norm_epsilon: float
+    layers: NDArray[np.void]  # [num_layers] of LAYER
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Architecture)
+            and self[:-1] == other[:-1]
+            and np.array_equal(self.layers, other.layers)
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """How many rows there are."""
+        return len(self.layers)
+
+    @property
+    def group_size(self) -> int:
+        """The most query heads of a layer that share a KV head."""
+        return int((self.layers["num_heads"] // self.layers["num_kv_heads"]).max())
+
+
+class Kind(Enum):
+    """What is done with a part."""
+
+    MATRIX = "multiplied by, so it is packed in a format"
+    VECTOR = "added or multiplied by element; a table if it has rows that are looked up"
+    BIAS = "a vector that a model may lack: then it is zeros, so that the step has one path"
+
+
+class Part(NamedTuple):
+    """One part of a layer, or of what belongs to no layer."""
+
+    name: str
+    shape: Callable[[Architecture, Any], tuple[int, ...]]  # [outputs, inputs] or [size], by the layer's row
+    kind: Kind
+    # Pieces of the outputs that begin on a panel of their own.
+    pieces: Callable[[Any], int] = lambda row: 1
+
+    def size(self, arch: Architecture, row: Any, format: int) -> int:
+        """Words that it takes: whole vectors."""
+        outputs, *inputs = self.shape(arch, row)
+        pieces = self.pieces(row)
+        outputs = padded(outputs // pieces) * pieces if pieces > 1 else outputs
+        if self.kind is Kind.MATRIX:
+            return -(-panels_size(format, outputs, *inputs) // LANES) * LANES
+        return padded(int(np.prod([outputs, *inputs])))
+
+
+def _qkv_size(row: Any) -> int:
+    return int((row["num_heads"] + 2 * row["num_kv_heads"]) * row["head_dim"])
+
+
+def _heads_size(row: Any) -> int:
+    return int(row["num_heads"] * row["head_dim"])
+
+
+def _up_pieces(row: Any) -> int:
+    return 2 if row["gated"] else 1
+
+
+def _up_size(row: Any) -> int:
+    return int(row["intermediate_size"]) * _up_pieces(row)
+
+
+# The parts of a layer, in the order in which the step reads them; "_b" is the bias of the part before.
+LAYER_PARTS = (
+    Part("attention_norm", lambda arch, row: (arch.hidden_size,), Kind.VECTOR),
+    Part("attention_norm_b", lambda arch, row: (arch.hidden_size,), Kind.BIAS),
+    Part("qkv", lambda arch, row: (_qkv_size(row), arch.hidden_size), Kind.MATRIX),
+    Part("qkv_b", lambda arch, row: (_qkv_size(row),), Kind.BIAS),
+    Part("output", lambda arch, row: (arch.hidden_size, _heads_size(row)), Kind.MATRIX),
+    Part("output_b", lambda arch, row: (arch.hidden_size,), Kind.BIAS),
+    Part("mlp_norm", lambda arch, row: (arch.hidden_size,), Kind.VECTOR),
+    Part("mlp_norm_b", lambda arch, row: (arch.hidden_size,), Kind.BIAS),
+    # The gate, if there is one, and the linear half.
+    Part("up", lambda arch, row: (_up_size(row), arch.hidden_size), Kind.MATRIX, _up_pieces),
+    Part("up_b", lambda arch, row: (_up_size(row),), Kind.BIAS, _up_pieces),
+    Part("down", lambda arch, row: (arch.hidden_size, int(row["intermediate_size"])), Kind.MATRIX),
+    Part("down_b", lambda arch, row: (arch.hidden_size,), Kind.BIAS),
+)
+# The parts that belong to no layer. One without rows is not there.
+REST_PARTS = (
+    Part("embedding", lambda arch, row: (arch.vocab_size, arch.hidden_size), Kind.MATRIX),
+    Part("position_embedding", lambda arch, row: (arch.num_positions, arch.hidden_size), Kind.VECTOR),
+    Part("final_norm", lambda arch, row: (arch.hidden_size,), Kind.VECTOR),
+    Part("final_norm_b", lambda arch, row: (arch.hidden_size,), Kind.BIAS),
+    Part("lm_head", lambda arch, row: (0 if arch.tied else arch.vocab_size, arch.hidden_size), Kind.MATRIX),
+    Part("lm_head_b", lambda arch, row: (arch.vocab_size,), Kind.BIAS),
+)
+PARTS = {part.name: part for part in LAYER_PARTS + REST_PARTS}
+
+# Where a part begins in the weights' buffer, in words, and for a matrix its format of kernels.packing.
+_PLACE = np.dtype([("start", np.int64), ("format", np.int64)], align=True)
+LAYER_PLACES = np.dtype([(part.name, _PLACE) for part in LAYER_PARTS], align=True)
+REST_PLACES = np.dtype([(part.name, _PLACE) for part in REST_PARTS], align=True)
+
+
+class Weights(NamedTuple):
+    """What stays the same from step to step."""
+
+    values: NDArray[np.float32]  # [everything], packed words of every format among the floats
+    layers: NDArray[np.void]  # [num_layers] of LAYER_PLACES
+    rest: NDArray[np.void]  # [1] of REST_PLACES
+    cos: NDArray[np.float32]  # [RoPE tables, max_model_len, half the rotated dimensions of the widest]
+    sin: NDArray[np.float32]
+    rope_halves: NDArray[np.int64]  # [RoPE tables], half the dimensions that each rotates
+
+
+# The formats of kernels.packing by part, a mapping for each layer and then one for the rest; FLOAT32 where
+# none is named.
+Formats = Sequence[Mapping[str, int]]
+
+
+def lay_out(arch: Architecture, formats: Formats) -> tuple[NDArray[np.void], NDArray[np.void], int]:
+    """Where every part lies in the weights' buffer: `Weights.layers` and `rest`, and its size in words."""
+    layers, rest = np.zeros(arch.num_layers, LAYER_PLACES), np.zeros(1, REST_PLACES)
+    end = 0
+
+    def place(parts: Iterable[Part], row: Any, places: Any, by_part: Mapping[str, int]) -> None:
+        nonlocal end
+        for part in parts:
+            format = by_part.get(part.name, FLOAT32)
+            places[part.name] = end, format
+            end += part.size(arch, row, format)
+
+    for index in range(arch.num_layers):
+        place(LAYER_PARTS, arch.layers[index], layers[index], formats[index])
+    place(REST_PARTS, None, rest[0], formats[-1])
+    if arch.tied:
+        rest["lm_head"] = rest["embedding"]
+    return layers, rest, end + LANES

@@ -1,0 +1,185 @@
+"""What a step is given besides the weights: a batch, the KV cache, what is asked of it, and room to work in.
+
+Buffers of hidden states are flat, their rows padded to whole panels; the padding holds zeros or is ignored.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pagellm.kernels.architecture import Architecture
+from pagellm.kernels.attention import (
+    key_cache_size,
+    max_states,
+    max_tiles,
+    scratch_size,
+    state_words,
+    store_scratch_size,
+    value_cache_size,
+)
+from pagellm.kernels.attention_products import TILE_COLUMNS
+from pagellm.kernels.packing import BLOCK, GROUP, PANEL, aligned_zeros, num_blocks, padded, padded_rows
+from pagellm.kernels.simd import LANES
+from pagellm.kernels.threads import new_counters
+
+# Rows of logits computed at a time: bounds their memory whatever the number of rows that are asked for.
+LOGIT_ROWS = 4 * GROUP
+
+
+class Cache(NamedTuple):
+    """The paged KV cache of all layers: see kernels.attention for a layer's layout."""
+
+    keys: NDArray[np.float32]  # [all layers + LANES], the end so that a vector may begin anywhere
+    values: NDArray[np.float32]  # [all layers + TILE_COLUMNS]
+    key_start: NDArray[np.int64]  # [num_layers + 1], where each layer's keys begin
+    value_start: NDArray[np.int64]  # [num_layers + 1]
+    format: int  # FLOAT32 or BFLOAT16
+    block_size: int
+    num_blocks: int
+
+
+class Batch(NamedTuple):
+    """The new tokens of one step, flat, in the order of their sequences."""
+
+    token_ids: NDArray[np.int32]  # [num_tokens]
+    num_computed: NDArray[np.int32]  # [num_seqs], tokens of each sequence before its new ones
+    query_start_loc: NDArray[np.int32]  # [num_seqs + 1]
+    block_tables: NDArray[np.int32]  # [num_seqs, max_blocks]
+
+
+class Plan(NamedTuple):
+    """What a step derives from its batch before it computes."""
+
+    positions: NDArray[np.int32]  # [max_tokens]
+    slot_mapping: NDArray[np.int64]  # [max_tokens], block * block_size + offset
+    seq_lens: NDArray[np.int32]  # [max_seqs], new tokens included
+    tile_sequence: NDArray[np.int32]  # [max_tiles] of kernels.attention
+    tile_start: NDArray[np.int32]  # [max_tiles]
+    tile_chunk: NDArray[np.int32]  # [max_tiles]
+    num_tiles: NDArray[np.int64]  # [1]
+    state_start: NDArray[np.int32]  # [max_tokens + 1]
+    states: NDArray[np.float32]  # [max_states * num_heads * state_words] of the layer with the most
+    group_size: int  # query heads that share a KV head, in the layer with the most: tiles suit all layers
+
+
+class WantedRow(NamedTuple):
+    """What is asked of one row of logits."""
+
+    token_row: int  # in the flat batch
+    target: int  # the token that follows, or -1 to sample it
+    num_logprobs: int  # top tokens that are wanted, or -1 for no log-probabilities
+    logits_row: int  # of `Outputs.logits`, or -1
+    top_k: int
+    seed: int
+    position: int  # of the token that is sampled
+    prompt_len: int
+    temperature: float
+    top_p: float
+    min_p: float
+    repetition: float
+    frequency: float
+    presence: float
+
+
+WANTED = np.dtype(
+    [(name, np.float64 if kind is float else np.int64) for name, kind in WantedRow.__annotations__.items()],
+    align=True,
+)
+
+
+class Outputs(NamedTuple):
+    """What is asked of each row of logits, and where the answers go; R rows."""
+
+    wanted: NDArray[np.void]  # [R] of WANTED
+    history: NDArray[np.int32]  # all rows' tokens so far, where a penalty wants them
+    history_start: NDArray[np.int32]  # [R + 1]
+    bias_ids: NDArray[np.int32]  # all rows' biased tokens
+    bias_values: NDArray[np.float32]
+    bias_start: NDArray[np.int32]  # [R + 1]
+    tokens: NDArray[np.int32]  # [R], out: sampled, or -1 where the logits name no token
+    logprobs: NDArray[np.float32]  # [R], out: of the token or target
+    top_ids: NDArray[np.int32]  # [R, max(num_logprobs)], out
+    top_logprobs: NDArray[np.float32]  # [R, max(num_logprobs)], out
+    logits: NDArray[np.float32]  # [at most R, vocab_size], out: whole rows
+
+
+class Workspace(NamedTuple):
+    """Buffers that a step writes first and reads afterwards; their content means nothing between steps."""
+
+    rows: NDArray[np.int64]  # [max(max_tokens, LOGIT_ROWS)], scratch for the rows of a phase
+    hidden: NDArray[np.float32]  # [rows, padded hidden_size], the residual stream
+    packed: NDArray[np.float32]  # activations on their way into a matmul, in the format of its weights
+    wide: NDArray[np.float32]  # [rows, the widest of qkv and feed-forward], what a matmul wrote
+    logits: NDArray[np.float32]  # [LOGIT_ROWS, padded vocab_size]
+    scratch: NDArray[np.float32]  # [num_threads, one row of the widest activations]
+    attention: NDArray[np.float32]  # [num_threads, per thread], working memory of kernels.attention
+    vocab_scratch: NDArray[np.float32]  # [num_threads, 3, padded vocab_size]
+    counts: NDArray[np.int32]  # [num_threads, vocab_size], zeros
+    counters: NDArray[np.int64]  # of kernels.threads
+
+
+def new_plan(arch: Architecture, max_tokens: int, max_seqs: int, num_chunks: int) -> Plan:
+    """Room for the plans of batches whose longest context has at most `num_chunks` chunks of keys."""
+    size = (max_tokens, max_seqs, num_chunks, arch.group_size)
+    state = max(int(row["num_heads"]) * state_words(int(row["head_dim"])) for row in arch.layers)
+    return Plan(
+        positions=np.zeros(max_tokens, np.int32),
+        slot_mapping=np.zeros(max_tokens, np.int64),
+        seq_lens=np.zeros(max_seqs, np.int32),
+        tile_sequence=np.zeros(max_tiles(*size), np.int32),
+        tile_start=np.zeros(max_tiles(*size), np.int32),
+        tile_chunk=np.zeros(max_tiles(*size), np.int32),
+        num_tiles=np.zeros(1, np.int64),
+        state_start=np.zeros(max_tokens + 1, np.int32),
+        states=aligned_zeros(max_states(*size) * state),
+        group_size=arch.group_size,
+    )
+
+
+def new_workspace(arch: Architecture, max_tokens: int, num_threads: int) -> Workspace:
+    """Buffers for steps of at most `max_tokens` tokens on `num_threads` threads."""
+    rows, layers = padded_rows(max_tokens), arch.layers
+    heads_size = layers["num_heads"] * layers["head_dim"]
+    qkv_size = heads_size + 2 * layers["num_kv_heads"] * layers["head_dim"]
+    widest_up = max(padded(int(row["intermediate_size"])) * (1 + int(row["gated"])) for row in layers)
+    head_dim = int(layers["head_dim"].max())
+    widest_input = int(max(arch.hidden_size, heads_size.max(), layers["intermediate_size"].max()))
+    widest_input = num_blocks(widest_input) * BLOCK
+    per_thread = max(widest_input + PANEL + BLOCK, store_scratch_size(head_dim))
+    attention_scratch = -(-scratch_size(arch.group_size, head_dim) // LANES) * LANES
+    return Workspace(
+        rows=np.zeros(max(max_tokens, LOGIT_ROWS), np.int64),
+        hidden=aligned_zeros(rows * padded(arch.hidden_size)),
+        packed=aligned_zeros(max(rows, LOGIT_ROWS) * widest_input),
+        wide=aligned_zeros(rows * max(padded(int(qkv_size.max())), widest_up)),
+        logits=aligned_zeros(LOGIT_ROWS * padded(arch.vocab_size)),
+        scratch=aligned_zeros(num_threads * per_thread).reshape(num_threads, per_thread),
+        attention=aligned_zeros(num_threads * attention_scratch).reshape(num_threads, attention_scratch),
+        vocab_scratch=np.zeros((num_threads, 3, padded(arch.vocab_size)), np.float32),
+        counts=np.zeros((num_threads, arch.vocab_size), np.int32),
+        counters=new_counters(),
+    )
+
+
+def new_cache(arch: Architecture, format: int, num_blocks: int, block_size: int) -> Cache:
+    """A zeroed KV cache; the operating system hands out its memory as blocks are first written."""
+
+    def starts(size_of: Callable[..., int]) -> NDArray[np.int64]:
+        sizes = [
+            size_of(format, num_blocks, block_size, int(row["num_kv_heads"]), int(row["head_dim"]))
+            for row in arch.layers
+        ]
+        return np.cumsum([0, *sizes], dtype=np.int64)
+
+    key_start, value_start = starts(key_cache_size), starts(value_cache_size)
+    return Cache(
+        keys=aligned_zeros(int(key_start[-1]) + LANES),
+        values=aligned_zeros(int(value_start[-1]) + TILE_COLUMNS),
+        key_start=key_start,
+        value_start=value_start,
+        format=format,
+        block_size=block_size,
+        num_blocks=num_blocks,
+    )
