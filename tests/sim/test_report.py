@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -356,42 +354,3 @@ def test_a_page_of_nothing_or_to_nowhere_is_refused(tmp_path: Path) -> None:
         to_html([], tmp_path / "report.html")
     with pytest.raises(ReportError, match=r"gone/report.html: cannot be written: No such file"):
         to_html([one_request()], tmp_path / "gone" / "report.html")
-
-
-NODE = shutil.which("node")
-# A document that takes everything and shows nothing, 800 pixels wide; printing is when it draws at once.
-STAND_IN = """
-const element = () => new Proxy(function () {}, {
-  get: (target, name) => name in target ? target[name]
-    : name === "clientWidth" ? 800
-    : name === Symbol.toPrimitive ? () => ""
-    : name === Symbol.iterator ? [][Symbol.iterator]
-    : (target[name] = element()),
-  set: (target, name, value) => ((target[name] = value), true),
-  apply: () => element(),
-});
-const handlers = {};
-const data = { textContent: require("fs").readFileSync(process.argv[2], "utf8") };
-globalThis.document = Object.assign(element(), {
-  getElementById: (id) => id === "data" ? data : element(),
-  createElement: element, createElementNS: element,
-});
-globalThis.window = { innerWidth: 800, addEventListener: (name, handler) => (handlers[name] = handler) };
-globalThis.ResizeObserver = class { observe() {} };
-globalThis.requestAnimationFrame = (action) => action();
-require("vm").runInThisContext(require("fs").readFileSync(process.argv[3], "utf8"));
-handlers.beforeprint();
-"""
-
-
-@pytest.mark.skipif(NODE is None, reason="node is not installed")
-@pytest.mark.parametrize("number", [0, 1, 3], ids=["one request", "one report", "three reports"])
-def test_the_script_runs(tmp_path: Path, number: int) -> None:
-    reports = [sample_report(seed) for seed in range(number)] or [one_request()]
-    data, script = page(tmp_path, *reports).texts["script"]
-    for name, content in (("data", data), ("script", script), ("run", STAND_IN)):
-        (tmp_path / f"{name}.js").write_text(content)
-    assert NODE is not None
-    command = [NODE, "run.js", "data.js", "script.js"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")

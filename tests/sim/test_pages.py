@@ -1,0 +1,229 @@
+"""The pages in a browser: nothing goes wrong on them, and they show what the report and the sweep say."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pagellm.engine import EngineConfig
+from pagellm.sim import (
+    CostModel,
+    CostSource,
+    Grid,
+    Report,
+    Simulator,
+    Slo,
+    Sweep,
+    TraceFile,
+    Workload,
+    synthesise,
+    to_html,
+)
+from pagellm.sim.sweep import report as sweep_report
+from tests.sim.browser import Element, browse
+from tests.sim.sample_reports import one_request, sample_report
+
+NONE = "\u2013"  # a dash
+UNITS = {"ns": 1e-9, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "%": 0.01, "": 1.0}
+LATENCIES = {"TTFT": "ttft_s", "TPOT": "tpot_s", "ITL": "itl_s", "E2E": "e2e_s", "Queue": "queue_s"}
+SERIES = {
+    "Requests": ["running", "waiting", "swapped"],
+    "Tokens a second": ["prefill", "decode"],
+    "Batch": ["batch"],
+    "KV blocks": ["used", "peak"],
+    "Prefix cache and waste": ["hit rate", "cached share", "unwritten share"],
+    "Requests a second": ["arrived", "finished"],
+    "Preemptions": ["preemptions"],
+}
+
+
+def shown(text: str) -> float | None:
+    """A number as a page writes it, in plain units; None for a dash."""
+    if text.strip() == NONE:
+        return None
+    match = re.fullmatch(r"\s*([\d,.]+)\s*(\S*)\s*", text)
+    assert match, text
+    return float(match[1].replace(",", "")) * UNITS[match[2]]
+
+
+def assert_shows(text: str, value: float | None) -> None:
+    """Three significant digits of a value, in whatever unit."""
+    found = shown(text)
+    if value is None:
+        assert found is None, text
+    else:
+        assert found == pytest.approx(value, rel=6e-3, abs=6e-4 if "%" in text else 0), text
+
+
+def page(directory: Path, reports: Any) -> Element:
+    to_html(reports, directory / "report.html")
+    document, console = browse(directory / "report.html")
+    assert console == []
+    return document
+
+
+def replayed() -> Report:
+    workload = Workload(
+        num_requests=300,
+        arrivals="poisson:40",
+        num_system_prompts=3,
+        system_prompt_len=64,
+        seed=5,
+        prompt_len="uniform:20,300",
+        output_len="uniform:5,200",
+    )
+    config = EngineConfig(num_blocks=200, preemption="recompute", max_num_seqs=24)
+    return Simulator(config, CostModel.roofline("l4", "smollm2-135m"), slo={"ttft_s": 1}).replay(
+        synthesise(workload)
+    )
+
+
+def test_what_goes_wrong_on_a_page_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "bad.html").write_text("<p>before</p><script>undefined.field</script>")
+    document, console = browse(tmp_path / "bad.html")
+    assert document.one("p").text == "before"
+    assert len(console) == 1
+    assert "TypeError" in console[0]
+
+
+def test_a_report_is_shown_as_it_is(tmp_path: Path) -> None:
+    report = replayed()
+    summary = report.summary
+    document = page(tmp_path, report)
+    assert document.one("h1").text == report["trace"]
+
+    figures = {f.one("dt").text: f for f in document.one("dl", _class="figures").all("div")}
+    assert_shows(
+        figures["Output"].one("dd", _class="value").text.removesuffix("tokens/s"),
+        summary["output_tokens_per_s"],
+    )
+    assert figures["Finished"].one("dd", _class="value").text == "300 of 300"
+    assert summary["goodput"] is not None
+    assert_shows(figures["Goodput"].one("dd", _class="value").text, summary["goodput"]["share"])
+    preemptions = summary["preemptions"]["recompute"]
+    assert preemptions > 0
+    assert figures["Preemptions"].one("dd", _class="value").text == str(preemptions)
+    for name in ("TTFT", "TPOT", "E2E"):
+        assert_shows(
+            figures[f"{name}, median"].one("dd", _class="value").text,
+            report["summary"][LATENCIES[name]]["p50"],
+        )
+
+    head, *rows = document.one("table", _class="latencies").rows()
+    assert head == ["Latency", "mean", "P50", "P90", "P95", "P99", "max", "count"]
+    assert [row[0] for row in rows] == list(LATENCIES)
+    for name, *cells in rows:
+        distribution = report["summary"][LATENCIES[name]]
+        for column, cell in zip(head[1:], cells, strict=True):
+            assert_shows(cell, distribution[column.lower()])
+
+
+def test_the_charts_of_a_report_hold_its_timeline_and_distributions(tmp_path: Path) -> None:
+    report = replayed()
+    document = page(tmp_path, report)
+    charts = {}
+    for figure in document.one("div", _class="timeline").all("figure"):
+        for image in figure.all("svg", role="img"):
+            title, _, said = image.attributes["aria-label"].partition(". ")
+            values = re.findall(
+                r"([a-z ]+): mean (\S+ ?%?), highest (\S+ ?%?)(?:; |$)", said.replace("\u202f", " ")
+            )
+            charts[title] = {name.strip(): (mean, most) for name, mean, most in values}
+            assert len(image.all("path", _class="line")) == len(values)
+            assert all(path.attributes["d"].count("H") > 10 for path in image.all("path", _class="line"))
+    assert {title: list(series) for title, series in charts.items()} == SERIES
+    timeline = report["timeline"]
+    assert_shows(charts["KV blocks"]["peak"][1], max(timeline["peak_blocks"]))
+    for name in ("running", "waiting"):
+        assert shown(charts["Requests"][name][1]) == pytest.approx(max(timeline[name]), rel=0.15)
+
+    curves = document.one("div", _class="cdfs").all("svg")
+    assert len(curves) == len(LATENCIES)
+    for curve, name in zip(curves, LATENCIES.values(), strict=True):
+        [path] = curve.all("path", _class="line")
+        assert len(re.findall(r"[\d.]+", path.attributes["d"])) > 100
+        values = dict(re.findall(r"(P\d+) ([^,]+)", curve.attributes["aria-label"].replace("\u202f", " ")))
+        for statistic in ("P50", "P90", "P99"):
+            assert_shows(values[statistic], report["summary"][name][statistic.lower()])
+
+
+def test_a_report_of_one_request_has_a_page(tmp_path: Path) -> None:
+    document = page(tmp_path, one_request())
+    _, *rows = document.one("table", _class="latencies").rows()
+    cells = {row[0]: row[1:] for row in rows}
+    assert cells["TPOT"] == [NONE] * 6 + ["0"]
+    assert [shown(cell) for cell in cells["TTFT"]] == [0.125] * 6 + [1]
+
+
+def test_several_reports_are_compared_with_the_first(tmp_path: Path) -> None:
+    reports = [sample_report(0), sample_report(1, speed=1.2), sample_report(2, policy="fair")]
+    document = page(tmp_path, reports)
+    tables = [table.rows() for table in document.all("table", _class="comparison")]
+    rows = {(table[0][0], row[0]): row[1:] for table in tables for row in table[1:]}
+    first = reports[0]["summary"]
+    for group, name in (("Time to first token", "ttft_s"), ("End to end", "e2e_s")):
+        cells = rows[group, "P99"]
+        assert len(cells) == len(reports)
+        for cell, report in zip(cells, reports, strict=True):
+            value = report["summary"][name]["p99"]
+            found = re.fullmatch(r"([\d,.]+ (?:ms|s|min))(?:([+\u2212])([\d.]+) %)?", cell)
+            assert found, cell
+            assert_shows(found[1], value)
+            if found[2]:
+                difference = float(found[3]) * (1 if found[2] == "+" else -1)
+                assert difference == pytest.approx(100 * (value / first[name]["p99"] - 1), abs=0.06)
+    for image in document.one("div", _class="cdfs").all("svg"):
+        assert len(image.all("path", _class="line")) == len(reports)
+
+
+def test_an_error_of_the_profile_is_shown(tmp_path: Path) -> None:
+    error = {"mean": 0.54, "p90": 1.25, "mean_signed": -0.5, "num_steps": 60}
+    said = "step times off by 54.0 % on average, 9 of 10 within 125.0 %; too short by 50.0 %"
+    poor = sample_report(0) | {"profile_error": error}
+    assert said in page(tmp_path, poor).one("p", _class="subtitle").text
+    several = page(tmp_path, [poor, sample_report(1)])
+    first, second = several.one("ul", _class="reports").all("li")
+    assert said in first.text
+    assert said not in second.text
+
+
+def test_a_sweep_is_shown_as_it_is(tmp_path: Path) -> None:
+    synthesise(Workload(num_requests=60, arrivals="poisson:20", seed=1)).save(tmp_path / "trace.jsonl")
+    sweep = Sweep(
+        TraceFile(str(tmp_path / "trace.jsonl")),
+        CostSource(roofline=("l4", "smollm2-135m", 1)),
+        Grid.parse(["policy=fcfs,fair", "num_blocks=2,200,400"]),
+        Slo.parse("ttft_p99=0.05"),
+        jobs=1,
+    )
+    result = sweep.run_capacity(0.2)
+    sweep_report.to_html(result, tmp_path / "sweep.html")
+    document, console = browse(tmp_path / "sweep.html")
+    assert console == []
+
+    capacities, grid = (
+        document.one("section", aria_label=name).one("table").rows() for name in ("Capacity", "Grid")
+    )
+    assert grid[0][:2] == capacities[0][:2] == ["policy", "num_blocks"]
+    for row, point in zip(grid[1:], result.points, strict=True):
+        assert row[:2] == [str(value) for value in point.settings.values()]
+        if point.summary is None:
+            assert row[2:] == [point.error]
+            continue
+        cells = dict(zip(grid[0], row, strict=True))
+        assert_shows(cells["requests/s"], point.summary["requests_per_s"])
+        assert_shows(cells["TTFT P99"], point.summary["ttft_s"]["p99"])
+        assert cells["SLO"] in ("holds", "broken")
+    assert result.capacities is not None
+    for row, capacity in zip(capacities[1:], result.capacities, strict=True):
+        cells = dict(zip(capacities[0], row, strict=True))
+        assert_shows(
+            cells["rate factor"], None if capacity.at is None else float(capacity.at.settings["rate_factor"])
+        )
+        assert cells["probes"] == str(len(capacity.probes))
+
+    plots = [document.one("section", aria_label=name).one("figure") for name in ("Capacity", "Grid")]
+    probes = [p for c in result.capacities for p in c.probes if p.summary is not None]
+    assert len(plots[0].all("circle")) == len(probes)
+    assert len(plots[1].all("circle")) == sum(point.summary is not None for point in result.points)
