@@ -90,21 +90,112 @@ def test_a_template_that_does_not_parse_is_a_checkpoint_error(source: str) -> No
         render(source)
 
 
+# A text that may grow, one of a million characters, and lists that are 2^60 numbers when written out.
+GROWING = (
+    "{% set n = namespace(v='a' * 1000, l=[0]) %}{% for i in range(60) %}{% set n.v = EXPR %}{% endfor %}"
+)
+MILLION = "{% set n = namespace(v='a' * 1000000) %}"
+SHARED = (
+    "{% set n = namespace(l=[0], m=[0], t=(0,)) %}{% for i in range(60) %}{% set n.l = [n.l, n.l] %}"
+    "{% set n.m = [n.m, n.m] %}{% set n.t = (n.t, n.t) %}{% endfor %}{{ EXPR }}"
+)
+REPEATED = MILLION + "{% for i in range(99999) %}{% set n.x = EXPR %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "n.v + n.v", "n.v ~ n.v", "[n.v, n.v] | join", "n.v.join([n.v, n.v])", "n.v.replace('a', 'aa')",
+        "n.v | replace('a', 'aa')", "n.v.replace('', n.v)", "'%s%s' % (n.v, n.v)",
+        "'%s%s' | format(n.v, n.v)", "'{0}{0}'.format(n.v)", "'{a}{a}'.format_map({'a': n.v})", "n.v * 2",
+        "2 * n.v", "n.v | list + n.v | list", "n.v | map('upper') | join(n.v)", "n.v | tojson | tojson",
+        "((n.v ~ '\\n') * 9) | indent(1000)", "(n.v | safe) + '<' * 100000",
+        "('%s%s' | safe) % (n.v, n.v)", "('{0}{0}' | safe).format(n.v)",
+        "(n.v | list, n.v | list) | sum(start=[])", "([n.v] * 100000) | join",
+        "dict.fromkeys(range(99999), n.v) | string",
+    ],
+)  # fmt: skip
+def test_a_template_cannot_make_anything_grow_without_end(expression: str) -> None:
+    with pytest.raises(CheckpointError, match="chat template: not allowed"):
+        render(GROWING.replace("EXPR", expression))
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "n.l", "n.l | string", "n.l == n.m", "n.l in [n.m]", "n.l | tojson", "n.l ~ ''", "'%s' % (n.l,)",
+        "'{}'.format(n.l)", "[n.l] | join", "n.l | pprint", "n.l | lower", "[n.l, n.m] | sort",
+        "n.l is eq n.m", "[n.l].index(n.m)", "{'a': n.l}.items()", "n.l | map('string') | list",
+        "raise_exception(n.l)", "{n.t: 1}", "{}[n.t]", "{}.get(n.t)", "n.t in {}", "[n.t] | unique | list",
+        "dict([(n.t, 1)])",
+    ],
+)  # fmt: skip
+def test_a_template_cannot_write_out_or_compare_what_is_shared_exponentially(expression: str) -> None:
+    with pytest.raises(CheckpointError, match="chat template: not allowed"):
+        render(SHARED.replace("EXPR", expression))
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "n.v[1:]", "n.v == n.v[1:]", "'b' in n.v", "n.v.count('b')", "n.v.upper()", "n.v | upper",
+        "n.v | list", "n.v.split('a')", "n.v.splitlines()", "n.v | tojson", "n.v | trim", "n.v | reverse",
+        "n.v is lower", "n.v.isalpha()", "(n.v, n.v) | max", "n.v | truncate(10)", "n.v > 'b'",
+        "range(99999) | list", "range(99999) | sum", "range(99999) | map('string') | join",
+        "range(99999).count(5.5)", "range(99999) | batch(3) | list",
+    ],
+)  # fmt: skip
+def test_a_template_cannot_repeat_what_takes_long(expression: str) -> None:
+    with pytest.raises(CheckpointError, match="chat template: not allowed"):
+        render(REPEATED.replace("EXPR", expression))
+
+
 @pytest.mark.parametrize(
     "source",
     [
         "{{ ''.__class__.__mro__ }}",
         "{{ cycler.__init__.__globals__ }}",
+        "{{ namespace(__class__=1) }}",
         "{{ messages.append(1) }}",
         "{% for a in range(10**9) %}{% endfor %}",
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for a in range(99999) %}{% for b in range(99999) if false %}{% endfor %}{% endfor %}",
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% for i in [1] recursive %}{{ loop([1, 1]) }}{% endfor %}",
+        "{% block a %}{{ self.a() }}{% endblock %}",
+        "{% set n = namespace(l=[]) %}{% for i in range(99999) %}{% set n.l = [n.l] %}{% endfor %}{{ n.l }}",
+        "{% set x %}{% for i in range(99999) %}" + "y" * 30000 + "{% endfor %}{% endset %}",
+        MILLION + "{% set x %}{% for i in range(99999) %}{{ n.v }}{% endfor %}{% endset %}",
+        MILLION + "{% for i in range(99999) %}{{ n.v }}{% endfor %}",
+        MILLION + "{{ n.v.rfind('b' + n.v[:500000]) }}",
+        MILLION + "{{ n.v.strip(n.v) }}",
+        MILLION + "{{ n.v | int(0, 16) }}",
         "{{ 9 ** 999999999 }}",
+        "{% set x = namespace(v=7) %}{% for i in range(100) %}{% set x.v = x.v * x.v %}{% endfor %}",
         "{{ 'a' * 10**10 }}",
         "{{ 10**10 * [0] }}",
-        "{% for i in range(90000) %}{{ 'a' * 1000 }}{% endfor %}",
-        "{% set x = namespace(v=7) %}{% for i in range(100) %}{% set x.v = x.v * x.v %}{% endfor %}",
+        "{{ 'a' | center(10**10) }}",
+        "{{ 'a'.center(10**10) }}",
+        "{{ ''['ljust'](10**10) }}",
+        "{{ 'a\nb' | indent(10**10) }}",
+        "{{ 'a' | batch(10**10, 'x') | list }}",
+        "{{ 'a' | slice(10**10) | list }}",
+        "{{ 1 | round(10**9, 'ceil') }}",
+        "{{ [1] | tojson(indent=10**9) }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '%(a)1000000000d' % {'a': 1} }}",
+        "{{ '%*d' % (1000000000, 1) }}",
+        "{{ '%.1000000000f' | format(1) }}",
+        "{{ '{:1000000000}'.format(1) }}",
+        "{{ '{:>{}}'.format(1, 1000000000) }}",
+        "{{ ('%s' * 100000) % (('a' * 100000,) * 100000) }}",
+        "{{ ('{0[a]}' * 100000).format({'a': 'b' * 100000}) }}",
+        "{{ ('<!---->' * 10**6) | striptags }}",
+        "{{ strftime_now('%c' * 10**6) }}",
+        "{{ (1).to_bytes(10**10, 'big') }}",
+        "{{ 'a'.encode() }}",
+        "{{ 'aaa'.translate({97: 'a' * 1000000}) }}",
     ],
 )
 def test_a_hostile_template_is_stopped(source: str) -> None:
@@ -112,11 +203,37 @@ def test_a_hostile_template_is_stopped(source: str) -> None:
         render(source)
 
 
-def test_a_template_that_was_stopped_once_is_counted_afresh_the_next_time() -> None:
-    template = ChatTemplate("{% for m in messages %}{% for i in range(90000) %}{% endfor %}{% endfor %}ok")
-    with pytest.raises(CheckpointError, match="loop rounds"):
+@pytest.mark.parametrize(
+    "source", ["{{ 'a' | center(10**10) }}", "{{ 'a' ~ 'b' * 10**10 }}", "{{ 9**9**9**9 }}"]
+)
+def test_constants_are_not_computed_when_a_template_is_compiled(source: str) -> None:
+    assert render("{% if false %}" + source + "{% endif %}ok") == "ok"
+
+
+def test_a_template_that_was_stopped_once_has_its_whole_budget_the_next_time() -> None:
+    template = ChatTemplate(
+        "{% for m in messages %}{% for i in range(90000) %}{{ '.' * 12 }}{% endfor %}{% endfor %}ok"
+    )
+    with pytest.raises(CheckpointError, match="characters of output"):
         template.render(HELLO * 4)
-    assert template.render(HELLO) == "ok"
+    assert template.render(HELLO).endswith(".ok")
+
+
+def test_what_is_refused_is_one_short_line() -> None:
+    for source in ("{{ raise_exception('a\n' * 100000) }}", "{{ messages['a' * 100000] + 1 }}"):
+        with pytest.raises(RequestError) as raised:
+            render(source)
+        assert len(str(raised.value)) < 400
+        assert "\n" not in str(raised.value)
+
+
+def test_a_source_or_a_conversation_beyond_all_use_is_refused() -> None:
+    with pytest.raises(
+        CheckpointError, match="chat template: found 100000 characters, expected at most 65536"
+    ):
+        render("a" * 100_000)
+    with pytest.raises(RequestError, match="messages: found more than 16777216 characters in all"):
+        render(CHATML, [{"role": "user", "content": "a" * (1 << 24)}])
 
 
 def test_a_model_without_a_template_says_so() -> None:
