@@ -157,6 +157,10 @@ class LLMEngine:
         text, token_ids = self._read_prompt(prompt)
         self._check_token_ids("logit_bias", params.bias.ids)
         self._check_token_ids("stop_token_ids", params.stop_token_ids)
+        if params.stop and self.tokenizer.vocab_size == 0:
+            raise RequestError(
+                f"stop: found {found(params.stop)}, expected none: this model came without a tokenizer"
+            )
         if params.seed is None:
             params = replace(params, seed=random.getrandbits(63))
         completions = [
@@ -312,8 +316,14 @@ class LLMEngine:
         text, token_ids = read_prompt(prompt)
         if token_ids is None:
             assert text is not None
-            return text, self.tokenizer.encode(text)
-        self._check_token_ids("prompt", token_ids)
+            token_ids = self.tokenizer.encode(text)
+        else:
+            self._check_token_ids("prompt", token_ids)
+        limit = self.spec.max_positions
+        if limit == self.spec.sliding_window and len(token_ids) > limit:
+            raise RequestError(
+                f"prompt: found {len(token_ids)} tokens, expected at most {limit}, {self.spec.context}"
+            )
         return text, token_ids
 
     def _check_token_ids(self, name: str, token_ids: Items[int]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from pagellm.engine.checkpoints import BLOCK_SIZES, Checkpoint, open_checkpoint, resolve_model
 from pagellm.engine.compilation import compile_kernels
 from pagellm.engine.config import CompleteConfig, EngineConfig
-from pagellm.engine.errors import ConfigError
+from pagellm.engine.errors import CheckpointError, ConfigError
 from pagellm.engine.memory import Memory, read_memory
 from pagellm.engine.model_runner import ModelRunner
 from pagellm.engine.models import ModelSpec, read_spec
@@ -54,6 +54,11 @@ def load_engine(model: str, config: EngineConfig | None = None, show_progress: b
     with open_checkpoint(resolve_model(model, show_progress)) as checkpoint:
         spec = read_spec(checkpoint)
         tokenizer = _load_tokenizer(checkpoint, spec.vocab_size)
+        if show_progress and tokenizer.vocab_size == 0:
+            say(
+                f"{checkpoint.path.name}: no tokenizer that is supported (tokenizer.json, or vocab.json and "
+                "merges.txt): prompts are token ids"
+            )
         asked = config or EngineConfig()
         formats = formats_of(checkpoint, spec, asked.quantization)
         cache_format = kv_format(formats)
@@ -61,7 +66,7 @@ def load_engine(model: str, config: EngineConfig | None = None, show_progress: b
         if show_progress and asked.quantization == "auto":
             _say_converted(checkpoint, converted_types(checkpoint, spec, formats))
         memory = read_memory()
-        complete = size_cache(asked, spec.max_positions, token_bytes, memory)
+        complete = size_cache(asked, spec.max_positions, token_bytes, memory, spec.context)
         block_bytes = token_bytes * complete.block_size
         block_manager = BlockManager(
             complete.num_blocks,
@@ -80,16 +85,22 @@ def load_engine(model: str, config: EngineConfig | None = None, show_progress: b
     return EngineParts(complete, spec, tokenizer, scheduler, runner, block_bytes, step_log)
 
 
-def size_cache(config: EngineConfig, context: int, token_bytes: int, memory: Memory) -> CompleteConfig:
+def size_cache(
+    config: EngineConfig,
+    context: int,
+    token_bytes: int,
+    memory: Memory,
+    context_name: str = "the context of this model",
+) -> CompleteConfig:
     """The settings with what the user left open filled in for a model and the memory that there is.
 
-    context: tokens that the model can take. token_bytes: keys and values of one token, in all layers. Raises
-    `ConfigError` for what the model or the memory cannot hold.
+    context: tokens that the model can take. token_bytes: keys and values of one token, in all layers.
+    context_name: what the first is, as a message says it. Raises `ConfigError` for what the model or the
+    memory cannot hold.
     """
     if config.max_model_len is not None and config.max_model_len > context:
         raise ConfigError(
-            f"max_model_len: found {config.max_model_len}, expected at most {context}, the context of this "
-            "model"
+            f"max_model_len: found {config.max_model_len}, expected at most {context}, {context_name}"
         )
     block_bytes = token_bytes * config.block_size
     affordable = max(1, memory.available // _SHARE // block_bytes)
@@ -139,4 +150,7 @@ def _load_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> Tokenizer:
         key: value.tolist() if isinstance(value, np.ndarray) else value
         for key, value in checkpoint.config.items()
     }
-    return load_tokenizer(metadata, model_vocab_size=vocab_size)
+    try:
+        return load_tokenizer(metadata, model_vocab_size=vocab_size)
+    except CheckpointError as error:  # metadata does not know its file
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error

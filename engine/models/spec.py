@@ -103,3 +103,10 @@ class ModelSpec:
     def vocab_size(self) -> int:
         """Rows of the embedding, and logits of a token."""
         return self.arch.vocab_size
+
+    @property
+    def context(self) -> str:
+        """What max_positions is, as a message says it."""
+        if self.max_positions == self.sliding_window:
+            return "the sliding window of this model, beyond which its attention is not supported"
+        return "the context of this model"

@@ -33,7 +33,7 @@ def read_directory(directory: Path) -> TokenizerSpec:
     elif (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
         spec = read_vocab_files(directory)
     else:
-        spec = NO_TOKENIZER
+        return _without_vocabulary(directory)
     return _with_roles(spec, directory)
 
 
@@ -85,6 +85,19 @@ def _read_added_tokens_decoder(config: Mapping[str, Any], path: Path) -> tuple[A
     return tuple(read_added_token(entry, f"{where}[{key}]", int(key)) for key, entry in entries.items())
 
 
+def _without_vocabulary(directory: Path) -> TokenizerSpec:
+    """Token ids alone: what the model's configurations say of them; tokens that others name are not there."""
+    ids = []
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        ids += _read_ids(read_json_object_if_present(path).get("eos_token_id"), f"{path}: eos_token_id")
+    vocab_size = read_json_object_if_present(directory / "config.json").get("vocab_size")
+    if type(vocab_size) is int:
+        # A configuration written without a tokenizer keeps its class's default ids, which mean nothing.
+        ids = [id_ for id_ in ids if 0 <= id_ < vocab_size]
+    return replace(NO_TOKENIZER, eos_token_ids=tuple(ids))
+
+
 def _with_roles(spec: TokenizerSpec, directory: Path) -> TokenizerSpec:
     """The description with what the small files add: BOS, EOS, chat template, the model's vocabulary size."""
     tokenizer_path = directory / "tokenizer_config.json"
@@ -106,11 +119,6 @@ def _with_roles(spec: TokenizerSpec, directory: Path) -> TokenizerSpec:
     model_vocab_size = model_config.get("vocab_size")
     if model_vocab_size is not None:
         expect(model_vocab_size, int, f"{model_path}: vocab_size")
-        if not spec.vocab:
-            # A configuration written without a tokenizer keeps its class's default ids, which mean nothing.
-            eos_token_ids = tuple(id_ for id_ in eos_token_ids if 0 <= id_ < model_vocab_size)
-            if bos_token_id is not None and not 0 <= bos_token_id < model_vocab_size:
-                bos_token_id = None
     add_bos_token = tokenizer_config.get("add_bos_token")
     if add_bos_token is not None:
         expect(add_bos_token, bool, f"{tokenizer_path}: add_bos_token")

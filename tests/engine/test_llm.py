@@ -1,7 +1,10 @@
 """The offline API and the engine under it, on a small random model with a tokenizer."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 
 from pagellm.engine import (
     LLM,
+    CheckpointError,
     ConfigError,
     FinishReason,
     LLMEngine,
@@ -461,4 +465,48 @@ def test_a_checkpoint_without_a_tokenizer_serves_token_ids() -> None:
     assert (len(output.token_ids), output.text) == (8, "")
     with pytest.raises(RequestError, match="without a tokenizer"):
         engine.add_request("text", "ab", GREEDY)
+    with pytest.raises(RequestError, match=r"stop: found \('a',\), expected none: .* without a tokenizer"):
+        engine.add_request("stop", [1, 2, 3], replace(GREEDY, stop=("a",)))
     engine.close()
+
+
+def test_names_of_tokens_say_nothing_where_there_is_no_vocabulary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "m"
+    shutil.copytree(model_path("llama_tiny"), directory)
+    (directory / "tokenizer.json").unlink()
+    (directory / "tokenizer.model").write_bytes(b"\n\x0e")
+    (directory / "generation_config.json").write_text('{"eos_token_id": [7, 100000]}')
+    llm = LLM(str(directory), show_progress=True)
+    assert "m: no tokenizer that is supported" in capsys.readouterr().err
+    assert llm.tokenizer.eos_token_ids[0] == 7
+    assert 100000 not in llm.tokenizer.eos_token_ids
+    assert len(llm.generate([[1, 2, 3]], GREEDY)[0].outputs[0].token_ids) > 0
+    llm.close()
+
+
+def test_an_error_in_a_gguf_file_s_tokenizer_names_the_file(tmp_path: Path) -> None:
+    content = model_path("gguf_llama_f32").read_bytes()
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content.replace(b"tokenizer.ggml.pre", b"tokenizer.ggml.prx"))
+    with pytest.raises(
+        CheckpointError, match=r"m\.gguf: tokenizer\.ggml\.pre: found None, expected a string"
+    ):
+        LLM(str(path))
+
+
+def test_a_prompt_beyond_a_sliding_window_is_refused_by_naming_it(tmp_path: Path) -> None:
+    directory = tmp_path / "m"
+    shutil.copytree(model_path("mistral"), directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"sliding_window": 8}))
+    window = "expected at most 8, the sliding window of this model"
+    with pytest.raises(ConfigError, match=f"max_model_len: found 9, {window}"):
+        LLM(str(directory), max_model_len=9)
+    llm = LLM(str(directory))
+    with pytest.raises(RequestError, match=f"prompt: found 9 tokens, {window}"):
+        llm.generate([[1] * 9])
+    [output] = llm.generate([[1] * 5], SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))
+    assert len(output.token_ids) == 3
+    llm.close()
