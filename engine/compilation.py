@@ -6,11 +6,11 @@ model, run through the ordinary runner, compiles everything.
 
 import hashlib
 import sys
-import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import llvmlite
 import numba
 import numpy as np
 from numba.core import event
@@ -18,6 +18,8 @@ from numba.core import event
 from pagellm import kernels
 from pagellm.engine.cache import cache_dir
 from pagellm.engine.config import EngineConfig
+from pagellm.engine.errors import ConfigError
+from pagellm.engine.kernel_cache import KernelStore, say_not_kept
 from pagellm.engine.model_runner import ModelRunner
 from pagellm.engine.progress import progress
 from pagellm.engine.sampling_params import SamplingParams
@@ -26,7 +28,7 @@ from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.kernels.activation import SILU
 from pagellm.kernels.architecture import Architecture, Weights, lay_out, layer_rows
-from pagellm.kernels.jit import cache_on_disk
+from pagellm.kernels.jit import cache_compiled
 from pagellm.kernels.packing import FLOAT32, aligned_zeros, encode, pack_blocks
 from pagellm.kernels.simd.llvm import CHECKED
 
@@ -41,30 +43,38 @@ def compile_kernels(show: bool = True) -> Path | None:
     """Makes all kernels ready to run in this process; the second call does nothing.
 
     Takes some tens of seconds the first time on a machine, with progress on standard error if `show`, and a
-    fraction of a second from then on. Returns the directory that they are kept in. Where it is not writable
+    fraction of a second from then on. Returns the directory that they are kept in. Where they cannot be kept
     it says so, compiles for this process alone and returns None.
     """
     global _ready, _directory
     if _ready:
         return _directory
-    directory = cache_dir() / "kernels" / _sources_key()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-        cache_on_disk(directory)
-        _directory = directory
-    except OSError as error:
-        print(f"pagellm: compiled kernels cannot be kept in {directory}: {error.strerror}", file=sys.stderr)
+    store = _open_store()
+    if store is not None:
+        cache_compiled(store.cache_of)
     with _CompilationProgress(show):
         _run_tiny_model()
+    _directory = store.directory if store is not None and store.is_complete else None
     _ready = True
     return _directory
 
 
+def _open_store() -> KernelStore | None:
+    """Where kernels are kept, also if nothing can be added: all may be there. None if there is no place."""
+    directory = Path("kernels", _sources_key())
+    try:
+        directory = cache_dir() / directory
+        directory.mkdir(parents=True, exist_ok=True)
+    except (OSError, ConfigError) as error:
+        say_not_kept(directory, error)
+        return None
+    return KernelStore(directory)
+
+
 def _sources_key() -> str:
-    """Changes with the sources, with Numba and with `PAGELLM_CHECK`: what is cached never goes stale."""
-    digest = hashlib.sha256(f"{numba.__version__} {CHECKED}".encode())
+    """Changes with the sources, `PAGELLM_CHECK` and the compilers: what is kept never goes stale."""
+    compilers = (sys.implementation.cache_tag, numba.__version__, llvmlite.__version__)
+    digest = hashlib.sha256(f"{compilers} {CHECKED}".encode())
     for path in sorted(Path(kernels.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -13,7 +13,6 @@ compilation take 1.7 times as long; it has no option for that, so three of its c
 
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
@@ -102,21 +101,14 @@ def entry_point(function: Callable[..., Any]) -> Any:
     return dispatcher
 
 
-def cache_on_disk(directory: Path) -> None:
-    """Keeps what entry points compile from now on in a writable directory, and finds it there again.
+def cache_compiled(cache_of: Callable[[Callable[..., Any]], Any]) -> None:
+    """Lets the entry points of this package find what was compiled before, and keep what is compiled.
 
-    Numba notices neither an edit in another file than the entry point's own, nor another version of itself,
-    so the directory must be one that belongs to these sources alone. Machine code for another processor has
-    another name in it. Numba's global setting is changed only for the moment in which it is read.
+    cache_of: gives the cache of a function, with the methods of Numba's `_Cache`.
     """
-    config: Any = numba.config
-    previous = config.CACHE_DIR
-    config.CACHE_DIR = str(directory)
-    try:
-        for dispatcher in _entry_points:
-            dispatcher.enable_caching()
-    finally:
-        config.CACHE_DIR = previous
+    for dispatcher in _entry_points:
+        if dispatcher.py_func.__module__.startswith(f"{__package__}."):
+            dispatcher._cache = cache_of(dispatcher.py_func)
 
 
 def shared(function: Function) -> Function:
