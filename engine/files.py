@@ -14,7 +14,7 @@ MAX_TEXT_BYTES = 64 << 20
 
 
 def open_plain(path: Path) -> io.FileIO:
-    """The file, open for reading without a buffer. Raises `OSError` if it cannot be opened or is no plain file."""
+    """The file, open for reading without a buffer. Raises `OSError` if it cannot be, or is no plain file."""
     # Without O_NONBLOCK, opening a FIFO waits for a writer; a plain file does not care.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:

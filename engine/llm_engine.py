@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +22,9 @@ from pagellm.engine.outputs import CompletionOutput, FinishReason, RequestOutput
 from pagellm.engine.prompts import Prompt, read_prompt
 from pagellm.engine.sampling_params import SamplingParams
 from pagellm.engine.scheduling.block_manager import TransferKind
-from pagellm.engine.scheduling.scheduler import Preemption, ScheduledBatch
+from pagellm.engine.scheduling.scheduler import ScheduledBatch
 from pagellm.engine.scheduling.sequence import Sequence
+from pagellm.engine.scheduling.step_loop import StepLoop
 from pagellm.engine.step_log import StepRecord, StepRecorder
 from pagellm.engine.stopping import StopChecker
 from pagellm.engine.tokenizer import IncrementalDetokenizer
@@ -33,27 +33,6 @@ from pagellm.engine.tokenizer import IncrementalDetokenizer
 _REMEMBERED = 0.75
 # Times from a caller are no further from now, in seconds, so that differences of them are numbers.
 _LONG_AGO_S = 1e12
-
-
-class Observer(Protocol):
-    """Hears of what happens to each sequence, as a collector of metrics wants it.
-
-    Times are seconds on the engine's clock.
-    """
-
-    def arrived(self, sequence: Sequence, request_id: str, time_s: float) -> None:
-        """A sequence was taken in; of several completions each is one."""
-
-    def scheduled(self, batch: ScheduledBatch, time_s: float) -> None:
-        """A step was scheduled."""
-
-    def committed(
-        self, batch: ScheduledBatch, sampled: list[Sequence], finished: list[Sequence], time_s: float
-    ) -> None:
-        """A step is done: who got a token, and whose was the last."""
-
-    def aborted(self, sequence: Sequence) -> None:
-        """A sequence ended otherwise."""
 
 
 @dataclass
@@ -84,11 +63,9 @@ class LLMEngine:
 
     model: a known name, a local path or a hub id; or the parts of an engine, which bring their settings.
     `show_progress` is for fetching, compiling and loading. Raises `CheckpointError` for a model and
-    `ConfigError` for settings that cannot be served. observer: may be set to something that hears of every
-    step.
+    `ConfigError` for settings that cannot be served. loop: drives the scheduler; whoever listens to it
+    hears of every step.
     """
-
-    observer: Observer | None = None
 
     def __init__(
         self, model: str | EngineParts, config: EngineConfig | None = None, show_progress: bool = False
@@ -104,7 +81,11 @@ class LLMEngine:
         self.block_bytes = parts.block_bytes
         self.runner = parts.runner
         self._step_log = parts.step_log
-        self._recorder = None if parts.step_log is None else StepRecorder(parts.scheduler, parts.config)
+        self.loop = StepLoop(parts.scheduler)
+        if parts.step_log is not None:
+            self._recorder = StepRecorder(parts.scheduler, self._log, parts.config)
+            self.loop.listen(self._recorder)
+        self.costs = parts.costs
         self.default_sampling_params = parts.default_sampling_params
         self._special_texts = {
             token_id: self.tokenizer.decode([token_id]) for token_id in self.tokenizer.special_ids
@@ -164,25 +145,21 @@ class LLMEngine:
         if params.seed is None:
             params = replace(params, seed=random.getrandbits(63))
         completions = [
-            self._new_completion(index, token_ids, params.of_completion(index), wants_logits)
+            self._new_completion(request_id, index, token_ids, params.of_completion(index), wants_logits)
             for index in range(params.n)
         ]
         output = RequestOutput(request_id, text, token_ids, [c.output for c in completions], params)
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None] * len(token_ids)
         request = _Request(output, completions, arrival)
-        sequence, *sequence.forks = (completion.sequence for completion in completions)
+        sequence, *forks = (completion.sequence for completion in completions)
         parent = None if fork_of is None else self._requests.get(fork_of)
         if parent is None or not sequence.reads_cache:
-            self.scheduler.add(sequence, arrival)
+            self.loop.add(sequence, arrival, forks)
         else:
-            self.scheduler.fork(parent.completions[0].sequence, sequence, arrival)
+            self.loop.fork(parent.completions[0].sequence, sequence, arrival, forks)
         for completion in completions:
             self._by_seq_id[completion.sequence.seq_id] = (request, completion)
-            if self._recorder is not None:
-                self._recorder.added(completion.sequence)
-            if self.observer is not None:
-                self.observer.arrived(completion.sequence, request_id, request.arrival)
         if wants_logits:
             request.logits = np.zeros((len(token_ids), self.spec.vocab_size), np.float32)
         self._requests[request_id] = request
@@ -200,7 +177,7 @@ class LLMEngine:
             if index is not None and completion.output.index != index:
                 continue
             if not completion.output.finished:
-                self._end(completion.sequence, FinishReason.ABORT)
+                self.loop.abort(completion.sequence)
                 self._finish(request, completion, FinishReason.ABORT)
         return request.output
 
@@ -220,33 +197,18 @@ class LLMEngine:
         Raises `PolicyError`, after the step, if the scheduling policy failed in it: the outputs have what the
         step gave, and the next steps are scheduled first come first served.
         """
-        start = time.perf_counter()
-        batch = self.scheduler.schedule(start - self._start)
-        record = None if self._recorder is None else self._recorder.scheduled(batch)
-        if self.observer is not None:
-            self.observer.scheduled(batch, start - self._start)
-        self._move_blocks(batch, record)
-        if not batch.sequences:
+        if not self.has_unfinished:
             return []
+        batch = self.loop.begin(self.now(), self.costs)
+        transfer_s = self._move_blocks(batch)
         self._note_admissions(batch)
-        wanted = frozenset(
-            s.seq_id for s in batch.sequences if self._by_seq_id[s.seq_id][0].logits is not None
-        )
-        before_run = time.perf_counter()
-        result = self.runner.run(batch, wanted)
-        self._note_costs(batch, time.perf_counter() - before_run)
+        result = self._run(batch) if batch.sequences else RunnerOutput()
         sampled = batch.sampled
         for sequence, token_id in zip(sampled, result.token_ids, strict=True):
             if token_id < 0:
-                self._end(sequence, FinishReason.ERROR)
-        finished = self.scheduler.commit(batch, result.token_ids)
-        if self.observer is not None:
-            self.observer.committed(batch, sampled, finished, self.now())
+                self.loop.abort(sequence, FinishReason.ERROR)
+        self.loop.end(batch, result.token_ids, self.now(), transfer_s=transfer_s)
         outputs = self._outputs(batch.sequences, sampled, result)
-        if self._recorder is not None and record is not None:
-            self._recorder.finished(record, finished)
-            record["duration_s"] = time.perf_counter() - start
-            self._log(record)
         self.scheduler.policy.raise_error()
         return outputs
 
@@ -260,15 +222,9 @@ class LLMEngine:
             self.abort(request_id)
         self.runner.close()
         if self._step_log is not None:
+            self.loop.ignore(self._recorder)
             self._step_log.close()
-            self._recorder = self._step_log = None
-
-    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
-        self.scheduler.abort(sequence, reason)
-        if self._recorder is not None:
-            self._recorder.ended(sequence)
-        if self.observer is not None:
-            self.observer.aborted(sequence)
+            self._step_log = None
 
     def _log(self, record: StepRecord) -> None:
         """A log that cannot be written must not stop the requests."""
@@ -276,31 +232,40 @@ class LLMEngine:
         try:
             self._step_log.write(record)
         except OSError as error:
-            warnings.warn(f"step_log: {self.config.step_log}: {error}; it ends here", stacklevel=3)
-            self._recorder = None
+            warnings.warn(f"step_log: {self.config.step_log}: {error}; it ends here", stacklevel=5)
+            self.loop.ignore(self._recorder)
 
-    def _move_blocks(self, batch: ScheduledBatch, record: StepRecord | None) -> None:
-        """Does the batch's transfers. What the second tier cannot keep or give is computed again."""
+    def _move_blocks(self, batch: ScheduledBatch) -> float:
+        """Does the batch's transfers, and returns the seconds that took.
+
+        What the second tier cannot keep or give is computed again.
+        """
         if not batch.transfers:
-            return
+            return 0.0
         start, num_swaps = time.perf_counter(), 0
-        while batch.transfers:
-            transfer = batch.transfers[0]
+        for transfer in batch.transfers:
             try:
                 self.runner.transfer(transfer)
-                num_swaps += transfer.kind is not TransferKind.COPY
             except OSError as error:
                 warnings.warn(f"swap: {error}; preempted sequences are computed again", stacklevel=3)
-                self.scheduler.preemption = Preemption.RECOMPUTE
-                self.scheduler.recompute(transfer.sequence, batch)
-            batch.transfers.popleft()
+                self.loop.transfer_failed(transfer, batch)
+            else:
+                self.loop.transferred()
+                num_swaps += transfer.kind is not TransferKind.COPY
         seconds = time.perf_counter() - start
         if num_swaps:
-            costs = self.scheduler.costs
-            per_block = _REMEMBERED * costs.swap_block_s + (1 - _REMEMBERED) * seconds / num_swaps
-            self.scheduler.costs = replace(costs, swap_block_s=per_block)
-        if record is not None:
-            record["transfer_s"] = seconds
+            per_block = _REMEMBERED * self.costs.swap_block_s + (1 - _REMEMBERED) * seconds / num_swaps
+            self.costs = replace(self.costs, swap_block_s=per_block)
+        return seconds
+
+    def _run(self, batch: ScheduledBatch) -> RunnerOutput:
+        wanted = frozenset(
+            s.seq_id for s in batch.sequences if self._by_seq_id[s.seq_id][0].logits is not None
+        )
+        start = time.perf_counter()
+        result = self.runner.run(batch, wanted)
+        self._note_costs(batch, time.perf_counter() - start)
+        return result
 
     def _note_costs(self, batch: ScheduledBatch, seconds: float) -> None:
         """Learns from steps of prompts what computing a token again would cost; large steps count most."""
@@ -308,8 +273,7 @@ class LLMEngine:
         if num_tokens >= 2 * len(batch.sequences):
             self._prefill_s = _REMEMBERED * self._prefill_s + seconds
             self._prefill_tokens = _REMEMBERED * self._prefill_tokens + num_tokens
-            per_token = self._prefill_s / self._prefill_tokens
-            self.scheduler.costs = replace(self.scheduler.costs, recompute_token_s=per_token)
+            self.costs = replace(self.costs, recompute_token_s=self._prefill_s / self._prefill_tokens)
 
     def _read_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """The prompt's text, where it came with one, and its token ids."""
@@ -337,7 +301,7 @@ class LLMEngine:
             )
 
     def _new_completion(
-        self, index: int, token_ids: list[int], params: SamplingParams, wants_logits: bool
+        self, request_id: str, index: int, token_ids: list[int], params: SamplingParams, wants_logits: bool
     ) -> _Completion:
         sequence = Sequence(
             self._next_seq_id,
@@ -345,6 +309,7 @@ class LLMEngine:
             params,
             frozenset(self.tokenizer.eos_token_ids),
             reads_cache=not wants_logits and params.prompt_logprobs is None,
+            request_id=request_id,
         )
         self._next_seq_id += 1
         output = CompletionOutput(index, logprobs=None if params.logprobs is None else [])
@@ -408,7 +373,7 @@ class LLMEngine:
         stop_string = completion.stop.append(text, len(output.token_ids), hidden)
         if stop_string is not None:
             output.stop_reason = stop_string
-            self._end(sequence, FinishReason.STOP)
+            self.loop.abort(sequence, FinishReason.STOP)
             self._finish(request, completion, FinishReason.STOP)
         elif sequence.finish_reason is not None:
             if sequence.finish_reason is FinishReason.STOP:

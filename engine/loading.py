@@ -31,8 +31,9 @@ _SHARE = 4
 class EngineParts:
     """What an engine is made of.
 
-    block_bytes: keys and values of one block, in all layers. step_log: None where none was asked for.
-    default_sampling_params: of requests that come without any.
+    block_bytes: keys and values of one block, in all layers. costs: of preemption, as far as they are known
+    before the first step. step_log: None where none was asked for. default_sampling_params: of requests that
+    come without any.
     """
 
     config: CompleteConfig
@@ -41,6 +42,7 @@ class EngineParts:
     scheduler: Scheduler
     runner: ModelRunner
     block_bytes: int
+    costs: PreemptionCosts = field(default_factory=PreemptionCosts)
     step_log: StepLogFile | None = None
     default_sampling_params: SamplingParams = field(default_factory=SamplingParams)
 
@@ -81,8 +83,8 @@ def load_engine(model: str, config: EngineConfig | None = None, show_progress: b
         compile_kernels(show_progress)
         weights = load_weights(checkpoint, spec, formats, complete.max_model_len, show_progress)
     runner = ModelRunner(spec.arch, weights, cache_format, complete)
-    scheduler.costs = PreemptionCosts(swap_block_s=runner.measure_swap_s())
-    return EngineParts(complete, spec, tokenizer, scheduler, runner, block_bytes, step_log)
+    costs = PreemptionCosts(swap_block_s=runner.measure_swap_s())
+    return EngineParts(complete, spec, tokenizer, scheduler, runner, block_bytes, costs, step_log)
 
 
 def size_cache(

@@ -1,54 +1,98 @@
 """What a scheduler did, step by step: a plain record of each step, and a file of them as JSON lines.
 
-Built from the batch and the scheduler alone, so that a simulated run gives the same records as a real one.
-Nothing of this runs unless somebody asks for it.
+Built from what a step loop tells, so that a simulated run gives the same records as a real one. Nothing of
+this runs unless somebody asks for it.
 """
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from pagellm.engine.config import CompleteConfig
 from pagellm.engine.errors import ConfigError
-from pagellm.engine.scheduling.scheduler import ScheduledBatch, Scheduler
-from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
+from pagellm.engine.scheduling.scheduler import Preempted, ScheduledBatch, Scheduler
+from pagellm.engine.scheduling.sequence import Sequence
+from pagellm.engine.scheduling.step_loop import StepListener
 
-StepRecord = dict[str, Any]
 # Settings of which no decision of a scheduler follows: num_swap_blocks says what swap_dir comes to.
 NO_DECISIONS = ("swap_dir", "step_log", "num_threads", "quantization")
 
 
-class StepRecorder:
-    """Makes the records of one scheduler's steps. The record of a step:
+class AddedRecord(TypedDict):
+    """A sequence that was taken in."""
 
-    step: its number. start_s: when it was scheduled, on the scheduler's clock. transfer_s, duration_s: what
-    moving blocks, and all of it, took.
-    added, ended: sequences taken in since the step before, and those that ended otherwise than in `finished`.
-    scheduled: [sequence, tokens computed before, tokens computed now, whether a token was sampled].
-    admitted: [sequence, the state it waited in, tokens the prefix cache had].
-    preempted: who made way for whom, how, and the seconds that either way was expected to cost.
-    forked: [sequence, the one whose blocks it shares].
-    tables: [sequence, first changed index, blocks from there on] of each scheduled sequence whose block table
-    is not what it was when it was recorded last.
-    transfers: block contents moved, by kind. finished: [sequence, reason].
-    costs: what the scheduler expected preemption to cost, in seconds for a token and for a block.
-    running, waiting, swapped: sequences when the step was scheduled. blocks: used, free, shared (references
-    beyond the first), unwritten_slots (allocated and not computed yet), swap_used. cache: tokens of prompts
-    looked up, found and forgotten since the start.
-    config, in the first record: the settings that decisions follow from, with nothing left open.
-    """
+    sequence: int
+    arrival_s: float
+    num_prompt_tokens: int
+    max_len: int
+    priority: float
+    tenant: str
+    deadline_s: float | None
 
-    def __init__(self, scheduler: Scheduler, config: CompleteConfig | None = None) -> None:
+
+class PreemptedRecord(TypedDict):
+    """Who made way for whom, how, and the seconds that either way was expected to cost."""
+
+    sequence: int
+    by: str
+    needed_by: int
+    num_computed_tokens: int
+    recompute_s: float
+    swap_s: float
+
+
+class StepRecord(TypedDict):
+    """One step. Sequences are named by their seq_id, and blocks by their numbers."""
+
+    step: int  # its number
+    start_s: float  # when it was scheduled, on the driver's clock
+    transfer_s: float  # what moving blocks took
+    duration_s: float  # what all of it took, from being scheduled to having its tokens
+    added: list[AddedRecord]  # since the step before
+    ended: list[tuple[int, str]]  # since then otherwise than in `finished`, with the reason
+    scheduled: list[tuple[int, int, int, bool]]  # tokens computed before, and now; whether one is sampled
+    admitted: list[tuple[int, str, int]]  # the state it waited in, tokens the prefix cache had
+    preempted: list[PreemptedRecord]
+    forked: list[tuple[int, int]]  # the sequence, and the one whose blocks it shares
+    # Of each scheduled sequence whose block table is not what it was when it was recorded last: the first
+    # index that changed, and the blocks from there on.
+    tables: list[tuple[int, int, list[int]]]
+    transfers: dict[str, int]  # block contents moved, by kind
+    finished: list[tuple[int, str]]  # with the reason
+    costs: dict[str, float]  # what preemption was expected to cost: seconds for a token, and for a block
+    running: int  # sequences when the step was scheduled
+    waiting: int
+    swapped: int
+    blocks: dict[str, int]  # as in `BlockUsage`
+    cache: dict[str, int]  # as in `PrefixCacheStats`
+    config: NotRequired[dict[str, Any]]  # in the first record: what decisions follow from, nothing left open
+    replica: NotRequired[int]  # where there are several
+
+
+class StepRecorder(StepListener):
+    """Makes the records of one scheduler's steps, and gives each to `write` when the step has ended."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        write: Callable[[StepRecord], None],
+        config: CompleteConfig | None = None,
+        replica: int | None = None,
+    ) -> None:
         self._scheduler = scheduler
+        self._write = write
         self._config = config
+        self._replica = replica
         self._num_steps = 0
-        self._added: list[StepRecord] = []
-        self._ended: list[list[Any]] = []
+        self._record: StepRecord | None = None  # of the step under way
+        self._added: list[AddedRecord] = []
+        self._ended: list[tuple[int, str]] = []
         self._tables: dict[int, list[int]] = {}  # as recorded last, by seq_id
+        self._changed: set[Sequence] = set()  # with tables that are to be recorded
 
     def added(self, sequence: Sequence) -> None:
-        """A sequence was taken in."""
         params = sequence.sampling_params
         self._added.append(
             {
@@ -63,77 +107,105 @@ class StepRecorder:
         )
 
     def ended(self, sequence: Sequence) -> None:
-        """A sequence ended without `commit`: aborted, or cut at a stop string."""
-        self._ended.append([sequence.seq_id, sequence.finish_reason])
-        self._tables.pop(sequence.seq_id, None)
+        self._ended.append(_end_of(sequence))
+        self._forget(sequence)
 
-    def scheduled(self, batch: ScheduledBatch) -> StepRecord:
-        """The record of a batch that was just scheduled, before anything of it is done."""
-        scheduler = self._scheduler
-        waiting = list(scheduler.waiting)
-        record: StepRecord = {
+    def scheduled(self, batch: ScheduledBatch, now: float) -> None:
+        if self._record is not None:  # that step was given up, and nothing of it was computed
+            self._record["scheduled"] = []
+            self._write(self._record)
+        scheduler, manager = self._scheduler, self._scheduler.block_manager
+        self._record = {
             "step": self._num_steps,
-            "start_s": scheduler.stats.now,
+            "start_s": now,
             "transfer_s": 0.0,
             "duration_s": 0.0,
             "added": self._added,
             "ended": self._ended,
             "scheduled": [
-                [sequence.seq_id, sequence.num_computed_tokens, count, samples]
+                (sequence.seq_id, sequence.num_computed_tokens, count, samples)
                 for sequence, count, samples in zip(
                     batch.sequences, batch.num_new_tokens, batch.samples, strict=True
                 )
             ],
-            "admitted": [[a.sequence.seq_id, a.was.value, a.num_cached_tokens] for a in batch.admitted],
-            "preempted": [
-                {
-                    "sequence": p.sequence.seq_id,
-                    "by": p.by.value,
-                    "needed_by": p.needed_by.seq_id,
-                    "num_computed_tokens": p.num_computed_tokens,
-                    "recompute_s": p.recompute_s,
-                    "swap_s": p.swap_s,
-                }
-                for p in batch.preempted
-            ],
+            "admitted": [(a.sequence.seq_id, a.was.value, a.num_cached_tokens) for a in batch.admitted],
+            "preempted": [_preempted(preempted) for preempted in batch.preempted],
             "forked": [
-                [child.seq_id, parent.seq_id] for parent, forks in batch.forks.items() for child in forks
+                (child.seq_id, parent.seq_id) for parent, forks in batch.forks.items() for child in forks
             ],
-            "tables": self._changed_tables(batch),
+            "tables": self._new_tables(batch),
             "transfers": dict(Counter(transfer.kind.value for transfer in batch.transfers)),
             "finished": [],
             "costs": asdict(scheduler.costs),
             "running": len(scheduler.running),
-            "waiting": sum(sequence.status is SequenceStatus.WAITING for sequence in waiting),
-            "swapped": sum(sequence.status is SequenceStatus.SWAPPED for sequence in waiting),
-            "blocks": scheduler.block_manager.usage(),
-            "cache": asdict(scheduler.block_manager.stats),
+            "waiting": len(scheduler.waiting) - manager.num_swapped,
+            "swapped": manager.num_swapped,
+            "blocks": manager.usage()._asdict(),
+            "cache": asdict(manager.stats),
         }
         if self._num_steps == 0 and self._config is not None:
             settings = asdict(self._config)
-            record["config"] = {name: settings[name] for name in settings if name not in NO_DECISIONS}
+            self._record["config"] = {name: settings[name] for name in settings if name not in NO_DECISIONS}
+        if self._replica is not None:
+            self._record["replica"] = self._replica
         self._num_steps += 1
         self._added, self._ended = [], []
-        return record
 
-    def finished(self, record: StepRecord, sequences: list[Sequence]) -> None:
-        """Completes a record with what `commit` returned."""
-        record["finished"] = [[sequence.seq_id, sequence.finish_reason] for sequence in sequences]
-        for sequence in sequences:
-            self._tables.pop(sequence.seq_id, None)
+    def committed(
+        self,
+        batch: ScheduledBatch,
+        sampled: list[Sequence],
+        finished: list[Sequence],
+        now: float,
+        duration_s: float,
+        transfer_s: float,
+    ) -> None:
+        record, self._record = self._record, None
+        if record is None:
+            return  # this began to listen in the middle of the step
+        record["duration_s"], record["transfer_s"] = duration_s, transfer_s
+        record["finished"] = [_end_of(sequence) for sequence in finished]
+        for sequence in finished:
+            self._forget(sequence)
+        self._write(record)
 
-    def _changed_tables(self, batch: ScheduledBatch) -> list[list[Any]]:
-        changed = []
+    def _new_tables(self, batch: ScheduledBatch) -> list[tuple[int, int, list[int]]]:
+        self._changed |= batch.changed_tables
+        if not self._changed:
+            return []
+        tables = []
         for sequence in batch.sequences:
-            before, table = self._tables.get(sequence.seq_id, []), sequence.block_table
-            if before != table:
-                same = next(
-                    (i for i, (a, b) in enumerate(zip(before, table, strict=False)) if a != b),
-                    min(len(before), len(table)),
-                )
-                changed.append([sequence.seq_id, same, table[same:]])
-                self._tables[sequence.seq_id] = list(table)
-        return changed
+            if sequence in self._changed:
+                self._changed.remove(sequence)
+                before, table = self._tables.get(sequence.seq_id, []), sequence.block_table
+                if before != table:
+                    same = next(
+                        (i for i, (a, b) in enumerate(zip(before, table, strict=False)) if a != b),
+                        min(len(before), len(table)),
+                    )
+                    tables.append((sequence.seq_id, same, table[same:]))
+                    self._tables[sequence.seq_id] = list(table)
+        return tables
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._tables.pop(sequence.seq_id, None)
+        self._changed.discard(sequence)
+
+
+def _end_of(sequence: Sequence) -> tuple[int, str]:
+    assert sequence.finish_reason is not None
+    return sequence.seq_id, sequence.finish_reason
+
+
+def _preempted(preempted: Preempted) -> PreemptedRecord:
+    return {
+        "sequence": preempted.sequence.seq_id,
+        "by": preempted.by.value,
+        "needed_by": preempted.needed_by.seq_id,
+        "num_computed_tokens": preempted.num_computed_tokens,
+        "recompute_s": preempted.recompute_s,
+        "swap_s": preempted.swap_s,
+    }
 
 
 class StepLogFile:

@@ -38,11 +38,12 @@ def replay_for_real(
     """
     metrics = MetricsCollector([engine.scheduler], slo, results, engine.block_bytes)
     begin = time.perf_counter()
-    engine.observer = metrics
+    listener = metrics.listener()
+    engine.loop.listen(listener)
     try:
         _serve(engine, trace.scaled(rate_factor), metrics, skip_bad, progress)
     finally:
-        engine.observer = None
+        engine.loop.ignore(listener)
         metrics.close()
     return metrics.report(
         trace,

@@ -20,7 +20,8 @@ from pagellm.engine.errors import ConfigError, PagellmError, RequestError, Trace
 from pagellm.engine.sampling_params import SamplingParams
 from pagellm.engine.scheduling.block_manager import BlockManager
 from pagellm.engine.scheduling.scheduler import ScheduledBatch, Scheduler
-from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
+from pagellm.engine.scheduling.sequence import Sequence
+from pagellm.engine.scheduling.step_loop import StepLoop
 from pagellm.engine.step_log import StepLogFile, StepRecorder
 from pagellm.sim.costs.cost_model import CostModel
 from pagellm.sim.report.metrics import MetricsCollector
@@ -48,9 +49,9 @@ Event = tuple[float, EventKind, int, Any]
 
 
 class Replica:
-    """One engine: the scheduler, what came for it since it scheduled last, and the step under way.
+    """One engine: the step loop, what came for it since it scheduled last, and the step under way.
 
-    num_unfinished: requests that were sent to it and have not ended.
+    unfinished: requests that were sent to it and have not ended.
     """
 
     def __init__(self, number: int, config: CompleteConfig) -> None:
@@ -59,12 +60,15 @@ class Replica:
         )
         self.number = number
         self.scheduler = Scheduler(config, manager)
+        self.loop = StepLoop(self.scheduler)
         self.inbox: list[tuple[float, Sequence, TraceRequest | None]] = []  # without a request: a timeout
-        self.batch: ScheduledBatch | None = None
         self.is_busy = False  # a step is under way, or about to start
-        self.num_unfinished = 0
-        self.recorder: StepRecorder | None = None
-        self.record: dict[str, Any] = {}
+        self.unfinished: set[Sequence] = set()
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that were sent to it and have not ended."""
+        return len(self.unfinished)
 
 
 @dataclass(frozen=True)
@@ -174,9 +178,12 @@ class _Replay:
             self._cost_model.block_bytes(config.block_size),
         )
         self._step_log = None if config.step_log is None else StepLogFile(config.step_log)
-        if self._step_log is not None:
-            for replica in self._replicas:
-                replica.recorder = StepRecorder(replica.scheduler, config)
+        for replica in self._replicas:
+            replica.loop.listen(self.metrics.listener(replica.number))
+            if self._step_log is not None:
+                number = replica.number if len(self._replicas) > 1 else None
+                recorder = StepRecorder(replica.scheduler, self._step_log.write, config, number)
+                replica.loop.listen(recorder)
         self._output_token = simulator.prompt_tokens.vocab_size
         self._params: dict[tuple[Any, ...], SamplingParams] = {}
         self._events: list[Event] = []
@@ -220,7 +227,7 @@ class _Replay:
         if len(self._replicas) > 1:
             replica = self._replicas[self._router.choose(sequence, self._replicas)]
         replica.inbox.append((now, sequence, request))
-        replica.num_unfinished += 1
+        replica.unfinished.add(sequence)
         if self._simulator.timeout_s is not None:
             timeout = now + self._simulator.timeout_s
             heappush(self._events, (timeout, EventKind.TIMEOUT, sequence.seq_id, (replica, sequence)))
@@ -247,14 +254,14 @@ class _Replay:
                 tenant=request.tenant or "",
                 deadline_s=request.deadline_s,
             )
-        sequence = Sequence(self._num_sequences, prompt, params)
+        sequence = Sequence(self._num_sequences, prompt, params, request_id=request.id)
         self._num_sequences += 1
         return sequence
 
     def _time_out(self, now: float, subject: tuple[Replica, Sequence]) -> Event | None:
         """A client gives up. Where a step is under way, its replica hears of it after that."""
         replica, sequence = subject
-        if sequence.status is not SequenceStatus.FINISHED:
+        if sequence in replica.unfinished:
             replica.inbox.append((now, sequence, None))
         return None
 
@@ -271,8 +278,7 @@ class _Replay:
         if not scheduler.has_unfinished:
             replica.is_busy = False
             return None
-        scheduler.costs = self._cost_model.costs
-        batch = replica.batch = scheduler.schedule(now)
+        batch = replica.loop.begin(now, self._cost_model.costs)
         if not batch.sequences:
             raise PagellmError(f"the scheduler has {scheduler.stats.num_waiting} requests and computes none")
         duration_s = self._cost_model.step_time(batch)
@@ -281,58 +287,39 @@ class _Replay:
             raise ConfigError(
                 f"cost_model: {name}: found {duration_s} seconds for a step, expected 0 or more"
             )
-        self.metrics.scheduled(batch, now, replica.number)
-        if replica.recorder is not None:
-            replica.record = replica.recorder.scheduled(batch)
-            replica.record["duration_s"] = duration_s
-        return (now + duration_s, EventKind.STEP_END, replica.number, replica)
+        step = replica, batch, duration_s
+        return (now + duration_s, EventKind.STEP_END, replica.number, step)
 
     def _empty_inbox(self, now: float, replica: Replica) -> None:
-        scheduler = replica.scheduler
         for time_s, sequence, request in replica.inbox:
             if request is None:
-                if sequence.status is not SequenceStatus.FINISHED:
-                    scheduler.abort(sequence)
-                    self.metrics.aborted(sequence)
-                    if replica.recorder is not None:
-                        replica.recorder.ended(sequence)
-                    self._note_end(now, replica)
+                if sequence in replica.unfinished:
+                    replica.loop.abort(sequence)
+                    self._note_end(now, replica, sequence)
                 continue
             try:
-                scheduler.add(sequence, time_s)
+                replica.loop.add(sequence, time_s)
             except RequestError as error:
                 if not self._simulator.skip_bad:
                     raise self._error(request, error) from None
-                sequence.status = SequenceStatus.FINISHED
                 self.metrics.rejected(request.id, time_s)
-                self._note_end(now, replica)
-                continue
-            self.metrics.arrived(sequence, request.id, time_s, replica.number)
-            if replica.recorder is not None:
-                replica.recorder.added(sequence)
+                self._note_end(now, replica, sequence)
         replica.inbox.clear()
 
-    def _end_step(self, now: float, replica: Replica) -> Event | None:
+    def _end_step(self, now: float, step: tuple[Replica, ScheduledBatch, float]) -> Event | None:
         """The replica has its step's tokens; what came meanwhile is for the next one."""
-        batch, scheduler = replica.batch, replica.scheduler
-        assert batch is not None
-        sampled = batch.sampled
-        finished = scheduler.commit(batch, [self._output_token] * len(sampled))
-        self.metrics.committed(batch, sampled, finished, now, replica.number)
-        if replica.recorder is not None and self._step_log is not None:
-            replica.recorder.finished(replica.record, finished)
-            if len(self._replicas) > 1:
-                replica.record["replica"] = replica.number
-            self._step_log.write(replica.record)
-        scheduler.policy.raise_error()
-        for _ in finished:
-            self._note_end(now, replica)
-        replica.is_busy = bool(replica.inbox) or scheduler.has_unfinished
+        replica, batch, duration_s = step
+        token_ids = [self._output_token] * len(batch.sampled)
+        finished = replica.loop.end(batch, token_ids, now, duration_s=duration_s)
+        replica.scheduler.policy.raise_error()
+        for sequence in finished:
+            self._note_end(now, replica, sequence)
+        replica.is_busy = bool(replica.inbox) or replica.scheduler.has_unfinished
         return self._next_start(now, replica) if replica.is_busy else None
 
-    def _note_end(self, now: float, replica: Replica) -> None:
+    def _note_end(self, now: float, replica: Replica, sequence: Sequence) -> None:
         """A request has ended, one way or another; a client has its turn again."""
-        replica.num_unfinished -= 1
+        replica.unfinished.remove(sequence)
         self._num_ended += 1
         if self._simulator.progress is not None:
             self._simulator.progress(self._num_ended, now)

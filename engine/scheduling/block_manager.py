@@ -1,8 +1,8 @@
 """The KV cache's blocks: who holds which, which are free, and which of them hold a known prefix.
 
 A pure state machine over block numbers and token ids; where a block's keys and values lie is the runner's
-business, and so is moving them: an operation that needs content moved returns `Transfer`s, which must be done
-in the order in which they were returned. Every operation on a block is O(1).
+business, and so is moving them: an operation that needs content moved enters `Transfer`s into `transfers`,
+which must be done in that order before anything is computed. Every operation on a block is O(1).
 
 The prefix cache is a hash map from a full block's tokens to the block. A block's hash is chained to that of
 the block before it, so it stands for the whole prefix. A hit counts only if the block holds exactly these
@@ -15,15 +15,19 @@ Forked sequences share their blocks. One that is about to write into a shared bl
 """
 
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from operator import attrgetter
 from typing import NamedTuple
 
 import xxhash
 
 from pagellm.engine.scheduling.prefix_cache import ROOT, PrefixCache
 from pagellm.engine.scheduling.sequence import Sequence
+
+_num_computed = attrgetter("num_computed_tokens")
 
 
 class TransferKind(Enum):
@@ -41,6 +45,16 @@ class Transfer(NamedTuple):
     source: int
     target: int
     sequence: Sequence
+
+
+class BlockUsage(NamedTuple):
+    """Counts of blocks, and of slots, for a report."""
+
+    used: int
+    free: int
+    shared: int  # references beyond the first of each block
+    unwritten_slots: int  # of blocks in use, without computed keys and values
+    swap_used: int
 
 
 @dataclass
@@ -106,6 +120,9 @@ class BlockManager:
 
     num_swap_blocks: blocks of the second tier. hash_block: replaces `chained_hash`, so that tests can make it
     collide.
+
+    transfers: what is still to be moved, in order. They outlive a step that was given up, because the block
+    tables count on them.
     """
 
     def __init__(
@@ -127,7 +144,15 @@ class BlockManager:
         self._reference_counts = array("i", [0]) * num_blocks
         self._cache = PrefixCache(num_blocks if enable_prefix_caching else 0, block_size)
         self._free_swap = array("i", range(num_swap_blocks - 1, -1, -1))  # a stack
-        self._holders: dict[int, Sequence] = {}  # by seq_id: the sequences with blocks in either tier
+        self.transfers: deque[Transfer] = deque()
+        # By seq_id: the sequences with blocks in the first tier and in the second.
+        self._holders: dict[int, Sequence] = {}
+        self._swapped: dict[int, Sequence] = {}
+        self._changed_tables: set[Sequence] = set()
+        self._num_references = 0
+        self._partly_shared: set[int] = (
+            set()
+        )  # blocks that a fork took over with less than all of their slots
 
     @property
     def num_free_blocks(self) -> int:
@@ -143,6 +168,11 @@ class BlockManager:
     def num_free_swap_blocks(self) -> int:
         """Blocks of the second tier that hold nothing."""
         return len(self._free_swap)
+
+    @property
+    def num_swapped(self) -> int:
+        """Sequences whose content is in the second tier."""
+        return len(self._swapped)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens take."""
@@ -191,12 +221,11 @@ class BlockManager:
         """Whether a running sequence has, or can get, a slot of its own for its last token."""
         return len(self._free) > 0 or not self._needs_block(sequence)
 
-    def grow(self, sequence: Sequence) -> Transfer | None:
+    def grow(self, sequence: Sequence) -> None:
         """Gives a running sequence a slot of its own for its last token, the only one without.
 
         A shared block with room for it is exchanged for a copy.
         """
-        transfer = None
         if self._needs_block(sequence):
             table = sequence.block_table
             index = (sequence.num_tokens - 1) // self.block_size
@@ -205,9 +234,9 @@ class BlockManager:
             else:
                 shared, table[index] = table[index], self._take()
                 self._release(shared)
-                transfer = Transfer(TransferKind.COPY, shared, table[index], sequence)
+                self.transfers.append(Transfer(TransferKind.COPY, shared, table[index], sequence))
+            self._changed_tables.add(sequence)
         sequence.num_slots = len(sequence.block_table) * self.block_size
-        return transfer
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Gives a sequence without blocks those of a running one, whose tokens all but its last must be.
@@ -219,11 +248,15 @@ class BlockManager:
         child.block_table.extend(parent.block_table[: self.blocks_for(num_tokens)])
         for block in child.block_table:
             self._reference_counts[block] += 1
+        self._num_references += len(child.block_table)
+        if num_tokens % self.block_size:
+            self._partly_shared.add(child.block_table[-1])
         child.block_hashes = parent.block_hashes[:full]
         child.num_computed_tokens = child.num_slots = num_tokens
         child.num_registered_blocks = min(parent.num_registered_blocks, full)
         parent.num_slots = min(parent.num_slots, parent.num_computed_tokens)
         self._holders[child.seq_id] = child
+        self._changed_tables.add(child)
 
     def register(self, sequence: Sequence) -> None:
         """Enters the sequence's full computed blocks into the prefix cache.
@@ -247,41 +280,49 @@ class BlockManager:
                 self._reference(known)
                 table[index] = known
                 self._release(block)
+                self._changed_tables.add(sequence)
         sequence.num_registered_blocks = full
 
     def free(self, sequence: Sequence) -> None:
         """Takes all blocks from a sequence; those in the prefix cache stay findable until they are reused."""
-        if self._holders.pop(sequence.seq_id, None) is None:
-            return
-        self._empty_table(sequence)
-        self._free_swap.extend(sequence.swap_table)
-        sequence.swap_table.clear()
+        if sequence.seq_id in self._holders:
+            self._empty_table(sequence)
+        elif self._swapped.pop(sequence.seq_id, None) is not None:
+            self._free_swap.extend(sequence.swap_table)
+            sequence.swap_table.clear()
         sequence.num_computed_tokens = 0
 
     def can_swap_out(self, sequence: Sequence) -> bool:
         """Whether the second tier has room for what a running sequence has computed."""
         return 0 < self.blocks_for(sequence.num_computed_tokens) <= len(self._free_swap)
 
-    def swap_out(self, sequence: Sequence) -> list[Transfer]:
+    def swap_out(self, sequence: Sequence) -> None:
         """Moves what a running sequence has computed to the second tier and takes all its blocks."""
-        transfers = []
         for block in sequence.block_table[: self.blocks_for(sequence.num_computed_tokens)]:
             slot = self._free_swap.pop()
             sequence.swap_table.append(slot)
-            transfers.append(Transfer(TransferKind.SWAP_OUT, block, slot, sequence))
+            self.transfers.append(Transfer(TransferKind.SWAP_OUT, block, slot, sequence))
         self._empty_table(sequence)
-        return transfers
+        self._swapped[sequence.seq_id] = sequence
 
-    def swap_in(self, sequence: Sequence, prefix: list[int], num_tokens: int) -> list[Transfer]:
+    def swap_in(self, sequence: Sequence, prefix: list[int], num_tokens: int) -> None:
         """Gives a swapped sequence blocks for `num_tokens` tokens; what the cache still has is not moved."""
         self._fill_table(sequence, prefix, num_tokens)
-        transfers = [
-            Transfer(TransferKind.SWAP_IN, slot, block, sequence)
-            for slot, block in zip(sequence.swap_table, sequence.block_table, strict=False)
-        ][len(prefix) :]
+        swapped = list(zip(sequence.swap_table, sequence.block_table, strict=False))
+        for slot, block in swapped[len(prefix) :]:
+            self.transfers.append(Transfer(TransferKind.SWAP_IN, slot, block, sequence))
         self._free_swap.extend(reversed(sequence.swap_table))
         sequence.swap_table.clear()
-        return transfers
+        del self._swapped[sequence.seq_id]
+
+    def transferred(self) -> None:
+        """Takes note that the first of the transfers is done, or that nobody needs it any more."""
+        self.transfers.popleft()
+
+    def take_changed_tables(self) -> set[Sequence]:
+        """The sequences whose block tables have changed since this was asked last."""
+        changed, self._changed_tables = self._changed_tables, set()
+        return changed
 
     def reset_cache(self) -> None:
         """Forgets every cached prefix; sequences keep their blocks."""
@@ -303,23 +344,16 @@ class BlockManager:
         new.stats = self.stats
         vars(self).update(vars(new))
 
-    def usage(self) -> dict[str, int]:
-        """Counts for a report: O(blocks in use)."""
+    def usage(self) -> BlockUsage:
+        """Counts for a report: O(sequences that run)."""
         used = self.num_blocks - len(self._free)
-        references = 0
-        written: dict[int, int] = {}  # slots of each block
-        for sequence in self._holders.values():
-            references += len(sequence.block_table)
-            for index, block in enumerate(sequence.block_table):
-                filled = min(self.block_size, sequence.num_computed_tokens - index * self.block_size)
-                written[block] = max(written.get(block, 0), filled)
-        return {
-            "used": used,
-            "free": len(self._free),
-            "shared": references - used,
-            "unwritten_slots": used * self.block_size - sum(max(0, filled) for filled in written.values()),
-            "swap_used": self.num_swap_blocks - len(self._free_swap),
-        }
+        shared = self._num_references - used
+        # Whoever shares a block has all of it, with the exceptions that are taken up afterwards.
+        written = sum(map(_num_computed, self._holders.values())) - shared * self.block_size
+        if self._partly_shared:
+            written += self._num_counted_too_often()
+        swap_used = self.num_swap_blocks - len(self._free_swap)
+        return BlockUsage(used, len(self._free), shared, used * self.block_size - written, swap_used)
 
     def check(self) -> None:
         """Asserts conservation and that the prefix cache names no block that holds anything else."""
@@ -327,15 +361,20 @@ class BlockManager:
         assert len(free) == len(set(free)) == len(self._free), "the free list names a block twice"
         counts = [0] * self.num_blocks
         swapped = list(self._free_swap)
+        for sequence in self._swapped.values():
+            swapped += sequence.swap_table
+            assert sequence.swap_table, "blocks in no tier"
+            assert not sequence.block_table, "blocks in both tiers"
         for sequence in self._holders.values():
             for block in sequence.block_table:
                 counts[block] += 1
-            swapped += sequence.swap_table
-            assert bool(sequence.block_table) != bool(sequence.swap_table), "blocks in no tier, or in both"
+            assert sequence.block_table, "blocks in no tier"
+            assert not sequence.swap_table, "blocks in both tiers"
             assert len(set(sequence.block_table)) == len(sequence.block_table), "a block twice in one table"
             assert sequence.num_slots <= len(sequence.block_table) * self.block_size
             self._check_own_slots(sequence)
         assert counts == list(self._reference_counts), "a reference count differs from the block tables"
+        assert sum(counts) == self._num_references, "the number of references differs from their counts"
         assert {block for block in range(self.num_blocks) if counts[block] == 0} == set(free)
         assert sorted(swapped) == list(range(self.num_swap_blocks)), "a swap block is lost or held twice"
         self._check_cache({block: place for place, block in enumerate(free)})
@@ -374,12 +413,30 @@ class BlockManager:
         sequence.num_registered_blocks = len(prefix)
         sequence.num_slots = len(sequence.block_table) * self.block_size
         self._holders[sequence.seq_id] = sequence
+        self._changed_tables.add(sequence)
 
     def _empty_table(self, sequence: Sequence) -> None:
         for block in reversed(sequence.block_table):
             self._release(block)
         sequence.block_table.clear()
         sequence.num_registered_blocks = sequence.num_slots = 0
+        del self._holders[sequence.seq_id]
+        self._changed_tables.discard(sequence)
+
+    def _num_counted_too_often(self) -> int:
+        """Slots of partly shared blocks that `usage` has taken off although nobody has written them."""
+        size = self.block_size
+        filled_of: dict[int, list[int]] = {}  # of each block, by its holders that have not written all slots
+        for sequence in self._holders.values():
+            index, filled = divmod(sequence.num_computed_tokens, size)
+            if filled and sequence.block_table[index] in self._partly_shared:
+                filled_of.setdefault(sequence.block_table[index], []).append(filled)
+        num_slots = 0
+        for block, slots in filled_of.items():
+            num_slots += sum(size - filled for filled in slots)
+            if len(slots) == self._reference_counts[block]:
+                num_slots -= size - max(slots)
+        return num_slots
 
     def _needs_block(self, sequence: Sequence) -> bool:
         """Whether the last token's slot lies in no block yet, or in one that is not its own to write into.
@@ -421,20 +478,28 @@ class BlockManager:
         """A free block for new content; what it held is forgotten."""
         block = self._free.pop_first()
         if self._knows(block):
-            self._cache.remove(block)
-            self.stats.evictions += self.block_size
+            self._evict(block)
         self._reference_counts[block] = 1
+        self._num_references += 1
         return block
+
+    def _evict(self, block: int) -> None:
+        """Forgets a known block that is free. A transfer that saved its content would be entered here."""
+        self._cache.remove(block)
+        self.stats.evictions += self.block_size
 
     def _reference(self, block: int) -> None:
         if self._reference_counts[block] == 0:
             self._free.remove(block)
         self._reference_counts[block] += 1
+        self._num_references += 1
 
     def _release(self, block: int) -> None:
         self._reference_counts[block] -= 1
+        self._num_references -= 1
         if self._reference_counts[block] == 0:
             self.num_releases += 1
+            self._partly_shared.discard(block)
             if self._knows(block):
                 self._free.append(block)
             else:

@@ -1,7 +1,7 @@
 """Which tokens run in the next step: one budget for decodes and prefill chunks, in a policy's order.
 
-A pure state machine, driven by the engine and by the simulator through the same calls: `add`, `schedule`,
-`commit`, `abort`, and `fork`. It knows no clock, no text and no arrays; time is an argument. A sequence is
+A pure state machine, driven by a `StepLoop` alone, through `add`, `fork`, `schedule`, `commit` and `abort`.
+It knows no clock, no text and no arrays; times and measured costs are arguments. A sequence is
 admitted when all of its tokens fit into free blocks. When a running one needs a block and none is free,
 another is preempted: its blocks are given back to be computed again, or its content moves to the second tier
 of blocks, whichever is said to be cheaper.
@@ -11,8 +11,8 @@ decode gets its token in every step. One that was preempted `max_preemptions` ti
 others, with every block that it can ever need, and is not preempted again.
 """
 
-from collections import deque
 from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import compress
@@ -62,11 +62,19 @@ class Admitted:
     num_cached_tokens: int  # what the prefix cache had of it
 
 
+@dataclass(frozen=True)
+class StepLimits:
+    """How far one step may go, in tokens."""
+
+    max_num_batched_tokens: int
+    max_prefill_chunk: int
+
+
 @dataclass
 class ScheduledBatch:
     """The work of one step: of each sequence the next so many tokens after its computed ones.
 
-    Before anything is computed, `transfers` must be done in order, each taken out when it is done.
+    Before anything is computed, `transfers` must be done in order, and the block manager told of each.
     """
 
     sequences: list[Sequence] = field(default_factory=list)
@@ -74,9 +82,11 @@ class ScheduledBatch:
     samples: list[bool] = field(default_factory=list)  # whether that is up to the last token
     # Sequences that take their first token from the last row of the one that they begin like.
     forks: dict[Sequence, list[Sequence]] = field(default_factory=dict)
-    transfers: deque[Transfer] = field(default_factory=deque)
+    transfers: list[Transfer] = field(default_factory=list)
     admitted: list[Admitted] = field(default_factory=list)
     preempted: list[Preempted] = field(default_factory=list)
+    changed_tables: set[Sequence] = field(default_factory=set)  # since the batch before
+    num_output_tokens: int = 0  # what its sequences got, once it is committed
 
     @property
     def num_tokens(self) -> int:
@@ -99,7 +109,7 @@ class ScheduledBatch:
         self.sequences += sequences
         self.num_new_tokens += [1] * len(sequences)
         self.samples += [True] * len(sequences)
-        self.forks |= {s: list(s.forks) for s in sequences if s.forks}
+        self.forks |= {s: s.forks for s in sequences if s.group}
 
     def add(self, sequence: Sequence, num_new_tokens: int) -> None:
         """Enters the next tokens of a sequence."""
@@ -107,8 +117,8 @@ class ScheduledBatch:
         self.num_new_tokens.append(num_new_tokens)
         samples = num_new_tokens == sequence.num_tokens - sequence.num_computed_tokens
         self.samples.append(samples)
-        if samples and sequence.forks:
-            self.forks[sequence] = list(sequence.forks)
+        if samples and sequence.group:
+            self.forks[sequence] = sequence.forks
 
     def discard(self, sequence: Sequence) -> None:
         """Takes a sequence out, if it is in."""
@@ -123,22 +133,18 @@ class Scheduler:
 
     def __init__(self, config: CompleteConfig, block_manager: BlockManager) -> None:
         self.block_manager = block_manager
-        self.max_num_batched_tokens = config.max_num_batched_tokens
+        self.limits = StepLimits(config.max_num_batched_tokens, config.max_prefill_chunk)
         self.max_num_running = min(config.max_num_seqs, config.max_num_batched_tokens)
-        self.max_prefill_chunk = config.max_prefill_chunk
         self.max_preemptions = config.max_preemptions
         self.max_len = config.max_model_len
         self.preemption = Preemption(config.preemption)
-        self.costs = PreemptionCosts()  # for the driver to keep up to date
+        self.costs = PreemptionCosts()  # as `schedule` was told last
         self.policy = CheckedPolicy(load_policy(config.policy))
         self.stats = SchedulerStats(num_blocks=block_manager.num_blocks)
         self.waiting = WaitingQueue(self.policy)
         self.running: list[Sequence] = []
         self._watermark = int(config.watermark * block_manager.num_blocks)
         self._num_arrived = 0
-        self._unborn: dict[int, Sequence] = {}  # by seq_id of a fork that has not begun: whom it waits for
-        # Not done yet. They outlive a step that was interrupted, because the block tables count on them.
-        self._transfers: deque[Transfer] = deque()
         # The first in the queue, if its blocks were not free, what the cache had of it, and when that was.
         self._blocked: tuple[Sequence, list[int], int] | None = None
 
@@ -147,27 +153,36 @@ class Scheduler:
         """Whether anything waits or runs."""
         return bool(self.waiting or self.running)
 
-    def add(self, sequence: Sequence, now: float = 0.0) -> None:
-        """Takes a new sequence and its forks in. Raises `RequestError` if it could never be computed."""
-        self._accept(sequence, now)
+    def add(self, sequence: Sequence, now: float = 0.0, forks: Items[Sequence] = ()) -> None:
+        """Takes a new sequence in, and other completions of its prompt that take their first tokens from it.
+
+        Raises `RequestError`, and takes nothing in, if it could never be computed.
+        """
+        self._accept(sequence, now, forks)
         self.waiting.push(sequence, self.stats)
 
-    def fork(self, parent: Sequence, child: Sequence, now: float = 0.0) -> None:
+    def fork(self, parent: Sequence, child: Sequence, now: float = 0.0, forks: Items[Sequence] = ()) -> None:
         """Takes a new sequence in that begins like a running one, to share the blocks of what they share.
 
-        Where the parent does not run or has not computed so much, the child is computed by itself.
+        Where the parent does not run or has not computed so much, the child is computed by itself. Raises
+        `RequestError` like `add`.
         """
-        self._accept(child, now)
+        self._accept(child, now, forks)
         if not self._share(parent, child):
             self.waiting.push(child, self.stats)
 
-    def schedule(self, now: float = 0.0) -> ScheduledBatch:
+    def schedule(
+        self, now: float = 0.0, costs: PreemptionCosts | None = None, limits: StepLimits | None = None
+    ) -> ScheduledBatch:
         """Chooses the next step's work and gives it its blocks. `commit` must follow before the next call.
 
-        now: seconds, on the clock of `add`.
+        now: seconds, on the clock of `add`. costs: what has been measured, if that is new. limits: of this
+        step, where they are not the settings'.
         """
         self._update_stats(now)
-        batch = ScheduledBatch(transfers=self._transfers)
+        self.costs = costs or self.costs
+        limits = limits or self.limits
+        batch = ScheduledBatch()
         decodes: list[Sequence] = []
         prefills: list[Sequence] = []
         for sequence in self.running:
@@ -176,11 +191,13 @@ class Scheduler:
         prefills_alone = self.policy.prefills_alone  # a policy that goes wrong in this step changes it
         if not prefills_alone:
             self._schedule_decodes(decodes, batch)
-        budget = self._schedule_prefills(prefills, batch)
+        budget = self._schedule_prefills(prefills, batch, limits)
         if not batch.preempted:
-            self._admit(batch, budget)
+            self._admit(batch, budget, limits)
         if prefills_alone and not batch.sequences:
             self._schedule_decodes(decodes, batch)
+        batch.transfers += self.block_manager.transfers
+        batch.changed_tables = self.block_manager.take_changed_tables()
         return batch
 
     def commit(self, batch: ScheduledBatch, token_ids: list[int]) -> list[Sequence]:
@@ -189,46 +206,55 @@ class Scheduler:
         token_ids: one for each of `batch.sampled`, in order. Sequences that were aborted since `schedule` are
         passed over.
         """
-        batch.transfers.clear()
+        self.block_manager.transfers.clear()
         if self.policy.counts_batches:
             self.policy.on_commit(batch, self.stats)
         finished: list[Sequence] = []
-        running, manager = SequenceStatus.RUNNING, self.block_manager
+        manager = self.block_manager
         caches, block_size = manager.enable_prefix_caching, manager.block_size
         tokens = iter(token_ids)
         for sequence, count, samples in zip(
             batch.sequences, batch.num_new_tokens, batch.samples, strict=True
         ):
             token_id = next(tokens) if samples else None
-            if sequence.status is running:
+            if sequence.block_table:  # else it was aborted
                 computed = sequence.num_computed_tokens = sequence.num_computed_tokens + count
                 if caches and computed // block_size > sequence.num_registered_blocks:
                     manager.register(sequence)
             if batch.forks and sequence in batch.forks:
                 self._commit_forks(sequence, batch.forks[sequence], tokens, finished)
-            if token_id is not None and sequence.status is running:
+            if token_id is not None and sequence.block_table:
                 sequence.token_ids.append(token_id)
                 if len(sequence.token_ids) >= sequence.max_len or token_id in sequence.stop_token_ids:
                     self._finish_if_ended(sequence, finished)
         if finished:
-            self.running = [s for s in self.running if s.status is running]
+            self.running = [s for s in self.running if s.block_table]
         return finished
 
     def abort(self, sequence: Sequence, reason: FinishReason = FinishReason.ABORT) -> None:
         """Ends a sequence that was added, whatever state it is in; a finished one stays as it is."""
         if sequence.status is SequenceStatus.FINISHED:
             return
-        if sequence.seq_id in self._unborn:
-            self._unborn.pop(sequence.seq_id).forks.remove(sequence)
+        group = sequence.group
+        if group is not None and group[0] is not sequence:
+            _leave_group(sequence)
         elif sequence.status is SequenceStatus.RUNNING:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
         self._finish(sequence, reason)
-        self._pass_on_forks(sequence)
+        if sequence.group is not None:
+            _, successor, *_ = sequence.group
+            _leave_group(sequence)
+            self.waiting.push(successor, self.stats)
 
-    def recompute(self, sequence: Sequence, batch: ScheduledBatch) -> None:
-        """Takes note that a transfer of a sequence's content failed: it will be computed again."""
+    def transfer_failed(self, transfer: Transfer, batch: ScheduledBatch) -> None:
+        """Takes note that a transfer could not be done: its sequence is computed again.
+
+        So is whoever makes way from now on.
+        """
+        self.preemption = Preemption.RECOMPUTE
+        sequence = transfer.sequence
         if sequence.status is SequenceStatus.FINISHED:
             return
         if sequence.status is SequenceStatus.RUNNING:
@@ -237,7 +263,7 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
         self.block_manager.free(sequence)
-        self._wait(sequence, SequenceStatus.WAITING)
+        self.waiting.push(sequence, self.stats, guaranteed=self._is_guaranteed(sequence))
 
     def recover(self, num_known: Mapping[Sequence, int]) -> None:
         """Begins anew after an operation that did not end, whatever it left behind.
@@ -249,30 +275,31 @@ class Scheduler:
         self.block_manager.recover()
         self.policy.restart()
         self.waiting, self.running = WaitingQueue(self.policy), []
-        self._unborn, self._transfers, self._blocked = {}, deque(), None
+        self._blocked = None
         for sequence in sorted(num_known, key=lambda sequence: sequence.arrival_index):
             sequence.restart(num_known[sequence])
             self.policy.on_add(sequence, self.stats)
-            self._wait(sequence, SequenceStatus.WAITING)
+            self.waiting.push(sequence, self.stats, guaranteed=self._is_guaranteed(sequence))
 
     def check(self) -> None:
         """Asserts that queues, states and blocks agree."""
         self.block_manager.check()
         assert len(self.running) <= self.max_num_running
-        assert all(s.status is SequenceStatus.RUNNING and s.block_table for s in self.running)
+        assert all(s.status is SequenceStatus.RUNNING for s in self.running)
         waiting = list(self.waiting)
         assert len(waiting) == len(self.waiting)
-        for sequence in waiting:
-            assert not sequence.block_table
-            assert sequence.status is (
-                SequenceStatus.SWAPPED if sequence.swap_table else SequenceStatus.WAITING
-            )
-        unborn = [child.seq_id for s in (*self.running, *waiting) for child in s.forks]
-        assert sorted(unborn) == sorted(self._unborn), "a fork is lost, or begins twice"
+        swapped = [s for s in waiting if s.status is SequenceStatus.SWAPPED]
+        assert all(s.status in (SequenceStatus.WAITING, SequenceStatus.SWAPPED) for s in waiting)
+        assert len(swapped) == self.block_manager.num_swapped
+        for sequence in (*self.running, *waiting):
+            group = sequence.group
+            assert group is None or group[0] is sequence, "one that is to take its first token from another"
+            assert all(s.group is group and s.status is SequenceStatus.WAITING for s in sequence.forks)
+            assert group is None or len(group) > 1
         held = {block for s in self.running for block in s.block_table}
         assert len(held) + self.block_manager.num_free_blocks == self.block_manager.num_blocks
 
-    def _accept(self, sequence: Sequence, now: float) -> None:
+    def _accept(self, sequence: Sequence, now: float, forks: Items[Sequence]) -> None:
         """Checks a new sequence and gives it and its forks their places in the order of arrival."""
         length = sequence.num_tokens
         if length == 0:
@@ -283,15 +310,15 @@ class Scheduler:
                 "KV cache allow"
             )
         self._update_stats(now)
-        for new in (sequence, *sequence.forks):
+        group = [sequence, *forks]
+        for new in group:
             new.arrival_index, new.arrival_time = self._num_arrived, now
             self._num_arrived += 1
             # A prompt that fills everything still gives one token, which needs no slot of its own.
             max_tokens = new.sampling_params.max_tokens
             new.max_len = self.max_len if max_tokens is None else min(length + max_tokens, self.max_len)
+            new.group = group if forks else None
             self.policy.on_add(new, self.stats)
-        for child in sequence.forks:
-            self._unborn[child.seq_id] = sequence
 
     def _update_stats(self, now: float) -> None:
         stats = self.stats
@@ -301,29 +328,30 @@ class Scheduler:
 
     def _schedule_decodes(self, decodes: list[Sequence], batch: ScheduledBatch) -> None:
         """One token of each; where blocks run out, somebody is preempted for them."""
-        running = SequenceStatus.RUNNING
         for sequence in [s for s in decodes if len(s.token_ids) > s.num_slots]:
-            if sequence.status is running:
+            if sequence.block_table:  # else it has made way in this step
                 self._make_room(sequence, batch)
         if batch.preempted:
-            decodes = [s for s in decodes if s.status is running]
+            decodes = [s for s in decodes if s.block_table]
         batch.add_decodes(decodes)
 
-    def _schedule_prefills(self, prefills: list[Sequence], batch: ScheduledBatch) -> int:
+    def _schedule_prefills(self, prefills: list[Sequence], batch: ScheduledBatch, limits: StepLimits) -> int:
         """The next chunks of prompts under way, within what the decodes leave; returns the rest."""
-        budget = self.max_num_batched_tokens - len(batch.sequences)
+        budget = limits.max_num_batched_tokens - len(batch.sequences)
         for sequence in prefills:
-            if budget > 0 and sequence.status is SequenceStatus.RUNNING:
-                budget -= self._schedule_chunk(sequence, batch, budget)
+            if budget > 0 and sequence.block_table:
+                budget -= self._schedule_chunk(sequence, batch, budget, limits)
         return budget
 
-    def _schedule_chunk(self, sequence: Sequence, batch: ScheduledBatch, budget: int) -> int:
+    def _schedule_chunk(
+        self, sequence: Sequence, batch: ScheduledBatch, budget: int, limits: StepLimits
+    ) -> int:
         remaining = sequence.num_tokens - sequence.num_computed_tokens
-        count = min(remaining, budget, self.max_prefill_chunk)
+        count = min(remaining, budget, limits.max_prefill_chunk)
         batch.add(sequence, count)
         return count
 
-    def _admit(self, batch: ScheduledBatch, budget: int) -> None:
+    def _admit(self, batch: ScheduledBatch, budget: int, limits: StepLimits) -> None:
         """Lets those in that wait, first come what the policy puts first, until one does not fit."""
         while budget > 0 and self.waiting and len(self.running) < self.max_num_running:
             sequence = self.waiting.first(self.stats)
@@ -332,13 +360,12 @@ class Scheduler:
             if prefix is None:
                 return
             self.waiting.remove(sequence)
-            sequence.status = SequenceStatus.RUNNING
             self.running.append(sequence)
             num_cached = len(prefix) * self.block_manager.block_size
             if not sequence.was_admitted:
                 sequence.was_admitted, sequence.num_cached_tokens = True, num_cached
             batch.admitted.append(Admitted(sequence, was, num_cached))
-            budget -= self._schedule_chunk(sequence, batch, budget)
+            budget -= self._schedule_chunk(sequence, batch, budget, limits)
 
     def _give_blocks(self, sequence: Sequence) -> list[int] | None:
         """Gives one that waits its blocks, if they are free; returns those that were cached."""
@@ -355,7 +382,7 @@ class Scheduler:
             return None
         self._blocked = None
         if sequence.status is SequenceStatus.SWAPPED:
-            self._transfers.extend(manager.swap_in(sequence, prefix, num_tokens))
+            manager.swap_in(sequence, prefix, num_tokens)
         else:
             manager.allocate(sequence, prefix, num_tokens)
         return prefix
@@ -381,9 +408,7 @@ class Scheduler:
             self._preempt(victim, sequence, batch)
             if victim is sequence:
                 return
-        copy = manager.grow(sequence)
-        if copy is not None:
-            self._transfers.append(copy)
+        manager.grow(sequence)
 
     def _preempt(self, victim: Sequence, needed_by: Sequence, batch: ScheduledBatch) -> None:
         self.running.remove(victim)
@@ -399,15 +424,10 @@ class Scheduler:
         if victim.num_computed_tokens >= victim.num_prompt_tokens:
             victim.reads_cache = True  # its prompt's logits have been given out
         if by is Preemption.SWAP:
-            self._transfers.extend(manager.swap_out(victim))
-            self._wait(victim, SequenceStatus.SWAPPED)
+            manager.swap_out(victim)
         else:
             manager.free(victim)
-            self._wait(victim, SequenceStatus.WAITING)
-
-    def _wait(self, sequence: Sequence, status: SequenceStatus) -> None:
-        sequence.status = status
-        self.waiting.push(sequence, self.stats, guaranteed=self._is_guaranteed(sequence))
+        self.waiting.push(victim, self.stats, guaranteed=self._is_guaranteed(victim))
 
     def _share(self, parent: Sequence, child: Sequence) -> bool:
         """Lets a new sequence run on a running one's blocks, if they hold all of its tokens but one."""
@@ -416,7 +436,7 @@ class Scheduler:
             parent.status is not SequenceStatus.RUNNING
             or self._is_guaranteed(parent)  # what it has must stay its own
             or len(self.running) >= self.max_num_running
-            or self._transfers  # the parent's content may not be there yet
+            or self.block_manager.transfers  # the parent's content may not be there yet
             or not 0 < num_shared <= parent.num_computed_tokens
             or parent.token_ids[:num_shared] != child.token_ids[:num_shared]
             or parent.sampling_params.cache_salt != child.sampling_params.cache_salt
@@ -424,7 +444,6 @@ class Scheduler:
             return False
         self.block_manager.fork(parent, child)
         child.was_admitted, child.num_cached_tokens = True, min(parent.num_cached_tokens, num_shared)
-        child.status = SequenceStatus.RUNNING
         self.running.append(child)
         return True
 
@@ -434,25 +453,13 @@ class Scheduler:
         """Gives the completions that begin like this one their first tokens and lets them go on."""
         for child in forks:
             token_id = next(tokens)
-            if self._unborn.get(child.seq_id) is not parent:
+            if child.group is None or child.group is not parent.group:
                 continue  # it was aborted, or its parent was
-            del self._unborn[child.seq_id]
-            parent.forks.remove(child)
+            _leave_group(child)
             child.token_ids.append(token_id)
             self._finish_if_ended(child, finished)
             if child.status is not SequenceStatus.FINISHED and not self._share(parent, child):
                 self.waiting.push(child, self.stats)
-
-    def _pass_on_forks(self, sequence: Sequence) -> None:
-        """The first of the completions that would have begun like this one takes its place."""
-        if sequence.forks:
-            heir, *others = sequence.forks
-            sequence.forks = []
-            heir.forks = others
-            del self._unborn[heir.seq_id]
-            for child in others:
-                self._unborn[child.seq_id] = heir
-            self.waiting.push(heir, self.stats)
 
     def _finish_if_ended(self, sequence: Sequence, finished: list[Sequence]) -> None:
         params = sequence.sampling_params
@@ -467,6 +474,14 @@ class Scheduler:
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         self.block_manager.free(sequence)
-        sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
         self.policy.on_finish(sequence, self.stats)
+
+
+def _leave_group(sequence: Sequence) -> None:
+    """Takes a sequence out of its group; one that is left alone in it is no group."""
+    group, sequence.group = sequence.group, None
+    assert group is not None
+    group.remove(sequence)
+    if len(group) == 1:
+        group[0].group = None

@@ -1,6 +1,6 @@
-"""One sequence: the tokens of a prompt and of one completion of it, its block table and its state.
+"""One sequence: the tokens of a prompt and of one completion of it, and its block table.
 
-Only the scheduler and the block manager change a sequence. Text, clocks and arrays are none of its business.
+Only the scheduler and the block manager change a sequence. It knows no text, no clock and no arrays.
 """
 
 from array import array
@@ -15,7 +15,7 @@ class SequenceStatus(Enum):
     """Where a sequence is: a new one and one that was preempted to be computed again both wait."""
 
     WAITING = "waiting"
-    RUNNING = "running"
+    RUNNING = "running"  # has blocks
     SWAPPED = "swapped"  # waits, with its keys and values in the second tier of blocks
     FINISHED = "finished"
 
@@ -25,7 +25,10 @@ class Sequence:
 
     stop_token_ids: tokens that end it, the model's end-of-text tokens included unless they are ignored.
     reads_cache: whether it may take KV from the prefix cache; not where its prompt's logits are wanted.
-    forks: other completions of the same prompt, which begin with this one's blocks when those are computed.
+    request_id: whose completion it is, for those who observe.
+    group: the completions of one prompt, as long as more than one of them has no token yet. All of them hold
+    the same list. Its first member is computed; the others take their first tokens from the last row of that
+    one, and its blocks.
     """
 
     __slots__ = (
@@ -34,7 +37,7 @@ class Sequence:
         "block_hashes",
         "block_table",
         "finish_reason",
-        "forks",
+        "group",
         "max_len",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -43,9 +46,9 @@ class Sequence:
         "num_registered_blocks",
         "num_slots",
         "reads_cache",
+        "request_id",
         "sampling_params",
         "seq_id",
-        "status",
         "stop_token_ids",
         "swap_table",
         "token_ids",
@@ -59,8 +62,10 @@ class Sequence:
         sampling_params: SamplingParams,
         eos_token_ids: frozenset[int] = frozenset(),
         reads_cache: bool = True,
+        request_id: str = "",
     ) -> None:
         self.seq_id = seq_id
+        self.request_id = request_id
         self.token_ids = array("i", prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.sampling_params = sampling_params
@@ -68,8 +73,7 @@ class Sequence:
         if not sampling_params.ignore_eos:
             self.stop_token_ids |= eos_token_ids
         self.reads_cache = reads_cache
-        self.forks: list[Sequence] = []
-        self.status = SequenceStatus.WAITING
+        self.group: list[Sequence] | None = None
         self.finish_reason: FinishReason | None = None
         # Set by the scheduler that takes it in: its place in the order of arrival, when that was on the
         # scheduler's clock, and tokens of prompt and output at most.
@@ -85,6 +89,22 @@ class Sequence:
         self.was_admitted = False
         self.num_cached_tokens = 0  # of the prompt, found in the prefix cache when it was first admitted
         self.num_preemptions = 0
+
+    @property
+    def status(self) -> SequenceStatus:
+        """Where it is, as its blocks and its end say."""
+        if self.finish_reason is not None:
+            return SequenceStatus.FINISHED
+        if self.block_table:
+            return SequenceStatus.RUNNING
+        return SequenceStatus.SWAPPED if self.swap_table else SequenceStatus.WAITING
+
+    @property
+    def forks(self) -> list["Sequence"]:
+        """The other completions that take their first tokens from its last row."""
+        if self.group is None or self.group[0] is not self:
+            return []
+        return self.group[1:]
 
     @property
     def num_tokens(self) -> int:
@@ -104,8 +124,7 @@ class Sequence:
     def restart(self, num_tokens: int) -> None:
         """Leaves it its first `num_tokens` tokens, waiting without blocks: nothing of it is computed."""
         self.token_ids = self.token_ids[:num_tokens]
-        self.forks = []
-        self.status = SequenceStatus.WAITING
+        self.group = None
         self.finish_reason = None
         self.block_table = []
         self.swap_table = []

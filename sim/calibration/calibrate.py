@@ -149,7 +149,7 @@ def _check(engine: "LLMEngine", seconds: float) -> None:
     for name, found, least in (
         ("max_num_seqs", config.max_num_seqs, 2),
         ("max_num_batched_tokens", config.max_num_batched_tokens, 4),
-        ("max_prefill_chunk", scheduler.max_prefill_chunk, 3),
+        ("max_prefill_chunk", scheduler.limits.max_prefill_chunk, 3),
         ("max_model_len", config.max_model_len, 16),
     ):
         if found < least:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from pagellm.engine.sampling_params import SamplingParams
 from pagellm.engine.scheduling.block_manager import Transfer, TransferKind
-from pagellm.engine.scheduling.scheduler import ScheduledBatch
+from pagellm.engine.scheduling.scheduler import ScheduledBatch, StepLimits
 from pagellm.engine.scheduling.sequence import Sequence
+from pagellm.engine.scheduling.step_loop import StepListener
 
 if TYPE_CHECKING:
     from pagellm.engine.llm_engine import LLMEngine
@@ -44,6 +45,17 @@ class StepShape:
         return len(self.decodes) + len(self.chunks)
 
 
+class _Pricer(StepListener):
+    """Notes what `price` says of the batch of each step. Asking takes some microseconds of the step."""
+
+    def __init__(self, price: Callable[[ScheduledBatch], float]) -> None:
+        self._price = price
+        self.priced = 0.0
+
+    def scheduled(self, batch: ScheduledBatch, now: float) -> None:
+        self.priced = self._price(batch)
+
+
 class Stage:
     """Brings an idle engine before a step, and times it.
 
@@ -62,9 +74,9 @@ class Stage:
         self._params = SamplingParams(temperature=0, max_tokens=_MAX_TOKENS, ignore_eos=True)
         self._request_ids: list[str] = []
         self._has_content: set[int] = set()
-        self.max_tokens = scheduler.max_num_batched_tokens
+        self.max_tokens = scheduler.limits.max_num_batched_tokens
         self.max_context = min(config.max_model_len, self._num_blocks * self._block_size) - _MAX_TOKENS - 1
-        self.max_chunk = min(self.max_tokens, scheduler.max_prefill_chunk, self.max_context)
+        self.max_chunk = min(self.max_tokens, scheduler.limits.max_prefill_chunk, self.max_context)
         self.max_decodes = scheduler.max_num_running
         self.max_kv_tokens = min(self._num_blocks * self._block_size, _MAX_CONTEXT_TOKENS)
 
@@ -89,14 +101,16 @@ class Stage:
         One step where there are chunks, else `DECODE_STEPS` but the first.
         """
         times = []
+        pricer = _Pricer(price)
         try:
             self._prepare(shape)
+            self._engine.loop.listen(pricer)
             for _ in range(1 if shape.chunks else DECODE_STEPS):
-                priced = price(self._next_batch(shape))
                 start = self._clock()
                 self._engine.step()
-                times.append((priced, self._clock() - start))
+                times.append((pricer.priced, self._clock() - start))
         finally:
+            self._engine.loop.ignore(pricer)
             self._clear()
         return times if shape.chunks else times[1:]
 
@@ -151,14 +165,9 @@ class Stage:
 
     def _skip(self, max_tokens: int) -> None:
         """Lets the scheduler take a step of up to so many tokens of each prompt for computed."""
-        scheduler = self._engine.scheduler
-        limits = scheduler.max_num_batched_tokens, scheduler.max_prefill_chunk
-        scheduler.max_num_batched_tokens, scheduler.max_prefill_chunk = sys.maxsize, max_tokens
-        try:
-            batch = scheduler.schedule(scheduler.stats.now)
-            scheduler.commit(batch, [0] * len(batch.sampled))
-        finally:
-            scheduler.max_num_batched_tokens, scheduler.max_prefill_chunk = limits
+        loop, now = self._engine.loop, self._engine.now()
+        batch = loop.begin(now, limits=StepLimits(sys.maxsize, max_tokens))
+        loop.end(batch, [0] * len(batch.sampled), now)
 
     def _fill_blocks(self) -> None:
         """Gives blocks memory of their own: the system keeps one page of zeros for all new ones."""
@@ -167,15 +176,6 @@ class Stage:
                 if block not in self._has_content:
                     self._has_content.add(block)
                     self._engine.runner.transfer(Transfer(TransferKind.COPY, 0, block, sequence))
-
-    def _next_batch(self, shape: StepShape) -> ScheduledBatch:
-        """What the scheduler is about to choose."""
-        scheduler, batch = self._engine.scheduler, ScheduledBatch()
-        prompts = [s for s in scheduler.running if s.num_tokens - s.num_computed_tokens > 1]
-        batch.add_decodes([s for s in scheduler.running if s not in prompts])
-        for sequence, chunk in zip([*prompts, *scheduler.waiting], shape.chunks, strict=True):
-            batch.add(sequence, chunk)
-        return batch
 
     def _clear(self) -> None:
         # Blocks without a known prefix are the first to be taken again: so few blocks are ever written.

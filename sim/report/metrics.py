@@ -16,6 +16,7 @@ from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError
 from pagellm.engine.scheduling.scheduler import Preemption, ScheduledBatch, Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
+from pagellm.engine.scheduling.step_loop import StepListener
 from pagellm.sim.costs.cost_model import StepTimeError
 from pagellm.sim.quantiles import Exact, LogHistogram
 from pagellm.sim.report.schema import (
@@ -63,6 +64,34 @@ class _Replica:
         self.cohort_s = 0.0
 
 
+class _Listener(StepListener):
+    """Tells a collector of one replica's steps."""
+
+    def __init__(self, metrics: "MetricsCollector", replica: int) -> None:
+        self._metrics = metrics
+        self._replica = replica
+
+    def added(self, sequence: Sequence) -> None:
+        self._metrics.arrived(sequence, sequence.request_id, sequence.arrival_time, self._replica)
+
+    def scheduled(self, batch: ScheduledBatch, now: float) -> None:
+        self._metrics.scheduled(batch, now, self._replica)
+
+    def committed(
+        self,
+        batch: ScheduledBatch,
+        sampled: list[Sequence],
+        finished: list[Sequence],
+        now: float,
+        duration_s: float,
+        transfer_s: float,
+    ) -> None:
+        self._metrics.committed(batch, sampled, finished, now, self._replica)
+
+    def ended(self, sequence: Sequence) -> None:
+        self._metrics.aborted(sequence)
+
+
 class MetricsCollector:
     """Gathers a run's metrics.
 
@@ -98,6 +127,10 @@ class MetricsCollector:
         self._used_blocks = self._peak_blocks = self._most_preemptions = 0
         self._first_arrival_s: float | None = None
         self._last_token_at_s = 0.0
+
+    def listener(self, replica: int = 0) -> StepListener:
+        """What is to listen to the step loop of one of the replicas."""
+        return _Listener(self, replica)
 
     def arrived(self, sequence: Sequence, request_id: str, time_s: float, replica: int = 0) -> None:
         """A request came, for one of the replicas; of several completions each is one."""

@@ -5,7 +5,13 @@ from collections.abc import Callable
 import pytest
 
 from pagellm.engine.sampling_params import SamplingParams
-from pagellm.engine.scheduling.block_manager import BlockManager, PrefixCacheStats, TransferKind, chained_hash
+from pagellm.engine.scheduling.block_manager import (
+    BlockManager,
+    BlockUsage,
+    PrefixCacheStats,
+    TransferKind,
+    chained_hash,
+)
 from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
 
 _ids = iter(range(10**9))
@@ -34,15 +40,27 @@ def serve(manager: BlockManager, *token_ids: int, salt: str = "") -> Sequence:
     return compute(manager, admit(manager, *token_ids, salt=salt))
 
 
-def append(manager: BlockManager, grown: Sequence, token: int) -> tuple[TransferKind, int, int] | None:
+def moved(manager: BlockManager, of: Sequence) -> list[tuple[TransferKind, int, int]]:
+    """What has to be moved on behalf of a sequence and nobody else; takes note that it was."""
+    transfers = list(manager.transfers)
+    assert all(transfer.sequence is of for transfer in transfers)
+    for _ in transfers:
+        manager.transferred()
+    assert not manager.transfers
+    return [transfer[:3] for transfer in transfers]
+
+
+def grow(manager: BlockManager, grown: Sequence) -> list[tuple[TransferKind, int, int]]:
+    """Gives the last token its slot; returns what has to be copied for that."""
+    manager.grow(grown)
+    manager.check()
+    return moved(manager, grown)
+
+
+def append(manager: BlockManager, grown: Sequence, token: int) -> list[tuple[TransferKind, int, int]]:
     """Appends a token and gives it its slot; returns what has to be copied for that."""
     grown.token_ids.append(token)
-    transfer = manager.grow(grown)
-    manager.check()
-    if transfer is None:
-        return None
-    assert transfer.sequence is grown
-    return transfer[:3]
+    return grow(manager, grown)
 
 
 def fork(manager: BlockManager, parent: Sequence, *token_ids: int) -> Sequence:
@@ -55,17 +73,17 @@ def fork(manager: BlockManager, parent: Sequence, *token_ids: int) -> Sequence:
 
 def swap_out(manager: BlockManager, swapped: Sequence) -> list[tuple[TransferKind, int, int]]:
     assert manager.can_swap_out(swapped)
-    transfers = manager.swap_out(swapped)
-    swapped.status = SequenceStatus.SWAPPED
+    manager.swap_out(swapped)
+    assert swapped.status is SequenceStatus.SWAPPED
     manager.check()
-    return [transfer[:3] for transfer in transfers]
+    return moved(manager, swapped)
 
 
 def swap_in(manager: BlockManager, swapped: Sequence) -> list[tuple[TransferKind, int, int]]:
-    transfers = manager.swap_in(swapped, manager.cached_prefix(swapped), swapped.num_tokens)
-    swapped.status = SequenceStatus.RUNNING
+    manager.swap_in(swapped, manager.cached_prefix(swapped), swapped.num_tokens)
+    assert swapped.status is SequenceStatus.RUNNING
     manager.check()
-    return [transfer[:3] for transfer in transfers]
+    return moved(manager, swapped)
 
 
 def hit(manager: BlockManager, *token_ids: int, salt: str = "") -> list[int]:
@@ -113,7 +131,7 @@ def test_more_slots_than_tokens_can_be_had_at_once() -> None:
     manager.allocate(new, [], 7)
     assert (new.block_table, new.num_slots) == ([0, 1, 2, 3], 8)
     for token in (3, 4, 5, 6, 7, 8):
-        assert append(manager, new, token) is None
+        assert append(manager, new, token) == []
     assert new.block_table == [0, 1, 2, 3]
 
 
@@ -436,9 +454,9 @@ def test_the_first_to_write_into_a_shared_block_copies_it_and_the_last_writes_in
     manager = BlockManager(num_blocks=6, block_size=4)
     parent = serve(manager, 1, 2, 3, 4, 5)
     first, second = fork(manager, parent, 1, 2, 3, 4, 5, 7), fork(manager, parent, 1, 2, 3, 4, 5, 8)
-    assert append(manager, parent, 6) == (TransferKind.COPY, 1, 2)
-    assert manager.grow(first) == (TransferKind.COPY, 1, 3, first)
-    assert manager.grow(second) is None
+    assert append(manager, parent, 6) == [(TransferKind.COPY, 1, 2)]
+    assert grow(manager, first) == [(TransferKind.COPY, 1, 3)]
+    assert grow(manager, second) == []
     assert [s.block_table for s in (parent, first, second)] == [[0, 2], [0, 3], [0, 1]]
     assert manager.num_free_blocks == 2
     manager.check()
@@ -448,8 +466,8 @@ def test_a_fork_at_a_blocks_end_takes_a_new_block_and_copies_nothing() -> None:
     manager = BlockManager(num_blocks=4, block_size=2)
     parent = serve(manager, 1, 2)
     child = fork(manager, parent, 1, 2, 7)
-    assert manager.grow(child) is None
-    assert append(manager, parent, 6) is None
+    assert grow(manager, child) == []
+    assert append(manager, parent, 6) == []
     assert (parent.block_table, child.block_table) == ([0, 2], [0, 1])
 
 
@@ -458,8 +476,8 @@ def test_a_fork_that_is_shorter_than_its_parent_shares_the_blocks_it_reaches_int
     parent = serve(manager, 1, 2, 3, 4, 5)
     child = fork(manager, parent, 1, 2, 3, 7)
     assert (child.block_table, child.num_computed_tokens) == ([0, 1], 3)
-    assert manager.grow(child) == (TransferKind.COPY, 1, 3, child)
-    assert append(manager, parent, 6) is None
+    assert grow(manager, child) == [(TransferKind.COPY, 1, 3)]
+    assert append(manager, parent, 6) == []
 
 
 def test_a_fork_never_writes_into_a_block_that_its_parent_filled_and_others_can_find() -> None:
@@ -467,7 +485,7 @@ def test_a_fork_never_writes_into_a_block_that_its_parent_filled_and_others_can_
     parent = serve(manager, 1, 2, 3, 4)
     child = fork(manager, parent, 1, 2, 3, 7)
     manager.free(parent)
-    assert manager.grow(child) == (TransferKind.COPY, 1, 2, child)
+    assert grow(manager, child) == [(TransferKind.COPY, 1, 2)]
     compute(manager, child)
     assert hit(manager, 1, 2, 3, 4, 5) == [0, 1]
     assert hit(manager, 1, 2, 3, 7, 5) == [0, 2]
@@ -480,7 +498,7 @@ def test_a_copy_needs_a_free_block_and_writing_in_place_none() -> None:
     assert not manager.can_grow(child)
     manager.free(parent)
     assert manager.can_grow(child)
-    assert manager.grow(child) is None
+    assert grow(manager, child) == []
     assert child.block_table == [0]
 
 
@@ -490,9 +508,9 @@ def test_forks_of_a_prompt_of_1000_tokens_hold_its_blocks_once() -> None:
     parent = serve(manager, *tokens)
     children = [fork(manager, parent, *tokens, 5000 + i) for i in range(3)]
     assert manager.num_free_blocks == 100 - 63
-    copies = [manager.grow(child) for child in children]
-    assert [copy and copy[:2] for copy in copies] == [(TransferKind.COPY, 62)] * 3
-    assert append(manager, parent, 5003) is None
+    copies = [copy[:2] for child in children for copy in grow(manager, child)]
+    assert copies == [(TransferKind.COPY, 62)] * 3
+    assert append(manager, parent, 5003) == []
     assert manager.num_free_blocks == 100 - 63 - 3
     for sequence in (parent, *children):
         manager.free(sequence)
@@ -638,7 +656,7 @@ def test_the_report_counts_blocks_references_and_slots_that_nobody_has_written()
     compute(manager, admit(manager, 8, 8, 8), 2)
     swapped = serve(manager, 9)
     swap_out(manager, swapped)
-    assert manager.usage() == {"used": 3, "free": 3, "shared": 1, "unwritten_slots": 5, "swap_used": 1}
+    assert manager.usage() == BlockUsage(used=3, free=3, shared=1, unwritten_slots=5, swap_used=1)
 
 
 def test_the_hash_stands_for_the_whole_prefix() -> None:

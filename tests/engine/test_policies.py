@@ -240,8 +240,7 @@ def test_completions_of_one_prompt_are_active_each() -> None:
     policy = Fair()
     s = scheduler(policy)
     first, fork = (Sequence(next(_ids), [1, 2], SamplingParams(tenant="a")) for _ in range(2))
-    first.forks = [fork]
-    s.add(first)
+    s.add(first, forks=[fork])
     assert policy.active == {"a": 2}
     s.abort(first)
     s.abort(fork)
@@ -478,7 +477,7 @@ def test_the_queue_serves_those_whose_turn_must_come_then_the_swapped_then_the_r
     queue = waiting_queue(Priority())
     rest, swapped, must = waiter(0, priority=-9), waiter(1), waiter(2, priority=9)
     both = waiter(3, priority=8)
-    swapped.status = both.status = SequenceStatus.SWAPPED
+    swapped.swap_table, both.swap_table = [0], [1]
     queue.push(rest, stats)
     queue.push(swapped, stats)
     queue.push(must, stats, guaranteed=True)

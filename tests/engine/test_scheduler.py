@@ -9,7 +9,7 @@ from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import RequestError
 from pagellm.engine.outputs import FinishReason
 from pagellm.engine.sampling_params import SamplingParams
-from pagellm.engine.scheduling.block_manager import BlockManager, TransferKind
+from pagellm.engine.scheduling.block_manager import BlockManager, Transfer, TransferKind
 from pagellm.engine.scheduling.scheduler import (
     Admitted,
     Preempted,
@@ -53,8 +53,7 @@ def add(to: Scheduler, token_ids: list[int], now: float = 0.0, **params: Any) ->
 def add_with_forks(to: Scheduler, token_ids: list[int], num_forks: int, **params: Any) -> list[Sequence]:
     """Completions of one prompt, the first of which computes it."""
     first, *forks = completions = [new(token_ids, **params) for _ in range(num_forks + 1)]
-    first.forks = list(forks)
-    to.add(first)
+    to.add(first, forks=forks)
     return completions
 
 
@@ -576,7 +575,7 @@ def test_completions_begin_with_the_blocks_of_the_first_and_get_their_own_tokens
     assert transfers(batch) == [(TransferKind.COPY, 1, 2, a), (TransferKind.COPY, 1, 3, b)]
     assert [x.block_table for x in (a, b, c)] == [[0, 2], [0, 3], [0, 1]]
     commit(s, batch)
-    assert not batch.transfers
+    assert not s.block_manager.transfers
 
 
 def test_four_completions_of_1000_tokens_use_the_blocks_of_one_prompt() -> None:
@@ -611,7 +610,7 @@ def test_a_prompt_that_is_taken_out_of_a_step_takes_its_completions_with_it() ->
     s = scheduler()
     a, b = add_with_forks(s, prompt(4), 1)
     batch = schedule(s)
-    s.recompute(a, batch)
+    s.transfer_failed(Transfer(TransferKind.SWAP_IN, 0, a.block_table[0], a), batch)
     assert (work(batch), batch.forks, batch.sampled) == ([], {}, [])
     commit(s, batch)
     assert schedule(s).sampled == [a, b]
@@ -779,8 +778,7 @@ def test_what_the_cache_kept_is_not_moved_back() -> None:
 def test_what_was_copied_in_this_step_moves_out_after_it_was_copied() -> None:
     s = scheduler(num_blocks=4, policy="fair", preemption="swap", num_swap_blocks=4)
     a, b = new(prompt(5), tenant="a"), new(prompt(5), tenant="b")
-    a.forks = [b]
-    s.add(a)
+    s.add(a, forks=[b])
     c = add(s, prompt(4, 20), tenant="c")
     step(s)
     batch = schedule(s)
@@ -824,9 +822,9 @@ def test_auto_does_what_was_measured_to_be_cheaper(
     recompute_token_s: float, swap_block_s: float, by: Preemption
 ) -> None:
     s, _, b = two_that_fill_the_cache(preemption="auto", num_swap_blocks=4)
-    s.costs = PreemptionCosts(recompute_token_s, swap_block_s)
+    costs = PreemptionCosts(recompute_token_s, swap_block_s)
     recompute_s, swap_s = 8 * recompute_token_s, 4 * swap_block_s
-    assert schedule(s).preempted == [Preempted(b, by, b, 8, recompute_s, swap_s)]
+    assert s.schedule(costs=costs).preempted == [Preempted(b, by, b, 8, recompute_s, swap_s)]
 
 
 def test_aborting_one_that_is_swapped_out_gives_back_its_blocks_there() -> None:
@@ -847,7 +845,7 @@ def test_one_whose_transfer_failed_is_computed_again(comes_back: bool) -> None:
         s.abort(a)
         batch = schedule(s)
         assert work(batch) == [(b, 1, True)]
-    s.recompute(b, batch)
+    s.transfer_failed(batch.transfers[0], batch)
     s.check()
     assert (b.status, b.swap_table, b.num_computed_tokens) == (SequenceStatus.WAITING, [], 0)
     assert work(batch) == ([] if comes_back else [(a, 1, True)])
@@ -861,15 +859,15 @@ def test_one_that_was_aborted_is_not_computed_again() -> None:
     s, _, b = two_that_fill_the_cache(preemption="swap", num_swap_blocks=4)
     batch = schedule(s)
     s.abort(b)
-    s.recompute(b, batch)
+    s.transfer_failed(batch.transfers[0], batch)
     s.check()
     assert b.status is SequenceStatus.FINISHED
 
 
 def test_transfers_of_a_step_that_was_given_up_are_done_in_the_next_and_first() -> None:
     s, a, _ = two_that_fill_the_cache(preemption="swap", num_swap_blocks=4, enable_prefix_caching=False)
-    abandoned = schedule(s)
-    abandoned.transfers.popleft()
+    assert len(schedule(s).transfers) == 2
+    s.block_manager.transferred()
     s.abort(a)
     batch = schedule(s)
     assert [t[:2] for t in transfers(batch)] == [
@@ -980,7 +978,7 @@ def test_one_whose_transfer_failed_is_not_counted_as_new_when_it_comes_back() ->
     a = add(s, prompt(6))
     step(s)
     batch = schedule(s)
-    s.recompute(a, batch)
+    s.transfer_failed(Transfer(TransferKind.SWAP_IN, 0, a.block_table[0], a), batch)
     s.check()
     commit(s, batch)
     before = (s.block_manager.stats.queries, s.block_manager.stats.hits)
@@ -1003,10 +1001,17 @@ def test_nothing_is_shared_while_content_is_under_way() -> None:
 
 
 def test_when_the_second_tier_is_given_up_nobody_moves_out_any_more() -> None:
-    s, _, b = two_that_fill_the_cache(preemption="swap", num_swap_blocks=8)
-    s.preemption = Preemption.RECOMPUTE
+    s, a, b = two_that_fill_the_cache(preemption="swap", num_swap_blocks=8, enable_prefix_caching=False)
     batch = schedule(s)
-    assert [(p.sequence, p.by) for p in batch.preempted] == [(b, Preemption.RECOMPUTE)]
+    assert [(p.sequence, p.by) for p in batch.preempted] == [(b, Preemption.SWAP)]
+    s.transfer_failed(batch.transfers[0], batch)
+    commit(s, batch)
+    s.abort(a)
+    for first_token in (60, 80):
+        add(s, prompt(4, first_token))
+    while not (batch := schedule(s)).preempted:
+        commit(s, batch)
+    assert {p.by for p in batch.preempted} == {Preemption.RECOMPUTE}
     assert not batch.transfers
 
 

@@ -113,9 +113,9 @@ def test_what_cannot_be_moved_is_computed_again(
 
 def test_auto_learns_both_costs_and_they_decide(undisturbed: list[RequestOutput]) -> None:
     llm = LLM(TINY, block_size=4, num_blocks=30, num_swap_blocks=30, show_progress=False)
-    assert llm.engine.scheduler.costs.swap_block_s > 0
+    assert llm.engine.costs.swap_block_s > 0
     outputs = llm.generate(PROMPTS, PARAMS)
-    assert llm.engine.scheduler.costs.recompute_token_s > 0
+    assert llm.engine.costs.recompute_token_s > 0
     llm.close()
     assert [o.outputs[0].logprobs for o in outputs] == [o.outputs[0].logprobs for o in undisturbed]
 

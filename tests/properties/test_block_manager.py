@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pagellm.engine.sampling_params import SamplingParams
 from pagellm.engine.scheduling.block_manager import (
     BlockManager,
+    BlockUsage,
     PrefixCacheStats,
     Transfer,
     TransferKind,
@@ -199,7 +200,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.waiting: list[Sequence] = []  # swapped ones, too
         self.running: list[Sequence] = []
         self.seen: list[Sequence] = []
-        self.transfers: list[Transfer] = []
+        self.tables: dict[Sequence, list[int]] = {}  # as they were when a change was told last
         self.next_seq_id = 0
         covered["examples of the block manager"] += 1
 
@@ -323,8 +324,9 @@ class BlockManagerMachine(RuleBasedStateMachine):
         assert possible == (0 < num_blocks <= self.model.num_free_swap)
         if not possible:
             return
-        table = list(sequence.block_table)
-        transfers = self.manager.swap_out(sequence)
+        table, num_transfers = list(sequence.block_table), len(self.manager.transfers)
+        self.manager.swap_out(sequence)
+        transfers = list(self.manager.transfers)[num_transfers:]
         self.model.swap_out(sequence.seq_id, sequence.num_computed_tokens)
         assert [(t.kind, t.source) for t in transfers] == [
             (TransferKind.SWAP_OUT, block) for block in table[:num_blocks]
@@ -332,8 +334,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         assert [t.target for t in transfers] == sequence.swap_table
         assert all(t.sequence is sequence for t in transfers)
         assert sequence.block_table == []
-        self.transfers += transfers
-        sequence.status = SequenceStatus.SWAPPED
+        assert sequence.status is SequenceStatus.SWAPPED
         sequence.num_preemptions += 1
         self.running.remove(sequence)
         self.waiting.append(sequence)
@@ -381,17 +382,26 @@ class BlockManagerMachine(RuleBasedStateMachine):
         references = self.model.references
         counts = [references[name_of[b]] if b in name_of else 0 for b in range(self.manager.num_blocks)]
         assert list(self.manager._reference_counts) == counts
-        assert self.manager.usage() == {
-            "used": len(references),
-            "free": self.model.num_free,
-            "shared": references.total() - len(references),
-            "unwritten_slots": len(references) * size - written.total(),
-            "swap_used": self.model.num_swap_blocks - self.model.num_free_swap,
-        }
+        assert self.manager.usage() == BlockUsage(
+            used=len(references),
+            free=self.model.num_free,
+            shared=references.total() - len(references),
+            unwritten_slots=len(references) * size - written.total(),
+            swap_used=self.model.num_swap_blocks - self.model.num_free_swap,
+        )
+        assert self.manager.num_swapped == len(self.model.swapped)
+
+    @invariant()
+    def each_table_that_changed_is_told(self) -> None:
+        for sequence in self.manager.take_changed_tables():
+            self.tables[sequence] = list(sequence.block_table)
+        for sequence in self.running:
+            assert self.tables[sequence] == sequence.block_table
+        assert self.manager.take_changed_tables() == set()
 
     @invariant()
     def computed_positions_hold_the_sequences_own_prefix(self) -> None:
-        if not self.transfers:
+        if not self.manager.transfers:
             for sequence in self.running:
                 assert self.memory.holds(sequence, sequence.num_computed_tokens), f"wrong KV: {sequence}"
 
@@ -458,14 +468,14 @@ class BlockManagerMachine(RuleBasedStateMachine):
             return
         size = self.manager.block_size
         if swapped:
-            transfers = self.manager.swap_in(sequence, prefix, num_tokens)
-            assert transfers == [
+            num_transfers = len(self.manager.transfers)
+            self.manager.swap_in(sequence, prefix, num_tokens)
+            assert list(self.manager.transfers)[num_transfers:] == [
                 (TransferKind.SWAP_IN, slot, block, sequence)
                 for slot, block in list(zip(swapped, sequence.block_table, strict=False))[len(prefix) :]
             ]
             assert sequence.num_computed_tokens == computed
             assert sequence.swap_table == []
-            self.transfers += transfers
             covered["swap-ins"] += 1
         else:
             self.manager.allocate(sequence, prefix, num_tokens)
@@ -477,7 +487,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         sequence.was_admitted = True
         covered["cache hits"] += bool(hits)
         covered["cache hits under colliding hashes"] += bool(hits) and self.collides
-        sequence.status = SequenceStatus.RUNNING
+        assert sequence.status is SequenceStatus.RUNNING
         self.waiting.remove(sequence)
         self.running.append(sequence)
         assert sequence.block_table[: len(prefix)] == prefix
@@ -500,20 +510,19 @@ class BlockManagerMachine(RuleBasedStateMachine):
         assert can_grow == (not needs or self.model.num_free > 0)
         if not can_grow:
             return
-        before = list(sequence.block_table)
-        transfer = self.manager.grow(sequence)
+        before, transfers = list(sequence.block_table), list(self.manager.transfers)
+        self.manager.grow(sequence)
         after = sequence.block_table
         if needs and self.model.grow(sequence.seq_id, index):
-            assert transfer == (TransferKind.COPY, before[index], after[index], sequence)
+            transfers.append(Transfer(TransferKind.COPY, before[index], after[index], sequence))
             assert after == [*before[:index], after[index], *before[index + 1 :]]
             assert after[index] != before[index]
-            self.transfers.append(transfer)
             covered["copies"] += 1
         else:
-            assert transfer is None
             assert after[: len(before)] == before
             assert len(after) == len(before) + needs
-        assert self.manager.grow(sequence) is None, "growing twice for one token changes nothing"
+        self.manager.grow(sequence)
+        assert list(self.manager.transfers) == transfers, "growing twice for one token changes nothing"
         assert sequence.num_slots >= sequence.num_tokens
 
     def _decode_all(self, tokens: list[int]) -> None:
@@ -526,9 +535,9 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self._compute(dict.fromkeys(self.running, 1))
 
     def _transfer(self) -> None:
-        for transfer in self.transfers:
-            self.memory.move(transfer)
-        self.transfers = []
+        while self.manager.transfers:
+            self.memory.move(self.manager.transfers[0])
+            self.manager.transferred()
 
     def _compute(self, counts: dict[Sequence, int]) -> None:
         self._transfer()

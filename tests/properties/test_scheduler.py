@@ -92,6 +92,7 @@ class Rules:
         self.policy = self.config.policy
         self.is_known = self.policy in POLICIES
         self.costs = PreemptionCosts()
+        self.preemption = self.config.preemption  # until a transfer fails
         self.arrival: dict[int, tuple[int, float]] = {}  # by seq_id: number and time
         self.begins_like: dict[int, int] = {}  # by seq_id of a fork that has not begun: whom it waits for
         self.served: Counter[str] = Counter()  # what each tenant has cost
@@ -118,8 +119,8 @@ class Rules:
     def blocks_for(self, num_tokens: int) -> int:
         return len(range(0, num_tokens, self.config.block_size))
 
-    def accept(self, sequence: Sequence, now: float) -> None:
-        for new in (sequence, *sequence.forks):
+    def accept(self, sequence: Sequence, forks: list[Sequence], now: float) -> None:
+        for new in (sequence, *forks):
             tenant = new.sampling_params.tenant
             active = {s.sampling_params.tenant for s in self.alive()}
             if tenant not in active:
@@ -128,18 +129,18 @@ class Rules:
                 self.served[tenant] = max(self.served[tenant], least)
             self.arrival[new.seq_id] = len(self.arrival), now
             self.side.sequences[new.seq_id] = new
-        for child in sequence.forks:
+        for child in forks:
             self.begins_like[child.seq_id] = sequence.seq_id
 
     def abort(self, sequence: Sequence) -> None:
         """The next completion of its prompt takes the place of one that others wait for."""
         self.ended_last = [sequence]
         self.begins_like.pop(sequence.seq_id, None)
-        heirs = [child for child, parent in self.begins_like.items() if parent == sequence.seq_id]
-        for child in heirs[:1]:
+        forks = [child for child, parent in self.begins_like.items() if parent == sequence.seq_id]
+        for child in forks[:1]:
             del self.begins_like[child]
-        for child in heirs[1:]:
-            self.begins_like[child] = heirs[0]
+        for child in forks[1:]:
+            self.begins_like[child] = forks[0]
 
     def is_guaranteed(self, sequence: Sequence) -> bool:
         return sequence.num_preemptions >= self.config.max_preemptions
@@ -255,7 +256,7 @@ class Expected:
     def preempt(self, victim: Sequence, needed_by: Sequence) -> None:
         computed = self.before.computed[victim]
         blocks = self.rules.blocks_for(computed)
-        mode, costs = self.rules.config.preemption, self.rules.costs
+        mode, costs = self.rules.preemption, self.rules.costs
         saves = 2 * blocks * costs.swap_block_s < computed * costs.recompute_token_s
         swaps = (mode == "swap" or (mode == "auto" and saves)) and 0 < blocks <= self.num_free_swap
         self.num_free_swap -= blocks * swaps
@@ -292,11 +293,6 @@ class Driver:
         self.was_reset = False
         self.now = 0.0
 
-    def measured(self, costs: PreemptionCosts) -> None:
-        self.rules.costs = costs
-        for side in self.sides:
-            side.scheduler.costs = costs
-
     def everywhere(self, do: Callable[[Side], None]) -> None:
         for side in self.sides:
             do(side)
@@ -304,12 +300,12 @@ class Driver:
     def add(self, seq_id: int, prompt: list[int], params: SamplingParams, reads_cache: bool) -> None:
         """Takes a sequence and its forks in, or refuses them at the door and nobody notices."""
         for side in self.sides:
-            sequences = [
+            first, *forks = (
                 Sequence(seq_id + i, prompt, params.of_completion(i), frozenset({EOS}), reads_cache)
                 for i in range(params.n)
-            ]
-            sequences[0].forks = sequences[1:]
-            self._accept(sequences[0], side, lambda s, side=side: side.scheduler.add(s, self.now))
+            )
+            add = side.scheduler.add
+            self._accept(first, forks, side, lambda s, forks=forks, add=add: add(s, self.now, forks))
 
     def fork(self, parent_id: int, child_id: int, tokens: list[int], params: SamplingParams) -> None:
         """Shares blocks where it can: what both begin with is computed, and there is a seat."""
@@ -328,7 +324,7 @@ class Driver:
             )
             free = side.manager.num_free_blocks
             accepted = self._accept(
-                child, side, lambda s, side=side, p=parent: side.scheduler.fork(p, s, self.now)
+                child, [], side, lambda s, side=side, p=parent: side.scheduler.fork(p, s, self.now)
             )
             if accepted:
                 assert (child.status is RUNNING) == shares
@@ -336,15 +332,17 @@ class Driver:
             if accepted and shares and side is self.main:
                 self._check_shares(parent, child, len(tokens) - 1)
 
-    def _accept(self, sequence: Sequence, side: Side, give: Callable[[Sequence], None]) -> bool:
+    def _accept(
+        self, sequence: Sequence, forks: list[Sequence], side: Side, give: Callable[[Sequence], None]
+    ) -> bool:
         length = sequence.num_tokens
         if not 1 <= length <= self.rules.limit:
             with pytest.raises(RequestError, match=f"prompt: found {length or 'no'} tokens"):
                 give(sequence)
             return False
         if side is self.main:
-            self.rules.accept(sequence, self.now)
-        for new in (sequence, *sequence.forks):
+            self.rules.accept(sequence, forks, self.now)
+        for new in (sequence, *forks):
             side.sequences[new.seq_id] = new
         give(sequence)
         covered["sequences"] += side is self.main
@@ -356,7 +354,7 @@ class Driver:
             status, ended, tokens = sequence.status, sequence.finish_reason, list(sequence.token_ids)
             if side is self.main:
                 if seq_id in self.rules.begins_like:
-                    covered["aborts of an unborn fork"] += 1
+                    covered["aborts of a fork without a token"] += 1
                 else:
                     covered[f"aborts of one {status.value}"] += 1
                 if status is not FINISHED:
@@ -369,7 +367,7 @@ class Driver:
 
     def schedule(self) -> None:
         before = self._before()
-        self.batches = [side.scheduler.schedule(self.now) for side in self.sides]
+        self.batches = [side.scheduler.schedule(self.now, self.rules.costs) for side in self.sides]
         self.ran = False
         self._check_schedule(self.batches[0], before)
         assert self.memory.holds_what_the_cache_says(self.manager), "what is not computed is cached"
@@ -392,7 +390,7 @@ class Driver:
     def run(self, failures: list[bool]) -> None:
         """What a driver does with a batch: the transfers in order, some of which fail, then the tokens."""
         fails = cycle(failures)
-        while self.batches[0].transfers:
+        while self.manager.transfers:
             self._transfer(next(fails))
         batch = self.batches[0]
         written: set[tuple[int, int]] = set()
@@ -414,16 +412,22 @@ class Driver:
 
     def _transfer(self, fails: bool) -> None:
         """Does the next transfer; one that fails costs its sequence what it had, and no one else anything."""
-        a, b = (batch.transfers[0] for batch in self.batches)
+        a, b = (side.manager.transfers[0] for side in self.sides)
         assert a[:3] == b[:3]
         self.memory.move(a, fails)
         covered["failed transfers" if fails else f"transfers: {a.kind.value}"] += 1
         for side, batch in zip(self.sides, self.batches, strict=True):
-            sequence = batch.transfers.popleft().sequence
-            if not fails or sequence.status is FINISHED:
+            transfer, sequence = side.manager.transfers[0], side.manager.transfers[0].sequence
+            side.manager.transferred()
+            if not fails:
                 continue
+            self.rules.preemption = "recompute"
             tokens, num_preemptions = list(sequence.token_ids), sequence.num_preemptions
-            side.scheduler.recompute(sequence, batch)
+            is_finished = sequence.status is FINISHED
+            side.scheduler.transfer_failed(transfer, batch)
+            if is_finished:
+                assert sequence.status is FINISHED
+                continue
             assert (sequence.status, sequence.num_computed_tokens) == (WAITING, 0)
             assert sequence.block_table == sequence.swap_table == []
             assert (list(sequence.token_ids), sequence.num_preemptions) == (tokens, num_preemptions)
@@ -433,7 +437,7 @@ class Driver:
 
     def interrupt(self, num_transfers: int) -> None:
         """A step that is given up, after so many of its transfers: the next one goes on from there."""
-        for _ in range(min(num_transfers, len(self.batches[0].transfers))):
+        for _ in range(min(num_transfers, len(self.manager.transfers))):
             self._transfer(False)
         self.batches = []
         covered["interrupted steps"] += 1
@@ -526,12 +530,12 @@ class Driver:
         """Each accepted sequence is in one place and its state says which; tables and tiers agree."""
         self.everywhere(Side.check)
         rules, alive = self.rules, self.rules.alive()
-        unborn = [s for s in alive if s.seq_id in rules.begins_like]
+        to_begin = [s for s in alive if s.seq_id in rules.begins_like]
         running = [s for s in alive if s.status is RUNNING]
         assert len(self.scheduler.running) == len(running)
         assert set(self.scheduler.running) == set(running)
         waiting = self.main.waiting
-        assert len(waiting) == len(alive) - len(running) - len(unborn)
+        assert len(waiting) == len(alive) - len(running) - len(to_begin)
         assert set(waiting) == set(rules.waiting())
         assert self.scheduler.has_unfinished == bool(alive)
         assert all(s.num_preemptions <= self.config.max_preemptions for s in alive)
@@ -759,7 +763,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         policies.Faulty.method, policies.Faulty.answer = fault
         policies.Faulty.after = after
         self.driver = Driver(config, hash_block)
-        self.driver.measured(costs)
+        self.driver.rules.costs = costs
 
     @precondition(lambda self: self._num_alive() < MOST_ALIVE)
     @rule(
@@ -781,7 +785,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         lambda self: (
             self.driver.main.sequences
             and self._num_alive() < MOST_ALIVE
-            and not self.driver.scheduler._transfers
+            and not self.driver.manager.transfers
         )  # what one of them moves cannot be shared yet
     )
     @rule(pick=picks, shorter=st.sampled_from([0, 0, 0, 1, 3]), token=st.integers(0, 1), params=params())
@@ -799,7 +803,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def schedule(self, wait_s: float, costs: PreemptionCosts) -> None:
         """Time has passed, and what the driver measures has changed."""
         self.driver.now += wait_s
-        self.driver.measured(costs)
+        self.driver.rules.costs = costs
         self.driver.schedule()
 
     @precondition(lambda self: self.driver.batches and not self.driver.ran)
@@ -807,7 +811,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def run(self, failures: list[bool]) -> None:
         self.driver.run(failures)
 
-    @precondition(lambda self: self.driver.batches and self.driver.batches[0].transfers)
+    @precondition(lambda self: self.driver.batches and self.driver.manager.transfers)
     @rule(num_transfers=st.integers(0, 3))
     def interrupt(self, num_transfers: int) -> None:
         self.driver.interrupt(num_transfers)
@@ -839,7 +843,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.driver.main.sequences)
     @rule(pick=picks, alive=mostly)
     def abort(self, pick: int, alive: bool) -> None:
-        """Whether it waits, runs, was preempted, has finished, is not born or is being computed right now."""
+        """Whether it waits, runs, was preempted, has finished, has not begun or is being computed."""
         sequences = (alive and self.driver.rules.alive()) or list(self.driver.main.sequences.values())
         self.driver.abort(sequences[pick % len(sequences)].seq_id)
         # One that was never accepted is refused or ignored; the invariants see that no one else notices.

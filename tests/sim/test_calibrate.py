@@ -154,7 +154,7 @@ def test_the_engine_answers_afterwards_as_it_did_before(engine: LLMEngine) -> No
     calibrated(engine)
     assert not engine.has_unfinished
     engine.scheduler.check()
-    assert engine.block_manager.usage()["used"] == 0
+    assert engine.block_manager.usage().used == 0
     assert answer("after") == before
 
 

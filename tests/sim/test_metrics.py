@@ -248,12 +248,12 @@ def test_the_unwritten_share_is_that_of_the_block_manager() -> None:
     batch = scheduler.schedule(1.0)
     metrics.scheduled(batch, 1.0)
     usage = scheduler.block_manager.usage()
-    assert metrics.timeline()["unwritten_share"] == [usage["unwritten_slots"] / (4 * usage["used"])] == [1.0]
+    assert metrics.timeline()["unwritten_share"] == [usage.unwritten_slots / (4 * usage.used)] == [1.0]
     scheduler.commit(batch, [0, 0, 0])
     metrics.committed(batch, batch.sampled, [], 1.5)
     metrics.scheduled(scheduler.schedule(1.5), 1.5)
     usage = scheduler.block_manager.usage()
-    assert metrics.timeline()["unwritten_share"][-1] == usage["unwritten_slots"] / (4 * usage["used"])
+    assert metrics.timeline()["unwritten_share"][-1] == usage.unwritten_slots / (4 * usage.used)
 
 
 def test_the_cached_share_is_that_of_blocks_that_hold_a_known_prefix() -> None:
