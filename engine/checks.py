@@ -4,12 +4,43 @@ An integer is anything that says it is one (`__index__`), NumPy's included, and 
 real number; True and False are neither.
 """
 
+import json
 from collections.abc import Iterable
 from numbers import Real
 from operator import index
 from typing import Any
 
 from pagellm.engine.errors import PagellmError, RequestError, found
+
+# A number beyond is as good as infinite, and so would be a sum of some.
+LARGEST = 1e300
+SMALLEST = 5e-324  # above 0
+
+
+class JsonError(ValueError):
+    """Text that is no JSON; its message says what was found, and where.
+
+    column: where the syntax is wrong, from 1; None where something else is. reason: what is wrong, alone.
+    """
+
+    def __init__(self, message: str, reason: str, column: int | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.column = column
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON document. Raises `JsonError`, whatever is wrong with it."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as bad:
+        place = f"line {bad.lineno}, column {bad.colno}"
+        raise JsonError(f"malformed JSON in {place} ({bad.msg})", bad.msg, bad.colno) from None
+    except UnicodeDecodeError as bad:
+        found_bytes = f"{bad.object[bad.start :][:8]!r} at byte {bad.start + 1}"
+        raise JsonError(f"{found_bytes}, which is no UTF-8", bad.reason) from None
+    except (ValueError, RecursionError) as bad:  # of too many digits, or too deep
+        raise JsonError(f"JSON beyond limits ({bad})", str(bad)) from None
 
 
 def integer(
@@ -24,6 +55,8 @@ def integer(
     except TypeError:
         result = None
     if result is None or (low is not None and result < low) or (high is not None and result > high):
+        if (low, high) == (1, None):
+            raise error(f"{name}: found {found(value)}, expected a positive integer")
         bounds = "" if low is None else f" from {low}"
         bounds += "" if high is None else f"{' up' * (low is None)} to {high}"
         bounds += " on" * (low is not None and high is None)
@@ -39,16 +72,27 @@ def integers(name: str, values: Iterable[Any]) -> list[int]:
     return [integer(f"{name}[{place}]", value) for place, value in enumerate(listed)]
 
 
-def number(name: str, value: Any, low: float, high: float, error: type[PagellmError] = RequestError) -> float:
-    """The value as a float from `low` to `high`, both included."""
+def number(
+    name: str, value: Any, low: float | None = None, high: float | None = None,
+    error: type[PagellmError] = RequestError, expected: str | None = None,
+) -> float:  # fmt: skip
+    """The value as a finite float from `low` to `high`, both included; None leaves a side open.
+
+    expected: what an error says instead of these bounds.
+    """
     try:
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError
         result = float(value)
     except (TypeError, OverflowError):
         result = None
-    if result is None or not low <= result <= high:
-        raise error(f"{name}: found {found(value)}, expected a number from {low:g} to {high:g}")
+    least, most = -LARGEST if low is None else low, LARGEST if high is None else high
+    if result is None or not least <= result <= most:
+        if expected is None:
+            bounds = "" if low is None else f" from {low:g}"
+            bounds += "" if high is None else f" to {high:g}"
+            expected = f"a {'finite ' if high is None else ''}number{bounds}"
+        raise error(f"{name}: found {found(value)}, expected {expected}")
     return result
 
 

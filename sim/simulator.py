@@ -15,6 +15,7 @@ from itertools import islice
 from os import PathLike
 from typing import Any
 
+from pagellm.engine.checks import SMALLEST, integer, number
 from pagellm.engine.config import CompleteConfig, EngineConfig
 from pagellm.engine.errors import ConfigError, PagellmError, RequestError, TraceError
 from pagellm.engine.sampling_params import SamplingParams
@@ -113,12 +114,12 @@ class Simulator:
     def __post_init__(self) -> None:
         for name in ("clients", "replicas"):
             count = getattr(self, name)
-            if count is not None and (type(count) is not int or count < 1):
-                raise ConfigError(f"{name}: found {count!r}, expected a positive integer")
+            if count is not None:
+                object.__setattr__(self, name, integer(name, count, 1, error=ConfigError))
         for name in ("rate_factor", "timeout_s"):
-            number = getattr(self, name)
-            if number is not None and not (type(number) in (int, float) and 0 < number < 1e300):
-                raise ConfigError(f"{name}: found {number!r}, expected a number above 0")
+            value = getattr(self, name)
+            if value is not None:
+                number(name, value, SMALLEST, error=ConfigError, expected="a number above 0")
         if self.router not in ROUTERS:
             raise ConfigError(f"router: found {self.router!r}, expected one of {', '.join(ROUTERS)}")
         object.__setattr__(self, "config", self.cost_model.fill(self.config))

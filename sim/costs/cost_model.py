@@ -4,19 +4,19 @@ Three models: a profile of measured tables (profile.py), the limits of a machine
 steps of a recorded run (recorded.py). All are plain Python, because they are asked once for each step.
 """
 
-import json
 import os
-import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
 
+from pagellm.engine.checks import JsonError, flag, parse_json
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError, ProfileError
 from pagellm.engine.scheduling.scheduler import PreemptionCosts, ScheduledBatch
+from pagellm.sim.fields import read_lines
 
 if TYPE_CHECKING:
     from pagellm.sim.costs.roofline import RooflineCostModel
@@ -67,11 +67,12 @@ class CostModel(ABC):
         from pagellm.sim.costs.recorded import RecordedCostModel
 
         path = Path(path)
-        first = next(read_lines(path), "")
+        first = next(read_lines(path, ProfileError), "")
         try:
-            is_step_log = "duration_s" in json.loads(first)
-        except (ValueError, TypeError):
-            is_step_log = False
+            record = parse_json(first)
+        except JsonError:
+            record = None
+        is_step_log = isinstance(record, dict) and "duration_s" in record
         return RecordedCostModel(path) if is_step_log else ProfileCostModel.from_file(path)
 
     @staticmethod
@@ -113,8 +114,7 @@ class CostModel(ABC):
 
     def check_error(self, accept: bool) -> None:
         """Raises `ConfigError` for times that were far from what was measured, unless that is accepted."""
-        if type(accept) is not bool:
-            raise ConfigError(f"accept_profile_error: found {accept!r}, expected True or False")
+        flag("accept_profile_error", accept, ConfigError)
         if self.error is not None and self.error["mean"] > MAX_PROFILE_ERROR and not accept:
             found = f"a mean error of {self.error['mean']:.0%} in the step times of {self.name}"
             raise ConfigError(
@@ -170,26 +170,3 @@ def shape_of(batch: ScheduledBatch) -> BatchShape:
             num_decodes -= 1
             context -= before
     return BatchShape(num_decodes, context, prefills)
-
-
-def seconds(place: str, field: str, value: Any, expected: str = "a finite number of seconds from 0") -> float:
-    """The value, if it is a finite number from 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e300:
-        raise bad_field(place, field, value, expected)
-    return float(value)
-
-
-def bad_field(place: str, field: str, value: Any, expected: str) -> ProfileError:
-    """The error for a field of a file; a value of None is one that is not there."""
-    shown = "nothing" if value is None else reprlib.repr(value)
-    return ProfileError(f"{place}: {field}: found {shown}, expected {expected}")
-
-
-def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a file of text. Raises `ProfileError`."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            yield from file
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ProfileError(f"{path}: cannot be read: {reason}") from None

@@ -36,11 +36,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pagellm.engine.checks import LARGEST, number
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError, ProfileError
 from pagellm.engine.scheduling.block_manager import TransferKind
 from pagellm.engine.scheduling.scheduler import PreemptionCosts, ScheduledBatch
-from pagellm.sim.costs.cost_model import CostModel, StepTimeError, bad_field, seconds, shape_of
+from pagellm.sim.costs.cost_model import CostModel, StepTimeError, shape_of
+from pagellm.sim.fields import Fields, read_json
 
 FORMAT = "pagellm-profile"
 VERSION = 1
@@ -99,51 +101,40 @@ class ProfileCostModel(CostModel):
 
     def __init__(self, profile: dict[str, Any], place: str = "profile") -> None:
         """place: what errors call the profile. Raises `ProfileError`."""
-        check_version(profile, place)
-        for field in ("model", "quantization", "machine"):
-            if not isinstance(profile.get(field), str):
-                raise bad_field(place, field, profile.get(field), "a text")
-        for field in ("num_threads", "block_size", "block_bytes"):
-            _check_positive(place, field, profile.get(field))
+        fields = Fields(profile, place, ProfileError, name="profile")
+        check_version(fields)
         self._profile = profile
-        self.model: str = profile["model"]
-        self.name = (
-            f"{profile['model']}, {profile['quantization']}, {profile['num_threads']} threads, "
-            f"{profile['machine']}"
+        self.model = fields.text("model")
+        self.name = ", ".join(
+            (
+                self.model,
+                fields.text("quantization"),
+                f"{fields.integer('num_threads')} threads",
+                fields.text("machine"),
+            )
         )
-        self.block_size: int = profile["block_size"]
-        self._measured_block_bytes: int = profile["block_bytes"]
-        for field in ("num_blocks", "max_model_len"):
-            if profile.get(field) is not None:
-                _check_positive(place, field, profile[field])
-        self._num_blocks: int | None = profile.get("num_blocks")
-        self.max_model_len = profile.get("max_model_len")
-        self.error = _error_of(profile, place)
-        self._prefill = read_table(profile, "prefill", "chunk_tokens", "context_tokens", place)
-        self._decode = read_table(profile, "decode", "num_sequences", "context_tokens", place)
-        self._saved = None if profile.get("mixed") is None else self._read_saved(profile, place)
-        overhead, transfer = (_part(profile, name, place) for name in ("overhead", "transfer"))
+        self.block_size = fields.integer("block_size")
+        self._measured_block_bytes = fields.integer("block_bytes")
+        self._num_blocks, self.max_model_len = (
+            fields.integer(name) if fields.has(name) else None for name in ("num_blocks", "max_model_len")
+        )
+        self.error = _error_of(fields.section("fit")) if fields.has("fit") else None
+        self._prefill = read_table(fields, "prefill", "chunk_tokens", "context_tokens")
+        self._decode = read_table(fields, "decode", "num_sequences", "context_tokens")
+        self._saved = self._read_saved(fields) if fields.has("mixed") else None
+        overhead, transfer = fields.section("overhead"), fields.section("transfer")
         self._measured = _Overheads(
-            *(seconds(place, f"overhead.{name}", overhead.get(name)) for name in ("step_s", "sequence_s")),
-            *(
-                seconds(place, f"transfer.{name}", transfer.get(name))
-                for name in ("copy_block_s", "swap_block_s")
-            ),
+            overhead.seconds("step_s"),
+            overhead.seconds("sequence_s"),
+            transfer.seconds("copy_block_s"),
+            transfer.seconds("swap_block_s"),
         )
         self._begin(1.0)
 
     @classmethod
     def from_file(cls, path: Path) -> "ProfileCostModel":
         """A model from a profile's file. Raises `ProfileError`."""
-        try:
-            profile = json.loads(path.read_text("utf-8"))
-        except OSError as error:
-            raise ProfileError(f"{path}: cannot be read: {error.strerror}") from None
-        except ValueError as error:
-            raise ProfileError(f"{path}: {error}, expected a profile as JSON") from None
-        if not isinstance(profile, dict):
-            raise bad_field(str(path), "profile", profile, "an object with named fields")
-        return cls(profile, str(path))
+        return cls(read_json(path, "a profile", ProfileError), str(path))
 
     def begin(self, config: EngineConfig, num_replicas: int = 1) -> None:
         for name, found, no_wish in (
@@ -195,11 +186,10 @@ class ProfileCostModel(CostModel):
         recompute_token_s = self._prefill(chunk, self._prefill.ys[0]) / chunk
         self.costs = PreemptionCosts(recompute_token_s, self._measured.swap_block_s * block_scale)
 
-    def _read_saved(self, profile: dict[str, Any], place: str) -> Table:
+    def _read_saved(self, profile: Fields) -> Table:
         """What mixed steps take less than their two parts alone."""
-        table = read_table(profile, "mixed", "chunk_tokens", "num_sequences", place)
-        context = profile["mixed"].get("context_tokens")
-        _check_positive(place, "mixed.context_tokens", context)
+        table = read_table(profile, "mixed", "chunk_tokens", "num_sequences")
+        context = profile.section("mixed").integer("context_tokens")
         saved = [
             [
                 self._prefill(chunk, 0) + self._decode(number, context) - together
@@ -244,64 +234,44 @@ def _replace(path: Path, text: str) -> None:
             raise
 
 
-def check_version(profile: dict[str, Any], place: str) -> None:
+def check_version(profile: Fields) -> None:
     """Raises `ProfileError` for what is no profile of this version."""
     for field, expected in (("format", FORMAT), ("version", VERSION)):
         if profile.get(field) != expected:
-            raise bad_field(place, field, profile.get(field), repr(expected))
+            raise profile.bad(field, profile.get(field), repr(expected))
 
 
-def read_table(profile: dict[str, Any], name: str, x_name: str, y_name: str, place: str) -> Table:
+def read_table(profile: Fields, name: str, x_name: str, y_name: str) -> Table:
     """A table of a profile by the names of its axes. Raises `ProfileError`."""
-    part = _part(profile, name, place)
-    xs, ys = (_axis(place, f"{name}.{axis}", part.get(axis)) for axis in (x_name, y_name))
+    part = profile.section(name)
+    xs, ys = (_axis(part, axis) for axis in (x_name, y_name))
     rows = part.get("seconds")
     if not isinstance(rows, list) or len(rows) != len(xs):
-        raise bad_field(place, f"{name}.seconds", rows, f"{len(xs)} rows, one for each of {x_name}")
+        raise part.bad("seconds", rows, f"{len(xs)} rows, one for each of {x_name}")
     for i, row in enumerate(rows):
         if not isinstance(row, list) or len(row) != len(ys):
-            expected = f"{len(ys)} numbers, one for each of {y_name}"
-            raise bad_field(place, f"{name}.seconds[{i}]", row, expected)
+            raise part.bad(f"seconds[{i}]", row, f"{len(ys)} numbers, one for each of {y_name}")
         for j, value in enumerate(row):
-            seconds(place, f"{name}.seconds[{i}][{j}]", value)
-    return Table(f"{place}: {name} ({x_name} by {y_name})", xs, ys, rows)
+            expected = "a finite number of seconds from 0"
+            number(f"{part.place}: {name}.seconds[{i}][{j}]", value, 0, None, ProfileError, expected)
+    return Table(f"{part.place}: {name} ({x_name} by {y_name})", xs, ys, rows)
 
 
-def _part(profile: dict[str, Any], name: str, place: str) -> dict[str, Any]:
-    part = profile.get(name)
-    if not isinstance(part, dict):
-        raise bad_field(place, name, part, "an object with named fields")
-    return part
-
-
-def _error_of(profile: dict[str, Any], place: str) -> StepTimeError | None:
-    if profile.get("fit") is None:
-        return None
-    fit = _part(profile, "fit", place)
-    for name in ("mean_error", "p90_error"):
-        seconds(place, f"fit.{name}", fit.get(name), "a finite number from 0")
-    signed: Any = fit.get("mean_signed_error")
-    if type(signed) not in (int, float) or not abs(signed) < 1e300:
-        raise bad_field(place, "fit.mean_signed_error", signed, "a finite number")
-    _check_positive(place, "fit.num_steps", fit.get("num_steps"))
+def _error_of(fit: Fields) -> StepTimeError:
     return {
-        "mean": fit["mean_error"],
-        "p90": fit["p90_error"],
-        "mean_signed": signed,
-        "num_steps": fit["num_steps"],
+        "mean": fit.number("mean_error"),
+        "p90": fit.number("p90_error"),
+        "mean_signed": fit.number("mean_signed_error", None),
+        "num_steps": fit.integer("num_steps"),
     }
 
 
-def _axis(place: str, field: str, values: Any) -> list[float]:
+def _axis(part: Fields, name: str) -> list[float]:
+    values = part.get(name)
     are_numbers = isinstance(values, list) and all(type(v) in (int, float) for v in values)
-    if not are_numbers or len(values) < 2 or not all(0 <= a < b < 1e300 for a, b in pairwise(values)):
-        raise bad_field(place, field, values, "two or more increasing numbers from 0")
+    if not are_numbers or len(values) < 2 or not all(0 <= a < b < LARGEST for a, b in pairwise(values)):
+        raise part.bad(name, values, "two or more increasing numbers from 0")
     return list(values)
-
-
-def _check_positive(place: str, field: str, value: Any) -> None:
-    if type(value) is not int or value < 1:
-        raise bad_field(place, field, value, "a positive integer")
 
 
 def _as_one_chunk(prefills: list[tuple[int, int]]) -> tuple[int, float]:

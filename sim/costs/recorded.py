@@ -1,19 +1,20 @@
 """The steps of a recorded run, from its step log: what each took, and the settings that it ran with."""
 
-import json
 import math
 import os
 import warnings
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pagellm.engine.checks import JsonError, parse_json
 from pagellm.engine.config import CompleteConfig, EngineConfig
 from pagellm.engine.errors import ConfigError, ProfileError
 from pagellm.engine.scheduling.scheduler import PreemptionCosts, ScheduledBatch
 from pagellm.engine.step_log import NO_DECISIONS
-from pagellm.sim.costs.cost_model import CostModel, bad_field, read_lines, seconds
+from pagellm.sim.costs.cost_model import CostModel
+from pagellm.sim.fields import Fields, read_lines
 
 # Settings of a recorded run, and those which make the recorded value of another one void.
 _DECISIONS = tuple(name for name in EngineConfig.__dataclass_fields__ if name not in NO_DECISIONS)
@@ -21,7 +22,6 @@ _FOLLOWS = {
     "max_prefill_chunk": ("max_num_batched_tokens",),
     "num_swap_blocks": ("preemption", "num_blocks", "block_size", "swap_dir"),
 }
-_RECORDED = ("start_s", "duration_s", "costs.recompute_token_s", "costs.swap_block_s")
 
 
 class RecordedCostModel(CostModel):
@@ -36,18 +36,23 @@ class RecordedCostModel(CostModel):
         self._path = path
         self._next = 0
         self._config: CompleteConfig | None = None
-        columns = [array("d") for _ in _RECORDED]
+        columns = [array("d") for _ in range(4)]
         arrivals = array("d")  # of the first request that each step took in
-        for number, line in enumerate(read_lines(Path(path))):
-            place = f"{path}:{number + 1}"
-            record = _step(place, number, line)
-            if number == 0 and "config" in record:
-                self._config = _recorded_config(place, record["config"])
+        for number, line in enumerate(read_lines(Path(path), ProfileError)):
+            record = _step(f"{path}:{number + 1}", number, line)
+            if number == 0 and record.has("config"):
+                self._config = _recorded_config(record)
                 self.max_model_len = self._config.max_model_len
-            for column, value in zip(columns, _recorded(place, record), strict=True):
+            costs = record.section("costs")
+            values = (
+                record.seconds("start_s"),
+                record.seconds("duration_s"),
+                costs.seconds("recompute_token_s"),
+                costs.seconds("swap_block_s"),
+            )
+            for column, value in zip(columns, values, strict=True):
                 column.append(value)
-            times = [added["arrival_s"] for added in record.get("added", ())]
-            arrivals.append(min(times, default=math.inf))
+            arrivals.append(_first_arrival(record))
         self._start_s, self._duration_s, self._recompute_token_s, self._swap_block_s = columns
         self._start_before(arrivals)
 
@@ -109,30 +114,31 @@ class RecordedCostModel(CostModel):
         return self._duration_s[self._next - 1]
 
 
-def _step(place: str, number: int, line: str) -> dict[str, Any]:
+def _step(place: str, number: int, line: str) -> Fields:
     """The record of a step, if it is the one that comes next."""
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ProfileError(f"{place}: {error}, expected a step as JSON") from None
-    if not isinstance(record, dict) or record.get("step") != number:
-        raise bad_field(place, "step", record, str(number))
+        record = Fields(parse_json(line), place, ProfileError, name="step")
+    except JsonError as error:
+        raise ProfileError(f"{place}: found {error}, expected a step as JSON") from None
+    if record.get("step") != number:
+        raise record.bad("step", record.get("step"), str(number))
     return record
 
 
-def _recorded_config(place: str, settings: Any) -> CompleteConfig:
+def _recorded_config(record: Fields) -> CompleteConfig:
+    settings = record.get("config")
     if not isinstance(settings, dict) or set(settings) != set(_DECISIONS):
-        raise bad_field(place, "config", settings, f"an object of {', '.join(_DECISIONS)}")
+        raise record.bad("config", settings, f"an object of {', '.join(_DECISIONS)}")
     try:
         return EngineConfig(**settings).complete()
     except ConfigError as error:
-        raise ProfileError(f"{place}: config: {error}") from None
+        raise ProfileError(f"{record.place}: config: {error}") from None
 
 
-def _recorded(place: str, record: dict[str, Any]) -> Iterator[float]:
-    """What a recorded step took, as named in `_RECORDED`."""
-    for field in _RECORDED:
-        value: Any = record
-        for name in field.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        yield seconds(place, field, value)
+def _first_arrival(record: Fields) -> float:
+    """Of the requests that a step took in; infinite if it took none in."""
+    added = record.get("added") or []
+    if not isinstance(added, list):
+        raise record.bad("added", added, "a list")
+    requests = (Fields(values, record.place, ProfileError, f"added[{i}].") for i, values in enumerate(added))
+    return min((request.number("arrival_s", None) for request in requests), default=math.inf)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from importlib.resources import files
 from typing import Any
 
+from pagellm.engine.checks import SMALLEST, integer, number
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError
 from pagellm.engine.scheduling.block_manager import TransferKind
@@ -87,13 +88,11 @@ class RooflineCostModel(CostModel):
         sequence_overhead_s: float = 0.0,
         name: str = "roofline",
     ) -> None:
-        if type(num_devices) is not int or num_devices < 1:
-            raise ConfigError(f"num_devices: found {num_devices!r}, expected a positive integer")
-        if type(efficiency) not in (int, float) or not 0 < efficiency <= 1:
-            raise ConfigError(f"efficiency: found {efficiency!r}, expected a number above 0 and up to 1")
+        integer("num_devices", num_devices, 1, error=ConfigError)
+        above = "a number above 0 and up to 1"
+        number("efficiency", efficiency, SMALLEST, 1, error=ConfigError, expected=above)
         for option, value in (("step", step_overhead_s), ("sequence", sequence_overhead_s)):
-            if type(value) not in (int, float) or not 0 <= value < 1e300:
-                raise ConfigError(f"{option}_overhead_s: found {value!r}, expected seconds from 0")
+            number(f"{option}_overhead_s", value, 0, error=ConfigError, expected="seconds from 0")
         self.name = name
         self.max_model_len = model.max_model_len
         self._hardware, self._model, self._num_devices = hardware, model, num_devices

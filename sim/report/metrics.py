@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import IO, Any, Literal
 
+from pagellm.engine.checks import SMALLEST, number
 from pagellm.engine.config import EngineConfig
-from pagellm.engine.errors import ConfigError
+from pagellm.engine.errors import ConfigError, found
 from pagellm.engine.scheduling.scheduler import Preemption, ScheduledBatch, Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.engine.scheduling.step_loop import StepListener
@@ -110,9 +111,9 @@ class MetricsCollector:
         block_bytes: int | None = None,
     ) -> None:
         for name, value in (slo or {}).items():
-            if name not in SLO_NAMES or type(value) not in (int, float) or not value > 0:
-                expected = f"one of {', '.join(SLO_NAMES)} with seconds above 0"
-                raise ConfigError(f"slo: found {name}={value!r}, expected {expected}")
+            if name not in SLO_NAMES:
+                raise ConfigError(f"slo: found {found(name)}, expected one of {', '.join(SLO_NAMES)}")
+            number(f"slo: {name}", value, SMALLEST, error=ConfigError, expected="seconds above 0")
         self._slo = dict(slo or {})
         self._block_bytes = block_bytes
         self._results = None if results is None else _open(results)

@@ -23,6 +23,7 @@ from typing import (
 
 from pagellm.engine.errors import ReportError
 from pagellm.sim.costs.cost_model import Signed, StepTimeError
+from pagellm.sim.fields import read_json
 from pagellm.sim.quantiles import Distribution
 
 VERSION: Literal[1] = 1
@@ -226,16 +227,7 @@ class Report(Mapping[str, Any]):
 
 def load_report(path: str | os.PathLike[str]) -> Report:
     """The report in a file; a `ReportError` names the file, the field, what was found and expected."""
-    try:
-        report = json.loads(Path(path).read_bytes().decode())
-    except OSError as error:
-        raise ReportError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except json.JSONDecodeError as error:
-        place = f"{path}:{error.lineno}: column {error.colno}"
-        raise ReportError(f"{place}: found malformed JSON, expected a report ({error.msg})") from None
-    except (ValueError, RecursionError) as error:
-        raise ReportError(f"{path}: found no JSON within limits, expected a report ({error})") from None
-    return check_report(report, str(path))
+    return check_report(read_json(Path(path), "a report", ReportError), str(path))
 
 
 def check_report(report: Any, source: str = "report") -> Report:

@@ -12,6 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from pagellm.engine.checks import parse_json
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError, ReportError
 from pagellm.sim.sweep.grid import Settings, Value, full_settings
@@ -123,7 +124,7 @@ class ResultsFile:
 
     def _take(self, place: str, line: bytes) -> None:
         try:
-            found: Mapping[str, Any] = json.loads(line)
+            found: Mapping[str, Any] = parse_json(line)
             identity = Identity(**{name: found[name] for name in Identity.__dataclass_fields__})
             point = Point(dict(found["settings"]), dict(found["summary"]), found["extrapolated"])
             if found["pagellm_sweep"] != VERSION:

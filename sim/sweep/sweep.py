@@ -23,6 +23,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pagellm.engine.checks import integer
 from pagellm.engine.config import usable_cores
 from pagellm.engine.errors import ConfigError, PagellmError
 from pagellm.engine.user_policy import import_policy
@@ -207,8 +208,8 @@ class Sweep:
 
     def _checked(self) -> Identity:
         """What is replayed, if all of it can be read and every value alone is good."""
-        if self.jobs is not None and (type(self.jobs) is not int or self.jobs < 1):
-            raise ConfigError(f"jobs: found {self.jobs!r}, expected a positive integer")
+        if self.jobs is not None:
+            integer("jobs", self.jobs, 1, error=ConfigError)
         _load_trace.cache_clear()
         _load_costs.cache_clear()
         trace, cost_model = self.trace.load(), _load_costs(self.costs)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pagellm.engine import checks
 from pagellm.engine.errors import TraceError
 from pagellm.sim.traces.request import found
 
@@ -65,11 +66,10 @@ def parse_json(text: str) -> Any:
     """A line's JSON value."""
     text = text.strip()
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise found(f"column {error.colno}", text, f"JSON ({error.msg})") from None
-    except (ValueError, RecursionError) as error:
-        raise found("line", text, f"JSON within limits ({error})") from None
+        return checks.parse_json(text)
+    except checks.JsonError as error:
+        place = "line" if error.column is None else f"column {error.column}"
+        raise found(place, text, f"JSON ({error.reason})") from None
 
 
 def json_lines(path: Path) -> Iterator[Record]:

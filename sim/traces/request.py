@@ -3,12 +3,13 @@
 It knows what was asked and when; not how a file wrote it down, nor which tokens stand for it.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pagellm.engine import checks
 from pagellm.engine.errors import TraceError
+from pagellm.sim.fields import NOTHING, bad
 
 # A length is what an array of 32-bit items can be indexed by; a hash id is any 64-bit hash.
 MAX_LEN = 2**31 - 1
@@ -16,7 +17,6 @@ MAX_HASH_ID = 2**64 - 1
 DEFAULT_HASH_BLOCK_SIZE = 512
 # What a token stands for where no tokenizer counts: English in a large vocabulary.
 BYTES_PER_TOKEN = 4
-_SHOWN = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +51,8 @@ class TraceRequest:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "arrival_time", check_seconds("arrival_time", self.arrival_time))
-        check_integer("output_len", self.output_len, 1)
-        check_integer("priority", self.priority, -MAX_LEN)
+        object.__setattr__(self, "output_len", check_integer("output_len", self.output_len, 1))
+        object.__setattr__(self, "priority", check_integer("priority", self.priority, -MAX_LEN))
         check_text("id", self.id, empty=True)
         for name in ("session", "tenant"):
             if getattr(self, name) is not None:
@@ -83,7 +83,7 @@ class TraceRequest:
         elif self.prompt_len is None:
             raise found("prompt_len", None, "one of prompt, prompt_token_ids, prompt_len")
         else:
-            check_integer("prompt_len", self.prompt_len, 1)
+            object.__setattr__(self, "prompt_len", check_integer("prompt_len", self.prompt_len, 1))
 
     def _check_hash_ids(self) -> None:
         if self.prompt_len is None or self.prompt_token_ids is not None:
@@ -91,6 +91,7 @@ class TraceRequest:
         if self.hash_block_size is None:
             object.__setattr__(self, "hash_block_size", DEFAULT_HASH_BLOCK_SIZE)
         size = check_integer("hash_block_size", self.hash_block_size, 1)
+        object.__setattr__(self, "hash_block_size", size)
         ids = _integers("hash_ids", self.hash_ids, MAX_HASH_ID)
         object.__setattr__(self, "hash_ids", ids)
         expected = -(-self.prompt_len // size)
@@ -121,19 +122,19 @@ def estimated_tokens(text: str) -> int:
 
 def found(name: str, value: object, expected: str) -> TraceError:
     """The error for a field; a value of None is one that is not there."""
-    shown = (
-        "nothing" if value is None else repr(value) if not isinstance(value, int) else _integer_text(value)
-    )
-    if len(shown) > _SHOWN:
-        shown = f"{shown[:_SHOWN]}..."
-    return TraceError(f"{name}: found {shown}, expected {expected}")
+    error = bad(TraceError, name, value, expected)
+    assert isinstance(error, TraceError)
+    return error
+
+
+# The checks are asked for every field of every request, so each looks for what is mostly there first.
 
 
 def check_integer(name: str, value: Any, low: int, high: int = MAX_LEN) -> int:
-    """The value, if it is an integer from low to high; a bool is none."""
-    if type(value) is not int or not low <= value <= high:
-        raise found(name, value, f"an integer from {low} to {high}")
-    return value
+    """The value, if it is an integer from low to high."""
+    if type(value) is int and low <= value <= high:
+        return value
+    return checks.integer(name, NOTHING if value is None else value, low, high, TraceError)
 
 
 def check_seconds(name: str, value: Any) -> float:
@@ -141,23 +142,21 @@ def check_seconds(name: str, value: Any) -> float:
     return float(check_number(name, value, "a finite number of seconds from 0"))
 
 
-def check_number(name: str, value: Any, expected: str = "a finite number from 0") -> float:
-    """The value, an integer or a float, if it is finite and not negative; a bool is no number."""
-    if type(value) not in (int, float) or not 0 <= value < math.inf or value > 1e300:
-        raise found(name, value, expected)
-    number: float = value
-    return number
+def check_number(name: str, value: Any, expected: str | None = None) -> float:
+    """The value, if it is a finite number from 0; an integer stays one."""
+    if type(value) in (int, float) and 0 <= value <= checks.LARGEST:
+        number: float = value
+        return number
+    return checks.number(name, NOTHING if value is None else value, 0, None, TraceError, expected)
 
 
 def check_text(name: str, value: Any, empty: bool = False) -> str:
     """The value, if it is text that UTF-8 can write down."""
-    if not isinstance(value, str) or not (value or empty):
-        raise found(name, value, "text" if empty else "text that is not empty")
-    try:
-        value.isascii() or value.encode()
-    except UnicodeEncodeError:
-        raise found(name, value, "text without lone surrogates") from None
-    return value
+    if isinstance(value, str) and value.isascii() and (value or empty):
+        return value
+    if value == "" and not empty:
+        raise found(name, value, "text that is not empty")
+    return checks.text(name, NOTHING if value is None else value, TraceError)
 
 
 def _integers(name: str, values: Any, high: int) -> tuple[int, ...]:
@@ -169,8 +168,3 @@ def _integers(name: str, values: Any, high: int) -> tuple[int, ...]:
         place = next(i for i, v in enumerate(integers) if type(v) is not int or not 0 <= v <= high)
         raise found(f"{name}[{place}]", integers[place], f"an integer from 0 to {high}")
     return integers
-
-
-def _integer_text(value: int) -> str:
-    """An integer's digits; of a very long one only how many bits it has, since Python refuses to print it."""
-    return repr(value) if value.bit_length() < 1000 else f"an integer of {value.bit_length()} bits"

@@ -166,7 +166,8 @@ def test_a_file_that_is_neither_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match=r"missing.json: cannot be read: No such file"):
         CostModel.load(tmp_path / "missing.json")
     for text, message in (
-        ("", r"line 1 column 1 \(char 0\), expected a profile as JSON"),
+        ("", r"found malformed JSON in line 1, column 1 \(.*, expected a profile as JSON"),
+        ("[" * 100_000, r"found JSON beyond limits \(.*, expected a profile as JSON"),
         ("[1]", r"profile: found \[1\], expected an object with named fields"),
         ("{}", r"format: found nothing, expected 'pagellm-profile'"),
         ("\x00", r"expected a profile as JSON"),
@@ -175,7 +176,7 @@ def test_a_file_that_is_neither_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ProfileError, match=f"other.json: .*{message}"):
             CostModel.load(tmp_path / "other.json")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    with pytest.raises(ProfileError, match=r"binary: cannot be read: not UTF-8"):
+    with pytest.raises(ProfileError, match=r"binary: found b'\\xff\\xfe', expected UTF-8"):
         CostModel.load(tmp_path / "binary")
     with pytest.raises(ProfileError, match=r"cannot be read: Is a directory"):
         CostModel.load(tmp_path)

@@ -143,7 +143,7 @@ def test_a_profile_is_told_from_a_step_log_by_its_content(tmp_path: Path) -> Non
     [
         ({"format": "other"}, "format: found 'other', expected 'pagellm-profile'"),
         ({"version": 2}, "version: found 2, expected 1"),
-        ({"machine": None}, "machine: found nothing, expected a text"),
+        ({"machine": None}, "machine: found nothing, expected a string"),
         ({"num_threads": 0}, "num_threads: found 0, expected a positive integer"),
         ({"block_bytes": True}, "block_bytes: found True, expected a positive integer"),
         ({"decode": []}, r"decode: found \[\], expected an object"),

@@ -140,10 +140,10 @@ def test_a_bad_field_is_named(field: str, value: object, message: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", r"report.json:1: column 2: found malformed JSON, expected a report"),
+        (b"{", r"report.json: found malformed JSON in line 1, column 2 .*, expected a report as JSON"),
         (b"[]", r"report.json: found \[\], expected an object"),
-        (b"\xff", r"report.json: found no JSON within limits, expected a report .*utf-8"),
-        (b"[" * 100_000, r"report.json: found no JSON within limits, expected a report"),
+        (b"\xff", r"report.json: found b'\\xff' at byte 1, which is no UTF-8, expected a report as JSON"),
+        (b"[" * 100_000, r"report.json: found JSON beyond limits \(.*, expected a report as JSON"),
     ],
     ids=["malformed", "array", "bytes", "deep"],
 )
