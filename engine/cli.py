@@ -4,12 +4,13 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pagellm.engine.config import DEFAULT_MODEL, PREEMPTIONS, QUANTIZATIONS, EngineConfig
 from pagellm.engine.errors import RequestError
+from pagellm.engine.flags import Flag, add_flags, given
 from pagellm.engine.outputs import RequestOutput
 from pagellm.engine.progress import say
 from pagellm.engine.sampling_params import SamplingParams
@@ -18,6 +19,54 @@ from pagellm.engine.user_policy import import_policy
 
 if TYPE_CHECKING:
     from pagellm.engine.llm import LLM
+
+ENGINE_FLAGS = {
+    "block_size": Flag("tokens of a KV block"),
+    "num_blocks": Flag("blocks of the KV cache (default: what a quarter of the available memory holds)"),
+    "max_num_seqs": Flag("sequences that run at once"),
+    "max_num_batched_tokens": Flag("tokens of one step"),
+    "max_model_len": Flag("tokens of prompt and output (default: the model's context)"),
+    "max_prefill_chunk": Flag("tokens of one prompt in one step (default: as many as the step has)"),
+    "policy": Flag(f"{', '.join(POLICIES)} or module:Class, a SchedulingPolicy of your own", "NAME"),
+    "preemption": Flag(
+        "what happens to the KV of a sequence that makes way; auto: the cheaper as measured",
+        choices=PREEMPTIONS,
+    ),
+    "num_swap_blocks": Flag(
+        "KV blocks of the second tier (default: as many as --num-blocks with --preemption swap, else 0)",
+        names=("--swap-blocks", "--num-swap-blocks"),
+    ),
+    "swap_dir": Flag("keep them in a file there (default: in memory)", "DIR"),
+    "watermark": Flag("share of the blocks kept for growth"),
+    "max_preemptions": Flag("after so many, a sequence is not preempted again"),
+    "step_log": Flag("write one line of JSON for each step", "FILE"),
+    "num_threads": Flag("threads (default: all cores)"),
+    "quantization": Flag(
+        "format of the weights; auto: as the checkpoint has them if they are in 8 or 4 bits",
+        choices=QUANTIZATIONS,
+    ),
+    "enable_prefix_caching": Flag("compute every prompt from its first token"),
+}
+# Not here is what tells requests apart that share an engine: a command's requests are all of one user.
+SAMPLING_FLAGS = {
+    "n": Flag("completions of each prompt"),
+    "max_tokens": Flag("tokens of the answer"),
+    "min_tokens": Flag("tokens before anything may end it"),
+    "temperature": Flag("0 is greedy", "T"),
+    "top_k": Flag("sample among the K likeliest; 0 keeps all", "K"),
+    "top_p": Flag("sample among the likeliest that have this probability together", "P"),
+    "min_p": Flag("leave out what is less likely than this share of the likeliest", "P"),
+    "repetition_penalty": Flag("divides the logits of tokens that were there"),
+    "presence_penalty": Flag("subtracted from the logits of tokens of the answer"),
+    "frequency_penalty": Flag("the same, as often as they occurred"),
+    "seed": Flag("the same seed gives the same text"),
+    "stop": Flag("end the answer before this text; may be given repeatedly"),
+    "stop_token_ids": Flag("end the answer at this token; may be given repeatedly", "ID"),
+    "include_stop_str_in_output": Flag("leave that text in the answer"),
+    "ignore_eos": Flag("go on after the end-of-text token"),
+    "skip_special_tokens": Flag("leave special tokens in the text"),
+    "logprobs": Flag("with --json: log-probabilities of the N likeliest tokens"),
+}
 
 
 def add_commands(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -29,14 +78,14 @@ def add_commands(commands: "argparse._SubParsersAction[Any]") -> None:
     generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="standard input if there is none")
     generate.add_argument("--chat", action="store_true", help="ask each prompt as a chat's first message")
     add_model_options(generate)
-    _add_sampling(generate, max_tokens=128, temperature=0.0)
-    generate.add_argument("--n", type=int, default=1, help="completions of each prompt")
+    _add_sampling(generate, SAMPLING_FLAGS, max_tokens=128, temperature=0.0)
     generate.set_defaults(command=_generate)
 
     chat = commands.add_parser("chat", help="talk with the model", description=_chat.__doc__)
     chat.add_argument("--system", help="what the system message says")
     add_model_options(chat)
-    _add_sampling(chat, max_tokens=512, temperature=0.6)
+    flags = {name: flag for name, flag in SAMPLING_FLAGS.items() if name != "n"}  # one answer each
+    _add_sampling(chat, flags, max_tokens=512, temperature=0.6)
     chat.set_defaults(command=_chat)
 
     bench = commands.add_parser("bench", help="measure this machine", description=_bench.__doc__)
@@ -62,59 +111,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--model", default=DEFAULT_MODEL, help=f"a known name, a path or a hub id (default: {DEFAULT_MODEL})"
     )
     parser.add_argument("--json", action="store_true", help="print JSON for machines")
-    group = parser.add_argument_group("engine")
-    group.add_argument("--block-size", type=int, metavar="N", help="tokens of a KV block")
-    group.add_argument("--num-blocks", type=int, metavar="N", help="blocks of the KV cache")
-    group.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences that run at once")
-    group.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="tokens of one step")
-    group.add_argument("--max-model-len", type=int, metavar="N", help="tokens of prompt and output")
-    group.add_argument("--max-prefill-chunk", type=int, metavar="N", help="tokens of one prompt in one step")
-    group.add_argument(
-        "--policy", metavar="NAME",
-        help=f"{', '.join(POLICIES)} or module:Class, a SchedulingPolicy of your own (default: fcfs)",
-    )  # fmt: skip
-    group.add_argument(
-        "--preemption", choices=PREEMPTIONS,
-        help="what happens to the KV of a sequence that makes way (default: auto, the cheaper as measured)",
-    )  # fmt: skip
-    group.add_argument(
-        "--swap-blocks", dest="num_swap_blocks", type=int, metavar="N",
-        help="KV blocks of the second tier (default: as many as --num-blocks with --preemption swap, else 0)",
-    )  # fmt: skip
-    group.add_argument("--swap-dir", metavar="DIR", help="keep them in a file there (default: in memory)")
-    group.add_argument("--watermark", type=float, metavar="X", help="share of the blocks kept for growth")
-    group.add_argument(
-        "--max-preemptions", type=int, metavar="N", help="after so many, a sequence is not preempted again"
-    )
-    group.add_argument("--step-log", metavar="FILE", help="write one line of JSON for each step")
-    group.add_argument("--num-threads", type=int, metavar="N", help="threads (default: all cores)")
-    group.add_argument(
-        "--quantization", choices=QUANTIZATIONS,
-        help="format of the weights (default: auto, as the checkpoint has them if they are in 8 or 4 bits)",
-    )  # fmt: skip
-    group.add_argument(
-        "--no-prefix-caching", dest="enable_prefix_caching", action="store_false", default=None,
-        help="compute every prompt from its first token",
-    )  # fmt: skip
+    add_flags(parser.add_argument_group("engine"), EngineConfig, ENGINE_FLAGS)
 
 
-def _add_sampling(parser: argparse.ArgumentParser, max_tokens: int, temperature: float) -> None:
+def _add_sampling(parser: argparse.ArgumentParser, flags: Mapping[str, Flag], **defaults: Any) -> None:
     group = parser.add_argument_group("sampling")
-    group.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N")
-    group.add_argument("--min-tokens", type=int, default=0, metavar="N")
-    group.add_argument("--temperature", type=float, default=temperature, metavar="T", help="0 is greedy")
-    group.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    group.add_argument("--min-p", type=float, default=0.0, metavar="P")
-    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
-    group.add_argument("--presence-penalty", type=float, default=0.0, metavar="X")
-    group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X")
-    group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given repeatedly")
-    group.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-text token")
-    group.add_argument(
-        "--logprobs", type=int, metavar="N", help="log-probabilities of the N likeliest tokens"
-    )
+    add_flags(group, SamplingParams, flags, defaults)
+    parser.set_defaults(sampling_defaults=defaults)
 
 
 def _integers(text: str) -> list[int]:
@@ -134,9 +137,9 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given, by the names of `EngineConfig`. Raises `ConfigError`."""
-    given = {name: getattr(options, name, None) for name in EngineConfig.__dataclass_fields__}
-    import_policy(given["policy"])
-    return {name: value for name, value in given.items() if value is not None}
+    settings = given(options, EngineConfig)
+    import_policy(settings.get("policy"))
+    return settings
 
 
 def _llm(options: argparse.Namespace) -> "LLM":
@@ -147,8 +150,9 @@ def _llm(options: argparse.Namespace) -> "LLM":
 
 
 def _sampling_params(options: argparse.Namespace) -> SamplingParams:
-    names = SamplingParams.__dataclass_fields__.keys() & vars(options).keys()
-    return SamplingParams(**{name: getattr(options, name) for name in names})
+    if options.logprobs is not None and not options.json:
+        raise RequestError(f"--logprobs: found {options.logprobs}, expected --json with it, which has them")
+    return SamplingParams(**options.sampling_defaults | given(options, SamplingParams))
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -24,13 +24,14 @@ def run(arguments: Sequence[str]) -> int:
     if sys.stdout is None:
         return _refuse("standard output: found it closed, expected it open, at least to /dev/null")
     try:
+        parser = _parser(arguments)
         try:
-            options = _parser(arguments).parse_args(arguments)
+            options = parser.parse_args(arguments)
             command: Callable[[argparse.Namespace], None] = options.command
             command(options)
             return 0
         except PagellmError as error:
-            return _refuse(str(error))
+            return _refuse(_with_flag(str(error), parser, arguments))
         except KeyboardInterrupt:
             print(file=sys.stderr)
             return 130
@@ -46,6 +47,18 @@ def run(arguments: Sequence[str]) -> int:
                 return 0
         place = "" if error.filename is None else f"{error.filename}: "
         return _refuse(f"{place}{error.strerror or error}")
+
+
+def _with_flag(message: str, parser: argparse.ArgumentParser, arguments: Sequence[str]) -> str:
+    """The message, and the flag of the field that it is about where it begins with one."""
+    field = message.partition(":")[0]
+    actions = list(parser._actions)
+    for argument in arguments:
+        for action in actions:
+            if isinstance(action, argparse._SubParsersAction) and argument in action.choices:
+                actions = list(action.choices[argument]._actions)
+    flags = [action.option_strings[0] for action in actions if action.dest == field and action.option_strings]
+    return f"{message} ({flags[0]})" if flags else message
 
 
 def _refuse(message: str) -> int:

@@ -207,5 +207,5 @@ def test_a_policy_named_by_its_file(module: str, capsys: pytest.CaptureFixture[s
     assert main([*GENERATE, "--policy", f"{module}:Mine"]) == 2
     assert capsys.readouterr().err == (
         f"pagellm: policy: found '{module}:Mine', expected module:Class with the module's name as in an "
-        "import: my.policy:Mine for my/policy.py\n"
+        "import: my.policy:Mine for my/policy.py (--policy)\n"
     )

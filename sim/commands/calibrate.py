@@ -4,12 +4,18 @@ import argparse
 import json
 from typing import Any
 
-from pagellm.engine.cli import given_settings
-from pagellm.engine.config import DEFAULT_MODEL, QUANTIZATIONS, EngineConfig
+from pagellm.engine.cli import ENGINE_FLAGS, given_settings
+from pagellm.engine.config import DEFAULT_MODEL, EngineConfig
+from pagellm.engine.flags import add_flags
 from pagellm.sim.calibration.calibrate import DEFAULT_SECONDS, calibrate
 from pagellm.sim.costs.cost_model import MAX_PROFILE_ERROR
 from pagellm.sim.costs.profile import ProfileCostModel, check_writable, write_profile
 
+# Of the engine; the others change nothing that is measured.
+_SETTINGS = (
+    *("quantization", "num_threads", "block_size"),
+    *("num_blocks", "max_num_seqs", "max_num_batched_tokens"),
+)
 _NUM_SWAP_BLOCKS = 8  # of a second tier in memory, so that moving blocks there can be timed
 _MOST_DISTURBED, _MOST_ERROR = 0.1, 0.1  # beyond these it is better to measure again
 
@@ -29,15 +35,7 @@ def add_calibrate(commands: "argparse._SubParsersAction[Any]") -> None:
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="say in JSON what was written")
     group = parser.add_argument_group("engine")
-    group.add_argument("--quantization", choices=QUANTIZATIONS, help="format of the weights (default: auto)")
-    for name, what in (
-        ("num-threads", "threads (default: all cores)"),
-        ("block-size", "tokens of a KV block"),
-        ("num-blocks", "blocks of the KV cache"),
-        ("max-num-seqs", "sequences that run at once"),
-        ("max-num-batched-tokens", "tokens of one step"),
-    ):
-        group.add_argument(f"--{name}", type=int, metavar="N", help=what)
+    add_flags(group, EngineConfig, {name: ENGINE_FLAGS[name] for name in _SETTINGS})
     parser.set_defaults(command=_calibrate)
 
 

@@ -5,10 +5,10 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import fields
 from random import Random
 from typing import Any
 
+from pagellm.engine.flags import Flag, add_flags, given
 from pagellm.sim.traces.describe import describe
 from pagellm.sim.traces.distributions import arrivals
 from pagellm.sim.traces.formats import FORMATS, format_text
@@ -16,18 +16,23 @@ from pagellm.sim.traces.request import TraceRequest
 from pagellm.sim.traces.synth import Workload, synthesise
 from pagellm.sim.traces.trace import Trace
 
-_WORKLOAD_HELP = {
-    "num_requests": "requests of the trace",
-    "arrivals": "when conversations begin: poisson:RATE gamma:RATE,CV diurnal:RATE,AMPLITUDE,PERIOD",
-    "prompt_len": "new tokens of each prompt: fixed:X uniform:LOW,HIGH lognormal:MEDIAN,SIGMA "
-    "exponential:MEAN zipf:EXPONENT,MAX empirical:TRACE",
-    "output_len": "tokens of each answer, likewise",
-    "num_system_prompts": "texts that conversations begin with",
-    "system_prompt_len": "tokens of each",
-    "system_prompt_skew": "exponent of their popularity",
-    "turns": "requests of a conversation, as a length",
-    "think_time_s": "seconds between them: fixed uniform lognormal exponential",
-    "seed": "the same seed gives the same trace",
+_WORKLOAD_FLAGS = {
+    "num_requests": Flag("requests of the trace"),
+    "arrivals": Flag(
+        "when conversations begin: poisson:RATE gamma:RATE,CV diurnal:RATE,AMPLITUDE,PERIOD", "SPEC"
+    ),
+    "prompt_len": Flag(
+        "new tokens of each prompt: fixed:X uniform:LOW,HIGH lognormal:MEDIAN,SIGMA exponential:MEAN "
+        "zipf:EXPONENT,MAX empirical:TRACE",
+        "SPEC",
+    ),
+    "output_len": Flag("tokens of each answer, likewise", "SPEC"),
+    "num_system_prompts": Flag("texts that conversations begin with"),
+    "system_prompt_len": Flag("tokens of each"),
+    "system_prompt_skew": Flag("exponent of their popularity"),
+    "turns": Flag("requests of a conversation, as a length", "SPEC"),
+    "think_time_s": Flag("seconds between them: fixed uniform lognormal exponential", "SPEC"),
+    "seed": Flag("the same seed gives the same trace"),
 }
 PROGRESS_INTERVAL_S = 0.2
 
@@ -55,12 +60,7 @@ def add_trace(commands: "argparse._SubParsersAction[Any]") -> None:
 
     synth = actions.add_parser("synth", help="make a trace", description=_synth.__doc__)
     _add_output(synth)
-    for option in fields(Workload):
-        synth.add_argument(
-            f"--{option.name.replace('_', '-')}", type=type(option.default), default=option.default,
-            metavar="SPEC" if isinstance(option.default, str) else "N",
-            help=f"{_WORKLOAD_HELP[option.name]} (default: %(default)s)",
-        )  # fmt: skip
+    add_flags(synth, Workload, _WORKLOAD_FLAGS)
     synth.set_defaults(command=_synth)
 
 
@@ -100,8 +100,7 @@ def _describe(options: argparse.Namespace) -> None:
 
 def _synth(options: argparse.Namespace) -> None:
     """Make a trace from distributions and a seed."""
-    workload = Workload(**{option.name: getattr(options, option.name) for option in fields(Workload)})
-    _write(synthesise(workload), options)
+    _write(synthesise(Workload(**given(options, Workload))), options)
 
 
 def load_trace(options: argparse.Namespace) -> Trace:
