@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pagellm.engine.errors import (
         CheckpointError,
         ConfigError,
+        EngineError,
         PagellmError,
         PolicyError,
         ProfileError,
@@ -38,6 +39,7 @@ _MODULES = {
     "PagellmError": "errors",
     "CheckpointError": "errors",
     "ConfigError": "errors",
+    "EngineError": "errors",
     "PolicyError": "errors",
     "ProfileError": "errors",
     "ReportError": "errors",
@@ -52,6 +54,7 @@ __all__ = [
     "CompletionOutput",
     "ConfigError",
     "EngineConfig",
+    "EngineError",
     "FinishReason",
     "LLMEngine",
     "Metrics",

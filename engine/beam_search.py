@@ -67,31 +67,41 @@ class BeamSearch:
     ) -> None:
         self._engine = engine
         self._new_request_id = new_request_id
+        self._prompt = prompt
         self._params = params
         self._of_beam = params.of_beam()
-        first = engine.add_request(new_request_id(), prompt, self._of_beam)
-        self._beams = [_Beam(first)]
+        self._under_way: set[str] = set()  # requests that may have to be aborted
+        self._beams: list[_Beam] = []
         self._ended: list[tuple[float, CompletionOutput]] = []
-        room = (engine.config.max_model_len or 0) - len(first.prompt_token_ids)
-        self._max_tokens = max(1, min(params.max_tokens, room))
-        self.output = RequestOutput(
-            first.request_id, first.prompt, first.prompt_token_ids, [CompletionOutput(0)], self._of_beam
-        )
+        self._max_tokens = 0
+        self.output = RequestOutput(new_request_id(), None, [], [CompletionOutput(0)], self._of_beam)
+
+    def start(self) -> None:
+        """Takes the prompt in. Raises `RequestError` for one that cannot be served."""
+        first = self._add(self._prompt)
+        self.output.prompt, self.output.prompt_token_ids = first.prompt, first.prompt_token_ids
+        room = (self._engine.config.max_model_len or 0) - len(first.prompt_token_ids)
+        self._max_tokens = max(1, min(self._params.max_tokens, room))
+        self._beams = [_Beam(first)]
 
     def advance(self) -> None:
         """Takes the search a token further if every beam has its next token's log-probabilities."""
         if self.output.finished:
             return
-        if any(beam.request.finish_reason is FinishReason.ERROR for beam in self._beams):
-            self.output.outputs = [CompletionOutput(0, finish_reason=FinishReason.ERROR)]
-            self.close()
-        elif all(beam.request.token_ids for beam in self._beams):
+        for beam in self._beams:
+            if beam.request.finished and not beam.request.token_ids:  # it failed, or somebody aborted it
+                [ended] = beam.request.outputs
+                self.close()
+                self.output.outputs = [
+                    CompletionOutput(0, finish_reason=ended.finish_reason, error=ended.error)
+                ]
+                return
+        if all(beam.request.token_ids for beam in self._beams):
             self._branch()
 
     def close(self) -> None:
         """Gives the beams under way up."""
-        for beam in self._beams:
-            self._engine.abort(beam.request.request_id)
+        self._abort(set(self._under_way))
 
     def _branch(self) -> None:
         width = self._params.beam_width
@@ -104,21 +114,31 @@ class BeamSearch:
                     self._end(token_ids, logprob, FinishReason.STOP)
             elif len(going_on) < width:
                 going_on.append(_Beam(beam.request, token_ids, logprob))
-        if len(going_on[0].token_ids) == self._max_tokens or self._is_decided(going_on[0].logprob):
-            for beam in going_on if len(going_on[0].token_ids) == self._max_tokens else ():
+        is_full = bool(going_on) and len(going_on[0].token_ids) == self._max_tokens
+        if is_full:
+            for beam in going_on:
                 self._end(beam.token_ids, beam.logprob, FinishReason.LENGTH)
+        if is_full or not going_on or self._is_decided(going_on[0].logprob):
             self.close()
             self._rank()
             return
-        parents, self._beams = self._beams, []
-        for beam in going_on:
-            prompt = [*self.output.prompt_token_ids, *beam.token_ids]
-            request = self._engine.add_request(
-                self._new_request_id(), prompt, self._of_beam, fork_of=beam.request.request_id
-            )
-            self._beams.append(_Beam(request, beam.token_ids, beam.logprob))
-        for parent in parents:
-            self._engine.abort(parent.request.request_id)
+        parents = set(self._under_way)
+        self._beams = [_Beam(self._add_fork(beam), beam.token_ids, beam.logprob) for beam in going_on]
+        self._abort(parents)
+
+    def _add_fork(self, beam: _Beam) -> RequestOutput:
+        prompt = [*self.output.prompt_token_ids, *beam.token_ids]
+        return self._add(prompt, fork_of=beam.request.request_id)
+
+    def _add(self, prompt: Prompt, fork_of: str | None = None) -> RequestOutput:
+        request_id = self._new_request_id()
+        self._under_way.add(request_id)
+        return self._engine.add_request(request_id, prompt, self._of_beam, fork_of=fork_of)
+
+    def _abort(self, request_ids: set[str]) -> None:
+        for request_id in request_ids:
+            self._engine.abort(request_id)
+        self._under_way -= request_ids
 
     def _candidates(self, count: int) -> list[tuple[float, _Beam, int]]:
         """The likeliest continuations of all beams, best first."""

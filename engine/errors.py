@@ -44,6 +44,10 @@ class RequestError(PagellmError, ValueError):
     """A request that cannot be served: a bad prompt or bad sampling parameters."""
 
 
+class EngineError(PagellmError):
+    """A call that an engine does not take: it is closed, in another call, or was forked at work."""
+
+
 class PolicyError(PagellmError):
     """A scheduling policy that raised, or answered with what is no answer."""
 

@@ -1,15 +1,17 @@
 """LLM: the offline API. Prompts in, finished outputs (or a stream of text) out."""
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
+from types import TracebackType
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pagellm.engine.beam_search import BeamSearch, BeamSearchParams
 from pagellm.engine.config import DEFAULT_MODEL, EngineConfig
-from pagellm.engine.errors import PagellmError, RequestError
+from pagellm.engine.errors import EngineError, PagellmError, RequestError
 from pagellm.engine.llm_engine import LLMEngine
 from pagellm.engine.outputs import CompletionOutput, FinishReason, RequestOutput
 from pagellm.engine.prompts import Prompt, as_prompts, params_for_each
@@ -17,6 +19,7 @@ from pagellm.engine.sampling_params import SamplingParams
 from pagellm.engine.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
+_Result = TypeVar("_Result")
 
 
 class LLM:
@@ -25,6 +28,10 @@ class LLM:
     model: a known name, a local path (a Hugging Face directory or a .gguf file) or a hub id. Further keyword
     arguments are those of `EngineConfig`. Raises `CheckpointError` and `ConfigError`; its methods raise
     `RequestError` before anything is computed if one of the requests cannot be served.
+
+    Several threads may call it: their requests run together. An exception that comes in between, like a
+    KeyboardInterrupt, gives the requests of its call up, and no others. After `close`, or the end of its
+    `with` block, its methods raise `EngineError`.
     """
 
     def __init__(
@@ -38,7 +45,15 @@ class LLM:
         if config is not None and settings:
             raise TypeError(f"config and {', '.join(settings)} were both given, expected one or the other")
         self.engine = LLMEngine(model, config or EngineConfig(**settings), show_progress)
-        self._request_ids = (f"llm-{number}" for number in itertools.count())
+        self._numbers = count()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -57,7 +72,7 @@ class LLM:
         says. The output names what it was served with.
         """
         many = as_prompts(prompts)
-        return self._finish(self._add(many, params_for_each(sampling_params, len(many))))
+        return self._serve(many, params_for_each(sampling_params, len(many)))
 
     def chat(
         self,
@@ -99,71 +114,97 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams | None = None
     ) -> list[RequestOutput]:
         """One output a prompt, whose completions are its best beams, the best one first."""
-        searches: list[BeamSearch] = []
-        try:
-            for prompt in as_prompts(prompts):
-                searches.append(
-                    BeamSearch(self.engine, self._request_ids.__next__, prompt, params or BeamSearchParams())
-                )
-            while not all(search.output.finished for search in searches):
-                self.engine.step()
-                for search in searches:
-                    search.advance()
-        finally:
-            for search in searches:
-                search.close()
-        return [search.output for search in searches]
+        params = params or BeamSearchParams()
+        searches = [
+            BeamSearch(self.engine, self._new_request_id, prompt, params) for prompt in as_prompts(prompts)
+        ]
+
+        def search() -> list[RequestOutput]:
+            for one in searches:
+                one.start()
+            while under_way := [one for one in searches if not one.output.finished]:
+                self.engine.step_or_wait()
+                for one in under_way:
+                    one.advance()
+            return self._checked([one.output for one in searches])
+
+        def give_up() -> None:
+            for one in searches:
+                one.close()
+
+        return _all_or_nothing(search, give_up)
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """The logits after each of the tokens, [len(token_ids), vocab_size], through the paged path."""
         params = SamplingParams(temperature=0, max_tokens=1)
-        output = self.engine.add_request(next(self._request_ids), token_ids, params, return_logits=True)
-        self._finish([output])
-        assert output.logits is not None
+        [output] = self._serve([token_ids], [params], return_logits=True)
+        if output.logits is None or output.finish_reason is FinishReason.ERROR:
+            raise PagellmError(f"logits: {output.outputs[0].error}")
         return output.logits
 
     def close(self) -> None:
         """Gives up what is under way and ends the threads."""
         self.engine.close()
 
+    def _new_request_id(self) -> str:
+        return f"llm-{next(self._numbers)}"
+
+    def _serve(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | None], return_logits: bool = False
+    ) -> list[RequestOutput]:
+        request_ids = [self._new_request_id() for _ in prompts]
+
+        def serve() -> list[RequestOutput]:
+            outputs = self._add(request_ids, prompts, params, return_logits)
+            under_way = outputs
+            while under_way := [output for output in under_way if not output.finished]:
+                self.engine.step_or_wait()
+            return self._checked(outputs)
+
+        return _all_or_nothing(serve, lambda: self._give_up(request_ids))
+
     def _streams(
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | None]
     ) -> "list[list[CompletionStream]]":
+        request_ids = [self._new_request_id() for _ in prompts]
+
+        def add() -> "list[list[CompletionStream]]":
+            return [
+                [CompletionStream(self.engine, output.request_id, one) for one in output.outputs]
+                for output in self._add(request_ids, prompts, params)
+            ]
+
+        return _all_or_nothing(add, lambda: self._give_up(request_ids))
+
+    def _checked(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
+        """Outputs that have ended. Raises `EngineError` if the engine was closed before."""
+        reasons = {completion.finish_reason for output in outputs for completion in output.outputs}
+        if FinishReason.ABORT in reasons and self.engine.is_closed:
+            raise EngineError("the engine was closed before all requests had ended")
+        return outputs
+
+    def _add(
+        self,
+        request_ids: Sequence[str],
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams | None],
+        return_logits: bool = False,
+    ) -> list[RequestOutput]:
         return [
-            [CompletionStream(self.engine, output.request_id, completion) for completion in output.outputs]
-            for output in self._add(prompts, params)
+            self.engine.add_request(request_id, prompt, param, return_logits)
+            for request_id, prompt, param in zip(request_ids, prompts, params, strict=True)
         ]
 
-    def _add(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | None]) -> list[RequestOutput]:
-        """Adds all requests or, if one of them is bad, none."""
-        outputs: list[RequestOutput] = []
-        try:
-            for prompt, param in zip(prompts, params, strict=True):
-                outputs.append(self.engine.add_request(next(self._request_ids), prompt, param))
-        except BaseException:
-            self._give_up(outputs)
-            raise
-        return outputs
-
-    def _finish(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
-        """Takes steps until all of the requests have ended; an interrupt gives them up."""
-        try:
-            while not all(output.finished for output in outputs):
-                self.engine.step()
-        finally:
-            self._give_up(outputs)
-        return outputs
-
-    def _give_up(self, outputs: list[RequestOutput]) -> None:
-        for output in outputs:
-            self.engine.abort(output.request_id)
+    def _give_up(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self.engine.abort(request_id)
 
 
 class CompletionStream(Iterator[str]):
     """The text of one completion as it grows; reading it takes the engine's steps.
 
-    Closing or dropping it before its end gives the completion up. Raises `PagellmError` if the model's logits
-    stop being finite numbers.
+    Closing or dropping it before its end gives the completion up. Raises `PagellmError` if it cannot be
+    computed, and `EngineError` if the engine was closed before its end.
     """
 
     def __init__(self, engine: LLMEngine, request_id: str, completion: CompletionOutput) -> None:
@@ -171,26 +212,41 @@ class CompletionStream(Iterator[str]):
         self._request_id = request_id
         self._completion = completion
         self._sent = 0
+        self._reading = threading.RLock()
+        engine.abort_without(self, request_id, completion.index)
 
     def __next__(self) -> str:
-        try:
-            while len(self._completion.text) == self._sent:
-                if self._completion.finish_reason is FinishReason.ERROR:
-                    raise PagellmError("the model gave no finite logits, or every token was forbidden")
-                if self._completion.finished:
-                    raise StopIteration
-                self._engine.step()
-        except BaseException:
-            self.close()
-            raise
-        piece = self._completion.text[self._sent :]
-        self._sent += len(piece)
-        return piece
+        with self._reading:
+            return _all_or_nothing(self._next_piece, self.close)
 
     def close(self) -> None:
         """Gives the completion up if it has not ended."""
         if not self._completion.finished:
             self._engine.abort(self._request_id, self._completion.index)
 
-    def __del__(self) -> None:
-        self.close()
+    def _next_piece(self) -> str:
+        completion = self._completion
+        while len(completion.text) == self._sent:
+            if completion.finish_reason is FinishReason.ERROR:
+                raise PagellmError(f"{self._request_id}: {completion.error}")
+            if completion.finish_reason is FinishReason.ABORT and self._engine.is_closed:
+                raise EngineError("the engine was closed before the completion had ended")
+            if completion.finished:
+                raise StopIteration
+            self._engine.step_or_wait()
+        piece = completion.text[self._sent :]
+        self._sent += len(piece)
+        return piece
+
+
+def _all_or_nothing(work: Callable[[], _Result], give_up: Callable[[], None]) -> _Result:
+    """What `work` gives. If it raises, `give_up` follows, and once more if it was interrupted itself."""
+    try:
+        try:
+            return work()
+        except BaseException:
+            give_up()
+            raise
+    except BaseException:
+        give_up()
+        raise

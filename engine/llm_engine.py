@@ -1,61 +1,55 @@
 """LLMEngine: requests go in, steps are taken, outputs come out.
 
 Binds the tokenizer, the scheduler and the model runner together. It is the only place that knows text and
-time as well as sequences. One caller at a time; it starts no thread of its own but the kernels'.
+time as well as sequences. Calls of several threads take turns; it starts none of its own but the kernels'.
+
+An exception may come from outside at any moment, as from Ctrl-C. What is known of the requests is always
+whole, and of the queues and block tables it is known whether something was changing them; if so, they are
+rebuilt from the requests before the next call, and what was computed is computed again, with equal bits.
 """
 
 import random
 import time
-import warnings
+from collections import deque
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from itertools import count
+from typing import Any
+from weakref import ref
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pagellm.engine.checks import flag, number
+from pagellm.engine.completion import Completion, Request
 from pagellm.engine.config import EngineConfig
-from pagellm.engine.errors import RequestError, found
+from pagellm.engine.errors import EngineError, RequestError, found
 from pagellm.engine.loading import EngineParts, load_engine
 from pagellm.engine.model_runner import RunnerOutput
-from pagellm.engine.outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprob
+from pagellm.engine.outputs import FinishReason, RequestOutput
+from pagellm.engine.progress import say
 from pagellm.engine.prompts import Prompt, read_prompt
 from pagellm.engine.sampling_params import SamplingParams
 from pagellm.engine.scheduling.block_manager import TransferKind
-from pagellm.engine.scheduling.scheduler import ScheduledBatch
-from pagellm.engine.scheduling.sequence import Sequence
+from pagellm.engine.scheduling.scheduler import Preemption, ScheduledBatch
+from pagellm.engine.scheduling.sequence import Sequence, SequenceError
 from pagellm.engine.scheduling.step_loop import StepLoop
 from pagellm.engine.step_log import StepRecord, StepRecorder
-from pagellm.engine.stopping import StopChecker
-from pagellm.engine.tokenizer import IncrementalDetokenizer
+from pagellm.engine.turns import Turns, exclusive, exclusive_last
 
 # How much of what was measured before a step is kept after it.
 _REMEMBERED = 0.75
+
 # Times from a caller are no further from now, in seconds, so that differences of them are numbers.
 _LONG_AGO_S = 1e12
+_LONGEST_DESCRIPTION = 500  # characters of an error
+_NO_TOKEN = "the model gave no finite logits, or every token was forbidden"
 
 
-@dataclass
-class _Completion:
-    """One completion under way: its sequence and the output that grows with it."""
+class _Owner(ref[Any]):
+    """Whose completion it is: when that is garbage, nobody will ever read it."""
 
-    sequence: Sequence
-    output: CompletionOutput
-    detokenizer: IncrementalDetokenizer
-    stop: StopChecker
-    hides_special: bool  # whether special tokens are left out of the text
-
-
-@dataclass
-class _Request:
-    output: RequestOutput
-    completions: list[_Completion]
-    arrival: float  # on the engine's clock
-    logits: NDArray[np.float32] | None = None  # [prompt tokens, vocab_size], where they are wanted
-    unfinished: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.unfinished = len(self.completions)
+    __slots__ = ("aborts",)
+    aborts: tuple[str, int]  # the request and which of its completions
 
 
 class LLMEngine:
@@ -65,6 +59,9 @@ class LLMEngine:
     `show_progress` is for fetching, compiling and loading. Raises `CheckpointError` for a model and
     `ConfigError` for settings that cannot be served. loop: drives the scheduler; whoever listens to it
     hears of every step.
+
+    Any thread may call it. Its methods raise `EngineError` once it is closed, in the midst of another call of
+    the same thread, and in a process that was forked while another thread was in a call.
     """
 
     def __init__(
@@ -87,19 +84,32 @@ class LLMEngine:
             self.loop.listen(self._recorder)
         self.costs = parts.costs
         self.default_sampling_params = parts.default_sampling_params
+        shared = [name for name in ("step_log", "swap_dir") if getattr(self.config, name) is not None]
+        self.turns = Turns(
+            f"has a file ({', '.join(shared)}), which a forked process cannot share" if shared else None
+        )
+        self._changing = False  # whether queues, block tables or outputs are between two states
+        self._gone: deque[Any] = deque()  # owners that are garbage, and (request, index) of what is to abort
         self._special_texts = {
             token_id: self.tokenizer.decode([token_id]) for token_id in self.tokenizer.special_ids
         }
-        self._requests: dict[str, _Request] = {}
-        self._by_seq_id: dict[int, tuple[_Request, _Completion]] = {}
-        self._next_seq_id = 0
+        self._requests: dict[str, Request] = {}
+        self._by_seq_id: dict[int, tuple[Request, Completion]] = {}
+        self._seq_ids = count()
         self._prefill_s = self._prefill_tokens = 0.0  # of the latest steps
         self._start = time.perf_counter()
 
     @property
     def has_unfinished(self) -> bool:
         """Whether a step would do anything."""
-        return self.scheduler.has_unfinished
+        if self._gone and not self.turns.is_nested:
+            self._abort_gone()
+        return bool(self._requests)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it takes no more calls."""
+        return self.turns.refusal is not None
 
     def add_request(
         self,
@@ -124,17 +134,15 @@ class LLMEngine:
         """
         if not isinstance(request_id, str):
             raise RequestError(f"request_id: found {found(request_id)}, expected a string")
-        if request_id in self._requests:
-            raise RequestError(f"request_id: {found(request_id)} is in use, expected a new one")
         params = self.default_sampling_params if sampling_params is None else sampling_params
         if not isinstance(params, SamplingParams):
             raise RequestError(f"sampling_params: found {found(params)}, expected a SamplingParams")
         if fork_of is not None and not isinstance(fork_of, str):
             raise RequestError(f"fork_of: found {found(fork_of)}, expected the id of a request")
         wants_logits = flag("return_logits", return_logits)
-        arrival = self.now()
+        arrival_s = self.now()
         if arrival_time is not None:
-            arrival = number("arrival_time", arrival_time, -_LONG_AGO_S, _LONG_AGO_S)
+            arrival_s = number("arrival_time", arrival_time, -_LONG_AGO_S, _LONG_AGO_S)
         text, token_ids = self._read_prompt(prompt)
         self._check_token_ids("logit_bias", params.bias.ids)
         self._check_token_ids("stop_token_ids", params.stop_token_ids)
@@ -144,42 +152,41 @@ class LLMEngine:
             )
         if params.seed is None:
             params = replace(params, seed=random.getrandbits(63))
-        completions = [
-            self._new_completion(request_id, index, token_ids, params.of_completion(index), wants_logits)
-            for index in range(params.n)
-        ]
-        output = RequestOutput(request_id, text, token_ids, [c.output for c in completions], params)
+        output = RequestOutput(request_id, text, token_ids, [], params)
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None] * len(token_ids)
-        request = _Request(output, completions, arrival)
-        sequence, *forks = (completion.sequence for completion in completions)
-        parent = None if fork_of is None else self._requests.get(fork_of)
-        if parent is None or not sequence.reads_cache:
-            self.loop.add(sequence, arrival, forks)
-        else:
-            self.loop.fork(parent.completions[0].sequence, sequence, arrival, forks)
-        for completion in completions:
-            self._by_seq_id[completion.sequence.seq_id] = (request, completion)
+        request = Request(output, arrival_s)
+        for index in range(params.n):
+            request.add(self._new_completion(request, index, params.of_completion(index), wants_logits))
         if wants_logits:
             request.logits = np.zeros((len(token_ids), self.spec.vocab_size), np.float32)
-        self._requests[request_id] = request
+        self._add_request(request, fork_of)
         return output
 
     def abort(self, request_id: str, index: int | None = None) -> RequestOutput | None:
         """Gives a request, or one completion of it, up, whatever state it is in.
 
-        Returns what it got so far; None if the request is unknown or has ended.
+        Returns what it got so far; None if the request is unknown or has ended. In the midst of a step of the
+        same thread, as in a signal's handler, it is given up after that.
         """
         request = self._requests.get(request_id)
-        if request is None:
+        if request is None or self.turns.refusal is not None:
             return None
-        for completion in request.completions:
-            if index is not None and completion.output.index != index:
-                continue
-            if not completion.output.finished:
-                self.loop.abort(completion.sequence)
-                self._finish(request, completion, FinishReason.ABORT)
+        self._gone.append((request_id, index))
+        if not self.turns.is_nested:
+            self._abort_gone()
         return request.output
+
+    def abort_without(self, owner: object, request_id: str, index: int) -> None:
+        """Gives a completion up when its owner is garbage, at the beginning of the next call.
+
+        The collector may find it so in the midst of any call; hence nothing but a note is made then.
+        """
+        watched = _Owner(owner, self._gone.append)
+        watched.aborts = request_id, index
+        request = self._requests.get(request_id)
+        if request is not None:
+            request.owners.append(watched)
 
     def restart_clock(self) -> None:
         """Lets `now` begin at 0 again. Raises `RequestError` while requests are under way."""
@@ -191,40 +198,139 @@ class LLMEngine:
         """Seconds since the engine was made: its clock, and the scheduler's."""
         return time.perf_counter() - self._start
 
+    @exclusive_last
     def step(self) -> list[RequestOutput]:
         """Computes one batch; returns the requests that it gave a token to or finished.
 
         Raises `PolicyError`, after the step, if the scheduling policy failed in it: the outputs have what the
         step gave, and the next steps are scheduled first come first served.
         """
-        if not self.has_unfinished:
+        self._check_usable("step")
+        try:
+            return self._step()
+        except SequenceError as error:
+            if self._changing:
+                self._recover()
+            request, completion = self._by_seq_id[error.sequence.seq_id]
+            self._changing = True
+            self._fail(request, completion, error.__cause__)
+            self._changing = False
+            return [request.output]
+
+    def step_or_wait(self) -> None:
+        """Takes a step; while another thread takes one, waits for its end instead, which may do as well."""
+        if not self.turns.wait():
+            self.step()
+
+    @exclusive
+    def reset_prefix_cache(self) -> None:
+        """Forgets every cached prefix; requests under way keep their blocks."""
+        self._check_usable("reset_prefix_cache")
+        self._changing = True
+        self.block_manager.reset_cache()
+        self._changing = False
+
+    @exclusive
+    def close(self) -> None:
+        """Gives up all requests and ends the threads; every later call but this one is refused."""
+        if self.turns.refusal is None:
+            for request_id in list(self._requests):
+                self._abort(request_id)
+            self.turns.refusal = "is closed"
+        self.runner.close()
+        self._end_log()
+
+    def restore(self) -> None:
+        """Brings the engine into a state from which a call can begin."""
+        if self.turns.refusal is not None:
+            return
+        if self._changing:
+            self._recover()
+        while self._gone:
+            gone = self._gone[0]
+            self._abort(*(gone.aborts if isinstance(gone, _Owner) else gone))
+            self._gone.popleft()
+
+    @exclusive
+    def _abort_gone(self) -> None:
+        """Aborts what is to be aborted: `restore` does."""
+
+    @exclusive
+    def _add_request(self, request: Request, fork_of: str | None) -> None:
+        self._check_usable("add_request")
+        request_id = request.output.request_id
+        if request_id in self._requests:
+            raise RequestError(f"request_id: {found(request_id)} is in use, expected a new one")
+        sequence, *forks = (completion.sequence for completion in request.completions)
+        parent = None if fork_of is None else self._requests.get(fork_of)
+        self._changing = True
+        try:
+            if parent is None or not sequence.reads_cache:
+                self.loop.add(sequence, request.arrival_s, forks)
+            else:
+                self.loop.fork(parent.completions[0].sequence, sequence, request.arrival_s, forks)
+        except RequestError:  # which comes before anything is changed
+            self._changing = False
+            raise
+        for completion in request.completions:
+            self._by_seq_id[completion.sequence.seq_id] = (request, completion)
+        self._requests[request_id] = request
+        self._changing = False
+
+    def _abort(self, request_id: str, index: int | None = None) -> None:
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        self._changing = True
+        for completion in request.completions:
+            if index in (None, completion.output.index) and not completion.output.finished:
+                self.loop.abort(completion.sequence)
+                self._finish(request, completion, FinishReason.ABORT)
+        self._changing = False
+
+    def _step(self) -> list[RequestOutput]:
+        if not self._requests:
             return []
+        self._changing = True
         batch = self.loop.begin(self.now(), self.costs)
+        self._changing = False
         transfer_s = self._move_blocks(batch)
         self._note_admissions(batch)
         result = self._run(batch) if batch.sequences else RunnerOutput()
         sampled = batch.sampled
+        self._changing = True
         for sequence, token_id in zip(sampled, result.token_ids, strict=True):
             if token_id < 0:
                 self.loop.abort(sequence, FinishReason.ERROR)
         self.loop.end(batch, result.token_ids, self.now(), transfer_s=transfer_s)
         outputs = self._outputs(batch.sequences, sampled, result)
+        self._changing = False
         self.scheduler.policy.raise_error()
         return outputs
 
-    def reset_prefix_cache(self) -> None:
-        """Forgets every cached prefix; requests under way keep their blocks."""
-        self.block_manager.reset_cache()
+    def _recover(self) -> None:
+        """Rebuilds everything else from what is known of the requests."""
+        known: dict[Sequence, int] = {}
+        by_seq_id: dict[int, tuple[Request, Completion]] = {}
+        for request_id, request in list(self._requests.items()):
+            for completion in request.completions:
+                if completion.output.finished:
+                    continue
+                try:
+                    known[completion.sequence] = completion.take_back()
+                except Exception as error:  # its own data cannot be dealt with
+                    request.finish(completion, FinishReason.ERROR, self.now(), _description(error))
+                else:
+                    by_seq_id[completion.sequence.seq_id] = request, completion
+            if request.output.finished:
+                del self._requests[request_id]
+        self._by_seq_id = by_seq_id
+        self.scheduler.recover(known)
+        self._changing = False
 
-    def close(self) -> None:
-        """Gives up all requests and ends the threads."""
-        for request_id in list(self._requests):
-            self.abort(request_id)
-        self.runner.close()
-        if self._step_log is not None:
-            self.loop.ignore(self._recorder)
-            self._step_log.close()
-            self._step_log = None
+    def _check_usable(self, call: str) -> None:
+        if self.turns.refusal is not None:
+            raise EngineError(f"{call}: this engine {self.turns.refusal}, expected another one")
 
     def _log(self, record: StepRecord) -> None:
         """A log that cannot be written must not stop the requests."""
@@ -232,8 +338,20 @@ class LLMEngine:
         try:
             self._step_log.write(record)
         except OSError as error:
-            warnings.warn(f"step_log: {self.config.step_log}: {error}; it ends here", stacklevel=5)
-            self.loop.ignore(self._recorder)
+            say(f"step_log: {self.config.step_log}: {error.strerror}; it ends here")
+            self._end_log(said=True)
+
+    def _end_log(self, said: bool = False) -> None:
+        """Closes the step log. That it cannot be written is said once, and stops nobody."""
+        step_log, self._step_log = self._step_log, None
+        if step_log is None:
+            return
+        self.loop.ignore(self._recorder)
+        try:
+            step_log.close()
+        except OSError as error:
+            if not said:
+                say(f"step_log: {self.config.step_log}: {error.strerror}")
 
     def _move_blocks(self, batch: ScheduledBatch) -> float:
         """Does the batch's transfers, and returns the seconds that took.
@@ -247,8 +365,11 @@ class LLMEngine:
             try:
                 self.runner.transfer(transfer)
             except OSError as error:
-                warnings.warn(f"swap: {error}; preempted sequences are computed again", stacklevel=3)
+                if self.scheduler.preemption is not Preemption.RECOMPUTE:
+                    say(f"swap: {error}; preempted sequences are computed again")
+                self._changing = True
                 self.loop.transfer_failed(transfer, batch)
+                self._changing = False
             else:
                 self.loop.transferred()
                 num_swaps += transfer.kind is not TransferKind.COPY
@@ -301,34 +422,24 @@ class LLMEngine:
             )
 
     def _new_completion(
-        self, request_id: str, index: int, token_ids: list[int], params: SamplingParams, wants_logits: bool
-    ) -> _Completion:
+        self, request: Request, index: int, params: SamplingParams, wants_logits: bool
+    ) -> Completion:
         sequence = Sequence(
-            self._next_seq_id,
-            token_ids,
+            next(self._seq_ids),
+            request.output.prompt_token_ids,
             params,
             frozenset(self.tokenizer.eos_token_ids),
             reads_cache=not wants_logits and params.prompt_logprobs is None,
-            request_id=request_id,
+            request_id=request.output.request_id,
         )
-        self._next_seq_id += 1
-        output = CompletionOutput(index, logprobs=None if params.logprobs is None else [])
-        detokenizer = IncrementalDetokenizer(self.tokenizer, skip_special_tokens=params.skip_special_tokens)
-        stop = StopChecker(params)
-        return _Completion(sequence, output, detokenizer, stop, params.skip_special_tokens)
+        return Completion(index, sequence, self.tokenizer, self._special_texts, request.arrival_s)
 
     def _note_admissions(self, batch: ScheduledBatch) -> None:
         now = self.now()
         for admitted in batch.admitted:
             for sequence in (admitted.sequence, *admitted.sequence.forks):
-                request, completion = self._by_seq_id[sequence.seq_id]
-                metrics = completion.output.metrics
-                if metrics.first_scheduled_s is None:
-                    completion.output.metrics = replace(
-                        metrics,
-                        first_scheduled_s=now - request.arrival,
-                        num_cached_tokens=admitted.sequence.num_cached_tokens,
-                    )
+                _, completion = self._by_seq_id[sequence.seq_id]
+                completion.admitted(admitted.sequence.num_cached_tokens, now)
 
     def _outputs(
         self, computed: list[Sequence], sampled: list[Sequence], result: RunnerOutput
@@ -337,62 +448,46 @@ class LLMEngine:
         changed: dict[str, RequestOutput] = {}
         if result.prompt_logprobs or result.logits:
             for sequence in computed:
-                self._collect_prompt(self._by_seq_id[sequence.seq_id][0], sequence, result)
+                request, completion = self._by_seq_id[sequence.seq_id]
+                try:
+                    request.collect_prompt(
+                        result.prompt_logprobs.get(sequence.seq_id, ()),
+                        result.logits.get(sequence.seq_id, ()),
+                    )
+                except Exception as error:
+                    self._fail(request, completion, error)
         for sequence in sampled:
-            request, completion = self._by_seq_id[sequence.seq_id]
-            if sequence.finish_reason is FinishReason.ERROR:
-                self._finish(request, completion, FinishReason.ERROR)
-            else:
-                self._append_token(request, completion, result.logprobs.get(sequence.seq_id), now)
+            under_way = self._by_seq_id.get(sequence.seq_id)
+            if under_way is None:
+                continue  # it has just failed
+            request, completion = under_way
             changed[request.output.request_id] = request.output
+            if sequence.finish_reason is FinishReason.ERROR:
+                self._finish(request, completion, FinishReason.ERROR, _NO_TOKEN)
+                continue
+            try:
+                reason = completion.append(result.logprobs.get(sequence.seq_id), now)
+            except Exception as error:
+                self._fail(request, completion, error)
+                continue
+            if reason is not None:
+                self.loop.abort(sequence, reason)  # unless its tokens have ended it
+                self._finish(request, completion, reason)
         return list(changed.values())
 
-    def _collect_prompt(self, request: _Request, sequence: Sequence, result: RunnerOutput) -> None:
-        if request.output.prompt_logprobs is not None:
-            for index, logprob in result.prompt_logprobs.get(sequence.seq_id, ()):
-                request.output.prompt_logprobs[index] = logprob
-        if request.logits is not None:
-            for position, logits in result.logits.get(sequence.seq_id, ()):
-                if position < len(request.logits):
-                    request.logits[position] = logits
+    def _fail(self, request: Request, completion: Completion, error: BaseException | None) -> None:
+        """Ends a completion whose own data could not be dealt with: nobody else is the worse for it."""
+        self.loop.abort(completion.sequence, FinishReason.ERROR)
+        self._finish(request, completion, FinishReason.ERROR, _description(error))
 
-    def _append_token(
-        self, request: _Request, completion: _Completion, logprob: TokenLogprob | None, now: float
+    def _finish(
+        self, request: Request, completion: Completion, reason: FinishReason, error: str | None = None
     ) -> None:
-        sequence, output = completion.sequence, completion.output
-        token_id = sequence.token_ids[-1]
-        output.token_ids.append(token_id)
-        if output.logprobs is not None and logprob is not None:
-            output.logprobs.append(logprob)
-        if output.metrics.first_token_s is None:
-            output.metrics = replace(output.metrics, first_token_s=now - request.arrival)
-        text = completion.detokenizer.append(token_id)
-        if sequence.finish_reason is not None:
-            text += completion.detokenizer.finish()
-        hidden = self._special_texts.get(token_id, "") if completion.hides_special else ""
-        stop_string = completion.stop.append(text, len(output.token_ids), hidden)
-        if stop_string is not None:
-            output.stop_reason = stop_string
-            self.loop.abort(sequence, FinishReason.STOP)
-            self._finish(request, completion, FinishReason.STOP)
-        elif sequence.finish_reason is not None:
-            if sequence.finish_reason is FinishReason.STOP:
-                output.stop_reason = token_id
-            self._finish(request, completion, sequence.finish_reason)
-        else:
-            output.text = completion.stop.safe_text
-
-    def _finish(self, request: _Request, completion: _Completion, reason: FinishReason) -> None:
-        output = completion.output
-        output.text = completion.stop.text
-        output.finish_reason = reason
-        output.metrics = replace(
-            output.metrics,
-            finished_s=self.now() - request.arrival,
-            num_preemptions=completion.sequence.num_preemptions,
-        )
+        request.finish(completion, reason, self.now(), error)
         del self._by_seq_id[completion.sequence.seq_id]
-        request.unfinished -= 1
-        if request.unfinished == 0:
-            request.output.logits = request.logits
+        if request.output.finished:
             del self._requests[request.output.request_id]
+
+
+def _description(error: BaseException | None) -> str:
+    return f"{type(error).__name__}: {error}"[:_LONGEST_DESCRIPTION]

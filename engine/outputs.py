@@ -19,7 +19,7 @@ class FinishReason(StrEnum):
     STOP = "stop"  # an end-of-text token, a stop token or a stop string
     LENGTH = "length"  # max_tokens or max_model_len
     ABORT = "abort"  # the caller gave it up
-    ERROR = "error"  # the model's logits were no finite numbers, or every token was forbidden
+    ERROR = "error"  # it cannot be computed; the output says why
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class CompletionOutput:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token or string that ended it
+    error: str | None = None  # why it ended, where that is an error
     logprobs: list[TokenLogprob] | None = None  # one a token, if asked for
     cumulative_logprob: float | None = None  # of all its tokens, from a beam search
     metrics: Metrics = field(default_factory=Metrics)

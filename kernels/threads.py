@@ -150,7 +150,7 @@ class ThreadTeam:
         self.num_threads = num_threads
         self._mailbox: NDArray[np.int64] | None = None
         self._process_id = -1
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def run(self, function: Any, *arguments: Any) -> None:
         """Calls an entry point `(thread, mailbox, *arguments)` that shares its call with the team."""
@@ -187,10 +187,10 @@ class ThreadTeam:
         self._process_id = os.getpid()
 
     def _end_threads(self) -> None:
+        self._process_id = -1  # first: if an interrupt comes now, new threads are started at the next run
         if self._mailbox is not None:
             _send_home(self._mailbox)
         self._mailbox = None
-        self._process_id = -1
 
 
 # The locks of members that went home. They are never freed: who woke a member may not be done with its lock.

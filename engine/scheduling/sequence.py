@@ -11,6 +11,14 @@ from pagellm.engine.outputs import FinishReason
 from pagellm.engine.sampling_params import SamplingParams
 
 
+class SequenceError(Exception):
+    """Something that was done for one sequence alone failed, with the exception that this one comes from."""
+
+    def __init__(self, sequence: "Sequence") -> None:
+        super().__init__(f"sequence {sequence.seq_id}")
+        self.sequence = sequence
+
+
 class SequenceStatus(Enum):
     """Where a sequence is: a new one and one that was preempted to be computed again both wait."""
 

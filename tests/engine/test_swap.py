@@ -86,7 +86,11 @@ def test_a_directory_that_vanishes_in_the_middle_harms_nothing(
 @pytest.mark.parametrize("kind", [TransferKind.SWAP_OUT, TransferKind.SWAP_IN])
 @pytest.mark.parametrize("failing", [1, 2, 6])
 def test_what_cannot_be_moved_is_computed_again(
-    monkeypatch: pytest.MonkeyPatch, undisturbed: list[RequestOutput], kind: TransferKind, failing: int
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    undisturbed: list[RequestOutput],
+    kind: TransferKind,
+    failing: int,
 ) -> None:
     """From the transfer number `failing` of its kind on, the medium is broken."""
     llm = LLM(TINY, block_size=4, num_blocks=30, preemption="swap", show_progress=False)
@@ -100,10 +104,10 @@ def test_what_cannot_be_moved_is_computed_again(
         move(transfer)
 
     monkeypatch.setattr(llm.engine.runner, "transfer", broken)
-    with pytest.warns(
-        UserWarning, match=r"swap: .*Input/output error; preempted sequences are computed again"
-    ):
-        outputs = llm.generate(PROMPTS, PARAMS)
+    outputs = llm.generate(PROMPTS, PARAMS)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("pagellm: swap: ")
+    assert line.endswith("Input/output error; preempted sequences are computed again")
     assert [o.outputs[0].logprobs for o in outputs] == [o.outputs[0].logprobs for o in undisturbed]
     manager = llm.engine.block_manager
     llm.engine.scheduler.check()

@@ -1,0 +1,146 @@
+"""A request under way: the sequence of each of its completions, and the output that grows with it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pagellm.engine.outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprob
+from pagellm.engine.scheduling.sequence import Sequence
+from pagellm.engine.stopping import StopChecker
+from pagellm.engine.tokenizer import IncrementalDetokenizer, Tokenizer
+
+
+class Completion:
+    """One completion: takes over the tokens that its sequence gets, until they end it.
+
+    A token counts when all that follows from it is in the output. Whatever an exception leaves beyond those,
+    `take_back` takes away, to be computed and taken over again.
+
+    special_texts: what the special tokens say, which may be left out of the text. arrival_s: on the clock of
+    all times here.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        sequence: Sequence,
+        tokenizer: Tokenizer,
+        special_texts: Mapping[int, str],
+        arrival_s: float,
+    ) -> None:
+        params = sequence.sampling_params
+        self.sequence = sequence
+        self.output = CompletionOutput(index, logprobs=None if params.logprobs is None else [])
+        self._tokenizer = tokenizer
+        self._hidden_texts = special_texts if params.skip_special_tokens else {}
+        self._arrival_s = arrival_s
+        self._num_tokens = 0
+        self._begin_text()
+
+    def admitted(self, num_cached_tokens: int, time_s: float) -> None:
+        """Takes note that its first chunk enters a step, on the engine's clock."""
+        metrics = self.output.metrics
+        if metrics.first_scheduled_s is None:
+            self.output.metrics = replace(
+                metrics, first_scheduled_s=time_s - self._arrival_s, num_cached_tokens=num_cached_tokens
+            )
+
+    def append(self, logprob: TokenLogprob | None, time_s: float) -> FinishReason | None:
+        """Takes the sequence's last token over; returns why that ends it, if it does."""
+        sequence, output = self.sequence, self.output
+        token_id = sequence.token_ids[-1]
+        if output.metrics.first_token_s is None:
+            output.metrics = replace(output.metrics, first_token_s=time_s - self._arrival_s)
+        if output.logprobs is not None and logprob is not None:
+            output.logprobs.append(logprob)
+        output.token_ids.append(token_id)
+        stop_string = self._add_text(token_id, len(output.token_ids), sequence.finish_reason is not None)
+        if stop_string is not None:
+            output.stop_reason = stop_string
+            return FinishReason.STOP
+        if sequence.finish_reason is not None:
+            if sequence.finish_reason is FinishReason.STOP:
+                output.stop_reason = token_id
+            return sequence.finish_reason
+        output.text = self._stop.safe_text
+        self._num_tokens = len(output.token_ids)
+        return None
+
+    def finish(self, reason: FinishReason, time_s: float, error: str | None = None) -> None:
+        """Ends the output. Whoever sees its finish reason finds everything else in its place."""
+        output = self.output
+        output.text = self._stop.text
+        output.error = error
+        output.metrics = replace(
+            output.metrics,
+            finished_s=time_s - self._arrival_s,
+            num_preemptions=self.sequence.num_preemptions,
+        )
+        output.finish_reason = reason
+
+    def take_back(self) -> int:
+        """Leaves the tokens that count, in the output; returns how many the sequence has with them."""
+        output, num_tokens = self.output, self._num_tokens
+        output.stop_reason = None
+        del output.token_ids[num_tokens:]
+        if output.logprobs is not None:
+            del output.logprobs[num_tokens:]
+        self._begin_text()
+        for number, token_id in enumerate(output.token_ids, 1):
+            self._add_text(token_id, number)
+        return self.sequence.num_prompt_tokens + num_tokens
+
+    def _begin_text(self) -> None:
+        params = self.sequence.sampling_params
+        self._detokenizer = IncrementalDetokenizer(
+            self._tokenizer, skip_special_tokens=params.skip_special_tokens
+        )
+        self._stop = StopChecker(params)
+
+    def _add_text(self, token_id: int, number: int, is_last: bool = False) -> str | None:
+        """Adds what a token gives to the text; returns the stop string that this completed, if any."""
+        text = self._detokenizer.append(token_id)
+        if is_last:
+            text += self._detokenizer.finish()
+        return self._stop.append(text, number, self._hidden_texts.get(token_id, ""))
+
+
+@dataclass
+class Request:
+    """A prompt's completions, and where they are given out; arrival_s on the engine's clock."""
+
+    output: RequestOutput
+    arrival_s: float
+    completions: list[Completion] = field(default_factory=list)
+    logits: NDArray[np.float32] | None = None  # [prompt tokens, vocab_size], where they are wanted
+    owners: list[Any] = field(default_factory=list)  # what watches those who read it
+
+    def add(self, completion: Completion) -> None:
+        """Takes one more completion in."""
+        self.completions.append(completion)
+        self.output.outputs.append(completion.output)
+
+    def collect_prompt(
+        self,
+        logprobs: Iterable[tuple[int, TokenLogprob]],
+        logits: Iterable[tuple[int, NDArray[np.float32]]],
+    ) -> None:
+        """Takes over what was computed of the prompt: (index, log-probabilities), (position, logits)."""
+        if self.output.prompt_logprobs is not None:
+            for index, logprob in logprobs:
+                self.output.prompt_logprobs[index] = logprob
+        if self.logits is not None:
+            for position, row in logits:
+                if position < len(self.logits):
+                    self.logits[position] = row
+
+    def finish(
+        self, completion: Completion, reason: FinishReason, time_s: float, error: str | None = None
+    ) -> None:
+        """Ends one of the completions; with the last one the logits are given out."""
+        if all(other is completion or other.output.finished for other in self.completions):
+            self.output.logits = self.logits
+        completion.finish(reason, time_s, error)
