@@ -1,8 +1,12 @@
 """What is installed is one package, `pagellm`, and every way to find it finds the same."""
 
+import os
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,3 +39,90 @@ def test_a_bare_checkout_runs_as_a_module() -> None:
     assert done.returncode == 0
     assert all(command in done.stdout for command in ("generate", "chat", "bench", "warmup"))
     assert all(command in done.stdout for command in ("replay", "calibrate", "sweep", "trace"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a copy of the sources is built into, by the setuptools that are installed."""
+    pytest.importorskip("setuptools", minversion="70.1", reason="an older one needs more to build a wheel")
+    pytest.importorskip("pip")
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("pagellm", "engine", "kernels", "sim"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True)
+    output = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*command, "--no-build-isolation", "-w", output, source], check=True, timeout=300)
+    [path] = output.iterdir()
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the wheel holds, as an installer unpacks it."""
+    target = tmp_path_factory.mktemp("installed")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    return target
+
+
+def _python(installed: Path, *arguments: str) -> str:
+    """What Python prints where the wheel is found before all else, and the repository is not."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=installed.parent,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_wheel_installs_one_package_and_all_of_it(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        top_level = archive.read(next(name for name in names if name.endswith("top_level.txt"))).decode()
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"pagellm"}
+    assert top_level.split() == ["pagellm"]
+    assert set(_sources()) <= names, sorted(set(_sources()) - names)
+    assert "pagellm/py.typed" in names
+
+
+def _sources() -> Iterator[str]:
+    """Every file of the packages, as it is named beneath the one that is installed."""
+    for file in (ROOT / "pagellm").glob("*.py"):
+        yield f"pagellm/{file.name}"
+    for folder in ("engine", "kernels", "sim"):
+        for file in (ROOT / folder).rglob("*"):
+            if file.is_file() and "__pycache__" not in file.parts:
+                yield f"pagellm/{file.relative_to(ROOT).as_posix()}"
+
+
+@pytest.mark.parametrize("name", ["engine", "kernels", "sim"])
+def test_an_installed_wheel_leaves_others_names_alone(installed: Path, name: str) -> None:
+    (installed / f"{name}.py").write_text("whose = 'another project'")
+    program = f"import {name}, pagellm.{name}; print({name}.whose, pagellm.{name}.__file__)"
+    file = installed / "pagellm" / name / "__init__.py"
+    assert _python(installed, "-c", program) == f"another project {file}\n"
+    (installed / f"{name}.py").unlink()
+
+
+def test_an_installed_wheel_has_every_command_and_its_data(installed: Path) -> None:
+    from pagellm import __version__
+
+    assert _python(installed, "-m", "pagellm", "--version") == f"pagellm {__version__}\n"
+    commands = _python(installed, "-m", "pagellm", "--help")
+    assert all(name in commands for name in ("generate", "chat", "bench", "warmup"))
+    assert all(name in commands for name in ("replay", "calibrate", "sweep", "trace"))
+    trace, page = str(ROOT / "examples/traces/azure_2023_conversation.csv"), installed.parent / "page.html"
+    options = ["--limit", "9", "--roofline", "l4,smollm2-135m", "--report", str(page)]
+    assert "requests      9: 9 finished" in _python(installed, "-m", "pagellm", "replay", trace, *options)
+    assert page.stat().st_size > 10_000
+    program = "import pagellm.engine, pagellm; print(pagellm.LLM.__module__, pagellm.__file__)"
+    assert _python(installed, "-c", program) == (
+        f"pagellm.engine.llm {installed / 'pagellm' / '__init__.py'}\n"
+    )
