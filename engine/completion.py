@@ -72,8 +72,11 @@ class Completion:
     def finish(self, reason: FinishReason, time_s: float, error: str | None = None) -> None:
         """Ends the output. Whoever sees its finish reason finds everything else in its place."""
         output = self.output
-        output.text = self._stop.text
-        output.error = error
+        if error is None:
+            output.text = self._stop.text
+        else:
+            self._drop_tokens()
+            output.error = error
         output.metrics = replace(
             output.metrics,
             finished_s=time_s - self._arrival_s,
@@ -83,15 +86,19 @@ class Completion:
 
     def take_back(self) -> int:
         """Leaves the tokens that count, in the output; returns how many the sequence has with them."""
-        output, num_tokens = self.output, self._num_tokens
-        output.stop_reason = None
-        del output.token_ids[num_tokens:]
-        if output.logprobs is not None:
-            del output.logprobs[num_tokens:]
+        self._drop_tokens()
         self._begin_text()
-        for number, token_id in enumerate(output.token_ids, 1):
+        for number, token_id in enumerate(self.output.token_ids, 1):
             self._add_text(token_id, number)
-        return self.sequence.num_prompt_tokens + num_tokens
+        return self.sequence.num_prompt_tokens + self._num_tokens
+
+    def _drop_tokens(self) -> None:
+        """Takes the tokens that do not count out of the output."""
+        output = self.output
+        output.stop_reason = None
+        del output.token_ids[self._num_tokens :]
+        if output.logprobs is not None:
+            del output.logprobs[self._num_tokens :]
 
     def _begin_text(self) -> None:
         params = self.sequence.sampling_params
@@ -122,6 +129,10 @@ class Request:
         """Takes one more completion in."""
         self.completions.append(completion)
         self.output.outputs.append(completion.output)
+
+    def unfinished(self) -> list[Completion]:
+        """The completions that have not ended."""
+        return [completion for completion in self.completions if not completion.output.finished]
 
     def collect_prompt(
         self,

@@ -282,8 +282,8 @@ class LLMEngine:
         if request is None:
             return
         self._changing = True
-        for completion in request.completions:
-            if index in (None, completion.output.index) and not completion.output.finished:
+        for completion in request.unfinished():
+            if index in (None, completion.output.index):
                 self.loop.abort(completion.sequence)
                 self._finish(request, completion, FinishReason.ABORT)
         self._changing = False
@@ -313,9 +313,7 @@ class LLMEngine:
         known: dict[Sequence, int] = {}
         by_seq_id: dict[int, tuple[Request, Completion]] = {}
         for request_id, request in list(self._requests.items()):
-            for completion in request.completions:
-                if completion.output.finished:
-                    continue
+            for completion in request.unfinished():
                 try:
                     known[completion.sequence] = completion.take_back()
                 except Exception as error:  # its own data cannot be dealt with
@@ -448,14 +446,15 @@ class LLMEngine:
         changed: dict[str, RequestOutput] = {}
         if result.prompt_logprobs or result.logits:
             for sequence in computed:
-                request, completion = self._by_seq_id[sequence.seq_id]
+                request, _ = self._by_seq_id[sequence.seq_id]
                 try:
                     request.collect_prompt(
                         result.prompt_logprobs.get(sequence.seq_id, ()),
                         result.logits.get(sequence.seq_id, ()),
                     )
                 except Exception as error:
-                    self._fail(request, completion, error)
+                    for completion in request.unfinished():
+                        self._fail(request, completion, error)
         for sequence in sampled:
             under_way = self._by_seq_id.get(sequence.seq_id)
             if under_way is None:

@@ -15,7 +15,7 @@ from pagellm.engine.config import CompleteConfig
 from pagellm.engine.outputs import TokenLogprob
 from pagellm.engine.scheduling.block_manager import Transfer, TransferKind
 from pagellm.engine.scheduling.scheduler import ScheduledBatch
-from pagellm.engine.scheduling.sequence import Sequence
+from pagellm.engine.scheduling.sequence import Sequence, SequenceError
 from pagellm.engine.swap_space import FileSwapSpace, MemorySwapSpace, SwapSpace
 from pagellm.kernels.architecture import Architecture, Weights
 from pagellm.kernels.attention import KEY_CHUNK
@@ -88,7 +88,8 @@ class ModelRunner:
     def run(self, batch: ScheduledBatch, logits_of: frozenset[int] = frozenset()) -> RunnerOutput:
         """Computes a batch: fills its KV slots, samples, and collects what its sequences ask for.
 
-        logits_of: the seq_ids whose logits are wanted for every token that is computed.
+        logits_of: the seq_ids whose logits are wanted for every token that is computed. Raises
+        `SequenceError`, and changes nothing that counts, if one of its sequences cannot be dealt with.
         """
         inputs = self._inputs(batch)
         self._grow_plan(batch)
@@ -137,12 +138,15 @@ class ModelRunner:
         num_blocks = max([len(sequence.block_table) for sequence in sequences])
         block_tables = array("i", bytes(4 * num_blocks * len(sequences)))
         at = 0
-        for sequence, count in zip(sequences, counts, strict=True):
-            start, table = sequence.num_computed_tokens, sequence.block_table
-            token_ids += sequence.token_ids[start : start + count]
-            num_computed.append(start)
-            block_tables[at : at + len(table)] = array("i", table)
-            at += num_blocks
+        try:
+            for sequence, count in zip(sequences, counts, strict=True):
+                start, table = sequence.num_computed_tokens, sequence.block_table
+                token_ids += sequence.token_ids[start : start + count]
+                num_computed.append(start)
+                block_tables[at : at + len(table)] = array("i", table)
+                at += num_blocks
+        except Exception as error:
+            raise SequenceError(sequence) from error
         return Batch(
             token_ids=np.frombuffer(token_ids, np.int32),
             num_computed=np.frombuffer(num_computed, np.int32),
@@ -156,8 +160,9 @@ class ModelRunner:
             s.num_computed_tokens + n for s, n in zip(batch.sequences, batch.num_new_tokens, strict=True)
         )
         if longest > self._planned_chunks * KEY_CHUNK:
-            self._planned_chunks = 2 * longest // KEY_CHUNK + 1
-            self._plan = new_plan(self.arch, *self._batch_limits, self._planned_chunks)
+            chunks = 2 * longest // KEY_CHUNK + 1
+            self._plan = new_plan(self.arch, *self._batch_limits, chunks)
+            self._planned_chunks = chunks  # after the plan: an interrupt must not leave one that is too small
 
 
 def _block_views(cache: Cache) -> list[NDArray[np.float32]]:
@@ -172,21 +177,26 @@ def _block_views(cache: Cache) -> list[NDArray[np.float32]]:
 def _wanted_rows(batch: ScheduledBatch, logits_of: frozenset[int]) -> list[_Row]:
     rows = []
     first = 0
-    for sequence, count, samples in zip(batch.sequences, batch.num_new_tokens, batch.samples, strict=True):
-        start = sequence.num_computed_tokens
-        wants_logits = sequence.seq_id in logits_of
-        wants_prompt = wants_logits or sequence.sampling_params.prompt_logprobs is not None
-        if wants_prompt and start < sequence.num_prompt_tokens:
-            end = min(start + count, sequence.num_prompt_tokens - 1)
-            rows += [
-                _Row(sequence, first + p - start, p, sequence.token_ids[p + 1], wants_logits)
-                for p in range(start, end)
-            ]
-        if samples:
-            for sampled in (sequence, *batch.forks.get(sequence, ())):
-                wanted = wants_logits and sampled is sequence
-                rows.append(_Row(sampled, first + count - 1, start + count - 1, -1, wanted))
-        first += count
+    try:
+        for sequence, count, samples in zip(
+            batch.sequences, batch.num_new_tokens, batch.samples, strict=True
+        ):
+            start = sequence.num_computed_tokens
+            wants_logits = sequence.seq_id in logits_of
+            wants_prompt = wants_logits or sequence.sampling_params.prompt_logprobs is not None
+            if wants_prompt and start < sequence.num_prompt_tokens:
+                end = min(start + count, sequence.num_prompt_tokens - 1)
+                rows += [
+                    _Row(sequence, first + p - start, p, sequence.token_ids[p + 1], wants_logits)
+                    for p in range(start, end)
+                ]
+            if samples:
+                for sampled in (sequence, *batch.forks.get(sequence, ())):
+                    wanted = wants_logits and sampled is sequence
+                    rows.append(_Row(sampled, first + count - 1, start + count - 1, -1, wanted))
+            first += count
+    except Exception as error:
+        raise SequenceError(sequence) from error
     return rows
 
 
@@ -195,41 +205,44 @@ def _outputs(rows: list[_Row], vocab_size: int) -> Outputs:
     history, history_start = array("i"), array("i", [0])
     bias_ids, bias_values, bias_start = array("i"), array("f"), array("i", [0])
     num_wanted, most_logprobs = 0, 0
-    for row in rows:
-        sequence, p = row.sequence, row.sequence.sampling_params
-        samples = row.target < 0
-        num_logprobs = _num_logprobs(row, vocab_size)
-        most_logprobs = max(most_logprobs, num_logprobs)
-        wanted.append(
-            WantedRow(
-                token_row=row.token_row,
-                target=row.target,
-                num_logprobs=num_logprobs,
-                logits_row=num_wanted if row.wants_logits else -1,
-                top_k=min(max(p.top_k, 0), vocab_size),
-                seed=_as_int64(p.seed or 0),
-                position=row.position + 1,
-                prompt_len=sequence.num_prompt_tokens,
-                temperature=p.temperature,
-                top_p=p.top_p,
-                min_p=p.min_p,
-                repetition=p.repetition_penalty,
-                frequency=p.frequency_penalty,
-                presence=p.presence_penalty,
+    try:
+        for row in rows:
+            sequence, p = row.sequence, row.sequence.sampling_params
+            samples = row.target < 0
+            num_logprobs = _num_logprobs(row, vocab_size)
+            most_logprobs = max(most_logprobs, num_logprobs)
+            wanted.append(
+                WantedRow(
+                    token_row=row.token_row,
+                    target=row.target,
+                    num_logprobs=num_logprobs,
+                    logits_row=num_wanted if row.wants_logits else -1,
+                    top_k=min(max(p.top_k, 0), vocab_size),
+                    seed=_as_int64(p.seed or 0),
+                    position=row.position + 1,
+                    prompt_len=sequence.num_prompt_tokens,
+                    temperature=p.temperature,
+                    top_p=p.top_p,
+                    min_p=p.min_p,
+                    repetition=p.repetition_penalty,
+                    frequency=p.frequency_penalty,
+                    presence=p.presence_penalty,
+                )
             )
-        )
-        num_wanted += row.wants_logits
-        if samples and p.has_penalties:
-            history += sequence.token_ids
-        history_start.append(len(history))
-        if samples:
-            bias_ids += p.bias.ids
-            bias_values += p.bias.values_f32
-            if sequence.num_output_tokens < p.min_tokens:  # minus infinity, whatever else is added
-                ends = [t for t in sequence.stop_token_ids if t < vocab_size]
-                bias_ids.extend(ends)
-                bias_values.extend([-np.inf] * len(ends))
-        bias_start.append(len(bias_ids))
+            num_wanted += row.wants_logits
+            if samples and p.has_penalties:
+                history += sequence.token_ids
+            history_start.append(len(history))
+            if samples:
+                bias_ids += p.bias.ids
+                bias_values += p.bias.values_f32
+                if sequence.num_output_tokens < p.min_tokens:  # minus infinity, whatever else is added
+                    ends = [t for t in sequence.stop_token_ids if t < vocab_size]
+                    bias_ids.extend(ends)
+                    bias_values.extend([-np.inf] * len(ends))
+            bias_start.append(len(bias_ids))
+    except Exception as error:
+        raise SequenceError(row.sequence) from error
     return Outputs(
         wanted=np.array(wanted, WANTED),
         history=np.frombuffer(history, np.int32),
@@ -259,23 +272,26 @@ def _num_logprobs(row: _Row, vocab_size: int) -> int:
 def _collect(rows: list[_Row], outputs: Outputs) -> RunnerOutput:
     result = RunnerOutput()
     tokens, num_wanted = outputs.tokens.tolist(), 0
-    for i, row in enumerate(rows):
-        seq_id = row.sequence.seq_id
-        token = tokens[i] if row.target < 0 else row.target
-        if row.target < 0:
-            result.token_ids.append(token)
-        count = _num_logprobs(row, outputs.top_ids.shape[1])
-        if count >= 0:
-            top = zip(
-                outputs.top_ids[i, :count].tolist(), outputs.top_logprobs[i, :count].tolist(), strict=True
-            )
-            logprob = TokenLogprob(token, float(outputs.logprobs[i]), tuple(top))
+    try:
+        for i, row in enumerate(rows):
+            seq_id = row.sequence.seq_id
+            token = tokens[i] if row.target < 0 else row.target
             if row.target < 0:
-                result.logprobs[seq_id] = logprob
-            else:
-                result.prompt_logprobs.setdefault(seq_id, []).append((row.position + 1, logprob))
-        if row.wants_logits:
-            logits = outputs.logits[num_wanted]
-            num_wanted += 1
-            result.logits.setdefault(seq_id, []).append((row.position, logits))
+                result.token_ids.append(token)
+            count = _num_logprobs(row, outputs.top_ids.shape[1])
+            if count >= 0:
+                top = zip(
+                    outputs.top_ids[i, :count].tolist(), outputs.top_logprobs[i, :count].tolist(), strict=True
+                )
+                logprob = TokenLogprob(token, float(outputs.logprobs[i]), tuple(top))
+                if row.target < 0:
+                    result.logprobs[seq_id] = logprob
+                else:
+                    result.prompt_logprobs.setdefault(seq_id, []).append((row.position + 1, logprob))
+            if row.wants_logits:
+                logits = outputs.logits[num_wanted]
+                num_wanted += 1
+                result.logits.setdefault(seq_id, []).append((row.position, logits))
+    except Exception as error:
+        raise SequenceError(row.sequence) from error
     return result

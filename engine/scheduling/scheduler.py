@@ -22,7 +22,7 @@ from pagellm.engine.errors import RequestError
 from pagellm.engine.outputs import FinishReason
 from pagellm.engine.scheduling.block_manager import BlockManager, Transfer
 from pagellm.engine.scheduling.policies import CheckedPolicy, SchedulerStats, WaitingQueue, load_policy
-from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
+from pagellm.engine.scheduling.sequence import Sequence, SequenceError, SequenceStatus
 
 
 class Preemption(StrEnum):
@@ -178,6 +178,8 @@ class Scheduler:
 
         now: seconds, on the clock of `add`. costs: what has been measured, if that is new. limits: of this
         step, where they are not the settings'.
+
+        Raises `SequenceError` if one sequence cannot be dealt with; `recover` must follow.
         """
         self._update_stats(now)
         self.costs = costs or self.costs
@@ -204,7 +206,7 @@ class Scheduler:
         """Takes note that a batch has been computed; returns the sequences that this finished.
 
         token_ids: one for each of `batch.sampled`, in order. Sequences that were aborted since `schedule` are
-        passed over.
+        passed over. Raises `SequenceError` like `schedule`.
         """
         self.block_manager.transfers.clear()
         if self.policy.counts_batches:
@@ -213,20 +215,23 @@ class Scheduler:
         manager = self.block_manager
         caches, block_size = manager.enable_prefix_caching, manager.block_size
         tokens = iter(token_ids)
-        for sequence, count, samples in zip(
-            batch.sequences, batch.num_new_tokens, batch.samples, strict=True
-        ):
-            token_id = next(tokens) if samples else None
-            if sequence.block_table:  # else it was aborted
-                computed = sequence.num_computed_tokens = sequence.num_computed_tokens + count
-                if caches and computed // block_size > sequence.num_registered_blocks:
-                    manager.register(sequence)
-            if batch.forks and sequence in batch.forks:
-                self._commit_forks(sequence, batch.forks[sequence], tokens, finished)
-            if token_id is not None and sequence.block_table:
-                sequence.token_ids.append(token_id)
-                if len(sequence.token_ids) >= sequence.max_len or token_id in sequence.stop_token_ids:
-                    self._finish_if_ended(sequence, finished)
+        try:
+            for sequence, count, samples in zip(
+                batch.sequences, batch.num_new_tokens, batch.samples, strict=True
+            ):
+                token_id = next(tokens) if samples else None
+                if sequence.block_table:  # else it was aborted
+                    computed = sequence.num_computed_tokens = sequence.num_computed_tokens + count
+                    if caches and computed // block_size > sequence.num_registered_blocks:
+                        manager.register(sequence)
+                if batch.forks and sequence in batch.forks:
+                    self._commit_forks(sequence, batch.forks[sequence], tokens, finished)
+                if token_id is not None and sequence.block_table:
+                    sequence.token_ids.append(token_id)
+                    if len(sequence.token_ids) >= sequence.max_len or token_id in sequence.stop_token_ids:
+                        self._finish_if_ended(sequence, finished)
+        except Exception as error:
+            raise SequenceError(sequence) from error
         if finished:
             self.running = [s for s in self.running if s.block_table]
         return finished
@@ -356,7 +361,10 @@ class Scheduler:
         while budget > 0 and self.waiting and len(self.running) < self.max_num_running:
             sequence = self.waiting.first(self.stats)
             was = sequence.status
-            prefix = self._give_blocks(sequence)
+            try:
+                prefix = self._give_blocks(sequence)
+            except Exception as error:
+                raise SequenceError(sequence) from error
             if prefix is None:
                 return
             self.waiting.remove(sequence)
