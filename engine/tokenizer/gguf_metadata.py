@@ -60,20 +60,18 @@ def read_gguf_metadata(metadata: Mapping[str, Any]) -> TokenizerSpec:
             raise CheckpointError(f"{_PREFIX}token_type[{token_id}]: found {found(kind)}, expected 1 to 5")
         elif tokens[token_id]:
             added_tokens.append(AddedToken(token_id, tokens[token_id], special=kind != _USER_DEFINED))
-    pretokenizer = pretokenizers.from_gguf_name(pre)
-    family = pretokenizers.PATTERN_OF_GGUF_PRE[pre]
+    pretokenizer, named = pretokenizers.from_gguf_name(pre)
     chat_template = metadata.get("tokenizer.chat_template")
     if chat_template is not None:
         expect(chat_template, str, "tokenizer.chat_template")
-    add_bos_token = metadata.get(f"{_PREFIX}add_bos_token", family == "llama3")
+    add_bos_token = metadata.get(f"{_PREFIX}add_bos_token", named.add_bos)
     return TokenizerSpec(
         vocab=vocab,
         merges=_strings(metadata, "merges"),
         pretokenizer=pretokenizer,
         added_tokens=tuple(added_tokens),
-        # GGUF has no field for these two: they follow from the family.
-        normalize_nfc=family == "qwen2",
-        ignore_merges=family == "llama3",
+        normalize_nfc=named.normalize_nfc,
+        ignore_merges=named.ignore_merges,
         bos_token_id=_token_id(metadata, "bos", len(tokens)),
         add_bos_token=expect(add_bos_token, bool, f"{_PREFIX}add_bos_token"),
         eos_token_ids=_end_ids(metadata, added_tokens, len(tokens)),

@@ -2,83 +2,217 @@
 
 The patterns of the supported model families stand here by name, together with the names that GGUF files give
 them and the reading of the `pre_tokenizer` section of a `tokenizer.json`. A pre-tokenizer knows characters
-only: nothing of bytes, vocabularies or merges.
+only: nothing of bytes, vocabularies or merges. Patterns are in the dialect that `oniguruma` translates.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
-from typing import Any
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import regex
 
-from pagellm.engine.errors import CheckpointError
+from pagellm.engine.errors import CheckpointError, RequestError
 from pagellm.engine.tokenizer.checks import expect, found
+from pagellm.engine.tokenizer.oniguruma import (
+    NEWER_CHARACTERS,
+    PatternError,
+    Translation,
+    literal,
+    translate,
+)
 
-PATTERNS: dict[str, str] = {
-    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_O200K_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s"
+)
+
+# The patterns of a family, each cutting the pieces of the one before.
+PATTERNS: dict[str, tuple[str, ...]] = {
+    "gpt2": (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",),
+    "smollm": (
+        r"\p{N}",
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    ),
     "llama3": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}"
+        rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}",
     ),
     "qwen2": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}"
+        rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}",
     ),
-    # Digits one by one, then GPT-2 on what lies between: in one pattern, a digit ends a run of whitespace
-    # just as the end of the text does.
-    "smollm": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
+    "qwen35": (
+        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+        rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",
+    ),
+    "o200k": (
+        _O200K_WORDS % (f"{_CONTRACTIONS}?", f"{_CONTRACTIONS}?")
+        + rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}",
+    ),
+    "tekken": (_O200K_WORDS % ("", "") + rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}",),
+    "bailingmoe": (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+        r"|\s*[\r\n]|\s+(?!\S)|\s+",
+    ),
+    "seed-coder": (
+        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",
+    ),
+    "deepseek-v3": (
+        r"\p{N}{1,3}",
+        r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+        rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}",
+    ),
+    "deepseek-coder": (
+        r"[\r\n]",
+        r"\s?\p{L}+",
+        r"\s?\p{P}+",
+        r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+        r"\p{N}",
+    ),
 }
 
-# Only names whose pattern is the very same; a model loaded with a merely similar one would be quietly worse.
-PATTERN_OF_GGUF_PRE: dict[str, str] = {
-    "gpt-2": "gpt2",
-    "phi-2": "gpt2",
-    "llama-bpe": "llama3",
-    "llama-v3": "llama3",
-    "llama3": "llama3",
-    "qwen2": "qwen2",
-    "refact": "smollm",
-    "smollm": "smollm",
-    "starcoder": "smollm",
+
+class GgufPretokenizer(NamedTuple):
+    """What llama.cpp takes a name in `tokenizer.ggml.pre` to mean.
+
+    GGUF has no field for `ignore_merges` and `normalize_nfc` (the latter as the model's tokenizer.json has
+    it); `add_bos` holds where the file does not say otherwise.
+    """
+
+    family: str
+    ignore_merges: bool = False
+    add_bos: bool = False
+    normalize_nfc: bool = False
+
+
+# From llama.cpp's llama-vocab.cpp: the names whose pattern is one of those above. (Where its own pattern only
+# approximates the one in the model's tokenizer.json, the latter stands above.) A model loaded with a merely
+# similar pattern would be quietly worse, so other names are refused.
+_GPT2 = (
+    "gpt-2 phi-2 jina-es jina-de jina-v2-es jina-v2-de gigachat a.x-4.0 mellum modern-bert mpt olmo jais"
+    " trillion granite-docling exaone4"
+)
+_SMOLLM = "smollm starcoder refact codeshell exaone minerva-7b mellum2"
+_LLAMA3 = "llama-bpe llama-v3 llama3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano"
+_QWEN2 = "deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2"
+GGUF_PRETOKENIZERS: dict[str, GgufPretokenizer] = {
+    **dict.fromkeys(_GPT2.split(), GgufPretokenizer("gpt2")),
+    **dict.fromkeys(_SMOLLM.split(), GgufPretokenizer("smollm")),
+    **dict.fromkeys(_LLAMA3.split(), GgufPretokenizer("llama3", ignore_merges=True, add_bos=True)),
+    **dict.fromkeys(["dbrx", "smaug-bpe", "chatglm-bpe"], GgufPretokenizer("llama3")),
+    **dict.fromkeys(["glm4", "glm5"], GgufPretokenizer("llama3", ignore_merges=True)),
+    **dict.fromkeys(_QWEN2.split(), GgufPretokenizer("qwen2")),
+    "command-r": GgufPretokenizer("smollm", normalize_nfc=True),
+    "qwen2": GgufPretokenizer("qwen2", normalize_nfc=True),
+    "qwen35": GgufPretokenizer("qwen35", normalize_nfc=True),
+    **dict.fromkeys(["gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"], GgufPretokenizer("o200k")),
+    "tekken": GgufPretokenizer("tekken", ignore_merges=True, add_bos=True),
+    **dict.fromkeys(["bailingmoe", "bailingmoe2", "llada-moe"], GgufPretokenizer("bailingmoe")),
+    "seed-coder": GgufPretokenizer("seed-coder"),
+    **dict.fromkeys(["deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"], GgufPretokenizer("deepseek-v3")),
+    "deepseek-coder": GgufPretokenizer("deepseek-coder"),
 }
 
-_EVERY_DIGIT = r"\p{N}"
-_DIGIT_RUNS = r"\p{N}+"
+# GPT-2's pattern with digits one by one, in one: a digit ends a run of whitespace as the text's end does.
+_DIGITS_AND_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
-Stage = Callable[[str], list[str]]
+# Patterns that match every character, and any text in linear time.
+_COMPLETE = {
+    translate(pattern).quick
+    for pattern in (
+        _DIGITS_AND_GPT2,
+        *(patterns[0] for patterns in PATTERNS.values() if len(patterns) == 1),
+    )
+}
+
+# `Digits` is no pattern there; its Unicode is 17, so that fewer digits are too new.
+_DIGIT = Translation(r"\p{N}", r"[\p{N}--[\U0001246f\U00012475-\U0001247f\U00012550-\U00012686]]", False)
+_DIGIT_RUN = Translation(f"{_DIGIT.quick}+", f"{_DIGIT.exact}+", False)
+
+# What the patterns of a model may take on one text; a hostile one can take longer than the universe is old.
+_TIME_LIMIT_S = 4.0
+
+_NEWER_CHARACTER = re.compile(f"[{NEWER_CHARACTERS}]")
+
+# Cuts a text; the number is the time when to give up, by `time.monotonic`.
+Stage = Callable[[str, float], list[str]]
 
 
 class Pretokenizer:
-    """Stages applied in turn, each cutting every piece of the stage before."""
+    """Patterns applied in turn, each cutting every piece of the one before at its matches.
 
-    def __init__(self, stages: Iterable[Stage]) -> None:
-        self._stages = tuple(stages)
+    None among them puts a space before each piece that begins with another character.
+
+    Raises:
+        PatternError: `regex` refuses a translation.
+    """
+
+    def __init__(self, patterns: Sequence[Translation | None]) -> None:
+        self._patterns = tuple(patterns)
+        quick = self._patterns
+        gpt2 = translate(PATTERNS["gpt2"][0])
+        if quick in ((_DIGIT, gpt2), (translate(r"\p{N}"), gpt2)):
+            quick = (translate(_DIGITS_AND_GPT2),)
+        self._stages = [
+            _prefix_space if pattern is None else _stage(pattern.quick, pattern.may_be_empty)
+            for pattern in quick
+        ]
 
     @classmethod
     def named(cls, name: str, *, add_prefix_space: bool = False) -> "Pretokenizer":
         """The pre-tokenizer of a family in `PATTERNS`."""
-        prefix = [_prefix_space] if add_prefix_space else []
-        return cls([*prefix, _split(PATTERNS[name], name)])
+        prefix = [None] if add_prefix_space else []
+        return cls([*prefix, *map(translate, PATTERNS[name])])
 
     def __call__(self, text: str) -> list[str]:
-        """The words of the text; joined they give it back, but for the spaces that a prefix stage adds."""
+        """The words of the text; joined they give it back, but for a prefixed space.
+
+        Raises:
+            RequestError: a pattern that came with the model takes too long on this text.
+        """
+        stages = self._stages
+        if not text.isascii() and _NEWER_CHARACTER.search(text):
+            stages = self._exact_stages
+        give_up_at = time.monotonic() + _TIME_LIMIT_S
         pieces = [text]
-        for stage in self._stages:
-            pieces = stage(pieces[0]) if len(pieces) == 1 else list(chain.from_iterable(map(stage, pieces)))
+        try:
+            for stage in stages:
+                if len(pieces) == 1:
+                    pieces = stage(pieces[0], give_up_at)
+                else:
+                    pieces = [word for piece in pieces for word in stage(piece, give_up_at)]
+        except TimeoutError:
+            raise RequestError(
+                f"text: the pre-tokenizer's patterns took more than {_TIME_LIMIT_S:g} s on {len(text)}"
+                " characters: they go through some texts in exponentially many ways"
+            ) from None
         return pieces
 
+    @cached_property
+    def _exact_stages(self) -> list[Stage]:
+        return [
+            _prefix_space if pattern is None else _stage(pattern.exact, pattern.may_be_empty)
+            for pattern in self._patterns
+        ]
 
-def from_gguf_name(pre: str) -> Pretokenizer:
+
+def from_gguf_name(pre: str) -> tuple[Pretokenizer, GgufPretokenizer]:
     """The pre-tokenizer that a GGUF file names in `tokenizer.ggml.pre`.
 
     Raises:
         CheckpointError: the name is not one of those supported.
     """
-    if pre not in PATTERN_OF_GGUF_PRE:
+    if pre not in GGUF_PRETOKENIZERS:
         raise CheckpointError(
-            f"tokenizer.ggml.pre: found {found(pre)}, expected one of {', '.join(PATTERN_OF_GGUF_PRE)}"
+            f"tokenizer.ggml.pre: found {found(pre)}, expected one of {', '.join(sorted(GGUF_PRETOKENIZERS))}"
         )
-    return Pretokenizer.named(PATTERN_OF_GGUF_PRE[pre])
+    named = GGUF_PRETOKENIZERS[pre]
+    return Pretokenizer.named(named.family), named
 
 
 def from_tokenizer_json(section: object, where: str) -> Pretokenizer:
@@ -87,7 +221,7 @@ def from_tokenizer_json(section: object, where: str) -> Pretokenizer:
     `ByteLevel` alone, or a `Sequence` of `Split` and `Digits` that ends with `ByteLevel`.
 
     Raises:
-        CheckpointError: another type, or a setting that is not supported.
+        CheckpointError: another type, or a setting or pattern that is not supported.
     """
     section = expect(section, dict, where)
     if section.get("type") != "Sequence":
@@ -99,63 +233,76 @@ def from_tokenizer_json(section: object, where: str) -> Pretokenizer:
     if not steps or steps[-1][1].get("type") != "ByteLevel":
         last = steps[-1][1].get("type") if steps else None
         raise CheckpointError(f"{where}: ends with {found(last)}, expected ByteLevel")
-    patterns = [pattern for name, step in steps for pattern in _read_step(step, name)]
-    if patterns == [_EVERY_DIGIT, PATTERNS["gpt2"]]:
-        patterns = [PATTERNS["smollm"]]
-    return Pretokenizer(_prefix_space if pattern is None else _split(pattern, where) for pattern in patterns)
+    patterns: list[Translation | None] = [_read_step(step, name) for name, step in steps[:-1]]
+    name, byte_level = steps[-1]
+    if _flag(byte_level, "add_prefix_space", True, name):
+        patterns.append(None)
+    if _flag(byte_level, "use_regex", True, name):
+        patterns.append(translate(PATTERNS["gpt2"][0]))
+    try:
+        return Pretokenizer(patterns)
+    except PatternError as error:
+        raise CheckpointError(f"{where}: {error}") from error
 
 
-def _read_step(step: Mapping[str, Any], where: str) -> list[str | None]:
-    """One entry as patterns; None stands for the stage that prefixes a space."""
+def _read_step(step: Mapping[str, Any], where: str) -> Translation:
     match step.get("type"):
-        case "ByteLevel":
-            prefix: list[str | None] = [None] if step.get("add_prefix_space", True) else []
-            return [*prefix, PATTERNS["gpt2"]] if step.get("use_regex", True) else prefix
         case "Digits":
-            return [_EVERY_DIGIT if step.get("individual_digits", False) else _DIGIT_RUNS]
+            return _DIGIT if _flag(step, "individual_digits", False, where) else _DIGIT_RUN
         case "Split":
-            return [_read_split(step, where)]
+            return _read_split(step, where)
         case other:
-            raise CheckpointError(f"{where}.type: found {found(other)}, expected ByteLevel, Split or Digits")
+            raise CheckpointError(
+                f"{where}.type: found {found(other)}, expected Split or Digits, and ByteLevel at the end"
+            )
 
 
-def _read_split(step: Mapping[str, Any], where: str) -> str:
+def _flag(step: Mapping[str, Any], name: str, default: bool, where: str) -> bool:
+    return expect(step.get(name, default), bool, f"{where}.{name}")
+
+
+def _read_split(step: Mapping[str, Any], where: str) -> Translation:
     pattern = expect(step.get("pattern"), dict, f"{where}.pattern")
     kind, text = next(iter(pattern.items()), (None, None))
-    if kind not in ("Regex", "String"):
+    if kind not in ("Regex", "String") or len(pattern) != 1:
         raise CheckpointError(f"{where}.pattern: found {found(pattern)}, expected Regex or String")
     text = expect(text, str, f"{where}.pattern.{kind}")
-    if kind == "String":
-        text = regex.escape(text)
+    try:
+        translation = translate(text) if kind == "Regex" else literal(text)
+    except PatternError as error:
+        raise CheckpointError(
+            f"{where}.pattern.{kind}: found {found(text)}, expected a pattern with a translation: {error}"
+        ) from error
     behavior, invert = step.get("behavior"), step.get("invert", False)
     # "Remove what does not match" keeps every character where the pattern matches all of them.
-    keeps_all = behavior == "Removed" and invert is True and text in PATTERNS.values()
+    keeps_all = behavior == "Removed" and invert is True and translation.quick in _COMPLETE
     if not keeps_all and (behavior != "Isolated" or invert is not False):
         raise CheckpointError(
             f"{where}.behavior: found {found(behavior)} with invert {found(invert)}, expected 'Isolated'"
             " without invert"
         )
-    return text
+    return translation
 
 
-def _split(pattern: str, where: str) -> Stage:
+def _stage(source: str, may_be_empty: bool) -> Stage:
     """The stage that makes each match a piece, and each stretch between matches one too."""
     try:
-        compiled = regex.compile(pattern)
-    except regex.error as error:
-        raise CheckpointError(f"{where}: {found(pattern)} is no regular expression: {error}") from error
-    if pattern in PATTERNS.values():
-        # These match every character and have no groups, so the C loop alone does it.
-        find_all: Stage = compiled.findall
-        return find_all
+        compiled = regex.compile(source, regex.V1)
+    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+        raise PatternError(f"{found(source)} cannot be compiled: {error}") from error
+    if source in _COMPLETE:
+        return lambda text, _give_up_at: compiled.findall(text)
+    return _cutting_at_places(compiled) if may_be_empty else _cutting_out(compiled)
 
-    def isolate(text: str) -> list[str]:
+
+def _cutting_out(compiled: regex.Pattern[str]) -> Stage:
+    """Where every match has characters."""
+
+    def stage(text: str, give_up_at: float) -> list[str]:
         pieces: list[str] = []
         done = 0
-        for match in compiled.finditer(text):
+        for match in compiled.finditer(text, timeout=_time_left(give_up_at)):
             start, stop = match.span()
-            if start == stop:
-                continue
             if done < start:
                 pieces.append(text[done:start])
             pieces.append(text[start:stop])
@@ -164,8 +311,43 @@ def _split(pattern: str, where: str) -> Stage:
             pieces.append(text[done:])
         return pieces
 
-    return isolate
+    return stage
 
 
-def _prefix_space(text: str) -> list[str]:
+def _cutting_at_places(compiled: regex.Pattern[str]) -> Stage:
+    """Where a match may be empty, and then only cuts.
+
+    Where a match ends, another one that is empty is passed over, and with it whatever else could begin there:
+    the rule of the library's Oniguruma binding, which is not Python's.
+    """
+
+    def stage(text: str, give_up_at: float) -> list[str]:
+        pieces: list[str] = []
+        done = at = 0
+        last_stop = -1
+        while match := compiled.search(text, at, timeout=_time_left(give_up_at)):
+            start, stop = match.span()
+            if start == stop == last_stop:
+                at += 1
+                if at > len(text):
+                    break
+                continue
+            if done < start:
+                pieces.append(text[done:start])
+            if start < stop:
+                pieces.append(text[start:stop])
+            done = at = last_stop = stop
+        if done < len(text):
+            pieces.append(text[done:])
+        return pieces
+
+    return stage
+
+
+def _prefix_space(text: str, _give_up_at: float) -> list[str]:
     return [text if text.startswith(" ") else f" {text}"]
+
+
+def _time_left(give_up_at: float) -> float:
+    """In seconds, above zero, which would mean no limit."""
+    return max(give_up_at - time.monotonic(), 1e-3)
