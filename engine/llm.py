@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pagellm.engine.beam_search import BeamSearch, BeamSearchParams
 from pagellm.engine.config import DEFAULT_MODEL, EngineConfig
-from pagellm.engine.errors import EngineError, PagellmError, RequestError
+from pagellm.engine.errors import EngineError, PagellmError, RequestError, found
 from pagellm.engine.llm_engine import LLMEngine
 from pagellm.engine.outputs import CompletionOutput, FinishReason, RequestOutput
 from pagellm.engine.prompts import Prompt, as_prompts, params_for_each
@@ -78,18 +78,50 @@ class LLM:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Any,
     ) -> list[RequestOutput]:
         """Like `generate`, for one conversation or several.
 
         messages: a list of {"role": ..., "content": ...}, laid out by the model's own chat template.
+        options: those of `chat_prompt`.
         """
-        several = not isinstance(messages, str) and messages and isinstance(messages[0], list | tuple)
+        several = isinstance(messages, Sequence) and messages and isinstance(messages[0], list | tuple)
         conversations: list[Any] = list(messages) if several else [messages]
-        return self.generate([self.chat_prompt(one) for one in conversations], sampling_params)
+        prompts = [self.chat_prompt(conversation, **options) for conversation in conversations]
+        return self.generate(prompts, sampling_params)
 
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The token ids of a conversation, up to where the assistant's answer begins."""
-        return self.tokenizer.encode_chat(messages)
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        sanitize_control_tokens: bool = False,
+    ) -> list[int]:
+        """The token ids of a conversation, up to where the model goes on.
+
+        messages: each has a `role` and a `content`, a text or a list of {"type": "text", "text": ...}; one
+        that calls tools or tells a thought may have no content. tools: JSON schemas of functions.
+        add_generation_prompt: end where the assistant's answer begins; None: unless continue_final_message,
+        with which the model goes on with the last message. chat_template: the name of one of the model's
+        templates. chat_template_kwargs: further names for the template, such as `enable_thinking`.
+        sanitize_control_tokens: control tokens that users write out are plain text.
+        Raises `RequestError` for what the template, or anything else here, does not take.
+        """
+        kwargs = {} if chat_template_kwargs is None else chat_template_kwargs
+        if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
+            raise RequestError(f"chat_template_kwargs: found {found(kwargs)}, expected names with values")
+        taken = {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"}
+        for name in sorted(kwargs.keys() & (taken | {"control_tokens", "sanitize_control_tokens"})):
+            raise RequestError(f"chat_template_kwargs: found {name!r}, expected it as an argument of its own")
+        return self.tokenizer.encode_chat(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, chat_template=chat_template,
+            continue_final_message=continue_final_message, sanitize_control_tokens=sanitize_control_tokens,
+            **kwargs,
+        )  # fmt: skip
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> "CompletionStream":
         """A completion's text piece by piece, as soon as no stop string can take it back."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from pagellm.engine.errors import CheckpointError
 from pagellm.engine.tokenizer.added_tokens import AddedToken
+from pagellm.engine.tokenizer.chat_files import read_chat_templates, read_template_tokens
 from pagellm.engine.tokenizer.checks import expect, found, read_json_object, read_json_object_if_present
 from pagellm.engine.tokenizer.pretokenizers import Pretokenizer
 from pagellm.engine.tokenizer.spec import NO_TOKENIZER, TokenizerSpec
@@ -108,10 +109,13 @@ def _with_roles(spec: TokenizerSpec, directory: Path) -> TokenizerSpec:
     bos_token_id = spec.bos_token_id if spec.bos_token_id is not None else next(iter(bos), None)
     eos_token_ids = spec.eos_token_ids
     # The first file to name a token decides; the model's own configurations may add further ends of turn.
-    for path in (directory / "special_tokens_map.json", tokenizer_path):
-        named = read_json_object_if_present(path)
-        bos_token_id = _read_named(named.get("bos_token"), spec, f"{path}: bos_token", bos_token_id)
-        eos_token_id = _read_named(named.get("eos_token"), spec, f"{path}: eos_token", None)
+    naming = {
+        str(path): read_json_object_if_present(path)
+        for path in (directory / "special_tokens_map.json", tokenizer_path)
+    }
+    for where, named in naming.items():
+        bos_token_id = _read_named(named.get("bos_token"), spec, f"{where}: bos_token", bos_token_id)
+        eos_token_id = _read_named(named.get("eos_token"), spec, f"{where}: eos_token", None)
         eos_token_ids = eos_token_ids if eos_token_id is None else (eos_token_id,)
     for path in (directory / "generation_config.json", model_path):
         ids = _read_ids(read_json_object_if_present(path).get("eos_token_id"), f"{path}: eos_token_id")
@@ -127,7 +131,8 @@ def _with_roles(spec: TokenizerSpec, directory: Path) -> TokenizerSpec:
         bos_token_id=bos_token_id,
         add_bos_token=spec.add_bos_token if add_bos_token is None else add_bos_token,
         eos_token_ids=eos_token_ids,
-        chat_template=_read_chat_template(directory, tokenizer_config),
+        chat_templates=read_chat_templates(directory, tokenizer_config),
+        template_tokens=read_template_tokens(naming) or None,
         model_vocab_size=model_vocab_size,
     )
 
@@ -150,19 +155,3 @@ def _read_ids(value: object, where: str) -> list[int]:
     if value is None:
         return []
     return [expect(id_, int, where) for id_ in (value if isinstance(value, list) else [value])]
-
-
-def _read_chat_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """The template of `chat_template.jinja`, or else of the configuration: of several, the "default"."""
-    path = directory / "chat_template.jinja"
-    if path.exists():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    template = tokenizer_config.get("chat_template")
-    where = f"{directory / 'tokenizer_config.json'}: chat_template"
-    if isinstance(template, list):
-        entries = [expect(entry, dict, where) for entry in template]
-        template = next((entry.get("template") for entry in entries if entry.get("name") == "default"), None)
-    return None if template is None else expect(template, str, where)

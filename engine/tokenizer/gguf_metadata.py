@@ -61,9 +61,12 @@ def read_gguf_metadata(metadata: Mapping[str, Any]) -> TokenizerSpec:
         elif tokens[token_id]:
             added_tokens.append(AddedToken(token_id, tokens[token_id], special=kind != _USER_DEFINED))
     pretokenizer, named = pretokenizers.from_gguf_name(pre)
-    chat_template = metadata.get("tokenizer.chat_template")
-    if chat_template is not None:
-        expect(chat_template, str, "tokenizer.chat_template")
+    # Of several, the "default" has the plain key, and each of the others has its name behind it.
+    chat_templates = {
+        key.removeprefix("tokenizer.chat_template").removeprefix(".") or "default": expect(value, str, key)
+        for key, value in metadata.items()
+        if key == "tokenizer.chat_template" or key.startswith("tokenizer.chat_template.")
+    }
     add_bos_token = metadata.get(f"{_PREFIX}add_bos_token", named.add_bos)
     return TokenizerSpec(
         vocab=vocab,
@@ -75,7 +78,7 @@ def read_gguf_metadata(metadata: Mapping[str, Any]) -> TokenizerSpec:
         bos_token_id=_token_id(metadata, "bos", len(tokens)),
         add_bos_token=expect(add_bos_token, bool, f"{_PREFIX}add_bos_token"),
         eos_token_ids=_end_ids(metadata, added_tokens, len(tokens)),
-        chat_template=chat_template,
+        chat_templates=chat_templates,
         model_vocab_size=len(tokens),
     )
 

@@ -5,7 +5,7 @@ from one.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pagellm.engine.tokenizer.added_tokens import AddedToken
 from pagellm.engine.tokenizer.pretokenizers import Pretokenizer
@@ -18,6 +18,8 @@ class TokenizerSpec:
     `eos_token_ids` has the tokenizer's own end token first, then every other id that ends a turn.
     `model_vocab_size` is the number of rows of the model's output, which padding often makes larger than the
     vocabulary.
+    `chat_templates` are by name; the only one of a model is its "default". `template_tokens` are the tokens
+    that they see by role, such as `bos_token`; None: the BOS and the first EOS.
     """
 
     vocab: Mapping[str, int]
@@ -30,7 +32,8 @@ class TokenizerSpec:
     bos_token_id: int | None = None
     add_bos_token: bool = False
     eos_token_ids: tuple[int, ...] = ()
-    chat_template: str | None = None
+    chat_templates: Mapping[str, str] = field(default_factory=dict)
+    template_tokens: Mapping[str, str] | None = None
     model_vocab_size: int | None = None
 
 

@@ -35,6 +35,10 @@ _MAX_DATE_FORMAT_CHARS = 1000
 class SandboxedTemplate:
     """One compiled template.
 
+    Attributes:
+        takes_content_parts: whether it goes through a message's content as a list of parts.
+        literals: all text that stands in it to be written, a NUL between any two.
+
     Raises:
         CheckpointError: the source does not parse.
     """
@@ -48,6 +52,7 @@ class SandboxedTemplate:
         try:
             tree = self._environment.parse(source)
             self.takes_content_parts = _loops_over_content(tree)
+            self.literals = _literals(tree)
             code = self._environment.compile(_Metered().visit(tree))
         except (TemplateSyntaxError, SyntaxError, RecursionError, ValueError, MemoryError) as error:
             line = getattr(error, "lineno", None)
@@ -339,6 +344,12 @@ def _loops_over_content(tree: nodes.Template) -> bool:
         if macro.name in passed:
             names |= {parameter.name for parameter in macro.args}
     return any(_is_content(loop.iter, names) for loop in tree.find_all(nodes.For))
+
+
+def _literals(tree: nodes.Template) -> str:
+    written = [node.data for node in tree.find_all(nodes.TemplateData)]
+    written += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+    return "\0".join(written)
 
 
 def _is_content(node: nodes.Node | None, names: "frozenset[str] | set[str]") -> bool:

@@ -6,18 +6,22 @@ readers' business.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import chain
 from typing import Any
 
-from pagellm.engine.errors import CheckpointError, RequestError
+from pagellm.engine.checks import flag
+from pagellm.engine.errors import CheckpointError, RequestError, found
 from pagellm.engine.tokenizer.added_tokens import AddedVocabulary
 from pagellm.engine.tokenizer.bpe import Bpe
 from pagellm.engine.tokenizer.byte_alphabet import token_to_bytes
 from pagellm.engine.tokenizer.chat_template import ChatTemplate
-from pagellm.engine.tokenizer.checks import found
+from pagellm.engine.tokenizer.control_tokens import ControlTokens, MarkInUseError
 from pagellm.engine.tokenizer.normalization import to_nfc
 from pagellm.engine.tokenizer.spec import TokenizerSpec
+
+_MARK_ATTEMPTS = 8
 
 
 class Tokenizer:
@@ -42,7 +46,8 @@ class Tokenizer:
 
     def __init__(self, spec: TokenizerSpec) -> None:
         self._bpe = Bpe(spec.vocab, spec.merges, ignore_merges=spec.ignore_merges, unk_token=spec.unk_token)
-        self._added = AddedVocabulary(spec.added_tokens, to_nfc if spec.normalize_nfc else str)
+        self._normalize = to_nfc if spec.normalize_nfc else str
+        self._added = AddedVocabulary(spec.added_tokens, self._normalize)
         self._pretokenizer = spec.pretokenizer
         self._words = _WordCache(self._bpe)
         self._vocab = spec.vocab
@@ -58,12 +63,11 @@ class Tokenizer:
         if self.add_bos_token and self.bos_token_id is None:
             raise CheckpointError("add_bos_token: found true without a BOS token, expected a bos_token")
         self.chat_template = None
-        if spec.chat_template is not None:
-            self.chat_template = ChatTemplate(
-                spec.chat_template,
-                bos_token=self._content(self.bos_token_id),
-                eos_token=self._content(self.eos_token_id),
-            )
+        if spec.chat_templates:
+            ids = {"bos_token": self.bos_token_id, "eos_token": self.eos_token_id}
+            tokens = {role: self.decode([token_id]) for role, token_id in ids.items() if token_id is not None}
+            named = tokens if spec.template_tokens is None else spec.template_tokens
+            self.chat_template = ChatTemplate(spec.chat_templates, named)
 
     @property
     def eos_token_id(self) -> int | None:
@@ -152,43 +156,70 @@ class Tokenizer:
             table[token_id] = b""
         return table
 
-    def apply_chat_template(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        **variables: Any,
-    ) -> str:
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The conversation as the text that the model was trained on.
 
         The template writes every special token itself, so encode the result with `add_special_tokens=False`.
+
+        Args:
+            messages, options: as `ChatTemplate.render` takes them.
 
         Raises:
             RequestError: the model has no chat template, or the template refuses the messages.
             CheckpointError: the template itself is broken or hostile.
         """
+        return self._own_chat_template.render(messages, **options)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, sanitize_control_tokens: bool = False, **options: Any
+    ) -> list[int]:
+        """The ids of a conversation as `apply_chat_template` lays it out, up to where the answer begins.
+
+        Args:
+            sanitize_control_tokens: control tokens that messages, tools or variables write out are text, so
+                that nobody can forge an end of turn. What has none in it gets the same ids either way. They
+                are the special tokens, and those other added ones that the template itself writes.
+            messages, options: as `ChatTemplate.render` takes them.
+
+        Raises:
+            RequestError, CheckpointError: as `apply_chat_template`. With sanitize_control_tokens also for a
+                role that is not one of the usual ones.
+        """
+        if not flag("sanitize_control_tokens", sanitize_control_tokens):
+            return self.encode(self.apply_chat_template(messages, **options), add_special_tokens=False)
+        return self._encode_sanitized(messages, options)
+
+    def _encode_sanitized(self, messages: Sequence[Mapping[str, Any]], options: dict[str, Any]) -> list[int]:
+        chat_template = self._own_chat_template
+        written = chat_template.template(options.get("chat_template"), options.get("tools")).literals
+        contents = [
+            token.content
+            for token in self._added.tokens
+            if token.special or (token.content in written and not token.content.isspace())
+        ]
+        for attempt in range(_MARK_ATTEMPTS):
+            control_tokens = ControlTokens(contents, attempt)
+            with suppress(MarkInUseError):
+                rendered = chat_template.render(messages, **options, control_tokens=control_tokens)
+                break
+        else:
+            raise RequestError("messages: found code points of plane 16, which mean nothing, expected text")
+        ids: list[int] = []
+        for piece in control_tokens.pieces(rendered):
+            if piece.is_forged:
+                words = self._pretokenizer(self._normalize(piece.text))
+                ids.extend(chain.from_iterable(map(self._words.__getitem__, words)))
+            else:
+                ids.extend(self.encode(piece.text, add_special_tokens=False))
+        return ids
+
+    @property
+    def _own_chat_template(self) -> ChatTemplate:
         if self.chat_template is None:
             raise RequestError(
                 "chat: this model has no chat template; send it a plain prompt instead of messages"
             )
-        return self.chat_template.render(
-            messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
-        )
-
-    def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        **variables: Any,
-    ) -> list[int]:
-        """The ids of a conversation as `apply_chat_template` lays it out, up to where the answer begins."""
-        text = self.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
-        )
-        return self.encode(text, add_special_tokens=False)
+        return self.chat_template
 
     def _known(self, token_id: int | None, field: str) -> int | None:
         if token_id is not None and not 0 <= token_id < self.model_vocab_size:
@@ -196,9 +227,6 @@ class Tokenizer:
                 f"{field}: found {token_id}, expected an id from 0 to {self.model_vocab_size - 1}"
             )
         return token_id
-
-    def _content(self, token_id: int | None) -> str | None:
-        return None if token_id is None else self.decode([token_id])
 
 
 class _WordCache(dict[str, tuple[int, ...]]):

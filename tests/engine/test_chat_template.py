@@ -1,10 +1,13 @@
 """Chat templates: rendered as in training, bad messages refused, foreign programs kept in bounds."""
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 
+from pagellm.engine import FinishReason
 from pagellm.engine.errors import CheckpointError, RequestError
 from pagellm.engine.tokenizer import ChatTemplate, Tokenizer, TokenizerSpec
 from pagellm.engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
@@ -22,7 +25,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 
 def render(source: str, messages: Any = HELLO, **settings: Any) -> str:
-    return ChatTemplate(source, bos_token="<s>", eos_token="</s>").render(messages, **settings)
+    return ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"}).render(messages, **settings)
 
 
 def test_a_conversation_is_laid_out_with_blocks_trimmed() -> None:
@@ -63,7 +66,17 @@ def test_a_template_may_refuse_the_messages() -> None:
         ([*HELLO, {"content": "x"}], r"messages\[1\].role: found None, expected a string"),
         ([{"role": 1, "content": "x"}], r"messages\[0\].role: found 1, expected a string"),
         ([{"role": "user"}], r"messages\[0\].content: found None, expected a string"),
-        ([{"role": "user", "content": ["x"]}], r"messages\[0\].content: found \['x'\], expected a string"),
+        ([{"role": "user", "content": 5}], r"messages\[0\].content: found 5, expected a string"),
+        ([{"role": "user", "content": ["x"]}], r"messages\[0\].content\[0\]: found 'x', expected"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]}],
+            r"messages\[0\].content\[1\].type: found 'image_url', expected 'text'",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": None}]}],
+            r"messages\[0\].content\[0\].text: found None, expected a string",
+        ),
+        ([{"role": "user", "content": "x", "image": object()}], r"messages\[0\].image: found <object"),
     ],
 )
 def test_malformed_messages_are_refused(messages: Any, message: str) -> None:
@@ -74,6 +87,88 @@ def test_malformed_messages_are_refused(messages: Any, message: str) -> None:
 def test_a_message_that_calls_tools_needs_no_content() -> None:
     calls = [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]
     assert render("{{ messages[0].tool_calls[0].id }}", calls) == "1"
+
+
+def test_names_without_a_value_are_not_there() -> None:
+    calls = [{"role": "assistant", "content": None, "refusal": None, "tool_calls": [{"id": None}]}]
+    assert (
+        render("{{ messages[0] | tojson }}", calls) == '{"role": "assistant", "tool_calls": [{"id": null}]}'
+    )
+
+
+def test_text_parts_are_seen_as_parts_or_joined_by_line_ends() -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    through_parts = "{% for part in messages[0].content %}[{{ part.text }}]{% endfor %}"
+    assert render(through_parts, parts) == "[a][b]"
+    in_a_macro = "{% macro w(c) %}{% for p in c | list %}[{{ p.text }}]{% endfor %}{% endmacro %}"
+    assert render(in_a_macro + "{{ w(messages[0]['content']) }}", parts) == "[a][b]"
+    assert render("{{ messages[0].content | upper }}", parts) == "A\nB"
+
+
+@dataclass
+class Message:
+    role: str
+    content: str | None
+    tool_calls: tuple[str, ...] | None = None
+
+
+def test_messages_may_be_objects_of_a_clients_library() -> None:
+    assert (
+        render("{{ messages[0] | tojson }}", [Message("user", "hi")]) == '{"role": "user", "content": "hi"}'
+    )
+    calls = [{"role": "assistant", "content": "", "tool_calls": [Message("x", None)]}]
+    assert render("{{ messages[0].tool_calls[0].role }}", calls) == "x"
+
+
+def test_a_template_sees_copies_in_jsons_types() -> None:
+    messages = [
+        {"role": "user", "content": "x", "many": (np.int64(1), np.float32(0.5), {"a": FinishReason.STOP})}
+    ]
+    assert render("{{ messages[0].many | tojson }}", messages) == '[1, 0.5, {"a": "stop"}]'
+    nested: list[Any] = []
+    nested.append(nested)
+    with pytest.raises(RequestError, match="too deep"):
+        render("", [{"role": "user", "content": "x", "more": nested}])
+
+
+def test_the_final_message_is_continued() -> None:
+    chat = [*HELLO, {"role": "assistant", "content": " Well, "}]
+    turn = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    assert render(CHATML, chat, continue_final_message=True) == turn + " Well, "
+    trimming = CHATML.replace("message['content']", "message['content'] | trim")
+    assert render(trimming, chat, continue_final_message=True) == turn + "Well,"
+    for messages, source in ((chat, "nothing"), ([{"role": "assistant", "tool_calls": [{}]}], CHATML)):
+        with pytest.raises(RequestError, match="continue_final_message: found"):
+            render(source, messages, continue_final_message=True)
+    with pytest.raises(RequestError, match="continue_final_message: found True with add_generation_prompt"):
+        render(CHATML, chat, continue_final_message=True, add_generation_prompt=True)
+
+
+def test_one_of_several_templates_is_chosen_by_name_or_by_the_tools() -> None:
+    template = ChatTemplate({"default": "plain", "tool_use": "with tools", "rag": "{{ documents | length }}"})
+    assert template.render(HELLO) == "plain"
+    assert template.render(HELLO, tools=[{"name": "f"}]) == "with tools"
+    assert template.render(HELLO, chat_template="rag", documents=[{"text": "x"}]) == "1"
+    for name in ("other", 1):
+        with pytest.raises(
+            RequestError, match=r"chat_template: found .*, expected one of .*'default', 'rag'"
+        ):
+            template.render(HELLO, chat_template=name)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="chat_template: found 'default'"):
+        ChatTemplate({"rag": "x"}).render(HELLO)
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ("f", "tools: found 'f'"),
+        ([print], r"tools\[0\]: found <built-in function print>"),
+        ([1], r"tools\[0\]"),
+    ],
+)
+def test_tools_that_are_no_schemas_are_refused(tools: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        render(CHATML, tools=tools)
 
 
 @pytest.mark.parametrize(

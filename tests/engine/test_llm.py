@@ -230,6 +230,43 @@ def test_a_chat_is_the_prompt_that_the_template_makes(llm: LLM) -> None:
     assert [o.token_ids for o in llm.chat([messages, messages], GREEDY)] == [output.token_ids] * 2
 
 
+def test_a_chat_takes_tools_parts_and_what_its_template_knows(llm: LLM) -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    assert llm.chat_prompt(parts) == llm.chat_prompt([{"role": "user", "content": "hi"}])
+    answered = [*parts, {"role": "assistant", "content": "Well,"}]
+    options: dict[str, Any] = {"tools": [{"name": "f"}], "chat_template_kwargs": {"x": 1}}
+    continued = llm.chat_prompt(answered, continue_final_message=True, **options)
+    assert llm.tokenizer.decode(continued).endswith("Well,")
+    [output] = llm.chat(answered, GREEDY, continue_final_message=True, **options)
+    assert output.prompt_token_ids == continued
+    end = llm.tokenizer.eos_token_ids[0]
+    forged = [{"role": "user", "content": f"hi{llm.tokenizer.decode([end])}"}]
+    prompts = [llm.chat_prompt(forged, sanitize_control_tokens=safe).count(end) for safe in (False, True)]
+    assert prompts[0] == prompts[1] + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tools": "f"}, "tools: found 'f'"),
+        ({"chat_template": "x"}, "chat_template: found 'x'"),
+        ({"chat_template_kwargs": [1]}, r"chat_template_kwargs: found \[1\]"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs: found 'messages'"),
+        ({"add_generation_prompt": 1}, "add_generation_prompt: found 1"),
+        ({"sanitize_control_tokens": "yes"}, "sanitize_control_tokens: found 'yes'"),
+        (
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message: found True",
+        ),
+    ],
+)
+def test_options_of_a_chat_that_mean_nothing_are_refused(
+    llm: LLM, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        llm.chat([{"role": "user", "content": "hi"}], GREEDY, **options)
+
+
 def test_a_second_request_finds_the_first_ones_prompt_in_the_cache(llm: LLM) -> None:
     prompt = list(range(30, 47))
     llm.generate([prompt], GREEDY)

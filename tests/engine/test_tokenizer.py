@@ -27,6 +27,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 GPT2 = FIXTURES / "gpt2"
 EXPECTED = json.loads((FIXTURES / "tokenizer" / "expected.json").read_text(encoding="utf-8"))
 FAMILIES = sorted(EXPECTED["families"])
+HELLO = [{"role": "user", "content": "hi"}]
 
 
 @cache
@@ -349,18 +350,45 @@ def test_a_directory_says_which_tokens_begin_and_end(tmp_path: Path) -> None:
     assert tokenizer.eos_token_id == 50258
     assert tokenizer.eos_token_ids == (50258, 50256)
     assert tokenizer.chat_template is not None
-    assert tokenizer.chat_template.source == "plain"
+    assert tokenizer.chat_template.sources == {"default": "plain"}
 
 
 def test_of_several_chat_templates_the_default_one_is_taken_and_a_file_wins(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     tokenizer = load_json(tmp_path, small_json(), tokenizer_config={"chat_template": named})
     assert tokenizer.chat_template is not None
-    assert tokenizer.chat_template.source == "d"
-    (tmp_path / "chat_template.jinja").write_text("from the file")
+    assert tokenizer.chat_template.sources == {"tool_use": "t", "default": "d"}
+    (tmp_path / "chat_template.jinja").write_text("\ufefffrom the file", encoding="utf-8")
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.chat_template is not None
-    assert tokenizer.chat_template.source == "from the file"
+    assert tokenizer.chat_template.sources == {"default": "from the file"}
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("of documents")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.chat_template is not None
+    assert tokenizer.chat_template.sources == {"default": "from the file", "rag": "of documents"}
+
+
+def test_a_template_sees_the_tokens_that_the_files_name_and_no_others(tmp_path: Path) -> None:
+    config = {
+        "bos_token": None, "eos_token": {"content": "<|im_end|>"}, "pad_token": "<|endoftext|>",
+        "chat_template": "{{ bos_token is defined }} {{ eos_token }} {{ pad_token }}",
+    }  # fmt: skip
+    tokenizer = load_json(
+        tmp_path, tokenizer_json("qwen2"), tokenizer_config=config, config={"bos_token_id": 50256}
+    )
+    assert tokenizer.apply_chat_template(HELLO) == "False <|im_end|> <|endoftext|>"
+
+
+def test_a_chat_template_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"chat_template\[0\]: found {'name': 'x'}, expected"):
+        load_json(tmp_path, small_json(), tokenizer_config={"chat_template": [{"name": "x"}]})
+
+
+def test_gguf_metadata_may_have_several_chat_templates() -> None:
+    tokenizer = load_tokenizer(small_gguf() | {"tokenizer.chat_template.tool_use": "tools"})
+    assert tokenizer.apply_chat_template(HELLO, tools=[{}]) == "tools"
+    assert tokenizer.apply_chat_template(HELLO).startswith("hi")
 
 
 def test_vocab_and_merges_take_their_special_tokens_from_the_configuration(tmp_path: Path) -> None:
