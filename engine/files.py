@@ -37,3 +37,11 @@ def read_plain(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
     if len(content) > max_bytes:
         raise OSError(errno.EFBIG, f"more than {max_bytes} bytes")
     return content
+
+
+def read_plain_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """All of a UTF-8 text, every end of a line as a newline.
+
+    Raises `OSError` as `read_plain` does, and `UnicodeDecodeError`.
+    """
+    return io.StringIO(read_plain(path, max_bytes).decode("utf-8"), newline=None).read()

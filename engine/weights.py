@@ -30,7 +30,7 @@ from pagellm.kernels.packing import (
     padded,
 )
 
-# Bytes of float32 that one read may take: large enough to be quick, small beside any model.
+# Bytes that one piece of work may take beside the weights: large enough to be quick, small beside any model.
 _READ_BYTES = 8 << 20
 
 # The formats that hold a quantized type of a checkpoint without a change of value, and what is made of a part
@@ -176,7 +176,10 @@ def _rotary_tables(
     shape = (len(tables), max_model_len, max(halves, default=0))
     cos, sin = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     for table, frequencies in enumerate(tables):
-        angles = np.outer(np.arange(max_model_len, dtype=np.float64), np.asarray(frequencies))
-        cos[table, :, : len(frequencies)] = np.cos(angles)
-        sin[table, :, : len(frequencies)] = np.sin(angles)
+        step = max(1, _READ_BYTES // (8 * max(1, len(frequencies))))
+        for first in range(0, max_model_len, step):
+            rows = np.arange(first, min(first + step, max_model_len), dtype=np.float64)
+            angles = np.outer(rows, np.asarray(frequencies))
+            cos[table, first : first + step, : len(frequencies)] = np.cos(angles)
+            sin[table, first : first + step, : len(frequencies)] = np.sin(angles)
     return cos, sin, halves

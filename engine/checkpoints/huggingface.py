@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pagellm.engine.checkpoints.base import BLOCK_SIZES, Checkpoint, Tensor, WeightFile
+from pagellm.engine.checks import JsonError, parse_json
 from pagellm.engine.errors import CheckpointError, found
 from pagellm.engine.files import read_plain
 
@@ -88,15 +89,13 @@ def missing_weights(directory: Path) -> str:
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file whose top level is an object."""
     try:
-        value = json.loads(read_plain(path, MAX_JSON_BYTES))
+        value = parse_json(read_plain(path, MAX_JSON_BYTES))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not found; expected a Hugging Face model directory") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except JsonError as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
-    except ValueError as error:  # Python's own bound on the digits of an integer
-        raise CheckpointError(f"{path}: found an integer of thousands of digits") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: a JSON {type(value).__name__}, expected an object")
     return value

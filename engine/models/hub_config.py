@@ -69,6 +69,9 @@ _NEUTRAL: dict[str, object] = {
     "add_cross_attention": False,
     "pruned_heads": {},
     "per_layer_config": {},
+    "bias": False,
+    "qkv_bias": False,
+    "use_bias": False,
     "use_mrope": False,
     "rope_interleaved": False,
 }

@@ -108,7 +108,7 @@ def _window(fields: Fields, model_type: str, num_layers: int) -> int | None:
     keys = ("layer_types", "use_sliding_window", "max_window_layers", "sliding_window")
     types, _, _, window = (fields.get(key) for key in keys)
     if types is not None:
-        kinds = ("full_attention", "sliding_attention")
+        kinds = ("full_attention", "sliding_attention")[: 1 if model_type == "llama" else 2]
         if not isinstance(types, list) or len(types) != num_layers or any(t not in kinds for t in types):
             raise fields.error(
                 "layer_types", types, f"a list of {num_layers}, each one of {', '.join(kinds)}"

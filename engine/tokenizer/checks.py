@@ -1,10 +1,11 @@
 """Checks of values read from a checkpoint: a failure says where, what was found and what was expected."""
 
-import json
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pagellm.engine.checks import JsonError, parse_json
 from pagellm.engine.errors import CheckpointError, found
+from pagellm.engine.files import read_plain
 
 __all__ = ["expect", "found", "read_json_object", "read_json_object_if_present"]
 
@@ -37,8 +38,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read, is no JSON, or holds something other than an object.
     """
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        value = parse_json(read_plain(path))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except JsonError as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
     return expect(value, dict, str(path))
 

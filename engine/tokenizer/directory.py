@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pagellm.engine.errors import CheckpointError
+from pagellm.engine.files import read_plain_text
 from pagellm.engine.tokenizer.added_tokens import AddedToken
 from pagellm.engine.tokenizer.chat_files import read_chat_templates, read_template_tokens
 from pagellm.engine.tokenizer.checks import expect, found, read_json_object, read_json_object_if_present
@@ -72,7 +73,7 @@ def read_vocab_files(directory: Path) -> TokenizerSpec:
 
 def _read_merges_txt(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_plain_text(path).split("\n")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     return [line for line in lines if line and not line.startswith("#version")]

@@ -174,6 +174,7 @@ def test_llama_s_class_knows_no_window(tmp_path: Path) -> None:
         ({"pruned_heads": {"0": [1]}}, "pruned_heads: found"),
         ({"layer_types": ["chunked_attention"] * 2}, "layer_types: found"),
         ({"layer_types": ["full_attention"]}, "layer_types: found"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: found"),
         ({"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {"type": "linear", "factor": 2.0}},
          r"rope_parameters\.rope_theta: found 500000\.0, expected 10000\.0, as rope_scaling has it"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_scaling": {"type": "default"}},

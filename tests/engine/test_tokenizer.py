@@ -1,6 +1,7 @@
 """The tokenizer: exact ids, round trips, every source it is read from, and bad sources refused by name."""
 
 import json
+import os
 import random
 import string
 import subprocess
@@ -577,6 +578,30 @@ def test_a_checkpoint_without_a_tokenizer_serves_ids_but_no_text(tmp_path: Path,
     assert tokenizer.decode([0, 99]) == ""
     with pytest.raises(RequestError, match="expected token ids: this model came without a tokenizer"):
         tokenizer.encode("a")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.json",
+        "vocab.json",
+        "merges.txt",
+        "chat_template.jinja",
+        "tokenizer_config.json",
+        "config.json",
+    ],
+)
+def test_what_is_no_plain_file_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    if name in ("vocab.json", "merges.txt"):
+        (tmp_path / "vocab.json").write_text("{}")
+        (tmp_path / "merges.txt").write_text("")
+    elif name != "tokenizer.json":
+        write(tmp_path, tokenizer=small_json())
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name}: cannot be read: .*no plain file"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
