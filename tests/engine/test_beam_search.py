@@ -150,3 +150,40 @@ def test_bad_parameters_are_refused(settings: dict[str, object], message: str) -
 def test_a_bad_prompt_among_others_leaves_nothing_behind(llm: LLM) -> None:
     with pytest.raises(RequestError, match="prompt"):
         llm.beam_search([PROMPT, []])
+
+
+def test_beams_that_all_end_at_once_end_the_search(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every continuation is an end-of-text token, none goes on."""
+    monkeypatch.setattr(llm.tokenizer, "eos_token_ids", tuple(range(llm.engine.spec.vocab_size)))
+    [output] = llm.beam_search(PROMPT, BeamSearchParams(2, 5))
+    assert [len(completion.token_ids) for completion in output.outputs] == [1, 1]
+    assert all(completion.finish_reason is FinishReason.STOP for completion in output.outputs)
+
+
+def test_a_beam_that_somebody_aborts_ends_the_search(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, engine = llm.engine.step, llm.engine
+
+    def aborting() -> object:
+        for request_id in list(engine._requests):
+            engine.abort(request_id)
+        return step()
+
+    monkeypatch.setattr(engine, "step", aborting)
+    [output] = llm.beam_search(PROMPT, BeamSearchParams(2, 5))
+    assert [completion.finish_reason for completion in output.outputs] == [FinishReason.ABORT]
+    assert output.token_ids == []
+
+
+def test_an_error_between_a_beam_and_its_successors_leaks_neither(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, calls = llm.engine.add_request, iter(range(10**9))
+
+    def failing(*arguments: object, **named: object) -> object:
+        if next(calls) == 2:
+            raise MemoryError
+        return add(*arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(llm.engine, "add_request", failing)
+    with pytest.raises(MemoryError):
+        llm.beam_search(PROMPT, BeamSearchParams(3, 5, ignore_eos=True))
