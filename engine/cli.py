@@ -5,10 +5,10 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from pagellm.engine.config import DEFAULT_MODEL, PREEMPTIONS, QUANTIZATIONS, EngineConfig
+from pagellm.engine.config import DEFAULT_MODEL, GENERATION_CONFIGS, PREEMPTIONS, QUANTIZATIONS, EngineConfig
 from pagellm.engine.errors import RequestError
 from pagellm.engine.flags import Flag, add_flags, given
 from pagellm.engine.outputs import RequestOutput
@@ -46,6 +46,12 @@ ENGINE_FLAGS = {
         choices=QUANTIZATIONS,
     ),
     "enable_prefix_caching": Flag("compute every prompt from its first token"),
+}
+GENERATION_FLAG = {
+    "generation_config": Flag(
+        "where no flag says how to sample: auto: as the model's generation_config.json does",
+        choices=GENERATION_CONFIGS,
+    )
 }
 # Not here is what tells requests apart that share an engine: a command's requests are all of one user.
 SAMPLING_FLAGS = {
@@ -117,6 +123,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def _add_sampling(parser: argparse.ArgumentParser, flags: Mapping[str, Flag], **defaults: Any) -> None:
     group = parser.add_argument_group("sampling")
     add_flags(group, SamplingParams, flags, defaults)
+    add_flags(group, EngineConfig, GENERATION_FLAG)
     parser.set_defaults(sampling_defaults=defaults)
 
 
@@ -155,11 +162,22 @@ def _sampling_params(options: argparse.Namespace) -> SamplingParams:
     return SamplingParams(**options.sampling_defaults | given(options, SamplingParams))
 
 
+def _with_models_defaults(llm: "LLM", params: SamplingParams, options: argparse.Namespace) -> SamplingParams:
+    """The parameters with what the model's own configuration says in the place of what was not asked for."""
+    defaults = llm.engine.generation_defaults
+    used = {name: value for name, value in defaults.items() if name not in given(options, SamplingParams)}
+    if used and not options.json:
+        named = ", ".join(f"{name} {value}" for name, value in used.items())
+        say(f"as the model's generation_config.json says: {named}")
+    return replace(params, **used)
+
+
 def _generate(options: argparse.Namespace) -> None:
     """Continue each prompt; several are served together."""
     params = _sampling_params(options)
     prompts: list[Any] = options.prompts or _prompt_from_stdin()
     llm = _llm(options)
+    params = _with_models_defaults(llm, params, options)
     texts = prompts
     if options.chat:
         prompts = [llm.chat_prompt([{"role": "user", "content": text}]) for text in texts]
@@ -217,6 +235,7 @@ def _to_json(output: RequestOutput) -> dict[str, Any]:
         "token_ids": output.token_ids,
         "finish_reason": output.finish_reason,
         "outputs": [asdict(completion) for completion in output.outputs],
+        "sampling_params": asdict(output.sampling_params) | {"logit_bias": dict(output.sampling_params.bias)},
     }
 
 
@@ -227,6 +246,7 @@ def _chat(options: argparse.Namespace) -> None:
     if sys.stdin is None:
         raise RequestError("standard input: found it closed, expected messages, one a line")
     llm = _llm(options)
+    params = _with_models_defaults(llm, params, options)
     messages = [{"role": "system", "content": options.system}] if options.system else []
     interactive = sys.stdin.isatty() and not options.json
     while True:

@@ -9,6 +9,7 @@ from pagellm.engine.errors import ConfigError
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MAX_THREADS = 1024
 QUANTIZATIONS = ("auto", "none", "bf16", "int8", "int4")
+GENERATION_CONFIGS = ("auto", "none")
 PREEMPTIONS = ("auto", "recompute", "swap")
 
 
@@ -39,6 +40,9 @@ class EngineConfig:
     blocks of 8 or 4 bits (GGUF's Q8_0, Q4_0, Q4_1), and float32 where not; "none": float32; "bf16", "int8",
     "int4": converted on load, where the checkpoint has them otherwise. With anything but float32, activations
     are rounded to bfloat16 or to int8 blocks on their way into a product, and the KV cache is bfloat16.
+    generation_config: how requests without sampling parameters are sampled. "auto": as the model's
+    generation_config.json says; "none": by the defaults of `SamplingParams`. A request with parameters is
+    served as these say, and every output names what it was served with.
     """
 
     block_size: int = 16
@@ -57,6 +61,7 @@ class EngineConfig:
     step_log: str | None = None
     num_threads: int | None = None
     quantization: str = "auto"
+    generation_config: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_preemptions"):
@@ -66,7 +71,11 @@ class EngineConfig:
                 _check_positive(name, getattr(self, name))
         if self.num_threads is not None and self.num_threads > MAX_THREADS:
             raise ConfigError(f"num_threads: found {self.num_threads}, expected at most {MAX_THREADS}")
-        for name, choices in (("quantization", QUANTIZATIONS), ("preemption", PREEMPTIONS)):
+        for name, choices in (
+            ("quantization", QUANTIZATIONS),
+            ("preemption", PREEMPTIONS),
+            ("generation_config", GENERATION_CONFIGS),
+        ):
             if getattr(self, name) not in choices:
                 raise ConfigError(
                     f"{name}: found {getattr(self, name)!r}, expected one of {', '.join(choices)}"

@@ -83,7 +83,8 @@ class LLMEngine:
             self._recorder = StepRecorder(parts.scheduler, self._log, parts.config)
             self.loop.listen(self._recorder)
         self.costs = parts.costs
-        self.default_sampling_params = parts.default_sampling_params
+        self.generation_defaults = dict(parts.generation_defaults)
+        self.default_sampling_params = SamplingParams(**self.generation_defaults)
         shared = [name for name in ("step_log", "swap_dir") if getattr(self.config, name) is not None]
         self.turns = Turns(
             f"has a file ({', '.join(shared)}), which a forked process cannot share" if shared else None

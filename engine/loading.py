@@ -4,7 +4,9 @@ kernels and loads the weights.
 What can be refused is refused before anything that takes long.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -12,11 +14,11 @@ from pagellm.engine.checkpoints import BLOCK_SIZES, Checkpoint, open_checkpoint,
 from pagellm.engine.compilation import compile_kernels
 from pagellm.engine.config import CompleteConfig, EngineConfig
 from pagellm.engine.errors import CheckpointError, ConfigError
+from pagellm.engine.generation_config import read_generation_defaults
 from pagellm.engine.memory import Memory, read_memory
 from pagellm.engine.model_runner import ModelRunner
 from pagellm.engine.models import ModelSpec, read_spec
 from pagellm.engine.progress import say
-from pagellm.engine.sampling_params import SamplingParams
 from pagellm.engine.scheduling.block_manager import BlockManager
 from pagellm.engine.scheduling.scheduler import PreemptionCosts, Scheduler
 from pagellm.engine.step_log import StepLogFile
@@ -32,8 +34,8 @@ class EngineParts:
     """What an engine is made of.
 
     block_bytes: keys and values of one block, in all layers. costs: of preemption, as far as they are known
-    before the first step. step_log: None where none was asked for. default_sampling_params: of requests that
-    come without any.
+    before the first step. step_log: None where none was asked for. generation_defaults: the
+    sampling parameters that the model's `generation_config.json` sets, for requests that come without any.
     """
 
     config: CompleteConfig
@@ -44,7 +46,7 @@ class EngineParts:
     block_bytes: int
     costs: PreemptionCosts = field(default_factory=PreemptionCosts)
     step_log: StepLogFile | None = None
-    default_sampling_params: SamplingParams = field(default_factory=SamplingParams)
+    generation_defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_engine(model: str, config: EngineConfig | None = None, show_progress: bool = False) -> EngineParts:
@@ -62,6 +64,9 @@ def load_engine(model: str, config: EngineConfig | None = None, show_progress: b
                 "merges.txt): prompts are token ids"
             )
         asked = config or EngineConfig()
+        generation_defaults = {}
+        if checkpoint.format == "safetensors" and asked.generation_config == "auto":
+            generation_defaults = read_generation_defaults(checkpoint.path / "generation_config.json")
         formats = formats_of(checkpoint, spec, asked.quantization)
         cache_format = kv_format(formats)
         token_bytes = kv_bytes_per_token(spec.arch, cache_format)
@@ -84,7 +89,9 @@ def load_engine(model: str, config: EngineConfig | None = None, show_progress: b
         weights = load_weights(checkpoint, spec, formats, complete.max_model_len, show_progress)
     runner = ModelRunner(spec.arch, weights, cache_format, complete)
     costs = PreemptionCosts(swap_block_s=runner.measure_swap_s())
-    return EngineParts(complete, spec, tokenizer, scheduler, runner, block_bytes, costs, step_log)
+    return EngineParts(
+        complete, spec, tokenizer, scheduler, runner, block_bytes, costs, step_log, generation_defaults
+    )
 
 
 def size_cache(

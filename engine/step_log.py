@@ -17,7 +17,7 @@ from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.engine.scheduling.step_loop import StepListener
 
 # Settings of which no decision of a scheduler follows: num_swap_blocks says what swap_dir comes to.
-NO_DECISIONS = ("swap_dir", "step_log", "num_threads", "quantization")
+NO_DECISIONS = ("swap_dir", "step_log", "num_threads", "quantization", "generation_config")
 
 
 class AddedRecord(TypedDict):

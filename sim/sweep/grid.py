@@ -24,8 +24,12 @@ SLO_LATENCIES = ("ttft", "tpot", "itl", "e2e", "queue")
 SLO_STATISTICS = ("mean", "p50", "p90", "p95", "p99")
 
 _REPLAY_TYPES = {name: kind for name, kind in get_type_hints(Simulator).items() if name in REPLAY_SETTINGS}
-# No step log: every point would write the same file.
-_CONFIG_TYPES = {name: kind for name, kind in get_type_hints(EngineConfig).items() if name != "step_log"}
+# No step log: every point would write the same file. And nothing is sampled in a simulation.
+_CONFIG_TYPES = {
+    name: kind
+    for name, kind in get_type_hints(EngineConfig).items()
+    if name not in ("step_log", "generation_config")
+}
 _TYPES: dict[str, Any] = _CONFIG_TYPES | _REPLAY_TYPES
 _EXPECTED = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text"}
 
