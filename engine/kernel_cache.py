@@ -92,8 +92,11 @@ class _FunctionCache:
         self.cache_path = str(store.directory)
 
     def load_overload(self, signature: Any, target: Any) -> Any:
-        """The compiled form for a signature; None if it has to be compiled."""
-        target.refresh()
+        """The compiled form for a signature; None if it has to be compiled.
+
+        Numba's cache refreshes the target first, which takes a quarter of a second; code that is only loaded
+        needs nothing of that, and compiling does it itself.
+        """
         name, identity = self._place(signature, target.codegen())
         payload = self._store.read(name, identity)
         if payload is None:
