@@ -40,10 +40,13 @@ def replay_for_real(
     begin = time.perf_counter()
     listener = metrics.listener()
     engine.loop.listen(listener)
+    under_way: dict[str, None] = {}
     try:
-        _serve(engine, trace.scaled(rate_factor), metrics, skip_bad, progress)
+        _serve(engine, trace.scaled(rate_factor), metrics, under_way, skip_bad, progress)
     finally:
-        engine.loop.ignore(listener)
+        engine.loop.ignore(listener)  # before the rest is aborted: an interrupt may have kept a step from it
+        for request_id in under_way:
+            engine.abort(request_id)
         metrics.close()
     return metrics.report(
         trace,
@@ -66,49 +69,47 @@ def _serve(
     engine: "LLMEngine",
     trace: Trace,
     metrics: MetricsCollector,
+    under_way: dict[str, None],
     skip_bad: bool,
     progress: Callable[[int, float], None] | None,
 ) -> None:
+    """Serves the requests; `under_way` has the ids of those that are in the engine, also if it raises."""
     prompt_tokens = PromptTokens(engine.spec.vocab_size, engine.tokenizer)
     requests = iter(trace)
     upcoming = next(requests, None)
     engine.restart_clock()  # it shows the time of the trace, as a simulation's does
-    under_way: dict[str, None] = {}
     num_ended = num_added = 0
-    try:
-        while upcoming is not None or engine.has_unfinished:
-            while upcoming is not None and upcoming.arrival_time <= engine.now():
-                request_id, arrival = f"replay-{num_added}", upcoming.arrival_time
-                num_added += 1
-                try:
-                    engine.add_request(
-                        request_id,
-                        prompt_tokens(upcoming).tolist(),
-                        _params(upcoming),
-                        arrival_time=arrival,
-                    )
-                    under_way[request_id] = None
-                except (RequestError, TraceError) as error:
-                    if not skip_bad:
-                        raise TraceError(f"{trace.name}: request {upcoming.id!r}: {error}") from None
-                    metrics.rejected(str(upcoming.id), arrival)
-                    num_ended += 1
-                upcoming = next(requests, None)
-            if not engine.has_unfinished:
-                if upcoming is not None:
-                    time.sleep(max(0.0, upcoming.arrival_time - engine.now()))
-                continue
-            for output in engine.step():
-                if output.finished:
-                    del under_way[output.request_id]
-                    num_ended += 1
-                    if output.finish_reason is FinishReason.ERROR:
-                        raise TraceError(f"{output.request_id}: the model gave no finite logits")
-                    if progress is not None:
-                        progress(num_ended, engine.now())
-    finally:
-        for request_id in under_way:
-            engine.abort(request_id)
+    while upcoming is not None or engine.has_unfinished:
+        while upcoming is not None and upcoming.arrival_time <= engine.now():
+            request_id, arrival = f"replay-{num_added}", upcoming.arrival_time
+            num_added += 1
+            under_way[request_id] = None
+            try:
+                engine.add_request(
+                    request_id,
+                    prompt_tokens(upcoming).tolist(),
+                    _params(upcoming),
+                    arrival_time=arrival,
+                )
+            except (RequestError, TraceError) as error:
+                del under_way[request_id]
+                if not skip_bad:
+                    raise TraceError(f"{trace.name}: request {upcoming.id!r}: {error}") from None
+                metrics.rejected(str(upcoming.id), arrival)
+                num_ended += 1
+            upcoming = next(requests, None)
+        if not engine.has_unfinished:
+            if upcoming is not None:
+                time.sleep(max(0.0, upcoming.arrival_time - engine.now()))
+            continue
+        for output in engine.step():
+            if output.finished:
+                del under_way[output.request_id]
+                num_ended += 1
+                if output.finish_reason is FinishReason.ERROR:
+                    raise TraceError(f"{output.request_id}: {output.outputs[0].error}")
+                if progress is not None:
+                    progress(num_ended, engine.now())
 
 
 def _params(request: TraceRequest) -> SamplingParams:

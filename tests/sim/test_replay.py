@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,28 @@ def test_a_request_that_can_never_be_served_ends_a_real_replay_and_leaves_nothin
     assert not engine.has_unfinished
     report = replay_for_real(engine, Trace.from_requests(requests), model="tiny", skip_bad=True)
     assert (report.summary["num_finished"], report.summary["num_rejected"]) == (1, 1)
+
+
+@pytest.mark.parametrize("step", [1, 9, 13])
+def test_an_interrupted_real_replay_leaves_nothing_behind(
+    engine: LLMEngine, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Also where the collector of metrics has heard of ends that the outputs do not have yet."""
+    give_out, calls = engine._outputs, iter(range(10**9))
+
+    def interrupted(*arguments: Any) -> Any:
+        if next(calls) == step:
+            raise KeyboardInterrupt
+        return give_out(*arguments)
+
+    monkeypatch.setattr(engine, "_outputs", interrupted)
+    trace = Trace.from_requests([replace(request, arrival_time=0.0) for request in REQUESTS])
+    with pytest.raises(KeyboardInterrupt):
+        replay_for_real(engine, trace, model="tiny")
+    assert not engine.has_unfinished
+    assert engine.block_manager.num_free_blocks == 30
+    engine.scheduler.check()
+    assert replay_for_real(engine, trace, model="tiny").summary["num_finished"] == 8
 
 
 def test_a_simulated_replay_reports_in_every_form(
