@@ -33,7 +33,7 @@ MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
 # and of the table of tensors together, and their entries.
 MAX_HEADER_BYTES = 64 << 20
 MAX_METADATA = 1 << 16
-MAX_TENSORS = 1 << 17
+MAX_TENSORS = 1 << 16
 
 BOOL, STRING, ARRAY = 7, 8, 9
 UINT32 = 4
@@ -200,13 +200,12 @@ class _Header:
             name = self.string(f"the name of tensor {index}")
             if name in table:
                 raise self.error(f"tensor {found(name)} is there twice")
-            shape = self.shape(name)
-            dtype, num_bytes = self.storage(name, shape)
-            offset: int = self.number("<u8", f"the offset of tensor {found(name)}")
+            label = f"tensor {found(name)}"
+            shape = self.shape(label)
+            dtype, num_bytes = self.storage(label, shape)
+            offset: int = self.number("<u8", f"the offset of {label}")
             if offset % alignment:
-                raise self.error(
-                    f"tensor {found(name)} is at offset {offset}, expected a multiple of {alignment}"
-                )
+                raise self.error(f"{label} is at offset {offset}, expected a multiple of {alignment}")
             table[name] = shape, dtype, offset
             ranges.append((offset, offset + num_bytes, name))
         data_start = -(-self.pos // alignment) * alignment
@@ -216,35 +215,32 @@ class _Header:
             for name, (shape, dtype, offset) in table.items()
         }
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        num_dims = self.number("<u4", f"the dimensions of tensor {found(name)}")
+    def shape(self, label: str) -> tuple[int, ...]:
+        num_dims = self.number("<u4", f"the dimensions of {label}")
         if not 1 <= num_dims <= MAX_DIMS:
-            raise self.error(f"tensor {found(name)} has {num_dims} dimensions, expected 1 to {MAX_DIMS}")
-        dims = struct.unpack(f"<{num_dims}Q", self.take(8 * num_dims, f"the shape of tensor {found(name)}"))
+            raise self.error(f"{label} has {num_dims} dimensions, expected 1 to {MAX_DIMS}")
+        dims = struct.unpack(f"<{num_dims}Q", self.take(8 * num_dims, f"the shape of {label}"))
         # The file lists the innermost dimension first.
         shape: tuple[int, ...] = dims[::-1]
         if 0 in shape:
-            raise self.error(f"tensor {found(name)} has shape {list(shape)}, expected positive dimensions")
+            raise self.error(f"{label} has shape {list(shape)}, expected positive dimensions")
         return shape
 
-    def storage(self, name: str, shape: tuple[int, ...]) -> tuple[str, int]:
+    def storage(self, label: str, shape: tuple[int, ...]) -> tuple[str, int]:
         """A tensor's element type and its size in bytes."""
         from gguf import GGMLQuantizationType
 
-        number = self.number("<u4", f"the type of tensor {found(name)}")
+        number = self.number("<u4", f"the type of {label}")
         try:
             kind = GGMLQuantizationType(number)
         except ValueError:
-            raise self.error(
-                f"tensor {found(name)} has type {number}, expected one of {SUPPORTED_DTYPES}"
-            ) from None
+            raise self.error(f"{label} has type {number}, expected one of {SUPPORTED_DTYPES}") from None
         if kind.name not in BLOCK_SIZES:
-            raise self.error(f"tensor {found(name)} has type {kind.name}, expected one of {SUPPORTED_DTYPES}")
+            raise self.error(f"{label} has type {kind.name}, expected one of {SUPPORTED_DTYPES}")
         block, block_bytes = BLOCK_SIZES[kind.name]
         if shape[-1] % block:
             raise self.error(
-                f"tensor {found(name)} is {kind.name} with rows of {shape[-1]},"
-                f" expected a multiple of {block}"
+                f"{label} is {kind.name} with rows of {shape[-1]}, expected a multiple of {block}"
             )
         return kind.name, math.prod(shape) // block * block_bytes
 

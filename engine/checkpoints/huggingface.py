@@ -24,7 +24,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 # More than any published file has; the format's own limit would let a file ask for gigabytes.
-MAX_HEADER_BYTES = 32 << 20
+MAX_HEADER_BYTES = 8 << 20
 # Of config.json and of the index.
 MAX_JSON_BYTES = 16 << 20
 # Of a file, on every system that is in use.
@@ -109,12 +109,16 @@ def _read_index(directory: Path) -> dict[str, str]:
         raise CheckpointError(
             f"{path}: weight_map: found {found(weight_map)}, expected tensor names and file names"
         )
+    shards: set[str] = set()
     for name, shard in weight_map.items():
+        if isinstance(shard, str) and shard in shards:
+            continue
         if not _is_file_name(shard):
             raise CheckpointError(
                 f"{path}: tensor {found(name)} is in {found(shard)},"
                 " expected a file name in the same directory"
             )
+        shards.add(shard)
     return weight_map
 
 

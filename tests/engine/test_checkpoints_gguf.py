@@ -229,7 +229,7 @@ BROKEN_FILES: dict[str, tuple[bytes, str]] = {
     ),
     "more tensors than anybody has": (
         gguf_bytes(num_tensors=1 << 18, data=bytes(1 << 23)),
-        "262144 tensors, expected at most 131072",
+        "262144 tensors, expected at most 65536",
     ),
     "more metadata than anybody has": (
         gguf_bytes(num_entries=1 << 17, data=bytes(1 << 21)),
