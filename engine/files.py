@@ -40,8 +40,8 @@ def read_plain(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
 
 
 def read_plain_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """All of a UTF-8 text, every end of a line as a newline.
+    """All of a UTF-8 text without the byte order mark that it may begin with, every end of a line a newline.
 
     Raises `OSError` as `read_plain` does, and `UnicodeDecodeError`.
     """
-    return io.StringIO(read_plain(path, max_bytes).decode("utf-8"), newline=None).read()
+    return io.StringIO(read_plain(path, max_bytes).decode("utf-8-sig"), newline=None).read()

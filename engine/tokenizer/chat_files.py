@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pagellm.engine.errors import CheckpointError
-from pagellm.engine.files import read_plain
-from pagellm.engine.tokenizer.checks import expect, found
+from pagellm.engine.tokenizer.checks import expect, found, read_text
 
 _MAX_TEMPLATE_BYTES = 1 << 20
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -22,9 +21,9 @@ def read_chat_templates(directory: Path, tokenizer_config: Mapping[str, Any]) ->
     """
     templates = {}
     if (directory / "chat_template.jinja").exists():
-        templates["default"] = _read(directory / "chat_template.jinja")
+        templates["default"] = read_text(directory / "chat_template.jinja", _MAX_TEMPLATE_BYTES)
     for path in sorted((directory / "additional_chat_templates").glob("*.jinja")):
-        templates[path.stem] = _read(path)
+        templates[path.stem] = read_text(path, _MAX_TEMPLATE_BYTES)
     if templates:
         return templates
     where = f"{directory / 'tokenizer_config.json'}: chat_template"
@@ -60,11 +59,3 @@ def read_template_tokens(files: Mapping[str, Mapping[str, Any]]) -> dict[str, st
             if content is not None:
                 tokens[role] = expect(content, str, f"{path}: {role}")
     return tokens
-
-
-def _read(path: Path) -> str:
-    try:
-        # A byte order mark says how the file is encoded, and is no part of a prompt.
-        return read_plain(path, _MAX_TEMPLATE_BYTES).decode("utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error

@@ -1,15 +1,20 @@
 """Checks of values read from a checkpoint: a failure says where, what was found and what was expected."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pagellm.engine.checks import JsonError, parse_json
 from pagellm.engine.errors import CheckpointError, found
-from pagellm.engine.files import read_plain
+from pagellm.engine.files import MAX_TEXT_BYTES, read_plain_text
 
-__all__ = ["expect", "found", "read_json_object", "read_json_object_if_present"]
+__all__ = ["expect", "found", "read_json_object", "read_json_object_if_present", "read_text"]
 
 T = TypeVar("T")
+
+# Escapes of JSON that may be half a character.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 _JSON_NAMES: dict[type, str] = {
     dict: "an object",
@@ -31,18 +36,41 @@ def expect(value: object, kind: type[T], where: str) -> T:
     return value
 
 
+def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """The file's text: UTF-8, a byte order mark at its beginning left out, with "\\n" between lines.
+
+    Raises:
+        CheckpointError: the file cannot be read, is too long or no plain file, or is no UTF-8.
+    """
+    try:
+        return read_plain_text(path, max_bytes)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        place = f"{error.object[error.start :][:8]!r} at byte {error.start + 1}"
+        raise CheckpointError(f"{path}: found {place}, expected UTF-8") from error
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object that the file holds.
 
     Raises:
-        CheckpointError: the file cannot be read, is no JSON, or holds something other than an object.
+        CheckpointError: the file cannot be read, is no JSON, or holds something other than an object, or a
+            lone surrogate.
     """
+    text = read_text(path)
     try:
-        value = parse_json(read_plain(path))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        value = parse_json(text)
     except JsonError as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            char = error.object[error.start]
+            raise CheckpointError(
+                f"{path}: found the lone surrogate U+{ord(char):04X}, expected valid Unicode"
+            ) from error
     return expect(value, dict, str(path))
 
 

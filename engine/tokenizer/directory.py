@@ -1,27 +1,55 @@
 """Reads a tokenizer from a model's directory, as the Hugging Face hub lays it out.
 
-The vocabulary comes from `tokenizer.json` or else from GPT-2's pair `vocab.json` and `merges.txt`; the roles
-of tokens and the chat template come from the small files beside it, each of which may be missing.
+The vocabulary comes from `tokenizer.json` or else from GPT-2's pair `vocab.json` and `merges.txt`; further
+added tokens, the roles of tokens and the chat template come from the small files beside it, each of which may
+be missing. Which of two files that speak of one thing is obeyed is as in `transformers`.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pagellm.engine.errors import CheckpointError
-from pagellm.engine.files import read_plain_text
+from pagellm.engine.tokenizer.added_token_table import AddedTokenTable
 from pagellm.engine.tokenizer.added_tokens import AddedToken
 from pagellm.engine.tokenizer.chat_files import read_chat_templates, read_template_tokens
-from pagellm.engine.tokenizer.checks import expect, found, read_json_object, read_json_object_if_present
+from pagellm.engine.tokenizer.checks import (
+    expect,
+    found,
+    read_json_object,
+    read_json_object_if_present,
+    read_text,
+)
 from pagellm.engine.tokenizer.pretokenizers import Pretokenizer
 from pagellm.engine.tokenizer.spec import NO_TOKENIZER, TokenizerSpec
-from pagellm.engine.tokenizer.tokenizer_json import check_vocab, read_added_token, read_tokenizer_json
+from pagellm.engine.tokenizer.tokenizer_json import (
+    check_vocab,
+    read_added_token,
+    read_flags,
+    read_tokenizer_json,
+)
 
 # vocab.json and merges.txt say nothing of the pre-tokenizer; the class that wrote them does.
-_FAMILY_OF_CLASS = {"GPT2Tokenizer": "gpt2", "Qwen2Tokenizer": "qwen2"}
+_FAMILY_OF_CLASS = {"GPT2Tokenizer": "gpt2", "Qwen2Tokenizer": "qwen2", "Qwen3_5Tokenizer": "qwen35"}
+# Nor of special tokens, where the configuration names none.
+_END_OF_TEXT = "<|endoftext|>"
+_ROLES_OF_FAMILY = {
+    "gpt2": ("bos_token", "eos_token", "unk_token"),
+    "qwen2": ("eos_token", "unk_token", "pad_token"),
+    "qwen35": ("eos_token", "unk_token", "pad_token"),
+}
 
-_GPT2_END_OF_TEXT = "<|endoftext|>"
+# Vocabularies in formats that are not read.
+_OTHER_FORMATS = {
+    "tokenizer.model": "SentencePiece",
+    "spiece.model": "SentencePiece",
+    "sentencepiece.bpe.model": "SentencePiece",
+    "tekken.json": "Mistral's",
+    "tiktoken.model": "tiktoken",
+    "vocab.txt": "WordPiece",
+}
 
 
 def read_directory(directory: Path) -> TokenizerSpec:
@@ -30,19 +58,36 @@ def read_directory(directory: Path) -> TokenizerSpec:
     Raises:
         CheckpointError: a tokenizer that cannot be read or is not supported.
     """
+    path = directory / "tokenizer_config.json"
+    config = read_json_object_if_present(path)
     if (directory / "tokenizer.json").exists():
         spec = read_tokenizer_json(directory / "tokenizer.json")
-    elif (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
-        spec = read_vocab_files(directory)
     else:
-        return _without_vocabulary(directory)
-    return _with_roles(spec, directory)
+        halves = [name for name in ("vocab.json", "merges.txt") if (directory / name).exists()]
+        if not halves:
+            return _without_vocabulary(directory)
+        if len(halves) == 1:
+            raise CheckpointError(f"{directory}: found {halves[0]} alone, expected vocab.json and merges.txt")
+        spec, roles = _read_vocab_files(directory, config)
+        config = {role: _END_OF_TEXT for role in roles if _END_OF_TEXT in spec.vocab} | config
+    if config.get("split_special_tokens"):
+        raise CheckpointError(
+            f"{path}: split_special_tokens: found {found(config['split_special_tokens'])}, expected false"
+        )
+    named = dict.fromkeys(config, path)
+    if "added_tokens_decoder" not in config:
+        # What older versions wrote: `transformers` reads it only where the newer field is absent.
+        path = directory / "special_tokens_map.json"
+        special_tokens_map = read_json_object_if_present(path)
+        config = config | special_tokens_map
+        named |= dict.fromkeys(special_tokens_map, path)
+    spec = replace(spec, added_tokens=_read_added_tokens(spec, directory, config, named))
+    return _with_roles(spec, directory, config, named)
 
 
-def read_vocab_files(directory: Path) -> TokenizerSpec:
-    """The tokenizer of `vocab.json` and `merges.txt` (GPT-2's format)."""
+def _read_vocab_files(directory: Path, config: Mapping[str, Any]) -> tuple[TokenizerSpec, tuple[str, ...]]:
+    """The tokenizer of `vocab.json` and `merges.txt`, and the roles that `<|endoftext|>` has in it."""
     config_path = directory / "tokenizer_config.json"
-    config = read_json_object_if_present(config_path)
     class_name = expect(
         config.get("tokenizer_class", "GPT2Tokenizer"), str, f"{config_path}: tokenizer_class"
     )
@@ -52,39 +97,97 @@ def read_vocab_files(directory: Path) -> TokenizerSpec:
             f"{config_path}: tokenizer_class: found {found(class_name)}, expected one of"
             f" {', '.join(_FAMILY_OF_CLASS)}, or a tokenizer.json"
         )
+    if config.get("add_eos_token"):
+        raise CheckpointError(
+            f"{config_path}: add_eos_token: found {found(config['add_eos_token'])}, expected false"
+        )
     vocab_path = directory / "vocab.json"
-    vocab = check_vocab(read_json_object(vocab_path), str(vocab_path))
-    added_tokens = _read_added_tokens_decoder(config, config_path)
-    bos_token_id = None
-    if not added_tokens and _GPT2_END_OF_TEXT in vocab:
-        # OpenAI's release names no special tokens: this one both begins and ends a text.
-        bos_token_id = vocab[_GPT2_END_OF_TEXT]
-        added_tokens = (AddedToken(bos_token_id, _GPT2_END_OF_TEXT),)
-    return TokenizerSpec(
-        vocab=vocab,
-        merges=_read_merges_txt(directory / "merges.txt"),
+    spec = TokenizerSpec(
+        vocab=check_vocab(read_json_object(vocab_path), str(vocab_path)),
+        merges=[
+            line
+            for line in read_text(directory / "merges.txt").split("\n")
+            if line and not line.startswith("#version")
+        ],
         pretokenizer=Pretokenizer.named(family, add_prefix_space=config.get("add_prefix_space") is True),
-        added_tokens=added_tokens,
-        normalize_nfc=family == "qwen2",
-        bos_token_id=bos_token_id,
-        eos_token_ids=() if bos_token_id is None else (bos_token_id,),
+        normalize_nfc=family != "gpt2",
     )
+    return spec, _ROLES_OF_FAMILY[family]
 
 
-def _read_merges_txt(path: Path) -> list[str]:
-    try:
-        lines = read_plain_text(path).split("\n")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    return [line for line in lines if line and not line.startswith("#version")]
+def _read_added_tokens(
+    spec: TokenizerSpec, directory: Path, config: Mapping[str, Any], named: Mapping[str, Path]
+) -> tuple[AddedToken, ...]:
+    """Those of the vocabulary's own file, and what the small files add or change.
+
+    named: which file each key of `config` is from.
+    """
+    table = AddedTokenTable(spec.vocab)
+    for token in spec.added_tokens:
+        table.add(token, str(directory / "tokenizer.json"))
+    special = list(_special_tokens(config, named))
+    legacy_path = directory / "added_tokens.json"
+    legacy = check_vocab(read_json_object_if_present(legacy_path), str(legacy_path))
+    if "added_tokens_decoder" in config:
+        where = f"{named['added_tokens_decoder']}: added_tokens_decoder"
+        for token in _read_decoder(config["added_tokens_decoder"], where):
+            table.add(token, where)
+    else:
+        contents = {content for _, content, _ in special}
+        for content, token_id in sorted(legacy.items(), key=lambda item: item[1]):
+            if not content:
+                raise CheckpointError(f"{legacy_path}: found '' with id {token_id}, expected some text")
+            if content not in table:
+                is_special = content in contents
+                table.add(
+                    AddedToken(token_id, content, special=is_special, normalized=not is_special),
+                    str(legacy_path),
+                )
+    for where, content, flags in special:
+        is_role = where.endswith((": bos_token", ": eos_token"))
+        if content not in table and (content in spec.vocab or not is_role):
+            table.add(AddedToken(table.id_of(content), content, **flags), where)
+    for content, token_id in legacy.items():
+        if content not in table and content not in spec.vocab:
+            raise CheckpointError(
+                f"{legacy_path}: found {found(content)}, expected a token that tokenizer_config.json has too"
+            )
+        expected = table.id_of(content)
+        if token_id != expected:
+            raise CheckpointError(
+                f"{legacy_path}: found id {token_id} for {found(content)}, expected {expected}, as elsewhere"
+            )
+    return table.tokens
 
 
-def _read_added_tokens_decoder(config: Mapping[str, Any], path: Path) -> tuple[AddedToken, ...]:
-    where = f"{path}: added_tokens_decoder"
-    entries = expect(config.get("added_tokens_decoder", {}), dict, where)
-    if not all(key.isdecimal() for key in entries):
-        raise CheckpointError(f"{where}: found {found(list(entries))}, expected ids as keys")
-    return tuple(read_added_token(entry, f"{where}[{key}]", int(key)) for key, entry in entries.items())
+def _read_decoder(value: object, where: str) -> list[AddedToken]:
+    """`added_tokens_decoder`: id to token, in order of the ids."""
+    tokens = []
+    for key, entry in expect(value, dict, where).items():
+        if not re.fullmatch("[0-9]{1,8}", key):
+            raise CheckpointError(f"{where}: found the key {found(key)}, expected an id")
+        tokens.append(read_added_token(entry, f"{where}[{key}]", int(key)))
+    return sorted(tokens, key=lambda token: token.id)
+
+
+def _special_tokens(
+    config: Mapping[str, Any], named: Mapping[str, Path]
+) -> Iterator[tuple[str, str, dict[str, bool]]]:
+    """Every token that the configuration names as special: where, its text, and how it is recognised."""
+    for key, value in config.items():
+        where = f"{named.get(key, 'tokenizer')}: {key}"
+        if key in ("additional_special_tokens", "extra_special_tokens") and value:
+            entries = value.values() if isinstance(value, dict) else expect(value, list, where)
+        elif key.endswith("_token") and isinstance(value, str | dict):
+            entries = [value]
+        else:
+            continue
+        for entry in entries:
+            content = _content(entry, where)
+            if not content:
+                continue
+            flags = read_flags(entry if isinstance(entry, dict) else {}, where, special=True)
+            yield where, content, flags | {"special": True}
 
 
 def _without_vocabulary(directory: Path) -> TokenizerSpec:
@@ -94,55 +197,58 @@ def _without_vocabulary(directory: Path) -> TokenizerSpec:
         path = directory / name
         ids += _read_ids(read_json_object_if_present(path).get("eos_token_id"), f"{path}: eos_token_id")
     vocab_size = read_json_object_if_present(directory / "config.json").get("vocab_size")
-    if type(vocab_size) is int:
+    if type(vocab_size) is not int:
+        vocab_size = None
+    else:
         # A configuration written without a tokenizer keeps its class's default ids, which mean nothing.
         ids = [id_ for id_ in ids if 0 <= id_ < vocab_size]
-    return replace(NO_TOKENIZER, eos_token_ids=tuple(ids))
+    spec = replace(NO_TOKENIZER, eos_token_ids=tuple(ids), model_vocab_size=vocab_size)
+    for name, format_name in _OTHER_FORMATS.items():
+        if (directory / name).exists():
+            return replace(spec, absence=f"{spec.absence} that is read: {name} alone ({format_name}) is not")
+    return spec
 
 
-def _with_roles(spec: TokenizerSpec, directory: Path) -> TokenizerSpec:
+def _with_roles(
+    spec: TokenizerSpec, directory: Path, config: Mapping[str, Any], named: Mapping[str, Path]
+) -> TokenizerSpec:
     """The description with what the small files add: BOS, EOS, chat template, the model's vocabulary size."""
-    tokenizer_path = directory / "tokenizer_config.json"
-    tokenizer_config = read_json_object_if_present(tokenizer_path)
     model_path = directory / "config.json"
     model_config = read_json_object_if_present(model_path)
     bos = _read_ids(model_config.get("bos_token_id"), f"{model_path}: bos_token_id")
     bos_token_id = spec.bos_token_id if spec.bos_token_id is not None else next(iter(bos), None)
-    eos_token_ids = spec.eos_token_ids
-    # The first file to name a token decides; the model's own configurations may add further ends of turn.
-    naming = {
-        str(path): read_json_object_if_present(path)
-        for path in (directory / "special_tokens_map.json", tokenizer_path)
-    }
-    for where, named in naming.items():
-        bos_token_id = _read_named(named.get("bos_token"), spec, f"{where}: bos_token", bos_token_id)
-        eos_token_id = _read_named(named.get("eos_token"), spec, f"{where}: eos_token", None)
-        eos_token_ids = eos_token_ids if eos_token_id is None else (eos_token_id,)
+    roles: dict[str, int] = {}
+    for role in ("bos_token", "eos_token"):
+        if config.get(role) is not None:
+            roles[role] = _read_named(config[role], spec, f"{named.get(role, directory)}: {role}")
+    eos_token_ids: tuple[int, ...] = (roles["eos_token"],) if "eos_token" in roles else ()
     for path in (directory / "generation_config.json", model_path):
         ids = _read_ids(read_json_object_if_present(path).get("eos_token_id"), f"{path}: eos_token_id")
         eos_token_ids += tuple(ids)
     model_vocab_size = model_config.get("vocab_size")
     if model_vocab_size is not None:
         expect(model_vocab_size, int, f"{model_path}: vocab_size")
-    add_bos_token = tokenizer_config.get("add_bos_token")
+    add_bos_token = config.get("add_bos_token")
     if add_bos_token is not None:
-        expect(add_bos_token, bool, f"{tokenizer_path}: add_bos_token")
+        expect(add_bos_token, bool, f"{named['add_bos_token']}: add_bos_token")
     return replace(
         spec,
-        bos_token_id=bos_token_id,
+        bos_token_id=roles.get("bos_token", bos_token_id),
         add_bos_token=spec.add_bos_token if add_bos_token is None else add_bos_token,
         eos_token_ids=eos_token_ids,
-        chat_templates=read_chat_templates(directory, tokenizer_config),
-        template_tokens=read_template_tokens(naming) or None,
+        chat_templates=read_chat_templates(directory, config),
+        template_tokens=read_template_tokens({"tokenizer_config.json": config}) or None,
         model_vocab_size=model_vocab_size,
     )
 
 
-def _read_named(value: object, spec: TokenizerSpec, where: str, default: int | None) -> int | None:
-    """The id of a token given as text, or as {"content": text}."""
-    if value is None:
-        return default
-    content = expect(value.get("content") if isinstance(value, dict) else value, str, where)
+def _content(value: object, where: str) -> str:
+    """A token's text, given as it is or as {"content": text}."""
+    return expect(value.get("content") if isinstance(value, dict) else value, str, where)
+
+
+def _read_named(value: object, spec: TokenizerSpec, where: str) -> int:
+    content = _content(value, where)
     for token in spec.added_tokens:
         if token.content == content:
             return token.id

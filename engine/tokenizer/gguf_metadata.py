@@ -88,6 +88,13 @@ def _strings(metadata: Mapping[str, Any], name: str) -> list[str]:
     if not set(map(type, values)) <= {str}:
         index = next(index for index, value in enumerate(values) if type(value) is not str)
         raise CheckpointError(f"{_PREFIX}{name}[{index}]: found {found(values[index])}, expected a string")
+    try:
+        "".join(values).encode()
+    except UnicodeEncodeError as error:
+        char = error.object[error.start]
+        raise CheckpointError(
+            f"{_PREFIX}{name}: found the lone surrogate U+{ord(char):04X}, expected valid Unicode"
+        ) from error
     return values
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pagellm.engine.errors import CheckpointError
+from pagellm.engine.progress import say
 from pagellm.engine.tokenizer.directory import read_directory
 from pagellm.engine.tokenizer.gguf_metadata import read_gguf_metadata
 from pagellm.engine.tokenizer.tokenizer import Tokenizer
@@ -23,6 +24,10 @@ def load_tokenizer(
         model_vocab_size: how many ids the model can produce, where that is known better than from the source.
             An id below it that no token has decodes to nothing; an id from it on is an error.
 
+    A tokenizer that has ids which the model lacks is loaded with a line that says so on standard error: a
+    prompt with one of them is refused. Where there is no tokenizer, or none of a format that is read, the
+    result has `vocab_size` 0, takes no text and says why (`absence`).
+
     Raises:
         CheckpointError: the tokenizer cannot be found, read or supported.
     """
@@ -33,6 +38,16 @@ def load_tokenizer(
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: found no directory, expected one that holds a tokenizer")
         spec = read_directory(directory)
+    where = "" if isinstance(source, Mapping) else f"{Path(source)}: "
     if model_vocab_size is not None:
         spec = replace(spec, model_vocab_size=model_vocab_size)
-    return Tokenizer(spec)
+    try:
+        tokenizer = Tokenizer(spec)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}{error}") from error
+    if spec.model_vocab_size is not None and tokenizer.vocab_size > spec.model_vocab_size:
+        say(
+            f"{where}the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model only up to"
+            f" {spec.model_vocab_size - 1}: prompts with the others are refused"
+        )
+    return tokenizer

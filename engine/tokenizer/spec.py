@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pagellm.engine.tokenizer.added_tokens import AddedToken
 from pagellm.engine.tokenizer.pretokenizers import Pretokenizer
 
+# Far above any vocabulary; tables are as long as the highest id.
+MAX_ID = (1 << 24) - 1
+
 
 @dataclass(frozen=True, slots=True)
 class TokenizerSpec:
@@ -17,7 +20,7 @@ class TokenizerSpec:
 
     `eos_token_ids` has the tokenizer's own end token first, then every other id that ends a turn.
     `model_vocab_size` is the number of rows of the model's output, which padding often makes larger than the
-    vocabulary.
+    vocabulary. `absence` says why there is no vocabulary, where there is none.
     `chat_templates` are by name; the only one of a model is its "default". `template_tokens` are the tokens
     that they see by role, such as `bos_token`; None: the BOS and the first EOS.
     """
@@ -35,6 +38,7 @@ class TokenizerSpec:
     chat_templates: Mapping[str, str] = field(default_factory=dict)
     template_tokens: Mapping[str, str] | None = None
     model_vocab_size: int | None = None
+    absence: str = "this model came without a tokenizer"
 
 
 # Of a checkpoint that brings no tokenizer: it serves token ids, and they decode to nothing.

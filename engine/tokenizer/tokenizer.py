@@ -19,7 +19,7 @@ from pagellm.engine.tokenizer.byte_alphabet import token_to_bytes
 from pagellm.engine.tokenizer.chat_template import ChatTemplate
 from pagellm.engine.tokenizer.control_tokens import ControlTokens, MarkInUseError
 from pagellm.engine.tokenizer.normalization import to_nfc
-from pagellm.engine.tokenizer.spec import TokenizerSpec
+from pagellm.engine.tokenizer.spec import MAX_ID, TokenizerSpec
 
 _MARK_ATTEMPTS = 8
 
@@ -39,6 +39,7 @@ class Tokenizer:
         special_ids: the ids of all special tokens.
         add_bos_token: whether `encode` puts the BOS first.
         chat_template: the model's chat template, if it has one.
+        absence: why there is no tokenizer, where `vocab_size` is 0.
 
     Raises:
         CheckpointError: the parts of the description contradict each other.
@@ -54,6 +55,11 @@ class Tokenizer:
         added_ids = [token.id for token in spec.added_tokens]
         self.vocab_size = max(chain(spec.vocab.values(), added_ids), default=-1) + 1
         self.model_vocab_size = max(self.vocab_size, spec.model_vocab_size or 0)
+        if self.model_vocab_size > MAX_ID + 1:
+            raise CheckpointError(
+                f"vocab_size: found {found(spec.model_vocab_size)}, expected at most {MAX_ID + 1}"
+            )
+        self.absence = spec.absence
         self.special_ids = frozenset(token.id for token in spec.added_tokens if token.special)
         self.bos_token_id = self._known(spec.bos_token_id, "bos_token_id")
         self.eos_token_ids = tuple(dict.fromkeys(spec.eos_token_ids))
@@ -89,9 +95,7 @@ class Tokenizer:
         if not isinstance(text, str):
             raise RequestError(f"text: found {found(text)}, expected a string")
         if text and self.vocab_size == 0:
-            raise RequestError(
-                f"text: found {found(text)}, expected token ids: this model came without a tokenizer"
-            )
+            raise RequestError(f"text: found {found(text)}, expected token ids: {self.absence}")
         ids: list[int] = []
         if add_special_tokens and self.add_bos_token and self.bos_token_id is not None:
             ids.append(self.bos_token_id)

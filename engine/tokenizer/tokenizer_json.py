@@ -4,15 +4,17 @@ What it describes beyond that (other models, other normalisers, other pre-tokeni
 rather than tokenized almost right.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pagellm.engine.errors import CheckpointError
 from pagellm.engine.tokenizer import pretokenizers
+from pagellm.engine.tokenizer.added_token_table import AddedTokenTable
 from pagellm.engine.tokenizer.added_tokens import AddedToken
 from pagellm.engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
 from pagellm.engine.tokenizer.checks import expect, found, read_json_object
-from pagellm.engine.tokenizer.spec import TokenizerSpec
+from pagellm.engine.tokenizer.spec import MAX_ID, TokenizerSpec
 
 
 def read_tokenizer_json(path: Path) -> TokenizerSpec:
@@ -41,10 +43,15 @@ def read_tokenizer_json(path: Path) -> TokenizerSpec:
         raise CheckpointError(
             f"{path}: model.fuse_unk: found true with a vocabulary that lacks bytes, expected false"
         )
-    added_tokens = tuple(
-        read_added_token(entry, f"{path}: added_tokens[{index}]")
-        for index, entry in enumerate(expect(data.get("added_tokens") or [], list, f"{path}: added_tokens"))
-    )
+    _check_decoder(data.get("decoder"), f"{path}: decoder")
+    table = AddedTokenTable(vocab)
+    for index, entry in enumerate(expect(data.get("added_tokens") or [], list, f"{path}: added_tokens")):
+        where = f"{path}: added_tokens[{index}]"
+        token = read_added_token(entry, where)
+        if token.content in table:
+            raise CheckpointError(f"{where}: found {found(token.content)} again, expected each token once")
+        table.add(token, where)
+    added_tokens = table.tokens
     bos_token_id = _read_bos(data.get("post_processor"), added_tokens, f"{path}: post_processor")
     return TokenizerSpec(
         vocab=vocab,
@@ -66,9 +73,14 @@ def check_vocab(value: object, where: str) -> dict[str, int]:
         CheckpointError: it is none.
     """
     vocab = expect(value, dict, where)
-    if not set(map(type, vocab.values())) <= {int} or min(vocab.values(), default=0) < 0:
-        token, bad = next((token, id_) for token, id_ in vocab.items() if type(id_) is not int or id_ < 0)
-        raise CheckpointError(f"{where}[{found(token)}]: found {found(bad)}, expected an id, 0 or more")
+    ids = vocab.values()
+    if not set(map(type, ids)) <= {int} or min(ids, default=0) < 0 or max(ids, default=0) > MAX_ID:
+        token, bad = next(
+            (token, id_) for token, id_ in vocab.items() if type(id_) is not int or not 0 <= id_ <= MAX_ID
+        )
+        raise CheckpointError(
+            f"{where}[{found(token)}]: found {found(bad)}, expected an id from 0 to {MAX_ID}"
+        )
     if len(set(vocab.values())) != len(vocab):
         raise CheckpointError(f"{where}: found an id that two tokens share, expected each id once")
     return vocab
@@ -83,13 +95,30 @@ def read_added_token(entry: object, where: str, token_id: object = None) -> Adde
     entry = expect(entry, dict, where)
     content = expect(entry.get("content"), str, f"{where}.content")
     id_ = expect(entry.get("id") if token_id is None else token_id, int, f"{where}.id")
-    if not content or id_ < 0:
+    if not content or not 0 <= id_ <= MAX_ID:
         raise CheckpointError(
-            f"{where}: found {found(content)} with id {id_}, expected some text and an id, 0 or more"
+            f"{where}: found {found(content)} with id {found(id_)}, expected some text and an id from 0 to"
+            f" {MAX_ID}"
         )
-    names = ("special", "normalized", "lstrip", "rstrip", "single_word")
-    flags = {name: expect(entry.get(name, False), bool, f"{where}.{name}") for name in names}
-    return AddedToken(id_, content, **flags)
+    return AddedToken(id_, content, **read_flags(entry, where))
+
+
+def read_flags(entry: Mapping[str, Any], where: str, *, special: bool = False) -> dict[str, bool]:
+    """How an added token is recognised; `special` where the entry does not say.
+
+    Raises:
+        CheckpointError: one is neither true nor false.
+    """
+    special = expect(entry.get("special", special), bool, f"{where}.special")
+    flags = {"special": special}
+    for name, default in (
+        ("normalized", not special),
+        ("lstrip", False),
+        ("rstrip", False),
+        ("single_word", False),
+    ):
+        flags[name] = expect(entry.get(name, default), bool, f"{where}.{name}")
+    return flags
 
 
 def _read_merges(value: object, where: str) -> list[str]:
@@ -114,6 +143,18 @@ def _is_pair(merge: object) -> bool:
     if isinstance(merge, list):
         return len(merge) == 2 and all(isinstance(token, str) for token in merge)
     return isinstance(merge, str)
+
+
+def _check_decoder(section: object, where: str) -> None:
+    """Refuses every decoder but the one that turns the alphabet's characters back into bytes."""
+    if section is None:
+        return
+    section = expect(section, dict, where)
+    if section.get("type") == "Sequence":
+        for index, step in enumerate(expect(section.get("decoders"), list, f"{where}.decoders")):
+            _check_decoder(step, f"{where}.decoders[{index}]")
+    elif section.get("type") != "ByteLevel":
+        raise CheckpointError(f"{where}.type: found {found(section.get('type'))}, expected ByteLevel")
 
 
 def _read_normalizer(section: object, where: str) -> bool:
@@ -145,7 +186,10 @@ def _read_bos(section: object, added_tokens: tuple[AddedToken, ...], where: str)
             found_ids = [
                 _read_bos(step, added_tokens, f"{where}.processors[{i}]") for i, step in enumerate(steps)
             ]
-            return next((id_ for id_ in found_ids if id_ is not None), None)
+            bos_ids = [id_ for id_ in found_ids if id_ is not None]
+            if len(bos_ids) > 1:
+                raise CheckpointError(f"{where}.processors: found several that put a BOS first, expected one")
+            return next(iter(bos_ids), None)
         case "TemplateProcessing":
             return _read_template(section, added_tokens, where)
         case other:
@@ -167,7 +211,13 @@ def _read_template(section: dict[str, Any], added_tokens: tuple[AddedToken, ...]
     if not before:
         return None
     content = expect(before[0], dict, f"{where}.single[0]").get("id")
-    for token in added_tokens:
-        if token.content == content:
-            return token.id
-    raise CheckpointError(f"{where}.single[0]: found {found(content)}, expected one of added_tokens")
+    token = next((token for token in added_tokens if token.content == content), None)
+    if token is None:
+        raise CheckpointError(f"{where}.single[0]: found {found(content)}, expected one of added_tokens")
+    listed = expect(section.get("special_tokens"), dict, f"{where}.special_tokens").get(token.content)
+    ids = listed.get("ids") if isinstance(listed, dict) else None
+    if ids != [token.id]:
+        raise CheckpointError(
+            f"{where}.special_tokens: found ids {found(ids)} for {found(content)}, expected [{token.id}]"
+        )
+    return token.id

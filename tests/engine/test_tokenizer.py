@@ -348,8 +348,9 @@ def test_a_directory_says_which_tokens_begin_and_end(tmp_path: Path) -> None:
         config={"eos_token_id": 50256, "vocab_size": 50304},
     )
     assert tokenizer.bos_token_id == 50256
-    assert tokenizer.eos_token_id == 50258
-    assert tokenizer.eos_token_ids == (50258, 50256)
+    # As `transformers` has it, the map goes before a configuration that lists no added tokens.
+    assert tokenizer.eos_token_id == 50256
+    assert tokenizer.eos_token_ids == (50256, 50258)
     assert tokenizer.chat_template is not None
     assert tokenizer.chat_template.sources == {"default": "plain"}
 
