@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count
 from types import TracebackType
 from typing import Any, TypeVar
@@ -126,8 +127,13 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> "CompletionStream":
         """A completion's text piece by piece, as soon as no stop string can take it back."""
         [params] = params_for_each(sampling_params, 1)
-        if (params or self.engine.default_sampling_params).n != 1:
-            raise RequestError("n: found more than 1, expected 1 for a stream")
+        n = (params or self.engine.default_sampling_params).n
+        if n != 1:
+            raise RequestError(f"n: found {n}, expected 1; stream_all gives a stream for each completion")
+        if isinstance(prompt, list | tuple) and any(isinstance(p, str | Sequence | Mapping) for p in prompt):
+            raise RequestError(
+                f"prompt: found {len(prompt)} in a list, expected one; stream_all takes several"
+            )
         return self._streams([prompt], [params])[0][0]
 
     def stream_all(
@@ -146,14 +152,17 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams | None = None
     ) -> list[RequestOutput]:
         """One output a prompt, whose completions are its best beams, the best one first."""
-        params = params or BeamSearchParams()
+        params = BeamSearchParams() if params is None else params
+        if not isinstance(params, BeamSearchParams):
+            raise RequestError(f"params: found {found(params)}, expected a BeamSearchParams")
         searches = [
             BeamSearch(self.engine, self._new_request_id, prompt, params) for prompt in as_prompts(prompts)
         ]
 
         def search() -> list[RequestOutput]:
-            for one in searches:
-                one.start()
+            for index, one in enumerate(searches):
+                with _named(index, len(searches)):
+                    one.start()
             while under_way := [one for one in searches if not one.output.finished]:
                 self.engine.step_or_wait()
                 for one in under_way:
@@ -170,8 +179,8 @@ class LLM:
         """The logits after each of the tokens, [len(token_ids), vocab_size], through the paged path."""
         params = SamplingParams(temperature=0, max_tokens=1)
         [output] = self._serve([token_ids], [params], return_logits=True)
-        if output.logits is None or output.finish_reason is FinishReason.ERROR:
-            raise PagellmError(f"logits: {output.outputs[0].error}")
+        if output.logits is None or output.finish_reason is FinishReason.ABORT:
+            raise PagellmError(f"logits: {output.outputs[0].error or 'the request was aborted'}")
         return output.logits
 
     def close(self) -> None:
@@ -222,10 +231,11 @@ class LLM:
         params: Sequence[SamplingParams | None],
         return_logits: bool = False,
     ) -> list[RequestOutput]:
-        return [
-            self.engine.add_request(request_id, prompt, param, return_logits)
-            for request_id, prompt, param in zip(request_ids, prompts, params, strict=True)
-        ]
+        outputs = []
+        for index, (request_id, prompt, param) in enumerate(zip(request_ids, prompts, params, strict=True)):
+            with _named(index, len(prompts)):
+                outputs.append(self.engine.add_request(request_id, prompt, param, return_logits))
+        return outputs
 
     def _give_up(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
@@ -269,6 +279,17 @@ class CompletionStream(Iterator[str]):
         piece = completion.text[self._sent :]
         self._sent += len(piece)
         return piece
+
+
+@contextmanager
+def _named(index: int, count: int) -> Iterator[None]:
+    """Says of a refused request which of several it is, from 0 on."""
+    try:
+        yield
+    except RequestError as error:
+        if count == 1:
+            raise
+        raise RequestError(f"request {index}: {error}") from None
 
 
 def _all_or_nothing(work: Callable[[], _Result], give_up: Callable[[], None]) -> _Result:

@@ -477,6 +477,7 @@ class LLMEngine:
 
     def _fail(self, request: Request, completion: Completion, error: BaseException | None) -> None:
         """Ends a completion whose own data could not be dealt with: nobody else is the worse for it."""
+        request.logits = None  # they may not be whole
         self.loop.abort(completion.sequence, FinishReason.ERROR)
         self._finish(request, completion, FinishReason.ERROR, _description(error))
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -547,3 +547,39 @@ def test_a_prompt_beyond_a_sliding_window_is_refused_by_naming_it(tmp_path: Path
     [output] = llm.generate([[1] * 5], SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))
     assert len(output.token_ids) == 3
     llm.close()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda llm: llm.beam_search("ab", GREEDY), "params: found SamplingParams.*, expected a BeamSearch"),
+        (lambda llm: llm.beam_search("ab", {"beam_width": 2}), "params: found {'beam_width': 2}, expected a"),
+        (lambda llm: llm.beam_search(["ab", [-1]]), "^request 1: prompt: found token id -1 at 0"),
+        (lambda llm: llm.generate(["ab", "cd", ""], GREEDY), "^request 2: prompt: found no tokens"),
+        (lambda llm: llm.generate([""], GREEDY), "^prompt: found no tokens"),
+        (lambda llm: llm.stream_all(["ab", [-1]], GREEDY), "^request 1: prompt: found token id -1 at 0"),
+        (
+            lambda llm: llm.stream(["ab", "cd"], GREEDY),
+            "prompt: found 2 in a list, .*; stream_all takes several",
+        ),
+        (lambda llm: llm.stream("ab", SamplingParams(n=3)), "n: found 3, expected 1; stream_all gives"),
+    ],
+)
+def test_a_refusal_names_what_is_wrong_and_where(
+    llm: LLM, call: Callable[[LLM], object], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        call(llm)
+
+
+def test_logits_of_an_aborted_request_are_an_error(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = llm.engine.step
+
+    def aborting() -> object:
+        for request_id in list(llm.engine._requests):
+            llm.engine.abort(request_id)
+        return step()
+
+    monkeypatch.setattr(llm.engine, "step", aborting)
+    with pytest.raises(PagellmError, match="logits: the request was aborted"):
+        llm.logits([1, 2, 3])
