@@ -4,9 +4,9 @@ Calls that change an engine run one after the other, whichever threads make them
 the midst of another one of the same thread. Knows threads and processes; what the calls do is the engine's
 business.
 
-An exception may come from outside at any moment: Ctrl-C, a signal's handler. Python never lets one in between
-the moment in which a `with` takes a lock and the block that gives it back; so each lock here is held by a
-`with`, and its owner is asked of the lock itself.
+An exception may come from outside at any moment: Ctrl-C, a signal's handler. CPython lets none in between the
+moment in which a `with` takes a lock and the block that gives it back; so each lock here is held by a `with`,
+and who owns it is asked of the lock itself.
 """
 
 import os
