@@ -7,7 +7,7 @@ line for bad input, 130 after Ctrl-C.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pagellm import __version__
 from pagellm.engine import cli
@@ -71,6 +71,11 @@ def _refuse(message: str) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
+    """Takes whole names of options alone: what an abbreviation means changes with the next option."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
+
     def error(self, message: str) -> NoReturn:
         command = self.prog.partition(" ")[2]
         sys.exit(_refuse(f"{command}: {message}" if command else message))

@@ -64,7 +64,7 @@ def test_errors_do_not_go_to_standard_output_where_standard_error_fails(redirect
     assert (done.returncode, done.stdout, done.stderr) == (0, pagellm(*GENERATE).stdout, "")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a device that is always full")
 @pytest.mark.parametrize("arguments", [GENERATE, ["--help"], ["--version"], ["trace", "describe", TRACE]])
 def test_standard_output_that_is_full_is_named(arguments: list[str]) -> None:
     done = pagellm(*arguments, redirected=">/dev/full")
@@ -127,6 +127,13 @@ def test_an_error_is_one_line_of_bounded_length(capsys: pytest.CaptureFixture[st
         main(["bench", "--batch", "1,\n" * 90_000])
     [line] = capsys.readouterr().err.splitlines()
     assert len(line) < 1100
+
+
+def test_an_option_has_one_name(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["generate", "a", "--max-tok", "3"], ["trace", "describe", TRACE, "--js"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        assert "unrecognized arguments: --" in capsys.readouterr().err
 
 
 def test_memory_that_ends_is_one_line(

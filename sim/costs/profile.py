@@ -201,10 +201,14 @@ class ProfileCostModel(CostModel):
 
 
 def write_profile(profile: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes a profile, whole or not at all. Raises `ProfileError` if that cannot be done."""
+    """Writes a profile, whole or not at all; a pipe or device is written as it is. Raises `ProfileError`."""
     text = json.dumps(profile, indent=1, allow_nan=False) + "\n"
+    path = Path(path)
     try:
-        _replace(Path(path), text)
+        if path.exists() and not path.is_file():
+            path.write_text(text, "utf-8")
+        else:
+            _replace(path, text)
     except OSError as error:
         raise ProfileError(f"{path}: cannot be written: {error.strerror}") from error
 
@@ -214,6 +218,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if path.is_dir():
         raise ProfileError(f"{path}: found a directory, expected a file to write")
+    if path.exists() and not path.is_file():
+        return
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass

@@ -78,7 +78,10 @@ class PerfettoTrace:
                     self._emit(self._end(number, replica, sequence, replica.end, "in flight"))
             self._write("\n]}\n")
         finally:
-            self._file.close()
+            try:
+                self._file.close()
+            except OSError as error:
+                raise self._unwritable(error) from error
 
     def _emit(self, events: Iterator[dict[str, Any]]) -> None:
         for event in events:

@@ -268,6 +268,17 @@ def test_an_output_that_cannot_be_written_is_an_error_before_anything_is_measure
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a device that is always full")
+def test_a_device_in_the_place_of_a_profile_is_written_and_not_replaced(tmp_path: Path) -> None:
+    for device in ("null", "full"):
+        (tmp_path / device).symlink_to(f"/dev/{device}")
+        check_writable(tmp_path / device)
+    write_profile({}, tmp_path / "null")
+    with pytest.raises(ProfileError, match="full: cannot be written: No space left on device"):
+        write_profile({}, tmp_path / "full")
+    assert all(path.is_symlink() for path in tmp_path.iterdir())
+
+
 def test_ctrl_c_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt

@@ -153,6 +153,12 @@ def test_what_is_no_step_log_is_refused(tmp_path: Path, content: str, message: s
     assert events_of(tmp_path / "out.json") == []
 
 
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a device that is always full")
+def test_a_trace_that_its_disk_does_not_take_is_named(log: Path) -> None:
+    with pytest.raises(ReportError, match="/dev/full: cannot be written: No space left on device"):
+        from_step_log(log, "/dev/full")
+
+
 def test_files_that_cannot_be_opened_are_named(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match=r"gone: cannot be read: No such file"):
         from_step_log(tmp_path / "gone", tmp_path / "out.json")
