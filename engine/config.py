@@ -19,7 +19,8 @@ class EngineConfig:
 
     block_size: tokens of one KV block. A multiple of 16 suits the kernels best; any size gives the same bits.
     num_blocks: blocks of the KV cache. None: a quarter of the memory that is available within the limits of
-    the system, the container and ulimit; no more than max_num_seqs whole contexts, at least one.
+    the system, the container and ulimit; no more than the weights leave of it, nor than max_num_seqs whole
+    contexts; at least one.
     enable_prefix_caching: keep the KV of full blocks for later requests that begin with the same tokens.
     max_num_seqs: sequences that run at once. max_num_batched_tokens: tokens computed in one step, prefill
     chunks and decodes together. max_model_len: tokens of prompt and output. None: the model's own limit, or

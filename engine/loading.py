@@ -24,6 +24,7 @@ from pagellm.engine.scheduling.scheduler import PreemptionCosts, Scheduler
 from pagellm.engine.step_log import StepLogFile
 from pagellm.engine.tokenizer import Tokenizer, load_tokenizer
 from pagellm.engine.weights import converted_types, formats_of, kv_bytes_per_token, kv_format, load_weights
+from pagellm.kernels.architecture import lay_out
 
 # Of the memory that is available the KV cache takes this part at most, if its size is left open.
 _SHARE = 4
@@ -73,7 +74,8 @@ def load_engine(model: str, config: EngineConfig | None = None, show_progress: b
         if show_progress and asked.quantization == "auto":
             _say_converted(checkpoint, converted_types(checkpoint, spec, formats))
         memory = read_memory()
-        complete = size_cache(asked, spec.max_positions, token_bytes, memory, spec.context)
+        weight_bytes = 4 * lay_out(spec.arch, formats)[2]
+        complete = size_cache(asked, spec.max_positions, token_bytes, memory, spec.context, weight_bytes)
         block_bytes = token_bytes * complete.block_size
         block_manager = BlockManager(
             complete.num_blocks,
@@ -100,19 +102,20 @@ def size_cache(
     token_bytes: int,
     memory: Memory,
     context_name: str = "the context of this model",
+    weight_bytes: int = 0,
 ) -> CompleteConfig:
     """The settings with what the user left open filled in for a model and the memory that there is.
 
     context: tokens that the model can take. token_bytes: keys and values of one token, in all layers.
-    context_name: what the first is, as a message says it. Raises `ConfigError` for what the model or the
-    memory cannot hold.
+    context_name: what the first is, as a message says it. weight_bytes: memory that the weights will take of
+    what is available. Raises `ConfigError` for what the model or the memory cannot hold.
     """
     if config.max_model_len is not None and config.max_model_len > context:
         raise ConfigError(
             f"max_model_len: found {config.max_model_len}, expected at most {context}, {context_name}"
         )
     block_bytes = token_bytes * config.block_size
-    affordable = max(1, memory.available // _SHARE // block_bytes)
+    affordable = max(1, min(memory.available // _SHARE, memory.available - weight_bytes) // block_bytes)
     useful = config.max_num_seqs * -(-(config.max_model_len or context) // config.block_size)
     complete = config.complete(min(affordable, useful), context)
     num_blocks, total = complete.num_blocks, memory.total

@@ -156,6 +156,8 @@ def test_the_cache_takes_a_quarter_of_what_is_available() -> None:
     memory = Memory(available=8000, total=100_000, source="of a test")
     config = EngineConfig(block_size=4)
     assert size_cache(config, context=1000, token_bytes=10, memory=memory).num_blocks == 8000 // 4 // 40
+    weights = {"weight_bytes": 7000}  # which leave an eighth
+    assert size_cache(config, 1000, 10, memory, **weights).num_blocks == 8000 // 8 // 40  # type: ignore[arg-type]
     memory = Memory(available=0, total=100_000, source="of a test")
     assert size_cache(config, context=1000, token_bytes=10, memory=memory).num_blocks == 1
 
