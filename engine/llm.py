@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
+from os import PathLike
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -37,7 +38,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str = DEFAULT_MODEL,
+        model: str | PathLike[str] = DEFAULT_MODEL,
         *,
         config: EngineConfig | None = None,
         show_progress: bool = True,

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from itertools import count
+from os import PathLike
 from typing import Any
 from weakref import ref
 
@@ -65,7 +66,10 @@ class LLMEngine:
     """
 
     def __init__(
-        self, model: str | EngineParts, config: EngineConfig | None = None, show_progress: bool = False
+        self,
+        model: str | PathLike[str] | EngineParts,
+        config: EngineConfig | None = None,
+        show_progress: bool = False,
     ) -> None:
         if isinstance(model, EngineParts) and config is not None:
             raise TypeError("config was given beside the parts of an engine, which have one")

@@ -6,6 +6,7 @@ What can be refused is refused before anything that takes long.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,9 @@ class EngineParts:
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
-def load_engine(model: str, config: EngineConfig | None = None, show_progress: bool = False) -> EngineParts:
+def load_engine(
+    model: str | PathLike[str], config: EngineConfig | None = None, show_progress: bool = False
+) -> EngineParts:
     """Everything that it takes to serve a model.
 
     model: a known name, a local path or a hub id. show_progress: of fetching, compiling and loading, on

@@ -523,6 +523,12 @@ def test_names_of_tokens_say_nothing_where_there_is_no_vocabulary(
     llm.close()
 
 
+def test_a_model_may_be_a_path_object(tmp_path: Path) -> None:
+    LLM(Path(TINY), num_blocks=8, show_progress=False).close()
+    with pytest.raises(CheckpointError, match="no such model"):
+        LLM(tmp_path / "absent", show_progress=False)
+
+
 def test_an_error_in_a_gguf_file_s_tokenizer_names_the_file(tmp_path: Path) -> None:
     content = model_path("gguf_llama_f32").read_bytes()
     path = tmp_path / "m.gguf"
