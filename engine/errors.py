@@ -28,6 +28,23 @@ def found(value: object) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 3]}..."
 
 
+def is_from_outside(error: BaseException) -> bool:
+    """Whether an exception has nothing to do with what was being done: a handler of signals raised it.
+
+    Such a handler, or a debugger's function, is called with the frame that it interrupts.
+    """
+    interrupted, traceback = None, error.__traceback__
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if interrupted is not None:
+            for value in frame.f_locals.values():
+                values = value if isinstance(value, tuple) else (value,)
+                if any(one is interrupted for one in values):
+                    return True
+        interrupted, traceback = frame, traceback.tb_next
+    return False
+
+
 class PagellmError(Exception):
     """Anything that pagellm refuses or cannot do."""
 

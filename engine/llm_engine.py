@@ -23,7 +23,7 @@ import numpy as np
 from pagellm.engine.checks import flag, number
 from pagellm.engine.completion import Completion, Request
 from pagellm.engine.config import EngineConfig
-from pagellm.engine.errors import EngineError, RequestError, found
+from pagellm.engine.errors import EngineError, RequestError, found, is_from_outside
 from pagellm.engine.loading import EngineParts, load_engine
 from pagellm.engine.model_runner import RunnerOutput
 from pagellm.engine.outputs import FinishReason, RequestOutput
@@ -214,11 +214,14 @@ class LLMEngine:
         try:
             return self._step()
         except SequenceError as error:
+            cause = error.__cause__
+            if cause is None or is_from_outside(cause):
+                raise cause or error from None
             if self._changing:
                 self._recover()
             request, completion = self._by_seq_id[error.sequence.seq_id]
             self._changing = True
-            self._fail(request, completion, error.__cause__)
+            self._fail(request, completion, cause)
             self._changing = False
             return [request.output]
 
@@ -322,6 +325,8 @@ class LLMEngine:
                 try:
                     known[completion.sequence] = completion.take_back()
                 except Exception as error:  # its own data cannot be dealt with
+                    if is_from_outside(error):
+                        raise
                     request.finish(completion, FinishReason.ERROR, self.now(), _description(error))
                 else:
                     by_seq_id[completion.sequence.seq_id] = request, completion
@@ -458,6 +463,8 @@ class LLMEngine:
                         result.logits.get(sequence.seq_id, ()),
                     )
                 except Exception as error:
+                    if is_from_outside(error):
+                        raise
                     for completion in request.unfinished():
                         self._fail(request, completion, error)
         for sequence in sampled:
@@ -472,6 +479,8 @@ class LLMEngine:
             try:
                 reason = completion.append(result.logprobs.get(sequence.seq_id), now)
             except Exception as error:
+                if is_from_outside(error):
+                    raise
                 self._fail(request, completion, error)
                 continue
             if reason is not None:

@@ -138,8 +138,9 @@ class ModelRunner:
         num_blocks = max([len(sequence.block_table) for sequence in sequences])
         block_tables = array("i", bytes(4 * num_blocks * len(sequences)))
         at = 0
+        work = zip(sequences, counts, strict=True)
         try:
-            for sequence, count in zip(sequences, counts, strict=True):
+            for sequence, count in work:
                 start, table = sequence.num_computed_tokens, sequence.block_table
                 token_ids += sequence.token_ids[start : start + count]
                 num_computed.append(start)
@@ -272,8 +273,9 @@ def _num_logprobs(row: _Row, vocab_size: int) -> int:
 def _collect(rows: list[_Row], outputs: Outputs) -> RunnerOutput:
     result = RunnerOutput()
     tokens, num_wanted = outputs.tokens.tolist(), 0
+    numbered = enumerate(rows)
     try:
-        for i, row in enumerate(rows):
+        for i, row in numbered:
             seq_id = row.sequence.seq_id
             token = tokens[i] if row.target < 0 else row.target
             if row.target < 0:

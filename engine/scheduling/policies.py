@@ -13,7 +13,7 @@ from heapq import heapify, heappop, heappush
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pagellm.engine.errors import ConfigError, PolicyError
+from pagellm.engine.errors import ConfigError, PolicyError, is_from_outside
 from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
 
 if TYPE_CHECKING:
@@ -200,6 +200,8 @@ class CheckedPolicy:
         try:
             self._set(type(self._policy)())
         except Exception as error:  # a user's policy may raise anything
+            if is_from_outside(error):
+                raise
             self._replace("__init__", error)
 
     def raise_error(self) -> None:
@@ -241,6 +243,8 @@ class CheckedPolicy:
         try:
             return check(getattr(self._policy, method)(*own))
         except Exception as error:  # a user's policy may raise anything
+            if is_from_outside(error):
+                raise
             self._replace(method, error)
             return check(getattr(self._policy, method)(*arguments))
 

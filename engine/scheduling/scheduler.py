@@ -215,10 +215,9 @@ class Scheduler:
         manager = self.block_manager
         caches, block_size = manager.enable_prefix_caching, manager.block_size
         tokens = iter(token_ids)
+        work = zip(batch.sequences, batch.num_new_tokens, batch.samples, strict=True)
         try:
-            for sequence, count, samples in zip(
-                batch.sequences, batch.num_new_tokens, batch.samples, strict=True
-            ):
+            for sequence, count, samples in work:
                 token_id = next(tokens) if samples else None
                 if sequence.block_table:  # else it was aborted
                     computed = sequence.num_computed_tokens = sequence.num_computed_tokens + count

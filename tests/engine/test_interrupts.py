@@ -18,7 +18,16 @@ from typing import Any
 
 import pytest
 
-from pagellm.engine import LLM, BeamSearchParams, EngineError, FinishReason, LLMEngine, SamplingParams
+from pagellm.engine import (
+    LLM,
+    BeamSearchParams,
+    EngineError,
+    FinishReason,
+    LLMEngine,
+    SamplingParams,
+    SchedulingPolicy,
+)
+from pagellm.engine.completion import Completion, Request
 from tests.conftest import model_path
 
 TINY = str(model_path("llama_tiny"))
@@ -181,6 +190,40 @@ def interrupted(call: Callable[[], object], alarm: Callable[[float], None], seco
     except KeyboardInterrupt:
         return True
     return False
+
+
+def test_what_a_signal_raises_is_the_callers_also_where_a_requests_own_data_is_dealt_with(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception of any class, as of a time limit: it is not taken for a failure of the request."""
+    expected = generate(llm)
+
+    def time_is_up(signum: int, frame: FrameType | None) -> None:
+        raise TimeoutError("time is up")
+
+    before = signal.signal(signal.SIGALRM, time_is_up)
+    try:
+        for owner, name in [
+            (llm.engine.block_manager, "cached_prefix"),
+            (llm.engine.block_manager, "register"),
+            (Completion, "append"),
+            (Request, "collect_prompt"),
+            (SchedulingPolicy, "order"),
+        ]:
+            original = getattr(owner, name)
+
+            def late(*arguments: Any, original: Any = original) -> Any:
+                signal.raise_signal(signal.SIGALRM)
+                return original(*arguments)
+
+            monkeypatch.setattr(owner, name, late)
+            with pytest.raises(TimeoutError, match="time is up"):
+                generate(llm)
+            monkeypatch.undo()
+            assert_nothing_is_left(llm)
+            assert generate(llm) == expected, name
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("call", CALLS)
