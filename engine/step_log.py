@@ -4,20 +4,25 @@ Built from what a step loop tells, so that a simulated run gives the same record
 this runs unless somebody asks for it.
 """
 
-import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from operator import attrgetter
 from typing import Any, NotRequired, TypedDict
+
+import orjson
 
 from pagellm.engine.config import CompleteConfig
 from pagellm.engine.errors import ConfigError
-from pagellm.engine.scheduling.scheduler import Preempted, ScheduledBatch, Scheduler
+from pagellm.engine.scheduling.scheduler import Admitted, Preempted, ScheduledBatch, Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.engine.scheduling.step_loop import StepListener
 
 # Settings of which no decision of a scheduler follows: num_swap_blocks says what swap_dir comes to.
 NO_DECISIONS = ("swap_dir", "step_log", "num_threads", "quantization", "generation_config")
+
+_seq_id = attrgetter("seq_id")
+_num_computed = attrgetter("num_computed_tokens")
 
 
 class AddedRecord(TypedDict):
@@ -114,7 +119,10 @@ class StepRecorder(StepListener):
         if self._record is not None:  # that step was given up, and nothing of it was computed
             self._record["scheduled"] = []
             self._write(self._record)
+        # Plain dictionaries throughout, since this is most of what logging a step costs.
         scheduler, manager = self._scheduler, self._scheduler.block_manager
+        costs, stats, usage = scheduler.costs, manager.stats, manager.usage()
+        num_swapped = manager.num_swapped
         self._record = {
             "step": self._num_steps,
             "start_s": now,
@@ -122,26 +130,33 @@ class StepRecorder(StepListener):
             "duration_s": 0.0,
             "added": self._added,
             "ended": self._ended,
-            "scheduled": [
-                (sequence.seq_id, sequence.num_computed_tokens, count, samples)
-                for sequence, count, samples in zip(
-                    batch.sequences, batch.num_new_tokens, batch.samples, strict=True
+            "scheduled": list(
+                zip(
+                    map(_seq_id, batch.sequences),
+                    map(_num_computed, batch.sequences),
+                    batch.num_new_tokens,
+                    batch.samples,
+                    strict=True,
                 )
-            ],
-            "admitted": [(a.sequence.seq_id, a.was.value, a.num_cached_tokens) for a in batch.admitted],
-            "preempted": [_preempted(preempted) for preempted in batch.preempted],
-            "forked": [
-                (child.seq_id, parent.seq_id) for parent, forks in batch.forks.items() for child in forks
-            ],
+            ),
+            "admitted": list(map(_admitted, batch.admitted)),
+            "preempted": list(map(_preempted, batch.preempted)),
+            "forked": list(_forked(batch)) if batch.forks else [],
             "tables": self._new_tables(batch),
-            "transfers": dict(Counter(transfer.kind.value for transfer in batch.transfers)),
+            "transfers": dict(Counter(t.kind.value for t in batch.transfers)) if batch.transfers else {},
             "finished": [],
-            "costs": asdict(scheduler.costs),
+            "costs": {"recompute_token_s": costs.recompute_token_s, "swap_block_s": costs.swap_block_s},
             "running": len(scheduler.running),
-            "waiting": len(scheduler.waiting) - manager.num_swapped,
-            "swapped": manager.num_swapped,
-            "blocks": manager.usage()._asdict(),
-            "cache": asdict(manager.stats),
+            "waiting": len(scheduler.waiting) - num_swapped,
+            "swapped": num_swapped,
+            "blocks": {
+                "used": usage.used,
+                "free": usage.free,
+                "shared": usage.shared,
+                "unwritten_slots": usage.unwritten_slots,
+                "swap_used": usage.swap_used,
+            },
+            "cache": {"queries": stats.queries, "hits": stats.hits, "evictions": stats.evictions},
         }
         if self._num_steps == 0 and self._config is not None:
             settings = asdict(self._config)
@@ -197,6 +212,16 @@ def _end_of(sequence: Sequence) -> tuple[int, str]:
     return sequence.seq_id, sequence.finish_reason
 
 
+def _admitted(admitted: Admitted) -> tuple[int, str, int]:
+    return admitted.sequence.seq_id, admitted.was.value, admitted.num_cached_tokens
+
+
+def _forked(batch: ScheduledBatch) -> Iterator[tuple[int, int]]:
+    for parent, forks in batch.forks.items():
+        for child in forks:
+            yield child.seq_id, parent.seq_id
+
+
 def _preempted(preempted: Preempted) -> PreemptedRecord:
     return {
         "sequence": preempted.sequence.seq_id,
@@ -209,18 +234,23 @@ def _preempted(preempted: Preempted) -> PreemptedRecord:
 
 
 class StepLogFile:
-    """A file that gets one line of JSON for each record."""
+    """A file that gets one line of JSON for each record.
 
-    def __init__(self, path: str) -> None:
+    is_live: each line is in the file at once, so that what happened is known however the process ends.
+    """
+
+    def __init__(self, path: str, is_live: bool = True) -> None:
+        self._is_live = is_live
         try:
-            self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115
+            self._file = open(path, "wb")  # noqa: SIM115
         except OSError as error:
             raise ConfigError(f"step_log: {path}: {error.strerror}, expected a file to write to") from error
 
     def write(self, record: StepRecord) -> None:
         """Appends a record. Raises `OSError`."""
-        self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
-        self._file.flush()
+        self._file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+        if self._is_live:
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""

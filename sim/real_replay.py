@@ -2,13 +2,16 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from os import PathLike
 from typing import TYPE_CHECKING
 
 from pagellm.engine.errors import RequestError, TraceError
 from pagellm.engine.outputs import FinishReason
 from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.step_log import StepRecorder
 from pagellm.sim.report.metrics import MetricsCollector
+from pagellm.sim.report.perfetto import PerfettoTrace
 from pagellm.sim.report.schema import Report
 from pagellm.sim.traces.prompt_tokens import PromptTokens
 from pagellm.sim.traces.request import TraceRequest
@@ -27,6 +30,7 @@ def replay_for_real(
     skip_bad: bool = False,
     slo: Mapping[str, float] | None = None,
     results: str | PathLike[str] | None = None,
+    perfetto: str | PathLike[str] | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> Report:
     """Serves a whole trace at its arrival times on an idle engine, and reports like the simulator.
@@ -38,16 +42,24 @@ def replay_for_real(
     """
     metrics = MetricsCollector([engine.scheduler], slo, results, engine.block_bytes)
     begin = time.perf_counter()
-    listener = metrics.listener()
-    engine.loop.listen(listener)
     under_way: dict[str, None] = {}
-    try:
-        _serve(engine, trace.scaled(rate_factor), metrics, under_way, skip_bad, progress)
-    finally:
-        engine.loop.ignore(listener)  # before the rest is aborted: an interrupt may have kept a step from it
+
+    def abort() -> None:
         for request_id in under_way:
             engine.abort(request_id)
-        metrics.close()
+
+    with ExitStack() as stack:
+        stack.callback(metrics.close)
+        listeners = [metrics.listener()]
+        if perfetto is not None:
+            steps = stack.enter_context(PerfettoTrace(perfetto))
+            listeners.append(StepRecorder(engine.scheduler, steps.step))
+        # Before the rest is aborted, nobody listens any more: an interrupt may have kept a step from them.
+        stack.callback(abort)
+        for listener in listeners:
+            engine.loop.listen(listener)
+            stack.callback(engine.loop.ignore, listener)
+        _serve(engine, trace.scaled(rate_factor), metrics, under_way, skip_bad, progress)
     return metrics.report(
         trace,
         kind="real",

@@ -7,7 +7,7 @@ the step's tokens after as long as the cost model says. Nothing here knows weigh
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import KW_ONLY, dataclass, field
 from enum import IntEnum
 from heapq import heapify, heappop, heappush, heappushpop
@@ -23,9 +23,10 @@ from pagellm.engine.scheduling.block_manager import BlockManager
 from pagellm.engine.scheduling.scheduler import ScheduledBatch, Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.engine.scheduling.step_loop import StepLoop
-from pagellm.engine.step_log import StepLogFile, StepRecorder
+from pagellm.engine.step_log import StepLogFile, StepRecord, StepRecorder
 from pagellm.sim.costs.cost_model import CostModel
 from pagellm.sim.report.metrics import MetricsCollector
+from pagellm.sim.report.perfetto import PerfettoTrace
 from pagellm.sim.report.schema import Report
 from pagellm.sim.router import ROUTERS, Router
 from pagellm.sim.traces.prompt_tokens import PromptTokens
@@ -77,9 +78,8 @@ class Simulator:
     """Replays traces with some settings and step times.
 
     config: as the engine's. Where it leaves num_blocks and max_model_len open, they are what the cost model
-    knows of the machine and the model, as with an engine. Its
-    step_log gets the records of the engine's step log; num_threads and quantization only say what a profile
-    must be of.
+    knows of the machine and the model, as with an engine. Its step_log gets the records of the engine's step
+    log; num_threads and quantization only say what a profile must be of.
     prompt_tokens: what prompts are made of, with a tokenizer for a trace of texts.
 
     rate_factor: lets requests arrive so many times as often. clients: leaves the arrival times aside; so many
@@ -89,9 +89,9 @@ class Simulator:
 
     skip_bad: count requests that can never be computed as rejected, instead of ending with an error.
     slo: the most seconds that a good request takes: ttft_s, tpot_s, e2e_s, queue_s. results: a file that gets
-    a line of JSON for each request. accept_profile_error: use a profile whose own error is above
-    `MAX_PROFILE_ERROR`, too. progress: called with the number of requests that have ended and the
-    simulated time, whenever one has.
+    a line of JSON for each request. perfetto: a file that gets the run as a trace for ui.perfetto.dev.
+    accept_profile_error: use a profile whose own error is above `MAX_PROFILE_ERROR`, too. progress: called
+    with the number of requests that have ended and the simulated time, whenever one has.
 
     Raises `ConfigError`.
     """
@@ -108,6 +108,7 @@ class Simulator:
     skip_bad: bool = False
     slo: Mapping[str, float] | None = None
     results: str | PathLike[str] | None = None
+    perfetto: str | PathLike[str] | None = None
     accept_profile_error: bool = False
     progress: Callable[[int, float], None] | None = None
 
@@ -178,12 +179,13 @@ class _Replay:
             simulator.results,
             self._cost_model.block_bytes(config.block_size),
         )
-        self._step_log = None if config.step_log is None else StepLogFile(config.step_log)
+        self._step_log = None if config.step_log is None else StepLogFile(config.step_log, is_live=False)
+        self._perfetto = None if simulator.perfetto is None else PerfettoTrace(simulator.perfetto)
         for replica in self._replicas:
             replica.loop.listen(self.metrics.listener(replica.number))
-            if self._step_log is not None:
+            if self._step_log is not None or self._perfetto is not None:
                 number = replica.number if len(self._replicas) > 1 else None
-                recorder = StepRecorder(replica.scheduler, self._step_log.write, config, number)
+                recorder = StepRecorder(replica.scheduler, self._record, config, number)
                 replica.loop.listen(recorder)
         self._output_token = simulator.prompt_tokens.vocab_size
         self._params: dict[tuple[Any, ...], SamplingParams] = {}
@@ -204,9 +206,16 @@ class _Replay:
 
     def close(self) -> None:
         """Closes the files that were written."""
-        self.metrics.close()
+        with ExitStack() as stack:
+            for file in (self.metrics, self._step_log, self._perfetto):
+                if file is not None:
+                    stack.callback(file.close)
+
+    def _record(self, record: StepRecord) -> None:
         if self._step_log is not None:
-            self._step_log.close()
+            self._step_log.write(record)
+        if self._perfetto is not None:
+            self._perfetto.step(record)
 
     def _first_arrivals(self) -> Iterator[Event]:
         clients = self._simulator.clients

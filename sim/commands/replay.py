@@ -5,8 +5,6 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from pagellm.engine.cli import add_model_options, engine_config, given_settings
@@ -17,7 +15,6 @@ from pagellm.sim.commands.trace import PROGRESS_INTERVAL_S, add_trace_input, lis
 from pagellm.sim.costs.cost_model import CostModel
 from pagellm.sim.costs.profile import ProfileCostModel
 from pagellm.sim.report.metrics import SLO_NAMES
-from pagellm.sim.report.perfetto import from_step_log
 from pagellm.sim.report.report import compare, compare_json, load_report, to_html, to_text
 from pagellm.sim.report.schema import Report
 from pagellm.sim.router import ROUTERS
@@ -90,15 +87,10 @@ def _replay(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Non
         return
     if options.trace is None:
         raise TraceError("TRACE: found none, expected a file, or --compare")
-    with TemporaryDirectory() as directory:
-        if options.perfetto and not options.step_log:
-            options.step_log = str(Path(directory) / "steps.jsonl")
-        trace = load_trace(options)
-        if options.limit is not None:
-            trace = trace.limited(options.limit)
-        report = (_replay_for_real if options.real else _simulate)(trace, options)
-        if options.perfetto:
-            from_step_log(options.step_log, options.perfetto)
+    trace = load_trace(options)
+    if options.limit is not None:
+        trace = trace.limited(options.limit)
+    report = (_replay_for_real if options.real else _simulate)(trace, options)
     list_skipped(trace)
     if options.output:
         report.to_json(options.output)
@@ -133,6 +125,7 @@ def _simulate(trace: Trace, options: argparse.Namespace) -> Report:
         skip_bad=options.skip_bad,
         slo=options.slo,
         results=options.results,
+        perfetto=options.perfetto,
         accept_profile_error=options.accept_profile_error,
         progress=_progress(),
     ).replay(trace)
@@ -178,6 +171,7 @@ def _replay_for_real(trace: Trace, options: argparse.Namespace) -> Report:
             skip_bad=options.skip_bad,
             slo=options.slo,
             results=options.results,
+            perfetto=options.perfetto,
             progress=_progress(),
         )
     finally:

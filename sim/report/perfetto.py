@@ -9,54 +9,65 @@ other a thread for each request, whose phases follow each other without a gap: q
 after a preemption preempted or swapped, until it is admitted again.
 """
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from os import PathLike
 from types import TracebackType
 from typing import Any
 
+import orjson
+
+from pagellm.engine.checks import JsonError, parse_json
 from pagellm.engine.errors import ReportError
 from pagellm.engine.step_log import StepRecord
 
 _NS = 10**9
+_MAX_EVENTS = 1000  # that are kept before they are written
 # Above every process id: a thread whose id is its process's would be taken for the process's main thread.
 _FIRST_THREAD = 10_000
 
 
-@dataclass
+@dataclass(slots=True)
 class _Request:
-    """A request in flight, and the phase that it is in."""
+    """A request in flight, and the phase that it is in.
+
+    since: when that began. args: what is shown of it. tokens: computed in it, None where nothing is.
+    """
 
     thread: int
     phase: str
     since: int
-    args: dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Any]
+    tokens: int | None = None
 
 
 @dataclass
 class _Replica:
-    """What is known of a replica between its steps; times are nanoseconds from the beginning."""
+    """What is known of a replica between its steps; times are nanoseconds from the beginning.
 
-    steps: int  # the thread of its steps
-    end: int = 0  # of the step before
+    steps: the thread of its steps; processes: that one's, and that of its requests. end: of the step before.
+    """
+
+    steps: int
+    processes: tuple[int, int]
+    end: int = 0
     requests: dict[int, _Request] = field(default_factory=dict)
 
 
 class PerfettoTrace:
     """A trace file that grows with each `step`; `close` makes it whole. Use it in a `with` statement."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | PathLike[str]) -> None:
         self._path = path
         self._replicas: dict[int, _Replica] = {}
         self._num_threads = 0
         self._begin: float | None = None
-        self._separator = "\n"
+        self._events: list[dict[str, Any]] = []  # that are to be written
+        self._separator = b"\n"
         try:
-            self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115
+            self._file = open(path, "wb")  # noqa: SIM115
         except OSError as error:
             raise self._unwritable(error) from error
-        self._write('{"displayTimeUnit":"ms","traceEvents":[')
+        self._write(b'{"displayTimeUnit":"ms","traceEvents":[')
 
     def __enter__(self) -> "PerfettoTrace":
         return self
@@ -64,31 +75,35 @@ class PerfettoTrace:
     def __exit__(self, kind: type[BaseException] | None, _: Any, __: TracebackType | None) -> None:
         self.close()
 
-    def step(self, record: StepRecord, replica: int = 0) -> None:
-        """Adds one step. Raises `ReportError` if it cannot be written."""
-        self._emit(self._events(record, replica))
+    def step(self, record: StepRecord, replica: int | None = None) -> None:
+        """Adds one step, of the replica that the record names if none is named here. Raises `ReportError`."""
+        self._add(record, record.get("replica", 0) if replica is None else replica)
+        if len(self._events) >= _MAX_EVENTS:
+            self._flush()
 
     def close(self) -> None:
-        """Ends the phases of what is still in flight, and the file."""
+        """Ends the phases of what is still in flight, and the file. Raises `ReportError`."""
         if self._file.closed:
             return
         try:
-            for number, replica in self._replicas.items():
+            for replica in self._replicas.values():
                 for sequence in list(replica.requests):
-                    self._emit(self._end(number, replica, sequence, replica.end, "in flight"))
-            self._write("\n]}\n")
+                    self._end(replica, sequence, replica.end, "in flight")
+            self._flush()
+            self._write(b"\n]}\n")
         finally:
             try:
                 self._file.close()
             except OSError as error:
                 raise self._unwritable(error) from error
 
-    def _emit(self, events: Iterator[dict[str, Any]]) -> None:
-        for event in events:
-            self._write(f"{self._separator}{json.dumps(event, separators=(',', ':'))}")
-            self._separator = ",\n"
+    def _flush(self) -> None:
+        if self._events:
+            self._write(self._separator + orjson.dumps(self._events)[1:-1])
+            self._separator = b",\n"
+            self._events.clear()
 
-    def _write(self, text: str) -> None:
+    def _write(self, text: bytes) -> None:
         try:
             self._file.write(text)
         except OSError as error:
@@ -99,130 +114,127 @@ class PerfettoTrace:
 
     # The events of a step
 
-    def _events(self, record: StepRecord, number: int) -> Iterator[dict[str, Any]]:
+    def _add(self, record: StepRecord, number: int) -> None:
         if self._begin is None:
             arrivals = (added["arrival_s"] for added in record["added"])
             self._begin = min(record["start_s"], *arrivals, record["start_s"])
-        if number not in self._replicas:
-            yield from self._introduce(number)
-        replica = self._replicas[number]
+        replica = self._replicas.get(number) or self._introduce(number)
         # Clocks that are read one after the other may let a step begin before the one before it has ended.
         start = max(self._time(record["start_s"]), replica.end)
         end = start + round(record["duration_s"] * _NS)
-        yield from self._arrivals(record, number, replica)
+        self._arrivals(record, replica)
         for sequence, reason in record["ended"]:
-            yield from self._end(number, replica, sequence, replica.end, reason)
-        yield from self._preemptions(record, number, replica, start)
-        yield from self._admissions(record, number, replica, start)
-        yield from self._step(record, number, replica, start, end)
-        yield from self._counters(record, number, replica, start)
-        yield from self._progress(record, number, replica, start, end)
+            self._end(replica, sequence, replica.end, reason)
+        self._preemptions(record, replica, start)
+        self._admissions(record, replica, start)
+        began = self._step(record, replica, start, end)
+        for request in began:
+            self._change(replica, request, "decode", end, {}, 0)
+        for child, parent in record["forked"]:  # they wait for the step that they are in
+            self._change(replica, replica.requests[child], "queued", end, {"forked_from": parent})
         for sequence, reason in record["finished"]:
-            yield from self._end(number, replica, sequence, end, reason)
+            self._end(replica, sequence, end, reason)
         replica.end = end
         if not replica.requests:  # else the counters would hold through the idle time that follows
-            yield _counter(number, "requests", end, {"running": 0, "waiting": 0, "swapped": 0})
+            self._counter(replica, "requests", end, {"running": 0, "waiting": 0, "swapped": 0})
 
-    def _introduce(self, number: int) -> Iterator[dict[str, Any]]:
-        self._replicas[number] = replica = _Replica(self._new_thread())
-        for process, name in ((_steps_of(number), "steps"), (_requests_of(number), "requests")):
-            yield _metadata(process, 0, "process_name", {"name": f"replica {number}: {name}"})
-            yield _metadata(process, 0, "process_sort_index", {"sort_index": process})
-        yield _metadata(_steps_of(number), replica.steps, "thread_name", {"name": "steps"})
+    def _introduce(self, number: int) -> _Replica:
+        steps, requests = processes = 2 * number + 1, 2 * number + 2
+        self._replicas[number] = replica = _Replica(self._new_thread(), processes)
+        for process, name in ((steps, "steps"), (requests, "requests")):
+            self._metadata(process, 0, "process_name", {"name": f"replica {number}: {name}"})
+            self._metadata(process, 0, "process_sort_index", {"sort_index": process})
+        self._metadata(steps, replica.steps, "thread_name", {"name": "steps"})
+        return replica
 
-    def _arrivals(self, record: StepRecord, number: int, replica: _Replica) -> Iterator[dict[str, Any]]:
+    def _arrivals(self, record: StepRecord, replica: _Replica) -> None:
         for added in record["added"]:
             sequence, thread = added["sequence"], self._new_thread()
             args = {name: value for name, value in added.items() if value is not None and name != "arrival_s"}
             replica.requests[sequence] = _Request(thread, "queued", self._time(added["arrival_s"]), args)
-            name = {"name": f"request {sequence}"}
-            yield _metadata(_requests_of(number), thread, "thread_name", name)
-            yield _metadata(_requests_of(number), thread, "thread_sort_index", {"sort_index": thread})
+            self._metadata(replica.processes[1], thread, "thread_name", {"name": f"request {sequence}"})
+            self._metadata(replica.processes[1], thread, "thread_sort_index", {"sort_index": thread})
 
-    def _preemptions(
-        self, record: StepRecord, number: int, replica: _Replica, start: int
-    ) -> Iterator[dict[str, Any]]:
+    def _preemptions(self, record: StepRecord, replica: _Replica, start: int) -> None:
         for preempted in record["preempted"]:
             phase = "swapped" if preempted["by"] == "swap" else "preempted"
             args = {name: value for name, value in preempted.items() if name != "sequence"}
-            yield from self._change(number, replica.requests[preempted["sequence"]], phase, start, args)
+            self._change(replica, replica.requests[preempted["sequence"]], phase, start, args)
 
-    def _admissions(
-        self, record: StepRecord, number: int, replica: _Replica, start: int
-    ) -> Iterator[dict[str, Any]]:
+    def _admissions(self, record: StepRecord, replica: _Replica, start: int) -> None:
+        if not record["admitted"]:
+            return
         scheduled = {sequence: (count, samples) for sequence, _, count, samples in record["scheduled"]}
         for sequence, was, num_cached_tokens in record["admitted"]:
             goes_on = was == "swapped" and scheduled.get(sequence) == (1, True)
-            args = {"num_cached_tokens": num_cached_tokens, "tokens": 0}
-            request = replica.requests[sequence]
-            yield from self._change(number, request, "decode" if goes_on else "prefill", start, args)
-        for sequence in scheduled:
-            # A fork is not admitted: it runs on from the end of the step in which its parent began.
-            request = replica.requests[sequence]
-            if request.phase == "queued":
-                request.phase, request.args = "decode", request.args | {"tokens": 0}
+            phase, args = "decode" if goes_on else "prefill", {"num_cached_tokens": num_cached_tokens}
+            self._change(replica, replica.requests[sequence], phase, start, args, 0)
 
-    def _step(
-        self, record: StepRecord, number: int, replica: _Replica, start: int, end: int
-    ) -> Iterator[dict[str, Any]]:
-        tokens = {"prefill": 0, "decode": 0}
-        for sequence, _, count, _ in record["scheduled"]:
-            request = replica.requests[sequence]
-            tokens[request.phase] += count
-            request.args["tokens"] += count
+    def _step(self, record: StepRecord, replica: _Replica, start: int, end: int) -> list[_Request]:
+        """The step itself and the counters; returns the requests that got their first token in it."""
+        began = []
+        requests, scheduled = replica.requests, record["scheduled"]
+        num_tokens = num_decode_tokens = 0
+        for sequence, _, count, samples in scheduled:
+            request = requests[sequence]
+            num_tokens += count
+            if request.phase == "prefill":
+                if samples:
+                    began.append(request)
+            else:
+                num_decode_tokens += count
+                if request.tokens is None:  # a fork, which is not admitted: it decodes since its parent did
+                    request.phase, request.tokens = "decode", 0
+            assert request.tokens is not None
+            request.tokens += count
+        num_prefill_tokens = num_tokens - num_decode_tokens
+        transfers, blocks, process = record["transfers"], record["blocks"], replica.processes[0]
         args = {
-            "tokens": sum(tokens.values()),
-            "prefill_tokens": tokens["prefill"],
-            "decode_tokens": tokens["decode"],
-            "sequences": len(record["scheduled"]),
+            "tokens": num_tokens,
+            "prefill_tokens": num_prefill_tokens,
+            "decode_tokens": num_decode_tokens,
+            "sequences": len(scheduled),
             "admitted": len(record["admitted"]),
             "preempted": len(record["preempted"]),
-            **record["transfers"],
+            **transfers,
         }
-        process = _steps_of(number)
-        yield _complete(process, replica.steps, f"step {record['step']}", start, end, args)
-        moved = min(end, start + round(record["transfer_s"] * _NS))
-        if moved > start:
-            yield _complete(process, replica.steps, "transfers", start, moved, record["transfers"])
-        yield _counter(number, "batch tokens", start, tokens)
-
-    def _counters(
-        self, record: StepRecord, number: int, replica: _Replica, start: int
-    ) -> Iterator[dict[str, Any]]:
-        yield _counter(
-            number, "requests", start, {name: record[name] for name in ("running", "waiting", "swapped")}
-        )
-        yield _counter(number, "blocks", start, {name: record["blocks"][name] for name in ("used", "shared")})
-
-    def _progress(
-        self, record: StepRecord, number: int, replica: _Replica, start: int, end: int
-    ) -> Iterator[dict[str, Any]]:
-        """Whoever got its first token decodes from here on; forks wait for the step that they are in."""
-        for sequence, _, _, samples in record["scheduled"]:
-            request = replica.requests[sequence]
-            if samples and request.phase == "prefill":
-                yield from self._change(number, request, "decode", end, {"tokens": 0})
-        for child, parent in record["forked"]:
-            yield from self._change(number, replica.requests[child], "queued", end, {"forked_from": parent})
+        self._complete(process, replica.steps, f"step {record['step']}", start, end, args)
+        tokens = {"prefill": num_prefill_tokens, "decode": num_decode_tokens}
+        self._counter(replica, "batch tokens", start, tokens)
+        states = {"running": record["running"], "waiting": record["waiting"], "swapped": record["swapped"]}
+        self._counter(replica, "requests", start, states)
+        self._counter(replica, "blocks", start, {"used": blocks["used"], "shared": blocks["shared"]})
+        if transfers:
+            moved = min(end, start + round(record["transfer_s"] * _NS))
+            if moved > start:
+                self._complete(process, replica.steps, "transfers", start, moved, transfers)
+        return began
 
     # The phases of a request
 
     def _change(
-        self, number: int, request: _Request, phase: str, at: int, args: dict[str, Any]
-    ) -> Iterator[dict[str, Any]]:
+        self,
+        replica: _Replica,
+        request: _Request,
+        phase: str,
+        at: int,
+        args: dict[str, Any],
+        tokens: int | None = None,
+    ) -> None:
         """Ends a phase and begins another one; one that took no time is left out."""
         at = max(at, request.since)
         if at > request.since:
-            process = _requests_of(number)
-            yield _complete(process, request.thread, request.phase, request.since, at, request.args)
-        request.phase, request.since, request.args = phase, at, args
+            if request.tokens is not None:
+                request.args["tokens"] = request.tokens
+            self._complete(
+                replica.processes[1], request.thread, request.phase, request.since, at, request.args
+            )
+        request.phase, request.since, request.args, request.tokens = phase, at, args, tokens
 
-    def _end(
-        self, number: int, replica: _Replica, sequence: int, at: int, reason: str
-    ) -> Iterator[dict[str, Any]]:
+    def _end(self, replica: _Replica, sequence: int, at: int, reason: str) -> None:
         request = replica.requests.pop(sequence)
         request.args = request.args | {"ended": reason}
-        yield from self._change(number, request, "", at, {})
+        self._change(replica, request, "", at, {})
 
     def _time(self, seconds: float) -> int:
         assert self._begin is not None
@@ -232,16 +244,33 @@ class PerfettoTrace:
         self._num_threads += 1
         return _FIRST_THREAD + self._num_threads - 1
 
+    # One event each
 
-def from_step_log(path: str | Path, out: str | Path) -> None:
+    def _complete(
+        self, process: int, thread: int, name: str, start: int, end: int, args: dict[str, Any]
+    ) -> None:
+        times = {"ts": start / 1000, "dur": (end - start) / 1000}  # microseconds
+        self._events.append({"ph": "X", "pid": process, "tid": thread, "name": name, **times, "args": args})
+
+    def _counter(self, replica: _Replica, name: str, at: int, values: dict[str, int]) -> None:
+        process = replica.processes[0]
+        self._events.append({"ph": "C", "pid": process, "name": name, "ts": at / 1000, "args": values})
+
+    def _metadata(self, process: int, thread: int, name: str, args: dict[str, Any]) -> None:
+        self._events.append({"ph": "M", "pid": process, "tid": thread, "name": name, "args": args})
+
+
+def from_step_log(path: str | PathLike[str], out: str | PathLike[str]) -> None:
     """Writes the trace of a run from its step log; a `ReportError` names the line that is no step record."""
     try:
         with open(path, encoding="utf-8") as log, PerfettoTrace(out) as trace:
             for number, line in enumerate(log, 1):
                 try:
-                    trace.step(json.loads(line))
+                    trace.step(parse_json(line))
                 except ReportError:
                     raise
+                except JsonError as error:
+                    raise ReportError(f"{path}:{number}: found {error}, expected a step record") from None
                 except (ValueError, LookupError, TypeError, AttributeError) as error:
                     what = f"{type(error).__name__}: {error}"
                     place = f"{path}:{number}"
@@ -252,30 +281,3 @@ def from_step_log(path: str | Path, out: str | Path) -> None:
         raise ReportError(f"{path}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ReportError(f"{path}: found {error.object[error.start :][:8]!r}, expected UTF-8") from None
-
-
-def _steps_of(replica: int) -> int:
-    return 2 * replica + 1
-
-
-def _requests_of(replica: int) -> int:
-    return 2 * replica + 2
-
-
-def _complete(
-    process: int, thread: int, name: str, start: int, end: int, args: dict[str, Any]
-) -> dict[str, Any]:
-    times = {"ts": _microseconds(start), "dur": _microseconds(end - start)}
-    return {"ph": "X", "pid": process, "tid": thread, "name": name, **times, "args": args}
-
-
-def _counter(replica: int, name: str, at: int, values: dict[str, int]) -> dict[str, Any]:
-    return {"ph": "C", "pid": _steps_of(replica), "name": name, "ts": _microseconds(at), "args": dict(values)}
-
-
-def _metadata(process: int, thread: int, name: str, args: dict[str, Any]) -> dict[str, Any]:
-    return {"ph": "M", "pid": process, "tid": thread, "name": name, "args": args}
-
-
-def _microseconds(nanoseconds: int) -> float:
-    return nanoseconds / 1000

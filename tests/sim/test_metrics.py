@@ -285,5 +285,5 @@ def test_an_slo_is_checked() -> None:
     ):
         MetricsCollector([], {"latency_s": 1})
     for seconds in (0, True, "1", float("nan")):
-        with pytest.raises(ConfigError, match="slo: e2e_s: found .*, expected seconds above 0"):
+        with pytest.raises(ConfigError, match=r"slo: e2e_s: found .*, expected seconds above 0"):
             MetricsCollector([], {"e2e_s": seconds})  # type: ignore[dict-item]

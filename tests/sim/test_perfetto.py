@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pagellm.engine import LLM, ReportError, SamplingParams
+from pagellm.engine import LLM, EngineConfig, ReportError, SamplingParams
+from pagellm.sim import CostModel, Simulator, Workload, synthesise
 from pagellm.sim.report.perfetto import PerfettoTrace, from_step_log
 from tests.conftest import model_path
 
@@ -138,11 +139,24 @@ def test_a_run_without_steps_is_an_empty_trace(tmp_path: Path) -> None:
     assert events_of(tmp_path / "out.json") == []
 
 
+def test_a_replay_writes_what_its_step_log_becomes(tmp_path: Path) -> None:
+    config = EngineConfig(num_blocks=30, block_size=4, preemption="swap", step_log=str(tmp_path / "log"))
+    workload = Workload(num_requests=40, prompt_len="uniform:5,60", output_len="uniform:1,40", seed=3)
+    costs = CostModel.roofline("l4", "smollm2-135m", efficiency=1e-3)
+    for replicas in (1, 2):
+        simulator = Simulator(config, costs, replicas=replicas, perfetto=tmp_path / "direct", skip_bad=True)
+        simulator.replay(synthesise(workload).scaled(50))
+        from_step_log(tmp_path / "log", tmp_path / "later")
+        assert events_of(tmp_path / "direct") == events_of(tmp_path / "later")
+        assert {event["pid"] for event in events_of(tmp_path / "later")} == set(range(1, 2 * replicas + 1))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("oops\n", r"log:1: found 'oops\\n', expected a step record \(JSONDecodeError"),
-        ("[]\n", r"log:1: found '\[\]\\n', expected a step record \(TypeError"),
+        ("oops\n", r"log:1: found malformed JSON in line 1, column 1 \(.*\), expected a step record"),
+        ("[" * 100_000, r"log:1: found JSON beyond limits \(.*\), expected a step record"),
+        ("[]\n", r"log:1: found '\[\]\\n', expected a step record \(AttributeError"),
         ('{"step": 1}\n', r"log:1: found .*, expected a step record \(KeyError: 'added'\)"),
     ],
 )
