@@ -4,7 +4,8 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pagellm.engine.errors import ConfigError
+from pagellm.engine.checks import flag, integer, number
+from pagellm.engine.errors import ConfigError, found
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MAX_THREADS = 1024
@@ -66,12 +67,19 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_preemptions"):
-            _check_positive(name, getattr(self, name))
-        for name in ("num_blocks", "max_model_len", "max_prefill_chunk", "num_threads"):
-            if getattr(self, name) is not None:
-                _check_positive(name, getattr(self, name))
+            self._take(name, integer, 1)
+        for name in ("num_blocks", "max_model_len", "max_prefill_chunk"):
+            self._take(name, integer, 1, optional=True)
+        self._take("num_swap_blocks", integer, 0, optional=True)
+        self._take("num_threads", integer, 1, optional=True)
         if self.num_threads is not None and self.num_threads > MAX_THREADS:
-            raise ConfigError(f"num_threads: found {self.num_threads}, expected at most {MAX_THREADS}")
+            raise ConfigError(f"num_threads: found {found(self.num_threads)}, expected at most {MAX_THREADS}")
+        self._take("watermark", number, 0.0, 1.0)
+        if self.watermark == 1:
+            raise ConfigError(
+                f"watermark: found {self.watermark}, expected a number from 0 up to, not including, 1"
+            )
+        self._take("enable_prefix_caching", flag)
         for name, choices in (
             ("quantization", QUANTIZATIONS),
             ("preemption", PREEMPTIONS),
@@ -79,34 +87,29 @@ class EngineConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(
-                    f"{name}: found {getattr(self, name)!r}, expected one of {', '.join(choices)}"
+                    f"{name}: found {found(getattr(self, name))}, expected one of {', '.join(choices)}"
                 )
-        if not isinstance(self.enable_prefix_caching, bool):
-            raise ConfigError(
-                f"enable_prefix_caching: found {self.enable_prefix_caching!r}, expected True or False"
-            )
         for name in ("policy", "swap_dir", "step_log"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value):
-                raise ConfigError(f"{name}: found {value!r}, expected a non-empty string")
-        watermark = self.watermark
-        if isinstance(watermark, bool) or not isinstance(watermark, int | float) or not 0 <= watermark < 1:
-            raise ConfigError(
-                f"watermark: found {watermark!r}, expected a number from 0 up to, not including, 1"
-            )
+                raise ConfigError(f"{name}: found {found(value)}, expected a non-empty string")
         self._check_swap()
 
     def _check_swap(self) -> None:
         blocks = self.num_swap_blocks
-        if blocks is not None and (isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 0):
-            raise ConfigError(f"num_swap_blocks: found {blocks!r}, expected an integer from 0 on")
         if self.preemption == "swap" and blocks == 0:
             raise ConfigError("num_swap_blocks: found 0 with preemption swap, expected at least 1")
         if self.preemption == "recompute" and (blocks or self.swap_dir is not None):
-            name, found = ("num_swap_blocks", blocks) if blocks else ("swap_dir", self.swap_dir)
+            name, value = ("num_swap_blocks", blocks) if blocks else ("swap_dir", self.swap_dir)
             raise ConfigError(
-                f"{name}: found {found!r} with preemption recompute, expected swap or auto with it"
+                f"{name}: found {found(value)} with preemption recompute, expected swap or auto with it"
             )
+
+    def _take(self, name: str, check: Any, *bounds: Any, optional: bool = False) -> None:
+        """Puts what the check makes of a setting in its place."""
+        value = getattr(self, name)
+        if not (optional and value is None):
+            object.__setattr__(self, name, check(name, value, *bounds, error=ConfigError))
 
     def complete(self, num_blocks: int | None = None, context: int | None = None) -> "CompleteConfig":
         """These settings with nothing left open.
@@ -152,8 +155,3 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name}: found {value!r}, expected a positive integer")

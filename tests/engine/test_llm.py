@@ -14,6 +14,7 @@ from pagellm.engine import (
     LLM,
     CheckpointError,
     ConfigError,
+    EngineConfig,
     FinishReason,
     LLMEngine,
     PagellmError,
@@ -482,6 +483,14 @@ def test_an_interrupted_step_leaves_the_engine_able_to_serve(
 def test_a_bad_setting_is_one_clear_error(settings: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LLM(TINY, show_progress=False, **settings)
+
+
+def test_a_setting_may_be_a_number_of_another_library() -> None:
+    config = EngineConfig(block_size=np.int64(4), num_swap_blocks=np.uint8(3), watermark=np.float32(0.5))
+    assert config == EngineConfig(block_size=4, num_swap_blocks=3, watermark=0.5)
+    assert list(map(type, (config.block_size, config.num_swap_blocks, config.watermark))) == [int, int, float]
+    with pytest.raises(ConfigError, match="num_blocks: found an int too long to print"):
+        EngineConfig(num_blocks=-(10**5000))
 
 
 def test_a_small_cache_limits_the_context() -> None:
