@@ -12,6 +12,7 @@ compilation is several times quicker than with `parallel=True`.
 """
 
 import ctypes
+import errno
 import os
 import threading
 from typing import Any
@@ -144,6 +145,7 @@ class ThreadTeam:
     """Threads that run compiled calls together.
 
     The caller is member 0, the others are threads of the team's own. Calls are served one after the other.
+    Raises `OSError` from `run` if the system starts no more threads.
     """
 
     def __init__(self, num_threads: int) -> None:
@@ -178,12 +180,19 @@ class ThreadTeam:
         self._mailbox[_NUM_THREADS] = self.num_threads
         for index in range(1, self.num_threads):
             self._mailbox[index * _MEMBER + _LOCK] = lock = _taken_lock()
-            threading.Thread(
+            member = threading.Thread(
                 target=_run_member,
                 args=(self._mailbox, index, lock),
                 name=f"pagellm-kernel-{index}",
                 daemon=True,
-            ).start()
+            )
+            try:
+                member.start()
+            except RuntimeError as error:  # a limit of the user, or of the container
+                _spare_locks.append(lock)
+                self._end_threads()
+                expected = f"num_threads: the system starts {index} threads, expected {self.num_threads}"
+                raise OSError(errno.EAGAIN, expected) from error
         self._process_id = os.getpid()
 
     def _end_threads(self) -> None:

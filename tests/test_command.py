@@ -10,6 +10,7 @@ import pytest
 
 from pagellm import __version__
 from pagellm.__main__ import main
+from pagellm.engine.checkpoints.fetch import KnownModel, pip_command
 from tests.conftest import model_path
 
 ROOT = Path(__file__).parents[1]
@@ -194,6 +195,14 @@ def test_nothing_but_a_named_policy_is_imported_from_the_working_directory(
     assert done.returncode == 0, done.stderr
     assert "Error" not in done.stdout + done.stderr
     assert not (trap / "executed").exists(), (trap / "executed").read_text()
+
+
+def test_pip_is_not_looked_for_in_the_working_directory(trap: Path) -> None:
+    model = KnownModel("m", "p", "1", 1, "", "", 1, "", "")
+    python = list(itertools.takewhile(lambda word: word != "download", pip_command(model, trap)))
+    done = subprocess.run([*python, "--version"], cwd=trap, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout[:4]) == (0, "pip ")
+    assert not (trap / "executed").exists()
 
 
 def test_a_policy_is_looked_for_in_the_working_directory_last(

@@ -7,6 +7,7 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -41,11 +42,18 @@ def test_a_bare_checkout_runs_as_a_module() -> None:
     assert all(command in done.stdout for command in ("replay", "calibrate", "sweep", "trace"))
 
 
+def test_the_package_imports_nothing_before_it_is_used() -> None:
+    program = "import sys; before = set(sys.modules); import pagellm; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "pagellm\n")
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a copy of the sources is built into, by the setuptools that are installed."""
-    pytest.importorskip("setuptools", minversion="70.1", reason="an older one needs more to build a wheel")
-    pytest.importorskip("pip")
+    versions = {package.name: package.version for package in metadata.distributions()}
+    if "pip" not in versions or int(versions.get("setuptools", "0").partition(".")[0]) < 71:
+        pytest.skip("needs pip, and setuptools 71 or later, which needs nothing else to build a wheel")
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)

@@ -94,6 +94,25 @@ def test_each_member_is_called_once_with_its_index_and_the_arguments(team: Threa
     np.testing.assert_array_equal(members, [3, 3, 3])
 
 
+def test_a_system_that_starts_no_more_threads_is_an_error_and_harms_nothing(
+    team: ThreadTeam, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, before = threading.Thread.start, team_threads()
+
+    def limited(thread: threading.Thread) -> None:
+        if len(team_threads() - before) == 1:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as context:
+        context.setattr(threading.Thread, "start", limited)
+        with pytest.raises(OSError, match="num_threads: the system starts 2 threads, expected 3"):
+            counts(team)
+    while team_threads() - before:
+        time.sleep(0.001)
+    assert_usable(team)
+
+
 def test_one_team_serves_many_quick_jobs(team: ThreadTeam) -> None:
     done, counters = np.zeros(2 * 5, np.int64), new_counters()
     for _ in range(500):
