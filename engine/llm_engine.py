@@ -214,16 +214,13 @@ class LLMEngine:
         try:
             return self._step()
         except SequenceError as error:
-            cause = error.__cause__
-            if cause is None or is_from_outside(cause):
-                raise cause or error from None
-            if self._changing:
-                self._recover()
-            request, completion = self._by_seq_id[error.sequence.seq_id]
-            self._changing = True
-            self._fail(request, completion, cause)
-            self._changing = False
-            return [request.output]
+            cause, error.__cause__ = error.__cause__, None
+            try:
+                if cause is None or is_from_outside(cause):
+                    raise cause or error from None
+                return [self._end_failed(error.sequence, cause)]
+            finally:
+                del cause  # which knows this frame: a cycle would keep what the caller has alive
 
     def step_or_wait(self) -> None:
         """Takes a step; while another thread takes one, waits for its end instead, which may do as well."""
@@ -487,6 +484,16 @@ class LLMEngine:
                 self.loop.abort(sequence, reason)  # unless its tokens have ended it
                 self._finish(request, completion, reason)
         return list(changed.values())
+
+    def _end_failed(self, sequence: Sequence, error: BaseException) -> RequestOutput:
+        """Ends the completion of a sequence that could not be dealt with, and with it the step."""
+        if self._changing:
+            self._recover()
+        request, completion = self._by_seq_id[sequence.seq_id]
+        self._changing = True
+        self._fail(request, completion, error)
+        self._changing = False
+        return request.output
 
     def _fail(self, request: Request, completion: Completion, error: BaseException | None) -> None:
         """Ends a completion whose own data could not be dealt with: nobody else is the worse for it."""
