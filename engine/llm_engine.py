@@ -152,9 +152,7 @@ class LLMEngine:
         self._check_token_ids("logit_bias", params.bias.ids)
         self._check_token_ids("stop_token_ids", params.stop_token_ids)
         if params.stop and self.tokenizer.vocab_size == 0:
-            raise RequestError(
-                f"stop: found {found(params.stop)}, expected none: this model came without a tokenizer"
-            )
+            raise RequestError(f"stop: found {found(params.stop)}, expected none: {self.tokenizer.absence}")
         if params.seed is None:
             params = replace(params, seed=random.getrandbits(63))
         output = RequestOutput(request_id, text, token_ids, [], params)

@@ -63,10 +63,7 @@ def load_engine(
         spec = read_spec(checkpoint)
         tokenizer = _load_tokenizer(checkpoint, spec.vocab_size)
         if show_progress and tokenizer.vocab_size == 0:
-            say(
-                f"{checkpoint.path.name}: no tokenizer that is supported (tokenizer.json, or vocab.json and "
-                "merges.txt): prompts are token ids"
-            )
+            say(f"{checkpoint.path.name}: {tokenizer.absence}; prompts are token ids")
         asked = config or EngineConfig()
         generation_defaults = {}
         if checkpoint.format == "safetensors" and asked.generation_config == "auto":

@@ -45,6 +45,8 @@ def read_config(checkpoint: Checkpoint) -> Fields:
     for name in ("quantization_config", "compression_config", "quantization"):
         if fields.has(name):
             raise fields.error(name, _method_of(config[name]), _SUPPORTED_WEIGHTS)
+    if fields.get("is_causal", True) is not True:  # null means false there
+        raise fields.error("is_causal", fields.get("is_causal"), "true; another value is not supported")
     for name, neutral in _NEUTRAL.items():
         fields.expect(name, neutral)
     return fields
@@ -64,7 +66,6 @@ _SUPPORTED_WEIGHTS = (
 
 # Keys of several classes that are only supported switched off.
 _NEUTRAL: dict[str, object] = {
-    "is_causal": True,
     "is_encoder_decoder": False,
     "add_cross_attention": False,
     "pruned_heads": {},

@@ -169,7 +169,8 @@ def test_llama_s_class_knows_no_window(tmp_path: Path) -> None:
     [
         ({"embedding_multiplier": 12.0}, r"embedding_multiplier: found 12\.0, expected no such key"),
         ({"logit_scale": 0.0625}, "logit_scale: found"),
-        ({"is_causal": False}, "is_causal: found False, expected True"),
+        ({"is_causal": False}, "is_causal: found False, expected true"),
+        ({"is_causal": None}, "is_causal: found None, expected true"),
         ({"rope_interleaved": True}, "rope_interleaved: found True"),
         ({"pruned_heads": {"0": [1]}}, "pruned_heads: found"),
         ({"layer_types": ["chunked_attention"] * 2}, "layer_types: found"),
