@@ -15,7 +15,7 @@ from pagellm.sim.report.perfetto import PerfettoTrace
 from pagellm.sim.report.schema import Report
 from pagellm.sim.traces.prompt_tokens import PromptTokens
 from pagellm.sim.traces.request import TraceRequest
-from pagellm.sim.traces.trace import Trace
+from pagellm.sim.traces.trace import SKIP_BAD, Trace
 
 if TYPE_CHECKING:
     from pagellm.engine.llm_engine import LLMEngine
@@ -106,7 +106,7 @@ def _serve(
             except (RequestError, TraceError) as error:
                 del under_way[request_id]
                 if not skip_bad:
-                    raise TraceError(f"{trace.name}: request {upcoming.id!r}: {error}") from None
+                    raise TraceError(f"{trace.name}: request {upcoming.id!r}: {error}; {SKIP_BAD}") from None
                 metrics.rejected(str(upcoming.id), arrival)
                 num_ended += 1
             upcoming = next(requests, None)

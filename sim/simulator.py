@@ -31,7 +31,7 @@ from pagellm.sim.report.schema import Report
 from pagellm.sim.router import ROUTERS, Router
 from pagellm.sim.traces.prompt_tokens import PromptTokens
 from pagellm.sim.traces.request import MAX_LEN, TraceRequest
-from pagellm.sim.traces.trace import Trace
+from pagellm.sim.traces.trace import SKIP_BAD, Trace
 
 
 class EventKind(IntEnum):
@@ -311,7 +311,7 @@ class _Replay:
                 replica.loop.add(sequence, time_s)
             except RequestError as error:
                 if not self._simulator.skip_bad:
-                    raise self._error(request, error) from None
+                    raise self._error(request, f"{error}; {SKIP_BAD}") from None
                 self.metrics.rejected(request.id, time_s)
                 self._note_end(now, replica, sequence)
         replica.inbox.clear()
@@ -338,5 +338,5 @@ class _Replay:
             if request is not None:
                 heappush(self._events, self._arrival(now, request))
 
-    def _error(self, request: TraceRequest, error: PagellmError) -> TraceError:
+    def _error(self, request: TraceRequest, error: object) -> TraceError:
         return TraceError(f"{self._trace.name}: request {request.id!r}: {error}")

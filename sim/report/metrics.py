@@ -61,8 +61,8 @@ class _Replica:
         self.start_s = 0.0  # of the step under way, and then
         self.running = self.waiting = self.used_blocks = 0
         # Those that got a token last, when all of them did.
-        self.cohort: list[Sequence] = []
-        self.cohort_s = 0.0
+        self.last_sampled: list[Sequence] = []
+        self.last_token_s = 0.0
 
 
 class _Listener(StepListener):
@@ -119,7 +119,7 @@ class MetricsCollector:
         self._results = None if results is None else _open(results)
         self._replicas = [_Replica(scheduler) for scheduler in schedulers]
         self._requests: dict[Sequence, _Request] = {}  # those under way
-        self._last_token_s: dict[Sequence, float] = {}  # of those in no replica's cohort
+        self._last_token_s: dict[Sequence, float] = {}  # of those in no replica's last_sampled
         self._latencies: dict[str, Exact] = {name: Exact() for name in ("ttft", "tpot", "e2e", "queue")}
         self._itl = LogHistogram()
         self._timeline = Timeline()
@@ -186,7 +186,7 @@ class MetricsCollector:
             self._last_token_at_s = time_s
         if finished:
             done = set(finished)
-            seen.cohort = [sequence for sequence in seen.cohort if sequence not in done]
+            seen.last_sampled = [sequence for sequence in seen.last_sampled if sequence not in done]
             for sequence in finished:
                 self._finish(sequence, time_s)
             self._note_used(seen)
@@ -196,10 +196,10 @@ class MetricsCollector:
         request = self._requests.pop(sequence)
         seen = self._replicas[request.replica]
         seen.swapped.discard(sequence)
-        if sequence in seen.cohort:
-            seen.cohort.remove(sequence)
-        cohort_s = None if request.first_token_s is None else seen.cohort_s
-        last_token_s = self._last_token_s.pop(sequence, cohort_s)
+        if sequence in seen.last_sampled:
+            seen.last_sampled.remove(sequence)
+        last_s = None if request.first_token_s is None else seen.last_token_s
+        last_token_s = self._last_token_s.pop(sequence, last_s)
         self._counts["timed_out"] += 1
         self._end(sequence, request, "timed_out", last_token_s)
         self._note_used(seen)
@@ -354,11 +354,11 @@ class MetricsCollector:
 
     def _note_tokens(self, seen: _Replica, sampled: list[Sequence], time_s: float) -> None:
         """Counts the gaps since the tokens before. Mostly it is the same sequences in step after step."""
-        if sampled == seen.cohort:
-            self._itl.add(time_s - seen.cohort_s, len(sampled))
+        if sampled == seen.last_sampled:
+            self._itl.add(time_s - seen.last_token_s, len(sampled))
         else:
             last = self._last_token_s
-            last.update(dict.fromkeys(seen.cohort, seen.cohort_s))
+            last.update(dict.fromkeys(seen.last_sampled, seen.last_token_s))
             gaps = Counter(map(last.get, sampled))
             for before, count in gaps.items():
                 if before is not None:
@@ -366,8 +366,8 @@ class MetricsCollector:
             for sequence in sampled:
                 if last.pop(sequence, None) is None:
                     self._first_token(sequence, time_s)
-            seen.cohort = sampled
-        seen.cohort_s = time_s
+            seen.last_sampled = sampled
+        seen.last_token_s = time_s
 
     def _first_token(self, sequence: Sequence, time_s: float) -> None:
         request = self._requests[sequence]

@@ -221,10 +221,10 @@ class Sweep:
         )
 
     def _drive(self, identity: Identity, tasks: list[_Task[_Result]]) -> list[_Result]:
-        """Runs tasks side by side, each a replay at a time, as many as there are lanes."""
+        """Runs tasks side by side, each a replay at a time, as many as there are workers."""
         done: dict[int, _Result] = {}
         ready = deque((number, next(task)) for number, task in enumerate(tasks))
-        running: dict[Future[Point], tuple[int, dict[str, Any], _Lane]] = {}
+        running: dict[Future[Point], tuple[int, dict[str, Any], _Worker]] = {}
 
         def advance(number: int, point: Point) -> None:
             if self.progress is not None:
@@ -238,23 +238,23 @@ class Sweep:
         with ExitStack() as stack:
             file = ResultsFile(self.results, identity, _load_costs(self.costs).settings({}))
             stack.callback(file.close)
-            lanes, check_interrupts = stack.enter_context(_lanes(self.jobs or usable_cores()))
+            workers, check_interrupts = stack.enter_context(_workers(self.jobs or usable_cores()))
             while ready or running:
                 while ready:
                     number, settings = ready[0]
                     known = file.get(settings)
-                    if known is None and not lanes:
+                    if known is None and not workers:
                         break
                     ready.popleft()
                     if known is not None:
                         advance(number, known)
                         continue
-                    lane = lanes.pop()
-                    future = lane.submit(_replay, self.trace, self.costs, settings)
-                    running[future] = number, settings, lane
+                    worker = workers.pop()
+                    future = worker.submit(_replay, self.trace, self.costs, settings)
+                    running[future] = number, settings, worker
                 for future in wait(running, _PATIENCE_S, return_when=FIRST_COMPLETED).done:
-                    number, settings, lane = running.pop(future)
-                    lanes.append(lane)
+                    number, settings, worker = running.pop(future)
+                    workers.append(worker)
                     point = _point_of(future, settings)
                     if point.error is None:
                         file.add(point)
@@ -333,7 +333,7 @@ class _Process(ProcessPoolExecutor):
             return super().submit(function, *arguments, **named)
 
 
-class _Lane:
+class _Worker:
     """Where one replay runs at a time. If its process dies, that replay failed, and the next has another."""
 
     def __init__(self, start: Callable[[], Executor]) -> None:
@@ -355,23 +355,23 @@ class _Lane:
 
 
 @contextmanager
-def _lanes(number: int) -> Iterator[tuple[list[_Lane], Callable[[], None]]]:
-    """So many lanes, one in this process; at an error, or an interrupt, what runs in others is ended.
+def _workers(number: int) -> Iterator[tuple[list[_Worker], Callable[[], None]]]:
+    """So many workers, one in this process; at an error, or an interrupt, what runs in others is ended.
 
     The second is to be called now and then: it raises what interrupt there was.
     """
     with nullcontext(lambda: None) if number == 1 else _noted_interrupts() as check_interrupts:
-        lanes = [_Lane(_Here if number == 1 else _Process) for _ in range(number)]
+        workers = [_Worker(_Here if number == 1 else _Process) for _ in range(number)]
         others = set(multiprocessing.active_children())
         try:
-            yield lanes.copy(), check_interrupts
+            yield workers.copy(), check_interrupts
         except BaseException:
             for process in set(multiprocessing.active_children()) - others:
                 process.terminate()
             raise
         finally:
-            for lane in lanes:
-                lane.shutdown()
+            for worker in workers:
+                worker.shutdown()
 
 
 @contextmanager

@@ -234,7 +234,9 @@ def test_nothing_is_kept_of_requests_that_have_ended() -> None:
     assert metrics.summary(0.0)["num_timed_out"] > 0
     assert metrics.summary(0.0)["preemptions"]["swap"] > 0
     assert (metrics._requests, metrics._last_token_s) == ({}, {})
-    assert [(seen.cohort, seen.swapped, seen.used_blocks) for seen in metrics._replicas] == [([], set(), 0)]
+    assert [(seen.last_sampled, seen.swapped, seen.used_blocks) for seen in metrics._replicas] == [
+        ([], set(), 0)
+    ]
 
 
 def test_the_unwritten_share_is_that_of_the_block_manager() -> None:
