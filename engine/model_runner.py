@@ -7,12 +7,14 @@ import time
 from array import array
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pagellm.engine.config import CompleteConfig
 from pagellm.engine.outputs import TokenLogprob
+from pagellm.engine.sampling_params import NO_BIAS, LogitBias
 from pagellm.engine.scheduling.block_manager import Transfer, TransferKind
 from pagellm.engine.scheduling.scheduler import ScheduledBatch
 from pagellm.engine.scheduling.sequence import Sequence, SequenceError
@@ -83,6 +85,7 @@ class ModelRunner:
         self.team = ThreadTeam(config.num_threads)
         self._batch_limits = (max_tokens, min(max_tokens, config.max_num_seqs))
         self._planned_chunks = 1
+        self._biases = _Biases.laid_out([])  # one may have an entry for every token: not anew in each step
         self._plan = new_plan(arch, *self._batch_limits, self._planned_chunks)
 
     def run(self, batch: ScheduledBatch, logits_of: frozenset[int] = frozenset()) -> RunnerOutput:
@@ -94,7 +97,7 @@ class ModelRunner:
         inputs = self._inputs(batch)
         self._grow_plan(batch)
         rows = _wanted_rows(batch, logits_of)
-        outputs = _outputs(rows, self.arch.vocab_size)
+        outputs, self._biases = _outputs(rows, self.arch.vocab_size, self._biases)
         self.team.run(step, self.arch, self.weights, self.cache, inputs, self._plan, outputs, self.workspace)
         return _collect(rows, outputs)
 
@@ -201,10 +204,45 @@ def _wanted_rows(batch: ScheduledBatch, logits_of: frozenset[int]) -> list[_Row]
     return rows
 
 
-def _outputs(rows: list[_Row], vocab_size: int) -> Outputs:
+class _Biases(NamedTuple):
+    """What is added to the logits of a step's rows, one row after the other.
+
+    of_rows: of each row the bias that was asked for, and tokens that are forbidden.
+    """
+
+    of_rows: list[tuple[LogitBias, list[int]]]
+    ids: NDArray[np.int32]
+    values: NDArray[np.float32]
+    start: NDArray[np.int32]  # [rows + 1]
+
+    @classmethod
+    def laid_out(cls, of_rows: list[tuple[LogitBias, list[int]]]) -> "_Biases":
+        """The biases of these rows."""
+        ids, values = [np.empty(0, np.int32)], [np.empty(0, np.float32)]
+        for bias, forbidden in of_rows:
+            if bias:
+                ids.append(np.frombuffer(bias.ids, np.int32))
+                values.append(np.frombuffer(bias.values_f32, np.float32))
+            if forbidden:  # minus infinity, whatever else is added
+                ids.append(np.array(forbidden, np.int32))
+                values.append(np.full(len(forbidden), -np.inf, np.float32))
+        counts = (len(bias) + len(forbidden) for bias, forbidden in of_rows)
+        start = np.frombuffer(array("i", accumulate(counts, initial=0)), np.int32)
+        return cls(of_rows, np.concatenate(ids), np.concatenate(values), start)
+
+    def are_of(self, of_rows: list[tuple[LogitBias, list[int]]]) -> bool:
+        """Whether they are those of these rows, too."""
+        return len(of_rows) == len(self.of_rows) and all(
+            bias is old and forbidden == was
+            for (bias, forbidden), (old, was) in zip(of_rows, self.of_rows, strict=True)
+        )
+
+
+def _outputs(rows: list[_Row], vocab_size: int, biases: _Biases) -> tuple[Outputs, _Biases]:
+    """What a step is to give for each row. biases: of the step before, to be used again where they fit."""
     wanted: list[WantedRow] = []
     history, history_start = array("i"), array("i", [0])
-    bias_ids, bias_values, bias_start = array("i"), array("f"), array("i", [0])
+    biases_of_rows: list[tuple[LogitBias, list[int]]] = []
     num_wanted, most_logprobs = 0, 0
     try:
         for row in rows:
@@ -234,29 +272,28 @@ def _outputs(rows: list[_Row], vocab_size: int) -> Outputs:
             if samples and p.has_penalties:
                 history += sequence.token_ids
             history_start.append(len(history))
-            if samples:
-                bias_ids += p.bias.ids
-                bias_values += p.bias.values_f32
-                if sequence.num_output_tokens < p.min_tokens:  # minus infinity, whatever else is added
-                    ends = [t for t in sequence.stop_token_ids if t < vocab_size]
-                    bias_ids.extend(ends)
-                    bias_values.extend([-np.inf] * len(ends))
-            bias_start.append(len(bias_ids))
+            ends: list[int] = []
+            if samples and sequence.num_output_tokens < p.min_tokens:
+                ends = [t for t in sequence.stop_token_ids if t < vocab_size]
+            biases_of_rows.append((p.bias if samples else NO_BIAS, ends))
+        if not biases.are_of(biases_of_rows):
+            biases = _Biases.laid_out(biases_of_rows)
     except Exception as error:
         raise SequenceError(row.sequence) from error
-    return Outputs(
+    outputs = Outputs(
         wanted=np.array(wanted, WANTED),
         history=np.frombuffer(history, np.int32),
         history_start=np.frombuffer(history_start, np.int32),
-        bias_ids=np.frombuffer(bias_ids, np.int32),
-        bias_values=np.frombuffer(bias_values, np.float32),
-        bias_start=np.frombuffer(bias_start, np.int32),
+        bias_ids=biases.ids,
+        bias_values=biases.values,
+        bias_start=biases.start,
         tokens=np.zeros(len(rows), np.int32),
         logprobs=np.zeros(len(rows), np.float32),
         top_ids=np.zeros((len(rows), most_logprobs), np.int32),
         top_logprobs=np.zeros((len(rows), most_logprobs), np.float32),
         logits=np.zeros((num_wanted, vocab_size), np.float32),
     )
+    return outputs, biases
 
 
 def _as_int64(seed: int) -> int:

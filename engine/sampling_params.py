@@ -55,7 +55,7 @@ class LogitBias(Mapping[int, float]):
         return self
 
 
-_NO_BIAS = LogitBias({})
+NO_BIAS = LogitBias({})
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=lambda: _NO_BIAS)
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: NO_BIAS)
     seed: int | None = None
     max_tokens: int | None = 16
     min_tokens: int = 0
@@ -193,7 +193,7 @@ def _bias_number(name: str, value: Any) -> float:
 
 def _bias(name: str, value: Any) -> LogitBias:
     if value is None:
-        return _NO_BIAS
+        return NO_BIAS
     if isinstance(value, LogitBias):
         return value
     if not isinstance(value, Mapping):

@@ -222,6 +222,20 @@ def test_a_logit_bias_of_minus_infinity_forbids_a_token(llm: LLM) -> None:
     assert not set(output.token_ids) & set(free.token_ids)
 
 
+def test_biases_of_many_requests_do_not_mix_as_they_come_and_go(llm: LLM) -> None:
+    prompts = ["ab", "cd", "ef", "gh"]
+    many = [
+        SamplingParams(
+            temperature=0, max_tokens=2 + index, min_tokens=2, ignore_eos=True, stop_token_ids=[5],
+            logit_bias=dict.fromkeys(range(index, 200, 2), 3.0) if index else None,
+        )
+        for index in range(4)
+    ]  # fmt: skip
+    alone = [llm.generate(prompt, params)[0].token_ids for prompt, params in zip(prompts, many, strict=True)]
+    assert [output.token_ids for output in llm.generate(prompts, many)] == alone
+    assert [output.token_ids for output in llm.generate(prompts[::-1], many[::-1])] == alone[::-1]
+
+
 def test_a_chat_is_the_prompt_that_the_template_makes(llm: LLM) -> None:
     messages = [{"role": "user", "content": "hi"}]
     prompt = llm.tokenizer.apply_chat_template(messages)
