@@ -93,6 +93,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value):
                 raise ConfigError(f"{name}: found {found(value)}, expected a non-empty string")
+            if value is not None and not is_path(value):
+                raise ConfigError(f"{name}: found {found(value)}, expected what a file's name may consist of")
         self._check_swap()
 
     def _check_swap(self) -> None:
@@ -148,6 +150,14 @@ class CompleteConfig(EngineConfig):
     def capacity_tokens(self) -> int:
         """Tokens that the KV cache holds."""
         return self.num_blocks * self.block_size
+
+
+def is_path(text: str) -> bool:
+    """Whether a file's name may consist of these characters: no null character, no lone surrogate."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
 
 
 def usable_cores() -> int:

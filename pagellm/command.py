@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from pagellm import __version__
 from pagellm.engine import cli
+from pagellm.engine.config import is_path
 from pagellm.engine.errors import PagellmError
 from pagellm.engine.progress import say
 from pagellm.streams import STANDARD_OUTPUT, discard_output
@@ -23,6 +24,11 @@ def run(arguments: Sequence[str]) -> int:
     """Runs one command; returns the exit status. Raises `SystemExit` for what argparse answers itself."""
     if sys.stdout is None:
         return _refuse("standard output: found it closed, expected it open, at least to /dev/null")
+    for argument in arguments:
+        if not is_path(argument):
+            return _refuse(
+                f"arguments: found {argument!r}, expected text without null characters and lone surrogates"
+            )
     try:
         parser = _parser(arguments)
         try:

@@ -10,6 +10,7 @@ import pytest
 
 from pagellm import __version__
 from pagellm.__main__ import main
+from pagellm.engine import ConfigError, EngineConfig
 from pagellm.engine.checkpoints.fetch import KnownModel, pip_command
 from tests.conftest import model_path
 
@@ -135,6 +136,25 @@ def test_an_option_has_one_name(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
         assert "unrecognized arguments: --" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("character", ["\0", "\ud800"])
+def test_an_argument_that_no_shell_can_give_is_refused(
+    character: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (
+        ["trace", "describe", f"x{character}"],
+        ["replay", TRACE, "-o", character],
+        [character],
+    ):
+        assert main(arguments) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("pagellm: arguments: found '")
+    for name in ("step_log", "swap_dir", "policy"):
+        with pytest.raises(
+            ConfigError, match=f"{name}: found .*, expected what a file's name may consist of"
+        ):
+            EngineConfig(**{name: f"x{character}"})  # type: ignore[arg-type]
 
 
 def test_memory_that_ends_is_one_line(
