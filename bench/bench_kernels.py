@@ -34,6 +34,9 @@ from pagellm.kernels.activation import SILU
 from pagellm.kernels.architecture import Architecture, layer_rows
 from pagellm.kernels.attention import (
     KEY_CHUNK,
+    Heads,
+    LayerCache,
+    Tiles,
     attention,
     choose_heads_per_item,
     plan_tiles,
@@ -135,14 +138,20 @@ def _attend(thread, mailbox, arch, cache, batch, plan, work, layers):  # type: i
     features = arch.layers[0]
     heads, kv_heads, head_dim = features.num_heads, features.num_kv_heads, features.head_dim
     heads_per_item = choose_heads_per_item(plan.num_tiles[0], num_threads, heads // kv_heads)
+    tiles = Tiles(
+        batch.query_start_loc, plan.seq_lens, plan.group_size, plan.tile_sequence[: plan.num_tiles[0]],
+        plan.tile_start, plan.tile_chunk, plan.state_start,
+    )  # fmt: skip
     for layer in range(layers):
+        layer_cache = LayerCache(
+            cache.format, cache.block_size, cache.keys, cache.values, cache.key_start[layer],
+            cache.value_start[layer],
+        )  # fmt: skip
         attention(
-            work.counters, heads_per_item, cache.format, work.wide,
-            padded((heads + 2 * kv_heads) * head_dim), heads, kv_heads, head_dim,
-            np.float32(features.attention_scale), cache.keys, cache.values, cache.key_start[layer],
-            cache.value_start[layer], cache.block_size, batch.block_tables, batch.query_start_loc,
-            plan.seq_lens, plan.group_size, plan.tile_sequence[: plan.num_tiles[0]], plan.tile_start,
-            plan.tile_chunk, plan.state_start, plan.states, work.attention[thread],
+            work.counters, heads_per_item,
+            Heads(heads, kv_heads, head_dim, np.float32(features.attention_scale)), work.wide,
+            padded((heads + 2 * kv_heads) * head_dim), layer_cache, batch.block_tables, tiles, plan.states,
+            work.attention[thread],
         )  # fmt: skip
         barrier(work.counters, num_threads)
 

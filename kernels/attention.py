@@ -15,7 +15,10 @@ words are neighbouring keys; values [num_blocks, num_kv_heads, block_size, value
 dimension as float32 or two as bfloat16.
 """
 
+from typing import NamedTuple
+
 import numpy as np
+from numpy.typing import NDArray
 
 from pagellm.kernels.attention_products import (
     KEY_TILE,
@@ -64,6 +67,58 @@ SPLIT_ROWS = GROUP
 _MIN_TILES = 4
 # Stands for minus infinity where inf - inf would be NaN: exp(_MASKED - anything real) is exactly 0.
 _MASKED = np.float32(-1e30)
+
+
+class Heads(NamedTuple):
+    """The heads of a layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: np.float32  # of queries times keys
+
+
+class LayerCache(NamedTuple):
+    """One layer's keys and values, which lie among those of all layers."""
+
+    format: int  # FLOAT32 or BFLOAT16
+    block_size: int
+    keys: NDArray[np.float32]  # flat
+    values: NDArray[np.float32]  # flat
+    layer_k: int  # where this layer's keys begin, in words
+    layer_v: int
+
+
+class Tiles(NamedTuple):
+    """The new tokens of a batch, cut into query tiles by `plan_tiles`."""
+
+    query_start_loc: NDArray[np.int32]  # [num_seqs + 1]
+    seq_lens: NDArray[np.int32]  # [num_seqs], with the new tokens
+    group_size: int  # that they are cut for: the layer's own, or a greater one
+    sequence: NDArray[np.int32]  # [num_tiles], each tile's sequence
+    start: NDArray[np.int32]  # [num_tiles], its first flat token row
+    chunk: NDArray[np.int32]  # [num_tiles], the one chunk of keys that it looks at, or -1 for all
+    state_start: NDArray[np.int32]  # [num_tokens + 1], each token's first state
+
+
+class _Item(NamedTuple):
+    """A query tile and the KV heads that one work item is about."""
+
+    first_position: int  # of the tile's first token, in its sequence
+    num_rows: int  # tokens times the query heads that share a KV head
+    num_keys: int  # that the last row sees
+    first_head: int
+    end_head: int
+
+
+class _Places(NamedTuple):
+    """Where a thread's working memory holds what."""
+
+    key_tile: int
+    value_tile: int
+    queries: int
+    scores: int
+    weights: int
 
 
 @shared
@@ -292,69 +347,75 @@ def _merge(total, total_at, part, part_at, size):
 
 
 @kernel
-def _attend_chunk(
-    format, first_key, end_key, first_position, num_rows, last, group_size, first_head, end_head,
-    num_kv_heads, head_dim, keys, values, layer_k, layer_v, block_size, block_table, scratch, queries, scores,
-    weights, key_tile, value_tile, states
-):  # fmt: skip
+def _attend_chunk(heads, cache, block_table, item, first_key, end_key, scratch, at, states):
     """Attention of a query tile's rows to the keys `first_key` to `end_key` of some KV heads.
 
-    queries, states: of the first of these heads, those of the next behind. Asks for the keys of each next
-    tile while it reads this one, as far as position `last`: whoever computes the next chunk is glad of them.
+    block_table: of the tile's sequence, [max_blocks]; scratch: flat; at: where in it what is; states: where
+    in it the first head's states are, [padded rows, state_words], those of the next behind, as with the
+    queries. Asks for the keys of each next tile while it reads this one, as far as the tile's last key: whoever
+    computes the next chunk is glad of them.
     """
-    words, stride = key_words(format, head_dim), value_words(format, head_dim)
-    row_words, size = state_words(head_dim), _num_sums(head_dim)
+    format, block_size = cache.format, cache.block_size
+    first_head, end_head, num_rows = item.first_head, item.end_head, item.num_rows
+    group_size, last = heads.num_heads // heads.num_kv_heads, item.num_keys - 1
+    words, stride = key_words(format, heads.head_dim), value_words(format, heads.head_dim)
+    row_words, size = state_words(heads.head_dim), _num_sums(heads.head_dim)
     rows_per_head = padded_rows(num_rows)  # register tiles may be higher than their rows
     zero = broadcast(np.float32(0.0))
     for state in range(states, states + (end_head - first_head) * rows_per_head * row_words, row_words):
         for d in range(0, row_words, LANES):
             store(scratch, state + d, zero)
         scratch[state + size] = _MASKED
-    key_block, value_block = num_kv_heads * words * block_size, num_kv_heads * stride * block_size
+    key_block = heads.num_kv_heads * words * block_size
+    value_block = heads.num_kv_heads * stride * block_size
     blocks = tile_blocks(block_size, block_table, first_key, last)
     for tile_start in range(first_key, end_key, KEY_TILE):
         count = min(KEY_TILE, end_key - tile_start)
         following = tile_blocks(block_size, block_table, tile_start + KEY_TILE, last)
         for head in range(first_head, end_head):
-            head_k, head_v = layer_k + head * words * block_size, layer_v + head * stride * block_size
+            head_k = cache.layer_k + head * words * block_size
+            head_v = cache.layer_v + head * stride * block_size
             if head + 1 < end_head:
                 ahead = places(head_k + words * block_size, key_block, plain(1), blocks)
             else:
-                ahead = places(layer_k + first_head * words * block_size, key_block, plain(1), following)
+                ahead = places(
+                    cache.layer_k + first_head * words * block_size, key_block, plain(1), following
+                )
             # A vector of tokens may hold some behind the end: their scores are masked, their values not read.
             if block_size % LANES == 0:
-                source_k, source_v, word_stride = keys, values, np.int64(block_size)
+                source_k, source_v, word_stride = cache.keys, cache.values, np.int64(block_size)
                 places_k = places(head_k, key_block, plain(1), blocks)
                 places_v = places(head_v, value_block, stride, blocks)
             else:
                 gather_keys(
-                    keys, head_k, key_block, words, block_size, block_table, tile_start, tile_start + count,
-                    scratch, key_tile,
+                    cache.keys, head_k, key_block, words, block_size, block_table, tile_start,
+                    tile_start + count, scratch, at.key_tile,
                 )  # fmt: skip
                 gather_values(
-                    values, head_v, value_block, stride, block_size, block_table, tile_start,
-                    tile_start + count, scratch, value_tile,
+                    cache.values, head_v, value_block, stride, block_size, block_table, tile_start,
+                    tile_start + count, scratch, at.value_tile,
                 )  # fmt: skip
                 source_k, source_v, word_stride = scratch, scratch, np.int64(KEY_TILE)
-                places_k = side_by_side(key_tile, plain(1))
-                places_v = side_by_side(value_tile, stride)
-            query = queries + (head - first_head) * rows_per_head * activation_words(format, head_dim)
+                places_k = side_by_side(at.key_tile, plain(1))
+                places_v = side_by_side(at.value_tile, stride)
+            query_words = activation_words(format, heads.head_dim)
+            query = at.queries + (head - first_head) * rows_per_head * query_words
             state = states + (head - first_head) * rows_per_head * row_words
             for first in range(0, num_rows, GROUP):
                 height = min(GROUP, num_rows - first)
                 # The group's last row sees the most keys.
-                if first_position + (first + height - 1) // group_size < tile_start:
+                if item.first_position + (first + height - 1) // group_size < tile_start:
                     continue
                 score_keys(
-                    format, height, scratch, query + first * activation_words(format, head_dim), source_k,
-                    places_k, count, source_v, places_v, word_stride, words, scores,
+                    format, height, scratch, query + first * query_words, source_k,
+                    places_k, count, source_v, places_v, word_stride, words, at.scores,
                 )  # fmt: skip
                 _softmax(
-                    scratch, scores, first, height, first_position - tile_start, group_size, count,
-                    state + first * row_words, row_words, size, weights,
+                    scratch, at.scores, first, height, item.first_position - tile_start, group_size, count,
+                    state + first * row_words, row_words, size, at.weights,
                 )  # fmt: skip
                 add_values(
-                    format, height, scratch, weights, source_v, places_v, count, keys, ahead,
+                    format, height, scratch, at.weights, source_v, places_v, count, cache.keys, ahead,
                     block_size, stride, state + first * row_words, row_words, size,
                 )  # fmt: skip
                 ahead = places_k  # the first rows have asked for the next tile
@@ -363,64 +424,58 @@ def _attend_chunk(
 
 @kernel
 def attention(
-    counters, heads_per_item, format, qkv, qkv_stride, num_heads, num_kv_heads, head_dim, scale, keys, values,
-    layer_k, layer_v, block_size, block_tables, query_start_loc, seq_lens, planned_group_size, tile_sequence,
-    tile_start, tile_chunk, state_start, states, scratch
+    counters, heads_per_item, heads, qkv, qkv_stride, cache, block_tables, tiles, states, scratch
 ):  # fmt: skip
     """One thread's share of causal attention of all new tokens of a batch.
 
-    heads_per_item: of `choose_heads_per_item`; format: of the cache, FLOAT32 or BFLOAT16; qkv: flat rows of
-    [num_heads + 2 * num_kv_heads, head_dim], rotated; keys, values: the flat caches, with this layer's part
-    from `layer_k` and `layer_v` on; block_tables: [num_seqs, max_blocks]; query_start_loc: [num_seqs + 1];
-    seq_lens: [num_seqs], with the new tokens; planned_group_size: that of `plan_tiles`, the layer's own or a
-    greater one; tile_sequence, tile_start, tile_chunk: [num_tiles], each query tile's sequence, its first
-    flat token row, and the one chunk of keys that it looks at or -1 for all; state_start: [num_tokens + 1],
-    each token's first state; states: out, [num_states, num_heads, state_words]; scratch: this thread's own.
+    heads_per_item: of `choose_heads_per_item`; heads: `Heads`; qkv: flat rows, `qkv_stride` apart, of
+    [num_heads + 2 * num_kv_heads, head_dim], rotated; cache: `LayerCache`; block_tables: [num_seqs,
+    max_blocks]; tiles: `Tiles`; states: out, [num_states, num_heads, state_words]; scratch: this thread's
+    own, [scratch_size].
     """
-    group_size = num_heads // num_kv_heads
-    tile_tokens = tokens_per_query_tile(planned_group_size)
+    format, head_dim, group_size = cache.format, heads.head_dim, heads.num_heads // heads.num_kv_heads
+    tile_tokens = tokens_per_query_tile(tiles.group_size)
     row_words, size, rows = state_words(head_dim), _num_sums(head_dim), _tile_rows(group_size)
     # The scratch begins with the zeros that the products start from, at most a row of a tile's scores.
-    key_tile = KEY_TILE
-    value_tile = key_tile + KEY_TILE * head_dim
+    value_tile = KEY_TILE + KEY_TILE * head_dim
     queries = value_tile + _value_tile_words(head_dim)
     scores = queries + rows * num_blocks(head_dim) * BLOCK
     weights = scores + GROUP * KEY_TILE
+    at = _Places(KEY_TILE, value_tile, queries, scores, weights)
     total = weights + GROUP * KEY_TILE
     part = total + rows * row_words
 
-    num_items = tile_sequence.size * num_kv_heads
-    item = next_item(counters)
-    while item < num_items:
-        tile, first_head = item // num_kv_heads, item % num_kv_heads
-        sequence, first_token, chunk = tile_sequence[tile], tile_start[tile], tile_chunk[tile]
-        end = query_start_loc[sequence + 1]
+    num_items = tiles.sequence.size * heads.num_kv_heads
+    number = next_item(counters)
+    while number < num_items:
+        tile, first_head = number // heads.num_kv_heads, number % heads.num_kv_heads
+        sequence, first_token, chunk = tiles.sequence[tile], tiles.start[tile], tiles.chunk[tile]
+        end = tiles.query_start_loc[sequence + 1]
         count = min(tile_tokens, end - first_token)
         num_rows, rows_per_head = count * group_size, padded_rows(count * group_size)
         end_head = first_head + 1
         if num_rows <= SPLIT_ROWS:
-            end_head = min(first_head + heads_per_item, num_kv_heads)
+            end_head = min(first_head + heads_per_item, heads.num_kv_heads)
             if first_head % heads_per_item > 0:  # belongs to an item before
-                item = next_item(counters)
+                number = next_item(counters)
                 continue
-        first_position = seq_lens[sequence] - end + first_token
+        first_position = tiles.seq_lens[sequence] - end + first_token
         num_keys = first_position + count
+        item = _Item(first_position, num_rows, num_keys, first_head, end_head)
         for head in range(first_head, end_head):
-            at = queries + (head - first_head) * rows_per_head * activation_words(format, head_dim)
+            query = queries + (head - first_head) * rows_per_head * activation_words(format, head_dim)
             for row in range(num_rows):
                 source = (first_token + row // group_size) * qkv_stride
                 source += (head * group_size + row % group_size) * head_dim
                 for d in range(0, head_dim, LANES):
-                    store(scratch, part + d, load(qkv, source + d) * broadcast(scale))
-                pack_row(format, scratch, part, head_dim, row, scratch, at)
+                    store(scratch, part + d, load(qkv, source + d) * broadcast(heads.scale))
+                pack_row(format, scratch, part, head_dim, row, scratch, query)
         first_key = max(chunk, 0) * KEY_CHUNK
         end_key = min(first_key + KEY_CHUNK, num_keys) if chunk >= 0 else num_keys
         for key in range(first_key, end_key, KEY_CHUNK):
             state = total if key == first_key else part
             _attend_chunk(
-                format, key, min(key + KEY_CHUNK, end_key), first_position, num_rows, num_keys - 1,
-                group_size, first_head, end_head, num_kv_heads, head_dim, keys, values, layer_k, layer_v,
-                block_size, block_tables[sequence], scratch, queries, scores, weights, key_tile, value_tile,
+                heads, cache, block_tables[sequence], item, key, min(key + KEY_CHUNK, end_key), scratch, at,
                 state,
             )  # fmt: skip
             if key > first_key:
@@ -431,10 +486,10 @@ def attention(
             source = total + (head - first_head) * rows_per_head * row_words
             for row in range(num_rows):
                 token, query_head = first_token + row // group_size, head * group_size + row % group_size
-                target = ((state_start[token] + max(chunk, 0)) * num_heads + query_head) * row_words
+                state = (tiles.state_start[token] + max(chunk, 0)) * heads.num_heads + query_head
                 for d in range(0, row_words, LANES):
-                    store(states, target + d, load(scratch, source + row * row_words + d))
-        item = next_item(counters)
+                    store(states, state * row_words + d, load(scratch, source + row * row_words + d))
+        number = next_item(counters)
 
 
 @kernel

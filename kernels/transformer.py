@@ -11,7 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagellm.kernels.activation import activate
-from pagellm.kernels.attention import attention, choose_heads_per_item, merge_states, plan_tiles, store_kv
+from pagellm.kernels.attention import (
+    Heads,
+    LayerCache,
+    Tiles,
+    attention,
+    choose_heads_per_item,
+    merge_states,
+    plan_tiles,
+    store_kv,
+)
 from pagellm.kernels.buffers import LOGIT_ROWS
 from pagellm.kernels.jit import entry_point, kernel, plain
 from pagellm.kernels.matmul import matmul
@@ -119,14 +128,20 @@ def _rotate_and_store(member, layer, arch, weights, cache, num_rows, plan, work)
 def _attend(member, layer, arch, cache, batch, plan, work):
     """Attention of all new tokens to the keys of their sequences: fills `plan.states`."""
     features = arch.layers[layer]
-    heads, kv_heads, head_dim = features.num_heads, features.num_kv_heads, features.head_dim
-    heads_per_item = choose_heads_per_item(plan.num_tiles[0], member.num_threads, heads // kv_heads)
-    attention(
-        member.counters, heads_per_item, cache.format, work.wide, padded((heads + 2 * kv_heads) * head_dim),
-        heads, kv_heads, head_dim, np.float32(features.attention_scale), cache.keys, cache.values,
-        cache.key_start[layer], cache.value_start[layer], cache.block_size, batch.block_tables,
+    num_heads, kv_heads, head_dim = features.num_heads, features.num_kv_heads, features.head_dim
+    heads = Heads(num_heads, kv_heads, head_dim, np.float32(features.attention_scale))
+    layer_cache = LayerCache(
+        cache.format, cache.block_size, cache.keys, cache.values, cache.key_start[layer],
+        cache.value_start[layer],
+    )  # fmt: skip
+    tiles = Tiles(
         batch.query_start_loc, plan.seq_lens, plan.group_size, plan.tile_sequence[: plan.num_tiles[0]],
-        plan.tile_start, plan.tile_chunk, plan.state_start, plan.states, work.attention[member.thread],
+        plan.tile_start, plan.tile_chunk, plan.state_start,
+    )  # fmt: skip
+    attention(
+        member.counters, choose_heads_per_item(plan.num_tiles[0], member.num_threads, num_heads // kv_heads),
+        heads, work.wide, padded((num_heads + 2 * kv_heads) * head_dim), layer_cache, batch.block_tables,
+        tiles, plan.states, work.attention[member.thread],
     )  # fmt: skip
     barrier(member.counters, member.num_threads)
 

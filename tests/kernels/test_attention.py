@@ -16,6 +16,8 @@ from pagellm.kernels.architecture import Architecture, layer_rows
 from pagellm.kernels.attention import (
     KEY_CHUNK,
     QUERY_TILE_ROWS,
+    LayerCache,
+    Tiles,
     attention,
     key_cache_size,
     max_heads_per_item,
@@ -31,6 +33,7 @@ from pagellm.kernels.attention import (
     tokens_per_query_tile,
     value_cache_size,
 )
+from pagellm.kernels.attention import Heads as LayerHeads
 from pagellm.kernels.attention_products import KEY_TILE
 from pagellm.kernels.buffers import new_workspace
 from pagellm.kernels.packing import BFLOAT16, FLOAT32
@@ -210,12 +213,17 @@ def attend(
     scratch[-64:] = 7.0
     before = keys.copy(), values.copy()
     attention(
-        new_counters(), heads_per_item, heads.format, qkv.reshape(-1), stride, heads.num_heads,
-        heads.num_kv_heads, heads.head_dim, np.float32(heads.scale), keys, values, LAYER * layer_k,
-        LAYER * layer_v, block_size, block_tables, query_start_loc, np.array(lengths, np.int32),
-        group_size, np.array([tile.sequence for tile in tiles], np.int32),
-        np.array([tile.first_token for tile in tiles], np.int32),
-        np.array([tile.chunk for tile in tiles], np.int32), state_start, states[:-64], scratch[:-64],
+        new_counters(), heads_per_item,
+        LayerHeads(heads.num_heads, heads.num_kv_heads, heads.head_dim, np.float32(heads.scale)),
+        qkv.reshape(-1), stride,
+        LayerCache(heads.format, block_size, keys, values, LAYER * layer_k, LAYER * layer_v), block_tables,
+        Tiles(
+            query_start_loc, np.array(lengths, np.int32), group_size,
+            np.array([tile.sequence for tile in tiles], np.int32),
+            np.array([tile.first_token for tile in tiles], np.int32),
+            np.array([tile.chunk for tile in tiles], np.int32), state_start,
+        ),
+        states[:-64], scratch[:-64],
     )  # fmt: skip
     assert (scratch[-64:] == 7.0).all(), "wrote past its scratch memory"
     assert is_poison(states[-64:]), "wrote past the states"
