@@ -3,7 +3,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test check soak mutation lint bench clean
+.PHONY: demo test check lowest soak mutation lint bench clean
 
 # The environment is rebuilt when the project's dependencies change.
 .venv/ready: pyproject.toml
@@ -27,6 +27,13 @@ check: .venv/ready
 	PAGELLM_CHECK=1 $(BIN)/python -m pytest --capture=no --hypothesis-profile=quick tests/kernels \
 		tests/engine/test_numerics.py --ignore tests/kernels/test_instruction_sets.py
 
+# The lowest Numba that pyproject.toml admits, in an environment of its own; .venv has the newest.
+LOWEST_NUMBA := $(shell sed -n 's/.*"numba>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+lowest: .venv/ready
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet --disable-pip-version-check --editable '.[test]' 'numba==$(LOWEST_NUMBA).*'
+	.venv-lowest/bin/python -m pytest tests/kernels/test_jit.py tests/engine/test_numerics.py
+
 # More of the property-based tests, with fresh seeds: make soak SECONDS=3600
 SECONDS ?= 60
 soak: .venv/ready
@@ -45,4 +52,4 @@ bench: .venv/ready
 	$(BIN)/pagellm bench --prefill 512 --decode 64 --batch 1,16
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-lowest build *.egg-info

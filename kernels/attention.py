@@ -352,8 +352,8 @@ def _attend_chunk(heads, cache, block_table, item, first_key, end_key, scratch, 
 
     block_table: of the tile's sequence, [max_blocks]; scratch: flat; at: where in it what is; states: where
     in it the first head's states are, [padded rows, state_words], those of the next behind, as with the
-    queries. Asks for the keys of each next tile while it reads this one, as far as the tile's last key: whoever
-    computes the next chunk is glad of them.
+    queries. Asks for the keys of each next tile while it reads this one, as far as the tile's last key:
+    whoever computes the next chunk is glad of them.
     """
     format, block_size = cache.format, cache.block_size
     first_head, end_head, num_rows = item.first_head, item.end_head, item.num_rows

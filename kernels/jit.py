@@ -6,20 +6,15 @@ on a cache line that all threads share, and with them attention took 1.6 times a
 nothing, and what it needs is given to it. An entry point is what Python calls; the whole machine code beneath
 it can be cached on disk with it. Kernels are what kernels call, and a shared function is Python's as well.
 
-A kernel's code is linked into its callers', to be optimised and become machine code with an entry point, and
-has no wrapper for calls from Python. Numba would do all three for each kernel on its own as well, which made
-compilation take 1.7 times as long; it has no option for that, so three of its classes are extended here.
+Kernels are compiled by `kernels.quick_jit` where the installed Numba is one that it can extend, which is
+tried out when this is imported, and else by Numba's own way: the same code, in 1.7 times the time.
 """
 
+import sys
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any, TypeVar
 
 import numba
-from numba.core.codegen import JITCodeLibrary
-from numba.core.compiler import CompilerBase, DefaultPassBuilder
-from numba.core.registry import CPUDispatcher
-from numba.core.sigutils import normalize_signature
 from numba.extending import register_jitable
 
 from pagellm.kernels.simd.llvm import CHECKED
@@ -36,62 +31,41 @@ _SETTINGS: dict[str, Any] = {
 _entry_points: list[Any] = []
 
 
-class _LinkedLibrary(JITCodeLibrary):
-    """Code that is there to be linked into other code, and neither optimised nor run where it is."""
+def _quick_kernel() -> Any:
+    """`QuickKernel`, or None, and a line on standard error, where it does not suit this Numba."""
+    try:
+        from pagellm.kernels.quick_jit import QuickKernel, try_out
 
-    def _optimize_final_module(self) -> None:
-        pass
-
-    def _finalize_final_module(self) -> None:
-        self._finalize_dynamic_globals()
-        self._finalized = True
-
-
-class _KernelCompiler(CompilerBase):
-    """Numba's usual passes, without a result that can be called from Python."""
-
-    def define_pipelines(self) -> list[Any]:
-        state = self.state
-        state.flags.no_cpython_wrapper = state.flags.no_compile = True
-        state.library = _LinkedLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
-        return [DefaultPassBuilder.define_nopython_pipeline(state)]
-
-
-class _Kernel(CPUDispatcher):
-    """A function that kernels call. If Python does, as tests do, it is compiled once more: `alone`."""
-
-    def __init__(self, function: Callable[..., Any], **settings: Any) -> None:
-        super().__init__(
-            function, targetoptions={"nopython": True} | _SETTINGS | settings, pipeline_class=_KernelCompiler
+        try_out(**_SETTINGS)
+        return QuickKernel
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        print(
+            f"pagellm: Numba {numba.__version__} compiles kernels its own way, which takes longer ({reason})",
+            file=sys.stderr,
         )
+        return None
 
-    @cached_property
-    def alone(self) -> Any:
-        return numba.njit(**_SETTINGS)(self.py_func)
 
-    def __call__(self, *arguments: Any) -> Any:
-        return self.alone(*arguments)
+_QuickKernel = _quick_kernel()
 
-    # Callers find what was compiled by a key, which is what Python would call, if it could.
 
-    def add_overload(self, result: Any) -> None:
-        self.overloads[tuple(result.signature.args)] = result
-        result.target_context.insert_user_function(result.fndesc, result.fndesc, [result.library])
-
-    def get_overload(self, signature: Any) -> Any:
-        arguments, _ = normalize_signature(signature)
-        result: Any = self.overloads[tuple(arguments)]
-        return result.fndesc
+def _compiled(function: Callable[..., Any], **settings: Any) -> Any:
+    if _QuickKernel is not None:
+        return _QuickKernel(function, **_SETTINGS, **settings)
+    dispatcher = numba.njit(**_SETTINGS, **settings)(function)
+    dispatcher.alone = dispatcher
+    return dispatcher
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compiles a function that other kernels call."""
-    return _Kernel(function)
+    """Compiles a function that other kernels call; `alone` is what Python calls."""
+    return _compiled(function)
 
 
 def inlined(function: Callable[..., Any]) -> Any:
     """A kernel that is compiled as part of its caller, and so sees the call that its caller is."""
-    return _Kernel(function, inline="always")
+    return _compiled(function, inline="always")
 
 
 def entry_point(function: Callable[..., Any]) -> Any:

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.errors import LoweringError
 from numba.extending import intrinsic
 
 from pagellm.kernels.simd.llvm import I32, I64
@@ -21,6 +23,7 @@ def this_call(_typing: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, _arguments: Any) -> Any:
         function = builder.function
+        _require_convention(context, function)
         result, error, _, *arguments = function.args
         copy = cgutils.alloca_once(builder, ir.LiteralStructType([a.type for a in arguments]))
         for i, argument in enumerate(arguments):
@@ -38,6 +41,27 @@ def this_call(_typing: Any) -> Any:
         return context.make_tuple(builder, signature.return_type, addresses)
 
     return types.UniTuple(types.int64, 2)(), emit
+
+
+def _require_convention(context: Any, function: Any) -> None:
+    """Raises `LoweringError` unless an entry point's code takes its arguments in the order known here.
+
+    That is where the result and an error go, then the arguments, of which `thread` is the first; `call_again`
+    puts another number in its place.
+    """
+    arguments = list(context.call_conv.get_arguments(function))
+    where = list(function.args[: len(function.args) - len(arguments)])
+    if (
+        len(where) == 2
+        and all(isinstance(pointer.type, ir.PointerType) for pointer in where)
+        and [a.name for a in arguments] == [a.name for a in function.args[2:]]
+        and (arguments[0].type, arguments[0].name) == (I64, "arg.thread")
+    ):
+        return
+    raise LoweringError(
+        f"Numba {numba.__version__} passes arguments as {[a.name for a in function.args][:4]}, expected two "
+        "pointers and arg.thread: a team of threads cannot share such a call"
+    )
 
 
 @intrinsic

@@ -1,0 +1,78 @@
+"""Kernels compiled with less work than Numba's own way takes.
+
+A kernel's code is linked into its callers', to be optimised and become machine code with an entry point, and
+has no wrapper for calls from Python. Numba would do all three for each kernel on its own as well, which made
+compilation take 1.7 times as long; it has no option for that, so three of its classes are extended here. They
+are no part of what Numba promises: `kernels.jit` tries them out, and does without them where they fail.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import numba
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core.registry import CPUDispatcher
+from numba.core.sigutils import normalize_signature
+
+
+class _LinkedLibrary(JITCodeLibrary):
+    """Code that is there to be linked into other code, and neither optimised nor run where it is."""
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+
+class _KernelCompiler(CompilerBase):
+    """Numba's usual passes, without a result that can be called from Python."""
+
+    def define_pipelines(self) -> list[Any]:
+        state = self.state
+        state.flags.no_cpython_wrapper = state.flags.no_compile = True
+        state.library = _LinkedLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
+        return [DefaultPassBuilder.define_nopython_pipeline(state)]
+
+
+class QuickKernel(CPUDispatcher):
+    """A function that kernels call. If Python does, as tests do, it is compiled once more: `alone`."""
+
+    def __init__(self, function: Callable[..., Any], **settings: Any) -> None:
+        super().__init__(
+            function, targetoptions={"nopython": True} | settings, pipeline_class=_KernelCompiler
+        )
+        self._settings = {name: value for name, value in settings.items() if name != "inline"}
+
+    @cached_property
+    def alone(self) -> Any:
+        return numba.njit(**self._settings)(self.py_func)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.alone(*arguments)
+
+    # Callers find what was compiled by a key, which is what Python would call, if it could.
+
+    def add_overload(self, result: Any) -> None:
+        self.overloads[tuple(result.signature.args)] = result
+        result.target_context.insert_user_function(result.fndesc, result.fndesc, [result.library])
+
+    def get_overload(self, signature: Any) -> Any:
+        arguments, _ = normalize_signature(signature)
+        result: Any = self.overloads[tuple(arguments)]
+        return result.fndesc
+
+
+def try_out(**settings: Any) -> None:
+    """Raises something if this Numba is not the one that is extended here: compiles a call of a kernel."""
+
+    def double(x):
+        return 2 * x
+
+    doubled = QuickKernel(double, **settings)
+    found = numba.njit(**settings)(lambda x: doubled(x) + 1)(20)
+    if found != 41 or doubled(20) != 40:
+        raise RuntimeError(f"found {found} for 2 * 20 + 1")
