@@ -248,7 +248,7 @@ def test_other_settings_than_the_recorded_ones_are_said(tmp_path: Path) -> None:
         Simulator(EngineConfig(max_num_seqs=4), costs).replay(Trace.load(trace))
 
 
-@pytest.mark.parametrize("config", [5, {}, {"num_blocks": 4}])
+@pytest.mark.parametrize("config", [5, {}, {"num_blocks": 4}, {"num_blocks": 4, "max_model_len": 64, "a": 1}])
 def test_settings_of_a_log_that_are_none_are_refused(tmp_path: Path, config: Any) -> None:
     path = tmp_path / "steps.jsonl"
     costs = {"recompute_token_s": 0.0, "swap_block_s": 0.0}
