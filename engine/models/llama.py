@@ -113,17 +113,18 @@ def _window(fields: Fields, model_type: str, num_layers: int) -> int | None:
             raise fields.error(
                 "layer_types", types, f"a list of {num_layers}, each one of {', '.join(kinds)}"
             )
+    slides = types is not None and "sliding_attention" in types
     if model_type == "llama" or ("sliding_window" in fields.values and window is None):
+        if slides:
+            raise fields.error("layer_types", types, "full_attention alone where sliding_window is null")
         return None
     window = fields.integer("sliding_window", _DEFAULT_WINDOW, maximum=1 << 30)
     if model_type == "mistral":
         return window
     enabled = fields.boolean("use_sliding_window", False)
-    if types is not None:
-        slides = "sliding_attention" in types
-        if slides and not enabled:
-            raise fields.error("layer_types", types, "full_attention alone where use_sliding_window is false")
-    else:
+    if slides and not enabled:
+        raise fields.error("layer_types", types, "full_attention alone where use_sliding_window is false")
+    if types is None:
         first = fields.get("max_window_layers", _DEFAULT_FIRST_WINDOW_LAYER)
         if type(first) is not int:
             raise fields.error("max_window_layers", first, "an integer")

@@ -159,6 +159,13 @@ def test_qwen2_s_window_counts_where_a_layer_uses_it(
     assert edited(tmp_path, "qwen2", edit).max_positions == max_positions
 
 
+@pytest.mark.parametrize("changes", [{"sliding_window": None}, {"use_sliding_window": False}])
+def test_layers_that_slide_need_a_window(tmp_path: Path, changes: dict[str, Any]) -> None:
+    keys = {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True} | changes
+    with pytest.raises(CheckpointError, match=r"layer_types: found .*, expected full_attention alone"):
+        edited(tmp_path, "qwen2", setting(**keys))
+
+
 def test_llama_s_class_knows_no_window(tmp_path: Path) -> None:
     spec = edited(tmp_path, "llama_mha", setting(sliding_window=8, use_sliding_window=True))
     assert spec.max_positions == 64
