@@ -59,7 +59,8 @@ class LLMEngine:
     model: a known name, a local path or a hub id; or the parts of an engine, which bring their settings.
     `show_progress` is for fetching, compiling and loading. Raises `CheckpointError` for a model and
     `ConfigError` for settings that cannot be served. loop: drives the scheduler; whoever listens to it
-    hears of every step.
+    hears of every step. changing: whether queues, block tables or outputs are between two states; set by
+    whoever drives the loop otherwise, as long as that takes.
 
     Any thread may call it. Its methods raise `EngineError` once it is closed, in the midst of another call of
     the same thread, and in a process that was forked while another thread was in a call.
@@ -93,7 +94,7 @@ class LLMEngine:
         self.turns = Turns(
             f"has a file ({', '.join(shared)}), which a forked process cannot share" if shared else None
         )
-        self._changing = False  # whether queues, block tables or outputs are between two states
+        self.changing = False
         self._gone: deque[Any] = deque()  # owners that are garbage, and (request, index) of what is to abort
         self._special_texts = {
             token_id: self.tokenizer.decode([token_id]) for token_id in self.tokenizer.special_ids
@@ -229,9 +230,9 @@ class LLMEngine:
     def reset_prefix_cache(self) -> None:
         """Forgets every cached prefix; requests under way keep their blocks."""
         self._check_usable("reset_prefix_cache")
-        self._changing = True
+        self.changing = True
         self.block_manager.reset_cache()
-        self._changing = False
+        self.changing = False
 
     @exclusive
     def close(self) -> None:
@@ -247,7 +248,7 @@ class LLMEngine:
         """Brings the engine into a state from which a call can begin."""
         if self.turns.refusal is not None:
             return
-        if self._changing:
+        if self.changing:
             self._recover()
         while self._gone:
             gone = self._gone[0]
@@ -266,48 +267,48 @@ class LLMEngine:
             raise RequestError(f"request_id: {found(request_id)} is in use, expected a new one")
         sequence, *forks = (completion.sequence for completion in request.completions)
         parent = None if fork_of is None else self._requests.get(fork_of)
-        self._changing = True
+        self.changing = True
         try:
             if parent is None or not sequence.reads_cache:
                 self.loop.add(sequence, request.arrival_s, forks)
             else:
                 self.loop.fork(parent.completions[0].sequence, sequence, request.arrival_s, forks)
         except RequestError:  # which comes before anything is changed
-            self._changing = False
+            self.changing = False
             raise
         for completion in request.completions:
             self._by_seq_id[completion.sequence.seq_id] = (request, completion)
         self._requests[request_id] = request
-        self._changing = False
+        self.changing = False
 
     def _abort(self, request_id: str, index: int | None = None) -> None:
         request = self._requests.get(request_id)
         if request is None:
             return
-        self._changing = True
+        self.changing = True
         for completion in request.unfinished():
             if index in (None, completion.output.index):
                 self.loop.abort(completion.sequence)
                 self._finish(request, completion, FinishReason.ABORT)
-        self._changing = False
+        self.changing = False
 
     def _step(self) -> list[RequestOutput]:
         if not self._requests:
             return []
-        self._changing = True
+        self.changing = True
         batch = self.loop.begin(self.now(), self.costs)
-        self._changing = False
+        self.changing = False
         transfer_s = self._move_blocks(batch)
         self._note_admissions(batch)
         result = self._run(batch) if batch.sequences else RunnerOutput()
         sampled = batch.sampled
-        self._changing = True
+        self.changing = True
         for sequence, token_id in zip(sampled, result.token_ids, strict=True):
             if token_id < 0:
                 self.loop.abort(sequence, FinishReason.ERROR)
         self.loop.end(batch, result.token_ids, self.now(), transfer_s=transfer_s)
         outputs = self._outputs(batch.sequences, sampled, result)
-        self._changing = False
+        self.changing = False
         self.scheduler.policy.raise_error()
         return outputs
 
@@ -329,7 +330,7 @@ class LLMEngine:
                 del self._requests[request_id]
         self._by_seq_id = by_seq_id
         self.scheduler.recover(known)
-        self._changing = False
+        self.changing = False
 
     def _check_usable(self, call: str) -> None:
         if self.turns.refusal is not None:
@@ -370,9 +371,9 @@ class LLMEngine:
             except OSError as error:
                 if self.scheduler.preemption is not Preemption.RECOMPUTE:
                     say(f"swap: {error}; preempted sequences are computed again")
-                self._changing = True
+                self.changing = True
                 self.loop.transfer_failed(transfer, batch)
-                self._changing = False
+                self.changing = False
             else:
                 self.loop.transferred()
                 num_swaps += transfer.kind is not TransferKind.COPY
@@ -485,12 +486,12 @@ class LLMEngine:
 
     def _end_failed(self, sequence: Sequence, error: BaseException) -> RequestOutput:
         """Ends the completion of a sequence that could not be dealt with, and with it the step."""
-        if self._changing:
+        if self.changing:
             self._recover()
         request, completion = self._by_seq_id[sequence.seq_id]
-        self._changing = True
+        self.changing = True
         self._fail(request, completion, error)
-        self._changing = False
+        self.changing = False
         return request.output
 
     def _fail(self, request: Request, completion: Completion, error: BaseException | None) -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from pagellm.engine.sampling_params import SamplingParams
 from pagellm.engine.scheduling.block_manager import Transfer, TransferKind
@@ -19,6 +19,8 @@ from pagellm.engine.scheduling.step_loop import StepListener
 
 if TYPE_CHECKING:
     from pagellm.engine.llm_engine import LLMEngine
+
+_Result = TypeVar("_Result")
 
 DECODE_STEPS = 4  # in a row, of one shape; the first follows a pause, as it seldom does in serving
 _MAX_TOKENS = DECODE_STEPS + 4  # of an answer: more than are ever computed of it
@@ -100,32 +102,30 @@ class Stage:
 
         One step where there are chunks, else `DECODE_STEPS` but the first.
         """
-        times = []
         pricer = _Pricer(price)
-        try:
+
+        def steps() -> list[tuple[float, float]]:
             self._prepare(shape)
             self._engine.loop.listen(pricer)
+            times = []
             for _ in range(1 if shape.chunks else DECODE_STEPS):
                 start = self._clock()
                 self._engine.step()
                 times.append((pricer.priced, self._clock() - start))
-        finally:
-            self._engine.loop.ignore(pricer)
-            self._clear()
-        return times if shape.chunks else times[1:]
+            return times if shape.chunks else times[1:]
+
+        return self._cleared(steps, pricer)
 
     def scheduling_s(self) -> float:
         """Seconds of scheduling a step of one sequence and taking note of its token."""
-        times = []
-        for _ in range(_NUM_REPEATS):
-            try:
-                self._prepare(StepShape(decodes=(1,)))
-                start = self._clock()
-                self._skip(1)
-                times.append(self._clock() - start)
-            finally:
-                self._clear()
-        return median(times)
+
+        def step() -> float:
+            self._prepare(StepShape(decodes=(1,)))
+            start = self._clock()
+            self._skip(1)
+            return self._clock() - start
+
+        return median(self._cleared(step) for _ in range(_NUM_REPEATS))
 
     def transfer_s(self, *kinds: TransferKind) -> float:
         """Seconds of moving a block's content, in the middle of these kinds and of several blocks."""
@@ -166,8 +166,10 @@ class Stage:
     def _skip(self, max_tokens: int) -> None:
         """Lets the scheduler take a step of up to so many tokens of each prompt for computed."""
         loop, now = self._engine.loop, self._engine.now()
+        self._engine.changing = True  # until it is done; an interrupt is dealt with by the engine's next call
         batch = loop.begin(now, limits=StepLimits(sys.maxsize, max_tokens))
         loop.end(batch, [0] * len(batch.sampled), now)
+        self._engine.changing = False
 
     def _fill_blocks(self) -> None:
         """Gives blocks memory of their own: the system keeps one page of zeros for all new ones."""
@@ -177,7 +179,21 @@ class Stage:
                     self._has_content.add(block)
                     self._engine.runner.transfer(Transfer(TransferKind.COPY, 0, block, sequence))
 
-    def _clear(self) -> None:
+    def _cleared(self, measure: Callable[[], _Result], listener: StepListener | None = None) -> _Result:
+        """What is measured. Then the stage is cleared, also if an interrupt comes in the midst of that."""
+        try:
+            try:
+                return measure()
+            finally:
+                self._clear(listener)
+        finally:
+            self._clear(listener)
+
+    def _clear(self, listener: StepListener | None) -> None:
+        if listener is not None:
+            self._engine.loop.ignore(listener)
+        if not self._request_ids:
+            return
         # Blocks without a known prefix are the first to be taken again: so few blocks are ever written.
         self._engine.reset_prefix_cache()
         for request_id in self._request_ids:

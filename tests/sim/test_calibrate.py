@@ -292,3 +292,42 @@ def test_ctrl_c_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_bad_settings_are_one_error(tmp_path: Path) -> None:
     with pytest.raises(PagellmError, match="block_size: found 0"):
         run("-o", str(tmp_path / "profile.json"), "--block-size", "0")
+
+
+@pytest.mark.parametrize("owner", ["scheduler", "engine", "block_manager"])
+def test_an_interrupted_calibration_leaves_the_engine_as_it_was(
+    engine: LLMEngine, monkeypatch: pytest.MonkeyPatch, owner: str
+) -> None:
+    """Above all without prefixes in the cache that were never computed."""
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=1)
+    prompt = Stage(engine, Clock()).random.choices(range(engine.spec.vocab_size), k=12)
+    expected = served(engine, prompt, params)
+    whose, name = {
+        "scheduler": (engine.scheduler, "commit"),
+        "engine": (engine, "reset_prefix_cache"),
+        "block_manager": (engine.block_manager, "reset_cache"),
+    }[owner]
+    original, calls = getattr(whose, name), count()
+
+    def interrupted(*arguments: Any) -> Any:
+        result = None if name == "reset_prefix_cache" else original(*arguments)
+        if next(calls) == 0:
+            raise KeyboardInterrupt
+        return original(*arguments) if name == "reset_prefix_cache" else result
+
+    monkeypatch.setattr(whose, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Stage(engine, Clock()).time(StepShape(chunks=(4,), before=8))
+    monkeypatch.undo()
+    assert not engine.has_unfinished
+    engine.scheduler.check()
+    assert engine.block_manager.num_cached_blocks == 0
+    assert engine.loop.listeners == ()
+    assert served(engine, prompt, params) == expected
+
+
+def served(engine: LLMEngine, prompt: list[int], params: SamplingParams) -> object:
+    output = engine.add_request("served", prompt, params)
+    while not output.finished:
+        engine.step()
+    return output.outputs[0].logprobs
