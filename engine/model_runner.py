@@ -85,7 +85,9 @@ class ModelRunner:
         self.team = ThreadTeam(config.num_threads)
         self._batch_limits = (max_tokens, min(max_tokens, config.max_num_seqs))
         self._planned_chunks = 1
-        self._biases = _Biases.laid_out([])  # one may have an entry for every token: not anew in each step
+        self._biases = _Biases.laid_out(
+            [], []
+        )  # one may have an entry for every token: not anew in each step
         self._plan = new_plan(arch, *self._batch_limits, self._planned_chunks)
 
     def run(self, batch: ScheduledBatch, logits_of: frozenset[int] = frozenset()) -> RunnerOutput:
@@ -216,16 +218,20 @@ class _Biases(NamedTuple):
     start: NDArray[np.int32]  # [rows + 1]
 
     @classmethod
-    def laid_out(cls, of_rows: list[tuple[LogitBias, list[int]]]) -> "_Biases":
+    def laid_out(cls, rows: list[_Row], of_rows: list[tuple[LogitBias, list[int]]]) -> "_Biases":
         """The biases of these rows."""
         ids, values = [np.empty(0, np.int32)], [np.empty(0, np.float32)]
-        for bias, forbidden in of_rows:
-            if bias:
-                ids.append(np.frombuffer(bias.ids, np.int32))
-                values.append(np.frombuffer(bias.values_f32, np.float32))
-            if forbidden:  # minus infinity, whatever else is added
-                ids.append(np.array(forbidden, np.int32))
-                values.append(np.full(len(forbidden), -np.inf, np.float32))
+        work = zip(rows, of_rows, strict=True)
+        try:
+            for row, (bias, forbidden) in work:  # noqa: B007
+                if bias:
+                    ids.append(np.frombuffer(bias.ids, np.int32))
+                    values.append(np.frombuffer(bias.values_f32, np.float32))
+                if forbidden:  # minus infinity, whatever else is added
+                    ids.append(np.array(forbidden, np.int32))
+                    values.append(np.full(len(forbidden), -np.inf, np.float32))
+        except Exception as error:
+            raise SequenceError(row.sequence) from error
         counts = (len(bias) + len(forbidden) for bias, forbidden in of_rows)
         start = np.frombuffer(array("i", accumulate(counts, initial=0)), np.int32)
         return cls(of_rows, np.concatenate(ids), np.concatenate(values), start)
@@ -276,10 +282,10 @@ def _outputs(rows: list[_Row], vocab_size: int, biases: _Biases) -> tuple[Output
             if samples and sequence.num_output_tokens < p.min_tokens:
                 ends = [t for t in sequence.stop_token_ids if t < vocab_size]
             biases_of_rows.append((p.bias if samples else NO_BIAS, ends))
-        if not biases.are_of(biases_of_rows):
-            biases = _Biases.laid_out(biases_of_rows)
     except Exception as error:
         raise SequenceError(row.sequence) from error
+    if not biases.are_of(biases_of_rows):
+        biases = _Biases.laid_out(rows, biases_of_rows)
     outputs = Outputs(
         wanted=np.array(wanted, WANTED),
         history=np.frombuffer(history, np.int32),

@@ -21,6 +21,7 @@ from pagellm.engine import (
     model_runner,
 )
 from pagellm.engine.completion import Completion, Request
+from pagellm.engine.sampling_params import LogitBias
 from pagellm.engine.scheduling.block_manager import BlockManager
 from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
@@ -37,7 +38,7 @@ BAD = SamplingParams(
     ignore_eos=True,
     logprobs=1,
     prompt_logprobs=1,
-    logit_bias={5: 1.0},
+    logit_bias={5: 7.5},
     presence_penalty=0.5,
     stop=["never said"],
     cache_salt=SALT,
@@ -103,6 +104,9 @@ PLACES = {
         SamplingParams, "has_penalties", lambda p: p.cache_salt == SALT, 7
     ),
     "logit bias": lambda: Failing(SamplingParams, "bias", lambda p: p.cache_salt == SALT, 1),
+    "laying its bias out": lambda: Failing(
+        LogitBias, "__len__", lambda bias: 7.5 in bias._bias_of.values(), 1
+    ),
     "the number of log-probabilities": lambda: Failing(
         model_runner, "_num_logprobs", lambda row, _: is_bad(row.sequence)
     ),
