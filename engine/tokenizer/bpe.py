@@ -118,19 +118,25 @@ class MergeTable:
                 if after < size:
                     previous_of[after] = left
                     new_rank = rank_at[left] = rank_of(merged * stride + ids[after], _NO_MERGE)
-                    if new_rank in positions_of:
-                        (heappush if new_rank in resumed else list.append)(positions_of[new_rank], left)
-                    elif new_rank != _NO_MERGE:
-                        positions_of[new_rank] = [left]
-                        heappush(ranks, new_rank)
+                    if new_rank != _NO_MERGE:
+                        if new_rank not in positions_of:
+                            positions_of[new_rank] = [left]
+                            heappush(ranks, new_rank)
+                        elif new_rank not in resumed:
+                            positions_of[new_rank].append(left)
+                        else:
+                            heappush(positions_of[new_rank], left)
                 before = previous_of[left]
                 if before >= 0:
                     new_rank = rank_at[before] = rank_of(ids[before] * stride + merged, _NO_MERGE)
-                    if new_rank in positions_of:
-                        (heappush if new_rank in resumed else list.append)(positions_of[new_rank], before)
-                    elif new_rank != _NO_MERGE:
-                        positions_of[new_rank] = [before]
-                        heappush(ranks, new_rank)
+                    if new_rank != _NO_MERGE:
+                        if new_rank not in positions_of:
+                            positions_of[new_rank] = [before]
+                            heappush(ranks, new_rank)
+                        elif new_rank not in resumed:
+                            positions_of[new_rank].append(before)
+                        else:
+                            heappush(positions_of[new_rank], before)
             if ranks[0] == rank:
                 del positions_of[heappop(ranks)]
                 resumed.discard(rank)

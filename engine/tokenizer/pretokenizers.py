@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 import regex
@@ -182,10 +183,9 @@ class Pretokenizer:
         pieces = [text]
         try:
             for stage in stages:
-                if len(pieces) == 1:
-                    pieces = stage(pieces[0], give_up_at)
-                else:
-                    pieces = [word for piece in pieces for word in stage(piece, give_up_at)]
+                # The same pieces come again and again.
+                words_of = {piece: stage(piece, give_up_at) for piece in dict.fromkeys(pieces)}
+                pieces = list(chain.from_iterable(map(words_of.__getitem__, pieces)))
         except TimeoutError:
             raise RequestError(
                 f"text: the pre-tokenizer's patterns took more than {_TIME_LIMIT_S:g} s on {len(text)}"
@@ -286,40 +286,37 @@ def _read_split(step: Mapping[str, Any], where: str) -> Translation:
 
 def _stage(source: str, may_be_empty: bool) -> Stage:
     """The stage that makes each match a piece, and each stretch between matches one too."""
+    if source in _COMPLETE:
+        compiled = _compile(source)
+        return lambda text, _give_up_at: compiled.findall(text)
+    return _cutting_at_places(source) if may_be_empty else _cutting_out(source)
+
+
+def _compile(source: str) -> regex.Pattern[str]:
     try:
-        compiled = regex.compile(source, regex.V1)
+        return regex.compile(source, regex.V1)
     except (regex.error, RecursionError, OverflowError, MemoryError) as error:
         raise PatternError(f"{found(source)} cannot be compiled: {error}") from error
-    if source in _COMPLETE:
-        return lambda text, _give_up_at: compiled.findall(text)
-    return _cutting_at_places(compiled) if may_be_empty else _cutting_out(compiled)
 
 
-def _cutting_out(compiled: regex.Pattern[str]) -> Stage:
+def _cutting_out(source: str) -> Stage:
     """Where every match has characters."""
+    compiled = _compile(f"({source})")
 
     def stage(text: str, give_up_at: float) -> list[str]:
-        pieces: list[str] = []
-        done = 0
-        for match in compiled.finditer(text, timeout=_time_left(give_up_at)):
-            start, stop = match.span()
-            if done < start:
-                pieces.append(text[done:start])
-            pieces.append(text[start:stop])
-            done = stop
-        if done < len(text):
-            pieces.append(text[done:])
-        return pieces
+        # Stretches and matches in turn.
+        return list(filter(None, compiled.split(text, timeout=_time_left(give_up_at))))
 
     return stage
 
 
-def _cutting_at_places(compiled: regex.Pattern[str]) -> Stage:
+def _cutting_at_places(source: str) -> Stage:
     """Where a match may be empty, and then only cuts.
 
     Where a match ends, another one that is empty is passed over, and with it whatever else could begin there:
     the rule of the library's Oniguruma binding, which is not Python's.
     """
+    compiled = _compile(source)
 
     def stage(text: str, give_up_at: float) -> list[str]:
         pieces: list[str] = []
