@@ -149,8 +149,9 @@ class Tokenizer:
         table = [b""] * self.model_vocab_size
         for token, token_id in self._vocab.items():
             table[token_id] = token_to_bytes(token)
+        # The library decodes an added token like any other: letters such as "é" in it are bytes, too.
         for added in self._added.tokens:
-            table[added.id] = added.content.encode("utf-8")
+            table[added.id] = token_to_bytes(added.content)
         return table
 
     @cached_property

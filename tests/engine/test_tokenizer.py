@@ -304,6 +304,14 @@ def test_token_bytes_are_the_bytes_of_the_token() -> None:
     assert gpt2().token_bytes(50256) == b"<|endoftext|>"
 
 
+def test_an_added_token_is_decoded_as_the_reference_library_decodes_it(tmp_path: Path) -> None:
+    flags = {"special": True, "normalized": False}
+    added = [{"id": 259, "content": "h\u00e9"} | flags, {"id": 260, "content": "\u00e9 \u4e2d"} | flags]
+    tokenizer = load_json(tmp_path, small_json() | {"added_tokens": added})
+    # All of the first is in the byte alphabet, where "\u00e9" is the byte 0xE9.
+    assert tokenizer.decode([259, 260]) == "h\ufffd\u00e9 \u4e2d"
+
+
 @pytest.mark.parametrize("bad", [-1, 50257, 10**20, 1.0, "1", None, [1]])
 def test_an_id_out_of_range_is_refused(bad: Any) -> None:
     with pytest.raises(RequestError, match=r"token id: found .* expected one from 0 to 50256"):
