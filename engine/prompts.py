@@ -43,11 +43,11 @@ def read_prompt(prompt: Any) -> ReadPrompt:
 
 def as_prompts(prompts: Any) -> list[Any]:
     """One prompt or several, as a list; each is looked into by `read_prompt`."""
-    if hasattr(prompts, "tolist"):
+    if hasattr(prompts, "tolist") and not isinstance(prompts, memoryview):
         prompts = prompts.tolist()
     if isinstance(prompts, str | Mapping):
         return [prompts]
-    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray | memoryview):
         raise RequestError(f"prompts: found {found(prompts)}, expected a prompt or a list of them: {_FORMS}")
     one = len(prompts) > 0 and hasattr(prompts[0], "__index__") and not hasattr(prompts[0], "__len__")
     return [prompts] if one else list(prompts)
@@ -70,6 +70,6 @@ def params_for_each(sampling_params: Any, num_prompts: int) -> list[SamplingPara
 
 def _token_ids(name: str, value: Any) -> list[int]:
     is_list = isinstance(value, Sequence) or hasattr(value, "tolist")
-    if isinstance(value, str | bytes | bytearray) or not is_list:
+    if isinstance(value, str | bytes | bytearray | memoryview) or not is_list:
         raise RequestError(f"{name}: found {found(value)}, expected {_FORMS}")
     return integers(name, value)

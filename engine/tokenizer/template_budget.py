@@ -44,7 +44,7 @@ class Budget:
 
     def spend(self, units: int) -> None:
         """Pays for something before it is done. Raises `LimitError` if that is too much."""
-        self._left -= units
+        self._left -= max(units, 0)
         if self._left < 0:
             raise LimitError("more work than any chat needs: loops, calls, or texts and lists that it makes")
         if time.monotonic() > self._deadline:
@@ -152,7 +152,7 @@ def string_method(budget: Budget, text: str, name: str, args: Sequence[Any]) -> 
         longest = 128 if name in ("count", "find", "index", "partition", "replace", "split") else len(first)
         cost += len(text) * min(len(first), longest) // 16
     if name in ("center", "ljust", "rjust", "zfill"):
-        cost += first if isinstance(first, int) else 0
+        cost += max(first, 0) if isinstance(first, int) else 0
     elif name == "replace" and isinstance(first, str) and isinstance(second, str):
         cost += text.count(first) * len(second)
     elif name == "join" and isinstance(first, Sized):

@@ -116,6 +116,16 @@ class _GenerationTag(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _Dict:
+    """`dict`, without what the class itself has: methods that change the dict which they are given."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
 class _Namespace(Namespace):
     """`namespace()`, which keeps no names with an underscore, and shows nothing of what is in it."""
 
@@ -191,6 +201,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
         self.globals["namespace"] = _Namespace
+        self.globals["dict"] = _Dict()
 
     @property
     def budget(self) -> Budget:

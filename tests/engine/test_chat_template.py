@@ -252,6 +252,8 @@ def test_a_template_cannot_repeat_what_takes_long(expression: str) -> None:
         "{{ cycler.__init__.__globals__ }}",
         "{{ namespace(__class__=1) }}",
         "{{ messages.append(1) }}",
+        "{{ [-(10**12)] | map('_step') | list }}{{ 'a'.center(-(10**12)) }}"
+        + GROWING.replace("EXPR", "n.v + n.v"),
         "{% for a in range(10**9) %}{% endfor %}",
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
         "{% for a in range(99999) %}{% for b in range(99999) if false %}{% endfor %}{% endfor %}",
@@ -296,6 +298,16 @@ def test_a_template_cannot_repeat_what_takes_long(expression: str) -> None:
 def test_a_hostile_template_is_stopped(source: str) -> None:
     with pytest.raises(CheckpointError, match="chat template: not allowed"):
         render(source)
+
+
+def test_a_template_changes_nothing_that_it_is_given() -> None:
+    for source in ("{{ dict.update(messages[0], {'x': 1}) }}", "{{ dict.pop(messages[0], 'role') }}"):
+        with pytest.raises(RequestError, match="fails on them: UndefinedError"):
+            render(source)
+    assert (
+        render("{{ dict(a=1, **{'b': 2}) | tojson }}{{ dict.fromkeys('a') }}")
+        == '{"a": 1, "b": 2}' + "{'a': None}"
+    )
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ def test_every_form_of_a_prompt_is_read(prompt: Any, text: str | None, token_ids
     [
         (None, "prompt: found None"),
         (b"ab", "prompt: found b'ab'"),
+        (memoryview(b"ab"), "prompt: found <memory"),
         (7, "prompt: found 7"),
         ({1, 2}, "prompt: found {1, 2}"),
         ((token for token in [1]), "prompt: found <generator"),
@@ -55,7 +56,7 @@ def test_anything_else_is_refused_by_name(prompt: Any, message: str) -> None:
         read_prompt(prompt)
 
 
-@pytest.mark.parametrize("prompts", [None, 7, {"ab"}, b"ab", (text for text in ["ab"])])
+@pytest.mark.parametrize("prompts", [None, 7, {"ab"}, b"ab", memoryview(b"ab"), (text for text in ["ab"])])
 def test_what_is_no_list_of_prompts_is_refused(prompts: Any) -> None:
     with pytest.raises(RequestError, match="prompts: found"):
         as_prompts(prompts)
