@@ -80,7 +80,10 @@ class KernelStore:
 def say_not_kept(directory: Path, error: Exception) -> None:
     """Says that kernels are compiled for this process alone, and why."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    say(f"compiled kernels cannot be kept in {directory}: {reason}; they are compiled for this process alone")
+    say(
+        f"compiled kernels cannot be kept in {directory}: {reason}; they are compiled for this process alone "
+        "(PAGELLM_CACHE names another directory)"
+    )
 
 
 class _FunctionCache:

@@ -122,7 +122,7 @@ def test_what_cannot_be_kept_is_said_and_used(
     assert (compiled(store)(3), compiled(store, square)(3)) == (6, 9)
     assert capsys.readouterr().err == (
         f"pagellm: compiled kernels cannot be kept in {tmp_path}: {os.strerror(code)}; they are compiled for "
-        "this process alone\n"
+        "this process alone (PAGELLM_CACHE names another directory)\n"
     )
     assert not store.is_complete
     assert list(tmp_path.iterdir()) == []
