@@ -114,6 +114,14 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path: Path) -> None:
         edited(tmp_path, "llama_mha", edit)
 
 
+def test_a_type_of_element_that_is_not_read_is_named_before_anything_is_loaded(tmp_path: Path) -> None:
+    def edit(_config: dict[str, Any], tensors: dict[str, Any]) -> None:
+        tensors["model.norm.weight"] = np.zeros(32, np.int8)
+
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight has type I8, expected one of F32, F16"):
+        edited(tmp_path, "llama_mha", edit)
+
+
 def test_a_tensor_without_a_place_is_named(tmp_path: Path) -> None:
     def edit(_config: dict[str, Any], tensors: dict[str, Any]) -> None:
         tensors["model.layers.0.self_attn.q_norm.weight"] = np.zeros(4, np.float32)
