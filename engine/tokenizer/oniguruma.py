@@ -35,7 +35,7 @@ NEWER_CHARACTERS = (
 _MAX_LENGTH = 10_000
 _MAX_DEPTH = 50
 # Named sets and word boundaries, which `regex` compiles slowly.
-_MAX_SETS = 500
+_MAX_SETS = 100
 # Oniguruma's own bound of one repeat; here also of repeats within repeats.
 _MAX_REPEATS = 100_000
 

@@ -135,8 +135,10 @@ _COMPLETE = {
 _DIGIT = Translation(r"\p{N}", r"[\p{N}--[\U0001246f\U00012475-\U0001247f\U00012550-\U00012686]]", False)
 _DIGIT_RUN = Translation(f"{_DIGIT.quick}+", f"{_DIGIT.exact}+", False)
 
-# What the patterns of a model may take on one text; a hostile one can take longer than the universe is old.
-_TIME_LIMIT_S = 4.0
+# What the patterns of a model may take on one text, and for each of its characters; a hostile one can take
+# longer than the universe is old.
+_TIME_LIMIT_S = 2.0
+_TIME_LIMIT_PER_CHARACTER_S = 4e-6
 
 _NEWER_CHARACTER = re.compile(f"[{NEWER_CHARACTERS}]")
 
@@ -179,7 +181,8 @@ class Pretokenizer:
         stages = self._stages
         if not text.isascii() and _NEWER_CHARACTER.search(text):
             stages = self._exact_stages
-        give_up_at = time.monotonic() + _TIME_LIMIT_S
+        limit_s = _TIME_LIMIT_S + len(text) * _TIME_LIMIT_PER_CHARACTER_S
+        give_up_at = time.monotonic() + limit_s
         pieces = [text]
         try:
             for stage in stages:
@@ -188,7 +191,7 @@ class Pretokenizer:
                 pieces = list(chain.from_iterable(map(words_of.__getitem__, pieces)))
         except TimeoutError:
             raise RequestError(
-                f"text: the pre-tokenizer's patterns took more than {_TIME_LIMIT_S:g} s on {len(text)}"
+                f"text: the pre-tokenizer's patterns took more than {limit_s:.1f} s on {len(text)}"
                 " characters: they go through some texts in exponentially many ways"
             ) from None
         return pieces

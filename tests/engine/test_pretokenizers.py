@@ -75,7 +75,7 @@ def test_a_match_without_characters_cuts() -> None:
         ("(" * 5000, "nested more than 50 deep"),
         ("[" * 5000, "nested more than 50 deep"),
         ("|".join(f"a{index}" for index in range(5000)), "28889 characters, expected at most 10000"),
-        (r"\b" * 1000, "more than 500 named sets and word boundaries"),
+        (r"\b" * 1000, "more than 100 named sets and word boundaries"),
     ],
 )
 def test_a_pattern_without_a_translation_is_refused_by_name(pattern: str, message: str) -> None:
