@@ -66,7 +66,7 @@ def our_decode(num_blocks: int, num_waiting: int) -> Callable[[], None]:
 
     def step() -> None:
         batch = scheduler.schedule()
-        scheduler.commit(batch, [7] * len(batch.sequences))
+        scheduler.commit(batch, [[7]] * len(batch.sequences))
 
     step()
     return step

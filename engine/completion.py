@@ -1,6 +1,7 @@
 """A request under way: the sequence of each of its completions, and the output that grows with it."""
 
 from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -48,23 +49,35 @@ class Completion:
                 metrics, first_scheduled_s=time_s - self._arrival_s, num_cached_tokens=num_cached_tokens
             )
 
-    def append(self, logprob: TokenLogprob | None, time_s: float) -> FinishReason | None:
-        """Takes the sequence's last token over; returns why that ends it, if it does."""
-        sequence, output = self.sequence, self.output
-        token_id = sequence.token_ids[-1]
+    def append(self, logprobs: Items[TokenLogprob], time_s: float) -> FinishReason | None:
+        """Takes the tokens over that the sequence got in a step; returns why they end it, if they do.
+
+        logprobs: of these tokens, where they are wanted. Behind a stop string nothing is taken over.
+        """
+        output = self.output
         if output.metrics.first_token_s is None:
             output.metrics = replace(output.metrics, first_token_s=time_s - self._arrival_s)
-        if output.logprobs is not None and logprob is not None:
-            output.logprobs.append(logprob)
+        new = self.sequence.token_ids[self.sequence.num_prompt_tokens + len(output.token_ids) :]
+        for index, token_id in enumerate(new):
+            if output.logprobs is not None:
+                output.logprobs.append(logprobs[index])
+            reason = self._append_one(token_id, is_last=index == len(new) - 1)
+            if reason is not None:
+                return reason
+        return None
+
+    def _append_one(self, token_id: int, is_last: bool) -> FinishReason | None:
+        output = self.output
+        finish_reason = self.sequence.finish_reason if is_last else None
         output.token_ids.append(token_id)
-        stop_string = self._add_text(token_id, len(output.token_ids), sequence.finish_reason is not None)
+        stop_string = self._add_text(token_id, len(output.token_ids), finish_reason is not None)
         if stop_string is not None:
             output.stop_reason = stop_string
             return FinishReason.STOP
-        if sequence.finish_reason is not None:
-            if sequence.finish_reason is FinishReason.STOP:
+        if finish_reason is not None:
+            if finish_reason is FinishReason.STOP:
                 output.stop_reason = token_id
-            return sequence.finish_reason
+            return finish_reason
         output.text = self._stop.safe_text
         self._num_tokens = len(output.token_ids)
         return None

@@ -25,7 +25,7 @@ from pagellm.engine.completion import Completion, Request
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import EngineError, RequestError, found, is_from_outside
 from pagellm.engine.loading import EngineParts, load_engine
-from pagellm.engine.model_runner import RunnerOutput
+from pagellm.engine.model_runner import RunnerOutput, Wishes
 from pagellm.engine.outputs import FinishReason, RequestOutput
 from pagellm.engine.progress import say
 from pagellm.engine.prompts import Prompt, read_prompt
@@ -303,8 +303,8 @@ class LLMEngine:
         result = self._run(batch) if batch.sequences else RunnerOutput()
         sampled = batch.sampled
         self.changing = True
-        for sequence, token_id in zip(sampled, result.token_ids, strict=True):
-            if token_id < 0:
+        for sequence, token_ids in zip(sampled, result.token_ids, strict=True):
+            if not token_ids:
                 self.loop.abort(sequence, FinishReason.ERROR)
         self.loop.end(batch, result.token_ids, self.now(), transfer_s=transfer_s)
         outputs = self._outputs(batch.sequences, sampled, result)
@@ -384,11 +384,13 @@ class LLMEngine:
         return seconds
 
     def _run(self, batch: ScheduledBatch) -> RunnerOutput:
-        wanted = frozenset(
-            s.seq_id for s in batch.sequences if self._by_seq_id[s.seq_id][0].logits is not None
-        )
+        wishes = {
+            s.seq_id: Wishes(logits=True)
+            for s in batch.sequences
+            if self._by_seq_id[s.seq_id][0].logits is not None
+        }
         start = time.perf_counter()
-        result = self.runner.run(batch, wanted)
+        result = self.runner.run(batch, wishes)
         self._note_costs(batch, time.perf_counter() - start)
         return result
 
@@ -473,7 +475,7 @@ class LLMEngine:
                 self._finish(request, completion, FinishReason.ERROR, _NO_TOKEN)
                 continue
             try:
-                reason = completion.append(result.logprobs.get(sequence.seq_id), now)
+                reason = completion.append(result.logprobs.get(sequence.seq_id, ()), now)
             except Exception as error:
                 if is_from_outside(error):
                     raise

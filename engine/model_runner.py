@@ -5,6 +5,7 @@ Knows arrays and their layout; does not know which sequences should run, or text
 
 import time
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -39,13 +40,27 @@ from pagellm.kernels.transformer import step
 class RunnerOutput:
     """What a step gave, by sequence of the batch that asked for it."""
 
-    # Sampled, in the order of batch.sampled; -1 where the logits name no token.
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # of the sampled token, by seq_id
+    # Sampled, of each of batch.sampled in order; none where the logits name no token.
+    token_ids: list[list[int]] = field(default_factory=list)
+    logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)  # of the sampled tokens, by seq_id
     # Of prompt tokens, by seq_id: (index of the token in the prompt, its log-probabilities).
     prompt_logprobs: dict[int, list[tuple[int, TokenLogprob]]] = field(default_factory=dict)
     # By seq_id: (position, logits [vocab_size]) of each token computed for a sequence that wants its logits.
     logits: dict[int, list[tuple[int, NDArray[np.float32]]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a sequence wants of its logits beside what its sampling parameters say.
+
+    logits: those of each token that is computed. mask: [vocab_size], whether each token may be sampled.
+    """
+
+    logits: bool = False
+    mask: NDArray[np.bool_] | None = None
+
+
+_NO_WISHES = Wishes()
 
 
 @dataclass(frozen=True)
@@ -55,8 +70,10 @@ class _Row:
     sequence: Sequence
     token_row: int  # in the flat batch
     position: int  # of the token whose logits these are
-    target: int  # the next token of the prompt, or -1 to sample it
-    wants_logits: bool
+    target: int = -1  # the next token of the prompt, or -1 to sample it
+    num_logprobs: int = -1  # beside the target's own or the sampled token's; -1 for none at all
+    logits: bool = False  # whether they are given out themselves
+    mask: NDArray[np.bool_] | None = None  # [vocab_size], whether each token may be sampled
 
 
 class ModelRunner:
@@ -90,15 +107,15 @@ class ModelRunner:
         )  # one may have an entry for every token: not anew in each step
         self._plan = new_plan(arch, *self._batch_limits, self._planned_chunks)
 
-    def run(self, batch: ScheduledBatch, logits_of: frozenset[int] = frozenset()) -> RunnerOutput:
+    def run(self, batch: ScheduledBatch, wishes: Mapping[int, Wishes] | None = None) -> RunnerOutput:
         """Computes a batch: fills its KV slots, samples, and collects what its sequences ask for.
 
-        logits_of: the seq_ids whose logits are wanted for every token that is computed. Raises
-        `SequenceError`, and changes nothing that counts, if one of its sequences cannot be dealt with.
+        wishes: by seq_id, of those that have any. Raises `SequenceError`, and changes nothing that counts, if
+        one of its sequences cannot be dealt with.
         """
         inputs = self._inputs(batch)
         self._grow_plan(batch)
-        rows = _wanted_rows(batch, logits_of)
+        rows = _wanted_rows(batch, wishes or {}, self.arch.vocab_size)
         outputs, self._biases = _outputs(rows, self.arch.vocab_size, self._biases)
         self.team.run(step, self.arch, self.weights, self.cache, inputs, self._plan, outputs, self.workspace)
         return _collect(rows, outputs)
@@ -180,30 +197,41 @@ def _block_views(cache: Cache) -> list[NDArray[np.float32]]:
     ]
 
 
-def _wanted_rows(batch: ScheduledBatch, logits_of: frozenset[int]) -> list[_Row]:
+def _wanted_rows(batch: ScheduledBatch, wishes: Mapping[int, Wishes], vocab_size: int) -> list[_Row]:
+    """The rows of logits that are wanted: of the prompt's tokens, and of those that are to be sampled."""
     rows = []
     first = 0
+    work = zip(batch.sequences, batch.num_new_tokens, batch.samples, strict=True)
     try:
-        for sequence, count, samples in zip(
-            batch.sequences, batch.num_new_tokens, batch.samples, strict=True
-        ):
-            start = sequence.num_computed_tokens
-            wants_logits = sequence.seq_id in logits_of
-            wants_prompt = wants_logits or sequence.sampling_params.prompt_logprobs is not None
-            if wants_prompt and start < sequence.num_prompt_tokens:
-                end = min(start + count, sequence.num_prompt_tokens - 1)
-                rows += [
-                    _Row(sequence, first + p - start, p, sequence.token_ids[p + 1], wants_logits)
-                    for p in range(start, end)
-                ]
-            if samples:
-                for sampled in (sequence, *batch.forks.get(sequence, ())):
-                    wanted = wants_logits and sampled is sequence
-                    rows.append(_Row(sampled, first + count - 1, start + count - 1, -1, wanted))
+        for sequence, count, samples in work:
+            start, params = sequence.num_computed_tokens, sequence.sampling_params
+            logits = wishes.get(sequence.seq_id, _NO_WISHES).logits
+            if (logits or params.prompt_logprobs is not None) and start < sequence.num_prompt_tokens:
+                num_logprobs = _num_logprobs(sequence, False, vocab_size)
+                for p in range(start, min(start + count, sequence.num_prompt_tokens - 1)):
+                    target = sequence.token_ids[p + 1]
+                    rows.append(_Row(sequence, first + p - start, p, target, num_logprobs, logits))
+            for sampled in (sequence, *batch.forks.get(sequence, ())) if samples else ():
+                rows.append(
+                    _Row(
+                        sampled,
+                        first + count - 1,
+                        start + count - 1,
+                        num_logprobs=_num_logprobs(sampled, True, vocab_size),
+                        logits=logits and sampled is sequence,
+                        mask=wishes.get(sampled.seq_id, _NO_WISHES).mask,
+                    )
+                )
             first += count
     except Exception as error:
         raise SequenceError(sequence) from error
     return rows
+
+
+def _num_logprobs(sequence: Sequence, samples: bool, vocab_size: int) -> int:
+    params = sequence.sampling_params
+    wanted = params.logprobs if samples else params.prompt_logprobs
+    return -1 if wanted is None else min(wanted, vocab_size)
 
 
 class _Biases(NamedTuple):
@@ -254,14 +282,13 @@ def _outputs(rows: list[_Row], vocab_size: int, biases: _Biases) -> tuple[Output
         for row in rows:
             sequence, p = row.sequence, row.sequence.sampling_params
             samples = row.target < 0
-            num_logprobs = _num_logprobs(row, vocab_size)
-            most_logprobs = max(most_logprobs, num_logprobs)
+            most_logprobs = max(most_logprobs, row.num_logprobs)
             wanted.append(
                 WantedRow(
                     token_row=row.token_row,
                     target=row.target,
-                    num_logprobs=num_logprobs,
-                    logits_row=num_wanted if row.wants_logits else -1,
+                    num_logprobs=row.num_logprobs,
+                    logits_row=num_wanted if row.logits else -1,
                     top_k=min(max(p.top_k, 0), vocab_size),
                     seed=_as_int64(p.seed or 0),
                     position=row.position + 1,
@@ -274,14 +301,16 @@ def _outputs(rows: list[_Row], vocab_size: int, biases: _Biases) -> tuple[Output
                     presence=p.presence_penalty,
                 )
             )
-            num_wanted += row.wants_logits
+            num_wanted += row.logits
             if samples and p.has_penalties:
                 history += sequence.token_ids
             history_start.append(len(history))
-            ends: list[int] = []
+            forbidden: list[int] = []
             if samples and sequence.num_output_tokens < p.min_tokens:
-                ends = [t for t in sequence.stop_token_ids if t < vocab_size]
-            biases_of_rows.append((p.bias if samples else NO_BIAS, ends))
+                forbidden += [t for t in sequence.stop_token_ids if t < vocab_size]
+            if row.mask is not None:
+                forbidden += np.flatnonzero(~row.mask).tolist()
+            biases_of_rows.append((p.bias if samples else NO_BIAS, forbidden))
     except Exception as error:
         raise SequenceError(row.sequence) from error
     if not biases.are_of(biases_of_rows):
@@ -307,36 +336,32 @@ def _as_int64(seed: int) -> int:
     return ((seed + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63)
 
 
-def _num_logprobs(row: _Row, vocab_size: int) -> int:
-    params = row.sequence.sampling_params
-    wanted = params.logprobs if row.target < 0 else params.prompt_logprobs
-    return -1 if wanted is None else min(wanted, vocab_size)
-
-
 def _collect(rows: list[_Row], outputs: Outputs) -> RunnerOutput:
     result = RunnerOutput()
     tokens, num_wanted = outputs.tokens.tolist(), 0
     numbered = enumerate(rows)
     try:
         for i, row in numbered:
-            seq_id = row.sequence.seq_id
-            token = tokens[i] if row.target < 0 else row.target
-            if row.target < 0:
-                result.token_ids.append(token)
-            count = _num_logprobs(row, outputs.top_ids.shape[1])
-            if count >= 0:
-                top = zip(
-                    outputs.top_ids[i, :count].tolist(), outputs.top_logprobs[i, :count].tolist(), strict=True
-                )
-                logprob = TokenLogprob(token, float(outputs.logprobs[i]), tuple(top))
-                if row.target < 0:
-                    result.logprobs[seq_id] = logprob
+            seq_id, samples = row.sequence.seq_id, row.target < 0
+            token = tokens[i] if samples else row.target
+            if samples:
+                result.token_ids.append([token] if token >= 0 else [])
+            if row.num_logprobs >= 0:
+                logprob = _logprob(row, token, outputs, i)
+                if samples:
+                    result.logprobs.setdefault(seq_id, []).append(logprob)
                 else:
                     result.prompt_logprobs.setdefault(seq_id, []).append((row.position + 1, logprob))
-            if row.wants_logits:
+            if row.logits:
                 logits = outputs.logits[num_wanted]
                 num_wanted += 1
                 result.logits.setdefault(seq_id, []).append((row.position, logits))
     except Exception as error:
         raise SequenceError(row.sequence) from error
     return result
+
+
+def _logprob(row: _Row, token: int, outputs: Outputs, i: int) -> TokenLogprob:
+    count = row.num_logprobs
+    top_ids, top_logprobs = outputs.top_ids[i, :count].tolist(), outputs.top_logprobs[i, :count].tolist()
+    return TokenLogprob(token, float(outputs.logprobs[i]), tuple(zip(top_ids, top_logprobs, strict=True)))

@@ -95,7 +95,7 @@ class StepRecorder(StepListener):
         self._added: list[AddedRecord] = []
         self._ended: list[tuple[int, str]] = []
         self._tables: dict[int, list[int]] = {}  # as recorded last, by seq_id
-        self._changed: set[Sequence] = set()  # with tables that are to be recorded
+        self._changed: dict[Sequence, int] = {}  # with tables to be recorded, from this index on
 
     def added(self, sequence: Sequence) -> None:
         params = sequence.sampling_params
@@ -185,26 +185,27 @@ class StepRecorder(StepListener):
         self._write(record)
 
     def _new_tables(self, batch: ScheduledBatch) -> list[tuple[int, int, list[int]]]:
-        self._changed |= batch.changed_tables
-        if not self._changed:
+        pending = self._changed
+        for sequence, index in batch.changed_tables.items():
+            pending[sequence] = min(index, pending.get(sequence, index))
+        if not pending:
             return []
         tables = []
         for sequence in batch.sequences:
-            if sequence in self._changed:
-                self._changed.remove(sequence)
-                before, table = self._tables.get(sequence.seq_id, []), sequence.block_table
-                if before != table:
-                    same = next(
-                        (i for i, (a, b) in enumerate(zip(before, table, strict=False)) if a != b),
-                        min(len(before), len(table)),
-                    )
-                    tables.append((sequence.seq_id, same, table[same:]))
-                    self._tables[sequence.seq_id] = list(table)
+            same = pending.pop(sequence, None)
+            if same is None:
+                continue
+            table, recorded = sequence.block_table, self._tables.setdefault(sequence.seq_id, [])
+            while same < len(recorded) and same < len(table) and recorded[same] == table[same]:
+                same += 1  # one that came back has begun with what it had before
+            if same < len(table) or same < len(recorded):
+                tables.append((sequence.seq_id, same, table[same:]))
+                recorded[same:] = table[same:]
         return tables
 
     def _forget(self, sequence: Sequence) -> None:
         self._tables.pop(sequence.seq_id, None)
-        self._changed.discard(sequence)
+        self._changed.pop(sequence, None)
 
 
 def _end_of(sequence: Sequence) -> tuple[int, str]:

@@ -187,7 +187,7 @@ class _Replay:
                 number = replica.number if len(self._replicas) > 1 else None
                 recorder = StepRecorder(replica.scheduler, self._record, config, number)
                 replica.loop.listen(recorder)
-        self._output_token = simulator.prompt_tokens.vocab_size
+        self._output_tokens = (simulator.prompt_tokens.vocab_size,)  # of a sequence in a step
         self._params: dict[tuple[Any, ...], SamplingParams] = {}
         self._events: list[Event] = []
         self._num_arrivals = self._num_sequences = self._num_ended = 0
@@ -319,7 +319,7 @@ class _Replay:
     def _end_step(self, now: float, step: tuple[Replica, ScheduledBatch, float]) -> Event | None:
         """The replica has its step's tokens; what came meanwhile is for the next one."""
         replica, batch, duration_s = step
-        token_ids = [self._output_token] * len(batch.sampled)
+        token_ids = [self._output_tokens] * len(batch.sampled)
         finished = replica.loop.end(batch, token_ids, now, duration_s=duration_s)
         replica.scheduler.policy.raise_error()
         for sequence in finished:

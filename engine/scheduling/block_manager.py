@@ -148,7 +148,7 @@ class BlockManager:
         # By seq_id: the sequences with blocks in the first tier and in the second.
         self._holders: dict[int, Sequence] = {}
         self._swapped: dict[int, Sequence] = {}
-        self._changed_tables: set[Sequence] = set()
+        self._changed_tables: dict[Sequence, int] = {}  # the first index that changed
         self._num_references = 0
         self._partly_shared: set[int] = (
             set()
@@ -218,32 +218,36 @@ class BlockManager:
         sequence.num_computed_tokens = len(prefix) * self.block_size
 
     def can_grow(self, sequence: Sequence) -> bool:
-        """Whether a running sequence has, or can get, a slot of its own for its last token."""
-        return len(self._free) > 0 or not self._needs_block(sequence)
+        """Whether a running sequence has, or can get, a slot of its own for each token to be computed."""
+        if len(self._free) >= sequence.num_tokens - sequence.num_computed_tokens:
+            return True  # a token takes one block at most
+        num_new = self.blocks_for(sequence.num_tokens) - len(sequence.block_table)
+        return max(0, num_new) + self._needs_copy(sequence) <= len(self._free)
 
     def grow(self, sequence: Sequence) -> None:
-        """Gives a running sequence a slot of its own for its last token, the only one without.
+        """Gives a running sequence a slot of its own for each token to be computed.
 
-        A shared block with room for it is exchanged for a copy.
+        A shared block with room for the first of them is exchanged for a copy.
         """
-        if self._needs_block(sequence):
-            table = sequence.block_table
-            index = (sequence.num_tokens - 1) // self.block_size
-            if index == len(table):
-                table.append(self._take())
-            else:
-                shared, table[index] = table[index], self._take()
-                self._release(shared)
-                self.transfers.append(Transfer(TransferKind.COPY, shared, table[index], sequence))
-            self._changed_tables.add(sequence)
-        sequence.num_slots = len(sequence.block_table) * self.block_size
+        table = sequence.block_table
+        if self._needs_copy(sequence):
+            index = sequence.num_computed_tokens // self.block_size
+            shared, table[index] = table[index], self._take()
+            self._release(shared)
+            self.transfers.append(Transfer(TransferKind.COPY, shared, table[index], sequence))
+            self._note_change(sequence, index)
+        num_tokens = len(sequence.token_ids)
+        while len(table) * self.block_size < num_tokens:
+            self._note_change(sequence, len(table))
+            table.append(self._take())
+        sequence.num_slots = len(table) * self.block_size
 
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Gives a sequence without blocks those of a running one, whose tokens all but its last must be.
+    def fork(self, parent: Sequence, child: Sequence, num_tokens: int) -> None:
+        """Gives a sequence without blocks those of a running one that hold the tokens both begin with.
 
-        They share every block until one of them writes into it.
+        num_tokens: how many these are; the parent must have computed them, and the child have more. They
+        share every block until one of them writes into it.
         """
-        num_tokens = child.num_tokens - 1
         full = num_tokens // self.block_size
         child.block_table.extend(parent.block_table[: self.blocks_for(num_tokens)])
         for block in child.block_table:
@@ -256,7 +260,7 @@ class BlockManager:
         child.num_registered_blocks = min(parent.num_registered_blocks, full)
         parent.num_slots = min(parent.num_slots, parent.num_computed_tokens)
         self._holders[child.seq_id] = child
-        self._changed_tables.add(child)
+        self._note_change(child, 0)
 
     def register(self, sequence: Sequence) -> None:
         """Enters the sequence's full computed blocks into the prefix cache.
@@ -280,7 +284,7 @@ class BlockManager:
                 self._reference(known)
                 table[index] = known
                 self._release(block)
-                self._changed_tables.add(sequence)
+                self._note_change(sequence, index)
         sequence.num_registered_blocks = full
 
     def free(self, sequence: Sequence) -> None:
@@ -319,9 +323,9 @@ class BlockManager:
         """Takes note that the first of the transfers is done, or that nobody needs it any more."""
         self.transfers.popleft()
 
-    def take_changed_tables(self) -> set[Sequence]:
-        """The sequences whose block tables have changed since this was asked last."""
-        changed, self._changed_tables = self._changed_tables, set()
+    def take_changed_tables(self) -> dict[Sequence, int]:
+        """The sequences whose tables have changed since this was asked last, and from which index on."""
+        changed, self._changed_tables = self._changed_tables, {}
         return changed
 
     def reset_cache(self) -> None:
@@ -413,7 +417,7 @@ class BlockManager:
         sequence.num_registered_blocks = len(prefix)
         sequence.num_slots = len(sequence.block_table) * self.block_size
         self._holders[sequence.seq_id] = sequence
-        self._changed_tables.add(sequence)
+        self._note_change(sequence, 0)
 
     def _empty_table(self, sequence: Sequence) -> None:
         for block in reversed(sequence.block_table):
@@ -421,7 +425,13 @@ class BlockManager:
         sequence.block_table.clear()
         sequence.num_registered_blocks = sequence.num_slots = 0
         del self._holders[sequence.seq_id]
-        self._changed_tables.discard(sequence)
+        self._changed_tables.pop(sequence, None)
+
+    def _note_change(self, sequence: Sequence, index: int) -> None:
+        """Takes note that a block table is another one from an index on."""
+        changed = self._changed_tables
+        if changed.get(sequence, index) >= index:
+            changed[sequence] = index
 
     def _num_counted_too_often(self) -> int:
         """Slots of partly shared blocks that `usage` has taken off although nobody has written them."""
@@ -438,16 +448,16 @@ class BlockManager:
                 num_slots -= size - max(slots)
         return num_slots
 
-    def _needs_block(self, sequence: Sequence) -> bool:
-        """Whether the last token's slot lies in no block yet, or in one that is not its own to write into.
+    def _needs_copy(self, sequence: Sequence) -> bool:
+        """Whether the next token to be computed lies in a block that is not its own to write into.
 
         That is one that others hold, and one that is known: a fork may have less of its parent's block than
         its parent had computed.
         """
-        index = (sequence.num_tokens - 1) // self.block_size
+        index = sequence.num_computed_tokens // self.block_size
         table = sequence.block_table
         if index == len(table):
-            return True
+            return False
         return self._reference_counts[table[index]] > 1 or self._knows(table[index])
 
     def _knows(self, block: int) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from importlib import import_module
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pagellm.engine.errors import ConfigError, PolicyError, is_from_outside
@@ -65,7 +66,7 @@ class SchedulingPolicy:
         """A new sequence was taken in."""
 
     def on_commit(self, batch: "ScheduledBatch", stats: SchedulerStats) -> None:
-        """A batch was computed. Called before its sequences move on."""
+        """A batch was computed, which has given its `token_ids`. Called before its sequences move on."""
 
     def on_finish(self, sequence: Sequence, stats: SchedulerStats) -> None:
         """A sequence ended, for whatever reason."""
@@ -131,10 +132,12 @@ class Fair(SchedulingPolicy):
         self.active[tenant] += 1
 
     def on_commit(self, batch: "ScheduledBatch", stats: SchedulerStats) -> None:
+        given = iter(batch.token_ids)
         for sequence, count, samples in zip(
             batch.sequences, batch.num_new_tokens, batch.samples, strict=True
         ):
-            num_sampled = samples and 1 + len(batch.forks.get(sequence, ()))
+            num_samples = samples and 1 + len(batch.forks.get(sequence, ()))
+            num_sampled = sum(map(len, islice(given, num_samples)))
             self.counters[sequence.sampling_params.tenant] += count + self.DECODE_WEIGHT * num_sampled
 
     def on_finish(self, sequence: Sequence, stats: SchedulerStats) -> None:

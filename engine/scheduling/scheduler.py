@@ -11,7 +11,7 @@ decode gets its token in every step. One that was preempted `max_preemptions` ti
 others, with every block that it can ever need, and is not preempted again.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -85,13 +85,20 @@ class ScheduledBatch:
     transfers: list[Transfer] = field(default_factory=list)
     admitted: list[Admitted] = field(default_factory=list)
     preempted: list[Preempted] = field(default_factory=list)
-    changed_tables: set[Sequence] = field(default_factory=set)  # since the batch before
-    num_output_tokens: int = 0  # what its sequences got, once it is committed
+    # Block tables that are not what they were in the batch before, and the first index that changed.
+    changed_tables: dict[Sequence, int] = field(default_factory=dict)
+    token_ids: Items[Items[int]] = ()  # for each of `sampled`, once it is committed
+    num_dropped_tokens: int = 0  # of these, because they came behind an end
 
     @property
     def num_tokens(self) -> int:
         """Tokens that the step computes."""
         return sum(self.num_new_tokens)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens that its sequences got, once it is committed."""
+        return sum(map(len, self.token_ids)) - self.num_dropped_tokens
 
     @property
     def sampled(self) -> list[Sequence]:
@@ -168,7 +175,7 @@ class Scheduler:
         `RequestError` like `add`.
         """
         self._accept(child, now, forks)
-        if not self._share(parent, child):
+        if not self._share(parent, child, child.num_tokens - 1):
             self.waiting.push(child, self.stats)
 
     def schedule(
@@ -185,52 +192,65 @@ class Scheduler:
         self.costs = costs or self.costs
         limits = limits or self.limits
         batch = ScheduledBatch()
-        decodes: list[Sequence] = []
+        decodes = [s for s in self.running if len(s.token_ids) - s.num_computed_tokens == 1]
         prefills: list[Sequence] = []
-        for sequence in self.running:
-            one_left = len(sequence.token_ids) - sequence.num_computed_tokens == 1
-            (decodes if one_left else prefills).append(sequence)
+        if len(decodes) < len(self.running):
+            prefills = [s for s in self.running if len(s.token_ids) - s.num_computed_tokens > 1]
         prefills_alone = self.policy.prefills_alone  # a policy that goes wrong in this step changes it
         if not prefills_alone:
-            self._schedule_decodes(decodes, batch)
+            self._make_room(decodes, batch)
+        self._make_room(prefills, batch)  # for those that got several tokens at once
+        if not prefills_alone:
+            batch.add_decodes([s for s in decodes if s.block_table] if batch.preempted else decodes)
         budget = self._schedule_prefills(prefills, batch, limits)
         if not batch.preempted:
             self._admit(batch, budget, limits)
         if prefills_alone and not batch.sequences:
-            self._schedule_decodes(decodes, batch)
+            self._make_room(decodes, batch)
+            batch.add_decodes([s for s in decodes if s.block_table])
         batch.transfers += self.block_manager.transfers
         batch.changed_tables = self.block_manager.take_changed_tables()
         return batch
 
-    def commit(self, batch: ScheduledBatch, token_ids: list[int]) -> list[Sequence]:
+    def commit(self, batch: ScheduledBatch, token_ids: Items[Items[int]]) -> list[Sequence]:
         """Takes note that a batch has been computed; returns the sequences that this finished.
 
-        token_ids: one for each of `batch.sampled`, in order. Sequences that were aborted since `schedule` are
-        passed over. Raises `SequenceError` like `schedule`.
+        token_ids: for each of `batch.sampled`, in order, one or more tokens that it gets. What comes behind a
+        token that ends it is dropped; the rest is computed in the steps to come, as a single token is.
+        Sequences that were aborted since `schedule` are passed over. Raises `SequenceError` like
+        `schedule`.
         """
         self.block_manager.transfers.clear()
+        batch.token_ids = token_ids
         if self.policy.counts_batches:
             self.policy.on_commit(batch, self.stats)
         finished: list[Sequence] = []
         manager = self.block_manager
         caches, block_size = manager.enable_prefix_caching, manager.block_size
-        tokens = iter(token_ids)
-        work = zip(batch.sequences, batch.num_new_tokens, batch.samples, strict=True)
+        num_dropped = 0
+        given, to_forks = _by_sequence(batch, token_ids)
+        work = zip(batch.sequences, batch.num_new_tokens, given, strict=True)
         try:
-            for sequence, count, samples in work:
-                token_id = next(tokens) if samples else None
-                if sequence.block_table:  # else it was aborted
+            for sequence, count, new in work:
+                if sequence.block_table:
                     computed = sequence.num_computed_tokens = sequence.num_computed_tokens + count
                     if caches and computed // block_size > sequence.num_registered_blocks:
                         manager.register(sequence)
-                if batch.forks and sequence in batch.forks:
-                    self._commit_forks(sequence, batch.forks[sequence], tokens, finished)
-                if token_id is not None and sequence.block_table:
-                    sequence.token_ids.append(token_id)
-                    if len(sequence.token_ids) >= sequence.max_len or token_id in sequence.stop_token_ids:
-                        self._finish_if_ended(sequence, finished)
+                else:  # it was aborted
+                    num_dropped += len(new)
+                    new = ()
+                if to_forks and sequence in to_forks:
+                    num_dropped += self._commit_forks(sequence, to_forks[sequence], finished)
+                own = sequence.token_ids
+                for token_id in new:
+                    own.append(token_id)
+                    ends = len(own) >= sequence.max_len or token_id in sequence.stop_token_ids
+                    if ends and self._finish_if_ended(sequence, finished):
+                        num_dropped += computed + len(new) - len(own)
+                        break
         except Exception as error:
             raise SequenceError(sequence) from error
+        batch.num_dropped_tokens = num_dropped
         if finished:
             self.running = [s for s in self.running if s.block_table]
         return finished
@@ -330,14 +350,11 @@ class Scheduler:
         stats.num_waiting, stats.num_running = len(self.waiting), len(self.running)
         stats.num_free_blocks = self.block_manager.num_free_blocks
 
-    def _schedule_decodes(self, decodes: list[Sequence], batch: ScheduledBatch) -> None:
-        """One token of each; where blocks run out, somebody is preempted for them."""
-        for sequence in [s for s in decodes if len(s.token_ids) > s.num_slots]:
+    def _make_room(self, sequences: list[Sequence], batch: ScheduledBatch) -> None:
+        """Gives running sequences slots for all of their tokens; where blocks run out, somebody makes way."""
+        for sequence in [s for s in sequences if len(s.token_ids) > s.num_slots]:
             if sequence.block_table:  # else it has made way in this step
-                self._make_room(sequence, batch)
-        if batch.preempted:
-            decodes = [s for s in decodes if s.block_table]
-        batch.add_decodes(decodes)
+                self._make_room_for(sequence, batch)
 
     def _schedule_prefills(self, prefills: list[Sequence], batch: ScheduledBatch, limits: StepLimits) -> int:
         """The next chunks of prompts under way, within what the decodes leave; returns the rest."""
@@ -406,8 +423,8 @@ class Scheduler:
         """Whether it has made way often enough: it gets all its blocks at once and keeps them."""
         return sequence.num_preemptions >= self.max_preemptions
 
-    def _make_room(self, sequence: Sequence, batch: ScheduledBatch) -> None:
-        """Gives a running sequence a slot for its last token, preempting for it, if need be itself."""
+    def _make_room_for(self, sequence: Sequence, batch: ScheduledBatch) -> None:
+        """Gives a running sequence slots for all of its tokens, preempting for it, if need be itself."""
         manager = self.block_manager
         while not manager.can_grow(sequence):
             candidates = [s for s in self.running if not self._is_guaranteed(s)]
@@ -436,9 +453,8 @@ class Scheduler:
             manager.free(victim)
         self.waiting.push(victim, self.stats, guaranteed=self._is_guaranteed(victim))
 
-    def _share(self, parent: Sequence, child: Sequence) -> bool:
-        """Lets a new sequence run on a running one's blocks, if they hold all of its tokens but one."""
-        num_shared = child.num_tokens - 1
+    def _share(self, parent: Sequence, child: Sequence, num_shared: int) -> bool:
+        """Lets a new sequence run on a running one's blocks, if they hold so many of its tokens."""
         if (
             parent.status is not SequenceStatus.RUNNING
             or self._is_guaranteed(parent)  # what it has must stay its own
@@ -449,26 +465,35 @@ class Scheduler:
             or parent.sampling_params.cache_salt != child.sampling_params.cache_salt
         ):
             return False
-        self.block_manager.fork(parent, child)
+        self.block_manager.fork(parent, child, num_shared)
         child.was_admitted, child.num_cached_tokens = True, min(parent.num_cached_tokens, num_shared)
         self.running.append(child)
         return True
 
     def _commit_forks(
-        self, parent: Sequence, forks: list[Sequence], tokens: Iterator[int], finished: list[Sequence]
-    ) -> None:
-        """Gives the completions that begin like this one their first tokens and lets them go on."""
-        for child in forks:
-            token_id = next(tokens)
-            if child.group is None or child.group is not parent.group:
-                continue  # it was aborted, or its parent was
-            _leave_group(child)
-            child.token_ids.append(token_id)
-            self._finish_if_ended(child, finished)
-            if child.status is not SequenceStatus.FINISHED and not self._share(parent, child):
-                self.waiting.push(child, self.stats)
+        self, parent: Sequence, to_forks: list[tuple[Sequence, Items[int]]], finished: list[Sequence]
+    ) -> int:
+        """Gives the completions that begin like this one their first tokens and lets them go on.
 
-    def _finish_if_ended(self, sequence: Sequence, finished: list[Sequence]) -> None:
+        Returns how many tokens were dropped.
+        """
+        num_dropped = 0
+        for child, new in to_forks:
+            if child.group is None or child.group is not parent.group:  # it was aborted, or its parent was
+                num_dropped += len(new)
+                continue
+            _leave_group(child)
+            num_shared = child.num_tokens
+            for token_id in new:
+                child.token_ids.append(token_id)
+                if self._finish_if_ended(child, finished):
+                    break
+            num_dropped += num_shared + len(new) - child.num_tokens
+            if child.finish_reason is None and not self._share(parent, child, num_shared):
+                self.waiting.push(child, self.stats)
+        return num_dropped
+
+    def _finish_if_ended(self, sequence: Sequence, finished: list[Sequence]) -> bool:
         params = sequence.sampling_params
         stops = sequence.token_ids[-1] in sequence.stop_token_ids
         if stops and sequence.num_output_tokens > params.min_tokens:
@@ -476,8 +501,9 @@ class Scheduler:
         elif len(sequence.token_ids) >= sequence.max_len:
             self._finish(sequence, FinishReason.LENGTH)
         else:
-            return
+            return False
         finished.append(sequence)
+        return True
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         self.block_manager.free(sequence)
@@ -492,3 +518,19 @@ def _leave_group(sequence: Sequence) -> None:
     group.remove(sequence)
     if len(group) == 1:
         group[0].group = None
+
+
+def _by_sequence(
+    batch: ScheduledBatch, token_ids: Items[Items[int]]
+) -> tuple[Items[Items[int]], dict[Sequence, list[tuple[Sequence, Items[int]]]]]:
+    """The tokens of each of the batch's sequences, and of their forks."""
+    if not batch.forks and len(token_ids) == len(batch.sequences):
+        return token_ids, {}
+    tokens = iter(token_ids)
+    given: list[Items[int]] = []
+    to_forks: dict[Sequence, list[tuple[Sequence, Items[int]]]] = {}
+    for sequence, samples in zip(batch.sequences, batch.samples, strict=True):
+        given.append(next(tokens) if samples else ())
+        if sequence in batch.forks:
+            to_forks[sequence] = [(child, next(tokens)) for child in batch.forks[sequence]]
+    return given, to_forks

@@ -103,7 +103,7 @@ class StepLoop:
     def end(
         self,
         batch: ScheduledBatch,
-        token_ids: list[int],
+        token_ids: Items[Items[int]],
         now: float,
         *,
         duration_s: float | None = None,

@@ -168,7 +168,7 @@ class Stage:
         loop, now = self._engine.loop, self._engine.now()
         self._engine.changing = True  # until it is done; an interrupt is dealt with by the engine's next call
         batch = loop.begin(now, limits=StepLimits(sys.maxsize, max_tokens))
-        loop.end(batch, [0] * len(batch.sampled), now)
+        loop.end(batch, [[0]] * len(batch.sampled), now)
         self._engine.changing = False
 
     def _fill_blocks(self) -> None:

@@ -182,7 +182,9 @@ class MetricsCollector:
         self._note_step(seen, batch, time_s)
         if sampled:
             self._note_tokens(seen, sampled, time_s)
-            self._counts["output_tokens"] += len(sampled)
+            self._counts["output_tokens"] += batch.num_output_tokens
+            if batch.num_output_tokens > len(sampled):  # they have several at once
+                self._itl.add(0.0, batch.num_output_tokens - len(sampled))
             self._last_token_at_s = time_s
         if finished:
             done = set(finished)

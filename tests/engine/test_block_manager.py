@@ -66,7 +66,7 @@ def append(manager: BlockManager, grown: Sequence, token: int) -> list[tuple[Tra
 def fork(manager: BlockManager, parent: Sequence, *token_ids: int) -> Sequence:
     """A sequence of the given tokens, of which all but the last are what the parent begins with."""
     child = sequence(*token_ids)
-    manager.fork(parent, child)
+    manager.fork(parent, child, child.num_tokens - 1)
     manager.check()
     return child
 

@@ -108,10 +108,10 @@ PLACES = {
         LogitBias, "__len__", lambda bias: 7.5 in bias._bias_of.values(), 1
     ),
     "the number of log-probabilities": lambda: Failing(
-        model_runner, "_num_logprobs", lambda row, _: is_bad(row.sequence)
+        model_runner, "_num_logprobs", lambda sequence, *_: is_bad(sequence)
     ),
     "its log-probabilities": lambda: Failing(
-        model_runner, "_num_logprobs", lambda row, _: is_bad(row.sequence), 12
+        model_runner, "_logprob", lambda row, *_: is_bad(row.sequence), 12
     ),
     "those of its prompt": lambda: Failing(
         Request, "collect_prompt", lambda request, *_: is_bad(request.completions[0].sequence)

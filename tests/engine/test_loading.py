@@ -7,7 +7,7 @@ import pytest
 from pagellm.engine import ConfigError, EngineConfig, LLMEngine, SamplingParams
 from pagellm.engine.config import CompleteConfig, usable_cores
 from pagellm.engine.loading import EngineParts, load_engine
-from pagellm.engine.model_runner import RunnerOutput
+from pagellm.engine.model_runner import RunnerOutput, Wishes
 from pagellm.engine.scheduling.block_manager import BlockManager
 from pagellm.engine.scheduling.scheduler import ScheduledBatch, Scheduler
 from tests.conftest import model_path
@@ -54,9 +54,9 @@ class Counting:
     def __init__(self) -> None:
         self.num_steps = 0
 
-    def run(self, batch: ScheduledBatch, logits_of: frozenset[int]) -> RunnerOutput:
+    def run(self, batch: ScheduledBatch, wishes: dict[int, Wishes]) -> RunnerOutput:
         self.num_steps += 1
-        return RunnerOutput(token_ids=[self.num_steps] * len(batch.sampled))
+        return RunnerOutput(token_ids=[[self.num_steps]] * len(batch.sampled))
 
     def close(self) -> None:
         pass

@@ -56,7 +56,7 @@ def add(to: Scheduler, num_tokens: int = 2, now: float = 0.0, **params: Any) -> 
 def step(of: Scheduler, now: float = 0.0) -> ScheduledBatch:
     batch = of.schedule(now)
     of.check()
-    of.commit(batch, [50] * len(batch.sampled))
+    of.commit(batch, [[50]] * len(batch.sampled))
     of.check()
     return batch
 
@@ -391,7 +391,7 @@ def test_a_policy_of_two_phases_that_goes_wrong_leaves_no_step_without_work() ->
 
     s = scheduler(Wrong(), num_blocks=4)
     a = add(s, 8)
-    s.commit(s.schedule(), [50])
+    s.commit(s.schedule(), [[50]])
     add(s, 12)
     add(s, 11)
     assert s.schedule().sequences == [a]

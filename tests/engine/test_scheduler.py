@@ -72,7 +72,7 @@ def schedule(of: Scheduler) -> ScheduledBatch:
 
 
 def commit(to: Scheduler, batch: ScheduledBatch, token: int = 50) -> list[Sequence]:
-    finished = to.commit(batch, [token] * len(batch.sampled))
+    finished = to.commit(batch, [[token]] * len(batch.sampled))
     to.check()
     return finished
 
@@ -368,7 +368,7 @@ def test_one_aborted_while_it_is_computed_gets_no_token_and_the_others_get_their
     batch = schedule(s)
     s.abort(b)
     s.check()
-    assert s.commit(batch, [60, 61, 62]) == []
+    assert s.commit(batch, [[60], [61], [62]]) == []
     s.check()
     assert [x.output_token_ids for x in (a, b, c)] == [[60], [], [62]]
     assert (b.finish_reason, b.num_computed_tokens, b.block_table) == (FinishReason.ABORT, 0, [])
@@ -565,7 +565,7 @@ def test_completions_begin_with_the_blocks_of_the_first_and_get_their_own_tokens
     assert work(batch) == [(a, 6, True)]
     assert batch.forks == {a: [b, c]}
     assert batch.sampled == [a, b, c]
-    assert s.commit(batch, [50, 51, 52]) == []
+    assert s.commit(batch, [[50], [51], [52]]) == []
     s.check()
     assert [x.output_token_ids for x in (a, b, c)] == [[50], [51], [52]]
     assert [x.block_table for x in (a, b, c)] == [[0, 1]] * 3
@@ -620,7 +620,7 @@ def test_a_completion_may_end_with_its_first_token() -> None:
     s = scheduler()
     a, b, c = add_with_forks(s, prompt(4), 2)
     batch = schedule(s)
-    assert s.commit(batch, [50, EOS, 51]) == [b]
+    assert s.commit(batch, [[50], [EOS], [51]]) == [b]
     s.check()
     assert step(s) == [(a, 1, True), (c, 1, True)]
 
@@ -629,7 +629,7 @@ def test_when_the_first_ends_with_its_first_token_the_others_keep_its_blocks() -
     s = scheduler()
     a, b = add_with_forks(s, prompt(5), 1)
     batch = schedule(s)
-    assert s.commit(batch, [EOS, 51]) == [a]
+    assert s.commit(batch, [[EOS], [51]]) == [a]
     s.check()
     assert b.block_table == [0, 1]
     assert step(s) == [(b, 1, True)]
@@ -642,7 +642,7 @@ def test_a_completion_aborted_before_it_begins_costs_the_others_nothing() -> Non
     batch = schedule(s)
     assert batch.sampled == [a, c]
     s.abort(c)
-    assert s.commit(batch, [60, 61]) == []
+    assert s.commit(batch, [[60], [61]]) == []
     s.check()
     assert [x.output_token_ids for x in (a, b, c)] == [[60], [], []]
 
@@ -655,7 +655,7 @@ def test_when_the_first_is_aborted_the_next_computes_the_prompt(scheduled: bool)
     s.abort(a)
     s.check()
     assert list(s.waiting) == [b]
-    assert s.commit(batch, [60] * len(batch.sampled)) == []
+    assert s.commit(batch, [[60]] * len(batch.sampled)) == []
     assert not b.output_token_ids
     batch = schedule(s)
     assert (work(batch), batch.sampled) == ([(b, 4, True)], [b, c])
@@ -1023,7 +1023,7 @@ def test_after_an_operation_that_did_not_end_all_begin_anew_in_their_order() -> 
     late = add(s, prompt(3, 90))
     for _ in range(2):
         batch = s.schedule()
-        s.commit(batch, [7] * len(batch.sampled))
+        s.commit(batch, [[7]] * len(batch.sampled))
     s.running.clear()  # as in the midst of something
     s.block_manager._reference_counts[0] += 1
     s.recover({late: 3, third: 4, second: 7, fork: 6, parent: 5})
@@ -1034,7 +1034,7 @@ def test_after_an_operation_that_did_not_end_all_begin_anew_in_their_order() -> 
     while s.has_unfinished:
         batch = s.schedule()
         served += [admitted.sequence for admitted in batch.admitted]
-        s.commit(batch, [EOS] * len(batch.sampled))
+        s.commit(batch, [[EOS]] * len(batch.sampled))
     assert served == [parent, fork, second, third, late]
 
 
@@ -1056,3 +1056,70 @@ def test_a_recovery_that_was_interrupted_is_done_again(monkeypatch: pytest.Monke
     s.recover({first: 4, second: 5})
     s.check()
     assert list(s.waiting) == [first, second]
+
+
+# Several tokens at once
+
+
+def test_several_tokens_at_once_are_computed_in_the_next_step() -> None:
+    s = scheduler()
+    a, b = add(s, prompt(3)), add(s, prompt(3, 20))
+    batch = schedule(s)
+    assert s.commit(batch, [[50, 51, 52, 53], [60]]) == []
+    s.check()
+    assert batch.num_output_tokens == 5
+    assert (a.output_token_ids, a.num_computed_tokens) == ([50, 51, 52, 53], 3)
+    batch = schedule(s)
+    assert work(batch) == [(b, 1, True), (a, 4, True)], "who has several comes behind those that have one"
+    assert (a.num_slots, len(a.block_table)) == (8, 2)
+    commit(s, batch)
+    assert a.num_computed_tokens == 7
+
+
+def test_tokens_behind_one_that_ends_a_sequence_are_dropped() -> None:
+    s = scheduler()
+    stopped, cut, goes_on = add(s, prompt(3)), add(s, prompt(3, 20), max_tokens=2), add(s, prompt(3, 40))
+    batch = schedule(s)
+    assert s.commit(batch, [[50, EOS, 51], [60, 61, 62], [70, 71]]) == [stopped, cut]
+    assert (stopped.output_token_ids, stopped.finish_reason) == ([50, EOS], FinishReason.STOP)
+    assert (cut.output_token_ids, cut.finish_reason) == ([60, 61], FinishReason.LENGTH)
+    assert goes_on.output_token_ids == [70, 71]
+    assert batch.num_output_tokens == 6
+
+
+def test_a_stop_token_among_several_counts_from_min_tokens_on() -> None:
+    s = scheduler()
+    a = add(s, prompt(3), min_tokens=2)
+    assert s.commit(schedule(s), [[EOS, EOS, EOS, 50]]) == [a]
+    assert a.output_token_ids == [EOS, EOS, EOS]
+
+
+def test_what_several_tokens_take_is_made_room_for_before_any_decode_is_scheduled() -> None:
+    """The last to arrive makes way for two new blocks of the first, and is in no batch that it left."""
+    s = scheduler(num_blocks=4, enable_prefix_caching=False, preemption="recompute")
+    a, b = add(s, prompt(4)), add(s, prompt(7, 20))
+    s.commit(schedule(s), [[50, 51, 52, 53, 54], [60]])
+    batch = schedule(s)
+    assert work(batch) == [(a, 5, True)]
+    assert [(p.sequence, p.needed_by) for p in batch.preempted] == [(b, a)]
+    assert len(a.block_table) == 3
+
+
+def test_completions_of_one_prompt_may_begin_with_several_tokens_each() -> None:
+    s = scheduler()
+    a, b = add_with_forks(s, prompt(6), 1)
+    s.commit(schedule(s), [[50, 51], [60, 61, 62]])
+    s.check()
+    assert (b.block_table, b.num_computed_tokens) == (a.block_table, 6), "they share what is computed"
+    batch = schedule(s)
+    assert work(batch) == [(a, 2, True), (b, 3, True)]
+    assert [(t.kind, t.source, t.sequence) for t in batch.transfers] == [(TransferKind.COPY, 1, a)]
+
+
+def test_several_tokens_of_one_that_was_aborted_are_passed_over() -> None:
+    s = scheduler()
+    a, b = add(s, prompt(3)), add(s, prompt(3, 20))
+    batch = schedule(s)
+    s.abort(a)
+    s.commit(batch, [[50, 51], [60, 61]])
+    assert (a.output_token_ids, b.output_token_ids, batch.num_output_tokens) == ([], [60, 61], 2)

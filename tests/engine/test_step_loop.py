@@ -68,7 +68,7 @@ def test_listeners_hear_of_every_event_in_order() -> None:
     a, b = new(0, "a", max_tokens=1), new(1, "b")
     loop.add(a, 0.5, forks=[b])
     batch = loop.begin(1.0)
-    loop.end(batch, [7, 8], 1.25)
+    loop.end(batch, [[7], [8]], 1.25)
     loop.abort(b, FinishReason.STOP)
     assert first.events == second.events
     assert first.events == [
@@ -106,7 +106,7 @@ def test_one_that_is_aborted_in_the_middle_of_a_step_gets_no_token() -> None:
     batch = loop.begin(0.0)
     loop.abort(a)
     loop.abort(a)
-    loop.end(batch, [7, 8], 0.5, duration_s=0.125, transfer_s=0.0625)
+    loop.end(batch, [[7], [8]], 0.5, duration_s=0.125, transfer_s=0.0625)
     assert heard.events[-2:] == [("ended", "a", "abort"), ("committed", ["b"], [], 0.5, 0.125, 0.0625)]
     assert (a.output_token_ids, b.output_token_ids) == ([], [8])
 
@@ -118,7 +118,7 @@ def test_the_limits_of_one_step_hold_for_that_step_alone() -> None:
     for limits in (None, StepLimits(100, 9), None):
         batch = loop.begin(0.0, limits=limits)
         counts += batch.num_new_tokens
-        loop.end(batch, [7] * len(batch.sampled), 0.0)
+        loop.end(batch, [[7]] * len(batch.sampled), 0.0)
     assert counts == [4, 9, 4]
 
 
@@ -126,8 +126,8 @@ def test_costs_are_kept_until_they_are_measured_again() -> None:
     loop = new_loop()
     loop.add(new(0, "a"), 0.0)
     costs = PreemptionCosts(0.5, 0.25)
-    loop.end(loop.begin(0.0, costs), [7], 0.0)
-    loop.end(loop.begin(1.0), [7], 1.0)
+    loop.end(loop.begin(0.0, costs), [[7]], 0.0)
+    loop.end(loop.begin(1.0), [[7]], 1.0)
     assert loop.scheduler.costs == costs
 
 
@@ -136,7 +136,7 @@ def two_of_which_one_moves_out() -> tuple[StepLoop, Sequence, Sequence]:
     a, b = new(0, "a", length=8), new(1, "b", length=8)
     loop.add(a, 0.0)
     loop.add(b, 0.0)
-    loop.end(loop.begin(0.0), [7, 8], 0.0)
+    loop.end(loop.begin(0.0), [[7], [8]], 0.0)
     return loop, a, b
 
 
@@ -149,7 +149,7 @@ def test_a_step_that_was_given_up_moves_what_is_left_when_it_is_begun_again() ->
     batch = loop.begin(2.0)
     assert batch.transfers == abandoned.transfers[1:]
     loop.transferred()
-    loop.end(batch, [9], 2.0)
+    loop.end(batch, [[9]], 2.0)
     assert not loop.scheduler.block_manager.transfers
 
 
@@ -158,7 +158,7 @@ def test_after_a_transfer_that_failed_nobody_moves_out_any_more() -> None:
     batch = loop.begin(1.0)
     loop.transfer_failed(batch.transfers[0], batch)
     loop.transferred()
-    loop.end(batch, [9], 1.0)
+    loop.end(batch, [[9]], 1.0)
     assert (b.swap_table, b.num_computed_tokens) == ([], 0)
     loop.abort(a)
     c = new(2, "c", length=4)
@@ -167,7 +167,7 @@ def test_after_a_transfer_that_failed_nobody_moves_out_any_more() -> None:
     for now in range(3, 20):
         batch = loop.begin(float(now))
         ways += [preempted.by for preempted in batch.preempted]
-        loop.end(batch, [9] * len(batch.sampled), float(now))
+        loop.end(batch, [[9]] * len(batch.sampled), float(now))
     assert set(ways) == {Preemption.RECOMPUTE}
 
 
@@ -176,7 +176,7 @@ def test_a_step_that_was_given_up_is_recorded_as_one_that_computed_nothing() -> 
     records: list[StepRecord] = []
     loop.listen(StepRecorder(loop.scheduler, records.append))
     loop.begin(1.0)
-    loop.end(loop.begin(2.0), [9], 3.0)
+    loop.end(loop.begin(2.0), [[9]], 3.0)
     assert [record["step"] for record in records] == [0, 1]
     assert [record["start_s"] for record in records] == [1.0, 2.0]
     assert [record["scheduled"] for record in records] == [[], [(0, 8, 1, True)]]
@@ -189,6 +189,6 @@ def test_one_that_begins_to_listen_in_a_step_records_the_next() -> None:
     batch = loop.begin(0.0)
     records: list[StepRecord] = []
     loop.listen(StepRecorder(loop.scheduler, records.append))
-    loop.end(batch, [7], 1.0)
-    loop.end(loop.begin(2.0), [8], 3.0)
+    loop.end(batch, [[7]], 1.0)
+    loop.end(loop.begin(2.0), [[8]], 3.0)
     assert [(record["start_s"], record["duration_s"]) for record in records] == [(2.0, 1.0)]

@@ -294,7 +294,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         shared = max(1, parent.num_computed_tokens - shorter)
         child = self._new([*parent.token_ids[:shared], token], parent.sampling_params.cache_salt, True)
         table = list(parent.block_table)
-        self.manager.fork(parent, child)
+        self.manager.fork(parent, child, shared)
         self.model.fork(parent.seq_id, child.seq_id, shared)
         assert child.block_table == table[: self.model.blocks_for(shared)]
         assert parent.block_table == table
@@ -393,11 +393,11 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
     @invariant()
     def each_table_that_changed_is_told(self) -> None:
-        for sequence in self.manager.take_changed_tables():
-            self.tables[sequence] = list(sequence.block_table)
+        for sequence, index in self.manager.take_changed_tables().items():
+            self.tables.setdefault(sequence, [])[index:] = sequence.block_table[index:]
         for sequence in self.running:
             assert self.tables[sequence] == sequence.block_table
-        assert self.manager.take_changed_tables() == set()
+        assert self.manager.take_changed_tables() == {}
 
     @invariant()
     def computed_positions_hold_the_sequences_own_prefix(self) -> None:

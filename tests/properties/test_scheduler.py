@@ -216,42 +216,58 @@ class Expected:
         self.prefills: Work = []
         self.preempted: list[tuple[Sequence, Preemption, Sequence, int]] = []
         self._new_blocks = count(-1, -1)
+        decodes = [s for s in before.running if before.remaining[s] == 1]
         if not before.prefills_alone:
-            self.decode()
+            self.make_room(decodes)
+        self.make_room([s for s in before.running if before.remaining[s] > 1])
+        if not before.prefills_alone:
+            self.decode(decodes)
         self.prefill()
         if before.prefills_alone and not self.prefills and not batch.admitted:
-            self.decode()
+            self.make_room(decodes)
+            self.decode(decodes)
 
     @property
     def num_free(self) -> int:
         return self.rules.manager.num_blocks - len(set().union(*self.tables.values()))
 
-    def decode(self) -> None:
-        for sequence in self.before.running:
-            if self.before.remaining[sequence] == 1 and sequence in self.running:
-                self.decode_one(sequence)
+    def decode(self, decodes: list[Sequence]) -> None:
+        self.decodes = [(sequence, 1) for sequence in decodes if sequence in self.running]
         self.budget -= len(self.decodes)
 
-    def decode_one(self, sequence: Sequence) -> None:
-        """It writes into a block of its own; for one, others make way, at the worst itself."""
-        index = (sequence.num_tokens - 1) // self.rules.config.block_size
-        while self.needs_block(sequence, index) and self.num_free == 0:
-            candidates = [
-                s for s in self.running if self.before.num_preemptions[s] < self.rules.config.max_preemptions
-            ]
-            victim = self.rules.victim(candidates, self.batch.preempted, len(self.preempted))
-            self.preempt(victim, sequence)
-            if victim is sequence:
-                return
-        if self.needs_block(sequence, index):
-            self.tables[sequence][index : index + 1] = [next(self._new_blocks)]
-        self.decodes.append((sequence, 1))
+    def make_room(self, sequences: list[Sequence]) -> None:
+        """Each writes into blocks of its own; for those, others make way, at the worst itself."""
+        for sequence in sequences:
+            while sequence in self.running and self.num_needed(sequence) > self.num_free:
+                candidates = [
+                    s
+                    for s in self.running
+                    if self.before.num_preemptions[s] < self.rules.config.max_preemptions
+                ]
+                victim = self.rules.victim(candidates, self.batch.preempted, len(self.preempted))
+                self.preempt(victim, sequence)
+            if sequence in self.running:
+                self.give_blocks(sequence)
 
-    def needs_block(self, sequence: Sequence, index: int) -> bool:
+    def num_needed(self, sequence: Sequence) -> int:
+        missing = self.rules.blocks_for(sequence.num_tokens) - len(self.tables[sequence])
+        return max(0, missing) + self.needs_copy(sequence)
+
+    def needs_copy(self, sequence: Sequence) -> bool:
+        """Whether the first token to be computed lies in a block that others have or can find."""
+        index = self.before.computed[sequence] // self.rules.config.block_size
+        own = self.tables[sequence]
+        if index == len(own):
+            return False
+        others = (table for s, table in self.tables.items() if s is not sequence)
+        return own[index] in self.before.cached or any(own[index] in table for table in others)
+
+    def give_blocks(self, sequence: Sequence) -> None:
         table = self.tables[sequence]
-        if index == len(table) or table[index] in self.before.cached:
-            return True
-        return any(table[index] in other for s, other in self.tables.items() if s is not sequence)
+        if self.needs_copy(sequence):
+            table[self.before.computed[sequence] // self.rules.config.block_size] = next(self._new_blocks)
+        while len(table) < self.rules.blocks_for(sequence.num_tokens):
+            table.append(next(self._new_blocks))
 
     def preempt(self, victim: Sequence, needed_by: Sequence) -> None:
         computed = self.before.computed[victim]
@@ -264,7 +280,6 @@ class Expected:
         self.preempted.append((victim, by, needed_by, computed))
         self.running.remove(victim)
         del self.tables[victim]
-        self.decodes = [work for work in self.decodes if work[0] is not victim]
 
     def prefill(self) -> None:
         for sequence in self.before.running:
@@ -462,11 +477,12 @@ class Driver:
         assert self.manager.num_cached_blocks == 0
         covered["recoveries"] += 1
 
-    def commit(self, tokens: list[int]) -> None:
-        """Each sequence must get exactly its token, and the end that follows from its request."""
+    def commit(self, tokens: list[list[int]]) -> None:
+        """Each sequence must get exactly its tokens, and the end that follows from its request."""
         batch = self.batches[0]
         given = list(islice(cycle(tokens), len(batch.sampled)))
         expected, steps = self._expected_commit(batch, given)
+        num_tokens = {s: s.num_tokens for s in expected}
         finished = self.scheduler.commit(batch, given)
         assert self.sides[1].scheduler.commit(self.batches[1], given) is not finished
         self.batches = []
@@ -476,6 +492,7 @@ class Driver:
             assert list(sequence.token_ids) == token_ids
             if sequence.status is RUNNING:
                 assert sequence.num_computed_tokens == computed
+        assert batch.num_output_tokens == sum(s.num_tokens - before for s, before in num_tokens.items())
         for sequence, reason in steps:
             assert sequence.finish_reason == reason
             if reason is not None:
@@ -486,35 +503,46 @@ class Driver:
         self._check_computed_blocks_are_found()
 
     def _expected_commit(
-        self, batch: ScheduledBatch, given: list[int]
+        self, batch: ScheduledBatch, given: list[list[int]]
     ) -> tuple[dict[Sequence, tuple[list[int], int]], list[tuple[Sequence, FinishReason | None]]]:
-        """Tokens and computed tokens of each, and how each that gets a token goes on, in order."""
+        """Tokens and computed tokens of each, and how each that gets tokens goes on, in order."""
         expected: dict[Sequence, tuple[list[int], int]] = {}
         steps: list[tuple[Sequence, FinishReason | None]] = []
         tokens = iter(given)
         for sequence, num_new, samples in zip(
             batch.sequences, batch.num_new_tokens, batch.samples, strict=True
         ):
-            num_tokens = len([sequence, *batch.forks.get(sequence, [])]) if samples else 0
-            self.rules.served[sequence.sampling_params.tenant] += num_new + 2 * num_tokens
-            is_alive, token_ids = sequence.status is not FINISHED, list(sequence.token_ids)
-            computed = sequence.num_computed_tokens + num_new
-            if samples:
-                token = next(tokens)
-                if is_alive:
-                    token_ids.append(token)
-                for child in batch.forks.get(sequence, []):
-                    token = next(tokens)
-                    if self.rules.begins_like.get(child.seq_id) == sequence.seq_id:
-                        del self.rules.begins_like[child.seq_id]
-                        child_ids = [*child.token_ids, token]
-                        steps.append((child, self._expected_reason(child, child_ids)))
-                        expected[child] = child_ids, len(child_ids) - 1
-                        covered["forks"] += 1
-                if is_alive:
-                    steps.append((sequence, self._expected_reason(sequence, token_ids)))
-            expected[sequence] = token_ids, computed
+            gets = next(tokens) if samples else []
+            served = num_new + 2 * len(gets)
+            is_alive, computed = sequence.status is not FINISHED, sequence.num_computed_tokens + num_new
+            for child in batch.forks.get(sequence, []) if samples else []:
+                new = next(tokens)
+                served += 2 * len(new)
+                if self.rules.begins_like.get(child.seq_id) == sequence.seq_id:
+                    del self.rules.begins_like[child.seq_id]
+                    child_ids, reason = self._expected_end(child, new)
+                    steps.append((child, reason))
+                    expected[child] = child_ids, child.num_tokens
+                    covered["forks"] += 1
+            expected[sequence] = list(sequence.token_ids), computed
+            if is_alive and samples:
+                token_ids, reason = self._expected_end(sequence, gets)
+                steps.append((sequence, reason))
+                expected[sequence] = token_ids, computed
+            self.rules.served[sequence.sampling_params.tenant] += served
         return expected, steps
+
+    def _expected_end(self, sequence: Sequence, new: list[int]) -> tuple[list[int], FinishReason | None]:
+        """Its tokens with the new ones up to one that ends it, and the reason."""
+        token_ids, reason = list(sequence.token_ids), None
+        for index, token in enumerate(new):
+            token_ids.append(token)
+            reason = self._expected_reason(sequence, token_ids)
+            if reason is not None:
+                covered["tokens behind an end"] += len(new) - index - 1
+                break
+        covered["several tokens at once"] += len(token_ids) > sequence.num_tokens + 1
+        return token_ids, reason
 
     def _expected_reason(self, sequence: Sequence, token_ids: list[int]) -> FinishReason | None:
         """What a sequence that just got a token must end with."""
@@ -554,7 +582,7 @@ class Driver:
         """Nothing accepted is lost: each step computes a token or makes somebody wait, so all ends."""
         if self.batches:
             self.run([False])
-            self.commit([0])
+            self.commit([[0]])
         most_steps = sum(
             (self.rules.longest(s) + 1) * (self.config.max_preemptions - s.num_preemptions + 1)
             for s in self.rules.alive()
@@ -564,7 +592,7 @@ class Driver:
                 break
             self.schedule()
             self.run([False])
-            self.commit([0])
+            self.commit([[0]])
         self.check()
         assert not self.scheduler.has_unfinished
         assert self.sides[0].state() == self.sides[1].state()
@@ -731,7 +759,10 @@ faults = st.sampled_from(list(policies.FAULTS)).flatmap(
     lambda method: st.tuples(st.just(method), st.sampled_from(policies.FAULTS[method]))
 )
 prompts = st.one_of([st.lists(st.sampled_from([0, 0, 1, EOS]), max_size=size) for size in (3, 6, 12)])
-sampled_tokens = st.lists(st.sampled_from([*[0] * 10, *[1] * 4, EOS, STOP]), min_size=5, max_size=5)
+sampled = st.sampled_from([*[0] * 10, *[1] * 4, EOS, STOP])
+# Mostly one a step; of several at once those behind an end are dropped.
+at_once = st.one_of([st.lists(sampled, min_size=1, max_size=most) for most in (1, 1, 1, 2, 5)])
+sampled_tokens = st.lists(at_once, min_size=5, max_size=5)
 failures = st.sampled_from([[False]] * 4 + [[True], [True, False], [False, False, True]])
 costs = st.builds(PreemptionCosts, st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 0.25, 2.0]))
 picks = st.integers(0, 10**6)
@@ -823,14 +854,14 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.driver.batches)
     @rule(tokens=sampled_tokens)
-    def commit(self, tokens: list[int]) -> None:
+    def commit(self, tokens: list[list[int]]) -> None:
         if not self.driver.ran:
             self.driver.run([False])
         self.driver.commit(tokens)
 
     @precondition(lambda self: self.driver.scheduler.has_unfinished)
     @rule(token_lists=st.lists(sampled_tokens, min_size=2, max_size=8), failures=failures)
-    def some_steps(self, token_lists: list[list[int]], failures: list[bool]) -> None:
+    def some_steps(self, token_lists: list[list[list[int]]], failures: list[bool]) -> None:
         """Steps as an engine takes them, so that sequences get somewhere."""
         for tokens in token_lists:
             if not self.driver.batches:

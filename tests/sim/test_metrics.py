@@ -251,7 +251,7 @@ def test_the_unwritten_share_is_that_of_the_block_manager() -> None:
     metrics.scheduled(batch, 1.0)
     usage = scheduler.block_manager.usage()
     assert metrics.timeline()["unwritten_share"] == [usage.unwritten_slots / (4 * usage.used)] == [1.0]
-    scheduler.commit(batch, [0, 0, 0])
+    scheduler.commit(batch, [[0], [0], [0]])
     metrics.committed(batch, batch.sampled, [], 1.5)
     metrics.scheduled(scheduler.schedule(1.5), 1.5)
     usage = scheduler.block_manager.usage()
@@ -268,7 +268,7 @@ def test_the_cached_share_is_that_of_blocks_that_hold_a_known_prefix() -> None:
     for time_s in (1.0, 1.5):
         batch = schedulers[1].schedule(time_s)
         metrics.scheduled(batch, time_s, 1)
-        finished = schedulers[1].commit(batch, [0] * len(batch.sampled))
+        finished = schedulers[1].commit(batch, [[0]] * len(batch.sampled))
         metrics.committed(batch, batch.sampled, finished, time_s + 0.1, 1)
     shares = metrics.timeline()["cached_share"]
     assert (shares[0], shares[-1]) == (0.0, 2 / 60)

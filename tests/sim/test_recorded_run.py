@@ -15,6 +15,7 @@ from pagellm.sim.calibration.calibrate import calibrate
 from pagellm.sim.costs.profile import ProfileCostModel
 from pagellm.sim.costs.roofline import Hardware, Model, RooflineCostModel
 from tests.conftest import model_path
+from tests.sim.test_calibrate import Clock
 
 VOCAB_SIZE = 101
 # What is a measurement, and no decision.
@@ -214,7 +215,7 @@ def test_a_run_is_cut_at_the_models_context_by_every_kind_of_step_times(tmp_path
     )  # fmt: skip
     device = Hardware(1e12, 1e9, 1e10, 1e9, 1e9)
     engine = LLMEngine(TINY, EngineConfig(max_num_seqs=2))
-    profile = calibrate(engine, seconds=0.5)
+    profile = calibrate(engine, seconds=2.0, clock=Clock())
     engine.close()
     for costs in (RooflineCostModel(device, tiny), ProfileCostModel(profile)):
         config = EngineConfig(step_log=str(log))
