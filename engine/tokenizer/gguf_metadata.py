@@ -68,6 +68,11 @@ def read_gguf_metadata(metadata: Mapping[str, Any]) -> TokenizerSpec:
         if key == "tokenizer.chat_template" or key.startswith("tokenizer.chat_template.")
     }
     add_bos_token = metadata.get(f"{_PREFIX}add_bos_token", named.add_bos)
+    if metadata.get(f"{_PREFIX}add_eos_token", False) is not False:
+        # It would end every prompt before it is answered.
+        raise CheckpointError(
+            f"{_PREFIX}add_eos_token: found {found(metadata[f'{_PREFIX}add_eos_token'])}, expected false"
+        )
     return TokenizerSpec(
         vocab=vocab,
         merges=_strings(metadata, "merges"),

@@ -641,6 +641,7 @@ def test_an_unknown_tokenizer_class_is_refused_where_only_it_tells_the_pattern(t
         ({"merges": None}, "tokenizer.ggml.merges: found None, expected a list"),
         ({"merges": ["h x"]}, r"merges\[0\]: found 'h x', expected two tokens"),
         ({"eos_token_id": 262}, "tokenizer.ggml.eos_token_id: found 262, expected an id from 0 to 261"),
+        ({"add_eos_token": True}, "tokenizer.ggml.add_eos_token: found True, expected false"),
         ({"add_bos_token": 1}, "tokenizer.ggml.add_bos_token: found 1, expected true or false"),
         ({"add_bos_token": True, "bos_token_id": None}, "add_bos_token: found true without a BOS token"),
     ],
