@@ -1,8 +1,9 @@
 """Text to tokens and back: byte-level BPE, incremental detokenization, chat templates.
 
 In the order in which data flows: `directory`, `tokenizer_json` and `gguf_metadata` read a description
-(`spec`); `tokenizer` encodes with `added_tokens`, `pretokenizers` and `bpe`; `detokenizer` streams text out;
-`chat_template` makes prompts of conversations.
+(`spec`), with added tokens numbered by `added_token_table` and patterns translated by `oniguruma`;
+`tokenizer` encodes with `added_tokens`, `normalization`, `pretokenizers` and `bpe`; `detokenizer` streams
+text out; `chat_template` makes prompts of conversations.
 """
 
 from pagellm.engine.tokenizer.chat_template import ChatTemplate

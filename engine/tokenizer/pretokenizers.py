@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import regex
 
 from pagellm.engine.errors import CheckpointError, RequestError
+from pagellm.engine.tokenizer.character_sets import NEWER_CHARACTERS
 from pagellm.engine.tokenizer.checks import expect, found
 from pagellm.engine.tokenizer.oniguruma import (
-    NEWER_CHARACTERS,
     PatternError,
     Translation,
     literal,
