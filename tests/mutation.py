@@ -1,11 +1,14 @@
 """Seeds plausible bugs into the block manager, the scheduler and the policies, one at a time.
 
-Runs the tests that should notice, and fails if a bug goes unnoticed.
+A bug is a change of the syntax tree: in a function, what reads like `before` becomes `after`. So it is found
+whatever the layout, the comments and the rest of the file are. Runs the tests that should notice, and fails
+if a bug goes unnoticed.
 
 Run: python -m tests.mutation [--jobs 2] [WORDS OF A BUG'S NAME ...]
 """
 
 import argparse
+import ast
 import os
 import shutil
 import subprocess
@@ -14,12 +17,14 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 # The cases are quick, and most bugs do not get past them; what does, the laws must catch.
 SUITE = (
     "tests/engine/test_block_manager.py",
     "tests/engine/test_scheduler.py",
+    "tests/engine/test_step_loop.py",
     "tests/engine/test_policies.py",
     "tests/properties/test_block_manager.py",
     "tests/properties/test_scheduler.py",
@@ -32,419 +37,602 @@ TIMEOUT_S = 300
 
 @dataclass(frozen=True)
 class Bug:
-    """A change of one place; the code must read `before` there, and nowhere else in the file."""
+    """A change of one place.
+
+    function: the name of a function, behind that of its class. before: statements, or an expression, that
+    must occur in it once. after: what stands there then; nothing for statements, and for an operand of `and`
+    and `or`, that are left out.
+    """
 
     name: str
     file: str
+    function: str
     before: str
-    after: str
+    after: str = ""
+
+    def seeded(self, code: str) -> str:
+        """The code with the bug. Raises `LookupError` if there is not one place for it."""
+        tree = ast.parse(code)
+        function = _function(tree, self.function.split("."))
+        before, after = ast.parse(self.before).body, ast.parse(self.after).body
+        places = _runs(function, before)
+        if not places and len(before) == 1 and isinstance(before[0], ast.Expr):
+            places = _operands(function, before[0].value)
+            after = [node.value for node in after if isinstance(node, ast.Expr)]
+        if len(places) != 1:
+            raise LookupError(f"its place occurs {len(places)} times in {self.function}, expected once")
+        [(holder, key)] = places
+        if isinstance(holder, list):
+            is_body = holder and isinstance(holder[0], ast.stmt)
+            holder[key : key + len(before)] = after or ([ast.Pass()] if is_body else [])
+        else:
+            [new] = after
+            setattr(holder, key, new)
+        return ast.unparse(tree)
+
+
+def _function(tree: ast.AST, names: list[str]) -> ast.AST:
+    for name in names:
+        tree = next(node for node in ast.iter_child_nodes(tree) if getattr(node, "name", None) == name)
+    return tree
+
+
+def _equal(node: object, other: object) -> bool:
+    return isinstance(node, ast.AST) and isinstance(other, ast.AST) and ast.dump(node) == ast.dump(other)
+
+
+def _runs(function: ast.AST, wanted: list[ast.stmt]) -> list[tuple[Any, Any]]:
+    """Where these statements follow each other: the list that they stand in, and the index of the first."""
+    return [
+        (body, index)
+        for node in ast.walk(function)
+        for _, body in ast.iter_fields(node)
+        if isinstance(body, list)
+        for index in range(len(body) - len(wanted) + 1)
+        if all(map(_equal, body[index:], wanted))
+    ]
+
+
+def _operands(function: ast.AST, wanted: ast.expr) -> list[tuple[Any, Any]]:
+    """Where this expression stands: a list and its index there, or a node and the name of its field."""
+    places: list[tuple[Any, Any]] = []
+    for node in ast.walk(function):
+        for name, value in ast.iter_fields(node):
+            if isinstance(value, list):
+                places += [(value, index) for index, item in enumerate(value) if _equal(item, wanted)]
+            elif _equal(value, wanted):
+                places.append((node, name))
+    return places
 
 
 BUGS = (
     Bug(
         "a reference count is not decremented for shared blocks",
         MANAGER,
-        "        self._reference_counts[block] -= 1\n",
-        "        self._reference_counts[block] -= self._reference_counts[block] == 1\n",
+        "BlockManager._release",
+        "self._reference_counts[block] -= 1",
+        "self._reference_counts[block] -= self._reference_counts[block] == 1",
     ),
     Bug(
         "a fork does not count its references",
         MANAGER,
-        "        for block in child.block_table:\n            self._reference_counts[block] += 1\n",
-        "",
+        "BlockManager.fork",
+        "for block in child.block_table:\n    self._reference_counts[block] += 1",
     ),
     Bug(
         "a cached block that is hit stays in the free list",
         MANAGER,
-        "            self._free.remove(block)\n        self._reference_counts[block] += 1\n",
-        "            pass\n        self._reference_counts[block] += 1\n",
+        "BlockManager._reference",
+        "self._free.remove(block)",
     ),
     Bug(
         "a block is registered before its last token is computed",
         MANAGER,
-        "        full = sequence.num_computed_tokens // self.block_size\n        for",
-        "        full = (sequence.num_computed_tokens + 1) // self.block_size\n        for",
+        "BlockManager.register",
+        "sequence.num_computed_tokens",
+        "sequence.num_computed_tokens + 1",
     ),
     Bug(
-        "a hit is not confirmed against the tokens",
-        CACHE,
-        "                and self.tokens(block) == tokens\n",
-        "",
+        "a hit is not confirmed against the tokens", CACHE, "PrefixCache.find", "self.tokens(block) == tokens"
     ),
-    Bug(
-        "a hit may follow another block",
-        CACHE,
-        "                and self._before[block] == before\n",
-        "",
-    ),
+    Bug("a hit may follow another block", CACHE, "PrefixCache.find", "self._before[block] == before"),
     Bug(
         "tenants with different salts share blocks",
         MANAGER,
+        "BlockManager._block_hash",
         "self._root_hash(sequence.sampling_params.cache_salt)",
         "0",
     ),
     Bug(
         "the salt counts in the hash alone, so a collision tells a tenant what another one asked",
         CACHE,
-        '                and (before != ROOT or self._salts.get(block, "") == salt)\n',
-        "",
+        "PrefixCache.find",
+        "before != ROOT or self._salts.get(block, '') == salt",
     ),
-    Bug(
-        "a block that is reused stays findable",
-        MANAGER,
-        "            self._cache.remove(block)\n            self.stats.evictions",
-        "            self.stats.evictions",
-    ),
+    Bug("a block that is reused stays findable", MANAGER, "BlockManager._evict", "self._cache.remove(block)"),
     Bug(
         "a hash does not depend on the blocks before",
         MANAGER,
-        "            previous = hashes[-1] if hashes else self",
-        "            previous = self",
+        "BlockManager._block_hash",
+        "hashes[-1] if hashes else self._root_hash(sequence.sampling_params.cache_salt)",
+        "self._root_hash(sequence.sampling_params.cache_salt)",
     ),
     Bug(
         "a parent is evicted before its child",
         MANAGER,
-        "        for block in reversed(sequence.block_table):\n",
-        "        for block in sequence.block_table:\n",
+        "BlockManager._empty_table",
+        "reversed(sequence.block_table)",
+        "sequence.block_table",
     ),
     Bug(
         "the most recently used block is evicted first",
         MANAGER,
-        "                self._free.append(block)\n",
-        "                self._free.prepend(block)\n",
+        "BlockManager._release",
+        "self._free.append",
+        "self._free.prepend",
     ),
     Bug(
         "cached blocks are evicted while others are free",
         MANAGER,
-        "                self._free.prepend(block)\n",
-        "                self._free.append(block)\n",
+        "BlockManager._release",
+        "self._free.prepend",
+        "self._free.append",
     ),
     Bug(
         "a prompt that is cached whole computes nothing",
         MANAGER,
-        "else sequence.num_tokens - 1\n",
-        "else sequence.num_tokens\n",
+        "BlockManager.cached_prefix",
+        "sequence.num_tokens - 1",
+        "sequence.num_tokens",
     ),
     Bug(
         "one who wants the prompt's logits reads the cache",
         MANAGER,
+        "BlockManager.cached_prefix",
         "not (sequence.reads_cache or sequence.swap_table)",
         "False",
     ),
     Bug(
         "a free cached prefix counts as room for the rest",
         MANAGER,
-        "- len(prefix) + reused + spare <=",
-        "- len(prefix) + spare <=",
+        "BlockManager.can_allocate",
+        "self.blocks_for(num_tokens) - len(prefix) + reused",
+        "self.blocks_for(num_tokens) - len(prefix)",
     ),
     Bug(
         "the copy of a shared block is skipped",
         MANAGER,
-        "                transfer = Transfer(TransferKind.COPY, shared, table[index], sequence)\n",
-        "",
+        "BlockManager.grow",
+        "self.transfers.append(Transfer(TransferKind.COPY, shared, table[index], sequence))",
     ),
     Bug(
         "a copy goes the wrong way",
         MANAGER,
+        "BlockManager.grow",
         "Transfer(TransferKind.COPY, shared, table[index], sequence)",
         "Transfer(TransferKind.COPY, table[index], shared, sequence)",
     ),
     Bug(
         "a shared block is written in place",
         MANAGER,
-        "        return self._reference_counts[table[index]] > 1 or self._knows(table[index])\n",
-        "        return False\n",
+        "BlockManager._needs_copy",
+        "self._reference_counts[table[index]] > 1 or self._knows(table[index])",
+        "False",
     ),
     Bug(
         "a fork writes into a block that the cache knows",
         MANAGER,
-        "        return self._reference_counts[table[index]] > 1 or self._knows(table[index])\n",
-        "        return self._reference_counts[table[index]] > 1\n",
+        "BlockManager._needs_copy",
+        "self._knows(table[index])",
     ),
     Bug(
         "a parent goes on in the block that its fork shares",
         MANAGER,
-        "        parent.num_slots = min(parent.num_slots, parent.num_computed_tokens)\n",
-        "",
+        "BlockManager.fork",
+        "parent.num_slots = min(parent.num_slots, parent.num_computed_tokens)",
     ),
     Bug(
         "a fork counts its last token as computed",
         MANAGER,
-        "        num_tokens = child.num_tokens - 1\n        full",
-        "        num_tokens = child.num_tokens\n        full",
+        "BlockManager.fork",
+        "child.num_computed_tokens = child.num_slots = num_tokens",
+        "child.num_computed_tokens = child.num_slots = num_tokens + 1",
     ),
     Bug(
         "a block that was computed twice is kept twice",
         MANAGER,
-        "            elif known != block:\n",
-        "            elif False:\n",
+        "BlockManager.register",
+        "known != block",
+        "False",
     ),
     Bug(
         "swapping out forgets the last, partial block",
         MANAGER,
-        "        for block in sequence.block_table[: self.blocks_for(sequence.num_computed_tokens)]:\n",
-        "        for block in sequence.block_table[: sequence.num_computed_tokens // self.block_size]:\n",
+        "BlockManager.swap_out",
+        "self.blocks_for(sequence.num_computed_tokens)",
+        "sequence.num_computed_tokens // self.block_size",
     ),
     Bug(
         "swapped content comes back into the wrong blocks",
         MANAGER,
-        "zip(sequence.swap_table, sequence.block_table, strict=False)\n",
-        "zip(sequence.swap_table, reversed(sequence.block_table), strict=False)\n",
+        "BlockManager.swap_in",
+        "sequence.block_table",
+        "reversed(sequence.block_table)",
     ),
     Bug(
         "swapping in leaks the second tier's blocks",
         MANAGER,
-        "        self._free_swap.extend(reversed(sequence.swap_table))\n",
-        "",
+        "BlockManager.swap_in",
+        "self._free_swap.extend(reversed(sequence.swap_table))",
     ),
     Bug(
         "a swapped sequence that ends leaks the second tier's blocks",
         MANAGER,
-        "        self._free_swap.extend(sequence.swap_table)\n",
-        "",
+        "BlockManager.free",
+        "self._free_swap.extend(sequence.swap_table)",
     ),
     Bug(
         "the second tier is used beyond its size",
         MANAGER,
-        "<= len(self._free_swap)\n",
-        "<= len(self._free_swap) + 1\n",
+        "BlockManager.can_swap_out",
+        "len(self._free_swap)",
+        "len(self._free_swap) + 1",
     ),
     Bug(
         "a reset leaves something in the cache",
         MANAGER,
-        "        for block in list(self._cache):\n            self._cache.remove(block)\n",
-        "        for block in list(self._cache)[1:]:\n            self._cache.remove(block)\n",
+        "BlockManager.reset_cache",
+        "list(self._cache)",
+        "list(self._cache)[1:]",
     ),
     Bug(
         "after a reset, chains are continued behind blocks that nobody can find",
         MANAGER,
-        "            if before != ROOT and before not in self._cache:\n                break",
-        "            if False:\n                break",
+        "BlockManager.register",
+        "before != ROOT and before not in self._cache",
+        "False",
     ),
     Bug(
         "the budget counts chunks but no decodes",
         SCHEDULER,
-        "        budget = self.max_num_batched_tokens - len(batch.sequences)\n",
-        "        budget = self.max_num_batched_tokens\n",
+        "Scheduler._schedule_prefills",
+        "limits.max_num_batched_tokens - len(batch.sequences)",
+        "limits.max_num_batched_tokens",
     ),
     Bug(
         "one chunk may take the whole budget",
         SCHEDULER,
-        "        count = min(remaining, budget, self.max_prefill_chunk)\n",
-        "        count = min(remaining, budget)\n",
+        "Scheduler._schedule_chunk",
+        "min(remaining, budget, limits.max_prefill_chunk)",
+        "min(remaining, budget)",
     ),
     Bug(
         "more sequences run than the budget has tokens",
         SCHEDULER,
+        "Scheduler.__init__",
         "min(config.max_num_seqs, config.max_num_batched_tokens)",
         "config.max_num_seqs",
     ),
     Bug(
         "blocks that were taken from one are given to a later one in the same step",
         SCHEDULER,
-        "        if not batch.preempted:\n            self._admit(batch, budget)\n",
-        "        self._admit(batch, budget)\n",
+        "Scheduler.schedule",
+        "if not batch.preempted:\n    self._admit(batch, budget, limits)",
+        "self._admit(batch, budget, limits)",
     ),
     Bug(
         "a new sequence is admitted past one that does not fit",
         SCHEDULER,
-        "            if prefix is None:\n                return\n            self.waiting.remove(sequence)\n",
-        "            if prefix is None:\n                self.waiting.remove(sequence)\n"
-        "                self.waiting.push(sequence, self.stats)\n"
-        "                others = [s for s in self.waiting if s is not sequence]\n"
-        "                if not others or (prefix := self._give_blocks(others[0])) is None:\n"
-        "                    return\n"
-        "                sequence, was = others[0], others[0].status\n"
-        "            self.waiting.remove(sequence)\n",
+        "Scheduler._admit",
+        "return",
+        "self.waiting.remove(sequence)\n"
+        "self.waiting.push(sequence, self.stats)\n"
+        "others = [s for s in self.waiting if s is not sequence]\n"
+        "if not others or (prefix := self._give_blocks(others[0])) is None:\n"
+        "    return\n"
+        "sequence, was = others[0], others[0].status",
     ),
     Bug(
         "the watermark is ignored",
         SCHEDULER,
-        "        spare = self._watermark if self.running else 0\n",
-        "        spare = 0\n",
+        "Scheduler._give_blocks",
+        "self._watermark if self.running else 0",
+        "0",
     ),
     Bug(
         "the watermark holds when nothing runs",
         SCHEDULER,
-        "        spare = self._watermark if self.running else 0\n",
-        "        spare = self._watermark\n",
+        "Scheduler._give_blocks",
+        "self._watermark if self.running else 0",
+        "self._watermark",
     ),
     Bug(
         "one that did not fit is not looked at again when blocks become free",
         SCHEDULER,
-        "        return num_releases == manager.num_releases and not manager.prefix_grew(sequence, prefix)\n",
-        "        return not manager.prefix_grew(sequence, prefix)\n",
+        "Scheduler._is_still_blocked",
+        "num_releases == manager.num_releases",
     ),
     Bug(
         "one that did not fit is not looked at again when its prefix becomes known",
         SCHEDULER,
-        "        return num_releases == manager.num_releases and not manager.prefix_grew(sequence, prefix)\n",
-        "        return num_releases == manager.num_releases\n",
+        "Scheduler._is_still_blocked",
+        "not manager.prefix_grew(sequence, prefix)",
     ),
     Bug(
         "preemptions are not bounded",
         SCHEDULER,
-        "        return sequence.num_preemptions >= self.max_preemptions\n",
-        "        return False\n",
+        "Scheduler._is_guaranteed",
+        "sequence.num_preemptions >= self.max_preemptions",
+        "False",
     ),
     Bug(
         "one that may not be preempted again is",
         SCHEDULER,
-        "            candidates = [s for s in self.running if not self._is_guaranteed(s)]\n",
-        "            candidates = list(self.running)\n",
+        "Scheduler._make_room_for",
+        "[s for s in self.running if not self._is_guaranteed(s)]",
+        "list(self.running)",
     ),
     Bug(
         "one that may not be preempted again gets blocks for its present tokens only",
         SCHEDULER,
-        "            num_tokens = max(num_tokens, sequence.max_len - 1)  # the last token needs no slot\n",
-        "            pass\n",
+        "Scheduler._give_blocks",
+        "num_tokens = max(num_tokens, sequence.max_len - 1)",
     ),
     Bug(
         "a preempted sequence's computed tokens are kept without their blocks",
         MANAGER,
-        "        sequence.swap_table.clear()\n        sequence.num_computed_tokens = 0\n",
-        "        sequence.swap_table.clear()\n",
+        "BlockManager.free",
+        "sequence.num_computed_tokens = 0",
     ),
     Bug(
         "a preempted sequence stays in the batch",
         SCHEDULER,
-        "            decodes = [s for s in decodes if s.status is running]\n",
-        "            pass\n",
+        "Scheduler.schedule",
+        "[s for s in decodes if s.block_table] if batch.preempted else decodes",
+        "decodes",
     ),
-    Bug(
-        "a sequence aborted while it was computed gets its token",
-        SCHEDULER,
-        "            if token_id is not None and sequence.status is running:\n",
-        "            if token_id is not None:\n",
-    ),
+    Bug("a sequence aborted while it was computed gets its token", SCHEDULER, "Scheduler.commit", "new = ()"),
     Bug(
         "the token of a sequence aborted while it was computed goes to the next",
         SCHEDULER,
-        "            token_id = next(tokens) if samples else None\n",
-        "            token_id = next(tokens) if samples and sequence.status is running else None\n",
+        "_by_sequence",
+        "samples",
+        "samples and sequence.block_table",
     ),
     Bug(
         "an aborted fork gets its parent's blocks",
         SCHEDULER,
-        "            if self._unborn.get(child.seq_id) is not parent:\n",
-        "            if False:\n",
+        "Scheduler._commit_forks",
+        "child.group is None or child.group is not parent.group",
+        "False",
     ),
     Bug(
         "the forks of one that is given up are lost",
         SCHEDULER,
-        "        self._finish(sequence, reason)\n        self._pass_on_forks(sequence)\n",
-        "        self._finish(sequence, reason)\n",
+        "Scheduler.abort",
+        "self.waiting.push(successor, self.stats)",
     ),
     Bug(
         "a fork whose beginning differs shares blocks",
         SCHEDULER,
-        "            or parent.token_ids[:num_shared] != child.token_ids[:num_shared]\n",
-        "",
+        "Scheduler._share",
+        "parent.token_ids[:num_shared] != child.token_ids[:num_shared]",
     ),
     Bug(
         "a fork shares blocks that are not computed",
         SCHEDULER,
-        "            or not 0 < num_shared <= parent.num_computed_tokens\n",
-        "",
+        "Scheduler._share",
+        "not 0 < num_shared <= parent.num_computed_tokens",
     ),
     Bug(
         "swap moves are lost when they follow a copy",
-        SCHEDULER,
-        "            self._transfers.append(copy)\n",
-        "            self._transfers.appendleft(copy)\n",
+        MANAGER,
+        "BlockManager.swap_out",
+        "self.transfers.append",
+        "self.transfers.appendleft",
     ),
     Bug(
         "auto takes the dearer way",
         SCHEDULER,
+        "Scheduler._preempt",
         "swap_s < recompute_s",
         "swap_s > recompute_s",
     ),
     Bug(
         "swapping counts one way",
         SCHEDULER,
-        "        swap_s = 2 * manager",
-        "        swap_s = manager",
+        "Scheduler._preempt",
+        "2 * manager.blocks_for(computed)",
+        "manager.blocks_for(computed)",
     ),
     Bug(
         "recompute swaps",
         SCHEDULER,
-        "        swaps = self.preemption is Preemption.SWAP or (\n",
-        "        swaps = self.preemption is not Preemption.AUTO or (\n",
+        "Scheduler._preempt",
+        "self.preemption is Preemption.SWAP",
+        "self.preemption is not Preemption.AUTO",
     ),
     Bug(
         "what could not be moved counts as computed",
         SCHEDULER,
-        "        self.block_manager.free(sequence)\n"
-        "        self._wait(sequence, SequenceStatus.WAITING)\n\n    def check",
-        "        computed = sequence.num_computed_tokens\n        self.block_manager.free(sequence)\n"
-        "        sequence.num_computed_tokens = computed\n"
-        "        self._wait(sequence, SequenceStatus.WAITING)\n\n    def check",
+        "Scheduler.transfer_failed",
+        "self.block_manager.free(sequence)",
+        "computed = sequence.num_computed_tokens\n"
+        "self.block_manager.free(sequence)\n"
+        "sequence.num_computed_tokens = computed",
     ),
     Bug(
         "what could not be moved is computed from garbage in this step",
         SCHEDULER,
-        "            self.running.remove(sequence)\n            batch.discard(sequence)\n",
-        "            self.running.remove(sequence)\n",
+        "Scheduler.transfer_failed",
+        "batch.discard(sequence)",
     ),
     Bug(
         "an output may be one token too long",
         SCHEDULER,
-        "        elif len(sequence.token_ids) >= sequence.max_len:\n",
-        "        elif len(sequence.token_ids) > sequence.max_len:\n",
+        "Scheduler._finish_if_ended",
+        "len(sequence.token_ids) >= sequence.max_len",
+        "len(sequence.token_ids) > sequence.max_len",
     ),
     Bug(
         "a stop token counts before min_tokens",
         SCHEDULER,
-        "        if stops and sequence.num_output_tokens > params.min_tokens:\n",
-        "        if stops:\n",
+        "Scheduler._finish_if_ended",
+        "sequence.num_output_tokens > params.min_tokens",
     ),
     Bug(
         "swapped sequences wait behind new ones",
         POLICIES,
-        "_GUARANTEED if guaranteed else _SWAPPED if swapped else _ORDINARY\n",
-        "_GUARANTEED if guaranteed else _ORDINARY\n",
+        "WaitingQueue.push",
+        "_SWAPPED if swapped else _ORDINARY",
+        "_ORDINARY",
     ),
     Bug(
         "equal keys go by the order of pushing instead of arrival",
         POLICIES,
-        "        key = (*self._policy.order(sequence, stats), sequence.arrival_index)\n",
-        "        key = self._policy.order(sequence, stats)\n",
+        "WaitingQueue.push",
+        "(*self._policy.order(sequence, stats), sequence.arrival_index)",
+        "self._policy.order(sequence, stats)",
     ),
-    Bug(
-        "the oldest makes way",
-        POLICIES,
-        "        return max(candidates, key=lambda s: (self.order(s, stats), s.arrival_index))\n",
-        "        return min(candidates, key=lambda s: (self.order(s, stats), s.arrival_index))\n",
-    ),
+    Bug("the oldest makes way", POLICIES, "SchedulingPolicy.victim", "max", "min"),
     Bug(
         "ageing makes the long wait longer",
         POLICIES,
-        "        return sequence.max_len + self.AGEING_TOKENS * sequence.arrival_time\n",
-        "        return sequence.max_len - self.AGEING_TOKENS * sequence.arrival_time\n",
+        "ShortestJob.order",
+        "sequence.max_len + self.AGEING_TOKENS * sequence.arrival_time",
+        "sequence.max_len - self.AGEING_TOKENS * sequence.arrival_time",
     ),
     Bug(
         "an idle tenant saves up credit",
         POLICIES,
-        "            self.counters[tenant] = max(self.counters.get(tenant, 0.0), least)\n",
-        "            self.counters.setdefault(tenant, 0.0)\n",
+        "Fair.on_add",
+        "self.counters[tenant] = max(self.counters.get(tenant, 0.0), least)",
+        "self.counters.setdefault(tenant, 0.0)",
     ),
     Bug(
         "a tenant pays for prompts alone",
         POLICIES,
-        "+= count + self.DECODE_WEIGHT * num_sampled\n",
-        "+= count\n",
+        "Fair.on_commit",
+        "count + self.DECODE_WEIGHT * num_sampled",
+        "count",
     ),
     Bug(
         "a policy's mistake is raised in every step",
         POLICIES,
-        "        error, self._error = self._error, None\n",
-        "        error = self._error\n",
+        "CheckedPolicy.raise_error",
+        "error, self._error = (self._error, None)",
+        "error = self._error",
+    ),
+    Bug("not a number is taken for an order", POLICIES, "_as_key", "part == part"),
+    Bug(
+        "a reference that is given back is still counted",
+        MANAGER,
+        "BlockManager._release",
+        "self._num_references -= 1",
     ),
     Bug(
-        "not a number is taken for an order",
+        "a fork's shared blocks are not counted in the report",
+        MANAGER,
+        "BlockManager.fork",
+        "self._num_references += len(child.block_table)",
+    ),
+    Bug(
+        "a block that is partly shared counts as full in the report",
+        MANAGER,
+        "BlockManager.fork",
+        "self._partly_shared.add(child.block_table[-1])",
+    ),
+    Bug(
+        "slots that one sharer has written count as unwritten",
+        MANAGER,
+        "BlockManager._num_counted_too_often",
+        "max",
+        "min",
+    ),
+    Bug(
+        "a swapped sequence that comes back still counts as swapped",
+        MANAGER,
+        "BlockManager.swap_in",
+        "del self._swapped[sequence.seq_id]",
+    ),
+    Bug(
+        "nobody is told that a block was exchanged for a copy",
+        MANAGER,
+        "BlockManager.grow",
+        "self._note_change(sequence, index)",
+    ),
+    Bug(
+        "nobody is told that a table grew",
+        MANAGER,
+        "BlockManager.grow",
+        "self._note_change(sequence, len(table))",
+    ),
+    Bug(
+        "the last change of a table hides an earlier one",
+        MANAGER,
+        "BlockManager._note_change",
+        "changed.get(sequence, index) >= index",
+        "changed.get(sequence, index) <= index",
+    ),
+    Bug(
+        "several tokens get one slot",
+        MANAGER,
+        "BlockManager.grow",
+        "num_tokens = len(sequence.token_ids)",
+        "num_tokens = sequence.num_computed_tokens + 1",
+    ),
+    Bug(
+        "a copy is not counted among the blocks that growing takes",
+        MANAGER,
+        "BlockManager.can_grow",
+        "max(0, num_new) + self._needs_copy(sequence)",
+        "max(0, num_new)",
+    ),
+    Bug(
+        "a transfer that is done is done again in a step that begins anew",
+        MANAGER,
+        "BlockManager.transferred",
+        "self.transfers.popleft()",
+    ),
+    Bug(
+        "what is moved is given to the driver in no order",
+        SCHEDULER,
+        "Scheduler.schedule",
+        "self.block_manager.transfers",
+        "reversed(self.block_manager.transfers)",
+    ),
+    Bug("tokens behind one that ends a sequence are kept", SCHEDULER, "Scheduler.commit", "break"),
+    Bug(
+        "tokens behind an end count as given",
+        SCHEDULER,
+        "Scheduler.commit",
+        "num_dropped += computed + len(new) - len(own)",
+    ),
+    Bug(
+        "several tokens at once count as computed",
+        SCHEDULER,
+        "Scheduler.schedule",
+        "self._make_room(prefills, batch)",
+    ),
+    Bug(
+        "a fork with several tokens shares what nobody has computed",
+        SCHEDULER,
+        "Scheduler._commit_forks",
+        "self._share(parent, child, num_shared)",
+        "self._share(parent, child, child.num_tokens - 1)",
+    ),
+    Bug(
+        "swapping goes on after a transfer has failed",
+        SCHEDULER,
+        "Scheduler.transfer_failed",
+        "self.preemption = Preemption.RECOMPUTE",
+    ),
+    Bug(
+        "a tenant pays for one token of several",
         POLICIES,
-        "isinstance(part, int | float) and part == part for part",
-        "isinstance(part, int | float) for part",
+        "Fair.on_commit",
+        "sum(map(len, islice(given, num_samples)))",
+        "len(list(islice(given, num_samples)))",
     ),
 )
 
@@ -457,10 +645,10 @@ def unnoticed(bug: Bug) -> str | None:
             ignored = shutil.ignore_patterns("__pycache__", "fixtures")
             shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=ignored)
         path = copy / bug.file
-        code = path.read_text("utf-8")
-        if code.count(bug.before) != 1:
-            return f"its place occurs {code.count(bug.before)} times in {bug.file}, expected once"
-        path.write_text(code.replace(bug.before, bug.after), "utf-8")
+        try:
+            path.write_text(bug.seeded(path.read_text("utf-8")), "utf-8")
+        except LookupError as error:
+            return str(error)
         command = [
             sys.executable,
             "-m",

@@ -150,9 +150,7 @@ class BlockManager:
         self._swapped: dict[int, Sequence] = {}
         self._changed_tables: dict[Sequence, int] = {}  # the first index that changed
         self._num_references = 0
-        self._partly_shared: set[int] = (
-            set()
-        )  # blocks that a fork took over with less than all of their slots
+        self._partly_shared: set[int] = set()  # blocks of which a fork took over fewer slots than all
 
     @property
     def num_free_blocks(self) -> int:

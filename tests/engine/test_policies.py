@@ -247,6 +247,16 @@ def test_completions_of_one_prompt_are_active_each() -> None:
     assert policy.active == {}
 
 
+def test_each_of_several_tokens_and_of_several_completions_is_paid_for() -> None:
+    policy = Fair()
+    s = scheduler(policy)
+    first, fork = (Sequence(next(_ids), [1, 2], SamplingParams(tenant="a")) for _ in range(2))
+    s.add(first, forks=[fork])
+    s.add(Sequence(next(_ids), [3, 4, 5], SamplingParams(tenant="b")))
+    s.commit(s.schedule(), [[50, 51, 52], [60], [70, 71]])
+    assert policy.counters == {"a": 2 + 2 * 4, "b": 3 + 2 * 2}
+
+
 # Policies of one's own
 
 
