@@ -158,6 +158,7 @@ def token_words(format: int, head_dim: int) -> int:
 
 @shared
 def _tile_rows(group_size: int) -> int:
+    """Rows of a query tile at most: a token's query heads are never apart."""
     return padded_rows(max(QUERY_TILE_ROWS, group_size))
 
 
@@ -217,7 +218,8 @@ def max_states(num_tokens: int, num_seqs: int, num_chunks: int, group_size: int)
 def plan_tiles(query_start_loc, seq_lens, group_size, tile_sequence, tile_start, tile_chunk, state_start):
     """Writes the work items of a batch, those with the most keys first, and each token's first state.
 
-    For the arrays see `attention`; `max_tiles` and `max_states` say how large. Returns the number of items.
+    query_start_loc: [num_seqs + 1]; seq_lens: [num_seqs]; out: tile_sequence, tile_start and tile_chunk,
+    [max_tiles], and state_start, [num_tokens + 1], as in `Tiles`. Returns the number of items.
     """
     tile_tokens = tokens_per_query_tile(group_size)
     num_tiles, num_states = 0, 0
@@ -299,6 +301,7 @@ def _softmax(
 ):  # fmt: skip
     """Turns the scores of `rows` rows of a query tile into packed weights and rescales their sums so far.
 
+    scores: where in `scratch` they are, [rows, KEY_TILE]; weights: where the packed ones go, `GROUP` rows.
     position: where the query tile's first token is, counted from the first of the tile's `count` keys, of
     which a row sees those up to its token; states: where the first row's state is in `scratch`. In two passes
     over the rows, because within a row each step waits for the one before; the first leaves each row's new
@@ -334,7 +337,7 @@ def _softmax(
 
 @kernel
 def _merge(total, total_at, part, part_at, size):
-    """Adds the state of a later chunk of keys to that of the chunks before it."""
+    """Adds the state [size + 2] at `part_at`, of a later chunk of keys, to that of the chunks before it."""
     greatest = max(total[total_at + size], part[part_at + size])
     old = exp(broadcast(total[total_at + size] - greatest))
     new = exp(broadcast(part[part_at + size] - greatest))

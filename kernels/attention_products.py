@@ -36,7 +36,8 @@ _HEIGHTS = tuple(height for height in (1, 3, 4, 6, 8, 12) if height <= GROUP)
 def gather_keys(keys, head, block_words, words, block_size, block_table, start, end, scratch, tile):
     """Copies the keys of positions `start` to `end` side by side, as a block of `KEY_TILE` keys.
 
-    The words of block b begin at `head + b * block_words`.
+    keys: flat; the words of block b begin at `head + b * block_words`, [words, block_size]; block_table:
+    [max_blocks]; out: `scratch` from `tile` on, [words, KEY_TILE].
     """
     for column in range(end - start):
         position = start + column
@@ -47,7 +48,7 @@ def gather_keys(keys, head, block_words, words, block_size, block_table, start, 
 
 @kernel
 def gather_values(values, head, block_words, stride, block_size, block_table, start, end, scratch, tile):
-    """Like `gather_keys` for the values, which begin `stride` words apart."""
+    """Like `gather_keys` for the values, [block_size, stride] in a block, as [end - start, stride]."""
     for position in range(start, end):
         at = head + block_table[position // block_size] * block_words + position % block_size * stride
         for w in range(stride):
@@ -66,7 +67,8 @@ def side_by_side(start, stride):
 def tile_blocks(block_size, block_table, start, last):
     """The blocks of a tile's four vectors of neighbouring tokens and where in them each begins.
 
-    start: the tile's first position; a vector behind position `last` stands for the one that holds it.
+    block_table: [max_blocks]; start: the tile's first position; a vector behind position `last` stands for
+    the one that holds it.
     """
     last = last // LANES * LANES
     first, second = min(start, last), min(start + LANES, last)
@@ -123,7 +125,7 @@ _VECTOR_PLACES = {1: _first_of_one, 2: _first_of_two, 4: _first_of_four}
 
 @kernel
 def _prefetch(words, places, at):
-    """Asks for a line in each of a tile's four streams."""
+    """Asks for a line in each of a tile's four streams, `at` words from where it begins."""
     prefetch(words, places[0] + at)
     prefetch(words, places[1] + at)
     prefetch(words, places[2] + at)
@@ -198,9 +200,9 @@ def score_keys(
 ):  # fmt: skip
     """Writes the scores of a tile's first `count` keys, and of some more, for at most `GROUP` rows.
 
-    queries: where the first row is in packed activations in `scratch`, which begins with a row of zeros;
-    places: where each vector's first word is in `keys`, the next `word_stride` further; ahead: the places in
-    `values` to ask for; scores: rows `KEY_TILE` apart.
+    scratch: flat, beginning with a row of `KEY_TILE` zeros; queries: where in it the first row of the packed
+    queries [rows, head_dim] is; places: where each vector's first word is in `keys`, the next `word_stride`
+    further; ahead: the places in `values` to ask for; scores: rows `KEY_TILE` apart.
     """
     if format == FLOAT32:
         _score_float32(
@@ -219,10 +221,10 @@ def add_values(
 ):  # fmt: skip
     """Adds a tile's first `count` weighted values to the `size` sums of at most `GROUP` rows.
 
-    weights: where the first row is in packed activations in `scratch`; places: where each vector's first
-    value is in `values`, the next `stride` further; ahead: the places in `keys` to ask for, the next word
-    `word_stride` further; sums: rows `row_words` apart. The last sums may reach behind the value: what is
-    added up there means nothing.
+    weights: where in `scratch` the first row of the packed weights [rows, count] is; places: where each
+    vector's first value is in `values`, the next `stride` further; ahead: the places in `keys` to ask for,
+    the next word `word_stride` further; sums: rows `row_words` apart. The last sums may reach behind the
+    value: what is added up there means nothing.
     """
     if format == FLOAT32:
         _weigh_float32(

@@ -72,7 +72,10 @@ def _prefetch_weights(w, at):
 
 
 def _float_tile(product: Any, x_words: int, height: int) -> Any:
-    """For formats whose words are inputs: `product` adds what a word of weights and `x_words` of `x` give."""
+    """For formats whose words are inputs: `product` adds what a word of weights and `x_words` of `x` give.
+
+    A kernel for `height` rows [height, K] of each group and a panel [PANEL, K]: see `_multiply_panel`.
+    """
 
     @kernel
     def multiply(
@@ -94,6 +97,8 @@ def _float_tile(product: Any, x_words: int, height: int) -> Any:
 
 
 def _int8_tile(height: int) -> Any:
+    """For INT8: see `_float_tile`; `x_at` and `w_at` are where the rows and the panel begin, in words."""
+
     @kernel
     def multiply(
         groups, group_words, x, x_at, w, w_at, ahead, blocks, words, bias, bias_at, out, out_at, out_stride,
@@ -119,6 +124,8 @@ def _int8_tile(height: int) -> Any:
 
 
 def _int4_tile(height: int) -> Any:
+    """For INT4 and, with `minima`, INT4_MIN: see `_float_tile`."""
+
     @kernel
     def multiply(
         groups, group_words, x, x_at, w, w_at, ahead, blocks, words, bias, bias_at, out, out_at, out_stride,
@@ -161,7 +168,8 @@ def _multiply_panel(
 ):  # fmt: skip
     """The first `rows` rows of each of some activation groups times one panel of `K` inputs.
 
-    x: the groups from word `x_start` on; w: the panel at word `w_start`; ahead: how far from there the words
+    x: the packed [rows, K] of each group, from word `x_start` on; w: the panel [PANEL, K] at word `w_start`;
+    ahead: how far from there the words
     begin that are asked for: as many as are read, by the first group, or for a float format `step` words with
     each; bias: `PANEL` floats at `bias_start` that every row starts from; out: rows `out_stride` apart,
     written or, with `accumulate`, added to. The tiles may be higher than `rows`, up to the whole group. One

@@ -23,6 +23,7 @@ def _sum_of_squares(x, start, size, mean):
 
 @kernel
 def _mean(x, start, size):
+    """The mean of `x[start : start + size]`, x flat."""
     whole = size - size % LANES
     total = broadcast(np.float32(0.0))
     for i in range(0, whole, LANES):
@@ -35,7 +36,7 @@ def _mean(x, start, size):
 
 @kernel
 def normalize(x, start, size, center, epsilon, weights, w_start, b_start, out):
-    """`out[i] = (x[i] - mean) / sqrt(variance + epsilon) * w[i] + b[i]` for one row of `size` floats.
+    """`out[i] = (x[i] - mean) / sqrt(variance + epsilon) * w[i] + b[i]` for one row [size].
 
     center: LayerNorm; otherwise RMSNorm, whose mean counts as 0. `weights` holds scale and bias at `w_start`
     and `b_start`; x, scale, bias and out must be readable and writable up to a whole vector.

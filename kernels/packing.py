@@ -218,7 +218,7 @@ def pack_blocks(words, halves, first_column, first_block, K_blocks, panels, star
 
 @kernel
 def _float16_at(panels, at, column):
-    """The float16 of an output column in a row of them that begins at word `at`."""
+    """The float16 of an output column in a row [PANEL] of them that begins at word `at`."""
     bits = (load_int32(panels, at + column // 2) >> (16 * (column % 2))) & 0xFFFF
     exponent, mantissa = (bits >> 10) & 31, bits & 1023
     magnitude = np.float32(mantissa) * np.float32(2.0**-24)
@@ -269,7 +269,7 @@ def start_int4(total: int) -> np.int32:
 
 @kernel
 def _pack_int8(source, i, packed, at):
-    """One block of activations as int8 with a scale: q = round(x * 127 / max |x|)."""
+    """A block `source[i : i + BLOCK]` as int8, q = round(x * 127 / max |x|), and a scale: INT_CHUNK words."""
     first, second = load(source, i), load(source, i + LANES)
     greatest = reduce_max(maximum(absolute(first), absolute(second)))
     # Comparisons pass over a NaN, and an infinity has no scale: both must reach the result.

@@ -280,7 +280,7 @@ def sample(logits, size, temperature, top_k, top_p, min_p, seed, position, scale
 
 @kernel
 def top_tokens(logits, size, ids):
-    """Fills `ids` with the ids of the greatest logits, greatest first, lower ids first among equals."""
+    """Fills `ids`, [count], with those of the greatest `logits[:size]`, lower ids first among equals."""
     count = 0
     for start in range(0, size if ids.size else 0, _BLOCK):
         end = min(start + _BLOCK, size)
@@ -301,7 +301,10 @@ def top_tokens(logits, size, ids):
 
 @kernel
 def log_sum_exp(logits, size, scratch):
-    """The logarithm of the sum of exp(logits): a log-probability is a logit minus this."""
+    """The logarithm of the sum of exp(logits[:size]): a log-probability is a logit minus this.
+
+    scratch: [size up to a whole vector].
+    """
     top = greatest(logits, size)
     total, _ = _walk(logits, size, top, np.float32(1.0), np.float32(-np.inf), 0.0, np.inf, scratch)
     return np.float64(top) + math.log(total)

@@ -47,7 +47,7 @@ def new_counters() -> NDArray[np.int64]:
 
 @kernel
 def next_item(counters):
-    """Takes the next work item of this phase; numbers run on past the last one."""
+    """Takes the next work item of this phase; numbers run on past the last one. counters: `new_counters`."""
     return atomic_add(counters, _NEXT_ITEM, 1)
 
 
@@ -78,7 +78,7 @@ def barrier(counters, num_threads):
             yield_thread()
 
 
-# Words of a team's mailbox: how many calls there have been, the last one's addresses (no code: go home), and
+# Words of a team's mailbox: how many calls there have been, the last one's addresses (no code: the end), and
 # the size of the team. A member has a cache line of its own: whether it sleeps, and on which lock.
 _TICKET, _CODE, _ARGUMENTS, _NUM_THREADS = range(4)
 _MEMBER = 8
@@ -87,7 +87,7 @@ _ASLEEP, _LOCK = range(2)
 
 @kernel
 def _announce(mailbox, code, arguments):
-    """Tells all members of a call, and wakes those that sleep."""
+    """Tells all members of a call, and wakes those that sleep. mailbox: [num_threads * _MEMBER]."""
     mailbox[_CODE], mailbox[_ARGUMENTS] = code, arguments
     atomic_add(mailbox, _TICKET, 1)
     for member in range(_MEMBER, mailbox.size, _MEMBER):
@@ -126,7 +126,7 @@ def _await_ticket(mailbox, member, seen):
 
 @entry_point
 def _serve(mailbox, thread):
-    """What a member does until it is sent home."""
+    """What a member does until the team ends: makes every call that is announced in the mailbox, [words]."""
     ticket = 0
     while True:
         _await_ticket(mailbox, thread * _MEMBER, ticket)
@@ -137,7 +137,8 @@ def _serve(mailbox, thread):
 
 
 @entry_point
-def _send_home(mailbox):
+def _end_members(mailbox):
+    """Has all members of the team return from `_serve`."""
     _announce(mailbox, 0, 0)
 
 
@@ -174,7 +175,7 @@ class ThreadTeam:
         self._end_threads()
         # Compiled here and now: a member has nobody to tell of an error, and an interpreter that ends cannot.
         empty = np.zeros(_MEMBER, np.int64)
-        _send_home(empty)
+        _end_members(empty)
         _serve(empty, 0)
         self._mailbox = np.zeros(self.num_threads * _MEMBER, np.int64)
         self._mailbox[_NUM_THREADS] = self.num_threads
@@ -198,11 +199,11 @@ class ThreadTeam:
     def _end_threads(self) -> None:
         self._process_id = -1  # first: if an interrupt comes now, new threads are started at the next run
         if self._mailbox is not None:
-            _send_home(self._mailbox)
+            _end_members(self._mailbox)
         self._mailbox = None
 
 
-# The locks of members that went home. They are never freed: who woke a member may not be done with its lock.
+# The locks of members that have ended. They are never freed: who woke a member may not be done with its lock.
 _spare_locks: list[int] = []
 
 

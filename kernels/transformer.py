@@ -65,9 +65,9 @@ def _embed(member, arch, weights, batch, plan, work):
 
 @kernel
 def _normalize_rows(member, arch, weights, scale, bias, num_rows, format, work):
-    """Normalises the hidden states of the first `work.rows` and packs them for a matrix of this format.
+    """Normalises the hidden states [num_rows, hidden_size] of the first `work.rows` and packs them.
 
-    scale, bias: the places of the norm's parts.
+    scale, bias: the places of the norm's parts; format: of the matrix that is to multiply them.
     """
     stride = padded(arch.hidden_size)
     first, end = next_rows(member.counters, num_rows, member.num_threads)
@@ -126,7 +126,7 @@ def _rotate_and_store(member, layer, arch, weights, cache, num_rows, plan, work)
 
 @kernel
 def _attend(member, layer, arch, cache, batch, plan, work):
-    """Attention of all new tokens to the keys of their sequences: fills `plan.states`."""
+    """Attention of all new tokens to their sequences' keys: fills `plan.states`, [num_states, num_heads]."""
     features = arch.layers[layer]
     num_heads, kv_heads, head_dim = features.num_heads, features.num_kv_heads, features.head_dim
     heads = Heads(num_heads, kv_heads, head_dim, np.float32(features.attention_scale))
@@ -181,7 +181,7 @@ def _activate_rows(member, features, num_rows, format, work):
 
 @kernel
 def _attention_block(member, layer, arch, weights, cache, batch, plan, work):
-    """hidden += output(attention(qkv(norm(hidden)))) for all new tokens."""
+    """hidden += output(attention(qkv(norm(hidden)))) for all new tokens, [num_tokens, hidden_size]."""
     features, parts, num_rows = arch.layers[layer], weights.layers[layer], batch.token_ids.size
     heads, kv_heads, head_dim = features.num_heads, features.num_kv_heads, features.head_dim
     qkv_size = (heads + 2 * kv_heads) * head_dim
@@ -204,7 +204,7 @@ def _attention_block(member, layer, arch, weights, cache, batch, plan, work):
 
 @kernel
 def _feed_forward_block(member, layer, arch, weights, num_rows, work):
-    """hidden += down(activation(up(norm(hidden)))) for all new tokens."""
+    """hidden += down(activation(up(norm(hidden)))) for all new tokens, [num_tokens, hidden_size]."""
     features, parts = arch.layers[layer], weights.layers[layer]
     size = features.intermediate_size
     up_size = 2 * padded(size) if features.gated else size  # each half begins on a panel
@@ -270,7 +270,7 @@ def _answer_row(arch, outputs, row, logits, scratch, counts):
 
 @kernel
 def _answer(member, arch, weights, outputs, work):
-    """The last norm, the logits and what is asked of them, for `LOGIT_ROWS` rows at a time."""
+    """The last norm, the logits [rows, vocab_size] and what is asked of them, `LOGIT_ROWS` rows at a time."""
     counters, num_threads, parts = member.counters, member.num_threads, weights.rest[0]
     stride, num_outputs = padded(arch.vocab_size), outputs.wanted.size
     for first in range(0, num_outputs, LOGIT_ROWS):
