@@ -659,6 +659,40 @@ def test_the_report_counts_blocks_references_and_slots_that_nobody_has_written()
     assert manager.usage() == BlockUsage(used=3, free=3, shared=1, unwritten_slots=5, swap_used=1)
 
 
+def test_a_slot_that_is_shared_counts_once_and_as_written_if_one_of_its_holders_has_written_it() -> None:
+    manager = BlockManager(num_blocks=6, block_size=4)
+    full, partial = serve(manager, 1, 2, 3, 4, 5, 6, 7, 8), serve(manager, 9, 9, 9, 9, 9, 9)
+    fork(manager, full, 1, 2, 3, 4, 5, 0)
+    child = fork(manager, partial, 9, 9, 9, 9, 9, 0)
+    assert manager.usage() == BlockUsage(used=4, free=2, shared=4, unwritten_slots=2, swap_used=0)
+    manager.free(full)
+    manager.free(partial)
+    assert manager.usage() == BlockUsage(used=4, free=2, shared=0, unwritten_slots=6, swap_used=0)
+    append(manager, child, 8)
+    compute(manager, child)
+    assert manager.usage().unwritten_slots == 4
+
+
+def test_the_tables_that_changed_are_told_with_the_first_index_that_did() -> None:
+    manager = BlockManager(num_blocks=8, block_size=2)
+    parent = serve(manager, 1, 2, 3)
+    assert manager.take_changed_tables() == {parent: 0}
+    child = fork(manager, parent, 1, 2, 3, 7)
+    assert manager.take_changed_tables() == {child: 0}
+    append(manager, parent, 4)
+    compute(manager, parent)
+    append(manager, parent, 5)
+    assert (child.block_table, parent.block_table) == ([0, 1], [0, 2, 3])
+    assert manager.take_changed_tables() == {parent: 1}
+    append(manager, parent, 6)
+    compute(manager, parent)
+    assert manager.take_changed_tables() == {}
+    append(manager, parent, 7)
+    assert manager.take_changed_tables() == {parent: 3}
+    manager.free(parent)
+    assert manager.take_changed_tables() == {}
+
+
 def test_the_hash_stands_for_the_whole_prefix() -> None:
     tokens = bytes(16)
     assert chained_hash(0, tokens) == chained_hash(0, tokens)
