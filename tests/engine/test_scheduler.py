@@ -1123,3 +1123,13 @@ def test_several_tokens_of_one_that_was_aborted_are_passed_over() -> None:
     s.abort(a)
     s.commit(batch, [[50, 51], [60, 61]])
     assert (a.output_token_ids, b.output_token_ids, batch.num_output_tokens) == ([], [60, 61], 2)
+
+
+def test_tokens_go_to_whom_they_were_sampled_for_also_beside_a_prompt_that_is_not_done() -> None:
+    s = scheduler()
+    a, b, c = add(s, prompt(3)), add(s, prompt(3, 20)), add(s, prompt(20, 40))
+    batch = schedule(s)
+    assert batch.samples == [True, True, False]
+    s.abort(a)
+    s.commit(batch, [[50], [60]])
+    assert [x.output_token_ids for x in (a, b, c)] == [[], [60], []]
