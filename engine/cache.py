@@ -13,8 +13,8 @@ from pagellm.engine.progress import say
 def cache_dir() -> Path:
     """`PAGELLM_CACHE`, or `pagellm` in the XDG cache directory; it may not exist yet.
 
-    For a user without a home, as in many containers, it is a directory of that user's alone among the
-    temporary files, which is said. Raises `ConfigError` if there is none.
+    For a user without a home, as in many containers, it is a directory in the temporary folder that only this
+    user can write to; one line says so. Raises `ConfigError` if that cannot be made.
     """
     override = os.environ.get("PAGELLM_CACHE")
     if override:

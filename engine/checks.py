@@ -20,7 +20,7 @@ SMALLEST = 5e-324  # above 0
 class JsonError(ValueError):
     """Text that is no JSON; its message says what was found, and where.
 
-    column: where the syntax is wrong, from 1; None where something else is. reason: what is wrong, alone.
+    column: where the syntax is wrong, from 1; None for other faults. reason: the fault, without a place.
     """
 
     def __init__(self, message: str, reason: str, column: int | None = None) -> None:
@@ -65,7 +65,7 @@ def integer(
 
 
 def integers(name: str, values: Iterable[Any]) -> list[int]:
-    """The values as ints; the error says which of them is none."""
+    """The values as ints; the error names the first that is no integer."""
     listed = values.tolist() if hasattr(values, "tolist") else list(values)
     if set(map(type, listed)) <= {int}:
         return listed

@@ -127,7 +127,7 @@ def _fields(path: Path) -> dict[str, int]:
 
 
 def _number(path: Path) -> int | None:
-    """The number that a file holds; None if there is none: no file, or "max"."""
+    """The number that a file holds; None if the file is not there or holds something else, such as "max"."""
     text = _text(path).strip()
     return int(text) if text.isdecimal() else None
 

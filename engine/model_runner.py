@@ -102,9 +102,8 @@ class ModelRunner:
         self.team = ThreadTeam(config.num_threads)
         self._batch_limits = (max_tokens, min(max_tokens, config.max_num_seqs))
         self._planned_chunks = 1
-        self._biases = _Biases.laid_out(
-            [], []
-        )  # one may have an entry for every token: not anew in each step
+        # A bias may have an entry for every token: those of the step before are used again where they fit.
+        self._biases = _Biases.laid_out([], [])
         self._plan = new_plan(arch, *self._batch_limits, self._planned_chunks)
 
     def run(self, batch: ScheduledBatch, wishes: Mapping[int, Wishes] | None = None) -> RunnerOutput:

@@ -168,8 +168,11 @@ class StopChecker:
             node = automaton.found[automaton.links[node]]
 
     def _locate(self, end: int, length: int) -> tuple[int, int, bool]:
-        """So many characters back from an end of the text, special tokens counted: where that is in the text,
-        how many special tokens are between, and whether the first of them is not there as a whole."""
+        """The place `length` characters before an end of the text, the special tokens left out counted in.
+
+        Returns where that is in the text, how many special tokens are between, and whether the first of them
+        is cut by it.
+        """
         num_hidden = 0
         for before, hidden_length in reversed(self._hidden):
             if length <= end - before:

@@ -20,7 +20,7 @@ from weakref import WeakSet
 
 from pagellm.engine.errors import EngineError
 
-# One that waits for the end of another thread's call looks that often whether it still goes on.
+# Who waits for another thread's call looks again after so many seconds whether it still goes on, so often.
 _LOOK_EVERY_S, _MOST_LOOKS = 0.5, 20
 
 

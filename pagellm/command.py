@@ -88,7 +88,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser; the simulator is imported only where the command is none of the engine's."""
+    """The parser; the simulator is imported only where the command is not one of the engine's."""
     parser = _Parser(prog="pagellm", description="Serve small language models on CPUs.")
     parser.add_argument("--version", action="version", version=f"pagellm {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)

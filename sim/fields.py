@@ -19,16 +19,16 @@ NOTHING = _Nothing()
 
 
 class Fields:
-    """An object of a file. A field that is null is as one that is not there.
+    """An object of a file, whose fields are checked as they are asked for; one that is null counts as absent.
 
     place: the file, and the line where it has several objects. prefix: what errors put before the names of
-    its fields. error: the class of errors that are raised.
+    its fields. error: the class of errors that are raised. name: what an error calls the values where they
+    are no object, and there is no prefix.
     """
 
     def __init__(
         self, values: Any, place: str, error: type[PagellmError], prefix: str = "", name: str = "document"
     ) -> None:
-        """name: what an error calls the object itself, if it is none."""
         if not isinstance(values, Mapping):
             called = f"{place}: {prefix.removesuffix('.') or name}"
             raise bad(error, called, values, "an object with named fields")
@@ -38,7 +38,7 @@ class Fields:
         self._prefix = prefix
 
     def get(self, name: str) -> Any:
-        """The value as it is, None where there is none."""
+        """The value as it is; None where it is absent."""
         return self.values.get(name)
 
     def has(self, name: str) -> bool:

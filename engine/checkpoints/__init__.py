@@ -15,7 +15,7 @@ __all__ = ["BLOCK_SIZES", "SUPPORTED_DTYPES", "Checkpoint", "Tensor", "open_chec
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a Hugging Face directory or a GGUF file; headers are read and checked, weights are not.
+    """Opens a Hugging Face directory or a GGUF file; headers are read and checked, weights are not.
 
     Raises `CheckpointError` if the path holds no model, a broken one, or one in another format.
     """

@@ -170,7 +170,7 @@ class Checkpoint:
     files: tuple[WeightFile, ...] = field(repr=False, default=())
 
     def close(self) -> None:
-        """Close the files; no tensor can be read afterwards."""
+        """Closes the files; no tensor can be read afterwards."""
         for file in self.files:
             file.close()
 

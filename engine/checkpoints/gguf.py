@@ -55,7 +55,7 @@ _unpack_u64 = struct.Struct("<Q").unpack_from
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Open a GGUF file: all of its metadata and its table of tensors, checked."""
+    """Opens a GGUF file: all of its metadata and its table of tensors, checked."""
     file = WeightFile(path)
     try:
         if file.num_bytes < len(MAGIC) + 4 + 8 + 8:

@@ -33,7 +33,7 @@ UNSUPPORTED_SUFFIXES = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
 
 
 def open_huggingface(directory: Path) -> Checkpoint:
-    """Open a directory of config.json and safetensors."""
+    """Opens a directory of config.json and safetensors."""
     config = read_json_object(directory / CONFIG_FILE)
     with ExitStack() as opened:
 
@@ -60,8 +60,8 @@ def open_huggingface(directory: Path) -> Checkpoint:
 def _is_whole(directory: Path, tensors: dict[str, Tensor], weight_map: dict[str, str]) -> bool:
     """Whether model.safetensors is the model although there is an index, too.
 
-    It is none if it lacks tensors of the index: then it was left there by something else. If it has them all,
-    and so have the shards, nobody can tell which is meant.
+    It is not if it lacks tensors of the index: then something else left it there. If both it and the shards
+    have all of them, nobody can tell which is meant, and that is a `CheckpointError`.
     """
     if not tensors.keys() >= weight_map.keys():
         return False

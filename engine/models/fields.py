@@ -76,7 +76,7 @@ class Fields:
         return self.get(name) is not None
 
     def expect(self, name: str, *neutral: Any) -> None:
-        """Refuses a key whose value is none of those that change nothing; null and absent never do."""
+        """Refuses a key unless its value is one of these, which change nothing; null and absent are fine."""
         value = self.get(name)
         if value is not None and not any(type(value) is type(one) and value == one for one in neutral):
             raise self.error(name, value, f"{found(neutral[0])}; another value is not supported")

@@ -46,7 +46,7 @@ _LETTER_PAIRS_OF_ONE = ("ss", "st", "ff", "fi", "fl")
 
 
 class PatternError(Exception):
-    """A pattern that is none of Oniguruma's, or has no translation; says which part and where."""
+    """A pattern that Oniguruma would refuse, or that has no translation; says which part, and where."""
 
 
 class Translation(NamedTuple):
@@ -261,7 +261,7 @@ class _Parser:
         elif mode == "?":
             self._at += 1
             if is_exact_count:
-                # `a{3}?` is none or three, not three lazily.
+                # `a{3}?` matches three or nothing; it is not a lazy three.
                 return part._replace(
                     source=f"(?:(?:{part.source}){quantifier})?",
                     may_be_empty=True,

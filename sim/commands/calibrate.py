@@ -13,9 +13,8 @@ from pagellm.sim.costs.profile import ProfileCostModel, check_writable, write_pr
 
 # Of the engine; the others change nothing that is measured.
 _SETTINGS = (
-    *("quantization", "num_threads", "block_size"),
-    *("num_blocks", "max_num_seqs", "max_num_batched_tokens"),
-)
+    "quantization", "num_threads", "block_size", "num_blocks", "max_num_seqs", "max_num_batched_tokens",
+)  # fmt: skip
 _NUM_SWAP_BLOCKS = 8  # of a second tier in memory, so that moving blocks there can be timed
 _MOST_DISTURBED, _MOST_ERROR = 0.1, 0.1  # beyond these it is better to measure again
 

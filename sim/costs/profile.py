@@ -97,10 +97,11 @@ class ProfileCostModel(CostModel):
     a query and a key. A step with decodes as well takes what both parts take alone, less what the table of
     mixed steps says is saved, and never less than the longer part. Blocks of another size than the measured
     ones are moved in time proportional to their size.
+
+    place: what errors call the profile. Raises `ProfileError`.
     """
 
     def __init__(self, profile: dict[str, Any], place: str = "profile") -> None:
-        """place: what errors call the profile. Raises `ProfileError`."""
         fields = Fields(profile, place, ProfileError, name="profile")
         check_version(fields)
         self._profile = profile

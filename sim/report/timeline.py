@@ -100,9 +100,8 @@ class Timeline:
         for name in ("running", "waiting", "swapped", "batch_tokens", "used_blocks"):
             integrals = (getattr(bucket, f"{name}_time") for bucket in self.buckets)
             series[name] = [i / span if span else 0.0 for i, span in zip(integrals, spans, strict=True)]
-        for name in (
-            *("peak_blocks", "preemptions", "arrivals", "finished", "prefill_tokens", "decode_tokens"),
-        ):
+        counts = ("peak_blocks", "preemptions", "arrivals", "finished", "prefill_tokens", "decode_tokens")
+        for name in counts:
             series[name] = [getattr(bucket, name) for bucket in self.buckets]
         for name in ("unwritten_share", "cached_share"):
             series[name] = self.sampled(f"{name}s")

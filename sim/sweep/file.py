@@ -65,13 +65,14 @@ class Point:
 class ResultsFile:
     """The replays of one sweep that are known, in a file if there is one.
 
+    defaults: the engine's settings where none are given.
+
     A last line without an end was torn by the end of its writer, and is cut off. Raises `ConfigError` for a
     file that belongs to another trace or other step times or cannot be used, `ReportError` for one that holds
     something else.
     """
 
     def __init__(self, path: Path | None, identity: Identity, defaults: EngineConfig) -> None:
-        """defaults: the engine's settings where none are given."""
         self._path = path
         self._identity = identity
         self._defaults = defaults

@@ -35,10 +35,12 @@ _EXPECTED = {bool: "true or false", int: "an integer", float: "a finite number",
 
 
 class Grid:
-    """The product of some settings' values; `axes` has the values of each in the order in which they came."""
+    """The product of some settings' values; `axes` has the values of each in the order in which they came.
+
+    Raises `ConfigError` for a name that is no setting, and for one without values.
+    """
 
     def __init__(self, axes: Mapping[str, Iterable[Value]]) -> None:
-        """Raises `ConfigError` for a name that is no setting, and for one without values."""
         self.axes = {name: tuple(dict.fromkeys(values)) for name, values in axes.items()}
         for name, values in self.axes.items():
             _type_of(name)

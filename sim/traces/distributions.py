@@ -35,8 +35,7 @@ def length(name: str, spec: str) -> DrawLength:
     """Tokens, at least 1: as `duration`, rounded, or one of two more.
 
     "zipf:EXPONENT,MAX" is n with a probability in proportion to n ** -EXPONENT, up to MAX. "empirical:PATH"
-    draws
-    from the requests of a trace: their output lengths if name is "output_len", else their prompts'.
+    draws from the requests of a trace: their output lengths if name is "output_len", else their prompts'.
     name: what an error, a `TraceError`, calls it.
     """
     kind, _, path = spec.partition(":")

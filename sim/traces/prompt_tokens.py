@@ -1,9 +1,8 @@
 """Token ids that stand for a trace's prompts, so that prompts share tokens exactly where the trace says so.
 
 A trace that gives hash ids or lengths in the place of texts says which contents are equal, not what they are.
-Any
-tokens serve, if equal contents get equal tokens and different ones differ early and everywhere: then a prefix
-cache with blocks of any size finds the shared prefixes and nothing else.
+Any tokens serve, if equal contents get equal tokens and different ones differ early and everywhere: then a
+prefix cache with blocks of any size finds the shared prefixes and nothing else.
 """
 
 from array import array
@@ -25,8 +24,7 @@ class Encoder(Protocol):
 
 
 class PromptTokens:
-    """Turns requests into token ids below vocab_size, the same ones whenever and in whatever order it is
-    asked.
+    """Turns requests into token ids below vocab_size, always the same ones, in whatever order it is asked.
 
     A piece of content repeats a group of a few tokens, cut to the piece's length. The group is a Reed-Solomon
     code of the content's number: the number's digits in base p, the largest prime up to vocab_size, are the

@@ -24,8 +24,9 @@ from pagellm.sim.traces.trace import Trace
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What to make; a bad value is a `TraceError` that names it. Distributions are written as in
-    distributions.py.
+    """What to make; a bad value is a `TraceError` that names it.
+
+    Distributions are written as in distributions.py.
 
     num_requests: of the whole trace. seed: any integer; equal workloads give equal traces.
     arrivals: when conversations begin; where they have one turn, that is when requests arrive.

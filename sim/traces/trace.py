@@ -50,6 +50,8 @@ class Trace:
 
     Requests are read or made one at a time, so a trace may be larger than memory. (Not so a JSON document,
     whose requests may stand in any order and are sorted.) An error ends the iteration that meets it.
+
+    requests: begins a new iteration, in order of arrival. format: of the file that they are from.
     """
 
     def __init__(
@@ -59,7 +61,6 @@ class Trace:
         left_out: LeftOut | None = None,
         format: str | None = None,
     ) -> None:
-        """requests: begins a new iteration, in order of arrival. format: of the file that they are from."""
         self._requests = requests
         self.name = name
         self.format = format
@@ -84,8 +85,10 @@ class Trace:
 
     @property
     def num_dropped(self) -> int:
-        """Records that the latest iteration dropped, in whatever format: with nothing to generate, there is
-        nothing to replay. (A conversation of ShareGPT's is one where no human is answered.)"""
+        """Records that the latest iteration dropped because they have nothing to generate, in any format.
+
+        A conversation of ShareGPT's is one of them where no human is answered.
+        """
         return self._left_out.num_dropped
 
     @classmethod

@@ -62,7 +62,7 @@ function linePlot(image, { series, xs, xFormat, yFormat, limit = null, descripti
     }));
 }
 
-// rows and columns are values of settings; cell(row, column) is {value, title}, a value of null is none.
+// rows and columns are values of settings; cell(row, column) is {value, title}, a value of null is drawn as an empty cell.
 function heatMap(image, { rows, columns, cell, format, description }) {
   const width = image.parentNode.clientWidth;
   if (!width) return;
