@@ -31,8 +31,7 @@ def read_generation_defaults(path: Path) -> dict[str, Any]:
 
     A file whose `do_sample` is false is greedy, whatever filters it has. Warns of what is not supported.
 
-    Raises:
-        CheckpointError: the file cannot be read, or has a value that no request could have.
+    Raises `CheckpointError` if the file cannot be read, or has a value that no request could have.
     """
     values = read_json_object_if_present(path)
     defaults = {ours: values[theirs] for theirs, ours in _NAMES.items() if values.get(theirs) is not None}

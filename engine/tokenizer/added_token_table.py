@@ -7,9 +7,8 @@ file whose ids are others describes a tokenizer that the library would not make,
 from collections.abc import Mapping
 from dataclasses import replace
 
-from pagellm.engine.errors import CheckpointError
+from pagellm.engine.errors import CheckpointError, found
 from pagellm.engine.tokenizer.added_tokens import AddedToken
-from pagellm.engine.tokenizer.checks import found
 
 
 class AddedTokenTable:
@@ -36,8 +35,7 @@ class AddedTokenTable:
     def add(self, token: AddedToken, where: str) -> None:
         """Adds a token, or changes how one that is there is recognised.
 
-        Raises:
-            CheckpointError: it says another id than the library would give it.
+        Raises `CheckpointError` if it says another id than the library would give it.
         """
         expected = self.id_of(token.content)
         if token.id != expected:

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from heapq import heappop, heappush
 from itertools import pairwise
 
-from pagellm.engine.errors import CheckpointError
+from pagellm.engine.errors import CheckpointError, found
 from pagellm.engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
-from pagellm.engine.tokenizer.checks import found
 
 _NO_MERGE = -1
 _MERGED_AWAY = -1
@@ -23,8 +22,8 @@ class Bpe:
     `vocab` (some vocabularies leave out bytes that their training text never had) becomes `unk_token`, or is
     dropped where there is none: what the reference implementations do.
 
-    Raises:
-        CheckpointError: a merge is not a pair of tokens of `vocab`, or makes a token that `vocab` lacks.
+    Raises `CheckpointError` if a merge is not a pair of tokens of `vocab`, or makes a token that `vocab`
+    lacks.
     """
 
     def __init__(
@@ -47,8 +46,7 @@ class Bpe:
         With `ignore_merges`, a word that is a token as it stands is that token, whatever the merges would
         make of it.
 
-        Raises:
-            UnicodeEncodeError: the word has a lone surrogate, which no UTF-8 can express.
+        Raises `UnicodeEncodeError` if the word has a lone surrogate, which no UTF-8 can express.
         """
         data = word.encode("utf-8")
         if self._ignore_merges:

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pagellm.engine.errors import CheckpointError
-from pagellm.engine.tokenizer.checks import expect, found, read_text
+from pagellm.engine.errors import CheckpointError, found
+from pagellm.engine.tokenizer.checks import expect, read_text
 
 _MAX_TEMPLATE_BYTES = 1 << 20
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -16,8 +16,7 @@ def read_chat_templates(directory: Path, tokenizer_config: Mapping[str, Any]) ->
 
     They are `chat_template.jinja` and `additional_chat_templates/NAME.jinja`, or else the configuration's.
 
-    Raises:
-        CheckpointError: one cannot be read, or the configuration has something else in its place.
+    Raises `CheckpointError` if one cannot be read, or the configuration has something else in its place.
     """
     templates = {}
     if (directory / "chat_template.jinja").exists():
@@ -48,8 +47,7 @@ def read_template_tokens(files: Mapping[str, Mapping[str, Any]]) -> dict[str, st
 
     files: what the files hold, by their paths.
 
-    Raises:
-        CheckpointError: a role has something else than a token.
+    Raises `CheckpointError` if a role has something else than a token.
     """
     tokens = {}
     for path, values in files.items():

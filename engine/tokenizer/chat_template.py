@@ -51,23 +51,21 @@ class ChatTemplate:
     ) -> str:
         """The prompt text of the conversation.
 
-        Args:
-            messages: each a mapping with a string `role` and a `content`: a string, or a list of parts
-                {"type": "text", "text": ...}, which a template that does not go through parts sees joined by
-                line ends. It may be left out beside `tool_calls` or what the model thought. Names whose value
-                is None are left out.
-            tools: descriptions of functions (JSON schemas), for templates that know tools.
-            add_generation_prompt: end with the header of the assistant's turn, so that the model answers.
-                None: unless the final message is continued.
-            continue_final_message: end with the last message's content, so that the model goes on with it.
-            chat_template: the name of one of several templates. None: "tool_use" with tools, if there is one,
-                else "default".
-            control_tokens: marks them in every string of messages, tools and variables.
-            variables: further names for the template to see.
+        messages: each a mapping with a string `role` and a `content`: a string, or a list of parts
+        {"type": "text", "text": ...}, which a template that does not go through parts sees joined
+        by line ends. It may be left out beside `tool_calls` or what the model thought. Names whose value is
+        None are left out.
+        tools: descriptions of functions (JSON schemas), for templates that know tools.
+        add_generation_prompt: end with the header of the assistant's turn, so that the model answers. None:
+        unless the final message is continued.
+        continue_final_message: end with the last message's content, so that the model goes on with it.
+        chat_template: the name of one of several templates. None: "tool_use" with tools, if there is one,
+        else "default".
+        control_tokens: marks them in every string of messages, tools and variables.
+        variables: further names for the template to see.
 
-        Raises:
-            RequestError: malformed messages, or messages that the template refuses or fails on.
-            CheckpointError: a template that does not parse, breaks out of the sandbox or runs without end.
+        Raises `RequestError` for malformed messages, or messages that the template refuses or fails on, and
+        `CheckpointError` for a template that does not parse, breaks out of the sandbox or runs without end.
         """
         flag("continue_final_message", continue_final_message)
         if add_generation_prompt is None:

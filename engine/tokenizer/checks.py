@@ -9,8 +9,6 @@ from pagellm.engine.checks import JsonError, parse_json
 from pagellm.engine.errors import CheckpointError, found
 from pagellm.engine.files import MAX_TEXT_BYTES, read_plain_text
 
-__all__ = ["expect", "found", "read_json_object", "read_json_object_if_present", "read_text"]
-
 T = TypeVar("T")
 
 # Escapes of JSON that may be half a character.
@@ -28,8 +26,7 @@ _JSON_NAMES: dict[type, str] = {
 def expect(value: object, kind: type[T], where: str) -> T:
     """`value` itself if it is of exactly that JSON type (so `true` is no integer).
 
-    Raises:
-        CheckpointError: it is of another type.
+    Raises `CheckpointError` if it is of another type.
     """
     if type(value) is not kind:
         raise CheckpointError(f"{where}: found {found(value)}, expected {_JSON_NAMES[kind]}")
@@ -39,8 +36,7 @@ def expect(value: object, kind: type[T], where: str) -> T:
 def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """The file's text: UTF-8, a byte order mark at its beginning left out, with "\\n" between lines.
 
-    Raises:
-        CheckpointError: the file cannot be read, is too long or no plain file, or is no UTF-8.
+    Raises `CheckpointError` if the file cannot be read, is too long or no plain file, or is no UTF-8.
     """
     try:
         return read_plain_text(path, max_bytes)
@@ -54,9 +50,8 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object that the file holds.
 
-    Raises:
-        CheckpointError: the file cannot be read, is no JSON, or holds something other than an object, or a
-            lone surrogate.
+    Raises `CheckpointError` if the file cannot be read, is no JSON, or holds something other than an object,
+    or a lone surrogate.
     """
     text = read_text(path)
     try:

@@ -25,8 +25,7 @@ class IncrementalDetokenizer:
     def append(self, token_id: int) -> str:
         """The text that this token completes: "" while a character is unfinished.
 
-        Raises:
-            RequestError: an id that the model cannot produce.
+        Raises `RequestError` for an id that the model cannot produce.
         """
         data = self._tokenizer.token_bytes(token_id)
         return "" if token_id in self._skipped else self._decoder.decode(data)

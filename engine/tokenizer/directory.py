@@ -11,13 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pagellm.engine.errors import CheckpointError
+from pagellm.engine.errors import CheckpointError, found
 from pagellm.engine.tokenizer.added_token_table import AddedTokenTable
 from pagellm.engine.tokenizer.added_tokens import AddedToken
 from pagellm.engine.tokenizer.chat_files import read_chat_templates, read_template_tokens
 from pagellm.engine.tokenizer.checks import (
     expect,
-    found,
     read_json_object,
     read_json_object_if_present,
     read_text,
@@ -55,8 +54,7 @@ _OTHER_FORMATS = {
 def read_directory(directory: Path) -> TokenizerSpec:
     """The tokenizer of a model's directory; where there is none, one without a vocabulary.
 
-    Raises:
-        CheckpointError: a tokenizer that cannot be read or is not supported.
+    Raises `CheckpointError` for a tokenizer that cannot be read or is not supported.
     """
     path = directory / "tokenizer_config.json"
     config = read_json_object_if_present(path)

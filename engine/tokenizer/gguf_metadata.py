@@ -7,10 +7,10 @@ The keys are those of the GGUF specification (`tokenizer.ggml.*`). Only byte-lev
 from collections.abc import Mapping
 from typing import Any
 
-from pagellm.engine.errors import CheckpointError
+from pagellm.engine.errors import CheckpointError, found
 from pagellm.engine.tokenizer import pretokenizers
 from pagellm.engine.tokenizer.added_tokens import AddedToken
-from pagellm.engine.tokenizer.checks import expect, found
+from pagellm.engine.tokenizer.checks import expect
 from pagellm.engine.tokenizer.spec import NO_TOKENIZER, TokenizerSpec
 
 _PREFIX = "tokenizer.ggml."
@@ -28,8 +28,7 @@ _END_OF_TURN = frozenset(
 def read_gguf_metadata(metadata: Mapping[str, Any]) -> TokenizerSpec:
     """The tokenizer that the metadata describes; where it describes none, one without a vocabulary.
 
-    Raises:
-        CheckpointError: a key is missing, malformed, or names something that is not supported.
+    Raises `CheckpointError` if a key is missing, malformed, or names something that is not supported.
     """
     if f"{_PREFIX}tokens" not in metadata:
         return NO_TOKENIZER

@@ -18,18 +18,16 @@ def load_tokenizer(
 ) -> Tokenizer:
     """The tokenizer of a checkpoint.
 
-    Args:
-        source: a model's directory (`tokenizer.json`, or `vocab.json` and `merges.txt`), or a GGUF file's
-            metadata.
-        model_vocab_size: how many ids the model can produce, where that is known better than from the source.
-            An id below it that no token has decodes to nothing; an id from it on is an error.
+    source: a model's directory (`tokenizer.json`, or `vocab.json` and `merges.txt`), or a GGUF file's
+    metadata.
+    model_vocab_size: how many ids the model can produce, where that is known better than from the source. An
+    id below it that no token has decodes to nothing; an id from it on is an error.
 
     A tokenizer that has ids which the model lacks is loaded with a line that says so on standard error: a
     prompt with one of them is refused. Where there is no tokenizer, or none of a format that is read, the
     result has `vocab_size` 0, takes no text and says why (`absence`).
 
-    Raises:
-        CheckpointError: the tokenizer cannot be found, read or supported.
+    Raises `CheckpointError` if the tokenizer cannot be found, read or supported.
     """
     if isinstance(source, Mapping):
         spec = read_gguf_metadata(source)

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from pagellm.engine.errors import found as _shown
 from pagellm.engine.tokenizer.character_sets import (
     MEMBERS,
     NAME_OF_SHORTHAND,
@@ -18,7 +19,6 @@ from pagellm.engine.tokenizer.character_sets import (
     POSIX_BRACKETS,
     WITH_UNASSIGNED,
 )
-from pagellm.engine.tokenizer.checks import found as _shown
 
 _MAX_LENGTH = 10_000
 _MAX_DEPTH = 50
@@ -64,8 +64,7 @@ class Translation(NamedTuple):
 def translate(pattern: str) -> Translation:
     """What Oniguruma understands by the pattern.
 
-    Raises:
-        PatternError: it cannot be read, cannot be translated, or is out of bounds.
+    Raises `PatternError` if it cannot be read, cannot be translated, or is out of bounds.
     """
     if len(pattern) > _MAX_LENGTH:
         raise PatternError(f"{len(pattern)} characters, expected at most {_MAX_LENGTH}")

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import regex
 
-from pagellm.engine.errors import CheckpointError, RequestError
+from pagellm.engine.errors import CheckpointError, RequestError, found
 from pagellm.engine.tokenizer.character_sets import NEWER_CHARACTERS
-from pagellm.engine.tokenizer.checks import expect, found
+from pagellm.engine.tokenizer.checks import expect
 from pagellm.engine.tokenizer.oniguruma import (
     PatternError,
     Translation,
@@ -151,8 +151,7 @@ class Pretokenizer:
 
     None among them puts a space before each piece that begins with another character.
 
-    Raises:
-        PatternError: `regex` refuses a translation.
+    Raises `PatternError` if `regex` refuses a translation.
     """
 
     def __init__(self, patterns: Sequence[Translation | None]) -> None:
@@ -175,8 +174,7 @@ class Pretokenizer:
     def __call__(self, text: str) -> list[str]:
         """The words of the text; joined they give it back, but for a prefixed space.
 
-        Raises:
-            RequestError: a pattern that came with the model takes too long on this text.
+        Raises `RequestError` if a pattern that came with the model takes too long on this text.
         """
         stages = self._stages
         if not text.isascii() and _NEWER_CHARACTER.search(text):
@@ -207,8 +205,7 @@ class Pretokenizer:
 def from_gguf_name(pre: str) -> tuple[Pretokenizer, GgufPretokenizer]:
     """The pre-tokenizer that a GGUF file names in `tokenizer.ggml.pre`.
 
-    Raises:
-        CheckpointError: the name is not one of those supported.
+    Raises `CheckpointError` if the name is not one of those supported.
     """
     if pre not in GGUF_PRETOKENIZERS:
         raise CheckpointError(
@@ -223,8 +220,7 @@ def from_tokenizer_json(section: object, where: str) -> Pretokenizer:
 
     `ByteLevel` alone, or a `Sequence` of `Split` and `Digits` that ends with `ByteLevel`.
 
-    Raises:
-        CheckpointError: another type, or a setting or pattern that is not supported.
+    Raises `CheckpointError` for another type, or a setting or pattern that is not supported.
     """
     section = expect(section, dict, where)
     if section.get("type") != "Sequence":

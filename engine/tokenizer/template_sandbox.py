@@ -35,12 +35,10 @@ _MAX_DATE_FORMAT_CHARS = 1000
 class SandboxedTemplate:
     """One compiled template.
 
-    Attributes:
-        takes_content_parts: whether it goes through a message's content as a list of parts.
-        literals: all text that stands in it to be written, a NUL between any two.
+    takes_content_parts: whether it goes through a message's content as a list of parts.
+    literals: all text that stands in it to be written, a NUL between any two.
 
-    Raises:
-        CheckpointError: the source does not parse.
+    Raises `CheckpointError` if the source does not parse.
     """
 
     def __init__(self, source: str) -> None:
@@ -63,9 +61,8 @@ class SandboxedTemplate:
     def render(self, variables: dict[str, Any]) -> str:
         """The template's output. The variables are of JSON's types.
 
-        Raises:
-            RequestError: the template refuses these variables, or fails on them.
-            CheckpointError: the template breaks the sandbox's rules.
+        Raises `RequestError` if the template refuses these variables, or fails on them, and `CheckpointError`
+        if the template breaks the sandbox's rules.
         """
         try:
             input_size = Budget(0).size(variables)

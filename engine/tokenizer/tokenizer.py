@@ -30,19 +30,16 @@ class Tokenizer:
     `decode(encode(text)) == text` for every valid Unicode text, if the tokenizer has no normaliser, adds no
     prefix space or BOS, and has an entry for each byte. Safe to use from several threads.
 
-    Attributes:
-        vocab_size: the highest id plus one, added tokens included.
-        model_vocab_size: the number of ids that the model can produce, at least `vocab_size`. An id that no
-            token has (padding of the model's vocabulary) stands for no bytes.
-        bos_token_id, eos_token_ids: the ids that begin a text, and all that end a turn (its own end token
-            first).
-        special_ids: the ids of all special tokens.
-        add_bos_token: whether `encode` puts the BOS first.
-        chat_template: the model's chat template, if it has one.
-        absence: why there is no tokenizer, where `vocab_size` is 0.
+    vocab_size: the highest id plus one, added tokens included.
+    model_vocab_size: the number of ids that the model can produce, at least `vocab_size`. An id that no token
+    has (padding of the model's vocabulary) stands for no bytes.
+    bos_token_id, eos_token_ids: the ids that begin a text, and all that end a turn (its own end token first).
+    special_ids: the ids of all special tokens.
+    add_bos_token: whether `encode` puts the BOS first.
+    chat_template: the model's chat template, if it has one.
+    absence: why there is no tokenizer, where `vocab_size` is 0.
 
-    Raises:
-        CheckpointError: the parts of the description contradict each other.
+    Raises `CheckpointError` if the parts of the description contradict each other.
     """
 
     def __init__(self, spec: TokenizerSpec) -> None:
@@ -83,14 +80,12 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """The ids of the text.
 
-        Args:
-            add_special_tokens: put the BOS first, if this tokenizer is configured to (`add_bos_token`).
-            parse_special: recognise special tokens that are written out in the text. Without it a user's text
-                cannot forge an end of turn.
+        add_special_tokens: put the BOS first, if this tokenizer is configured to (`add_bos_token`).
+        parse_special: recognise special tokens that are written out in the text. Without it a user's text
+        cannot forge an end of turn.
 
-        Raises:
-            RequestError: not a string, a text with a lone surrogate (which has no UTF-8), or any
-                text where the checkpoint brought no tokenizer.
+        Raises `RequestError` for what is not a string, a text with a lone surrogate (which has no UTF-8), and
+        any text where the checkpoint brought no tokenizer.
         """
         if not isinstance(text, str):
             raise RequestError(f"text: found {found(text)}, expected a string")
@@ -115,8 +110,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD.
 
-        Raises:
-            RequestError: an id outside `0 .. model_vocab_size - 1`.
+        Raises `RequestError` for an id outside `0 .. model_vocab_size - 1`.
         """
         ids = list(ids)
         table = self._bytes_without_special if skip_special_tokens else self._bytes_of_id
@@ -131,8 +125,7 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for: often a part of a character only.
 
-        Raises:
-            RequestError: an id outside `0 .. model_vocab_size - 1`.
+        Raises `RequestError` for an id outside `0 .. model_vocab_size - 1`.
         """
         try:
             if token_id >= 0:
@@ -166,12 +159,10 @@ class Tokenizer:
 
         The template writes every special token itself, so encode the result with `add_special_tokens=False`.
 
-        Args:
-            messages, options: as `ChatTemplate.render` takes them.
+        messages, options: as `ChatTemplate.render` takes them.
 
-        Raises:
-            RequestError: the model has no chat template, or the template refuses the messages.
-            CheckpointError: the template itself is broken or hostile.
+        Raises `RequestError` if the model has no chat template, or the template refuses the messages, and
+        `CheckpointError` if the template itself is broken or hostile.
         """
         return self._own_chat_template.render(messages, **options)
 
@@ -180,15 +171,13 @@ class Tokenizer:
     ) -> list[int]:
         """The ids of a conversation as `apply_chat_template` lays it out, up to where the answer begins.
 
-        Args:
-            sanitize_control_tokens: control tokens that messages, tools or variables write out are text, so
-                that nobody can forge an end of turn. What has none in it gets the same ids either way. They
-                are the special tokens, and those other added ones that the template itself writes.
-            messages, options: as `ChatTemplate.render` takes them.
+        sanitize_control_tokens: control tokens that messages, tools or variables write out are text, so that
+        nobody can forge an end of turn. What has none in it gets the same ids either way. They are the
+        special tokens, and those other added ones that the template itself writes.
+        messages, options: as `ChatTemplate.render` takes them.
 
-        Raises:
-            RequestError, CheckpointError: as `apply_chat_template`. With sanitize_control_tokens also for a
-                role that is not one of the usual ones.
+        Raises `RequestError` and `CheckpointError` as `apply_chat_template`. With sanitize_control_tokens
+        also for a role that is not one of the usual ones.
         """
         if not flag("sanitize_control_tokens", sanitize_control_tokens):
             return self.encode(self.apply_chat_template(messages, **options), add_special_tokens=False)

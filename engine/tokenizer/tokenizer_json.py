@@ -8,20 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pagellm.engine.errors import CheckpointError
+from pagellm.engine.errors import CheckpointError, found
 from pagellm.engine.tokenizer import pretokenizers
 from pagellm.engine.tokenizer.added_token_table import AddedTokenTable
 from pagellm.engine.tokenizer.added_tokens import AddedToken
 from pagellm.engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
-from pagellm.engine.tokenizer.checks import expect, found, read_json_object
+from pagellm.engine.tokenizer.checks import expect, read_json_object
 from pagellm.engine.tokenizer.spec import MAX_ID, TokenizerSpec
 
 
 def read_tokenizer_json(path: Path) -> TokenizerSpec:
     """The tokenizer that the file describes.
 
-    Raises:
-        CheckpointError: the file cannot be read, or describes something that is not supported.
+    Raises `CheckpointError` if the file cannot be read, or describes something that is not supported.
     """
     data = read_json_object(path)
     model = expect(data.get("model"), dict, f"{path}: model")
@@ -69,8 +68,7 @@ def read_tokenizer_json(path: Path) -> TokenizerSpec:
 def check_vocab(value: object, where: str) -> dict[str, int]:
     """A vocabulary: token to id, each id once.
 
-    Raises:
-        CheckpointError: it is none.
+    Raises `CheckpointError` if it is not one.
     """
     vocab = expect(value, dict, where)
     ids = vocab.values()
@@ -89,8 +87,7 @@ def check_vocab(value: object, where: str) -> dict[str, int]:
 def read_added_token(entry: object, where: str, token_id: object = None) -> AddedToken:
     """One entry of `added_tokens`, or of `added_tokens_decoder`, where the id stands outside.
 
-    Raises:
-        CheckpointError: a field is missing or of the wrong type.
+    Raises `CheckpointError` if a field is missing or of the wrong type.
     """
     entry = expect(entry, dict, where)
     content = expect(entry.get("content"), str, f"{where}.content")
@@ -106,8 +103,7 @@ def read_added_token(entry: object, where: str, token_id: object = None) -> Adde
 def read_flags(entry: Mapping[str, Any], where: str, *, special: bool = False) -> dict[str, bool]:
     """How an added token is recognised; `special` where the entry does not say.
 
-    Raises:
-        CheckpointError: one is neither true nor false.
+    Raises `CheckpointError` if one is neither true nor false.
     """
     special = expect(entry.get("special", special), bool, f"{where}.special")
     flags = {"special": special}
