@@ -167,13 +167,13 @@ def counted(counters):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def called_again(call, numbers, factor, out):  # type: ignore[no-untyped-def]
+def called_again(thread, numbers, factor, out):  # type: ignore[no-untyped-def]
     """Call 0 makes calls 1 and 2 before it does its own share."""
-    if call == 0:
+    if thread == 0:
         code, arguments = simd.this_call()
         simd.call_again(code, arguments, 1)
         simd.call_again(code, arguments, 2)
-    out[call] = numbers[call] * factor
+    out[thread] = numbers[thread] * factor
 
 
 def exp_of(x: NDArray[np.float32]) -> Matrix:
