@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 
 from pagellm.engine.errors import RequestError, TraceError
 from pagellm.engine.outputs import FinishReason
-from pagellm.engine.sampling_params import SamplingParams
 from pagellm.engine.step_log import StepRecorder
 from pagellm.sim.report.metrics import MetricsCollector
 from pagellm.sim.report.perfetto import PerfettoTrace
 from pagellm.sim.report.schema import Report
 from pagellm.sim.traces.prompt_tokens import PromptTokens
-from pagellm.sim.traces.request import TraceRequest
 from pagellm.sim.traces.trace import SKIP_BAD, Trace
 
 if TYPE_CHECKING:
@@ -100,7 +98,7 @@ def _serve(
                 engine.add_request(
                     request_id,
                     prompt_tokens(upcoming).tolist(),
-                    _params(upcoming),
+                    upcoming.sampling_params(),
                     arrival_time=arrival,
                 )
             except (RequestError, TraceError) as error:
@@ -122,14 +120,3 @@ def _serve(
                     raise TraceError(f"{output.request_id}: {output.outputs[0].error}")
                 if progress is not None:
                     progress(num_ended, engine.now())
-
-
-def _params(request: TraceRequest) -> SamplingParams:
-    return SamplingParams(
-        temperature=0,
-        max_tokens=request.output_len,
-        ignore_eos=True,
-        priority=request.priority,
-        tenant=request.tenant or "",
-        deadline_s=request.deadline_s,
-    )

@@ -257,13 +257,7 @@ class _Replay:
         if params is None:
             if len(self._params) >= _MAX_PARAMS:
                 self._params.clear()
-            params = self._params[key] = SamplingParams(
-                max_tokens=request.output_len,
-                ignore_eos=True,
-                priority=request.priority,
-                tenant=request.tenant or "",
-                deadline_s=request.deadline_s,
-            )
+            params = self._params[key] = request.sampling_params()
         sequence = Sequence(self._num_sequences, prompt, params, request_id=request.id)
         self._num_sequences += 1
         return sequence

@@ -15,8 +15,8 @@ from pagellm.sim.commands.trace import PROGRESS_INTERVAL_S, add_trace_input, lis
 from pagellm.sim.costs.cost_model import CostModel
 from pagellm.sim.costs.profile import ProfileCostModel
 from pagellm.sim.report.metrics import SLO_NAMES
-from pagellm.sim.report.report import compare, compare_json, load_report, to_html, to_text
-from pagellm.sim.report.schema import Report
+from pagellm.sim.report.report import compare, compare_json, to_html, to_text
+from pagellm.sim.report.schema import Report, load_report
 from pagellm.sim.router import ROUTERS
 from pagellm.sim.simulator import Simulator
 from pagellm.sim.sweep.sweep import CostSource

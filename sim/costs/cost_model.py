@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
 from pagellm.engine.checks import JsonError, flag, parse_json
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError, ProfileError
+from pagellm.engine.scheduling.block_manager import TransferKind
 from pagellm.engine.scheduling.scheduler import PreemptionCosts, ScheduledBatch
 from pagellm.sim.fields import read_lines
 
@@ -132,6 +133,12 @@ class CostModel(ABC):
     @abstractmethod
     def step_time(self, batch: ScheduledBatch) -> float:
         """Seconds from scheduling a batch, as `schedule` returned it, to having its tokens."""
+
+    def transfer_time(self, batch: ScheduledBatch, copy_block_s: float) -> float:
+        """Seconds of the batch's transfers, where a copy of a block takes so long."""
+        num_copies = sum(transfer.kind is TransferKind.COPY for transfer in batch.transfers)
+        num_swaps = len(batch.transfers) - num_copies
+        return num_copies * copy_block_s + num_swaps * self.costs.swap_block_s
 
     def block_bytes(self, block_size: int) -> int | None:
         """Bytes of a KV block of so many tokens, if they are known."""

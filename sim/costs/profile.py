@@ -39,7 +39,6 @@ from typing import Any
 from pagellm.engine.checks import LARGEST, number
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError, ProfileError
-from pagellm.engine.scheduling.block_manager import TransferKind
 from pagellm.engine.scheduling.scheduler import PreemptionCosts, ScheduledBatch
 from pagellm.sim.costs.cost_model import CostModel, StepTimeError, shape_of
 from pagellm.sim.fields import Fields, read_json
@@ -158,9 +157,7 @@ class ProfileCostModel(CostModel):
         num_decodes, context, prefills = shape_of(batch)
         total = self._measured.step_s + self._measured.sequence_s * len(batch.sequences)
         if batch.transfers:
-            num_copies = sum(transfer.kind is TransferKind.COPY for transfer in batch.transfers)
-            num_swaps = len(batch.transfers) - num_copies
-            total += num_copies * self._copy_block_s + num_swaps * self.costs.swap_block_s
+            total += self.transfer_time(batch, self._copy_block_s)
         decode_s = self._decode(num_decodes, context / num_decodes) if num_decodes else 0.0
         if not prefills:
             return total + max(0.0, decode_s)

@@ -8,7 +8,6 @@ from typing import Any
 from pagellm.engine.checks import SMALLEST, integer, number
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError
-from pagellm.engine.scheduling.block_manager import TransferKind
 from pagellm.engine.scheduling.scheduler import PreemptionCosts, ScheduledBatch
 from pagellm.sim.costs.cost_model import CostModel, shape_of
 
@@ -147,9 +146,7 @@ class RooflineCostModel(CostModel):
         memory_s = self._weights_s + (context + num_tokens) * self._kv_token_s
         total = self._step_overhead_s + len(batch.sequences) * self._sequence_overhead_s
         if batch.transfers:
-            num_copies = sum(transfer.kind is TransferKind.COPY for transfer in batch.transfers)
-            num_swaps = len(batch.transfers) - num_copies
-            total += num_copies * self._copy_block_s + num_swaps * self.costs.swap_block_s
+            total += self.transfer_time(batch, self._copy_block_s)
         return total + max(compute_s, memory_s) + num_tokens * self._exchange_s
 
     def block_bytes(self, block_size: int) -> int:

@@ -16,12 +16,7 @@ from typing import Any, cast
 
 from pagellm.engine.errors import ReportError
 from pagellm.sim.costs.cost_model import StepTimeError
-from pagellm.sim.report.schema import Goodput, Load, Report, Summary, check_report, load_report
-
-__all__ = [
-    "check_report", "compare", "compare_json", "error_percent", "load_report", "number_text",
-    "profile_error_text", "seconds_text", "to_html", "to_text", "write_page",
-]  # fmt: skip
+from pagellm.sim.report.schema import Goodput, Load, Report, Summary, check_report
 
 # What a replay returned, or the JSON of one.
 AnyReport = Report | Mapping[str, Any]

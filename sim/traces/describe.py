@@ -16,7 +16,7 @@ from xxhash import xxh3_64_intdigest
 
 from pagellm.sim.quantiles import quantiles
 from pagellm.sim.traces.formats import format_text
-from pagellm.sim.traces.request import BYTES_PER_TOKEN, TraceRequest, found
+from pagellm.sim.traces.request import BYTES_PER_TOKEN, TraceRequest, bad_value
 from pagellm.sim.traces.trace import Trace
 
 _MAX_REMEMBERED = 2**19
@@ -112,7 +112,7 @@ def describe(trace: Trace) -> Description:
         if request.session is not None:
             num_sessions += sessions.meet(xxh3_64_intdigest(request.session.encode()), 1) == 0
     if not prompt_lens:
-        raise found(trace.name, None, "at least one request")
+        raise bad_value(trace.name, None, "at least one request")
     return Description(
         name=trace.name,
         format=trace.format,

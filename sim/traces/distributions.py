@@ -12,7 +12,7 @@ from itertools import accumulate
 from random import Random
 from typing import TypeVar
 
-from pagellm.sim.traces.request import MAX_LEN, found
+from pagellm.sim.traces.request import MAX_LEN, bad_value
 from pagellm.sim.traces.trace import Trace
 
 Draw = Callable[[Random], float]
@@ -151,11 +151,11 @@ def _described(
     kind, _, argument = spec.partition(":")
     if kind not in kinds:
         forms = [f"{kind}:{parameters}" for kind, (_, parameters) in kinds.items()]
-        raise found(name, spec, f"one of {' '.join(forms + ([other] if other else []))}")
+        raise bad_value(name, spec, f"one of {' '.join(forms + ([other] if other else []))}")
     make, parameters = kinds[kind]
     try:
         values = [float(value) for value in argument.split(",")]
         _require(len(values) == len(parameters.split(",")) and all(0 <= v < math.inf for v in values))
         return make(*values)
     except ValueError:
-        raise found(name, spec, f"{kind}:{parameters} with numbers in their range") from None
+        raise bad_value(name, spec, f"{kind}:{parameters} with numbers in their range") from None

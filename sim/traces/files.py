@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from pagellm.engine import checks
 from pagellm.engine.errors import TraceError
-from pagellm.sim.traces.request import found
+from pagellm.sim.traces.request import bad_value
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -69,7 +69,7 @@ def parse_json(text: str) -> Any:
         return checks.parse_json(text)
     except checks.JsonError as error:
         place = "line" if error.column is None else f"column {error.column}"
-        raise found(place, text, f"JSON ({error.reason})") from None
+        raise bad_value(place, text, f"JSON ({error.reason})") from None
 
 
 def json_lines(path: Path) -> Iterator[Record]:
@@ -92,7 +92,7 @@ def csv_rows(path: Path) -> Iterator[Record]:
         try:
             cells = parse_row(decode_line(line))
             if header and len(cells) != len(header):
-                raise found("row", ",".join(cells), f"{len(header)} columns, {', '.join(header)}")
+                raise bad_value("row", ",".join(cells), f"{len(header)} columns, {', '.join(header)}")
         except TraceError as error:
             if not header:
                 raise TraceError(f"{path}:{number}: {error}") from None
@@ -109,7 +109,7 @@ def parse_row(text: str) -> list[str]:
     try:
         return [cell.strip() for cell in next(csv.reader([text], strict=True))]
     except (csv.Error, StopIteration) as error:
-        raise found("row", text.strip(), f"comma-separated values ({error})") from None
+        raise bad_value("row", text.strip(), f"comma-separated values ({error})") from None
 
 
 def _number(cell: str) -> int | float | str | None:

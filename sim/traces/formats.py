@@ -30,12 +30,12 @@ from pagellm.sim.traces.files import (
 from pagellm.sim.traces.prompt_tokens import Encoder
 from pagellm.sim.traces.request import (
     TraceRequest,
+    bad_value,
     check_integer,
     check_number,
     check_seconds,
     check_text,
     estimated_tokens,
-    found,
 )
 
 Fields = dict[str, Any]
@@ -97,7 +97,7 @@ def _mooncake(_: Encoder | None) -> Parse:
         fields = _with_hash_ids(record, MOONCAKE_BLOCK_SIZE)
         if fields["arrival_time"] != int(fields["arrival_time"]):
             expected = "whole milliseconds, as in the lines before; the format mooncake-s is of seconds"
-            raise found("timestamp", fields["arrival_time"], expected)
+            raise bad_value("timestamp", fields["arrival_time"], expected)
         yield fields
 
     return parse
@@ -164,7 +164,7 @@ def _sharegpt(tokenizer: Encoder | None) -> Parse:
         key = "items" if "conversations" not in record and "items" in record else "conversations"
         turns = record.get(key)
         if not isinstance(turns, list):
-            raise found(key, turns, "a list of turns")
+            raise bad_value(key, turns, "a list of turns")
         name = record.get("id")
         if name is not None:
             name = check_text("id", str(name) if type(name) is int else name)
@@ -224,7 +224,7 @@ def detect(path: Path, name: str | None = None) -> Format:
     is empty or in none of the formats, too.
     """
     if name is not None and name not in FORMATS:
-        raise found("format", name, f"one of {', '.join(FORMATS)}")
+        raise bad_value("format", name, f"one of {', '.join(FORMATS)}")
     next(read_lines(path), None)
     form = FORMATS[name] if name else _detect(path)
     if form.name == "mooncake" and _has_fractions(path):
@@ -266,7 +266,7 @@ def _detect(path: Path) -> Format:
         raise error or TraceError(f"{path}: found an empty file, expected at least one request")
     if error and first[1].startswith("{"):
         return FORMATS["json"]  # a document over many lines, or damaged, and then it says where
-    raise found(f"{path}:{first[0]}: format", first[1], f"one of {', '.join(FORMATS)}")
+    raise bad_value(f"{path}:{first[0]}: format", first[1], f"one of {', '.join(FORMATS)}")
 
 
 def _format_of_first_line(text: str) -> str | None:
@@ -303,7 +303,7 @@ def _format_of_fields(record: Any) -> str | None:
 
 def _with_hash_ids(record: Mapping[str, Any], block_size: int) -> Fields:
     if record.get("hash_ids") is None:
-        raise found("hash_ids", None, f"one id for each {block_size} tokens")
+        raise bad_value("hash_ids", None, f"one id for each {block_size} tokens")
     return {
         "arrival_time": check_number("timestamp", record.get("timestamp")),
         **_lengths(record, "input_length", "output_length"),
@@ -336,13 +336,13 @@ def _azure_ticks(value: Any) -> int:
             pass
         else:
             return since // timedelta(seconds=1) * AZURE_TICKS + int((fraction or "").ljust(7, "0"))
-    raise found("TIMESTAMP", value, "a time such as 2023-11-16 18:15:46.6805900")
+    raise bad_value("TIMESTAMP", value, "a time such as 2023-11-16 18:15:46.6805900")
 
 
 def _turn(place: str, turn: Any) -> tuple[str, str]:
     if not isinstance(turn, dict):
-        raise found(place, turn, 'an object with "from" and "value"')
+        raise bad_value(place, turn, 'an object with "from" and "value"')
     speaker = turn.get("from")
     if speaker not in _HUMANS + _MODELS + _OTHERS:
-        raise found(f"{place}.from", speaker, f"one of {', '.join(_HUMANS + _MODELS + _OTHERS)}")
+        raise bad_value(f"{place}.from", speaker, f"one of {', '.join(_HUMANS + _MODELS + _OTHERS)}")
     return speaker, check_text(f"{place}.value", turn.get("value"), empty=True)

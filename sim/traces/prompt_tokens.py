@@ -10,7 +10,7 @@ from math import isqrt
 from typing import Protocol
 
 from pagellm.engine.errors import TraceError
-from pagellm.sim.traces.request import MAX_HASH_ID, TraceRequest, check_integer, found
+from pagellm.sim.traces.request import MAX_HASH_ID, TraceRequest, bad_value, check_integer
 
 # Contents are numbered: hash ids as they are, and above them the prompts of which only the length is known.
 _CONTENT_BITS = 65
@@ -52,7 +52,7 @@ class PromptTokens:
         """
         if request.prompt is not None:
             if self._tokenizer is None:
-                raise found("prompt", request.prompt, "a tokenizer for it, or prompts as ids or lengths")
+                raise bad_value("prompt", request.prompt, "a tokenizer for it, or prompts as ids or lengths")
             return self._checked(array("i", self._tokenizer.encode(request.prompt)))
         if request.prompt_token_ids is not None:
             return self._checked(array("i", request.prompt_token_ids))
@@ -86,5 +86,5 @@ class PromptTokens:
             raise TraceError("prompt: found no tokens, expected at least one")
         if not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
             bad = min(tokens) if min(tokens) < 0 else max(tokens)
-            raise found("prompt_token_ids", bad, f"ids below the vocabulary's size, {self.vocab_size}")
+            raise bad_value("prompt_token_ids", bad, f"ids below the vocabulary's size, {self.vocab_size}")
         return tokens

@@ -9,6 +9,7 @@ from typing import Any
 
 from pagellm.engine import checks
 from pagellm.engine.errors import TraceError
+from pagellm.engine.sampling_params import SamplingParams
 from pagellm.sim.fields import NOTHING, bad
 
 # A length is what an array of 32-bit items can be indexed by; a hash id is any 64-bit hash.
@@ -63,25 +64,25 @@ class TraceRequest:
         if self.hash_ids is not None:
             self._check_hash_ids()
         elif self.hash_block_size is not None:
-            raise found("hash_ids", None, "the ids of the pieces that hash_block_size speaks of")
+            raise bad_value("hash_ids", None, "the ids of the pieces that hash_block_size speaks of")
 
     def _check_prompt(self) -> None:
         given = [name for name in ("prompt", "prompt_token_ids") if getattr(self, name) is not None]
         if len(given) == 2 or (self.prompt is not None and self.prompt_len is not None):
             others = "prompt_token_ids and prompt_len"
-            raise found("prompt", self.prompt, f"none beside {others}, or it alone")
+            raise bad_value("prompt", self.prompt, f"none beside {others}, or it alone")
         if self.prompt is not None:
             check_text("prompt", self.prompt)
         elif self.prompt_token_ids is not None:
             ids = _integers("prompt_token_ids", self.prompt_token_ids, MAX_LEN)
             object.__setattr__(self, "prompt_token_ids", ids)
             if self.prompt_len is not None and self.prompt_len != len(ids):
-                raise found("prompt_len", self.prompt_len, f"{len(ids)}, as many as prompt_token_ids")
+                raise bad_value("prompt_len", self.prompt_len, f"{len(ids)}, as many as prompt_token_ids")
             if not ids:
-                raise found("prompt_token_ids", [], "at least one id")
+                raise bad_value("prompt_token_ids", [], "at least one id")
             object.__setattr__(self, "prompt_len", len(ids))
         elif self.prompt_len is None:
-            raise found("prompt_len", None, "one of prompt, prompt_token_ids, prompt_len")
+            raise bad_value("prompt_len", None, "one of prompt, prompt_token_ids, prompt_len")
         else:
             object.__setattr__(self, "prompt_len", check_integer("prompt_len", self.prompt_len, 1))
 
@@ -104,6 +105,17 @@ class TraceRequest:
         """prompt_len; of a text about as many tokens as its bytes suggest."""
         return self.prompt_len or estimated_tokens(self.prompt or "")
 
+    def sampling_params(self) -> SamplingParams:
+        """How an engine serves it: as many tokens as the trace says, whatever they are."""
+        return SamplingParams(
+            temperature=0,
+            max_tokens=self.output_len,
+            ignore_eos=True,
+            priority=self.priority,
+            tenant=self.tenant or "",
+            deadline_s=self.deadline_s,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The request as a trace file writes it: only what differs from the defaults, times in seconds."""
         fields = {name: getattr(self, name) for name in ("id", "arrival_time", "prompt", "prompt_token_ids")}
@@ -120,7 +132,7 @@ def estimated_tokens(text: str) -> int:
     return -(-len(text.encode()) // BYTES_PER_TOKEN)
 
 
-def found(name: str, value: object, expected: str) -> TraceError:
+def bad_value(name: str, value: object, expected: str) -> TraceError:
     """The error for a field; a value of None is one that is not there."""
     error = bad(TraceError, name, value, expected)
     assert isinstance(error, TraceError)
@@ -155,16 +167,16 @@ def check_text(name: str, value: Any, empty: bool = False) -> str:
     if isinstance(value, str) and value.isascii() and (value or empty):
         return value
     if value == "" and not empty:
-        raise found(name, value, "text that is not empty")
+        raise bad_value(name, value, "text that is not empty")
     return checks.text(name, NOTHING if value is None else value, TraceError)
 
 
 def _integers(name: str, values: Any, high: int) -> tuple[int, ...]:
     """The values as a tuple, if all are integers from 0 to high."""
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):
-        raise found(name, values, "a list of integers")
+        raise bad_value(name, values, "a list of integers")
     integers = tuple(values)
     if integers and (set(map(type, integers)) != {int} or min(integers) < 0 or max(integers) > high):
         place = next(i for i, v in enumerate(integers) if type(v) is not int or not 0 <= v <= high)
-        raise found(f"{name}[{place}]", integers[place], f"an integer from 0 to {high}")
+        raise bad_value(f"{name}[{place}]", integers[place], f"an integer from 0 to {high}")
     return integers

@@ -15,9 +15,9 @@ from pagellm.sim.traces.distributions import Arrivals, Draw, DrawLength, arrival
 from pagellm.sim.traces.request import (
     DEFAULT_HASH_BLOCK_SIZE,
     TraceRequest,
+    bad_value,
     check_integer,
     check_number,
-    found,
 )
 from pagellm.sim.traces.trace import Trace
 
@@ -55,9 +55,9 @@ class Workload:
         check_integer("system_prompt_len", self.system_prompt_len, 0)
         if (self.num_system_prompts == 0) != (self.system_prompt_len == 0):
             expected = "0 without system prompts, more with them"
-            raise found("system_prompt_len", self.system_prompt_len, expected)
+            raise bad_value("system_prompt_len", self.system_prompt_len, expected)
         if check_number("system_prompt_skew", self.system_prompt_skew) > 100:
-            raise found("system_prompt_skew", self.system_prompt_skew, "a number from 0 to 100")
+            raise bad_value("system_prompt_skew", self.system_prompt_skew, "a number from 0 to 100")
         check_integer("seed", self.seed, -(2**63), 2**63)
 
 

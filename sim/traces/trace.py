@@ -18,7 +18,7 @@ from pagellm.engine.errors import TraceError
 from pagellm.sim.traces.files import Record
 from pagellm.sim.traces.formats import Fields, Format, detect
 from pagellm.sim.traces.prompt_tokens import Encoder
-from pagellm.sim.traces.request import TraceRequest, check_integer, check_number, found
+from pagellm.sim.traces.request import TraceRequest, bad_value, check_integer, check_number
 
 MAX_LISTED_SKIPS = 100
 # What helps, at the end of errors; each is an option of `Trace.load` and of the commands.
@@ -132,7 +132,7 @@ class Trace:
     def scaled(self, rate_factor: float) -> "Trace":
         """The same requests, arriving rate_factor times as often."""
         if check_number("rate_factor", rate_factor) == 0:
-            raise found("rate_factor", rate_factor, "a number above 0")
+            raise bad_value("rate_factor", rate_factor, "a number above 0")
         return self.through(lambda rs: (replace(r, arrival_time=r.arrival_time / rate_factor) for r in rs))
 
     def limited(self, n: int) -> "Trace":
@@ -220,7 +220,7 @@ class _Reader:
                 if ticks < last:
                     earlier = f"{(last - ticks) / self.form.ticks_per_s:g} s earlier than the last"
                     field = self.form.time_field
-                    raise found(
+                    raise bad_value(
                         field, record.value.get(field), f"times that never decrease; {earlier}; {_SORT}"
                     )
                 origin = ticks if start is None else start
@@ -244,7 +244,7 @@ def _value(record: Record) -> dict[str, object]:
     if isinstance(record.value, TraceError):
         raise record.value
     if not isinstance(record.value, dict):
-        raise found("request", record.value, "an object with named fields")
+        raise bad_value("request", record.value, "an object with named fields")
     return record.value
 
 

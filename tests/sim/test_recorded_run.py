@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pagellm.__main__ import main
-from pagellm.engine import ConfigError, EngineConfig, LLMEngine, ProfileError, SamplingParams
+from pagellm.engine import ConfigError, EngineConfig, LLMEngine, ProfileError
 from pagellm.sim import CostModel, PromptTokens, Simulator, Trace, TraceRequest
 from pagellm.sim.calibration.calibrate import calibrate
 from pagellm.sim.costs.profile import ProfileCostModel
@@ -53,15 +53,7 @@ def record(config: EngineConfig, path: Path, trace: list[TraceRequest]) -> Engin
         while pending and pending[0][1].arrival_time <= engine.now():
             number, request = pending.pop(0)
             assert request.prompt_token_ids is not None
-            params = SamplingParams(
-                temperature=0,
-                max_tokens=request.output_len,
-                ignore_eos=True,
-                priority=request.priority,
-                tenant=request.tenant or "",
-                deadline_s=request.deadline_s,
-            )
-            engine.add_request(str(number), list(request.prompt_token_ids), params)
+            engine.add_request(str(number), list(request.prompt_token_ids), request.sampling_params())
         if engine.has_unfinished:
             engine.step()
     engine.close()

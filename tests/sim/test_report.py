@@ -15,13 +15,12 @@ from pagellm.engine import EngineConfig, ReportError
 from pagellm.sim import TraceRequest
 from pagellm.sim.report.report import (
     METRICS,
-    check_report,
     compare,
     compare_json,
-    load_report,
     to_html,
     to_text,
 )
+from pagellm.sim.report.schema import check_report, load_report
 from tests.conftest import at_most
 from tests.sim.sample_reports import one_request, sample_report
 
