@@ -6,16 +6,12 @@ times themselves; a program that sweeps needs `if __name__ == "__main__":` aroun
 """
 
 import json
-import multiprocessing
-import os
-import signal
-import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Generator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
@@ -31,6 +27,7 @@ from pagellm.sim.costs.cost_model import CostModel, StepTimeError
 from pagellm.sim.sweep.capacity import Bracket, search
 from pagellm.sim.sweep.file import Identity, Point, ResultsFile
 from pagellm.sim.sweep.grid import Grid, Settings, Slo, simulator
+from pagellm.sim.sweep.workers import Worker, start_workers
 from pagellm.sim.traces.trace import Trace
 
 # Between two looks at whether there was an interrupt.
@@ -224,7 +221,7 @@ class Sweep:
         """Runs tasks side by side, each a replay at a time, as many as there are workers."""
         done: dict[int, _Result] = {}
         ready = deque((number, next(task)) for number, task in enumerate(tasks))
-        running: dict[Future[Point], tuple[int, dict[str, Any], _Worker]] = {}
+        running: dict[Future[Point], tuple[int, dict[str, Any], Worker]] = {}
 
         def advance(number: int, point: Point) -> None:
             if self.progress is not None:
@@ -238,7 +235,7 @@ class Sweep:
         with ExitStack() as stack:
             file = ResultsFile(self.results, identity, _load_costs(self.costs).settings({}))
             stack.callback(file.close)
-            workers, check_interrupts = stack.enter_context(_workers(self.jobs or usable_cores()))
+            workers, check_interrupts = stack.enter_context(start_workers(self.jobs or usable_cores()))
             while ready or running:
                 while ready:
                     number, settings = ready[0]
@@ -311,117 +308,6 @@ def _replay(trace: TraceFile, costs: CostSource, settings: dict[str, Any]) -> Po
     summary = json.loads(json.dumps(report.summary))
     del summary["wall_s"]
     return Point(settings, summary, report.data["extrapolated"])
-
-
-class _Here(Executor):
-    """Runs what it is given at once, in this process."""
-
-    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> "Future[Any]":
-        future: Future[Any] = Future()
-        future.set_result(function(*arguments, **named))
-        return future
-
-
-class _Process(ProcessPoolExecutor):
-    """A process of its own, which takes no interrupts: they end this process, and that one with it."""
-
-    def __init__(self) -> None:
-        super().__init__(1, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent)
-
-    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> "Future[Any]":
-        with _without_interrupts():  # which the process inherits
-            return super().submit(function, *arguments, **named)
-
-
-class _Worker:
-    """Where one replay runs at a time. If its process dies, that replay failed, and the next has another."""
-
-    def __init__(self, start: Callable[[], Executor]) -> None:
-        self._start = start
-        self._executor = start()
-
-    def submit(self, function: Callable[..., Point], *arguments: Any) -> "Future[Point]":
-        """Begins a replay."""
-        try:
-            return self._executor.submit(function, *arguments)
-        except BrokenProcessPool:
-            self.shutdown()
-            self._executor = self._start()
-            return self._executor.submit(function, *arguments)
-
-    def shutdown(self) -> None:
-        """Waits for what runs."""
-        self._executor.shutdown()
-
-
-@contextmanager
-def _workers(number: int) -> Iterator[tuple[list[_Worker], Callable[[], None]]]:
-    """So many workers, one in this process; at an error, or an interrupt, what runs in others is ended.
-
-    The second is to be called now and then: it raises what interrupt there was.
-    """
-    with nullcontext(lambda: None) if number == 1 else _noted_interrupts() as check_interrupts:
-        workers = [_Worker(_Here if number == 1 else _Process) for _ in range(number)]
-        others = set(multiprocessing.active_children())
-        try:
-            yield workers.copy(), check_interrupts
-        except BaseException:
-            for process in set(multiprocessing.active_children()) - others:
-                process.terminate()
-            raise
-        finally:
-            for worker in workers:
-                worker.shutdown()
-
-
-@contextmanager
-def _noted_interrupts() -> Iterator[Callable[[], None]]:
-    """An interrupt is raised by the function that this gives, and not where it happens to come.
-
-    In the middle of `wait`, say, it would leave locks behind that the executors' own threads need to end.
-    """
-    raises = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not raises or threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    noted: list[int] = []
-
-    def check() -> None:
-        if noted:
-            noted.clear()
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, lambda number, _frame: noted.append(number))
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    check()
-
-
-@contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """What is started meanwhile takes no interrupts; one that comes meanwhile comes afterwards."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end_with_parent() -> None:
-    """Ends this process when the one that started it is gone, whatever ended that one."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _hash_of(path: str) -> str:
