@@ -1,6 +1,7 @@
 """What is installed is one package, `pagellm`, and every way to find it finds the same."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,18 @@ def test_every_folder_of_code_is_installed_beneath_one_name() -> None:
     names = {".".join(file.parent.relative_to(ROOT).parts) for file in files}
     expected = {name if name == "pagellm" else f"pagellm.{name}" for name in names}
     assert sorted(listed) == sorted(expected)
+
+
+def test_the_readmes_map_names_every_file_of_code_and_no_other() -> None:
+    table = (ROOT / "README.md").read_text("utf-8").partition("| file | what it is |")[2].partition("\n\n")[0]
+    named: set[Path] = set()
+    for row in table.splitlines()[2:]:
+        first, *others = re.findall("`([^`]+)`", row.split("|")[1])
+        named |= {ROOT / first, *((ROOT / first).parent / name for name in others)}
+    assert [path for path in named if not path.exists()] == []
+    files = {file for top in ("pagellm", "engine", "kernels", "sim") for file in (ROOT / top).rglob("*.py")}
+    files -= {ROOT / top / "__init__.py" for top in ("engine", "kernels", "sim")}
+    assert {file for file in files if not named & {file, *file.parents}} == set()
 
 
 @pytest.mark.parametrize("name", ["engine", "kernels", "sim"])
