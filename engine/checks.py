@@ -5,9 +5,11 @@ real number; True and False are neither.
 """
 
 import json
+import os
 from collections.abc import Iterable
 from numbers import Real
 from operator import index
+from pathlib import Path
 from typing import Any
 
 from pagellm.engine.errors import PagellmError, RequestError, found
@@ -15,6 +17,7 @@ from pagellm.engine.errors import PagellmError, RequestError, found
 # A number beyond is as good as infinite, and so would be a sum of some.
 LARGEST = 1e300
 SMALLEST = 5e-324  # above 0
+MAX_PATH_BYTES = 4096  # Linux takes no longer one
 
 
 class JsonError(ValueError):
@@ -67,6 +70,8 @@ def integer(
 def integers(name: str, values: Iterable[Any]) -> list[int]:
     """The values as ints; the error names the first that is no integer."""
     listed = values.tolist() if hasattr(values, "tolist") else list(values)
+    if not isinstance(listed, list):  # a number of NumPy's, which has no elements
+        raise RequestError(f"{name}: found {found(values)}, expected a list of integers")
     if set(map(type, listed)) <= {int}:
         return listed
     return [integer(f"{name}[{place}]", value) for place, value in enumerate(listed)]
@@ -115,3 +120,21 @@ def text(name: str, value: Any, error: type[PagellmError] = RequestError) -> str
             "valid Unicode"
         ) from None
     return str(value)
+
+
+def is_path(text: str) -> bool:
+    """Whether a file's name may consist of these characters: no null character, no lone surrogate."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+
+
+def path(name: str, value: Any, error: type[PagellmError]) -> Path:
+    """The value, a string or a path object, as a path that the system may have a file at."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not is_path(text):
+        raise error(f"{name}: found {found(value)}, expected a path")
+    if len(os.fsencode(text)) > MAX_PATH_BYTES:
+        raise error(f"{name}: found {found(value)}, expected a path of at most {MAX_PATH_BYTES} bytes")
+    return Path(text)

@@ -4,7 +4,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pagellm.engine.checks import flag, integer, number
+from pagellm.engine.checks import flag, integer, is_path, number
 from pagellm.engine.errors import ConfigError, found
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -150,14 +150,6 @@ class CompleteConfig(EngineConfig):
     def capacity_tokens(self) -> int:
         """Tokens that the KV cache holds."""
         return self.num_blocks * self.block_size
-
-
-def is_path(text: str) -> bool:
-    """Whether a file's name may consist of these characters: no null character, no lone surrogate."""
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
 
 
 def usable_cores() -> int:

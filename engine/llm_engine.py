@@ -20,6 +20,7 @@ from weakref import ref
 
 import numpy as np
 
+from pagellm.engine import checks
 from pagellm.engine.checks import flag, number
 from pagellm.engine.completion import Completion, Request
 from pagellm.engine.config import EngineConfig
@@ -138,8 +139,7 @@ class LLMEngine:
         the engine's clock, if that was before now.
         The output that is returned is the one that the steps to come will fill.
         """
-        if not isinstance(request_id, str):
-            raise RequestError(f"request_id: found {found(request_id)}, expected a string")
+        request_id = checks.text("request_id", request_id)
         params = self.default_sampling_params if sampling_params is None else sampling_params
         if not isinstance(params, SamplingParams):
             raise RequestError(f"sampling_params: found {found(params)}, expected a SamplingParams")

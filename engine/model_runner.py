@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagellm.engine.config import CompleteConfig
+from pagellm.engine.errors import EngineError
 from pagellm.engine.outputs import TokenLogprob
 from pagellm.engine.sampling_params import NO_BIAS, LogitBias
 from pagellm.engine.scheduling.block_manager import Transfer, TransferKind
@@ -110,13 +111,18 @@ class ModelRunner:
         """Computes a batch: fills its KV slots, samples, and collects what its sequences ask for.
 
         wishes: by seq_id, of those that have any. Raises `SequenceError`, and changes nothing that counts, if
-        one of its sequences cannot be dealt with.
+        one of its sequences cannot be dealt with, and `EngineError` if the threads cannot be started.
         """
         inputs = self._inputs(batch)
         self._grow_plan(batch)
         rows = _wanted_rows(batch, wishes or {}, self.arch.vocab_size)
         outputs, self._biases = _outputs(rows, self.arch.vocab_size, self._biases)
-        self.team.run(step, self.arch, self.weights, self.cache, inputs, self._plan, outputs, self.workspace)
+        try:
+            self.team.run(
+                step, self.arch, self.weights, self.cache, inputs, self._plan, outputs, self.workspace
+            )
+        except OSError as error:  # the system starts no more threads
+            raise EngineError(error.strerror) from error
         return _collect(rows, outputs)
 
     def transfer(self, transfer: Transfer) -> None:

@@ -16,6 +16,8 @@ MAX_STOP_CHARACTERS = 1 << 16
 _LARGEST = 1e30
 _PENALTY_RANGE = (1e-3, 1e3)
 _LARGEST_TOKEN_ID = (1 << 31) - 1
+# A draw has 64 bits of seed, with or without a sign.
+_SEED_RANGE = (-(1 << 63), (1 << 64) - 1)
 
 
 class LogitBias(Mapping[int, float]):
@@ -74,7 +76,7 @@ class SamplingParams:
     presence_penalty, frequency_penalty: subtracted from the logits of tokens of the output, once or as often
     as they occur.
     logit_bias: token id to the number that is added to its logit.
-    seed: any integer; without one a request draws its own.
+    seed: an integer of 64 bits, with or without a sign; without one a request draws its own.
     max_tokens: None is as many as `max_model_len` leaves. min_tokens: before so many, neither an end-of-text
     token nor a stop token or string ends the output.
     stop: strings that end the output; the text is cut before them unless include_stop_str_in_output. One that
@@ -124,7 +126,7 @@ class SamplingParams:
         self._take("repetition_penalty", number, *_PENALTY_RANGE)
         self._take("presence_penalty", number, -2.0, 2.0)
         self._take("frequency_penalty", number, -2.0, 2.0)
-        self._take("seed", integer, None, None, optional=True)
+        self._take("seed", integer, *_SEED_RANGE, optional=True)
         self._take("max_tokens", integer, 1, None, optional=True)
         self._take("min_tokens", integer, 0, self.max_tokens)
         for name in ("logprobs", "prompt_logprobs"):
@@ -157,7 +159,11 @@ class SamplingParams:
 
     def of_completion(self, index: int) -> "SamplingParams":
         """The parameters that give completion number `index` of an `n > 1` request alone."""
-        return replace(self, n=1, seed=None if self.seed is None else self.seed + index)
+        seed = self.seed
+        if seed is not None:
+            seed += index
+            seed -= (1 << 64) * (seed > _SEED_RANGE[1])
+        return replace(self, n=1, seed=seed)
 
 
 # None is how clients of other engines say "none" of the following.

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from pagellm import __version__
 from pagellm.engine import cli
-from pagellm.engine.config import is_path
+from pagellm.engine.checks import is_path
 from pagellm.engine.errors import PagellmError
 from pagellm.engine.progress import say
 from pagellm.streams import STANDARD_OUTPUT, discard_output

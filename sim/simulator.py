@@ -7,7 +7,7 @@ the step's tokens after as long as the cost model says. Nothing here knows weigh
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from enum import IntEnum
 from heapq import heapify, heappop, heappush, heappushpop
@@ -138,11 +138,8 @@ class Simulator:
         begin = time.perf_counter()
         self.cost_model.begin(self.config, self.replicas)
         replay = _Replay(self, trace)
-        try:
-            with closing(replay):
-                replay.run()
-        except OSError as error:
-            raise ConfigError(f"step_log, results: cannot be written: {error.strerror}") from error
+        with closing(replay):
+            replay.run()
         return replay.metrics.report(
             trace,
             kind="simulated",
@@ -207,13 +204,28 @@ class _Replay:
     def close(self) -> None:
         """Closes the files that were written."""
         with ExitStack() as stack:
-            for file in (self.metrics, self._step_log, self._perfetto):
-                if file is not None:
-                    stack.callback(file.close)
+            stack.callback(self.metrics.close)
+            stack.callback(self._close_step_log)
+            if self._perfetto is not None:
+                stack.callback(self._perfetto.close)
+
+    def _close_step_log(self) -> None:
+        if self._step_log is not None:
+            with self._writing_step_log():
+                self._step_log.close()
+
+    @contextmanager
+    def _writing_step_log(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            path = self._simulator.config.step_log
+            raise ConfigError(f"step_log: {path}: {error.strerror}, expected a file to write to") from error
 
     def _record(self, record: StepRecord) -> None:
         if self._step_log is not None:
-            self._step_log.write(record)
+            with self._writing_step_log():
+                self._step_log.write(record)
         if self._perfetto is not None:
             self._perfetto.step(record)
 

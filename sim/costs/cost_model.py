@@ -9,9 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from operator import attrgetter
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
 
+from pagellm.engine import checks
 from pagellm.engine.checks import JsonError, flag, parse_json
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError, ProfileError
@@ -67,7 +67,7 @@ class CostModel(ABC):
         from pagellm.sim.costs.profile import ProfileCostModel
         from pagellm.sim.costs.recorded import RecordedCostModel
 
-        path = Path(path)
+        path = checks.path("profile", path, ProfileError)
         first = next(read_lines(path, ProfileError), "")
         try:
             record = parse_json(first)

@@ -36,6 +36,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pagellm.engine import checks
 from pagellm.engine.checks import LARGEST, number
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError, ProfileError
@@ -201,7 +202,7 @@ class ProfileCostModel(CostModel):
 def write_profile(profile: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Writes a profile, whole or not at all; a pipe or device is written as it is. Raises `ProfileError`."""
     text = json.dumps(profile, indent=1, allow_nan=False) + "\n"
-    path = Path(path)
+    path = checks.path("profile", path, ProfileError)
     try:
         if path.exists() and not path.is_file():
             path.write_text(text, "utf-8")
@@ -213,7 +214,7 @@ def write_profile(profile: dict[str, Any], path: str | os.PathLike[str]) -> None
 
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raises `ProfileError` if a profile could not be written there; leaves nothing behind."""
-    path = Path(path)
+    path = checks.path("profile", path, ProfileError)
     if path.is_dir():
         raise ProfileError(f"{path}: found a directory, expected a file to write")
     if path.exists() and not path.is_file():

@@ -5,9 +5,9 @@ import os
 import warnings
 from array import array
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from pagellm.engine import checks
 from pagellm.engine.checks import JsonError, parse_json
 from pagellm.engine.config import CompleteConfig, EngineConfig
 from pagellm.engine.errors import ConfigError, ProfileError
@@ -32,13 +32,14 @@ class RecordedCostModel(CostModel):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        path = checks.path("profile", path, ProfileError)
         self.name = f"steps of {path}"
         self._path = path
         self._next = 0
         self._config: CompleteConfig | None = None
         columns = [array("d") for _ in range(4)]
         arrivals = array("d")  # of the first request that each step took in
-        for number, line in enumerate(read_lines(Path(path), ProfileError)):
+        for number, line in enumerate(read_lines(path, ProfileError)):
             record = _step(f"{path}:{number + 1}", number, line)
             if number == 0 and record.has("config"):
                 self._config = _recorded_config(record)

@@ -8,10 +8,12 @@ of requests alone, four numbers each.
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import IO, Any, Literal
 
+from pagellm.engine import checks
 from pagellm.engine.checks import SMALLEST, number
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError, found
@@ -209,7 +211,8 @@ class MetricsCollector:
     def close(self) -> None:
         """Closes the file of results."""
         if self._results is not None:
-            self._results.close()
+            with _unwritable(self._results.name):
+                self._results.close()
 
     def report(
         self,
@@ -415,7 +418,8 @@ class MetricsCollector:
 
     def _write(self, **fields: Any) -> None:
         if self._results is not None:
-            self._results.write(json.dumps(fields, separators=(",", ":")) + "\n")
+            with _unwritable(self._results.name):
+                self._results.write(json.dumps(fields, separators=(",", ":")) + "\n")
 
     def _cache(self) -> Cache:
         buckets = self._timeline.buckets
@@ -452,7 +456,14 @@ def _rate(count: int, seconds: float) -> float | None:
 
 
 def _open(path: str | os.PathLike[str]) -> IO[str]:
-    try:
+    path = checks.path("results", path, ConfigError)
+    with _unwritable(path):
         return open(path, "w", encoding="utf-8")
+
+
+@contextmanager
+def _unwritable(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(f"results: {path}: {error.strerror}, expected a file to write to") from error

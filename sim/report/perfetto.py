@@ -16,6 +16,7 @@ from typing import Any
 
 import orjson
 
+from pagellm.engine import checks
 from pagellm.engine.checks import JsonError, parse_json
 from pagellm.engine.errors import ReportError
 from pagellm.engine.step_log import StepRecord
@@ -57,14 +58,14 @@ class PerfettoTrace:
     """A trace file that grows with each `step`; `close` makes it whole. Use it in a `with` statement."""
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        self._path = path
+        self._path = checks.path("perfetto", path, ReportError)
         self._replicas: dict[int, _Replica] = {}
         self._num_threads = 0
         self._begin: float | None = None
         self._events: list[dict[str, Any]] = []  # that are to be written
         self._separator = b"\n"
         try:
-            self._file = open(path, "wb")  # noqa: SIM115
+            self._file = open(self._path, "wb")  # noqa: SIM115
         except OSError as error:
             raise self._unwritable(error) from error
         self._write(b'{"displayTimeUnit":"ms","traceEvents":[')
@@ -262,6 +263,7 @@ class PerfettoTrace:
 
 def from_step_log(path: str | PathLike[str], out: str | PathLike[str]) -> None:
     """Writes the trace of a run from its step log; a `ReportError` names the line that is no step record."""
+    path = checks.path("step_log", path, ReportError)
     try:
         with open(path, encoding="utf-8") as log, PerfettoTrace(out) as trace:
             for number, line in enumerate(log, 1):

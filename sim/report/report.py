@@ -7,6 +7,7 @@ in `page/`, its data is JSON inside it, and every name in that data is only ever
 import html
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
+from pagellm.engine import checks
 from pagellm.engine.errors import ReportError
 from pagellm.sim.costs.cost_model import StepTimeError
 from pagellm.sim.report.schema import Goodput, Load, Report, Summary, check_report
@@ -239,7 +241,7 @@ def _difference(a: float | None, b: float | None) -> str:
     return f"{size} % {'higher' if error > 0 else 'lower'}"
 
 
-def to_html(reports: AnyReport | Iterable[AnyReport], path: str | Path) -> None:
+def to_html(reports: AnyReport | Iterable[AnyReport], path: str | os.PathLike[str]) -> None:
     """Writes one page that shows a report, or compares several with the first of them.
 
     Each is what a replay returned, or what its JSON holds. Raises `ReportError` for what is no report.
@@ -262,7 +264,7 @@ def to_html(reports: AnyReport | Iterable[AnyReport], path: str | Path) -> None:
 
 
 def write_page(
-    path: str | Path,
+    path: str | os.PathLike[str],
     *,
     title: str,
     text: str,
@@ -285,9 +287,10 @@ def write_page(
     template = (_PAGE / "page.html").read_text(encoding="utf-8")
     # One pass, so that what looks like a placeholder in the data stays as it is.
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+    path = checks.path("report", path, ReportError)
     try:
         # A name may hold half of a surrogate pair, which UTF-8 has no bytes for.
-        Path(path).write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+        path.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     except OSError as error:
         raise ReportError(f"{path}: cannot be written: {error.strerror or error}") from error
 

@@ -6,7 +6,6 @@ A number is finite and not negative, unless its type says otherwise. Fields beyo
 import json
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import (
     Annotated,
@@ -21,6 +20,7 @@ from typing import (
     is_typeddict,
 )
 
+from pagellm.engine import checks
 from pagellm.engine.errors import ReportError
 from pagellm.sim.costs.cost_model import Signed, StepTimeError
 from pagellm.sim.fields import read_json
@@ -212,14 +212,15 @@ class Report(Mapping[str, Any]):
         """Writes it as one page that needs nothing else. Raises `ReportError`."""
         from pagellm.sim.report.report import to_html
 
-        to_html([self], Path(path))
+        to_html([self], path)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The report as JSON, written to a file as well if one is named. Raises `ReportError`."""
         text = json.dumps(self.data, allow_nan=False)
         if path is not None:
+            path = checks.path("report", path, ReportError)
             try:
-                Path(path).write_text(text + "\n", "utf-8")
+                path.write_text(text + "\n", "utf-8")
             except OSError as error:
                 raise ReportError(f"{path}: cannot be written: {error.strerror}") from error
         return text
@@ -227,7 +228,8 @@ class Report(Mapping[str, Any]):
 
 def load_report(path: str | os.PathLike[str]) -> Report:
     """The report in a file; a `ReportError` names the file, the field, what was found and expected."""
-    return check_report(read_json(Path(path), "a report", ReportError), str(path))
+    path = checks.path("report", path, ReportError)
+    return check_report(read_json(path, "a report", ReportError), str(path))
 
 
 def check_report(report: Any, source: str = "report") -> Report:

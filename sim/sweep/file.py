@@ -12,6 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from pagellm.engine import checks
 from pagellm.engine.checks import parse_json
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError, ReportError
@@ -80,6 +81,7 @@ class ResultsFile:
         self._file = None
         if path is None:
             return
+        path = checks.path("results", path, ConfigError)
         try:
             content = path.read_bytes() if path.exists() else b""
             *lines, torn = content.split(b"\n")

@@ -5,6 +5,7 @@ that data is only ever shown as text.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def to_json(result: SweepResult) -> str:
     return json.dumps(_to_dict(result), allow_nan=False)
 
 
-def to_html(result: SweepResult, path: str | Path) -> None:
+def to_html(result: SweepResult, path: str | os.PathLike[str]) -> None:
     """Writes one page with plots of the grid and of the capacities. Raises `ReportError`."""
     metrics = [vars(metric) for metric in METRICS if not metric.path.startswith("goodput.")]
     write_page(

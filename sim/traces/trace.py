@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
 
+from pagellm.engine import checks
 from pagellm.engine.errors import TraceError
 from pagellm.sim.traces.files import Record
 from pagellm.sim.traces.formats import Fields, Format, detect
@@ -113,7 +114,7 @@ class Trace:
         Raises `TraceError`, with file, line and field: from here for what shows at once (in a JSON document
         and with sort that is everything), else from the iteration.
         """
-        path = Path(path)
+        path = checks.path("trace", path, TraceError)
         reader = _Reader(path, detect(path, format), skip_bad, tokenizer)
         if not (sort or reader.form.is_document):
             return cls(reader.stream, str(path), reader.left_out, reader.form.name)
@@ -158,7 +159,7 @@ class Trace:
 
         The file appears under its name when it is whole, or not at all.
         """
-        path = Path(path)
+        path = checks.path("trace", path, TraceError)
         try:
             with _whole_file(path) as file:
                 return self.write(file)

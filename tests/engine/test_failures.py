@@ -4,6 +4,7 @@ Failures are put into every place where a request's own data is touched. Those t
 those that come after, get what they get alone.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from pagellm.engine import (
     LLM,
     BeamSearchParams,
+    EngineError,
     FinishReason,
     PagellmError,
     RequestError,
@@ -203,3 +205,19 @@ def assert_nothing_is_left(llm: LLM) -> None:
     assert not llm.engine.has_unfinished
     llm.engine.scheduler.check()
     assert llm.engine.block_manager.num_free_blocks == llm.engine.block_manager.num_blocks
+
+
+def test_threads_that_do_not_start_are_one_error_and_the_next_call_works(
+    alone: list[RequestOutput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LLM(TINY, num_blocks=40, block_size=4, num_threads=3, show_progress=False) as llm:
+        with monkeypatch.context() as context:
+
+            def refuse(thread: threading.Thread) -> None:
+                raise RuntimeError("can't start new thread")
+
+            context.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(EngineError, match="num_threads: the system starts 1 threads, expected 3"):
+                llm.generate(PROMPT, GOOD)
+        assert llm.engine.scheduler.block_manager.num_free_blocks == 40
+        assert llm.generate(PROMPT, GOOD)[0].token_ids == alone[1].token_ids

@@ -34,6 +34,8 @@ from pagellm.engine import RequestError, SamplingParams
         ("presence_penalty", 2.5),
         ("frequency_penalty", -2.5),
         ("seed", "x"),
+        ("seed", 1 << 64),
+        ("seed", -(1 << 63) - 1),
         ("max_tokens", 0),
         ("min_tokens", -1),
         ("min_tokens", 17),
@@ -42,6 +44,8 @@ from pagellm.engine import RequestError, SamplingParams
         ("stop", 5),
         ("stop_token_ids", [-1]),
         ("stop_token_ids", "12"),
+        ("stop_token_ids", np.int64(2)),
+        ("stop_token_ids", np.array(2)),
         ("logit_bias", {-1: 1.0}),
         ("logit_bias", {1: math.nan}),
         ("logit_bias", {1: math.inf}),
@@ -78,6 +82,7 @@ def test_the_edges_of_the_ranges_are_allowed() -> None:
 def test_a_completions_seed_follows_its_index() -> None:
     params = SamplingParams(n=4, seed=2**63, temperature=0.5)
     assert params.of_completion(3) == SamplingParams(n=1, seed=2**63 + 3, temperature=0.5)
+    assert SamplingParams(n=2, seed=2**64 - 1).of_completion(1).seed == 0  # the largest that there is, and on
 
 
 def test_numbers_of_other_libraries_become_pythons_own() -> None:

@@ -1,17 +1,26 @@
 """The discrete-event loop: who runs when, to the exact second, and the same every time."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pagellm.engine import ConfigError, EngineConfig, PolicyError, SchedulingPolicy, TraceError
+from pagellm.engine import (
+    ConfigError,
+    EngineConfig,
+    PagellmError,
+    PolicyError,
+    SchedulingPolicy,
+    TraceError,
+)
 from pagellm.engine.scheduling.scheduler import ScheduledBatch
 from pagellm.engine.scheduling.sequence import Sequence
-from pagellm.sim import CostModel, Simulator, Trace, TraceRequest, Workload, synthesise
+from pagellm.sim import CostModel, Simulator, Trace, TraceRequest, Workload, load_report, synthesise
+from pagellm.sim.costs.profile import write_profile
+from pagellm.sim.report.perfetto import from_step_log
 
 CONFIG = EngineConfig(block_size=4, num_blocks=100, max_num_seqs=8, max_num_batched_tokens=64)
 EXAMPLES = Path(__file__).parents[2] / "examples" / "traces"
@@ -327,5 +336,29 @@ def test_step_times_must_not_go_back() -> None:
 def test_a_disk_that_fills_is_an_error(name: str) -> None:
     config = replace(CONFIG, step_log="/dev/full" if name == "step_log" else None)
     simulator = Simulator(config, Seconds(), results="/dev/full" if name == "results" else None)
-    with pytest.raises(ConfigError, match=r"step_log, results: cannot be written: No space left"):
+    with pytest.raises(ConfigError, match=rf"^{name}: /dev/full: No space left on device, expected a file"):
         simulator.replay(trace_of((0, 4, 1)))
+
+
+@pytest.mark.parametrize("path", ["a\0b", "\ud800", "x" * 5000, 5])
+def test_what_cannot_be_a_path_is_refused_by_every_door(tmp_path: Path, path: Any) -> None:
+    trace = trace_of((0, 4, 1))
+    report = Simulator(CONFIG, Seconds()).replay(trace)
+    with (tmp_path / "log").open("w"):
+        pass
+    doors: dict[str, Callable[[], Any]] = {
+        "trace": lambda: Trace.load(path),
+        "trace (saved)": lambda: trace.save(path),
+        "profile": lambda: CostModel.load(path),
+        "profile (written)": lambda: write_profile({}, path),
+        "report": lambda: report.to_json(path),
+        "report (page)": lambda: report.to_html(path),
+        "report (loaded)": lambda: load_report(path),
+        "results": lambda: Simulator(CONFIG, Seconds(), results=path).replay(trace),
+        "perfetto": lambda: Simulator(CONFIG, Seconds(), perfetto=path).replay(trace),
+        "step_log": lambda: from_step_log(path, tmp_path / "out"),
+        "perfetto (of a log)": lambda: from_step_log(tmp_path / "log", path),
+    }
+    for name, call in doors.items():
+        with pytest.raises(PagellmError, match=rf"^{name.split()[0]}: found .{{1,100}}, expected a path"):
+            call()
