@@ -29,8 +29,9 @@ SUITE = (
     "tests/properties/test_block_manager.py",
     "tests/properties/test_scheduler.py",
 )
-MANAGER, CACHE, SCHEDULER, POLICIES = (
-    f"engine/scheduling/{name}.py" for name in ("block_manager", "prefix_cache", "scheduler", "policies")
+MANAGER, CACHE, SCHEDULER, POLICIES, QUEUE = (
+    f"engine/scheduling/{name}.py"
+    for name in ("block_manager", "prefix_cache", "scheduler", "policies", "waiting_queue")
 )
 TIMEOUT_S = 300
 
@@ -482,14 +483,14 @@ BUGS = (
     ),
     Bug(
         "swapped sequences wait behind new ones",
-        POLICIES,
+        QUEUE,
         "WaitingQueue.push",
         "_SWAPPED if swapped else _ORDINARY",
         "_ORDINARY",
     ),
     Bug(
         "equal keys go by the order of pushing instead of arrival",
-        POLICIES,
+        QUEUE,
         "WaitingQueue.push",
         "(*self._policy.order(sequence, stats), sequence.arrival_index)",
         "self._policy.order(sequence, stats)",

@@ -21,8 +21,9 @@ from pagellm.engine.config import CompleteConfig
 from pagellm.engine.errors import RequestError
 from pagellm.engine.outputs import FinishReason
 from pagellm.engine.scheduling.block_manager import BlockManager, Transfer
-from pagellm.engine.scheduling.policies import CheckedPolicy, SchedulerStats, WaitingQueue, load_policy
+from pagellm.engine.scheduling.policies import CheckedPolicy, SchedulerStats, load_policy
 from pagellm.engine.scheduling.sequence import Sequence, SequenceError, SequenceStatus
+from pagellm.engine.scheduling.waiting_queue import WaitingQueue
 
 
 class Preemption(StrEnum):

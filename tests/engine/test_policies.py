@@ -19,11 +19,11 @@ from pagellm.engine.scheduling.policies import (
     SchedulerStats,
     SchedulingPolicy,
     ShortestJob,
-    WaitingQueue,
     load_policy,
 )
 from pagellm.engine.scheduling.scheduler import ScheduledBatch, Scheduler
 from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
+from pagellm.engine.scheduling.waiting_queue import WaitingQueue
 
 _ids = iter(range(10**9))
 
