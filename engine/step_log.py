@@ -7,22 +7,24 @@ this runs unless somebody asks for it.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from operator import attrgetter
 from typing import Any, NotRequired, TypedDict
 
 import orjson
 
 from pagellm.engine.config import CompleteConfig
 from pagellm.engine.errors import ConfigError
-from pagellm.engine.scheduling.scheduler import Admitted, Preempted, ScheduledBatch, Scheduler
+from pagellm.engine.scheduling.scheduler import (
+    Admitted,
+    Preempted,
+    PreemptionCosts,
+    ScheduledBatch,
+    Scheduler,
+)
 from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.engine.scheduling.step_loop import StepListener
 
 # Settings of which no decision of a scheduler follows: num_swap_blocks says what swap_dir comes to.
 NO_DECISIONS = ("swap_dir", "step_log", "num_threads", "quantization", "generation_config")
-
-_seq_id = attrgetter("seq_id")
-_num_computed = attrgetter("num_computed_tokens")
 
 
 class AddedRecord(TypedDict):
@@ -77,7 +79,10 @@ class StepRecord(TypedDict):
 
 
 class StepRecorder(StepListener):
-    """Makes the records of one scheduler's steps, and gives each to `write` when the step has ended."""
+    """Makes the records of one scheduler's steps, and gives each to `write` when the step has ended.
+
+    Records share what is the same in many of them: they are not to be changed.
+    """
 
     def __init__(
         self,
@@ -92,6 +97,30 @@ class StepRecorder(StepListener):
         self._replica = replica
         self._num_steps = 0
         self._record: StepRecord | None = None  # of the step under way
+        self._costs = scheduler.costs  # as recorded last
+        # A step in which nothing happens, as most of them nearly are: records are made of it, because to copy
+        # it costs little, and making them is most of what logging costs.
+        self._quiet: StepRecord = {
+            "step": 0,
+            "start_s": 0.0,
+            "transfer_s": 0.0,
+            "duration_s": 0.0,
+            "added": [],
+            "ended": [],
+            "scheduled": [],
+            "admitted": [],
+            "preempted": [],
+            "forked": [],
+            "tables": [],
+            "transfers": {},
+            "finished": [],
+            "costs": _costs(scheduler.costs),
+            "running": 0,
+            "waiting": 0,
+            "swapped": 0,
+            "blocks": {},
+            "cache": {},
+        }
         self._added: list[AddedRecord] = []
         self._ended: list[tuple[int, str]] = []
         self._tables: dict[int, list[int]] = {}  # as recorded last, by seq_id
@@ -119,52 +148,52 @@ class StepRecorder(StepListener):
         if self._record is not None:  # that step was given up, and nothing of it was computed
             self._record["scheduled"] = []
             self._write(self._record)
-        # Plain dictionaries throughout, since this is most of what logging a step costs.
         scheduler, manager = self._scheduler, self._scheduler.block_manager
-        costs, stats, usage = scheduler.costs, manager.stats, manager.usage()
+        self._record = record = self._quiet.copy()
+        record["step"], record["start_s"] = self._num_steps, now
+        record["scheduled"] = [
+            (sequence.seq_id, sequence.num_computed_tokens, count, samples)
+            for sequence, count, samples in zip(
+                batch.sequences, batch.num_new_tokens, batch.samples, strict=True
+            )
+        ]
+        if self._added:
+            record["added"], self._added = self._added, []
+        if self._ended:
+            record["ended"], self._ended = self._ended, []
+        if batch.admitted:
+            record["admitted"] = list(map(_admitted, batch.admitted))
+        if batch.preempted:
+            record["preempted"] = list(map(_preempted, batch.preempted))
+        if batch.forks:
+            record["forked"] = list(_forked(batch))
+        if batch.changed_tables or self._changed:
+            record["tables"] = self._new_tables(batch)
+        if batch.transfers:
+            record["transfers"] = dict(Counter(transfer.kind.value for transfer in batch.transfers))
+        if scheduler.costs is not self._costs:
+            self._costs = scheduler.costs
+            self._quiet["costs"] = record["costs"] = _costs(scheduler.costs)
         num_swapped = manager.num_swapped
-        self._record = {
-            "step": self._num_steps,
-            "start_s": now,
-            "transfer_s": 0.0,
-            "duration_s": 0.0,
-            "added": self._added,
-            "ended": self._ended,
-            "scheduled": list(
-                zip(
-                    map(_seq_id, batch.sequences),
-                    map(_num_computed, batch.sequences),
-                    batch.num_new_tokens,
-                    batch.samples,
-                    strict=True,
-                )
-            ),
-            "admitted": list(map(_admitted, batch.admitted)),
-            "preempted": list(map(_preempted, batch.preempted)),
-            "forked": list(_forked(batch)) if batch.forks else [],
-            "tables": self._new_tables(batch),
-            "transfers": dict(Counter(t.kind.value for t in batch.transfers)) if batch.transfers else {},
-            "finished": [],
-            "costs": {"recompute_token_s": costs.recompute_token_s, "swap_block_s": costs.swap_block_s},
-            "running": len(scheduler.running),
-            "waiting": len(scheduler.waiting) - num_swapped,
-            "swapped": num_swapped,
-            "blocks": {
-                "used": usage.used,
-                "free": usage.free,
-                "shared": usage.shared,
-                "unwritten_slots": usage.unwritten_slots,
-                "swap_used": usage.swap_used,
-            },
-            "cache": {"queries": stats.queries, "hits": stats.hits, "evictions": stats.evictions},
+        record["running"] = len(scheduler.running)
+        record["waiting"] = len(scheduler.waiting) - num_swapped
+        record["swapped"] = num_swapped
+        used, free, shared, unwritten_slots, swap_used = manager.usage()
+        record["blocks"] = {
+            "used": used,
+            "free": free,
+            "shared": shared,
+            "unwritten_slots": unwritten_slots,
+            "swap_used": swap_used,
         }
+        stats = manager.stats
+        record["cache"] = {"queries": stats.queries, "hits": stats.hits, "evictions": stats.evictions}
         if self._num_steps == 0 and self._config is not None:
             settings = asdict(self._config)
-            self._record["config"] = {name: settings[name] for name in settings if name not in NO_DECISIONS}
+            record["config"] = {name: settings[name] for name in settings if name not in NO_DECISIONS}
         if self._replica is not None:
-            self._record["replica"] = self._replica
+            record["replica"] = self._replica
         self._num_steps += 1
-        self._added, self._ended = [], []
 
     def committed(
         self,
@@ -179,17 +208,16 @@ class StepRecorder(StepListener):
         if record is None:
             return  # this began to listen in the middle of the step
         record["duration_s"], record["transfer_s"] = duration_s, transfer_s
-        record["finished"] = [_end_of(sequence) for sequence in finished]
-        for sequence in finished:
-            self._forget(sequence)
+        if finished:
+            record["finished"] = list(map(_end_of, finished))
+            for sequence in finished:
+                self._forget(sequence)
         self._write(record)
 
     def _new_tables(self, batch: ScheduledBatch) -> list[tuple[int, int, list[int]]]:
         pending = self._changed
         for sequence, index in batch.changed_tables.items():
             pending[sequence] = min(index, pending.get(sequence, index))
-        if not pending:
-            return []
         tables = []
         for sequence in batch.sequences:
             same = pending.pop(sequence, None)
@@ -211,6 +239,10 @@ class StepRecorder(StepListener):
 def _end_of(sequence: Sequence) -> tuple[int, str]:
     assert sequence.finish_reason is not None
     return sequence.seq_id, sequence.finish_reason
+
+
+def _costs(costs: PreemptionCosts) -> dict[str, float]:
+    return {"recompute_token_s": costs.recompute_token_s, "swap_block_s": costs.swap_block_s}
 
 
 def _admitted(admitted: Admitted) -> tuple[int, str, int]:

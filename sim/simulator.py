@@ -7,7 +7,7 @@ the step's tokens after as long as the cost model says. Nothing here knows weigh
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import KW_ONLY, dataclass, field
 from enum import IntEnum
 from heapq import heapify, heappop, heappush, heappushpop
@@ -211,21 +211,21 @@ class _Replay:
 
     def _close_step_log(self) -> None:
         if self._step_log is not None:
-            with self._writing_step_log():
+            try:
                 self._step_log.close()
+            except OSError as error:
+                raise self._unwritable_step_log(error) from error
 
-    @contextmanager
-    def _writing_step_log(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            path = self._simulator.config.step_log
-            raise ConfigError(f"step_log: {path}: {error.strerror}, expected a file to write to") from error
+    def _unwritable_step_log(self, error: OSError) -> ConfigError:
+        path = self._simulator.config.step_log
+        return ConfigError(f"step_log: {path}: {error.strerror}, expected a file to write to")
 
     def _record(self, record: StepRecord) -> None:
         if self._step_log is not None:
-            with self._writing_step_log():
+            try:
                 self._step_log.write(record)
+            except OSError as error:
+                raise self._unwritable_step_log(error) from error
         if self._perfetto is not None:
             self._perfetto.step(record)
 

@@ -348,14 +348,15 @@ class BlockManager:
 
     def usage(self) -> BlockUsage:
         """Counts for a report: O(sequences that run)."""
-        used = self.num_blocks - len(self._free)
+        free = len(self._free)
+        used = self.num_blocks - free
         shared = self._num_references - used
         # Whoever shares a block has all of it, with the exceptions that are taken up afterwards.
         written = sum(map(_num_computed, self._holders.values())) - shared * self.block_size
         if self._partly_shared:
             written += self._num_counted_too_often()
         swap_used = self.num_swap_blocks - len(self._free_swap)
-        return BlockUsage(used, len(self._free), shared, used * self.block_size - written, swap_used)
+        return BlockUsage(used, free, shared, used * self.block_size - written, swap_used)
 
     def check(self) -> None:
         """Asserts conservation and that the prefix cache names no block that holds anything else."""

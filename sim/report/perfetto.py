@@ -19,7 +19,7 @@ import orjson
 from pagellm.engine import checks
 from pagellm.engine.checks import JsonError, parse_json
 from pagellm.engine.errors import ReportError
-from pagellm.engine.step_log import StepRecord
+from pagellm.engine.step_log import AddedRecord, PreemptedRecord, StepRecord
 
 _NS = 10**9
 _MAX_EVENTS = 1000  # that are kept before they are written
@@ -31,17 +31,17 @@ _FIRST_THREAD = 10_000
 class _Request:
     """A request in flight, and the phase that it is in.
 
-    since: when that began. args: what is shown of it. tokens: computed in it, None where nothing is.
+    since: when that began. args: what is shown of it. tokens: computed in it.
     """
 
     thread: int
     phase: str
     since: int
     args: dict[str, Any]
-    tokens: int | None = None
+    tokens: int = 0
 
 
-@dataclass
+@dataclass(slots=True)
 class _Replica:
     """What is known of a replica between its steps; times are nanoseconds from the beginning.
 
@@ -117,20 +117,22 @@ class PerfettoTrace:
 
     def _add(self, record: StepRecord, number: int) -> None:
         if self._begin is None:
-            arrivals = (added["arrival_s"] for added in record["added"])
-            self._begin = min(record["start_s"], *arrivals, record["start_s"])
+            arrivals = [added["arrival_s"] for added in record["added"]]
+            self._begin = min([*arrivals, record["start_s"]])
         replica = self._replicas.get(number) or self._introduce(number)
         # Clocks that are read one after the other may let a step begin before the one before it has ended.
         start = max(self._time(record["start_s"]), replica.end)
         end = start + round(record["duration_s"] * _NS)
-        self._arrivals(record, replica)
+        for added in record["added"]:
+            self._arrive(added, replica)
         for sequence, reason in record["ended"]:
             self._end(replica, sequence, replica.end, reason)
-        self._preemptions(record, replica, start)
-        self._admissions(record, replica, start)
-        began = self._step(record, replica, start, end)
-        for request in began:
-            self._change(replica, request, "decode", end, {}, 0)
+        for preempted in record["preempted"]:
+            self._preempt(preempted, replica, start)
+        if record["admitted"]:
+            self._admissions(record, replica, start)
+        for request in self._step(record, replica, start, end):  # that got their first token
+            self._change(replica, request, "decode", end, {})
         for child, parent in record["forked"]:  # they wait for the step that they are in
             self._change(replica, replica.requests[child], "queued", end, {"forked_from": parent})
         for sequence, reason in record["finished"]:
@@ -148,64 +150,71 @@ class PerfettoTrace:
         self._metadata(steps, replica.steps, "thread_name", {"name": "steps"})
         return replica
 
-    def _arrivals(self, record: StepRecord, replica: _Replica) -> None:
-        for added in record["added"]:
-            sequence, thread = added["sequence"], self._new_thread()
-            args = {name: value for name, value in added.items() if value is not None and name != "arrival_s"}
-            replica.requests[sequence] = _Request(thread, "queued", self._time(added["arrival_s"]), args)
-            self._metadata(replica.processes[1], thread, "thread_name", {"name": f"request {sequence}"})
-            self._metadata(replica.processes[1], thread, "thread_sort_index", {"sort_index": thread})
+    def _arrive(self, added: AddedRecord, replica: _Replica) -> None:
+        sequence, thread = added["sequence"], self._new_thread()
+        args = {name: value for name, value in added.items() if value is not None and name != "arrival_s"}
+        replica.requests[sequence] = _Request(thread, "queued", self._time(added["arrival_s"]), args)
+        self._metadata(replica.processes[1], thread, "thread_name", {"name": f"request {sequence}"})
+        self._metadata(replica.processes[1], thread, "thread_sort_index", {"sort_index": thread})
 
-    def _preemptions(self, record: StepRecord, replica: _Replica, start: int) -> None:
-        for preempted in record["preempted"]:
-            phase = "swapped" if preempted["by"] == "swap" else "preempted"
-            args = {name: value for name, value in preempted.items() if name != "sequence"}
-            self._change(replica, replica.requests[preempted["sequence"]], phase, start, args)
+    def _preempt(self, preempted: PreemptedRecord, replica: _Replica, start: int) -> None:
+        phase = "swapped" if preempted["by"] == "swap" else "preempted"
+        args = {name: value for name, value in preempted.items() if name != "sequence"}
+        self._change(replica, replica.requests[preempted["sequence"]], phase, start, args)
 
     def _admissions(self, record: StepRecord, replica: _Replica, start: int) -> None:
-        if not record["admitted"]:
-            return
         scheduled = {sequence: (count, samples) for sequence, _, count, samples in record["scheduled"]}
         for sequence, was, num_cached_tokens in record["admitted"]:
             goes_on = was == "swapped" and scheduled.get(sequence) == (1, True)
             phase, args = "decode" if goes_on else "prefill", {"num_cached_tokens": num_cached_tokens}
-            self._change(replica, replica.requests[sequence], phase, start, args, 0)
+            self._change(replica, replica.requests[sequence], phase, start, args)
 
     def _step(self, record: StepRecord, replica: _Replica, start: int, end: int) -> list[_Request]:
         """The step itself and the counters; returns the requests that got their first token in it."""
         began = []
         requests, scheduled = replica.requests, record["scheduled"]
-        num_tokens = num_decode_tokens = 0
+        num_prefill_tokens = num_decode_tokens = 0
         for sequence, _, count, samples in scheduled:
             request = requests[sequence]
-            num_tokens += count
+            request.tokens += count
             if request.phase == "prefill":
+                num_prefill_tokens += count
                 if samples:
                     began.append(request)
             else:
                 num_decode_tokens += count
-                if request.tokens is None:  # a fork, which is not admitted: it decodes since its parent did
-                    request.phase, request.tokens = "decode", 0
-            assert request.tokens is not None
-            request.tokens += count
-        num_prefill_tokens = num_tokens - num_decode_tokens
+                request.phase = "decode"  # a fork is not admitted: it decodes since its parent did
         transfers, blocks, process = record["transfers"], record["blocks"], replica.processes[0]
+        at, took = start / 1000, (end - start) / 1000  # microseconds
         args = {
-            "tokens": num_tokens,
+            "tokens": num_prefill_tokens + num_decode_tokens,
             "prefill_tokens": num_prefill_tokens,
             "decode_tokens": num_decode_tokens,
             "sequences": len(scheduled),
             "admitted": len(record["admitted"]),
             "preempted": len(record["preempted"]),
-            **transfers,
         }
-        self._complete(process, replica.steps, f"step {record['step']}", start, end, args)
         tokens = {"prefill": num_prefill_tokens, "decode": num_decode_tokens}
-        self._counter(replica, "batch tokens", start, tokens)
         states = {"running": record["running"], "waiting": record["waiting"], "swapped": record["swapped"]}
-        self._counter(replica, "requests", start, states)
-        self._counter(replica, "blocks", start, {"used": blocks["used"], "shared": blocks["shared"]})
+        used = {"used": blocks["used"], "shared": blocks["shared"]}
+        name = f"step {record['step']}"
+        # Written out, because these are most of a trace's events.
+        self._events += (
+            {
+                "ph": "X",
+                "pid": process,
+                "tid": replica.steps,
+                "name": name,
+                "ts": at,
+                "dur": took,
+                "args": args,
+            },
+            {"ph": "C", "pid": process, "name": "batch tokens", "ts": at, "args": tokens},
+            {"ph": "C", "pid": process, "name": "requests", "ts": at, "args": states},
+            {"ph": "C", "pid": process, "name": "blocks", "ts": at, "args": used},
+        )
         if transfers:
+            args |= transfers
             moved = min(end, start + round(record["transfer_s"] * _NS))
             if moved > start:
                 self._complete(process, replica.steps, "transfers", start, moved, transfers)
@@ -214,23 +223,17 @@ class PerfettoTrace:
     # The phases of a request
 
     def _change(
-        self,
-        replica: _Replica,
-        request: _Request,
-        phase: str,
-        at: int,
-        args: dict[str, Any],
-        tokens: int | None = None,
+        self, replica: _Replica, request: _Request, phase: str, at: int, args: dict[str, Any]
     ) -> None:
         """Ends a phase and begins another one; one that took no time is left out."""
         at = max(at, request.since)
         if at > request.since:
-            if request.tokens is not None:
+            if request.phase in ("prefill", "decode"):
                 request.args["tokens"] = request.tokens
             self._complete(
                 replica.processes[1], request.thread, request.phase, request.since, at, request.args
             )
-        request.phase, request.since, request.args, request.tokens = phase, at, args, tokens
+        request.phase, request.since, request.args, request.tokens = phase, at, args, 0
 
     def _end(self, replica: _Replica, sequence: int, at: int, reason: str) -> None:
         request = replica.requests.pop(sequence)
