@@ -240,8 +240,10 @@ def _to_json(output: RequestOutput) -> dict[str, Any]:
 
 
 def _chat(options: argparse.Namespace) -> None:
-    """Talk with the model: one message a line, Ctrl-C stops an answer, Ctrl-D ends; with --json, one JSON
-    object an answer."""
+    """Talk with the model, one message a line.
+
+    Ctrl-C stops an answer, Ctrl-D ends. With --json each answer is one JSON object.
+    """
     params = _sampling_params(options)
     if sys.stdin is None:
         raise RequestError("standard input: found it closed, expected messages, one a line")

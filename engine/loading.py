@@ -1,7 +1,7 @@
-"""From a model's name to the parts of an engine: reads the checkpoint, sizes the KV cache, compiles the
-kernels and loads the weights.
+"""From a model's name to the parts of an engine.
 
-What can be refused is refused before anything that takes long.
+Reads the checkpoint, sizes the KV cache, compiles the kernels and loads the weights. What can be refused is
+refused before anything that takes long.
 """
 
 from collections.abc import Mapping

@@ -2,13 +2,12 @@
 
 A work item is one query tile (a run of a sequence's new tokens) for one KV head with all the query heads that
 share it, or a tile of few rows for several KV heads; decodes and prefill chunks are the same thing with other
-run lengths. The keys are walked through in
-chunks of `KEY_CHUNK` positions and, within them, tiles of `KEY_TILE`, which begin at multiples of the
-sequence's own positions. Each chunk gives a state of its own (sums, greatest score, sum of weights), and the
-states are merged in the order of the chunks. So the order of every sum depends on key positions alone: not on
-the block size, the prefill chunk, the neighbours, or whether the chunks of a long context were work items of
-their own, as they are in a decode (batch invariance). A key that a row may not see gets weight exactly 0,
-which changes no bit of the row's sums.
+run lengths. The keys are walked through in chunks of `KEY_CHUNK` positions and, within them, tiles of
+`KEY_TILE`, which begin at multiples of the sequence's own positions. Each chunk gives a state of its own
+(sums, greatest score, sum of weights), and the states are merged in the order of the chunks. So the order of
+every sum depends on key positions alone: not on the block size, the prefill chunk, the neighbours, or whether
+the chunks of a long context were work items of their own, as they are in a decode (batch invariance). A key
+that a row may not see gets weight exactly 0, which changes no bit of the row's sums.
 
 The cache of one layer, in words: keys [num_blocks, num_kv_heads, key words, block_size], so that neighbouring
 words are neighbouring keys; values [num_blocks, num_kv_heads, block_size, value words]. A word is one
@@ -355,8 +354,8 @@ def _attend_chunk(heads, cache, block_table, item, first_key, end_key, scratch, 
 
     block_table: of the tile's sequence, [max_blocks]; scratch: flat; at: where in it what is; states: where
     in it the first head's states are, [padded rows, state_words], those of the next behind, as with the
-    queries. Asks for the keys of each next tile while it reads this one, as far as the tile's last key:
-    whoever computes the next chunk is glad of them.
+    queries. Asks for the keys of each next tile while it reads this one, as far as the query tile's last
+    key, for whoever computes the next chunk.
     """
     format, block_size = cache.format, cache.block_size
     first_head, end_head, num_rows = item.first_head, item.end_head, item.num_rows

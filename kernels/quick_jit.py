@@ -49,6 +49,7 @@ class QuickKernel(CPUDispatcher):
 
     @cached_property
     def alone(self) -> Any:
+        """The same function compiled by Numba's own way, for calls from Python."""
         return numba.njit(**self._settings)(self.py_func)
 
     def __call__(self, *arguments: Any) -> Any:

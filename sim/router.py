@@ -11,10 +11,12 @@ class Replica(Protocol):
     """What a router looks at."""
 
     @property
-    def scheduler(self) -> Scheduler: ...
+    def scheduler(self) -> Scheduler:
+        """Its scheduler, with its queues and its blocks."""
 
     @property
-    def num_unfinished(self) -> int: ...
+    def num_unfinished(self) -> int:
+        """Requests that were sent to it and have not ended."""
 
 
 class Router(Protocol):
@@ -22,7 +24,6 @@ class Router(Protocol):
 
     def choose(self, sequence: Sequence, replicas: Items[Replica]) -> int:
         """The place of a replica in the list."""
-        ...
 
 
 class RoundRobin:

@@ -97,6 +97,7 @@ class WeightFile:
         return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def close(self) -> None:
+        """Closes the file; nothing can be read afterwards."""
         self._file.close()
 
 

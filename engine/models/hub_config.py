@@ -33,6 +33,23 @@ HARMLESS = re.compile(
     """,
     re.VERBOSE,
 )
+_SUPPORTED_WEIGHTS = (
+    "weights in float32, float16 or bfloat16, which the setting quantization converts while loading, "
+    "or a GGUF file"
+)
+
+# Keys of several classes that are only supported switched off.
+_NEUTRAL: dict[str, object] = {
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "pruned_heads": {},
+    "per_layer_config": {},
+    "bias": False,
+    "qkv_bias": False,
+    "use_bias": False,
+    "use_mrope": False,
+    "rope_interleaved": False,
+}
 
 
 def read_config(checkpoint: Checkpoint) -> Fields:
@@ -57,22 +74,3 @@ def _method_of(section: object) -> object:
     if not isinstance(section, dict):
         return section
     return section.get("quant_method") or section.get("mode") or section
-
-
-_SUPPORTED_WEIGHTS = (
-    "weights in float32, float16 or bfloat16, which the setting quantization converts while loading, "
-    "or a GGUF file"
-)
-
-# Keys of several classes that are only supported switched off.
-_NEUTRAL: dict[str, object] = {
-    "is_encoder_decoder": False,
-    "add_cross_attention": False,
-    "pruned_heads": {},
-    "per_layer_config": {},
-    "bias": False,
-    "qkv_bias": False,
-    "use_bias": False,
-    "use_mrope": False,
-    "rope_interleaved": False,
-}

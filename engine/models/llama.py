@@ -15,6 +15,35 @@ from pagellm.engine.models.spec import ModelSpec, Parts, Source
 from pagellm.kernels import activation
 from pagellm.kernels.architecture import Architecture, layer_rows
 
+_HUGGINGFACE = {
+    "embedding": "embed_tokens.weight",
+    "final_norm": "norm.weight",
+    "layer": "layers.{}.",
+    "attention_norm": "input_layernorm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "output": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+_GGUF = {
+    "embedding": "token_embd.weight",
+    "final_norm": "output_norm.weight",
+    "lm_head": "output.weight",
+    "layer": "blk.{}.",
+    "attention_norm": "attn_norm",
+    "q": "attn_q",
+    "k": "attn_k",
+    "v": "attn_v",
+    "output": "attn_output",
+    "mlp_norm": "ffn_norm",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
+}
 # What transformers' class of a model_type takes for a key that config.json lacks, where the classes differ.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {
@@ -208,37 +237,6 @@ def _rope_divisors(checkpoint: Checkpoint, size: int) -> list[float]:
                 "above zero"
             )
     return divisors
-
-
-_HUGGINGFACE = {
-    "embedding": "embed_tokens.weight",
-    "final_norm": "norm.weight",
-    "layer": "layers.{}.",
-    "attention_norm": "input_layernorm",
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "output": "self_attn.o_proj",
-    "mlp_norm": "post_attention_layernorm",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-_GGUF = {
-    "embedding": "token_embd.weight",
-    "final_norm": "output_norm.weight",
-    "lm_head": "output.weight",
-    "layer": "blk.{}.",
-    "attention_norm": "attn_norm",
-    "q": "attn_q",
-    "k": "attn_k",
-    "v": "attn_v",
-    "output": "attn_output",
-    "mlp_norm": "ffn_norm",
-    "gate": "ffn_gate",
-    "up": "ffn_up",
-    "down": "ffn_down",
-}
 
 
 def _spec(

@@ -24,6 +24,7 @@ class AddedTokenTable:
 
     @property
     def tokens(self) -> tuple[AddedToken, ...]:
+        """All of them, in the order in which they were added."""
         return tuple(self._token_of.values())
 
     def id_of(self, content: str) -> int:

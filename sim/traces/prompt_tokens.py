@@ -20,7 +20,8 @@ _MIN_VOCAB_SIZE = 17
 class Encoder(Protocol):
     """What is needed of a tokenizer."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
 
 
 class PromptTokens:
