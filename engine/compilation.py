@@ -23,7 +23,6 @@ from pagellm.engine.kernel_cache import KernelStore, say_not_kept
 from pagellm.engine.model_runner import ModelRunner
 from pagellm.engine.progress import progress
 from pagellm.engine.sampling_params import SamplingParams
-from pagellm.engine.scheduling.block_manager import BlockManager
 from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.kernels.activation import SILU
@@ -106,7 +105,7 @@ def _run_tiny_model() -> None:
     weights = Weights(values, places, rest_places, cos=table, sin=table, rope_halves=np.full(1, 8, np.int64))
     config = EngineConfig(num_blocks=1, max_num_batched_tokens=1, num_threads=1).complete()
     runner = ModelRunner(arch, weights, FLOAT32, config)
-    scheduler = Scheduler(config, BlockManager(num_blocks=1, block_size=config.block_size))
+    scheduler = Scheduler.with_blocks(config)
     scheduler.add(Sequence(0, [0], SamplingParams()))
     runner.run(scheduler.schedule())
     runner.close()

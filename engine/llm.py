@@ -162,7 +162,7 @@ class LLM:
 
         def search() -> list[RequestOutput]:
             for index, one in enumerate(searches):
-                with _named(index, len(searches)):
+                with _numbered(index, len(searches)):
                     one.start()
             while under_way := [one for one in searches if not one.output.finished]:
                 self.engine.step_or_wait()
@@ -234,7 +234,7 @@ class LLM:
     ) -> list[RequestOutput]:
         outputs = []
         for index, (request_id, prompt, param) in enumerate(zip(request_ids, prompts, params, strict=True)):
-            with _named(index, len(prompts)):
+            with _numbered(index, len(prompts)):
                 outputs.append(self.engine.add_request(request_id, prompt, param, return_logits))
         return outputs
 
@@ -283,7 +283,7 @@ class CompletionStream(Iterator[str]):
 
 
 @contextmanager
-def _named(index: int, count: int) -> Iterator[None]:
+def _numbered(index: int, count: int) -> Iterator[None]:
     """Says of a refused request which of several it is, from 0 on."""
     try:
         yield

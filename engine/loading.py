@@ -20,7 +20,6 @@ from pagellm.engine.memory import Memory, read_memory
 from pagellm.engine.model_runner import ModelRunner
 from pagellm.engine.models import ModelSpec, read_spec
 from pagellm.engine.progress import say
-from pagellm.engine.scheduling.block_manager import BlockManager
 from pagellm.engine.scheduling.scheduler import PreemptionCosts, Scheduler
 from pagellm.engine.step_log import StepLogFile
 from pagellm.engine.tokenizer import Tokenizer, load_tokenizer
@@ -77,13 +76,7 @@ def load_engine(
         weight_bytes = 4 * lay_out(spec.arch, formats)[2]
         complete = size_cache(asked, spec.max_positions, token_bytes, memory, spec.context, weight_bytes)
         block_bytes = token_bytes * complete.block_size
-        block_manager = BlockManager(
-            complete.num_blocks,
-            complete.block_size,
-            complete.enable_prefix_caching,
-            complete.num_swap_blocks,
-        )
-        scheduler = Scheduler(complete, block_manager)
+        scheduler = Scheduler.with_blocks(complete)
         step_log = None if complete.step_log is None else StepLogFile(complete.step_log)
         if show_progress and asked.num_blocks is None:
             say(_size_chosen(complete, block_bytes, memory))

@@ -19,7 +19,6 @@ from pagellm.engine.checks import SMALLEST, integer, number
 from pagellm.engine.config import CompleteConfig, EngineConfig
 from pagellm.engine.errors import ConfigError, PagellmError, RequestError, TraceError
 from pagellm.engine.sampling_params import SamplingParams
-from pagellm.engine.scheduling.block_manager import BlockManager
 from pagellm.engine.scheduling.scheduler import ScheduledBatch, Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.engine.scheduling.step_loop import StepLoop
@@ -57,11 +56,8 @@ class Replica:
     """
 
     def __init__(self, number: int, config: CompleteConfig) -> None:
-        manager = BlockManager(
-            config.num_blocks, config.block_size, config.enable_prefix_caching, config.num_swap_blocks
-        )
         self.number = number
-        self.scheduler = Scheduler(config, manager)
+        self.scheduler = Scheduler.with_blocks(config)
         self.loop = StepLoop(self.scheduler)
         self.inbox: list[tuple[float, Sequence, TraceRequest | None]] = []  # without a request: a timeout
         self.is_busy = False  # a step is under way, or about to start

@@ -156,6 +156,14 @@ class Scheduler:
         # The first in the queue, if its blocks were not free, what the cache had of it, and when that was.
         self._blocked: tuple[Sequence, list[int], int] | None = None
 
+    @classmethod
+    def with_blocks(cls, config: CompleteConfig) -> "Scheduler":
+        """A scheduler with a block manager as the settings have it, for an engine or a simulated one."""
+        manager = BlockManager(
+            config.num_blocks, config.block_size, config.enable_prefix_caching, config.num_swap_blocks
+        )
+        return cls(config, manager)
+
     @property
     def has_unfinished(self) -> bool:
         """Whether anything waits or runs."""
