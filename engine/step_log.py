@@ -81,7 +81,9 @@ class StepRecord(TypedDict):
 class StepRecorder(StepListener):
     """Makes the records of one scheduler's steps, and gives each to `write` when the step has ended.
 
-    Records share what is the same in many of them: they are not to be changed.
+    Records share what is the same in many of them: they are not to be changed. in_full: with block tables,
+    slots and the prefix cache, as a log has them; else `blocks` says only how many are used and shared, which
+    is all that a drawing needs.
     """
 
     def __init__(
@@ -90,11 +92,13 @@ class StepRecorder(StepListener):
         write: Callable[[StepRecord], None],
         config: CompleteConfig | None = None,
         replica: int | None = None,
+        in_full: bool = True,
     ) -> None:
         self._scheduler = scheduler
         self._write = write
         self._config = config
         self._replica = replica
+        self._in_full = in_full
         self._num_steps = 0
         self._record: StepRecord | None = None  # of the step under way
         self._costs = scheduler.costs  # as recorded last
@@ -167,8 +171,6 @@ class StepRecorder(StepListener):
             record["preempted"] = list(map(_preempted, batch.preempted))
         if batch.forks:
             record["forked"] = list(_forked(batch))
-        if batch.changed_tables or self._changed:
-            record["tables"] = self._new_tables(batch)
         if batch.transfers:
             record["transfers"] = dict(Counter(transfer.kind.value for transfer in batch.transfers))
         if scheduler.costs is not self._costs:
@@ -178,16 +180,11 @@ class StepRecorder(StepListener):
         record["running"] = len(scheduler.running)
         record["waiting"] = len(scheduler.waiting) - num_swapped
         record["swapped"] = num_swapped
-        used, free, shared, unwritten_slots, swap_used = manager.usage()
-        record["blocks"] = {
-            "used": used,
-            "free": free,
-            "shared": shared,
-            "unwritten_slots": unwritten_slots,
-            "swap_used": swap_used,
-        }
-        stats = manager.stats
-        record["cache"] = {"queries": stats.queries, "hits": stats.hits, "evictions": stats.evictions}
+        if self._in_full:
+            self._note_blocks(record, batch)
+        else:
+            used = manager.num_blocks - manager.num_free_blocks
+            record["blocks"] = {"used": used, "shared": manager.num_shared}
         if self._num_steps == 0 and self._config is not None:
             settings = asdict(self._config)
             record["config"] = {name: settings[name] for name in settings if name not in NO_DECISIONS}
@@ -213,6 +210,21 @@ class StepRecorder(StepListener):
             for sequence in finished:
                 self._forget(sequence)
         self._write(record)
+
+    def _note_blocks(self, record: StepRecord, batch: ScheduledBatch) -> None:
+        manager = self._scheduler.block_manager
+        if batch.changed_tables or self._changed:
+            record["tables"] = self._new_tables(batch)
+        used, free, shared, unwritten_slots, swap_used = manager.usage()
+        record["blocks"] = {
+            "used": used,
+            "free": free,
+            "shared": shared,
+            "unwritten_slots": unwritten_slots,
+            "swap_used": swap_used,
+        }
+        stats = manager.stats
+        record["cache"] = {"queries": stats.queries, "hits": stats.hits, "evictions": stats.evictions}
 
     def _new_tables(self, batch: ScheduledBatch) -> list[tuple[int, int, list[int]]]:
         pending = self._changed

@@ -51,7 +51,7 @@ def replay_for_real(
         listeners = [metrics.listener()]
         if perfetto is not None:
             steps = stack.enter_context(PerfettoTrace(perfetto))
-            listeners.append(StepRecorder(engine.scheduler, steps.step))
+            listeners.append(StepRecorder(engine.scheduler, steps.step, in_full=False))
         # Before the rest is aborted, nobody listens any more: an interrupt may have kept a step from them.
         stack.callback(abort)
         for listener in listeners:

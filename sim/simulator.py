@@ -178,7 +178,8 @@ class _Replay:
             replica.loop.listen(self.metrics.listener(replica.number))
             if self._step_log is not None or self._perfetto is not None:
                 number = replica.number if len(self._replicas) > 1 else None
-                recorder = StepRecorder(replica.scheduler, self._record, config, number)
+                in_full = self._step_log is not None
+                recorder = StepRecorder(replica.scheduler, self._record, config, number, in_full)
                 replica.loop.listen(recorder)
         self._output_tokens = (simulator.prompt_tokens.vocab_size,)  # of a sequence in a step
         self._params: dict[tuple[Any, ...], SamplingParams] = {}

@@ -158,6 +158,11 @@ class BlockManager:
         return len(self._free)
 
     @property
+    def num_shared(self) -> int:
+        """References to blocks beyond the first of each."""
+        return self._num_references - self.num_blocks + len(self._free)
+
+    @property
     def num_cached_blocks(self) -> int:
         """Blocks that hold a known prefix, whether a sequence references them or not."""
         return len(self._cache)

@@ -177,13 +177,15 @@ class PerfettoTrace:
         for sequence, _, count, samples in scheduled:
             request = requests[sequence]
             request.tokens += count
-            if request.phase == "prefill":
+            phase = request.phase
+            if phase == "prefill":
                 num_prefill_tokens += count
                 if samples:
                     began.append(request)
             else:
                 num_decode_tokens += count
-                request.phase = "decode"  # a fork is not admitted: it decodes since its parent did
+                if phase != "decode":  # a fork, which is not admitted: it decodes since its parent did
+                    request.phase = "decode"
         transfers, blocks, process = record["transfers"], record["blocks"], replica.processes[0]
         at, took = start / 1000, (end - start) / 1000  # microseconds
         args = {

@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,9 @@ def test_a_replay_writes_what_its_step_log_becomes(tmp_path: Path) -> None:
         simulator.replay(synthesise(workload).scaled(50))
         from_step_log(tmp_path / "log", tmp_path / "later")
         assert events_of(tmp_path / "direct") == events_of(tmp_path / "later")
+        without_log = replace(simulator, config=replace(config, step_log=None), perfetto=tmp_path / "alone")
+        without_log.replay(synthesise(workload).scaled(50))
+        assert events_of(tmp_path / "alone") == events_of(tmp_path / "later")
         assert {event["pid"] for event in events_of(tmp_path / "later")} == set(range(1, 2 * replicas + 1))
 
 
