@@ -49,7 +49,7 @@ ENGINE_FLAGS = {
 }
 GENERATION_FLAG = {
     "generation_config": Flag(
-        "where no flag says how to sample: auto: as the model's generation_config.json does",
+        "where no flag says how to sample: auto: as the model's own files do",
         choices=GENERATION_CONFIGS,
     )
 }
@@ -168,7 +168,7 @@ def _with_models_defaults(llm: "LLM", params: SamplingParams, options: argparse.
     used = {name: value for name, value in defaults.items() if name not in given(options, SamplingParams)}
     if used and not options.json:
         named = ", ".join(f"{name} {value}" for name, value in used.items())
-        say(f"as the model's generation_config.json says: {named}")
+        say(f"as the model's own configuration says: {named}")
     return replace(params, **used)
 
 

@@ -43,8 +43,9 @@ class EngineConfig:
     "int4": converted on load, where the checkpoint has them otherwise. With anything but float32, activations
     are rounded to bfloat16 or to int8 blocks on their way into a product, and the KV cache is bfloat16.
     generation_config: how requests without sampling parameters are sampled. "auto": as the model's
-    generation_config.json says; "none": by the defaults of `SamplingParams`. A request with parameters is
-    served as these say, and every output names what it was served with.
+    generation_config.json, or its GGUF file's general.sampling keys, say; "none": by the defaults of
+    `SamplingParams`. A request with parameters is served as these say, and every output names what it was
+    served with.
     """
 
     block_size: int = 16

@@ -1,6 +1,10 @@
-"""`generation_config.json`: how those who made a model want it sampled where a request says nothing."""
+"""How those who made a model want it sampled where a request says nothing.
+
+That is `generation_config.json` beside safetensors, and the keys `general.sampling.*` in a GGUF file.
+"""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,13 @@ _UNSUPPORTED = {
     "min_length": 0,
 }  # fmt: skip
 
+_GGUF_PREFIX = "general.sampling."
+_GGUF_NAMES = {
+    "temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}  # fmt: skip
+_GGUF_UNSUPPORTED = {"sequence": "", "xtc_probability": 0, "mirostat": 0}
+
 
 def read_generation_defaults(path: Path) -> dict[str, Any]:
     """The sampling parameters that the file sets, by our names; none where there is no file.
@@ -45,10 +56,38 @@ def read_generation_defaults(path: Path) -> dict[str, Any]:
     if defaults.get("min_tokens") == 0:
         del defaults["min_tokens"]
     left_out = [name for name, neutral in _UNSUPPORTED.items() if values.get(name) not in (None, neutral)]
+    return _checked(path, defaults, left_out)
+
+
+def gguf_generation_defaults(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of a GGUF file, as llama.cpp has it (`common_init_sampler_from_model`).
+
+    There a temperature or top_k below 0 is 0, and a repetition penalty looks at the last `penalty_last_n`
+    tokens, 64 if that is absent. Here it looks at all of them, which is -1 there; another one is left out.
+    """
+    values = {
+        # The shortest number that is this float32, which is what was written.
+        key.removeprefix(_GGUF_PREFIX): float(f"{value:.7g}") if isinstance(value, float) else value
+        for key, value in metadata.items()
+        if key.startswith(_GGUF_PREFIX)
+    }
+    left_out = [key for key, neutral in _GGUF_UNSUPPORTED.items() if values.get(key, neutral) != neutral]
+    if values.get("penalty_repeat", 1) != 1 and values.get("penalty_last_n", 64) != -1:
+        if values.get("penalty_last_n") != 0:
+            left_out.append("penalty_repeat")
+        del values["penalty_repeat"]
+    defaults = {ours: values[theirs] for theirs, ours in _GGUF_NAMES.items() if theirs in values}
+    for name in ("temperature", "top_k"):
+        if isinstance(defaults.get(name), int | float) and defaults[name] < 0:
+            defaults[name] = 0
+    return _checked(path, defaults, [_GGUF_PREFIX + key for key in left_out])
+
+
+def _checked(path: Path, defaults: dict[str, Any], left_out: list[str]) -> dict[str, Any]:
     if left_out:
-        warnings.warn(f"{path}: {', '.join(left_out)}: not supported, and left out", stacklevel=2)
+        warnings.warn(f"{path}: {', '.join(left_out)}: not supported, and left out", stacklevel=3)
     try:
         SamplingParams(**defaults)
     except RequestError as error:
-        raise CheckpointError(f"{path}: {error}; generation_config none leaves the file out") from error
+        raise CheckpointError(f"{path}: {error}; generation_config none leaves it out") from error
     return defaults

@@ -15,7 +15,7 @@ from pagellm.engine.checkpoints import BLOCK_SIZES, Checkpoint, open_checkpoint,
 from pagellm.engine.compilation import compile_kernels
 from pagellm.engine.config import CompleteConfig, EngineConfig
 from pagellm.engine.errors import CheckpointError, ConfigError
-from pagellm.engine.generation_config import read_generation_defaults
+from pagellm.engine.generation_config import gguf_generation_defaults, read_generation_defaults
 from pagellm.engine.memory import Memory, read_memory
 from pagellm.engine.model_runner import ModelRunner
 from pagellm.engine.models import ModelSpec, read_spec
@@ -36,7 +36,7 @@ class EngineParts:
 
     block_bytes: keys and values of one block, in all layers. costs: of preemption, as far as they are known
     before the first step. step_log: None where none was asked for. generation_defaults: the
-    sampling parameters that the model's `generation_config.json` sets, for requests that come without any.
+    sampling parameters that the model's own files set, for requests that come without any.
     """
 
     config: CompleteConfig
@@ -65,7 +65,9 @@ def load_engine(
             say(f"{checkpoint.path.name}: {tokenizer.absence}; prompts are token ids")
         asked = config or EngineConfig()
         generation_defaults = {}
-        if checkpoint.format == "safetensors" and asked.generation_config == "auto":
+        if asked.generation_config == "auto" and checkpoint.format == "gguf":
+            generation_defaults = gguf_generation_defaults(checkpoint.path, checkpoint.config)
+        elif asked.generation_config == "auto":
             generation_defaults = read_generation_defaults(checkpoint.path / "generation_config.json")
         formats = formats_of(checkpoint, spec, asked.quantization)
         cache_format = kv_format(formats)

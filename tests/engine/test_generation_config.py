@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGUFReader, GGUFWriter
 
 from pagellm.__main__ import main
 from pagellm.engine import LLM, CheckpointError, ConfigError, SamplingParams
-from pagellm.engine.generation_config import read_generation_defaults
+from pagellm.engine.generation_config import gguf_generation_defaults, read_generation_defaults
 from tests.conftest import model_path
 
 
@@ -69,6 +70,58 @@ def test_a_bad_value_names_the_file(tmp_path: Path, values: dict[str, Any], mess
         read_generation_defaults(written(tmp_path, **values))
 
 
+def sampling_keys(**values: Any) -> dict[str, Any]:
+    return {f"general.sampling.{name}": value for name, value in values.items()} | {"general.name": "x"}
+
+
+def test_a_gguf_files_own_keys_are_read(tmp_path: Path) -> None:
+    as_float32 = 0.60000002384185791015625
+    keys = sampling_keys(temp=as_float32, top_k=20, top_p=0.5, min_p=0.0, mirostat=0, xtc_threshold=0.1)
+    expected = {"temperature": 0.6, "top_k": 20, "top_p": 0.5, "min_p": 0.0}
+    assert gguf_generation_defaults(tmp_path, keys) == expected
+    assert gguf_generation_defaults(tmp_path, {"general.name": "x"}) == {}
+    assert gguf_generation_defaults(tmp_path, sampling_keys(temp=-1.0, top_k=-5)) == {
+        "temperature": 0, "top_k": 0,
+    }  # fmt: skip
+
+
+def test_a_gguf_files_repetition_penalty_is_ours_over_all_tokens_alone(tmp_path: Path) -> None:
+    keys = sampling_keys(penalty_repeat=1.5, penalty_last_n=-1)
+    assert gguf_generation_defaults(tmp_path, keys) == {"repetition_penalty": 1.5}
+    assert gguf_generation_defaults(tmp_path, sampling_keys(penalty_repeat=1.5, penalty_last_n=0)) == {}
+    for last_n in ({}, {"penalty_last_n": 64}):
+        with pytest.warns(UserWarning, match=r"general.sampling.penalty_repeat: not supported, and left out"):
+            assert gguf_generation_defaults(tmp_path, sampling_keys(penalty_repeat=1.5, **last_n)) == {}
+    with pytest.warns(UserWarning, match=r"sampling.sequence, general.sampling.mirostat: not supported"):
+        assert gguf_generation_defaults(tmp_path, sampling_keys(mirostat=2, sequence="top_k;temp")) == {}
+
+
+def test_a_bad_value_names_the_gguf_file(tmp_path: Path) -> None:
+    for value in ("hot", [1.0], float("nan"), True):
+        with pytest.raises(CheckpointError, match=r"model.gguf: temperature: found .*, expected a number"):
+            gguf_generation_defaults(tmp_path / "model.gguf", sampling_keys(temp=value))
+
+
+def test_a_gguf_model_is_sampled_as_it_says(tmp_path: Path) -> None:
+    source = GGUFReader(model_path("gguf_llama_f32"))
+    path = tmp_path / "model.gguf"
+    writer = GGUFWriter(path, "llama")
+    for field in source.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            kinds = field.types
+            writer.add_key_value(field.name, field.contents(), kinds[0], kinds[-1] if kinds[1:] else None)
+    writer.add_float32("general.sampling.temp", 0.25)
+    for tensor in source.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for setting, temperature in (("auto", 0.25), ("none", 1.0)):
+        with LLM(path, num_blocks=8, generation_config=setting, show_progress=False) as llm:
+            assert llm.generate([[5, 6, 7]])[0].sampling_params.temperature == temperature
+
+
 def test_a_request_without_parameters_is_sampled_as_the_model_says(model: Path) -> None:
     llm = LLM(str(model), show_progress=False)
     [output] = llm.generate("ab")
@@ -99,7 +152,7 @@ def test_the_command_says_what_it_took_from_the_model(
     served = output["sampling_params"]
     assert (served["temperature"], served["top_k"], served["max_tokens"]) == (0.25, 7, 3)
     assert main(command) == 0
-    assert "generation_config.json says: temperature 0.25, max_tokens 3" in capsys.readouterr().err
+    assert "own configuration says: temperature 0.25, max_tokens 3" in capsys.readouterr().err
     assert main([*command, "--json", "--generation-config", "none"]) == 0
     [output] = json.loads(capsys.readouterr().out)["outputs"]
     assert output["sampling_params"]["temperature"] == 0
