@@ -32,18 +32,10 @@ from bench.machine import bandwidth_gb_s, peak_gops
 from pagellm.engine.config import usable_cores
 from pagellm.kernels.activation import SILU
 from pagellm.kernels.architecture import Architecture, layer_rows
-from pagellm.kernels.attention import (
-    KEY_CHUNK,
-    Heads,
-    LayerCache,
-    Tiles,
-    attention,
-    choose_heads_per_item,
-    plan_tiles,
-    token_words,
-)
+from pagellm.kernels.attention import KEY_CHUNK, Heads, Tiles, attention, choose_heads_per_item, plan_tiles
 from pagellm.kernels.buffers import Batch, new_cache, new_plan, new_workspace
 from pagellm.kernels.jit import entry_point
+from pagellm.kernels.kv_cache import LayerCache, token_words
 from pagellm.kernels.matmul import matmul
 from pagellm.kernels.packing import (
     BFLOAT16,

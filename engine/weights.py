@@ -14,7 +14,7 @@ from pagellm.engine.errors import CheckpointError
 from pagellm.engine.models import ModelSpec, Source
 from pagellm.engine.progress import progress
 from pagellm.kernels.architecture import PARTS, Architecture, Formats, Kind, Weights, lay_out
-from pagellm.kernels.attention import token_words
+from pagellm.kernels.kv_cache import token_words
 from pagellm.kernels.packing import (
     BFLOAT16,
     BLOCK,

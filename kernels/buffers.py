@@ -10,16 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagellm.kernels.architecture import Architecture
-from pagellm.kernels.attention import (
-    key_cache_size,
-    max_states,
-    max_tiles,
-    scratch_size,
-    state_words,
-    store_scratch_size,
-    value_cache_size,
-)
+from pagellm.kernels.attention import max_states, max_tiles, scratch_size, state_words
 from pagellm.kernels.attention_products import TILE_COLUMNS
+from pagellm.kernels.kv_cache import key_cache_size, store_scratch_size, value_cache_size
 from pagellm.kernels.packing import BLOCK, GROUP, PANEL, aligned_zeros, num_blocks, padded, padded_rows
 from pagellm.kernels.simd import LANES
 from pagellm.kernels.threads import new_counters
@@ -29,7 +22,7 @@ LOGIT_ROWS = 4 * GROUP
 
 
 class Cache(NamedTuple):
-    """The paged KV cache of all layers: see kernels.attention for a layer's layout."""
+    """The paged KV cache of all layers: see kernels.kv_cache for a layer's layout."""
 
     keys: NDArray[np.float32]  # [all layers + LANES], the end so that a vector may begin anywhere
     values: NDArray[np.float32]  # [all layers + TILE_COLUMNS]

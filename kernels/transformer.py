@@ -11,18 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagellm.kernels.activation import activate
-from pagellm.kernels.attention import (
-    Heads,
-    LayerCache,
-    Tiles,
-    attention,
-    choose_heads_per_item,
-    merge_states,
-    plan_tiles,
-    store_kv,
-)
+from pagellm.kernels.attention import Heads, Tiles, attention, choose_heads_per_item, merge_states, plan_tiles
 from pagellm.kernels.buffers import LOGIT_ROWS
 from pagellm.kernels.jit import entry_point, kernel, plain
+from pagellm.kernels.kv_cache import LayerCache, store_kv
 from pagellm.kernels.matmul import matmul
 from pagellm.kernels.norm import normalize
 from pagellm.kernels.packing import pack_row, padded, unpack_column

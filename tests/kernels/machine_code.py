@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from llvmlite import binding as llvm
 
-from pagellm.kernels import activation, attention, matmul, norm, packing, rope, sampling
+from pagellm.kernels import activation, attention, kv_cache, matmul, norm, packing, rope, sampling
 from pagellm.kernels.simd import host_has
 from tests.kernels import test_attention, test_matmul
 from tests.kernels.layouts import FORMATS
@@ -47,7 +47,7 @@ ENTRIES = (
     activation.activate.alone,
     attention.attention.alone,
     attention.merge_states.alone,
-    attention.store_kv.alone,
+    kv_cache.store_kv.alone,
     matmul.matmul.alone,
     norm.normalize.alone,
     packing.pack_blocks,

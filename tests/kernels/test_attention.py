@@ -16,10 +16,8 @@ from pagellm.kernels.architecture import Architecture, layer_rows
 from pagellm.kernels.attention import (
     KEY_CHUNK,
     QUERY_TILE_ROWS,
-    LayerCache,
     Tiles,
     attention,
-    key_cache_size,
     max_heads_per_item,
     max_states,
     max_tiles,
@@ -27,15 +25,19 @@ from pagellm.kernels.attention import (
     plan_tiles,
     scratch_size,
     state_words,
-    store_kv,
-    store_scratch_size,
-    token_words,
     tokens_per_query_tile,
-    value_cache_size,
 )
 from pagellm.kernels.attention import Heads as LayerHeads
 from pagellm.kernels.attention_products import KEY_TILE
 from pagellm.kernels.buffers import new_workspace
+from pagellm.kernels.kv_cache import (
+    LayerCache,
+    key_cache_size,
+    store_kv,
+    store_scratch_size,
+    token_words,
+    value_cache_size,
+)
 from pagellm.kernels.packing import BFLOAT16, FLOAT32
 from pagellm.kernels.simd import LANES
 from pagellm.kernels.threads import new_counters
