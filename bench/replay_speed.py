@@ -6,8 +6,8 @@ A synthetic trace of short requests, and half of it, shows how the time grows wi
 --overhead prints instead how many times as much processor time a replay takes with a step log, and with a
 trace for Perfetto: the ratios of medians of runs that take turns, so that whatever else runs meets all alike.
 
-Run: python bench/replay_speed.py [TRACE ...] [--synthetic N] [--overhead] [--json]. The README of
-examples/traces says where the whole traces are.
+Run: python bench/replay_speed.py [TRACE ...] [--synthetic N] [--arrivals WHEN] [--overhead] [--json].
+The README of examples/traces says where the whole traces are.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from pagellm.sim import CostModel, Simulator, Trace, Workload, synthesise
 CONFIG = EngineConfig(block_size=64, max_num_seqs=256, max_num_batched_tokens=8192)
 EFFICIENCY = 0.6  # of the peak rates: about what serving engines reach
 NUM_RUNS = 7  # of each kind, for the ratios
-SHORT = {"arrivals": "poisson:100", "prompt_len": "lognormal:64,0.7", "output_len": "lognormal:16,0.5"}
+SHORT = {"prompt_len": "lognormal:64,0.7", "output_len": "lognormal:16,0.5"}
 
 
 def main() -> None:
@@ -38,12 +38,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("traces", nargs="*", metavar="TRACE")
     parser.add_argument("--synthetic", type=int, default=1_000_000, metavar="N", help="requests; 0: none")
+    parser.add_argument("--arrivals", default="poisson:100", help="of the synthetic requests")
     parser.add_argument("--overhead", action="store_true", help="what step log and Perfetto trace cost")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     sizes = [options.synthetic // 2, options.synthetic] if options.synthetic > 1 else []
+    short = [Workload(num_requests=size, arrivals=options.arrivals, **SHORT) for size in sizes]
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
-        rows = list(processes.map(overhead if options.overhead else speed, [*options.traces, *sizes]))
+        rows = list(processes.map(overhead if options.overhead else speed, [*options.traces, *short]))
     if options.json:
         print(json.dumps(rows, indent=1))
     else:
@@ -73,12 +75,12 @@ def print_overhead(rows: list[dict]) -> None:
         )
 
 
-def load(source: str | int) -> tuple[str, Trace]:
-    """A trace's file, or so many synthetic requests, and what that is called."""
+def load(source: str | Workload) -> tuple[str, Trace]:
+    """A trace, from a file or made, and what it is called."""
     if isinstance(source, str):
         trace = Trace.load(source)
         return trace.name, trace
-    return f"synthetic, {source:,} short requests", synthesise(Workload(num_requests=source, **SHORT))
+    return f"{source.num_requests:,} short requests, {source.arrivals}", synthesise(source)
 
 
 def costs() -> CostModel:
@@ -86,7 +88,7 @@ def costs() -> CostModel:
     return CostModel.roofline("h100-sxm", "llama-3.1-8b", efficiency=EFFICIENCY)
 
 
-def overhead(source: str | int) -> dict:
+def overhead(source: str | Workload) -> dict:
     """How many times as much processor time a replay takes when it writes what its steps were."""
     name, trace = load(source)
     with TemporaryDirectory() as folder:
@@ -109,8 +111,8 @@ def overhead(source: str | int) -> dict:
     return {"trace": name, "steps": summary["num_steps"], "cpu_s": plain_s, **ratios}
 
 
-def speed(source: str | int) -> dict:
-    """What replaying a trace's file, or so many synthetic requests, took."""
+def speed(source: str | Workload) -> dict:
+    """What replaying a trace took."""
     name, trace = load(source)
     summary = Simulator(CONFIG, costs()).replay(trace).summary
     tokens, wall_s = summary["prompt_tokens"] + summary["output_tokens"], summary["wall_s"]

@@ -26,6 +26,8 @@ from pagellm.engine.scheduling.step_loop import StepListener
 # Settings of which no decision of a scheduler follows: num_swap_blocks says what swap_dir comes to.
 NO_DECISIONS = ("swap_dir", "step_log", "num_threads", "quantization", "generation_config")
 
+_BUFFER_BYTES = 2**17  # of a file's lines that are written together
+
 
 class AddedRecord(TypedDict):
     """A sequence that was taken in."""
@@ -287,7 +289,7 @@ class StepLogFile:
     def __init__(self, path: str, is_live: bool = True) -> None:
         self._is_live = is_live
         try:
-            self._file = open(path, "wb")  # noqa: SIM115
+            self._file = open(path, "wb", _BUFFER_BYTES)  # noqa: SIM115
         except OSError as error:
             raise ConfigError(f"step_log: {path}: {error.strerror}, expected a file to write to") from error
 
