@@ -17,6 +17,8 @@ from pagellm.engine.errors import PagellmError, RequestError, found
 # A number beyond is as good as infinite, and so would be a sum of some.
 LARGEST = 1e300
 SMALLEST = 5e-324  # above 0
+# What no count and no number of anything needs more of. Python refuses to print some longer integers.
+_MAX_BITS = 64
 MAX_PATH_BYTES = 4096  # Linux takes no longer one
 
 
@@ -50,13 +52,15 @@ def integer(
     name: str, value: Any, low: int | None = None, high: int | None = None,
     error: type[PagellmError] = RequestError,
 ) -> int:  # fmt: skip
-    """The value as an int from `low` to `high`, both included; None leaves a side open."""
+    """The value as an int from `low` to `high`, both included; None leaves a side open, up to 64 bits."""
     try:
         if isinstance(value, bool):
             raise TypeError
         result = index(value)
     except TypeError:
         result = None
+    if result is not None and result.bit_length() > _MAX_BITS and None in (low, high):
+        raise error(f"{name}: found {found(value)}, expected an integer of at most {_MAX_BITS} bits")
     if result is None or (low is not None and result < low) or (high is not None and result > high):
         if (low, high) == (1, None):
             raise error(f"{name}: found {found(value)}, expected a positive integer")

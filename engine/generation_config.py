@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pagellm.engine.errors import CheckpointError, RequestError, found
 from pagellm.engine.sampling_params import SamplingParams
 from pagellm.engine.tokenizer.checks import read_json_object_if_present
@@ -66,8 +68,7 @@ def gguf_generation_defaults(path: Path, metadata: Mapping[str, Any]) -> dict[st
     tokens, 64 if that is absent. Here it looks at all of them, which is -1 there; another one is left out.
     """
     values = {
-        # The shortest number that is this float32, which is what was written.
-        key.removeprefix(_GGUF_PREFIX): float(f"{value:.7g}") if isinstance(value, float) else value
+        key.removeprefix(_GGUF_PREFIX): _as_written(value)
         for key, value in metadata.items()
         if key.startswith(_GGUF_PREFIX)
     }
@@ -81,6 +82,13 @@ def gguf_generation_defaults(path: Path, metadata: Mapping[str, Any]) -> dict[st
         if isinstance(defaults.get(name), int | float) and defaults[name] < 0:
             defaults[name] = 0
     return _checked(path, defaults, [_GGUF_PREFIX + key for key in left_out])
+
+
+def _as_written(value: Any) -> Any:
+    """A float32 as the shortest number that it is of; an array, which no key of these has, as a list."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def _checked(path: Path, defaults: dict[str, Any], left_out: list[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ line for bad input, 130 after Ctrl-C.
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -34,7 +35,9 @@ def run(arguments: Sequence[str]) -> int:
         try:
             options = parser.parse_args(arguments)
             command: Callable[[argparse.Namespace], None] = options.command
-            command(options)
+            with warnings.catch_warnings():
+                warnings.showwarning = _say_warning
+                command(options)
             return 0
         except PagellmError as error:
             return _refuse(_with_flag(str(error), parser, arguments))
@@ -69,11 +72,20 @@ def _with_flag(message: str, parser: argparse.ArgumentParser, arguments: Sequenc
 
 def _refuse(message: str) -> int:
     """Says what is wrong in one line of bounded length; returns the exit status."""
+    say(_line(message))
+    return 2
+
+
+def _say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """In the place of Python's own way, which shows the line of code that warns."""
+    say(_line(str(message)))
+
+
+def _line(message: str) -> str:
     line = " ".join(message.split())
     if len(line) > _LONGEST:
         line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
-    say(line)
-    return 2
+    return line
 
 
 class _Parser(argparse.ArgumentParser):

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,16 @@ def test_an_error_is_one_line_of_bounded_length(capsys: pytest.CaptureFixture[st
         main(["bench", "--batch", "1,\n" * 90_000])
     [line] = capsys.readouterr().err.splitlines()
     assert len(line) < 1100
+
+
+def test_a_warning_is_one_line(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    (model / "generation_config.json").write_text('{"num_beams": 4}')
+    result = pagellm("generate", "ab", "--model", str(model), "--num-blocks", "16", "--max-tokens", "3")
+    lines = [line for line in result.stderr.splitlines() if "num_beams" in line]
+    assert lines == [f"pagellm: {model / 'generation_config.json'}: num_beams: not supported, and left out"]
+    assert (result.returncode, "Warning" in result.stderr) == (0, False)
 
 
 def test_an_option_has_one_name(capsys: pytest.CaptureFixture[str]) -> None:

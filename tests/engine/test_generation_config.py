@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
 
@@ -97,7 +98,9 @@ def test_a_gguf_files_repetition_penalty_is_ours_over_all_tokens_alone(tmp_path:
 
 
 def test_a_bad_value_names_the_gguf_file(tmp_path: Path) -> None:
-    for value in ("hot", [1.0], float("nan"), True):
+    with pytest.warns(UserWarning, match=r"general.sampling.mirostat: not supported"):
+        assert gguf_generation_defaults(tmp_path, sampling_keys(mirostat=np.array([1, 2]))) == {}
+    for value in ("hot", np.array([1.0, 2.0]), float("nan"), True):
         with pytest.raises(CheckpointError, match=r"model.gguf: temperature: found .*, expected a number"):
             gguf_generation_defaults(tmp_path / "model.gguf", sampling_keys(temp=value))
 

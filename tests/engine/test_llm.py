@@ -358,6 +358,7 @@ def test_parameters_of_another_kind_are_refused_everywhere(llm: LLM, params: Any
         ({"return_logits": 1}, "return_logits: found 1"),
         ({"fork_of": 1}, "fork_of: found 1"),
         ({"request_id": []}, r"request_id: found \[\]"),
+        ({"request_id": "\ud800"}, r"request_id: .* is a lone surrogate"),
         (
             {"sampling_params": SamplingParams(logit_bias={10**9: 1.0})},
             "logit_bias: found token id 1000000000",
@@ -505,6 +506,9 @@ def test_a_setting_may_be_a_number_of_another_library() -> None:
     assert list(map(type, (config.block_size, config.num_swap_blocks, config.watermark))) == [int, int, float]
     with pytest.raises(ConfigError, match="num_blocks: found an int too long to print"):
         EngineConfig(num_blocks=-(10**5000))
+    for name in ("num_blocks", "block_size", "max_model_len", "max_num_seqs", "num_swap_blocks"):
+        with pytest.raises(ConfigError, match=f"{name}: found .*, expected an integer of at most 64 bits"):
+            EngineConfig(**{name: 10**5000})
 
 
 def test_a_small_cache_limits_the_context() -> None:

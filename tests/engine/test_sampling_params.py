@@ -62,6 +62,8 @@ from pagellm.engine import RequestError, SamplingParams
         ("tenant", 5),
         ("temperature", 10**400),
         ("top_k", [-(10**5000)]),
+        ("top_k", 10**50),
+        ("max_tokens", 1 << 64),
         ("stop_token_ids", [10**5000, "x"]),
         ("logit_bias", {10**5000: 1}),
         ("n", np.bool_(True)),
