@@ -70,7 +70,7 @@ class LLM:
         """One finished output a prompt, in order.
 
         prompts: one or several, each a text, a list of token ids, {"prompt": text} or {"prompt_token_ids":
-        ids}. sampling_params: one for all, or one for each; None is what the model's `generation_config.json`
+        ids}. sampling_params: one for all, or one for each; None is what the model's own configuration
         says. The output names what it was served with.
         """
         many = as_prompts(prompts)

@@ -132,7 +132,7 @@ class LLMEngine:
         All of it is checked and copied here: what the caller does to it afterwards changes nothing.
 
         prompt: a text, token ids, or either under vLLM's names. sampling_params: None is what the model's
-        `generation_config.json` says, `default_sampling_params`. return_logits: its finished output carries
+        own configuration says, `default_sampling_params`. return_logits: its finished output carries
         the logits of every token of the prompt. fork_of: a request whose tokens so far this prompt begins
         with; while that runs, they share the blocks of what it has computed of them, unless log-probabilities
         or logits of the prompt are wanted, for which all of it is computed. arrival_time: when it came, on
