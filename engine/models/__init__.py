@@ -47,7 +47,12 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
             f"{checkpoint.path}: {key}: found {found(name)}, expected an architecture that is supported: "
             f"{', '.join(readers)}"
         )
-    spec = readers[name](checkpoint)
+    try:
+        spec = readers[name](checkpoint)
+    except CheckpointError as error:
+        if str(error).startswith(str(checkpoint.path)):
+            raise
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
     _check_tensors(checkpoint, spec)
     return spec
 

@@ -98,6 +98,24 @@ def test_a_bad_configuration_is_an_error_that_names_the_field(
         edited(tmp_path, name, edit)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rope_parameters": {"rope_theta": 0.5, "rope_type": "default"}},
+            "rotary embeddings: found theta 0.5",
+        ),
+        ({"head_dim": 7}, "rotary embeddings: found 7 dimensions"),
+        ({"num_key_value_heads": 4}, "llama: layer 0: 6 attention heads cannot share 4 KV heads"),
+    ],
+)
+def test_settings_that_fit_no_model_name_the_checkpoint(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}/llama_gqa: {message}"):
+        edited(tmp_path, "llama_gqa", setting(**changes))
+
+
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     def edit(_config: dict[str, Any], tensors: dict[str, Any]) -> None:
         del tensors["model.layers.1.mlp.up_proj.weight"]
