@@ -10,11 +10,14 @@ Kernels are compiled by `kernels.quick_jit` where the installed Numba is one tha
 tried out when this is imported, and else by Numba's own way: the same code, in 1.7 times the time.
 """
 
+import secrets
 import sys
 from collections.abc import Callable
+from itertools import count
 from typing import Any, TypeVar
 
 import numba
+from numba.core.bytecode import FunctionIdentity
 from numba.extending import register_jitable
 
 from pagellm.kernels.simd.llvm import CHECKED
@@ -29,6 +32,11 @@ _SETTINGS: dict[str, Any] = {
     "boundscheck": CHECKED,
 }
 _entry_points: list[Any] = []
+
+# A function's name in machine code ends with a number that Numba counts from 1 in each process. Code from the
+# cache was named by another process; of two functions with one name LLVM takes the one that was there first,
+# which may be the same kernel made for another height or format. So no two processes count from one number.
+FunctionIdentity._unique_ids = count(secrets.randbits(60))
 
 
 def _quick_kernel() -> Any:

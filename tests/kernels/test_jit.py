@@ -121,3 +121,21 @@ def test_the_order_of_arguments_that_a_team_relies_on_is_proved_when_a_call_is_c
 def test_another_order_of_arguments_is_refused(first: int, names: tuple[str, ...]) -> None:
     with pytest.raises(LoweringError, match=r"passes arguments as \[.*expected two pointers and arg\.thread"):
         _require_convention(context_of(first), function_of(*names))
+
+
+NAMED = """
+from pagellm.kernels import jit
+from numba.core.bytecode import FunctionIdentity
+
+print(FunctionIdentity.from_function(jit.plain).unique_id)
+"""
+
+
+def test_no_two_processes_give_their_functions_the_same_names_in_machine_code() -> None:
+    """Code from the cache would be mixed with code that was compiled here."""
+    runs = [
+        subprocess.run([sys.executable, "-c", NAMED], cwd=ROOT, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    first, second = (int(run.stdout) for run in runs)
+    assert abs(first - second) > 1_000_000
