@@ -61,7 +61,7 @@ class Pagellm:
         self.engine = LLMEngine(str(path), config)
 
     def measure(self, cell: Cell) -> float:
-        from pagellm.engine.throughput import measure
+        from pagellm.engine.commands.throughput import measure
 
         if cell.prompt:
             return measure(self.engine, 1, cell.prompt, 1, PREFILLS).prefill_tokens_per_s

@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     )
     from pagellm.engine.llm import LLM
     from pagellm.engine.llm_engine import LLMEngine
-    from pagellm.engine.outputs import CompletionOutput, FinishReason, Metrics, RequestOutput
-    from pagellm.engine.sampling_params import SamplingParams
+    from pagellm.engine.requests.outputs import CompletionOutput, FinishReason, Metrics, RequestOutput
+    from pagellm.engine.requests.sampling_params import SamplingParams
     from pagellm.engine.scheduling.policies import SchedulingPolicy
 
 _MODULES = {
     "LLM": "llm",
     "LLMEngine": "llm_engine",
     "EngineConfig": "config",
-    "SamplingParams": "sampling_params",
+    "SamplingParams": "requests.sampling_params",
     "BeamSearchParams": "beam_search",
     "SchedulingPolicy": "scheduling.policies",
-    "RequestOutput": "outputs",
-    "CompletionOutput": "outputs",
-    "FinishReason": "outputs",
-    "Metrics": "outputs",
+    "RequestOutput": "requests.outputs",
+    "CompletionOutput": "requests.outputs",
+    "FinishReason": "requests.outputs",
+    "Metrics": "requests.outputs",
     "PagellmError": "errors",
     "CheckpointError": "errors",
     "ConfigError": "errors",

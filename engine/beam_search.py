@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 from pagellm.engine.checks import integer, number
 from pagellm.engine.llm_engine import LLMEngine
-from pagellm.engine.outputs import CompletionOutput, FinishReason, RequestOutput
-from pagellm.engine.prompts import Prompt
-from pagellm.engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from pagellm.engine.requests.outputs import CompletionOutput, FinishReason, RequestOutput
+from pagellm.engine.requests.prompts import Prompt
+from pagellm.engine.requests.sampling_params import MAX_LOGPROBS, SamplingParams
 
 
 @dataclass(frozen=True)

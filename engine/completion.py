@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pagellm.engine.outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprob
+from pagellm.engine.requests.outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprob
+from pagellm.engine.requests.stopping import StopChecker
 from pagellm.engine.scheduling.sequence import Sequence
-from pagellm.engine.stopping import StopChecker
 from pagellm.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 
 

@@ -15,9 +15,9 @@ from pagellm.engine.beam_search import BeamSearch, BeamSearchParams
 from pagellm.engine.config import DEFAULT_MODEL, EngineConfig
 from pagellm.engine.errors import EngineError, PagellmError, RequestError, found
 from pagellm.engine.llm_engine import LLMEngine
-from pagellm.engine.outputs import CompletionOutput, FinishReason, RequestOutput
-from pagellm.engine.prompts import Prompt, as_prompts, params_for_each
-from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.requests.outputs import CompletionOutput, FinishReason, RequestOutput
+from pagellm.engine.requests.prompts import Prompt, as_prompts, params_for_each
+from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]

@@ -25,12 +25,12 @@ from pagellm.engine.checks import flag, number
 from pagellm.engine.completion import Completion, Request
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import EngineError, RequestError, found, is_from_outside
+from pagellm.engine.execution.model_runner import RunnerOutput, Wishes
 from pagellm.engine.loading import EngineParts, load_engine
-from pagellm.engine.model_runner import RunnerOutput, Wishes
-from pagellm.engine.outputs import FinishReason, RequestOutput
 from pagellm.engine.progress import say
-from pagellm.engine.prompts import Prompt, read_prompt
-from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.requests.outputs import FinishReason, RequestOutput
+from pagellm.engine.requests.prompts import Prompt, read_prompt
+from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.scheduling.block_manager import TransferKind
 from pagellm.engine.scheduling.scheduler import Preemption, ScheduledBatch
 from pagellm.engine.scheduling.sequence import Sequence, SequenceError

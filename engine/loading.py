@@ -12,18 +12,24 @@ from typing import Any
 import numpy as np
 
 from pagellm.engine.checkpoints import BLOCK_SIZES, Checkpoint, open_checkpoint, resolve_model
-from pagellm.engine.compilation import compile_kernels
 from pagellm.engine.config import CompleteConfig, EngineConfig
 from pagellm.engine.errors import CheckpointError, ConfigError
-from pagellm.engine.generation_config import gguf_generation_defaults, read_generation_defaults
-from pagellm.engine.memory import Memory, read_memory
-from pagellm.engine.model_runner import ModelRunner
+from pagellm.engine.execution.compilation import compile_kernels
+from pagellm.engine.execution.memory import Memory, read_memory
+from pagellm.engine.execution.model_runner import ModelRunner
+from pagellm.engine.execution.weights import (
+    converted_types,
+    formats_of,
+    kv_bytes_per_token,
+    kv_format,
+    load_weights,
+)
 from pagellm.engine.models import ModelSpec, read_spec
 from pagellm.engine.progress import say
+from pagellm.engine.requests.generation_config import gguf_generation_defaults, read_generation_defaults
 from pagellm.engine.scheduling.scheduler import PreemptionCosts, Scheduler
 from pagellm.engine.step_log import StepLogFile
 from pagellm.engine.tokenizer import Tokenizer, load_tokenizer
-from pagellm.engine.weights import converted_types, formats_of, kv_bytes_per_token, kv_format, load_weights
 from pagellm.kernels.architecture import lay_out
 
 # Of the memory that is available the KV cache takes this part at most, if its size is left open.

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from pagellm import __version__
-from pagellm.engine import cli
 from pagellm.engine.checks import is_path
+from pagellm.engine.commands import cli
 from pagellm.engine.errors import PagellmError
 from pagellm.engine.progress import say
 from pagellm.streams import STANDARD_OUTPUT, discard_output

@@ -7,7 +7,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from pagellm.engine.errors import RequestError, TraceError
-from pagellm.engine.outputs import FinishReason
+from pagellm.engine.requests.outputs import FinishReason
 from pagellm.engine.step_log import StepRecorder
 from pagellm.sim.report.metrics import MetricsCollector
 from pagellm.sim.report.perfetto import PerfettoTrace

@@ -18,7 +18,7 @@ from typing import Any
 from pagellm.engine.checks import SMALLEST, integer, number
 from pagellm.engine.config import CompleteConfig, EngineConfig
 from pagellm.engine.errors import ConfigError, PagellmError, RequestError, TraceError
-from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.scheduling.scheduler import ScheduledBatch, Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.engine.scheduling.step_loop import StepLoop

@@ -174,7 +174,7 @@ def test_memory_that_ends_is_one_line(
     def fail(*_: object) -> None:
         raise MemoryError("Unable to allocate 9 GiB")
 
-    monkeypatch.setattr("pagellm.engine.cli._generate", fail)
+    monkeypatch.setattr("pagellm.engine.commands.cli._generate", fail)
     assert main(GENERATE) == 2
     assert capsys.readouterr().err == "pagellm: out of memory: Unable to allocate 9 GiB\n"
 

@@ -19,7 +19,7 @@ from itertools import compress
 
 from pagellm.engine.config import CompleteConfig
 from pagellm.engine.errors import RequestError
-from pagellm.engine.outputs import FinishReason
+from pagellm.engine.requests.outputs import FinishReason
 from pagellm.engine.scheduling.block_manager import BlockManager, Transfer
 from pagellm.engine.scheduling.policies import CheckedPolicy, SchedulerStats, load_policy
 from pagellm.engine.scheduling.sequence import Sequence, SequenceError, SequenceStatus

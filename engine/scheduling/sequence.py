@@ -7,8 +7,8 @@ from array import array
 from collections.abc import Iterable
 from enum import Enum
 
-from pagellm.engine.outputs import FinishReason
-from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.requests.outputs import FinishReason
+from pagellm.engine.requests.sampling_params import SamplingParams
 
 
 class SequenceError(Exception):

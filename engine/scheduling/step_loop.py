@@ -7,7 +7,7 @@ hears of the same events in the same order. What a step computes and how long it
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
 
-from pagellm.engine.outputs import FinishReason
+from pagellm.engine.requests.outputs import FinishReason
 from pagellm.engine.scheduling.block_manager import Transfer
 from pagellm.engine.scheduling.scheduler import PreemptionCosts, ScheduledBatch, Scheduler, StepLimits
 from pagellm.engine.scheduling.sequence import Sequence

@@ -158,7 +158,7 @@ def _check(engine: "LLMEngine", seconds: float) -> None:
 
 def _describe(engine: "LLMEngine", model: str) -> dict[str, Any]:
     """What is measured, and the axes of the tables."""
-    from pagellm.engine.weights import kv_bytes_per_token
+    from pagellm.engine.execution.weights import kv_bytes_per_token
 
     token_bytes = kv_bytes_per_token(engine.spec.arch, engine.runner.cache.format)
     return {

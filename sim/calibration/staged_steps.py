@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, TypeVar
 
-from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.scheduling.block_manager import Transfer, TransferKind
 from pagellm.engine.scheduling.scheduler import ScheduledBatch, StepLimits
 from pagellm.engine.scheduling.sequence import Sequence

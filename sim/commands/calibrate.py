@@ -4,9 +4,9 @@ import argparse
 import json
 from typing import Any
 
-from pagellm.engine.cli import ENGINE_FLAGS, given_settings
+from pagellm.engine.commands.cli import ENGINE_FLAGS, given_settings
+from pagellm.engine.commands.flags import add_flags
 from pagellm.engine.config import DEFAULT_MODEL, EngineConfig
-from pagellm.engine.flags import add_flags
 from pagellm.sim.calibration.calibrate import DEFAULT_SECONDS, calibrate
 from pagellm.sim.costs.cost_model import MAX_PROFILE_ERROR
 from pagellm.sim.costs.profile import ProfileCostModel, check_writable, write_profile

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from pagellm.engine.cli import add_model_options, engine_config, given_settings
+from pagellm.engine.commands.cli import add_model_options, engine_config, given_settings
 from pagellm.engine.config import DEFAULT_MODEL
 from pagellm.engine.errors import ConfigError, TraceError
 from pagellm.sim.commands.sweep import add_accept_profile_error, parse_roofline

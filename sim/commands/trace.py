@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from random import Random
 from typing import Any
 
-from pagellm.engine.flags import Flag, add_flags, given
+from pagellm.engine.commands.flags import Flag, add_flags, given
 from pagellm.sim.traces.describe import describe
 from pagellm.sim.traces.distributions import arrivals
 from pagellm.sim.traces.formats import FORMATS, format_text

@@ -9,7 +9,7 @@ from typing import Any
 
 from pagellm.engine import checks
 from pagellm.engine.errors import TraceError
-from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.sim.fields import NOTHING, bad
 
 # A length is what an array of 32-bit items can be indexed by; a hash id is any 64-bit hash.

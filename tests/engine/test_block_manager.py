@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.scheduling.block_manager import (
     BlockManager,
     BlockUsage,

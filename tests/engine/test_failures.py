@@ -23,7 +23,7 @@ from pagellm.engine import (
     model_runner,
 )
 from pagellm.engine.completion import Completion, Request
-from pagellm.engine.sampling_params import LogitBias
+from pagellm.engine.requests.sampling_params import LogitBias
 from pagellm.engine.scheduling.block_manager import BlockManager
 from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence

@@ -8,8 +8,8 @@ import pytest
 
 from pagellm.__main__ import main
 from pagellm.engine import EngineConfig, SamplingParams
-from pagellm.engine.cli import ENGINE_FLAGS, GENERATION_FLAG, SAMPLING_FLAGS
-from pagellm.engine.flags import Flag, add_flags, given
+from pagellm.engine.commands.cli import ENGINE_FLAGS, GENERATION_FLAG, SAMPLING_FLAGS
+from pagellm.engine.commands.flags import Flag, add_flags, given
 from tests.conftest import model_path
 
 MODEL = ["--model", str(model_path("llama_tiny")), "--num-blocks", "16"]

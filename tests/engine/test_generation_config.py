@@ -11,7 +11,7 @@ from gguf import GGUFReader, GGUFWriter
 
 from pagellm.__main__ import main
 from pagellm.engine import LLM, CheckpointError, ConfigError, SamplingParams
-from pagellm.engine.generation_config import gguf_generation_defaults, read_generation_defaults
+from pagellm.engine.requests.generation_config import gguf_generation_defaults, read_generation_defaults
 from tests.conftest import model_path
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numba
 import pytest
 
-from pagellm.engine.compilation import compile_kernels
-from pagellm.engine.kernel_cache import KernelStore
+from pagellm.engine.execution.compilation import compile_kernels
+from pagellm.engine.execution.kernel_cache import KernelStore
 
 ROOT = Path(__file__).parents[2]
 

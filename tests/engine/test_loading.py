@@ -6,8 +6,8 @@ import pytest
 
 from pagellm.engine import ConfigError, EngineConfig, LLMEngine, SamplingParams
 from pagellm.engine.config import CompleteConfig, usable_cores
+from pagellm.engine.execution.model_runner import RunnerOutput, Wishes
 from pagellm.engine.loading import EngineParts, load_engine
-from pagellm.engine.model_runner import RunnerOutput, Wishes
 from pagellm.engine.scheduling.block_manager import BlockManager
 from pagellm.engine.scheduling.scheduler import ScheduledBatch, Scheduler
 from tests.conftest import model_path

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from pagellm.engine import LLM, ConfigError, EngineConfig
-from pagellm.engine import memory as memory_module
+from pagellm.engine.execution import memory as memory_module
+from pagellm.engine.execution.memory import Memory, read_memory
 from pagellm.engine.loading import size_cache
-from pagellm.engine.memory import Memory, read_memory
 from tests.conftest import model_path
 
 MB = 1 << 20
@@ -193,7 +193,7 @@ def _about_the_cache(capfd: pytest.CaptureFixture[str]) -> list[str]:
 def test_a_real_limit_of_the_address_space_shows() -> None:
     program = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (6 << 30, resource.RLIM_INFINITY))\n"
-        "from pagellm.engine.memory import read_memory; print(read_memory().total)"
+        "from pagellm.engine.execution.memory import read_memory; print(read_memory().total)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert int(done.stdout) <= 6 << 30

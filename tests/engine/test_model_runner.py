@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pagellm.engine import EngineConfig, LLMEngine, RequestOutput, SamplingParams
-from pagellm.engine.model_runner import RunnerOutput, Wishes
-from pagellm.engine.outputs import TokenLogprob
+from pagellm.engine.execution.model_runner import RunnerOutput, Wishes
+from pagellm.engine.requests.outputs import TokenLogprob
 from pagellm.engine.scheduling.scheduler import ScheduledBatch
 from tests.conftest import model_path
 

@@ -8,7 +8,7 @@ import pytest
 
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError, PolicyError
-from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.scheduling.block_manager import BlockManager
 from pagellm.engine.scheduling.policies import (
     POLICIES,

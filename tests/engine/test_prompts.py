@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pagellm.engine import RequestError, SamplingParams
-from pagellm.engine.prompts import as_prompts, params_for_each, read_prompt
+from pagellm.engine.requests.prompts import as_prompts, params_for_each, read_prompt
 
 
 @pytest.mark.parametrize(

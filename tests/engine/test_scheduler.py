@@ -7,8 +7,8 @@ import pytest
 
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import RequestError
-from pagellm.engine.outputs import FinishReason
-from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.requests.outputs import FinishReason
+from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.scheduling.block_manager import BlockManager, Transfer, TransferKind
 from pagellm.engine.scheduling.scheduler import (
     Admitted,

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagellm.engine import SamplingParams
-from pagellm.engine.stopping import StopAutomaton, StopChecker
+from pagellm.engine.requests.stopping import StopAutomaton, StopChecker
 
 _texts = st.text(alphabet="ab", max_size=12)
 _stops = st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=3)

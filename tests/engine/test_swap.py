@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pagellm.engine import LLM, ConfigError, RequestOutput, SamplingParams
+from pagellm.engine.execution.swap_space import FileSwapSpace, MemorySwapSpace, SwapSpace
 from pagellm.engine.scheduling.block_manager import Transfer, TransferKind
-from pagellm.engine.swap_space import FileSwapSpace, MemorySwapSpace, SwapSpace
 from tests.conftest import model_path
 
 TINY = str(model_path("llama_gqa"))

@@ -9,8 +9,8 @@ from safetensors.numpy import load_file, save_file
 
 from pagellm.engine import LLM, CheckpointError, ConfigError, EngineConfig
 from pagellm.engine.checkpoints import open_checkpoint
+from pagellm.engine.execution.weights import formats_of, kv_format, load_weights
 from pagellm.engine.models import read_spec
-from pagellm.engine.weights import formats_of, kv_format, load_weights
 from pagellm.kernels.packing import BFLOAT16, FLOAT32, INT4, INT4_MIN, INT8, unpack_column
 from tests.conftest import MODELS, model_path
 

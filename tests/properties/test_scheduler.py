@@ -22,8 +22,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pagellm.engine.config import CompleteConfig, EngineConfig
 from pagellm.engine.errors import PolicyError, RequestError
-from pagellm.engine.outputs import FinishReason
-from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.requests.outputs import FinishReason
+from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.scheduling.block_manager import BlockManager, TransferKind, chained_hash
 from pagellm.engine.scheduling.policies import POLICIES
 from pagellm.engine.scheduling.scheduler import (

@@ -1,6 +1,6 @@
 """Batches for tests of what they cost, made without a scheduler."""
 
-from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.scheduling.scheduler import ScheduledBatch
 from pagellm.engine.scheduling.sequence import Sequence
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagellm.engine import ConfigError, EngineConfig
-from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.scheduling.block_manager import BlockManager
 from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence

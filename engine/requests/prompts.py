@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from pagellm.engine.checks import integers, text
 from pagellm.engine.errors import RequestError, found
-from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.requests.sampling_params import SamplingParams
 
 # A text, token ids, {"prompt": text} or {"prompt_token_ids": ids}; ids may be any integers in a list, a tuple
 # or an array.

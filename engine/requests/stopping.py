@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Iterator
 from functools import lru_cache
 
-from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.requests.sampling_params import SamplingParams
 
 
 class StopAutomaton:

@@ -19,10 +19,10 @@ from pagellm import kernels
 from pagellm.engine.cache import cache_dir
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError
-from pagellm.engine.kernel_cache import KernelStore, say_not_kept
-from pagellm.engine.model_runner import ModelRunner
+from pagellm.engine.execution.kernel_cache import KernelStore, say_not_kept
+from pagellm.engine.execution.model_runner import ModelRunner
 from pagellm.engine.progress import progress
-from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.kernels.activation import SILU

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pagellm.engine.errors import CheckpointError, RequestError, found
-from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.tokenizer.checks import read_json_object_if_present
 
 # The names of `transformers`, and ours.

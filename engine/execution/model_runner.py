@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from pagellm.engine.config import CompleteConfig
 from pagellm.engine.errors import EngineError
-from pagellm.engine.outputs import TokenLogprob
-from pagellm.engine.sampling_params import NO_BIAS, LogitBias
+from pagellm.engine.execution.swap_space import FileSwapSpace, MemorySwapSpace, SwapSpace
+from pagellm.engine.requests.outputs import TokenLogprob
+from pagellm.engine.requests.sampling_params import NO_BIAS, LogitBias
 from pagellm.engine.scheduling.block_manager import Transfer, TransferKind
 from pagellm.engine.scheduling.scheduler import ScheduledBatch
 from pagellm.engine.scheduling.sequence import Sequence, SequenceError
-from pagellm.engine.swap_space import FileSwapSpace, MemorySwapSpace, SwapSpace
 from pagellm.kernels.architecture import Architecture, Weights
 from pagellm.kernels.attention import KEY_CHUNK
 from pagellm.kernels.buffers import (

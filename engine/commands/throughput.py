@@ -7,7 +7,7 @@ from statistics import median
 
 from pagellm.engine.errors import RequestError
 from pagellm.engine.llm_engine import LLMEngine
-from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.requests.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)

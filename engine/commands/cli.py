@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from pagellm.engine.commands.flags import Flag, add_flags, given
 from pagellm.engine.config import DEFAULT_MODEL, GENERATION_CONFIGS, PREEMPTIONS, QUANTIZATIONS, EngineConfig
 from pagellm.engine.errors import RequestError
-from pagellm.engine.flags import Flag, add_flags, given
-from pagellm.engine.outputs import RequestOutput
 from pagellm.engine.progress import say
-from pagellm.engine.sampling_params import SamplingParams
+from pagellm.engine.requests.outputs import RequestOutput
+from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.scheduling.policies import POLICIES
 from pagellm.engine.user_policy import import_policy
 
@@ -291,7 +291,7 @@ def _answer(llm: "LLM", messages: list[dict[str, str]], params: SamplingParams, 
 
 def _bench(options: argparse.Namespace) -> None:
     """Measure prefill and decode speed, in tokens a second, with random prompts."""
-    from pagellm.engine.throughput import measure
+    from pagellm.engine.commands.throughput import measure
 
     for name in ("prefill", "decode", "repeat"):
         if getattr(options, name) < 1:
@@ -316,7 +316,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 def _warmup(options: argparse.Namespace) -> None:
     """Compile the kernels for this machine, or see that they are in the cache."""
-    from pagellm.engine.compilation import compile_kernels
+    from pagellm.engine.execution.compilation import compile_kernels
 
     start = time.perf_counter()
     directory = compile_kernels()

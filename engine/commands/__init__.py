@@ -1,0 +1,1 @@
+"""The engine's commands, and flags made of dataclasses, which the simulator's commands share."""
