@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pagellm.engine.checkpoints import BLOCK_SIZES, Checkpoint, Tensor
 from pagellm.engine.errors import CheckpointError
 from pagellm.engine.models import ModelSpec, Source
+from pagellm.engine.models.rope import RopeTable
 from pagellm.engine.progress import progress
 from pagellm.kernels.architecture import PARTS, Architecture, Formats, Kind, Weights, lay_out
 from pagellm.kernels.kv_cache import token_words
@@ -121,7 +122,7 @@ def load_weights(
                     if part.pieces(row) > 1:
                         column = padded(column)
                     advance(4 * int(np.prod(source.shape)))
-    cos, sin, halves = _rotary_tables(spec.rope_frequencies, max_model_len)
+    cos, sin, halves = _rotary_tables(spec.rope_tables, max_model_len)
     return Weights(values, layers, rest, cos, sin, halves)
 
 
@@ -169,17 +170,18 @@ def _unpair(rows: NDArray[Any], source: Source, head_dim: int) -> NDArray[Any]:
 
 
 def _rotary_tables(
-    tables: tuple[tuple[float, ...], ...], max_model_len: int
+    tables: tuple[RopeTable, ...], max_model_len: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
-    """`Weights.cos`, `sin` and `rope_halves` of the frequencies of each table."""
-    halves = np.array([len(frequencies) for frequencies in tables], np.int64)
+    """`Weights.cos`, `sin` and `rope_halves`."""
+    halves = np.array([len(table.frequencies) for table in tables], np.int64)
     shape = (len(tables), max_model_len, max(halves, default=0))
     cos, sin = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    for table, frequencies in enumerate(tables):
-        step = max(1, _READ_BYTES // (8 * max(1, len(frequencies))))
+    for index, table in enumerate(tables):
+        half, factor = len(table.frequencies), table.attention_factor
+        step = max(1, _READ_BYTES // (8 * max(1, half)))
         for first in range(0, max_model_len, step):
             rows = np.arange(first, min(first + step, max_model_len), dtype=np.float64)
-            angles = np.outer(rows, np.asarray(frequencies))
-            cos[table, first : first + step, : len(frequencies)] = np.cos(angles)
-            sin[table, first : first + step, : len(frequencies)] = np.sin(angles)
+            angles = np.outer(rows, np.asarray(table.frequencies))
+            cos[index, first : first + step, :half] = np.cos(angles) * factor
+            sin[index, first : first + step, :half] = np.sin(angles) * factor
     return cos, sin, halves

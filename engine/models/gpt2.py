@@ -198,7 +198,7 @@ def _spec(
             ),
         ),
         max_positions=max_positions,
-        rope_frequencies=(),
+        rope_tables=(),
         layers=tuple(layer(index) for index in range(num_layers)),
         rest=rest,
         repeated=repeated,

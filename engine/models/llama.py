@@ -11,6 +11,7 @@ from pagellm.engine.errors import CheckpointError
 from pagellm.engine.models import gguf_metadata, hub_config, rope
 from pagellm.engine.models.fields import Fields
 from pagellm.engine.models.names import count_layers, embedding_and_head, hub_prefixes
+from pagellm.engine.models.rope import RopeTable
 from pagellm.engine.models.spec import ModelSpec, Parts, Source
 from pagellm.kernels import activation
 from pagellm.kernels.architecture import Architecture, layer_rows
@@ -104,7 +105,7 @@ def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
         max_positions=max_positions,
         window=_window(fields, model_type, num_layers),
         epsilon=fields.number("rms_norm_eps", 1e-6),
-        frequencies=rope.of_config(fields, head_dim, max_positions),
+        rope_table=rope.of_config(fields, head_dim, max_positions),
         attention_scale=head_dim**-0.5,
         qkv_bias=attention_bias or model_type == "qwen2",
         output_bias=attention_bias,
@@ -196,7 +197,7 @@ def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
         max_positions=fields.integer("context_length", maximum=1 << 30),
         window=fields.integer_or_none("attention.sliding_window", maximum=1 << 30),
         epsilon=fields.number("attention.layer_norm_rms_epsilon"),
-        frequencies=frequencies,
+        rope_table=RopeTable(frequencies),
         attention_scale=head_dim**-0.5 * rotated_scale**2,
         qkv_bias="blk.0.attn_q.bias" in checkpoint.tensors,
         output_bias="blk.0.attn_output.bias" in checkpoint.tensors,
@@ -251,7 +252,7 @@ def _spec(
     vocab: int,
     max_positions: int,
     epsilon: float,
-    frequencies: tuple[float, ...],
+    rope_table: RopeTable,
     window: int | None,
     attention_scale: float,
     lm_head: str | None,
@@ -324,7 +325,7 @@ def _spec(
         ),
         max_positions=max_positions if window is None else min(max_positions, window),
         sliding_window=window,
-        rope_frequencies=(frequencies,),
+        rope_tables=(rope_table,),
         layers=tuple(layer(index) for index in range(num_layers)),
         rest=rest,
         repeated=repeated,

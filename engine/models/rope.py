@@ -1,7 +1,8 @@
-"""Rotary frequencies from a checkpoint's configuration: plain, linear and llama3 scalings."""
+"""Rotary embeddings from a checkpoint's configuration: plain, linear and llama3 scalings."""
 
 import math
 import re
+from dataclasses import dataclass
 
 from pagellm.engine.errors import CheckpointError, found
 from pagellm.engine.models.fields import Fields
@@ -16,6 +17,37 @@ _OTHER_SCALINGS = re.compile(
 )
 
 
+@dataclass(frozen=True)
+class RopeTable:
+    """How one kind of layer turns its queries and keys by their position (Su et al. 2021).
+
+    frequencies: radians a position for each pair of dimensions, scaling included. attention_factor: what
+    queries and keys are multiplied by where they are rotated (YaRN, Peng et al. 2023). query_scale: (beta,
+    original): whole queries are multiplied by 1 + beta * log(1 + floor(position / original)).
+    """
+
+    frequencies: tuple[float, ...]
+    attention_factor: float = 1.0
+    query_scale: tuple[float, int] | None = None
+
+    @property
+    def rotary_dim(self) -> int:
+        """The dimensions of a head that are rotated: its first ones."""
+        return 2 * len(self.frequencies)
+
+    def check(self, where: str) -> None:
+        """Refuses frequencies with which a position's angle means nothing.
+
+        Above a whole turn a position, float32 angles of far positions have no exact digits left.
+        """
+        for index, frequency in enumerate(self.frequencies):
+            if not 0 < frequency <= 2 * math.pi:
+                raise CheckpointError(
+                    f"{where}: rotary pair {index}: found {frequency:.6g} radians a position, expected more "
+                    "than 0 and at most a whole turn"
+                )
+
+
 def frequencies(rotary_dim: int, theta: float) -> tuple[float, ...]:
     """theta^(-2i / rotary_dim) for each pair i of rotated dimensions (Su et al. 2021)."""
     if rotary_dim < 2 or rotary_dim % 2:
@@ -25,8 +57,8 @@ def frequencies(rotary_dim: int, theta: float) -> tuple[float, ...]:
     return tuple(theta ** (-2.0 * i / rotary_dim) for i in range(rotary_dim // 2))
 
 
-def of_config(fields: Fields, head_dim: int, max_positions: int) -> tuple[float, ...]:
-    """The frequencies that transformers computes from a config.json of the Llama family.
+def of_config(fields: Fields, head_dim: int, max_positions: int) -> RopeTable:
+    """The rotary embeddings that transformers computes from a config.json of the Llama family.
 
     Its rules: a `rope_scaling` that is not empty replaces `rope_parameters`; what a section does not say, the
     top level says; for llama3 the top level's `original_max_position_embeddings` goes first; plain rotary
@@ -55,20 +87,7 @@ def of_config(fields: Fields, head_dim: int, max_positions: int) -> tuple[float,
         where = section if original is None else fields
         plain = _llama3(plain, section, where.integer("original_max_position_embeddings", max_positions))
     section.refuse_others(_OTHER_SCALINGS, f"rope_type {kind}")
-    return plain
-
-
-def check(frequencies: tuple[float, ...], where: str) -> None:
-    """Refuses frequencies with which a position's angle means nothing.
-
-    Above a whole turn a position, float32 angles of far positions have no exact digits left.
-    """
-    for index, frequency in enumerate(frequencies):
-        if not 0 < frequency <= 2 * math.pi:
-            raise CheckpointError(
-                f"{where}: rotary pair {index}: found {frequency:.6g} radians a position, expected more than "
-                "0 and at most a whole turn"
-            )
+    return RopeTable(plain)
 
 
 def _check_agreement(current: Fields, legacy: Fields, theta: float) -> None:

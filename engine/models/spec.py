@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pagellm.engine.errors import CheckpointError
-from pagellm.engine.models import rope
+from pagellm.engine.models.rope import RopeTable
 from pagellm.kernels.architecture import LAYER_PARTS, REST_PARTS, Architecture, Kind, Part
 
 
@@ -46,25 +46,24 @@ Parts = Mapping[str, tuple[Source, ...]]
 class ModelSpec:
     """A decoder of the GPT-2 or Llama family, whatever its checkpoint called things.
 
-    architecture: its name; arch: its numbers. rope_frequencies: of each RoPE table that a layer may name,
-    radians a position for each rotated pair of dimensions, scaling included. layers, rest: the tensors of
-    every part; biases that are not named are zeros. sliding_window: tokens that attention sees in some
-    layers; up to so many it is full attention, and max_positions is no more. repeated: tensors whose values
-    another one has, or the other fields have.
+    architecture: its name; arch: its numbers. rope_tables: what a layer's `rope_table` is the index of.
+    layers, rest: the tensors of every part; biases that are not named are zeros. sliding_window: tokens that
+    attention sees in some layers; up to so many it is full attention, and max_positions is no more.
+    repeated: tensors whose values another one has, or the other fields have.
     """
 
     architecture: str
     arch: Architecture
     max_positions: int
-    rope_frequencies: tuple[tuple[float, ...], ...]
+    rope_tables: tuple[RopeTable, ...]
     layers: tuple[Parts, ...] = field(repr=False)
     rest: Parts = field(repr=False)
     sliding_window: int | None = None
     repeated: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for frequencies in self.rope_frequencies:
-            rope.check(frequencies, self.architecture)
+        for rope_table in self.rope_tables:
+            rope_table.check(self.architecture)
         for index, row in enumerate(self.arch.layers):
             where = f"{self.architecture}: layer {index}"
             heads, kv_heads = row["num_heads"], row["num_kv_heads"]
@@ -73,7 +72,7 @@ class ModelSpec:
                     f"{where}: {heads} attention heads cannot share {kv_heads} KV heads; expected a multiple"
                 )
             table = int(row["rope_table"])
-            rotary_dim = 2 * len(self.rope_frequencies[table]) if table >= 0 else 0
+            rotary_dim = self.rope_tables[table].rotary_dim if table >= 0 else 0
             if rotary_dim > row["head_dim"]:
                 raise CheckpointError(
                     f"{where}: {rotary_dim} dimensions of a head are rotated, expected at most "

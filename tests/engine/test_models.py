@@ -344,9 +344,9 @@ def with_metadata(name: str, changes: dict[str, Any], tensors: dict[str, Tensor]
     ],
 )
 def test_linear_scaling_of_a_gguf_file_by_llama_cpp_s_rules(changes: dict[str, Any], divisor: float) -> None:
-    [plain] = with_metadata("gguf_llama_f32", {}).rope_frequencies
-    [scaled] = with_metadata("gguf_llama_f32", changes).rope_frequencies
-    assert scaled == tuple(frequency / divisor for frequency in plain)
+    [plain] = with_metadata("gguf_llama_f32", {}).rope_tables
+    [scaled] = with_metadata("gguf_llama_f32", changes).rope_tables
+    assert scaled.frequencies == tuple(frequency / divisor for frequency in plain.frequencies)
 
 
 def test_a_gguf_file_s_attention_factor_scales_queries_and_keys() -> None:
