@@ -3,7 +3,7 @@
 The gguf library's own reader builds an object for every element of every array, seconds for a vocabulary,
 and trusts the lengths that it reads. This one checks each count and length against the bytes that are left
 before it allocates or loops, and takes the numbers of the tensor types from the library.
-Knows the container; does not know what any key means, but for alignment and splitting.
+Knows the container; does not know what any key means, but for alignment.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
@@ -54,8 +54,8 @@ NUMBER_TYPES = {
 _unpack_u64 = struct.Struct("<Q").unpack_from
 
 
-def open_gguf(path: Path) -> Checkpoint:
-    """Opens a GGUF file: all of its metadata and its table of tensors, checked."""
+def read_gguf(path: Path) -> Checkpoint:
+    """Opens one GGUF file, whole or a part of a model: its metadata and its table of tensors, checked."""
     file = WeightFile(path)
     try:
         if file.num_bytes < len(MAGIC) + 4 + 8 + 8:
@@ -103,12 +103,6 @@ class _Header:
             metadata[key] = self.value(value_type, key)
             if key == "general.alignment" and value_type != UINT32:
                 raise self.error(f"general.alignment has value type {value_type}, expected {UINT32} (uint32)")
-        num_parts = metadata.get("split.count", 1)
-        if not isinstance(num_parts, int) or num_parts > 1:
-            raise self.error(
-                f"split.count: found {found(num_parts)}, expected one whole file;"
-                " merge the parts with llama-gguf-split --merge"
-            )
         return metadata, self.tensors(num_tensors, metadata.get("general.alignment", DEFAULT_ALIGNMENT))
 
     def take(self, num_bytes: int, what: str) -> bytes:

@@ -74,16 +74,18 @@ def _is_whole(directory: Path, tensors: dict[str, Tensor], weight_map: dict[str,
     )
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether the directory has the weights of a model, as far as the names of its files say."""
+    return any((directory / name).exists() for name in (WEIGHTS_FILE, INDEX_FILE))
+
+
 def missing_weights(directory: Path) -> str:
     """Why a directory without the expected weight files cannot be read."""
     expected = f"expected {WEIGHTS_FILE} or {INDEX_FILE}"
     others = sorted(p.name for p in directory.iterdir() if p.suffix in UNSUPPORTED_SUFFIXES)
     if others:
         return f"weights only as {others[0]}, {expected}; only safetensors and GGUF are supported"
-    ggufs = sorted(p.name for p in directory.iterdir() if p.suffix == ".gguf")
-    if ggufs:
-        return f"a directory with GGUF files, name the file itself: {directory / ggufs[0]}"
-    return f"no weights, {expected}"
+    return f"no weights, {expected}, or one model in GGUF"
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

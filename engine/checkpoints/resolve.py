@@ -11,7 +11,14 @@ from pathlib import Path
 
 from pagellm.engine.checkpoints.fetch import KnownModel, fetch
 from pagellm.engine.checkpoints.gguf import MAGIC
-from pagellm.engine.checkpoints.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, missing_weights
+from pagellm.engine.checkpoints.gguf_parts import gguf_in
+from pagellm.engine.checkpoints.huggingface import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    has_weights,
+    missing_weights,
+)
 from pagellm.engine.config import DEFAULT_MODEL
 from pagellm.engine.errors import CheckpointError, found
 from pagellm.engine.files import open_plain
@@ -76,7 +83,9 @@ def _choices() -> str:
 def _local(path: Path) -> Path:
     try:
         if path.is_dir():
-            if not ((path / WEIGHTS_FILE).exists() or (path / INDEX_FILE).exists()):
+            if not has_weights(path):
+                if (gguf := gguf_in(path)) is not None:
+                    return _local(gguf)
                 raise CheckpointError(f"{path}: no model in this directory: {missing_weights(path)}")
             if not (path / CONFIG_FILE).exists():
                 raise CheckpointError(f"{path}: no model in this directory: weights, but no {CONFIG_FILE}")

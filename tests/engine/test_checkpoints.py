@@ -277,7 +277,7 @@ def test_a_path_must_exist(tmp_path: Path) -> None:
     ("other", "reason"),
     [
         ("pytorch_model.bin", "weights only as pytorch_model.bin, expected model.safetensors"),
-        ("model.Q8_0.gguf", "name the file itself"),
+        ("model.Q8_0.gguf", "model.Q8_0.gguf: 0 bytes, too short for a GGUF file"),
         ("README.md", "no weights, expected model.safetensors"),
     ],
 )

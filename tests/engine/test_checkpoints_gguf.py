@@ -219,14 +219,6 @@ BROKEN_FILES: dict[str, tuple[bytes, str]] = {
     "alignment 0": (alignment_of(0), "general.alignment is 0, expected a power of two"),
     "alignment 48": (alignment_of(48), "general.alignment is 48, expected a power of two"),
     "alignment a float": (alignment_of(32, 6), "general.alignment has value type 6, expected 4"),
-    "split": (
-        gguf_bytes([entry("split.count", 2, b"\x03\x00")]),
-        "split.count: found 3, expected one whole file",
-    ),
-    "split an array": (
-        gguf_bytes([entry("split.count", ARRAY, array(UINT32, 2, bytes(8)))]),
-        "split.count: found array([0, 0], dtype=uint32), expected one whole file",
-    ),
     "more tensors than anybody has": (
         gguf_bytes(num_tensors=1 << 18, data=bytes(1 << 23)),
         "262144 tensors, expected at most 65536",

@@ -302,7 +302,6 @@ def test_a_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         ([], "no weights, expected model.safetensors or model.safetensors.index.json"),
         (["config.json", "pytorch_model.bin"], "only safetensors and GGUF are supported"),
-        (["a.gguf"], "a directory with GGUF files, name the file itself"),
         (["model.safetensors"], "weights, but no config.json"),
     ],
 )
