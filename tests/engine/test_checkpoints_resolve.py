@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 import pytest
 
 from pagellm.engine.checkpoints import fetch, resolve, resolve_model
-from pagellm.engine.checkpoints.fetch import KnownModel
+from pagellm.engine.checkpoints.known_models import KnownModel, Terms, Wheel
+from pagellm.engine.config import DEFAULT_MODEL
 from pagellm.engine.errors import CheckpointError, found
 from pagellm.engine.files import open_plain
 
@@ -44,19 +45,20 @@ def wheel(tmp_path: Path) -> Path:
     return path
 
 
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 @pytest.fixture
 def model(wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> KnownModel:
     """A known model `tiny`, and a pip that copies its wheel."""
     model = KnownModel(
         name="tiny",
-        package="tiny-model",
-        version="1.0",
-        wheel_bytes=wheel.stat().st_size,
-        wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
-        member=MEMBER,
-        member_bytes=len(CONTENT),
-        member_sha256=hashlib.sha256(CONTENT).hexdigest(),
         licence="MIT",
+        file_name="tiny.gguf",
+        num_bytes=len(CONTENT),
+        sha256=hashlib.sha256(CONTENT).hexdigest(),
+        wheels=(Wheel("tiny-model", "1.0", wheel.stat().st_size, sha256_of(wheel), piece=MEMBER),),
     )
     monkeypatch.setitem(resolve.KNOWN_MODELS, "tiny", model)
     replace_pip(monkeypatch, f"shutil.copy({str(wheel)!r}, sys.argv[1])")
@@ -64,10 +66,11 @@ def model(wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> KnownMod
 
 
 def replace_pip(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    """In the place of pip runs `code`, with the download directory as its only argument."""
+    """In the place of pip runs `code`, with the download directory and the package as its arguments."""
 
-    def command(model: KnownModel, directory: Path) -> list[str]:
-        return [sys.executable, "-c", f"import os, shutil, sys, time\n{code}", str(directory)]
+    def command(wheel: Wheel, directory: Path) -> list[str]:
+        script = f"import os, shutil, sys, time\n{code}"
+        return [sys.executable, "-c", script, str(directory), wheel.package]
 
     monkeypatch.setattr(fetch, "pip_command", command)
 
@@ -111,7 +114,7 @@ def test_pip_fetches_from_the_index_that_the_user_set(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
     assert fetch.fetch(model, progress=False).read_bytes() == CONTENT
-    absent = replace(model, version="2.0")
+    absent = replace(model, wheels=(replace(model.wheels[0], version="2.0"),))
     with pytest.raises(
         CheckpointError, match=r"could not download tiny-model==2\.0: No matching distribution"
     ):
@@ -221,16 +224,19 @@ def test_what_a_killed_process_left_is_removed(model: KnownModel) -> None:
 
 
 def test_another_wheel_is_refused(model: KnownModel, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(resolve.KNOWN_MODELS, "tiny", replace(model, wheel_sha256="0" * 64))
+    [pinned] = model.wheels
+    other = replace(model, wheels=(replace(pinned, sha256="0" * 64),))
+    monkeypatch.setitem(resolve.KNOWN_MODELS, "tiny", other)
     message = refusal("tiny")
-    assert f"sha256 {model.wheel_sha256}, expected {'0' * 64}" in message
+    assert f"sha256 {pinned.sha256}, expected {'0' * 64}" in message
     assert files_in(cache) == []
 
 
 def test_another_member_is_refused(model: KnownModel, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(resolve.KNOWN_MODELS, "tiny", replace(model, member_sha256="0" * 64))
-    assert f"{MEMBER} has sha256 {model.member_sha256}, expected {'0' * 64}" in refusal("tiny")
-    monkeypatch.setitem(resolve.KNOWN_MODELS, "tiny", replace(model, member="tiny_model/other.gguf"))
+    monkeypatch.setitem(resolve.KNOWN_MODELS, "tiny", replace(model, sha256="0" * 64))
+    assert f"tiny.gguf has sha256 {model.sha256}, expected {'0' * 64}" in refusal("tiny")
+    other = replace(model, wheels=(replace(model.wheels[0], piece="tiny_model/other.gguf"),))
+    monkeypatch.setitem(resolve.KNOWN_MODELS, "tiny", other)
     assert "cannot take tiny_model/other.gguf out of it" in refusal("tiny")
     assert files_in(cache) == []
 
@@ -249,7 +255,7 @@ def test_an_interpreter_without_pip(model: KnownModel, monkeypatch: pytest.Monke
     monkeypatch.undo()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match="ensurepip"):
-        fetch.pip_command(model, Path())
+        fetch.pip_command(model.wheels[0], Path())
 
 
 def test_a_cache_that_cannot_be_written(model: KnownModel, cache: Path) -> None:
@@ -268,10 +274,96 @@ def test_a_full_disk(model: KnownModel, cache: Path, monkeypatch: pytest.MonkeyP
     assert files_in(cache) == []
 
 
-def test_the_default_model_is_known_and_pinned() -> None:
-    model = resolve.KNOWN_MODELS[resolve.DEFAULT_MODEL]
-    assert model.path.suffix == ".gguf"
-    assert len(model.wheel_sha256) == len(model.member_sha256) == 64
+def test_the_known_models_are_pinned() -> None:
+    assert resolve.KNOWN_MODELS.keys() == {DEFAULT_MODEL, "gemma-3-270m"}
+    for model in resolve.KNOWN_MODELS.values():
+        assert model.path.suffix == ".gguf"
+        assert all(len(one.sha256) == 64 for one in (model, *model.wheels))
+        assert any(wheel.piece for wheel in model.wheels)
+
+
+# A model in several wheels, under terms that are accepted by use
+
+
+@pytest.fixture
+def pieces(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> KnownModel:
+    """A known model `pieces`: a wheel with its terms, then two with a half of the file each."""
+    contents = {
+        "terms-model": {"terms_model/TERMS.html": b"<p>Be good.</p>"},
+        "half-1": {"half_1/tiny.part0": CONTENT[:5000]},
+        "half-2": {"half_2/tiny.part1": CONTENT[5000:]},
+    }
+    directory = tmp_path / "wheels"
+    directory.mkdir()
+    wheels = []
+    for package, members in contents.items():
+        path = directory / f"{package}.whl"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+        wheel = Wheel(package, "1.0", path.stat().st_size, sha256_of(path))
+        [member] = members
+        is_terms = package == "terms-model"
+        wheels.append(replace(wheel, texts=(member,)) if is_terms else replace(wheel, piece=member))
+    model = KnownModel(
+        name="pieces",
+        licence="Good Terms",
+        file_name="pieces.gguf",
+        num_bytes=len(CONTENT),
+        sha256=hashlib.sha256(CONTENT).hexdigest(),
+        wheels=tuple(wheels),
+        terms=Terms("https://example.org/terms", "TERMS.html"),
+    )
+    monkeypatch.setitem(resolve.KNOWN_MODELS, "pieces", model)
+    replace_pip(monkeypatch, f"shutil.copy(f'{directory}/{{sys.argv[2]}}.whl', sys.argv[1])")
+    return model
+
+
+def test_a_model_in_pieces_is_joined_and_its_terms_are_kept_beside_it(
+    pieces: KnownModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = resolve_model("pieces", progress=False)
+    assert path == pieces.path
+    assert path.read_bytes() == CONTENT
+    assert path.with_name("TERMS.html").read_bytes() == b"<p>Be good.</p>"
+    assert sorted(os.listdir(path.parent)) == ["TERMS.html", "pieces.gguf", "pieces.gguf.checked"]
+    replace_pip(monkeypatch, "sys.exit('asked twice')")
+    assert resolve_model("pieces") == path
+
+
+def test_terms_are_shown_before_the_first_download_and_nobody_is_asked(
+    pieces: KnownModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    shown = (
+        "pagellm: pieces is under the Good Terms (https://example.org/terms): by fetching and using it "
+        f"you accept them; a copy is kept as {pieces.path.with_name('TERMS.html')}\n"
+    )
+    copy = fetch.pip_command
+    replace_pip(monkeypatch, "sys.exit('ERROR: no route to host')")
+    assert "no route to host" in refusal("pieces")
+    assert capsys.readouterr() == ("", shown)  # before anything came
+    monkeypatch.setattr(fetch, "pip_command", copy)
+    resolve_model("pieces", progress=False)
+    assert capsys.readouterr() == ("", shown)
+    resolve_model("pieces", progress=False)
+    assert capsys.readouterr() == ("", "")  # not with every use
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_each_wheel_is_checked(pieces: KnownModel, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheels = list(pieces.wheels)
+    wheels[index] = replace(wheels[index], sha256="0" * 64)
+    monkeypatch.setitem(resolve.KNOWN_MODELS, "pieces", replace(pieces, wheels=tuple(wheels)))
+    assert f"gave {wheels[index].package}.whl with sha256" in refusal("pieces")
+    assert not pieces.path.exists()
+
+
+def test_pieces_in_another_order_are_refused(pieces: KnownModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    terms, first, second = pieces.wheels
+    monkeypatch.setitem(resolve.KNOWN_MODELS, "pieces", replace(pieces, wheels=(terms, second, first)))
+    assert "pieces: pieces.gguf has sha256" in refusal("pieces")
+    assert not pieces.path.exists()
 
 
 # Local paths
