@@ -4,6 +4,7 @@ Tensors are read a few rows at a time and go straight to their packed places, so
 copy of the weights.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -101,10 +102,7 @@ def load_weights(
     layers, rest, size = lay_out(spec.arch, formats)
     values = aligned_zeros(size)
     total = sum(
-        int(np.prod(source.shape))
-        for parts in (*spec.layers, spec.rest)
-        for sources in parts.values()
-        for source in sources
+        source.size for parts in (*spec.layers, spec.rest) for sources in parts.values() for source in sources
     )
     with progress("Loading weights", total * 4, "bytes", show) as advance:
         rows = zip((*spec.arch.layers, None), (*spec.layers, spec.rest), (*layers, *rest), strict=True)
@@ -121,7 +119,7 @@ def load_weights(
                     column += source.outputs
                     if part.pieces(row) > 1:
                         column = padded(column)
-                    advance(4 * int(np.prod(source.shape)))
+                    advance(4 * source.size)
     cos, sin, halves = _rotary_tables(spec.rope_tables, max_model_len)
     return Weights(values, layers, rest, cos, sin, halves)
 
@@ -130,43 +128,68 @@ def _load_matrix(
     tensor: Tensor, source: Source, format: int, values: NDArray[np.float32], start: int, column: int
 ) -> None:
     """Puts one matrix into its part at `values[start:]`, as output columns from `column` on."""
-    K = source.shape[0 if source.transposed else 1]
-    head_dim = source.shape[0] // source.paired_heads if source.paired_heads else 1
-    unit = BLOCK if source.transposed else head_dim  # rows that belong together
-    step = max(1, _READ_BYTES // (4 * source.shape[1]) // unit) * unit
-    for first in range(0, source.shape[0], step):
-        last = min(first + step, source.shape[0])
-        if tensor.dtype in _QUANTIZED and format in _QUANTIZED[tensor.dtype] and not source.transposed:
-            raw = _unpair(tensor.quantized_rows(first, last), source, head_dim)
+    blocks = num_blocks(source.inputs or 1)
+    for first, last, offset in _chunks(source):
+        kept = tensor.dtype in _QUANTIZED and format in _QUANTIZED[tensor.dtype]
+        if kept and not source.transposed and source.add == 0.0:
+            raw = _unpair(tensor.quantized_rows(first, last), source)
             words, halves = from_gguf(tensor.dtype, format, raw)
+        elif source.transposed:
+            [(begin, end)] = source.ranges
+            words, halves = encode(format, _plain_rows(tensor, source, first, last).T[begin:end])
         else:
-            rows = _unpair(tensor.rows(first, last), source, head_dim)
-            words, halves = encode(format, rows.T if source.transposed else rows)
+            words, halves = encode(format, _plain_rows(tensor, source, first, last))
         if not np.isfinite(halves.view(np.float16)).all():
             raise CheckpointError(
                 f"{tensor.file.path}: tensor {tensor.name} has a block whose scale or minimum is no finite "
                 f"float16, in rows {first} to {last - 1}"
             )
-        first_column, first_block = (column, first // BLOCK) if source.transposed else (column + first, 0)
-        pack_blocks(words, halves, first_column, first_block, num_blocks(K), values.view(np.uint32), start)
+        first_column, first_block = (column, first // BLOCK) if source.transposed else (column + offset, 0)
+        pack_blocks(words, halves, first_column, first_block, blocks, values.view(np.uint32), start)
 
 
 def _load_plain(tensor: Tensor, source: Source, values: NDArray[np.float32], start: int) -> None:
     """Puts a vector, or a table that is only looked up, at `values[start:]` as it is."""
+    width = source.inputs or 1
+    for first, last, offset in _chunks(source):
+        rows = _plain_rows(tensor, source, first, last)
+        values[start + offset * width : start + offset * width + rows.size] = rows.reshape(-1)
+
+
+def _chunks(source: Source) -> Iterator[tuple[int, int, int]]:
+    """Rows of the tensor, first and end, that are read at a time, and the output that the first becomes.
+
+    A transposed tensor is read whole, some of its inputs at a time: then the output is 0.
+    """
+    ranges = ((0, source.shape[0]),) if source.transposed else source.ranges
     width = source.shape[1] if len(source.shape) == 2 else 1
-    head_dim = source.shape[0] // source.paired_heads if source.paired_heads else 1
-    step = max(1, _READ_BYTES // (4 * width) // head_dim) * head_dim
-    for first in range(0, source.shape[0], step):
-        rows = _unpair(tensor.rows(first, min(first + step, source.shape[0])), source, head_dim)
-        values[start + first * width : start + first * width + rows.size] = rows.reshape(-1)
+    head_dim = source.outputs // source.paired_heads if source.paired_heads else 1
+    unit = BLOCK if source.transposed else head_dim  # rows that belong together
+    step = max(1, _READ_BYTES // (4 * width) // unit) * unit
+    offset = 0
+    for begin, end in ranges:
+        for first in range(begin, end, step):
+            last = min(first + step, end)
+            yield first, last, 0 if source.transposed else offset + first - begin
+        offset += end - begin
 
 
-def _unpair(rows: NDArray[Any], source: Source, head_dim: int) -> NDArray[Any]:
+def _plain_rows(tensor: Tensor, source: Source, first: int, last: int) -> NDArray[np.float32]:
+    """Rows in float32, in the order and with the summand that the source says."""
+    rows = _unpair(tensor.rows(first, last), source)
+    return rows + np.float32(source.add) if source.add else rows
+
+
+def _unpair(rows: NDArray[Any], source: Source) -> NDArray[Any]:
     """Rows of whole heads, stored as rotary pairs, in the half-split order that the kernels rotate."""
     if not source.paired_heads:
         return rows
-    pairs = rows.reshape(-1, head_dim // 2, 2, rows.size // len(rows))
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
+    head_dim = source.outputs // source.paired_heads
+    rotary_dim = source.rotary_dim or head_dim
+    heads = rows.reshape(-1, head_dim, rows.size // len(rows))
+    pairs = heads[:, :rotary_dim].reshape(len(heads), rotary_dim // 2, 2, -1)
+    halves = pairs.swapaxes(1, 2).reshape(len(heads), rotary_dim, -1)
+    return np.concatenate([halves, heads[:, rotary_dim:]], axis=1).reshape(rows.shape)
 
 
 def _rotary_tables(

@@ -9,7 +9,7 @@ import re
 
 from pagellm.engine.checkpoints import BLOCK_SIZES, SUPPORTED_DTYPES, Checkpoint
 from pagellm.engine.errors import CheckpointError, found, named
-from pagellm.engine.models import gpt2, llama
+from pagellm.engine.models import gpt2, llama, mistral, qwen2
 from pagellm.engine.models.names import names_of
 from pagellm.engine.models.spec import ModelSpec, Source
 
@@ -18,10 +18,10 @@ __all__ = ["ModelSpec", "Source", "read_spec"]
 _HUGGINGFACE = {
     "gpt2": gpt2.from_huggingface,
     "llama": llama.from_huggingface,
-    "mistral": llama.from_huggingface,
-    "qwen2": llama.from_huggingface,
+    "mistral": mistral.from_huggingface,
+    "qwen2": qwen2.from_huggingface,
 }
-_GGUF = {"gpt2": gpt2.from_gguf, "llama": llama.from_gguf, "qwen2": llama.from_gguf}
+_GGUF = {"gpt2": gpt2.from_gguf, "llama": llama.from_gguf, "qwen2": qwen2.from_gguf}
 
 # Tensors of published checkpoints that repeat the configuration; transformers passes over them, too.
 _REDUNDANT = {

@@ -17,14 +17,24 @@ REQUIRED = object()
 class Fields:
     """The configuration of one checkpoint, or one section of it.
 
-    values: without the prefix, which only messages show. A default is for a key that is absent; one that is
-    null has no value, which is an error except where the default is None, too.
+    values: without the prefix, which only messages show. A default, of `defaults` or of the call, is for a
+    key that is absent; one that is null has no value, an error except where the default is None, too.
+    keys: what this configuration calls a key that is asked for by another name; None: it has no such key.
     """
 
-    def __init__(self, path: Path, values: Mapping[str, Any], prefix: str = "") -> None:
+    def __init__(
+        self,
+        path: Path,
+        values: Mapping[str, Any],
+        prefix: str = "",
+        defaults: Mapping[str, Any] | None = None,
+        keys: Mapping[str, str | None] | None = None,
+    ) -> None:
         self.path = path
         self.values = values
         self.prefix = prefix
+        self._defaults = defaults or {}
+        self._keys = keys or {}
         self._asked: set[str] = set()
 
     def integer(self, name: str, default: Any = REQUIRED, maximum: int = 1 << 20) -> int:
@@ -38,6 +48,10 @@ class Fields:
         """A positive integer, or None where the key is null."""
         return self.integer(name, default, maximum) if self.get(name, default) is not None else None
 
+    def number_or_none(self, name: str) -> float | None:
+        """A positive finite number, or None where the key is null."""
+        return None if self.get(name) is None else self.number(name)
+
     def number(self, name: str, default: Any = REQUIRED) -> float:
         """A positive finite number."""
         value = self._get(name, default)
@@ -45,7 +59,7 @@ class Fields:
             raise self.error(name, value, "a positive number")
         return float(value)
 
-    def boolean(self, name: str, default: bool) -> bool:
+    def boolean(self, name: str, default: Any = REQUIRED) -> bool:
         """True or false."""
         value = self._get(name, default)
         if not isinstance(value, bool):
@@ -68,8 +82,12 @@ class Fields:
 
     def get(self, name: str, default: Any = None) -> Any:
         """A key's value as it is; the default where it is absent."""
-        self._asked.add(name)
-        return self.values.get(name, default)
+        key = self._keys.get(name, name)
+        default = self._defaults.get(name, default)
+        if key is None:
+            return default
+        self._asked |= {key, name}
+        return self.values.get(key, default)
 
     def has(self, name: str) -> bool:
         """Whether a key is there and not null."""
@@ -91,12 +109,11 @@ class Fields:
 
     def error(self, name: str, value: object, expected: str) -> CheckpointError:
         """The error for a field's bad value."""
-        return CheckpointError(
-            f"{self.path}: {self.prefix}{named(name)}: found {found(value)}, expected {expected}"
-        )
+        key = named(self._keys.get(name) or name)
+        return CheckpointError(f"{self.path}: {self.prefix}{key}: found {found(value)}, expected {expected}")
 
     def _get(self, name: str, default: Any) -> Any:
         value = self.get(name, default)
         if value is REQUIRED:
-            raise CheckpointError(f"{self.path}: {self.prefix}{name} is missing")
+            raise CheckpointError(f"{self.path}: {self.prefix}{self._keys.get(name) or name} is missing")
         return value

@@ -18,19 +18,34 @@ class Source:
     """One tensor of a checkpoint and how its rows become output columns of a part.
 
     shape: as the checkpoint stores it, [outputs, inputs], or [inputs, outputs] where `transposed`; one number
-    for vectors. paired_heads: the rows of each of so many heads are stored as rotary pairs (0, 1),
-    (2, 3), ... and not as (0, D/2), (1, D/2 + 1), ...
+    for vectors. rows: the ranges of outputs that are taken, in this order; None: all. paired_heads: the
+    outputs are so many heads, of each of which the first rotary_dim (0: all) are stored as rotary pairs
+    (0, 1), (2, 3), ... and not as (0, D/2), (1, D/2 + 1), ...; a range holds whole heads. add: what is added
+    to each element.
     """
 
     tensor: str
     shape: tuple[int, ...]
     transposed: bool = False
+    rows: tuple[tuple[int, int], ...] | None = None
     paired_heads: int = 0
+    rotary_dim: int = 0
+    add: float = 0.0
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """The outputs of the tensor that are taken, first and end of each range."""
+        return ((0, self.shape[1 if self.transposed else 0]),) if self.rows is None else self.rows
 
     @property
     def outputs(self) -> int:
         """The output columns that it becomes."""
-        return self.shape[1 if self.transposed else 0]
+        return sum(end - first for first, end in self.ranges)
+
+    @property
+    def size(self) -> int:
+        """The numbers that it takes from the tensor."""
+        return self.outputs * (self.inputs or 1)
 
     @property
     def inputs(self) -> int | None:

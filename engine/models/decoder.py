@@ -1,0 +1,167 @@
+"""From what a file of an architecture says to a `ModelSpec`: which tensors every part of a layer is made of.
+
+Knows how the outputs of fused tensors are ordered; does not know where sizes and names come from, which the
+readers of the two formats, `hub` and `gguf`, find out.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypedDict
+
+from pagellm.engine.models.rope import RopeTable
+from pagellm.engine.models.spec import ModelSpec, Parts, Source
+from pagellm.kernels.architecture import LAYER_PARTS, REST_PARTS, Architecture, Kind, Part, layer_rows
+
+# The tensors of each part of `kernels.architecture.PARTS`, without ".weight": one for each of its pieces (Q,
+# K and V; the gate and the linear half), or one that holds them all. Those of a layer come after "layer",
+# which has {} in the place of the layer's number.
+Names = Mapping[str, str | tuple[str, ...]]
+
+
+class Differences(TypedDict, total=False):
+    """How a decoder differs from Llama's, beside the features of its layers; see `Decoder`."""
+
+    biases: Collection[str]
+    layer_norm: bool
+    norm_add: float
+    paired: bool
+    grouped_qkv: bool
+    transposed: bool
+    num_positions: int
+    rope_tables: tuple[RopeTable, ...]
+    sliding_window: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """A decoder: its sizes, the features of its layers, and how its checkpoint lays out what it is made of.
+
+    features: of `layer_rows`, a number for all layers or one for each. biases: the parts that have one.
+    norm_add: added to the weights of norms. paired: Q and K are stored as neighbouring rotary pairs.
+    grouped_qkv: a fused QKV tensor has, for each KV head, its queries, the key and the value. transposed:
+    the matrices of layers are stored as [inputs, outputs]. repeated: of `ModelSpec`.
+    """
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    max_positions: int
+    norm_epsilon: float
+    names: Names
+    tied: bool
+    features: Mapping[str, Any]
+    sliding_window: int | None = None
+    biases: Collection[str] = ()
+    layer_norm: bool = False
+    norm_add: float = 0.0
+    paired: bool = False
+    grouped_qkv: bool = False
+    transposed: bool = False
+    num_positions: int = 0
+    rope_tables: tuple[RopeTable, ...] = ()
+    repeated: tuple[str, ...] = ()
+
+    def spec(self) -> ModelSpec:
+        """What the loader reads; raises `CheckpointError` if the numbers do not fit each other."""
+        arch = Architecture(
+            hidden_size=self.hidden_size,
+            vocab_size=self.vocab_size,
+            num_positions=self.num_positions,
+            tied=self.tied,
+            layer_norm=self.layer_norm,
+            norm_epsilon=self.norm_epsilon,
+            layers=layer_rows(self.num_layers, **self.features),
+        )
+        window, positions = self.sliding_window, self.max_positions
+        return ModelSpec(
+            architecture=self.architecture,
+            arch=arch,
+            max_positions=positions if window is None else min(positions, window),
+            sliding_window=window,
+            rope_tables=self.rope_tables,
+            layers=tuple(self._parts(arch, index) for index in range(self.num_layers)),
+            rest=self._parts(arch, None),
+            repeated=self.repeated,
+        )
+
+    def _parts(self, arch: Architecture, index: int | None) -> Parts:
+        """The sources of every part of a layer, or of what belongs to no layer, that this decoder has."""
+        row = None if index is None else arch.layers[index]
+        parts = {}
+        for part in REST_PARTS if index is None else LAYER_PARTS:
+            shape = part.shape(arch, row)
+            name = part.name.removesuffix("_b")
+            if shape[0] > 0 and (part.kind is not Kind.BIAS or name in self.biases):
+                tensors = self._tensors(name, index, "bias" if part.kind is Kind.BIAS else "weight")
+                pieces = self._pieces(name, shape[0], row, fused=len(tensors) == 1)
+                parts[part.name] = tuple(self._sources(part, tensors, pieces, shape, row))
+        return parts
+
+    def _tensors(self, name: str, index: int | None, kind: str) -> list[str]:
+        """The full names of the tensors of a part."""
+        names = self.names[name]
+        prefix = "" if index is None else str(self.names["layer"]).format(index)
+        return [f"{prefix}{one}.{kind}" for one in ((names,) if isinstance(names, str) else names)]
+
+    def _sources(
+        self, part: Part, tensors: list[str], pieces: list["_Piece"], shape: tuple[int, ...], row: Any
+    ) -> Iterator[Source]:
+        add = self.norm_add if part.kind is Kind.VECTOR and part.name.endswith("norm") else 0.0
+        rotary_dim = self._paired_dim(row)
+        end = 0
+        for number, piece in enumerate(pieces):
+            fused = len(tensors) < len(pieces)
+            first, end = end, end + piece.outputs
+            outputs = shape[0] if fused else piece.outputs
+            transposed = self.transposed and part.kind is Kind.MATRIX and row is not None
+            yield Source(
+                tensors[0 if fused else number],
+                (*shape[1:], outputs) if transposed else (outputs, *shape[1:]),
+                transposed=transposed,
+                rows=(piece.ranges or ((first, end),)) if fused else None,
+                paired_heads=piece.heads if rotary_dim else 0,
+                rotary_dim=rotary_dim if piece.heads else 0,
+                add=add,
+            )
+
+    def _paired_dim(self, row: Any) -> int:
+        """The dimensions of a head that are stored as rotary pairs."""
+        if not self.paired or row is None or row["rope_table"] < 0:
+            return 0
+        return self.rope_tables[int(row["rope_table"])].rotary_dim
+
+    def _pieces(self, name: str, outputs: int, row: Any, fused: bool) -> list["_Piece"]:
+        """What the outputs of a part are, one after the other."""
+        if name == "up" and row["gated"]:
+            return [_Piece(outputs // 2)] * 2
+        if name != "qkv" or (fused and not self._paired_dim(row) and not self.grouped_qkv):
+            return [_Piece(outputs, _norm_heads(name, row))]
+        heads, kv_heads, head_dim = (int(row[n]) for n in ("num_heads", "num_kv_heads", "head_dim"))
+        if not self.grouped_qkv:
+            return [_Piece(n * head_dim, r) for n, r in ((heads, heads), (kv_heads, kv_heads), (kv_heads, 0))]
+        # In each group the queries of a KV head, its key and its value.
+        queries = heads // kv_heads * head_dim
+        starts = range(0, kv_heads * (queries + 2 * head_dim), queries + 2 * head_dim)
+        ends = (0, queries, queries + head_dim, queries + 2 * head_dim)
+        ranges = [tuple((s + ends[i], s + ends[i + 1]) for s in starts) for i in range(3)]
+        return [
+            _Piece(heads * head_dim, heads, ranges[0]),
+            _Piece(kv_heads * head_dim, kv_heads, ranges[1]),
+            _Piece(kv_heads * head_dim, 0, ranges[2]),
+        ]
+
+
+class _Piece(NamedTuple):
+    """A part of a part."""
+
+    outputs: int
+    heads: int = 0  # of which RoPE rotates the outputs
+    ranges: tuple[tuple[int, int], ...] | None = None  # of the tensor's outputs, if they are not in order
+
+
+def _norm_heads(name: str, row: Any) -> int:
+    """The heads that the weights of a norm of queries or keys belong to."""
+    if name not in ("q_norm", "k_norm"):
+        return 0
+    return 1 if row["qk_norm"] == 1 else int(row["num_heads" if name == "q_norm" else "num_kv_heads"])

@@ -1,0 +1,187 @@
+"""What GGUF files of most architectures have in common: keys under the architecture's prefix, tensor names.
+
+Defaults and meanings are llama.cpp's (`llama_model_base::load_hparams`).
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Unpack
+
+from pagellm.engine.checkpoints import Checkpoint
+from pagellm.engine.errors import CheckpointError
+from pagellm.engine.models import rope
+from pagellm.engine.models.decoder import Decoder, Differences, Names
+from pagellm.engine.models.fields import Fields
+from pagellm.engine.models.names import count_layers
+from pagellm.engine.models.spec import ModelSpec
+from pagellm.kernels.activation import SILU
+
+# Of llama.cpp's keys, those that change no logits of these architectures.
+HARMLESS = re.compile(
+    r"vocab_size|tensor_data_layout|pooling_type|rope\.scaling\.(finetuned|original_context_length)"
+)
+NAMES: Names = {
+    "embedding": "token_embd",
+    "position_embedding": "position_embd",
+    "final_norm": "output_norm",
+    "lm_head": "output",
+    "layer": "blk.{}.",
+    "attention_norm": "attn_norm",
+    "qkv": ("attn_q", "attn_k", "attn_v"),
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
+    "attention_sub_norm": "attn_sub_norm",
+    "output": "attn_output",
+    "attention_post_norm": "post_attention_norm",
+    "mlp_norm": "ffn_norm",
+    "up": ("ffn_gate", "ffn_up"),
+    "mlp_sub_norm": "ffn_sub_norm",
+    "down": "ffn_down",
+    "mlp_post_norm": "post_ffw_norm",
+}
+
+
+class GgufModel:
+    """A GGUF file, read by what its architecture shares with llama."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.architecture = str(checkpoint.config["general.architecture"])
+        self.fields = fields = read_metadata(checkpoint)
+        self.hidden_size = fields.integer("embedding_length")
+        self.num_heads = fields.integer("attention.head_count")
+        self.head_dim = fields.integer("attention.key_length", self.hidden_size // self.num_heads)
+        self.num_layers = count_layers(fields, "block_count", checkpoint)
+        self.max_positions = fields.integer("context_length", maximum=1 << 30)
+        for name, expected in (
+            ("attention.value_length", self.head_dim),
+            ("embedding_length_out", self.hidden_size),
+        ):
+            if fields.integer(name, expected) != expected:
+                raise fields.error(name, fields.get(name), str(expected))
+
+    def rope_table(self) -> rope.RopeTable:
+        """The rotary embeddings of whole heads, by llama.cpp's rules."""
+        fields, tensors = self.fields, self.checkpoint.tensors
+        if fields.integer("rope.dimension_count", self.head_dim) != self.head_dim:
+            raise fields.error("rope.dimension_count", fields.get("rope.dimension_count"), str(self.head_dim))
+        plain = rope.frequencies(self.head_dim, fields.number("rope.freq_base", rope.DEFAULT_THETA))
+        factor = _linear_factor(fields)
+        plain = tuple(frequency / factor for frequency in plain)
+        if self.architecture == "llama" and "rope_freqs.weight" in tensors:
+            divisors = _rope_divisors(self.checkpoint, len(plain))
+            plain = tuple(f / d for f, d in zip(plain, divisors, strict=True))
+        return rope.RopeTable(plain)
+
+    def spec(
+        self,
+        features: Mapping[str, Any] | None = None,
+        names: Names | None = None,
+        **how: Unpack[Differences],
+    ) -> ModelSpec:
+        """The model with llama's features, names and layout but for these; biases: those that are there.
+
+        Raises `CheckpointError` for a key that nobody asked for and that may change what is computed.
+        """
+        fields, tensors = self.fields, self.checkpoint.tensors
+        names = {**NAMES, **(names or {})}
+        if "rope_tables" not in how:
+            how["rope_tables"] = (self.rope_table(),)
+        if "biases" not in how:
+            how["biases"] = [part for part in names if part != "layer" and self._has_bias(names, part)]
+        # llama.cpp multiplies queries and keys, all of whose dimensions are rotated, by this.
+        rotated_scale = fields.number("rope.scaling.attn_factor", 1.0) if how["rope_tables"] else 1.0
+        decoder = Decoder(
+            architecture=self.architecture,
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            vocab_size=self._vocabulary(f"{names['embedding']}.weight"),
+            max_positions=self.max_positions,
+            norm_epsilon=fields.number(
+                "attention.layer_norm_epsilon"
+                if how.get("layer_norm")
+                else "attention.layer_norm_rms_epsilon"
+            ),
+            names=names,
+            tied=f"{names['lm_head']}.weight" not in tensors,
+            # Tensors that are read here and not by the loader.
+            repeated=("rope_freqs.weight",) if self.architecture == "llama" else (),
+            features={
+                "num_heads": self.num_heads,
+                "num_kv_heads": fields.integer("attention.head_count_kv", self.num_heads),
+                "head_dim": self.head_dim,
+                "attention_scale": self.head_dim**-0.5 * rotated_scale**2,
+                "rope_table": 0,
+                "intermediate_size": fields.integer("feed_forward_length"),
+                "activation": SILU,
+                "gated": True,
+                **(features or {}),
+            },
+            **how,
+        )
+        spec = decoder.spec()
+        fields.refuse_others(HARMLESS, f"architecture {self.architecture}")
+        return spec
+
+    def _has_bias(self, names: Names, part: str) -> bool:
+        """Whether a part has a bias, in the first layer if it belongs to layers."""
+        tensor = names[part] if isinstance(names[part], str) else names[part][0]
+        return any(
+            f"{prefix}{tensor}.bias" in self.checkpoint.tensors
+            for prefix in ("", str(names["layer"]).format(0))
+        )
+
+    def _vocabulary(self, embedding: str) -> int:
+        """The rows of the embedding, which is what decides."""
+        tensor = self.checkpoint.tensors.get(embedding)
+        if tensor is None:
+            raise CheckpointError(f"{self.checkpoint.path}: tensor {embedding} is missing")
+        return tensor.shape[0]
+
+
+def read_metadata(checkpoint: Checkpoint) -> Fields:
+    """The fields under the architecture's prefix, once the file is known to be a whole model of a usual kind.
+
+    Raises `CheckpointError` for a vocabulary without weights, experts and attention that is not causal.
+    """
+    if not checkpoint.tensors:
+        raise CheckpointError(
+            f"{checkpoint.path}: a GGUF file of metadata alone (a vocabulary), expected one with the weights"
+        )
+    prefix = f"{checkpoint.config['general.architecture']}."
+    values = {
+        key.removeprefix(prefix): value for key, value in checkpoint.config.items() if key.startswith(prefix)
+    }
+    fields = Fields(checkpoint.path, values, prefix)
+    fields.expect("attention.causal", True)
+    for name in ("expert_count", "expert_used_count", "expert_group_count", "nextn_predict_layers"):
+        fields.expect(name, 0)
+    return fields
+
+
+def _linear_factor(fields: Fields) -> float:
+    """What positions are divided by, by llama.cpp's rules: linear where no type is named; 0 is no scaling."""
+    kind = fields.choice("rope.scaling.type", {"none": "none", "linear": "linear"}, "linear")
+    old, new = fields.get("rope.scale_linear", 0), fields.get("rope.scaling.factor")
+    name, value = ("rope.scale_linear", old) if new is None else ("rope.scaling.factor", new)
+    if kind == "none" or (isinstance(value, int | float) and value == 0):
+        return 1.0
+    return fields.number(name)
+
+
+def _rope_divisors(checkpoint: Checkpoint, size: int) -> list[float]:
+    """What llama.cpp's converter makes of the llama3 scaling: a divisor for each frequency."""
+    tensor = checkpoint.tensors["rope_freqs.weight"]
+    if tensor.shape != (size,):
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor rope_freqs.weight has shape {tensor.shape}, expected ({size},)"
+        )
+    divisors: list[float] = tensor.rows(0, size).tolist()
+    for index, divisor in enumerate(divisors):
+        if not 0 < divisor < math.inf:
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor rope_freqs.weight: found {divisor} at {index}, expected a number "
+                "above zero"
+            )
+    return divisors
