@@ -1,14 +1,20 @@
-"""The activation functions of feed-forward layers, one row at a time."""
+"""The activation functions of feed-forward layers and the soft cap of scores and logits, a row at a time."""
 
 import math
 
 import numpy as np
 
 from pagellm.kernels.jit import kernel
-from pagellm.kernels.simd import LANES, broadcast, exp, fma, load, store
+from pagellm.kernels.simd import LANES, absolute, broadcast, exp, fma, load, store, where_at_least
 
-SILU, GELU_TANH, GELU, RELU = range(4)
-KINDS = {"silu": SILU, "gelu_tanh": GELU_TANH, "gelu": GELU, "relu": RELU}
+SILU, GELU_TANH, GELU, RELU, RELU_SQUARED = range(5)
+KINDS = {
+    "silu": SILU,
+    "gelu_tanh": GELU_TANH,
+    "gelu": GELU,
+    "relu": RELU,
+    "relu_squared": RELU_SQUARED,
+}
 
 _SQRT_2_OVER_PI = 0.7978845608028654
 
@@ -39,6 +45,29 @@ def activate(kind, gated, x, start, size, up_offset, out):
     else:
         for i in range(size):
             out[i] = max(x[start + i], np.float32(0.0))
+            if kind == RELU_SQUARED:  # So et al. 2021
+                out[i] *= out[i]
     if gated:
         for i in range(0, size, LANES):
             store(out, i, load(out, i) * load(x, start + up_offset + i))
+
+
+@kernel
+def softcap(x, start, size, cap):
+    """`x[start + i] = cap * tanh(x[start + i] / cap)` for i < size, in place (Bello et al. 2017).
+
+    x: flat, readable and writable up to a whole vector; cap: float32, more than 0. tanh is that of Cephes'
+    `tanhf` (S. L. Moshier, 1989): a polynomial near 0, where 1 - 2 / (exp(2 y) + 1) would lose digits.
+    """
+    one, two = broadcast(np.float32(1.0)), broadcast(np.float32(2.0))
+    near = broadcast(np.float32(0.625))
+    for i in range(start, start + size, LANES):
+        y = load(x, i) / broadcast(cap)
+        square = y * y
+        p = fma(broadcast(np.float32(-5.70498872745e-3)), square, broadcast(np.float32(2.06390887954e-2)))
+        p = fma(p, square, broadcast(np.float32(-5.37397155531e-2)))
+        p = fma(p, square, broadcast(np.float32(1.33314422036e-1)))
+        p = fma(p, square, broadcast(np.float32(-3.33332819422e-1)))
+        far = one - two / (exp(y + y) + one)
+        tanh = where_at_least(absolute(y), near, far, fma(p * square, y, y))
+        store(x, i, broadcast(cap) * tanh)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from pagellm.kernels.activation import softcap
 from pagellm.kernels.jit import kernel
 from pagellm.kernels.sampling import has_softmax, log_sum_exp, penalize, sample, top_tokens
 
@@ -13,6 +14,11 @@ def answer_row(arch, outputs, row, logits, scratch, counts):
     scratch: [3, padded vocab_size]; counts: [vocab_size], zeros.
     """
     size, wanted = arch.vocab_size, outputs.wanted[row]
+    if arch.logits_scale != 1.0:
+        for i in range(size):
+            logits[i] *= np.float32(arch.logits_scale)
+    if arch.logits_softcap > 0.0:
+        softcap(logits, 0, size, np.float32(arch.logits_softcap))
     if wanted.logits_row >= 0:
         copied = outputs.logits[wanted.logits_row]
         for i in range(size):

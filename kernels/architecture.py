@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pagellm.kernels.jit import shared
 from pagellm.kernels.packing import FLOAT32, padded, panels_size
 from pagellm.kernels.simd import LANES
 
-# The features of a layer. One that is added here is read by the step and set by every architecture.
+# The features of a layer, which the step reads. Those with a default are what not every layer has.
 LAYER = np.dtype(
     [
         ("num_heads", np.int64),
@@ -26,22 +27,55 @@ LAYER = np.dtype(
         ("intermediate_size", np.int64),
         ("activation", np.int64),  # of kernels.activation
         ("gated", np.int64),  # whether the activated gate multiplies a linear half
+        ("window", np.int64),  # tokens that a token sees, itself included; 0: all before it
+        ("attention_softcap", np.float64),  # scores become cap * tanh(score / cap); 0: they stay as they are
+        ("qk_norm", np.int64),  # of queries and keys before they are rotated: NONE, PER_HEAD or WHOLE
+        ("pre_norm", np.int64),  # whether attention and feed-forward each read a normalised state,
+        ("post_norm", np.int64),  # and whether what each gives is normalised before it is added
+        ("sub_norm", np.int64),  # whether the inputs of the products that end both are normalised
+        ("parallel", np.int64),  # whether the feed-forward reads what attention read, not what it gave
+        ("residual_scale", np.float64),  # of what attention and feed-forward give
     ],
     align=True,
 )
+_DEFAULTS: dict[str, Any] = {
+    "window": 0,
+    "attention_softcap": 0.0,
+    "qk_norm": 0,
+    "pre_norm": 1,
+    "post_norm": 0,
+    "sub_norm": 0,
+    "parallel": 0,
+    "residual_scale": 1.0,
+}
+
+# Of `qk_norm`: none, each head by itself, or a token's heads together.
+NONE, PER_HEAD, WHOLE = range(3)
 
 
 def layer_rows(num_layers: int, **features: Any) -> NDArray[np.void]:
-    """[num_layers] of `LAYER` from every feature by its name: a number for all layers, or one for each.
+    """[num_layers] of `LAYER` from features by their names: a number for all layers, or one for each.
 
-    Raises `TypeError` for a feature that is not named, or that there is not.
+    Raises `TypeError` for a feature that has no default and is not named, or that there is not, and
+    `ValueError` for features that exclude each other.
     """
-    if features.keys() != set(LAYER.names or ()):
-        raise TypeError(f"features: found {sorted(features)}, expected {sorted(LAYER.names or ())}")
+    required = [name for name in LAYER.names or () if name not in _DEFAULTS]
+    if not set(required) <= features.keys() <= set(LAYER.names or ()):
+        raise TypeError(
+            f"features: found {sorted(features)}, expected {required} and some of {sorted(_DEFAULTS)}"
+        )
     rows = np.zeros(num_layers, LAYER)
-    for name, value in features.items():
+    for name, value in (_DEFAULTS | features).items():
         rows[name] = value
+    if (rows["parallel"] & rows["post_norm"]).any():
+        raise ValueError("features: found post_norm in a parallel layer, expected one of the two")
     return rows
+
+
+@shared
+def adds_at_once(row: Any) -> bool:
+    """Whether what attention and feed-forward give is added to the hidden state as it is computed."""
+    return bool(row["post_norm"] == 0 and row["parallel"] == 0 and row["residual_scale"] == 1.0)
 
 
 class Architecture(NamedTuple):
@@ -54,13 +88,18 @@ class Architecture(NamedTuple):
     layer_norm: bool  # LayerNorm; otherwise RMSNorm
     norm_epsilon: float
     layers: NDArray[np.void]  # [num_layers] of LAYER
+    embedding_scale: float = 1.0  # of the embedding's rows
+    logits_scale: float = 1.0
+    logits_softcap: float = 0.0  # scaled logits become cap * tanh(logit / cap); 0: they stay as they are
 
     def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Architecture)
-            and self[:-1] == other[:-1]
-            and np.array_equal(self.layers, other.layers)
-        )
+        if not isinstance(other, Architecture):
+            return NotImplemented
+        own, others = self._asdict(), other._asdict()
+        return np.array_equal(own.pop("layers"), others.pop("layers")) and own == others
+
+    def __ne__(self, other: object) -> bool:  # that of tuples would compare the rows, too
+        return not self == other
 
     @property
     def num_layers(self) -> int:
@@ -85,7 +124,8 @@ class Part(NamedTuple):
     """One part of a layer, or of what belongs to no layer."""
 
     name: str
-    shape: Callable[[Architecture, Any], tuple[int, ...]]  # [outputs, inputs] or [size], by the layer's row
+    # [outputs, inputs] or [size], by the layer's row; size 0 where the row has no such part.
+    shape: Callable[[Architecture, Any], tuple[int, ...]]
     kind: Kind
     # Pieces of the outputs that begin on a panel of their own.
     pieces: Callable[[Any], int] = lambda row: 1
@@ -116,21 +156,46 @@ def _up_size(row: Any) -> int:
     return int(row["intermediate_size"]) * _up_pieces(row)
 
 
+def _norm(name: str, feature: str, size: Callable[[Architecture, Any], int]) -> tuple[Part, Part]:
+    """A norm that is there if the row has the feature: its weights, and its bias."""
+
+    def shape(arch: Architecture, row: Any) -> tuple[int, ...]:
+        return (size(arch, row) if row[feature] else 0,)
+
+    return Part(name, shape, Kind.VECTOR), Part(f"{name}_b", shape, Kind.BIAS)
+
+
+def _hidden_size(arch: Architecture, row: Any) -> int:
+    return arch.hidden_size
+
+
+def _query_norm_size(arch: Architecture, row: Any) -> int:
+    return int(row["head_dim"] * (row["num_heads"] if row["qk_norm"] == WHOLE else 1))
+
+
+def _key_norm_size(arch: Architecture, row: Any) -> int:
+    return int(row["head_dim"] * (row["num_kv_heads"] if row["qk_norm"] == WHOLE else 1))
+
+
 # The parts of a layer, in the order in which the step reads them; "_b" is the bias of the part before.
 LAYER_PARTS = (
-    Part("attention_norm", lambda arch, row: (arch.hidden_size,), Kind.VECTOR),
-    Part("attention_norm_b", lambda arch, row: (arch.hidden_size,), Kind.BIAS),
+    *_norm("attention_norm", "pre_norm", _hidden_size),
     Part("qkv", lambda arch, row: (_qkv_size(row), arch.hidden_size), Kind.MATRIX),
     Part("qkv_b", lambda arch, row: (_qkv_size(row),), Kind.BIAS),
+    *_norm("q_norm", "qk_norm", _query_norm_size),
+    *_norm("k_norm", "qk_norm", _key_norm_size),
+    *_norm("attention_sub_norm", "sub_norm", lambda arch, row: _heads_size(row)),
     Part("output", lambda arch, row: (arch.hidden_size, _heads_size(row)), Kind.MATRIX),
     Part("output_b", lambda arch, row: (arch.hidden_size,), Kind.BIAS),
-    Part("mlp_norm", lambda arch, row: (arch.hidden_size,), Kind.VECTOR),
-    Part("mlp_norm_b", lambda arch, row: (arch.hidden_size,), Kind.BIAS),
+    *_norm("attention_post_norm", "post_norm", _hidden_size),
+    *_norm("mlp_norm", "pre_norm", _hidden_size),
     # The gate, if there is one, and the linear half.
     Part("up", lambda arch, row: (_up_size(row), arch.hidden_size), Kind.MATRIX, _up_pieces),
     Part("up_b", lambda arch, row: (_up_size(row),), Kind.BIAS, _up_pieces),
+    *_norm("mlp_sub_norm", "sub_norm", lambda arch, row: int(row["intermediate_size"])),
     Part("down", lambda arch, row: (arch.hidden_size, int(row["intermediate_size"])), Kind.MATRIX),
     Part("down_b", lambda arch, row: (arch.hidden_size,), Kind.BIAS),
+    *_norm("mlp_post_norm", "post_norm", _hidden_size),
 )
 # The parts that belong to no layer. One without rows is not there.
 REST_PARTS = (
@@ -158,6 +223,7 @@ class Weights(NamedTuple):
     cos: NDArray[np.float32]  # [RoPE tables, max_model_len, half the rotated dimensions of the widest]
     sin: NDArray[np.float32]
     rope_halves: NDArray[np.int64]  # [RoPE tables], half the dimensions that each rotates
+    query_scale: NDArray[np.float32]  # [RoPE tables, max_model_len], of whole queries, after they are rotated
 
 
 # The formats of kernels.packing by part, a mapping for each layer and then one for the rest; FLOAT32 where

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pagellm.kernels.activation import softcap
 from pagellm.kernels.attention_products import (
     KEY_TILE,
     TILE_COLUMNS,
@@ -71,6 +72,7 @@ class Heads(NamedTuple):
     num_kv_heads: int
     head_dim: int
     scale: np.float32  # of queries times keys
+    softcap: np.float32  # of scores; 0 for none
 
 
 class Tiles(NamedTuple):
@@ -203,19 +205,21 @@ def plan_tiles(query_start_loc, seq_lens, group_size, tile_sequence, tile_start,
 
 @kernel
 def _softmax(
-    scratch, scores, first_row, rows, position, group_size, count, states, row_words, size, weights
+    scratch, scores, first_row, rows, position, group_size, count, cap, states, row_words, size, weights
 ):  # fmt: skip
     """Turns the scores of `rows` rows of a query tile into packed weights and rescales their sums so far.
 
     scores: where in `scratch` they are, [rows, KEY_TILE]; weights: where the packed ones go, `GROUP` rows.
     position: where the query tile's first token is, counted from the first of the tile's `count` keys, of
-    which a row sees those up to its token; states: where the first row's state is in `scratch`. In two passes
-    over the rows, because within a row each step waits for the one before; the first leaves each row's new
-    greatest score behind its state.
+    which a row sees those up to its token; cap: what bounds the scores, or 0; states: where the first row's
+    state is in `scratch`. In two passes over the rows, because within a row each step waits for the one
+    before; the first leaves each row's new greatest score behind its state.
     """
     for row in range(rows):
         row_scores, greatest_at = scores + row * KEY_TILE, states + row * row_words + size
         visible = min(position + (first_row + row) // group_size + 1, count)
+        if cap > 0.0:
+            softcap(scratch, row_scores, count, cap)
         for j in range(max(visible, 0), -(-count // LANES) * LANES):
             scratch[row_scores + j] = _MASKED
         greatest = load(scratch, row_scores)
@@ -321,7 +325,7 @@ def _attend_chunk(heads, cache, block_table, item, first_key, end_key, scratch, 
                 )  # fmt: skip
                 _softmax(
                     scratch, at.scores, first, height, item.first_position - tile_start, group_size, count,
-                    state + first * row_words, row_words, size, at.weights,
+                    heads.softcap, state + first * row_words, row_words, size, at.weights,
                 )  # fmt: skip
                 add_values(
                     format, height, scratch, at.weights, source_v, places_v, count, cache.keys, ahead,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pagellm.kernels.architecture import Architecture
+from pagellm.kernels.architecture import Architecture, adds_at_once
 from pagellm.kernels.attention import max_states, max_tiles, scratch_size, state_words
 from pagellm.kernels.attention_products import TILE_COLUMNS
 from pagellm.kernels.kv_cache import key_cache_size, store_scratch_size, value_cache_size
@@ -103,6 +103,7 @@ class Workspace(NamedTuple):
 
     rows: NDArray[np.int64]  # [max(max_tokens, LOGIT_ROWS)], scratch for the rows of a phase
     hidden: NDArray[np.float32]  # [rows, padded hidden_size], the residual stream
+    branch: NDArray[np.float32]  # likewise, what is not added to it at once; no rows if no layer has such
     packed: NDArray[np.float32]  # activations on their way into a matmul, in the format of its weights
     wide: NDArray[np.float32]  # [rows, the widest of qkv and feed-forward], what a matmul wrote
     logits: NDArray[np.float32]  # [LOGIT_ROWS, padded vocab_size]
@@ -145,6 +146,7 @@ def new_workspace(arch: Architecture, max_tokens: int, num_threads: int) -> Work
     return Workspace(
         rows=np.zeros(max(max_tokens, LOGIT_ROWS), np.int64),
         hidden=aligned_zeros(rows * padded(arch.hidden_size)),
+        branch=aligned_zeros(0 if all(map(adds_at_once, layers)) else rows * padded(arch.hidden_size)),
         packed=aligned_zeros(max(rows, LOGIT_ROWS) * widest_input),
         wide=aligned_zeros(rows * max(padded(int(qkv_size.max())), widest_up)),
         logits=aligned_zeros(LOGIT_ROWS * padded(arch.vocab_size)),

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagellm.kernels.activation import activate
+from pagellm.kernels.architecture import WHOLE
 from pagellm.kernels.attention import Heads, Tiles, attention, choose_heads_per_item, merge_states, plan_tiles
 from pagellm.kernels.jit import kernel
 from pagellm.kernels.kv_cache import LayerCache, store_kv
@@ -42,6 +43,8 @@ def embed(member, arch, weights, batch, plan, work):
                 table.format, weights.values, table.start, arch.hidden_size, batch.token_ids[row], hidden,
                 start,
             )  # fmt: skip
+            for i in range(arch.hidden_size):
+                hidden[start + i] *= np.float32(arch.embedding_scale)
             for i in range(arch.hidden_size, stride):
                 hidden[start + i] = 0.0
             if arch.num_positions > 0:
@@ -53,20 +56,55 @@ def embed(member, arch, weights, batch, plan, work):
 
 
 @kernel
-def normalize_rows(member, arch, weights, scale, bias, num_rows, format, work):
-    """Normalises the hidden states [num_rows, hidden_size] of the first `work.rows` and packs them.
+def _normalize(member, arch, weights, x, start, size, scale, bias):
+    """Normalises `x[start : start + size]` into the thread's scratch memory, as all norms of a model do.
 
-    scale, bias: the places of the norm's parts; format: of the matrix that is to multiply them.
+    scale, bias: the places of the norm's parts.
+    """
+    normalize(
+        x, start, size, arch.layer_norm, arch.norm_epsilon, weights.values, scale.start, bias.start,
+        member.scratch,
+    )  # fmt: skip
+
+
+@kernel
+def normalize_rows(member, arch, weights, normalized, scale, bias, num_rows, format, work):
+    """Packs the hidden states [num_rows, hidden_size] of the first `work.rows` for a matrix of a format.
+
+    normalized: whether they are normalised before; if so, scale and bias are the places of the norm's parts.
     """
     stride = padded(arch.hidden_size)
     first, end = next_rows(member.counters, num_rows, member.num_threads)
     while first < end:
         for row in range(first, end):
-            normalize(
-                work.hidden, work.rows[row] * stride, arch.hidden_size, arch.layer_norm, arch.norm_epsilon,
-                weights.values, scale.start, bias.start, member.scratch,
-            )  # fmt: skip
+            start = work.rows[row] * stride
+            if normalized:
+                _normalize(member, arch, weights, work.hidden, start, arch.hidden_size, scale, bias)
+            else:
+                for i in range(arch.hidden_size):
+                    member.scratch[i] = work.hidden[start + i]
             pack_row(format, member.scratch, 0, arch.hidden_size, row, work.packed, 0)
+        first, end = next_rows(member.counters, num_rows, member.num_threads)
+    barrier(member.counters, member.num_threads)
+
+
+@kernel
+def add_branch(member, arch, weights, features, scale, bias, num_rows, work):
+    """Adds the rows [num_rows, hidden_size] of `work.branch` to the hidden states, normalised and scaled.
+
+    scale, bias: the places of the parts of the norm, if the layer has it.
+    """
+    stride, factor = padded(arch.hidden_size), np.float32(features.residual_scale)
+    first, end = next_rows(member.counters, num_rows, member.num_threads)
+    while first < end:
+        for start in range(first * stride, end * stride, stride):
+            if features.post_norm:
+                _normalize(member, arch, weights, work.branch, start, arch.hidden_size, scale, bias)
+                for i in range(arch.hidden_size):
+                    work.hidden[start + i] += factor * member.scratch[i]
+            else:
+                for i in range(arch.hidden_size):
+                    work.hidden[start + i] += factor * work.branch[start + i]
         first, end = next_rows(member.counters, num_rows, member.num_threads)
     barrier(member.counters, member.num_threads)
 
@@ -85,25 +123,56 @@ def linear(member, weights, part, bias, num_rows, K, N, out, accumulate, work):
 
 
 @kernel
+def _normalize_heads(member, arch, weights, start, count, size, scale, bias, work):
+    """Normalises `count` neighbouring vectors [size] of `work.wide`, from `start` on, in place."""
+    for first in range(start, start + count * size, size):
+        _normalize(member, arch, weights, work.wide, first, size, scale, bias)
+        for i in range(size):
+            work.wide[first + i] = member.scratch[i]
+
+
+@kernel
+def _rotate_heads(weights, table, position, start, heads, kv_heads, head_dim, work):
+    """Rotates a token's queries and the keys behind them, from `start` on, and scales the queries."""
+    half, cos, sin = weights.rope_halves[table], weights.cos[table, position], weights.sin[table, position]
+    for head in range(heads + kv_heads):
+        rotate(work.wide, start + head * head_dim, cos, sin, half)
+    scale = weights.query_scale[table, position]
+    if scale != 1.0:
+        for i in range(start, start + heads * head_dim):
+            work.wide[i] *= scale
+
+
+@kernel
 def rotate_and_store(member, layer, arch, weights, cache, num_rows, plan, work):
-    """Rotates the new queries and keys in place and writes keys and values to their cache slots.
+    """Normalises and rotates the new queries and keys in place and writes keys and values to the cache.
 
     They are in `work.wide`: rows of [num_heads + 2 * num_kv_heads, head_dim], padded to whole panels.
     """
-    features = arch.layers[layer]
+    features, parts = arch.layers[layer], weights.layers[layer]
     heads, kv_heads, head_dim = features.num_heads, features.num_kv_heads, features.head_dim
-    table, layer_k, layer_v = features.rope_table, cache.key_start[layer], cache.value_start[layer]
+    layer_k, layer_v = cache.key_start[layer], cache.value_start[layer]
     stride = padded((heads + 2 * kv_heads) * head_dim)
+    together = features.qk_norm == WHOLE
+    queries, keys = (1, 1) if together else (heads, kv_heads)  # that are normalised by themselves
     first, end = next_rows(member.counters, num_rows, member.num_threads)
     while first < end:
         for row in range(first, end):
             start = row * stride
-            if table >= 0:
-                half, position = weights.rope_halves[table], plan.positions[row]
-                cos, sin = weights.cos[table, position], weights.sin[table, position]
-                for head in range(heads + kv_heads):
-                    rotate(work.wide, start + head * head_dim, cos, sin, half)
             k_start = start + heads * head_dim
+            if features.qk_norm:
+                _normalize_heads(
+                    member, arch, weights, start, queries, heads * head_dim // queries, parts.q_norm,
+                    parts.q_norm_b, work,
+                )  # fmt: skip
+                _normalize_heads(
+                    member, arch, weights, k_start, keys, kv_heads * head_dim // keys, parts.k_norm,
+                    parts.k_norm_b, work,
+                )  # fmt: skip
+            if features.rope_table >= 0:
+                _rotate_heads(
+                    weights, features.rope_table, plan.positions[row], start, heads, kv_heads, head_dim, work
+                )  # fmt: skip
             store_kv(
                 cache.format, work.wide, k_start, work.wide, k_start + kv_heads * head_dim, head_dim,
                 kv_heads, cache.block_size, plan.slot_mapping[row], cache.keys, cache.values, layer_k,
@@ -118,7 +187,10 @@ def attend(member, layer, arch, cache, batch, plan, work):
     """Attention of all new tokens to their sequences' keys: fills `plan.states`, [num_states, num_heads]."""
     features = arch.layers[layer]
     num_heads, kv_heads, head_dim = features.num_heads, features.num_kv_heads, features.head_dim
-    heads = Heads(num_heads, kv_heads, head_dim, np.float32(features.attention_scale))
+    heads = Heads(
+        num_heads, kv_heads, head_dim, np.float32(features.attention_scale),
+        np.float32(features.attention_softcap),
+    )  # fmt: skip
     layer_cache = LayerCache(
         cache.format, cache.block_size, cache.keys, cache.values, cache.key_start[layer],
         cache.value_start[layer],
@@ -136,8 +208,11 @@ def attend(member, layer, arch, cache, batch, plan, work):
 
 
 @kernel
-def merge_rows(member, heads, head_dim, num_rows, plan, format, work):
-    """Joins the states that attention left for each token, [heads * head_dim], and packs them."""
+def merge_rows(member, layer, arch, weights, num_rows, plan, work):
+    """Joins the states that attention left for each token, [num_heads * head_dim], and packs them."""
+    features, parts = arch.layers[layer], weights.layers[layer]
+    heads, head_dim = features.num_heads, features.head_dim
+    size = heads * head_dim
     first, end = next_rows(member.counters, num_rows, member.num_threads)
     while first < end:
         for row in range(first, end):
@@ -145,17 +220,23 @@ def merge_rows(member, heads, head_dim, num_rows, plan, format, work):
                 plan.states, plan.state_start[row], plan.state_start[row + 1], heads, head_dim,
                 member.scratch,
             )  # fmt: skip
-            pack_row(format, member.scratch, 0, heads * head_dim, row, work.packed, 0)
+            if features.sub_norm:
+                _normalize(
+                    member, arch, weights, member.scratch, 0, size, parts.attention_sub_norm,
+                    parts.attention_sub_norm_b,
+                )  # fmt: skip
+            pack_row(parts.output.format, member.scratch, 0, size, row, work.packed, 0)
         first, end = next_rows(member.counters, num_rows, member.num_threads)
     barrier(member.counters, member.num_threads)
 
 
 @kernel
-def activate_rows(member, features, num_rows, format, work):
-    """Applies the activation to the rows of `work.wide` and packs them, [intermediate_size], for a matrix.
+def activate_rows(member, layer, arch, weights, num_rows, work):
+    """Applies the activation to the rows of `work.wide` and packs them, [intermediate_size].
 
     Such a row is the gate and the linear half, each padded to whole panels, or the linear part alone.
     """
+    features, parts = arch.layers[layer], weights.layers[layer]
     size, kind, gated = features.intermediate_size, features.activation, features.gated
     up_offset = padded(size)
     stride = up_offset * (1 + gated)
@@ -163,7 +244,11 @@ def activate_rows(member, features, num_rows, format, work):
     while first < end:
         for row in range(first, end):
             activate(kind, gated, work.wide, row * stride, size, up_offset, member.scratch)
-            pack_row(format, member.scratch, 0, size, row, work.packed, 0)
+            if features.sub_norm:
+                _normalize(
+                    member, arch, weights, member.scratch, 0, size, parts.mlp_sub_norm, parts.mlp_sub_norm_b
+                )  # fmt: skip
+            pack_row(parts.down.format, member.scratch, 0, size, row, work.packed, 0)
         first, end = next_rows(member.counters, num_rows, member.num_threads)
     barrier(member.counters, member.num_threads)
 

@@ -6,12 +6,14 @@ signature serves every model in every format: what tells models and layers apart
 """
 
 from pagellm.kernels.answer import answer_row
+from pagellm.kernels.architecture import adds_at_once
 from pagellm.kernels.buffers import LOGIT_ROWS
 from pagellm.kernels.jit import entry_point, kernel, plain
 from pagellm.kernels.packing import padded
 from pagellm.kernels.phases import (
     Member,
     activate_rows,
+    add_branch,
     attend,
     embed,
     linear,
@@ -24,45 +26,65 @@ from pagellm.kernels.threads import barrier, next_item, share_call
 
 
 @kernel
-def _attention_block(member, layer, arch, weights, cache, batch, plan, work):
-    """hidden += output(attention(qkv(norm(hidden)))) for all new tokens, [num_tokens, hidden_size]."""
+def _attention_block(member, layer, arch, weights, cache, batch, plan, out, accumulate, work):
+    """output(attention(qkv(norm(hidden)))) for all new tokens, [num_tokens, hidden_size]."""
     features, parts, num_rows = arch.layers[layer], weights.layers[layer], batch.token_ids.size
     heads, kv_heads, head_dim = features.num_heads, features.num_kv_heads, features.head_dim
-    qkv_size = (heads + 2 * kv_heads) * head_dim
-    replace, add = plain(False), plain(True)
     normalize_rows(
-        member, arch, weights, parts.attention_norm, parts.attention_norm_b, num_rows, parts.qkv.format, work
+        member, arch, weights, features.pre_norm, parts.attention_norm, parts.attention_norm_b, num_rows,
+        parts.qkv.format, work,
     )  # fmt: skip
     linear(
-        member, weights, parts.qkv, parts.qkv_b, num_rows, arch.hidden_size, qkv_size, work.wide, replace,
-        work,
+        member, weights, parts.qkv, parts.qkv_b, num_rows, arch.hidden_size,
+        (heads + 2 * kv_heads) * head_dim, work.wide, plain(False), work,
     )  # fmt: skip
     rotate_and_store(member, layer, arch, weights, cache, num_rows, plan, work)
     attend(member, layer, arch, cache, batch, plan, work)
-    merge_rows(member, heads, head_dim, num_rows, plan, parts.output.format, work)
+    merge_rows(member, layer, arch, weights, num_rows, plan, work)
     linear(
-        member, weights, parts.output, parts.output_b, num_rows, heads * head_dim, arch.hidden_size,
-        work.hidden, add, work,
+        member, weights, parts.output, parts.output_b, num_rows, heads * head_dim, arch.hidden_size, out,
+        accumulate, work,
     )  # fmt: skip
 
 
 @kernel
-def _feed_forward_block(member, layer, arch, weights, num_rows, work):
-    """hidden += down(activation(up(norm(hidden)))) for all new tokens, [num_tokens, hidden_size]."""
+def _feed_forward_block(member, layer, arch, weights, num_rows, out, accumulate, work):
+    """down(activation(up(norm(hidden)))) for all new tokens, [num_tokens, hidden_size]."""
     features, parts = arch.layers[layer], weights.layers[layer]
     size = features.intermediate_size
     up_size = 2 * padded(size) if features.gated else size  # each half begins on a panel
-    replace, add = plain(False), plain(True)
     normalize_rows(
-        member, arch, weights, parts.mlp_norm, parts.mlp_norm_b, num_rows, parts.up.format, work
+        member, arch, weights, features.pre_norm, parts.mlp_norm, parts.mlp_norm_b, num_rows, parts.up.format,
+        work,
     )  # fmt: skip
     linear(
-        member, weights, parts.up, parts.up_b, num_rows, arch.hidden_size, up_size, work.wide, replace, work
+        member, weights, parts.up, parts.up_b, num_rows, arch.hidden_size, up_size, work.wide, plain(False),
+        work,
     )  # fmt: skip
-    activate_rows(member, features, num_rows, parts.down.format, work)
+    activate_rows(member, layer, arch, weights, num_rows, work)
     linear(
-        member, weights, parts.down, parts.down_b, num_rows, size, arch.hidden_size, work.hidden, add, work
+        member, weights, parts.down, parts.down_b, num_rows, size, arch.hidden_size, out, accumulate, work
     )  # fmt: skip
+
+
+@kernel
+def _layer(member, layer, arch, weights, cache, batch, plan, work):
+    """Adds to the hidden states what attention gives and then what the feed-forward gives.
+
+    It is added as it is computed where nothing is to be done with it before, and else by way of a branch,
+    which in a parallel layer holds the sum of both.
+    """
+    features, parts, num_rows = arch.layers[layer], weights.layers[layer], batch.token_ids.size
+    at_once, parallel = adds_at_once(features), features.parallel != 0
+    out = work.hidden if at_once else work.branch
+    _attention_block(member, layer, arch, weights, cache, batch, plan, out, at_once, work)
+    if not at_once and not parallel:
+        norm, bias = parts.attention_post_norm, parts.attention_post_norm_b
+        add_branch(member, arch, weights, features, norm, bias, num_rows, work)
+    _feed_forward_block(member, layer, arch, weights, num_rows, out, at_once or parallel, work)
+    if not at_once:
+        norm, bias = parts.mlp_post_norm, parts.mlp_post_norm_b
+        add_branch(member, arch, weights, features, norm, bias, num_rows, work)
 
 
 @kernel
@@ -77,7 +99,8 @@ def _answer(member, arch, weights, outputs, work):
                 work.rows[row] = outputs.wanted[first + row].token_row
         barrier(counters, num_threads)
         normalize_rows(
-            member, arch, weights, parts.final_norm, parts.final_norm_b, num_rows, parts.lm_head.format, work
+            member, arch, weights, plain(1), parts.final_norm, parts.final_norm_b, num_rows,
+            parts.lm_head.format, work,
         )  # fmt: skip
         linear(
             member, weights, parts.lm_head, parts.lm_head_b, num_rows, arch.hidden_size, arch.vocab_size,
@@ -106,6 +129,5 @@ def step(thread, mailbox, arch, weights, cache, batch, plan, outputs, work):
     barrier(work.counters, num_threads)
     embed(member, arch, weights, batch, plan, work)
     for layer in range(arch.layers.size):
-        _attention_block(member, layer, arch, weights, cache, batch, plan, work)
-        _feed_forward_block(member, layer, arch, weights, batch.token_ids.size, work)
+        _layer(member, layer, arch, weights, cache, batch, plan, work)
     _answer(member, arch, weights, outputs, work)

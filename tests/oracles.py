@@ -102,6 +102,16 @@ def relu(x: ArrayLike) -> Floats:
     return np.clip(_exact(x), 0.0, None)
 
 
+def relu_squared(x: ArrayLike) -> Floats:
+    """So et al. 2021: the square of the positive part."""
+    return relu(x) ** 2
+
+
+def softcap(x: ArrayLike, cap: float) -> Floats:
+    """Bello et al. 2017: what a tanh bounds by a cap; 0 bounds nothing."""
+    return cap * np.tanh(_exact(x) / cap) if cap else _exact(x)
+
+
 # Positions and attention
 
 
@@ -117,23 +127,27 @@ def rotary(x: ArrayLike, position: int, frequencies: ArrayLike) -> Floats:
     return turned
 
 
-def attention(queries: ArrayLike, keys: ArrayLike, values: ArrayLike, scale: float) -> Floats:
+def attention(
+    queries: ArrayLike, keys: ArrayLike, values: ArrayLike, scale: float, window: int = 0, cap: float = 0.0
+) -> Floats:
     """Causal attention (Vaswani et al. 2017) of one sequence's last T tokens to all of its S tokens.
 
     queries: [T, num_heads, head_dim]; keys, values: [S, num_kv_heads, head_dim]. Consecutive query heads
-    share a KV head (Ainslie et al. 2023).
+    share a KV head (Ainslie et al. 2023). window: the last tokens that each sees, itself included (Beltagy
+    et al. 2020), or 0; cap: of `softcap`, for the scores.
     """
     queries, keys, values = _exact(queries), _exact(keys), _exact(values)
     num_queries, num_heads, _ = queries.shape
     num_keys, num_kv_heads, _ = keys.shape
     out = np.empty_like(queries)
     for t in range(num_queries):
-        visible = num_keys - num_queries + t + 1
+        end = num_keys - num_queries + t + 1
+        seen = slice(max(end - window, 0) if window else 0, end)
         for head in range(num_heads):
             kv_head = head * num_kv_heads // num_heads
-            scores = keys[:visible, kv_head] @ queries[t, head] * scale
+            scores = softcap(keys[seen, kv_head] @ queries[t, head] * scale, cap)
             weights = np.exp(scores - scores.max())
-            out[t, head] = weights @ values[:visible, kv_head] / weights.sum()
+            out[t, head] = weights @ values[seen, kv_head] / weights.sum()
     return out
 
 

@@ -102,7 +102,8 @@ def _run_tiny_model() -> None:
     )
     places, rest_places, size = lay_out(arch, [{}, {}])
     values, table = aligned_zeros(size), np.ones((1, 1, 8), np.float32)
-    weights = Weights(values, places, rest_places, cos=table, sin=table, rope_halves=np.full(1, 8, np.int64))
+    rope = {"cos": table, "sin": table, "rope_halves": np.full(1, 8, np.int64), "query_scale": table[0]}
+    weights = Weights(values, places, rest_places, **rope)
     config = EngineConfig(num_blocks=1, max_num_batched_tokens=1, num_threads=1).complete()
     runner = ModelRunner(arch, weights, FLOAT32, config)
     scheduler = Scheduler.with_blocks(config)

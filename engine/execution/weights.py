@@ -121,7 +121,8 @@ def load_weights(
                         column = padded(column)
                     advance(4 * source.size)
     cos, sin, halves = _rotary_tables(spec.rope_tables, max_model_len)
-    return Weights(values, layers, rest, cos, sin, halves)
+    query_scale = _query_scales(spec.rope_tables, max_model_len)
+    return Weights(values, layers, rest, cos, sin, halves, query_scale)
 
 
 def _load_matrix(
@@ -208,3 +209,13 @@ def _rotary_tables(
             cos[index, first : first + step, :half] = np.cos(angles) * factor
             sin[index, first : first + step, :half] = np.sin(angles) * factor
     return cos, sin, halves
+
+
+def _query_scales(tables: tuple[RopeTable, ...], max_model_len: int) -> NDArray[np.float32]:
+    """`Weights.query_scale`."""
+    scales = np.ones((len(tables), max_model_len), np.float32)
+    for index, table in enumerate(tables):
+        if table.query_scale is not None:
+            beta, original = table.query_scale
+            scales[index] = 1 + beta * np.log1p(np.arange(max_model_len) // original)
+    return scales

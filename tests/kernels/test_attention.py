@@ -69,6 +69,7 @@ class Heads:
     head_dim: int
     scale: float = 0.3
     format: int = FLOAT32
+    cap: float = 0.0
 
     @property
     def group_size(self) -> int:
@@ -216,7 +217,10 @@ def attend(
     before = keys.copy(), values.copy()
     attention(
         new_counters(), heads_per_item,
-        LayerHeads(heads.num_heads, heads.num_kv_heads, heads.head_dim, np.float32(heads.scale)),
+        LayerHeads(
+            heads.num_heads, heads.num_kv_heads, heads.head_dim, np.float32(heads.scale),
+            np.float32(heads.cap),
+        ),
         qkv.reshape(-1), stride,
         LayerCache(heads.format, block_size, keys, values, LAYER * layer_k, LAYER * layer_v), block_tables,
         Tiles(
@@ -248,7 +252,7 @@ def expected(heads: Heads, run: Run) -> Exact:
     if heads.format == BFLOAT16:
         keys, values = oracles.bfloat16(keys), oracles.bfloat16(values)
         queries = queries if are_floats(BFLOAT16) else oracles.bfloat16(queries)
-    return oracles.attention(queries, keys, values, 1.0)
+    return oracles.attention(queries, keys, values, 1.0, cap=heads.cap)
 
 
 def alone(heads: Heads, whole: Context, block_size: int = 16) -> Matrix:
@@ -264,12 +268,13 @@ def runs_of(heads: Heads, runs: list[tuple[int, int]]) -> list[Run]:
 
 
 HEADS = st.builds(
-    lambda groups, head_dim, scale, format: Heads(groups[0] * groups[1], groups[0], head_dim, scale, format),
+    lambda groups, head_dim, *rest: Heads(groups[0] * groups[1], groups[0], head_dim, *rest),
     # KV heads and the query heads that share each: multi-head, grouped and multi-query attention.
-    st.sampled_from([(1, 1), (3, 1), (2, 2), (2, 3), (1, 4), (1, 7), (3, 5), (1, 13)]),
+    st.sampled_from([(1, 1), (3, 1), (2, 2), (2, 3), (1, 4), (1, 7), (3, 5), (1, 13), (1, 71)]),
     st.sampled_from([4, 5, 6, 15, 16, 17, 20, 32, 33, 48, 64, 80]),
     st.sampled_from([0.02, 0.2, 1.0]),
     st.sampled_from([FLOAT32, BFLOAT16]),
+    st.sampled_from([0.0, 0.0, 1.5]),
 )
 SPLIT = st.sampled_from([False, True, None])
 HEADS_PER_ITEM = st.integers(1, 4)
