@@ -25,7 +25,8 @@ class EngineConfig:
     enable_prefix_caching: keep the KV of full blocks for later requests that begin with the same tokens.
     max_num_seqs: sequences that run at once. max_num_batched_tokens: tokens computed in one step, prefill
     chunks and decodes together. max_model_len: tokens of prompt and output. None: the model's own limit, or
-    what the KV cache holds if that is less.
+    what the KV cache holds if that is less. A model whose rotary embeddings depend on the length (LongRoPE,
+    dynamic NTK scaling) computes every sequence with those of this length; None: of the model's own limit.
     max_prefill_chunk: tokens of one prompt computed in one step at most. None: as many as the step has.
     policy: who goes first and who makes way: fcfs, prefill_first, priority, shortest_job, fair, slo, or a
     SchedulingPolicy of your own as module:Class.

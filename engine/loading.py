@@ -70,6 +70,12 @@ def load_engine(
         if show_progress and tokenizer.vocab_size == 0:
             say(f"{checkpoint.path.name}: {tokenizer.absence}; prompts are token ids")
         asked = config or EngineConfig()
+        # Of the setting or the model, never of the memory there happens to be: it decides about bits.
+        longest = asked.max_model_len or spec.max_positions
+        choices = {table.choice(longest) for table in spec.rope_tables} - {""}
+        if show_progress and choices:
+            say(f"{checkpoint.path.name}: {'; '.join(sorted(choices))}")
+        spec = spec.at(longest)
         generation_defaults = {}
         if asked.generation_config == "auto" and checkpoint.format == "gguf":
             generation_defaults = gguf_generation_defaults(checkpoint.path, checkpoint.config)

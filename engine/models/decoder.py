@@ -39,7 +39,8 @@ class Decoder:
     features: of `layer_rows`, a number for all layers or one for each. biases: the parts that have one.
     norm_add: added to the weights of norms. paired: Q and K are stored as neighbouring rotary pairs.
     grouped_qkv: a fused QKV tensor has, for each KV head, its queries, the key and the value. transposed:
-    the matrices of layers are stored as [inputs, outputs]. repeated: of `ModelSpec`.
+    the matrices of layers are stored as [inputs, outputs]. repeated: of `ModelSpec`. max_positions: what the
+    checkpoint says; its RoPE tables may be made for more.
     """
 
     architecture: str
@@ -73,7 +74,8 @@ class Decoder:
             norm_epsilon=self.norm_epsilon,
             layers=layer_rows(self.num_layers, **self.features),
         )
-        window, positions = self.sliding_window, self.max_positions
+        window = self.sliding_window
+        positions = max([self.max_positions, *(table.max_positions for table in self.rope_tables)])
         return ModelSpec(
             architecture=self.architecture,
             arch=arch,

@@ -3,14 +3,13 @@
 Defaults and meanings are llama.cpp's (`llama_model_base::load_hparams`).
 """
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, Unpack
 
 from pagellm.engine.checkpoints import Checkpoint
 from pagellm.engine.errors import CheckpointError
-from pagellm.engine.models import rope
+from pagellm.engine.models import gguf_rope
 from pagellm.engine.models.decoder import Decoder, Differences, Names
 from pagellm.engine.models.fields import Fields
 from pagellm.engine.models.names import count_layers
@@ -61,19 +60,6 @@ class GgufModel:
             if fields.integer(name, expected) != expected:
                 raise fields.error(name, fields.get(name), str(expected))
 
-    def rope_table(self) -> rope.RopeTable:
-        """The rotary embeddings of whole heads, by llama.cpp's rules."""
-        fields, tensors = self.fields, self.checkpoint.tensors
-        if fields.integer("rope.dimension_count", self.head_dim) != self.head_dim:
-            raise fields.error("rope.dimension_count", fields.get("rope.dimension_count"), str(self.head_dim))
-        plain = rope.frequencies(self.head_dim, fields.number("rope.freq_base", rope.DEFAULT_THETA))
-        factor = _linear_factor(fields)
-        plain = tuple(frequency / factor for frequency in plain)
-        if self.architecture == "llama" and "rope_freqs.weight" in tensors:
-            divisors = _rope_divisors(self.checkpoint, len(plain))
-            plain = tuple(f / d for f, d in zip(plain, divisors, strict=True))
-        return rope.RopeTable(plain)
-
     def spec(
         self,
         features: Mapping[str, Any] | None = None,
@@ -87,11 +73,10 @@ class GgufModel:
         fields, tensors = self.fields, self.checkpoint.tensors
         names = {**NAMES, **(names or {})}
         if "rope_tables" not in how:
-            how["rope_tables"] = (self.rope_table(),)
+            table = gguf_rope.table(self.checkpoint, fields, self.head_dim, self.max_positions)
+            how["rope_tables"] = (table,)
         if "biases" not in how:
             how["biases"] = [part for part in names if part != "layer" and self._has_bias(names, part)]
-        # llama.cpp multiplies queries and keys, all of whose dimensions are rotated, by this.
-        rotated_scale = fields.number("rope.scaling.attn_factor", 1.0) if how["rope_tables"] else 1.0
         decoder = Decoder(
             architecture=self.architecture,
             num_layers=self.num_layers,
@@ -105,13 +90,12 @@ class GgufModel:
             ),
             names=names,
             tied=f"{names['lm_head']}.weight" not in tensors,
-            # Tensors that are read here and not by the loader.
-            repeated=("rope_freqs.weight",) if self.architecture == "llama" else (),
+            repeated=gguf_rope.TENSORS if how["rope_tables"] else (),
             features={
                 "num_heads": self.num_heads,
                 "num_kv_heads": fields.integer("attention.head_count_kv", self.num_heads),
                 "head_dim": self.head_dim,
-                "attention_scale": self.head_dim**-0.5 * rotated_scale**2,
+                "attention_scale": self.head_dim**-0.5,
                 "rope_table": 0,
                 "intermediate_size": fields.integer("feed_forward_length"),
                 "activation": SILU,
@@ -158,30 +142,3 @@ def read_metadata(checkpoint: Checkpoint) -> Fields:
     for name in ("expert_count", "expert_used_count", "expert_group_count", "nextn_predict_layers"):
         fields.expect(name, 0)
     return fields
-
-
-def _linear_factor(fields: Fields) -> float:
-    """What positions are divided by, by llama.cpp's rules: linear where no type is named; 0 is no scaling."""
-    kind = fields.choice("rope.scaling.type", {"none": "none", "linear": "linear"}, "linear")
-    old, new = fields.get("rope.scale_linear", 0), fields.get("rope.scaling.factor")
-    name, value = ("rope.scale_linear", old) if new is None else ("rope.scaling.factor", new)
-    if kind == "none" or (isinstance(value, int | float) and value == 0):
-        return 1.0
-    return fields.number(name)
-
-
-def _rope_divisors(checkpoint: Checkpoint, size: int) -> list[float]:
-    """What llama.cpp's converter makes of the llama3 scaling: a divisor for each frequency."""
-    tensor = checkpoint.tensors["rope_freqs.weight"]
-    if tensor.shape != (size,):
-        raise CheckpointError(
-            f"{checkpoint.path}: tensor rope_freqs.weight has shape {tensor.shape}, expected ({size},)"
-        )
-    divisors: list[float] = tensor.rows(0, size).tolist()
-    for index, divisor in enumerate(divisors):
-        if not 0 < divisor < math.inf:
-            raise CheckpointError(
-                f"{checkpoint.path}: tensor rope_freqs.weight: found {divisor} at {index}, expected a number "
-                "above zero"
-            )
-    return divisors

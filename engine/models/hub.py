@@ -10,7 +10,7 @@ from typing import Any, Unpack
 
 from pagellm.engine.checkpoints import Checkpoint
 from pagellm.engine.errors import CheckpointError, found
-from pagellm.engine.models import rope
+from pagellm.engine.models import hub_rope
 from pagellm.engine.models.decoder import Decoder, Differences, Names
 from pagellm.engine.models.fields import Fields
 from pagellm.engine.models.names import count_layers, embedding_and_head, hub_prefixes
@@ -152,7 +152,7 @@ class HubModel:
         fields, features = self.fields, features or {}
         names, tied, repeated = self._names({**NAMES, **(names or {})}, base)
         if "rope_tables" not in how:
-            how["rope_tables"] = (rope.of_config(fields, self.head_dim, self.max_positions),)
+            how["rope_tables"] = (hub_rope.table(fields, self.head_dim, self.max_positions),)
         decoder = Decoder(
             architecture=self.model_type,
             num_layers=self.num_layers,

@@ -1,39 +1,47 @@
-"""Rotary embeddings from a checkpoint's configuration: plain, linear and llama3 scalings."""
+"""Rotary embeddings (Su et al. 2021): a table of frequencies, and how scalings for longer contexts change it.
+
+Knows the arithmetic; which of it a checkpoint asks for is read in `hub_rope` and `gguf_rope`.
+"""
 
 import math
-import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from pagellm.engine.errors import CheckpointError, found
-from pagellm.engine.models.fields import Fields
+from pagellm.engine.errors import CheckpointError
 
-# What transformers takes where a config.json names none.
+# What transformers and llama.cpp take where a checkpoint names none.
 DEFAULT_THETA = 10000.0
-
-# Keys of a section that belong to other scalings than its own; transformers passes over them.
-_OTHER_SCALINGS = re.compile(
-    "type|factor|original_max_position_embeddings|attention_factor|beta_fast|beta_slow|short_factor"
-    "|long_factor|low_freq_factor|high_freq_factor|mscale|mscale_all_dim|truncate|mrope_section|finetuned"
-)
+# YaRN's bounds, in turns over the original context, where a checkpoint names none.
+BETA_FAST, BETA_SLOW = 32.0, 1.0
 
 
 @dataclass(frozen=True)
 class RopeTable:
-    """How one kind of layer turns its queries and keys by their position (Su et al. 2021).
+    """How one kind of layer turns its queries and keys by their position.
 
     frequencies: radians a position for each pair of dimensions, scaling included. attention_factor: what
-    queries and keys are multiplied by where they are rotated (YaRN, Peng et al. 2023). query_scale: (beta,
-    original): whole queries are multiplied by 1 + beta * log(1 + floor(position / original)).
+    queries and keys are multiplied by where they are rotated (YaRN). query_scale: (beta, original): whole
+    queries are multiplied by 1 + beta * log(1 + floor(position / original)). max_positions: the context that
+    a scaling is made for, where that can be longer than the model's own; otherwise 0.
     """
 
     frequencies: tuple[float, ...]
     attention_factor: float = 1.0
     query_scale: tuple[float, int] | None = None
+    max_positions: int = 0
 
     @property
     def rotary_dim(self) -> int:
         """The dimensions of a head that are rotated: its first ones."""
         return 2 * len(self.frequencies)
+
+    def at(self, max_model_len: int) -> "RopeTable":
+        """The table with which sequences of up to `max_model_len` tokens are computed, all of them."""
+        return self
+
+    def choice(self, max_model_len: int) -> str:
+        """What there is to say about `at`; empty where the length does not matter."""
+        return ""
 
     def check(self, where: str) -> None:
         """Refuses frequencies with which a position's angle means nothing.
@@ -48,69 +56,148 @@ class RopeTable:
                 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class LongRope(RopeTable):
+    """LongRoPE (Ding et al. 2024): other frequencies for contexts that are longer than the original one.
+
+    transformers chooses by the length that a sequence has so far, and computes with keys of both kinds once
+    it grows past the original context. Here the frequencies are those of the longest sequence that may come,
+    so that a token's key is the same for every sequence; llama.cpp chooses by its context size, too.
+    """
+
+    long_frequencies: tuple[float, ...]
+    original: int
+
+    def at(self, max_model_len: int) -> RopeTable:
+        chosen = self.long_frequencies if max_model_len > self.original else self.frequencies
+        return RopeTable(chosen, self.attention_factor, self.query_scale, self.max_positions)
+
+    def choice(self, max_model_len: int) -> str:
+        if max_model_len > self.original:
+            return (
+                f"LongRoPE: every sequence is computed with the long factors, because max_model_len "
+                f"{max_model_len} is beyond {self.original}; up to that, the short ones serve"
+            )
+        return f"LongRoPE: max_model_len {max_model_len} is served with the short factors"
+
+    def check(self, where: str) -> None:
+        super().check(where)
+        replace(self, frequencies=self.long_frequencies).at(0).check(f"{where}: long factors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicRope(RopeTable):
+    """Dynamic NTK scaling: the longer the context, the slower the turns.
+
+    transformers lets the frequencies follow a sequence as it grows, whose earlier keys stay as they were.
+    Here they are those of the longest sequence that may come, for every sequence.
+    """
+
+    theta: float
+    original: int
+    factor: float
+
+    def at(self, max_model_len: int) -> RopeTable:
+        if max_model_len <= self.original:
+            return RopeTable(self.frequencies, max_positions=self.max_positions)
+        dim = self.rotary_dim
+        stretched = self.factor * max_model_len / self.original - (self.factor - 1)
+        theta = self.theta * stretched ** (dim / (dim - 2))
+        return RopeTable(frequencies(dim, theta), max_positions=self.max_positions)
+
+    def choice(self, max_model_len: int) -> str:
+        if max_model_len <= self.original:
+            return (
+                f"Dynamic NTK scaling: none, because max_model_len {max_model_len} is within {self.original}"
+            )
+        return f"Dynamic NTK scaling: every sequence is computed as one of max_model_len {max_model_len}"
+
+
+def plain(rotary_dim: int, theta: float = DEFAULT_THETA) -> RopeTable:
+    """Rotary embeddings without scaling, of a head's first `rotary_dim` dimensions."""
+    return RopeTable(frequencies(rotary_dim, theta))
+
+
 def frequencies(rotary_dim: int, theta: float) -> tuple[float, ...]:
-    """theta^(-2i / rotary_dim) for each pair i of rotated dimensions (Su et al. 2021)."""
-    if rotary_dim < 2 or rotary_dim % 2:
-        raise CheckpointError(f"rotary embeddings: found {rotary_dim} dimensions, expected an even number")
+    """theta^(-2i / rotary_dim) for each pair i of rotated dimensions.
+
+    Of an odd number, which a part of a head can be, the last one's partner is the dimension behind.
+    """
+    if rotary_dim < 1:
+        raise CheckpointError(f"rotary embeddings: found {rotary_dim} dimensions, expected at least one")
     if theta < 1:
         raise CheckpointError(f"rotary embeddings: found theta {theta}, expected a number from 1 on")
-    return tuple(theta ** (-2.0 * i / rotary_dim) for i in range(rotary_dim // 2))
+    return tuple(theta ** (-2.0 * i / rotary_dim) for i in range((rotary_dim + 1) // 2))
 
 
-def of_config(fields: Fields, head_dim: int, max_positions: int) -> RopeTable:
-    """The rotary embeddings that transformers computes from a config.json of the Llama family.
+def linear(plain: Sequence[float], factor: float) -> tuple[float, ...]:
+    """Positions divided by the factor (Chen et al. 2023)."""
+    return tuple(frequency / factor for frequency in plain)
 
-    Its rules: a `rope_scaling` that is not empty replaces `rope_parameters`; what a section does not say, the
-    top level says; for llama3 the top level's `original_max_position_embeddings` goes first; plain rotary
-    embeddings rotate whole heads, whatever `partial_rotary_factor` says. Where one section would drop what
-    the other says, both are named instead.
+
+def llama3(
+    plain: Sequence[float], factor: float, low: float, high: float, original: int
+) -> tuple[float, ...]:
+    """Llama 3.1's scaling: long waves are stretched by the factor, short ones kept, those between mixed.
+
+    low, high: turns over the original context, below and above which a wave is long or short.
     """
-    current, legacy = fields.section("rope_parameters"), fields.section("rope_scaling")
-    section = legacy or current or Fields(fields.path, {}, "rope_parameters.")
-    fields.get("rope_theta")  # known, even where the section's goes first
-    has_theta = "rope_theta" in section.values
-    theta = section.number("rope_theta") if has_theta else fields.number("rope_theta", DEFAULT_THETA)
-    key = "rope_type" if "rope_type" in section.values else "type"
-    kind = section.choice(key, {"default": "default", "linear": "linear", "llama3": "llama3"}, "default")
-    if current is not None and legacy is not None:
-        _check_agreement(current, legacy, theta)
-    partial = fields.get("partial_rotary_factor")
-    partial = section.get("partial_rotary_factor", partial)
-    if kind != "default" and partial is not None and partial != 1:
-        raise section.error("partial_rotary_factor", partial, f"none beside {key} {kind}")
-    plain = frequencies(head_dim, theta)
-    original = fields.get("original_max_position_embeddings")
-    if kind == "linear":
-        factor = section.number("factor")
-        plain = tuple(frequency / factor for frequency in plain)
-    elif kind == "llama3":
-        where = section if original is None else fields
-        plain = _llama3(plain, section, where.integer("original_max_position_embeddings", max_positions))
-    section.refuse_others(_OTHER_SCALINGS, f"rope_type {kind}")
-    return RopeTable(plain)
-
-
-def _check_agreement(current: Fields, legacy: Fields, theta: float) -> None:
-    """Refuses `rope_parameters` that say anything but the default where `rope_scaling` replaces them."""
-    replaced = {"rope_type": legacy.get("type", "default"), "rope_theta": theta} | dict(legacy.values)
-    for name, value in current.values.items():
-        if value is not None and value != "default" and value != replaced.get(name):
-            raise current.error(
-                name,
-                value,
-                f"{found(replaced.get(name))}, as rope_scaling has it, which is there, too",
-            )
-
-
-def _llama3(plain: tuple[float, ...], section: Fields, original: int) -> tuple[float, ...]:
-    """Llama 3.1's scaling: long waves are stretched by the factor, short ones kept, those between mixed."""
-    factor = section.number("factor")
-    low, high = section.number("low_freq_factor"), section.number("high_freq_factor")
-    if high <= low:
-        raise section.error("high_freq_factor", high, f"more than low_freq_factor, {low}")
     result = []
     for frequency in plain:
-        periods = original * frequency / (2 * math.pi)
-        keep = min(max((periods - low) / (high - low), 0.0), 1.0)
+        turns = original * frequency / (2 * math.pi)
+        keep = min(max((turns - low) / (high - low), 0.0), 1.0)
         result.append(frequency * keep + frequency / factor * (1 - keep))
     return tuple(result)
+
+
+def yarn(
+    rotary_dim: int,
+    theta: float,
+    factor: float,
+    original: int,
+    beta_fast: float = BETA_FAST,
+    beta_slow: float = BETA_SLOW,
+    truncate: bool = True,
+    extrapolation: float = 1.0,
+) -> tuple[float, ...]:
+    """YaRN (Peng et al. 2023): stretched by the factor where a pair turns less than `beta_slow` times.
+
+    The turns are those over the original context; a pair that turns more than `beta_fast` times is kept, and
+    pairs between are mixed by their index. truncate: the two bounds are rounded outwards to whole pairs.
+    extrapolation: how much of a kept pair is kept. Raises `CheckpointError` if there are no such bounds.
+    """
+
+    def pair(turns: float) -> float:
+        return rotary_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    kept = frequencies(rotary_dim, theta)
+    low, high = (pair(beta_fast), pair(beta_slow)) if theta > 1 else (1.0, 0.0)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
+    if high < low or rotary_dim % 2:
+        raise CheckpointError(
+            f"YaRN: found {rotary_dim} dimensions, theta {theta}, an original context of {original} and "
+            f"bounds of {beta_fast} and {beta_slow} turns, expected some with pairs between them"
+        )
+    width = high - low or 0.001
+    result = []
+    for i, frequency in enumerate(kept):
+        keep = (1 - min(max((i - low) / width, 0.0), 1.0)) * extrapolation
+        result.append(frequency / factor * (1 - keep) + frequency * keep)
+    return tuple(result)
+
+
+def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
+    """What YaRN multiplies queries and keys by, to sharpen attention over a longer context."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def longrope_magnitude(factor: float, original: int) -> float:
+    """What LongRoPE multiplies queries and keys by."""
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+
+
+def divided(plain: Sequence[float], divisors: Sequence[float]) -> tuple[float, ...]:
+    """Each frequency by a divisor of its own."""
+    return tuple(f / d for f, d in zip(plain, divisors, strict=True))

@@ -5,7 +5,7 @@ or how the kernels lay them out.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pagellm.engine.errors import CheckpointError
@@ -112,6 +112,10 @@ class ModelSpec:
                 raise CheckpointError(
                     f"{where}: {part.name}: found tensors of {shapes}, expected {shape} in all"
                 )
+
+    def at(self, max_model_len: int) -> "ModelSpec":
+        """The model as it serves sequences of up to `max_model_len` tokens: see `RopeTable.at`."""
+        return replace(self, rope_tables=tuple(table.at(max_model_len) for table in self.rope_tables))
 
     @property
     def vocab_size(self) -> int:
