@@ -103,13 +103,18 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One named tensor of a checkpoint, row-major: `[out, in]` for a linear layer's weight."""
+    """One named tensor of a checkpoint, row-major: `[out, in]` for a linear layer's weight.
+
+    dtype: the name of its element type, supported or not. num_bytes: in the file; 0 for a type of GGUF whose
+    size nobody here knows.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     file: WeightFile = field(repr=False, compare=False)
     offset: int = field(repr=False, compare=False)
+    num_bytes: int = field(repr=False, compare=False)
 
     def rows(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Rows `[start, stop)` as a fresh float32 array `[stop - start, *shape[1:]]`, read from disk now.

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pagellm.engine.checkpoints.base import BLOCK_SIZES, SUPPORTED_DTYPES, Checkpoint, Tensor, WeightFile
+from pagellm.engine.checkpoints.base import Checkpoint, Tensor, WeightFile
 from pagellm.engine.errors import CheckpointError, found
 
 MAGIC = b"GGUF"
@@ -188,7 +188,7 @@ class _Header:
     def tensors(self, num_tensors: int, alignment: int) -> dict[str, Tensor]:
         if alignment <= 0 or alignment & (alignment - 1):
             raise self.error(f"general.alignment is {alignment}, expected a power of two")
-        table: dict[str, tuple[tuple[int, ...], str, int]] = {}
+        table: dict[str, tuple[tuple[int, ...], str, int, int]] = {}
         ranges: list[tuple[int, int, str]] = []
         for index in range(num_tensors):
             name = self.string(f"the name of tensor {index}")
@@ -200,13 +200,13 @@ class _Header:
             offset: int = self.number("<u8", f"the offset of {label}")
             if offset % alignment:
                 raise self.error(f"{label} is at offset {offset}, expected a multiple of {alignment}")
-            table[name] = shape, dtype, offset
+            table[name] = shape, dtype, offset, num_bytes
             ranges.append((offset, offset + num_bytes, name))
         data_start = -(-self.pos // alignment) * alignment
         self.check_ranges(ranges, len(self.data) - data_start)
         return {
-            name: Tensor(name, shape, dtype, self.file, data_start + offset)
-            for name, (shape, dtype, offset) in table.items()
+            name: Tensor(name, shape, dtype, self.file, data_start + offset, num_bytes)
+            for name, (shape, dtype, offset, num_bytes) in table.items()
         }
 
     def shape(self, label: str) -> tuple[int, ...]:
@@ -221,17 +221,18 @@ class _Header:
         return shape
 
     def storage(self, label: str, shape: tuple[int, ...]) -> tuple[str, int]:
-        """A tensor's element type and its size in bytes."""
-        from gguf import GGMLQuantizationType
+        """A tensor's element type and its size in bytes; whether the type is supported is not asked here.
+
+        A type that the library does not know has its number for a name, and no size.
+        """
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         number = self.number("<u4", f"the type of {label}")
         try:
             kind = GGMLQuantizationType(number)
         except ValueError:
-            raise self.error(f"{label} has type {number}, expected one of {SUPPORTED_DTYPES}") from None
-        if kind.name not in BLOCK_SIZES:
-            raise self.error(f"{label} has type {kind.name}, expected one of {SUPPORTED_DTYPES}")
-        block, block_bytes = BLOCK_SIZES[kind.name]
+            return str(number), 0
+        block, block_bytes = GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
             raise self.error(
                 f"{label} is {kind.name} with rows of {shape[-1]}, expected a multiple of {block}"

@@ -172,10 +172,12 @@ def _read_header(file: WeightFile) -> dict[str, Tensor]:
         raise CheckpointError(f"{file.path}: not a valid safetensors file: {reason}") from error
     header = json.loads(raw_header)
     header.pop("__metadata__", None)
-    return {
-        name: Tensor(name, tuple(entry["shape"]), entry["dtype"], file, data_start + entry["data_offsets"][0])
-        for name, entry in header.items()
-    }
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        shape, dtype = tuple(entry["shape"]), entry["dtype"]
+        tensors[name] = Tensor(name, shape, dtype, file, data_start + begin, end - begin)
+    return tensors
 
 
 def _explain(raw_header: bytes, data_bytes: int) -> str | None:
