@@ -66,7 +66,7 @@ def load_engine(
     """
     with open_checkpoint(resolve_model(model, show_progress)) as checkpoint:
         spec = read_spec(checkpoint)
-        tokenizer = _load_tokenizer(checkpoint, spec.vocab_size)
+        tokenizer = tokenizer_of(checkpoint, spec.vocab_size)
         if show_progress and tokenizer.vocab_size == 0:
             say(f"{checkpoint.path.name}: {tokenizer.absence}; prompts are token ids")
         asked = config or EngineConfig()
@@ -162,7 +162,11 @@ def _size_chosen(config: CompleteConfig, block_bytes: int, memory: Memory) -> st
     )
 
 
-def _load_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> Tokenizer:
+def tokenizer_of(checkpoint: Checkpoint, vocab_size: int | None) -> Tokenizer:
+    """The tokenizer of an open checkpoint whose model has so many ids; None: as many as the tokenizer.
+
+    Raises `CheckpointError` if it cannot be read or supported.
+    """
     if checkpoint.format == "safetensors":
         return load_tokenizer(checkpoint.path, model_vocab_size=vocab_size)
     metadata = {

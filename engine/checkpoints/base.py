@@ -166,7 +166,8 @@ class Checkpoint:
     """An open model: its configuration and its tensors by name.
 
     `config` is the parsed config.json of a Hugging Face directory, or the metadata of a GGUF file, where
-    arrays of strings are lists and arrays of numbers are NumPy arrays.
+    arrays of strings are lists and arrays of numbers are NumPy arrays. `headers_only`: no weights are to be
+    read, and what only their values could tell is taken for granted.
     """
 
     path: Path
@@ -174,6 +175,7 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: Mapping[str, Tensor]
     files: tuple[WeightFile, ...] = field(repr=False, default=())
+    headers_only: bool = False
 
     def close(self) -> None:
         """Closes the files; no tensor can be read afterwards."""

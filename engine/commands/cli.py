@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from pagellm.engine.commands import inspect
 from pagellm.engine.commands.flags import Flag, add_flags, given
 from pagellm.engine.config import DEFAULT_MODEL, GENERATION_CONFIGS, PREEMPTIONS, QUANTIZATIONS, EngineConfig
 from pagellm.engine.errors import RequestError
@@ -76,7 +77,7 @@ SAMPLING_FLAGS = {
 
 
 def add_commands(commands: "argparse._SubParsersAction[Any]") -> None:
-    """Adds `generate`, `chat`, `bench` and `warmup`.
+    """Adds `generate`, `chat`, `bench`, `inspect` and `warmup`.
 
     After parsing, `options.command(options)` runs the chosen one, which raises `PagellmError` for bad input.
     """
@@ -103,6 +104,8 @@ def add_commands(commands: "argparse._SubParsersAction[Any]") -> None:
     )
     bench.add_argument("--repeat", type=int, default=3, metavar="N", help="runs, whose median is reported")
     bench.set_defaults(command=_bench)
+
+    inspect.add_command(commands)
 
     warmup = commands.add_parser(
         "warmup", help="compile the kernels ahead of time", description=_warmup.__doc__

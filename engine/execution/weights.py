@@ -45,6 +45,20 @@ _KEPT_FORMATS = {
     frozenset({"Q4_0", "Q4_1"}): INT4_MIN,
 }
 
+# What the formats are called in reports.
+FORMAT_NAMES = {
+    FLOAT32: "float32",
+    BFLOAT16: "bfloat16",
+    INT8: "int8",
+    INT4: "int4",
+    INT4_MIN: "int4 with minimum",
+}
+
+
+def is_kept(dtype: str, format: int) -> bool:
+    """Whether a format holds a checkpoint's type as it is, without conversion."""
+    return format in _QUANTIZED.get(dtype, {"F32": (FLOAT32,), "BF16": (BFLOAT16,)}.get(dtype, ()))
+
 
 def formats_of(checkpoint: Checkpoint, spec: ModelSpec, quantization: str) -> Formats:
     """The formats of all matrices for a `quantization` of `EngineConfig`."""

@@ -46,7 +46,7 @@ def embedding_and_head(
     if embedding not in tensors and head in tensors:
         return head, None, ()
     if embedding in tensors and head in tensors:
-        if not _same(tensors[embedding], tensors[head]):
+        if not (checkpoint.headers_only or _same(tensors[embedding], tensors[head])):
             return embedding, head, ()
         return embedding, None, (head,)
     return embedding, None, ()

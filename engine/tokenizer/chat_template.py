@@ -96,6 +96,14 @@ class ChatTemplate:
         )
         return text if final is None else _cut_after(text, final)
 
+    def variables(self) -> frozenset[str]:
+        """The names that its templates read from outside, `messages` among them.
+
+        Raises `CheckpointError` for a template that does not parse.
+        """
+        templates = [self.template(name, None) for name in self.sources]
+        return frozenset().union(*(template.variables() for template in templates))
+
     def template(self, name: str | None, tools: object) -> "SandboxedTemplate":
         """The template of that name, or the one that serves such a request."""
         if name is None:

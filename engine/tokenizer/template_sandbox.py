@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes, pass_context, pass_eval_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.nodes import EvalContext
 from jinja2.parser import Parser
 from jinja2.runtime import Context, Macro, markup_join, str_join
@@ -46,6 +47,7 @@ class SandboxedTemplate:
             raise CheckpointError(
                 f"chat template: found {len(source)} characters, expected at most {_MAX_SOURCE_CHARS}"
             )
+        self._source = source
         self._environment = _Environment()
         try:
             tree = self._environment.parse(source)
@@ -57,6 +59,11 @@ class SandboxedTemplate:
             at = f" at line {line}" if line else ""
             raise CheckpointError(f"chat template: does not parse{at}: {_short(error)}") from error
         self._template = Template.from_code(self._environment, code, dict(self._environment.globals))
+
+    def variables(self) -> frozenset[str]:
+        """The names that it reads and does not set, without those that every template has."""
+        names = find_undeclared_variables(self._environment.parse(self._source))
+        return frozenset(names - self._environment.globals.keys())
 
     def render(self, variables: dict[str, Any]) -> str:
         """The template's output. The variables are of JSON's types.
