@@ -27,9 +27,11 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = [
     CONFIG_FILE,
     "generation_config.json",
+    "*quant*_config.json",
     "model*.safetensors",
     INDEX_FILE,
     "tokenizer*.json",
+    "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",

@@ -13,6 +13,7 @@ from pagellm.engine.errors import CheckpointError, found
 from pagellm.engine.models import hub_rope
 from pagellm.engine.models.decoder import Decoder, Differences, Names
 from pagellm.engine.models.fields import Fields
+from pagellm.engine.models.hub_quantization import refuse_quantized
 from pagellm.engine.models.names import count_layers, embedding_and_head, hub_prefixes
 from pagellm.engine.models.spec import ModelSpec
 from pagellm.kernels import activation
@@ -40,10 +41,6 @@ HARMLESS = re.compile(
   | guidance_scale
     """,
     re.VERBOSE,
-)
-_SUPPORTED_WEIGHTS = (
-    "weights in float32, float16 or bfloat16, which the setting quantization converts while loading, "
-    "or a GGUF file"
 )
 
 # Keys of several classes that are only supported switched off.
@@ -214,18 +211,9 @@ def read_config(
         if key is not None and alias is not None and alias != fields.get(name):
             expected = f"{key} alone, or the same as {key}"
             raise CheckpointError(f"{fields.path}: {name}: found {found(alias)}, expected {expected}")
-    for name in ("quantization_config", "compression_config", "quantization"):
-        if fields.has(name):
-            raise fields.error(name, _method_of(config[name]), _SUPPORTED_WEIGHTS)
+    refuse_quantized(fields)
     if fields.get("is_causal", True) is not True:  # null means false there
         raise fields.error("is_causal", fields.get("is_causal"), "true; another value is not supported")
     for name, neutral in _NEUTRAL.items():
         fields.expect(name, neutral)
     return fields
-
-
-def _method_of(section: object) -> object:
-    """How the weights were quantized, as the section says it, or the section itself."""
-    if not isinstance(section, dict):
-        return section
-    return section.get("quant_method") or section.get("mode") or section

@@ -218,12 +218,20 @@ def test_llama_s_class_knows_no_window(tmp_path: Path) -> None:
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "stretch": 3}}, r"rope_scaling\.stretch"),
         ({"rope_parameters": {"rope_theta": 1e-9}}, "theta 1e-09, expected a number from 1"),
         ({"rope_scaling": {"type": "linear", "factor": 1e-9}}, "radians a position"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config: found 'gptq'"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}},
+         "quantization_config: found 'gptq', bits 4, expected"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "found 'bitsandbytes'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "found 'fp8', expected weights in float32"),
         ({"quantization_config": {"quant_method": "awq"}}, "found 'awq'"),
         ({"quantization_config": {"quant_method": "compressed-tensors"}}, "found 'compressed-tensors'"),
-        ({"quantization": {"group_size": 64, "bits": 4}}, r"quantization: found \{"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "quantization: found 'mlx', bits 4, group_size 64"),
+        ({"quantization_config": {"load_in_4bit": True}}, "found 'bitsandbytes', expected"),
+        ({"quantization_config": {"quant_method": "torchao", "quant_type": "int4"}}, "'torchao', quant_type"),
+        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}, "quant_algo 'NVFP4'"),
+        ({"quantization_config": {}}, r"quantization_config: found \{\}"),
+        ({"compression_config": {"format": "marlin-24"}}, "compression_config: found .*, format 'marlin-24'"),
+        ({"text_config": {"quantization_config": {"quant_method": "awq"}}},
+         r"text_config\.quantization_config: found 'awq'"),
         ({"rms_norm_eps": None}, "rms_norm_eps: found None"),
     ],
 )  # fmt: skip
@@ -232,6 +240,32 @@ def test_what_could_change_the_arithmetic_is_obeyed_or_refused_by_name(
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         edited(tmp_path, "llama_mha", setting(**keys))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("quantize_config.json", {"bits": 4, "group_size": 128}, "found 'gptq', bits 4, group_size 128"),
+        ("quant_config.json", {"w_bit": 4, "q_group_size": 128}, "found 'awq', w_bit 4, q_group_size 128"),
+        (
+            "hf_quant_config.json",
+            {"quantization": {"quant_algo": "FP8"}},
+            "found 'modelopt', quant_algo 'FP8'",
+        ),
+    ],
+)
+def test_a_quantizer_s_own_file_is_a_refusal_too(
+    tmp_path: Path, name: str, content: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(MODELS / "llama_mha", tmp_path / "m")
+    (tmp_path / "m" / name).write_text(json.dumps(content))
+    with (
+        open_checkpoint(tmp_path / "m") as checkpoint,
+        pytest.raises(CheckpointError, match=message) as caught,
+    ):
+        read_spec(checkpoint)
+    assert name in str(caught.value)
+    assert "Q4_0" in str(caught.value)
 
 
 # Keys as files on the hub have them, of several years of transformers.

@@ -1,0 +1,72 @@
+"""How a Hugging Face directory says that its weights were quantized, and by which method.
+
+transformers has `quantization_config` in config.json, as most quantizers write it; compressed-tensors had
+`compression_config`, MLX has `quantization`. AutoGPTQ, AutoAWQ and NVIDIA's ModelOpt wrote a file beside it.
+None of them is read: their tensors would be taken for something else.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pagellm.engine.checkpoints import SUPPORTED_DTYPES
+from pagellm.engine.checkpoints.huggingface import read_json_object
+from pagellm.engine.errors import CheckpointError, found
+from pagellm.engine.models.fields import Fields
+
+_SUPPORTED = (
+    "weights in float32, float16 or bfloat16, which the setting quantization converts while loading, "
+    f"or a GGUF file of any of these types: {SUPPORTED_DTYPES}"
+)
+_KEYS = ("quantization_config", "compression_config", "quantization")
+_FILES = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "hf_quant_config.json": "modelopt",
+}
+# What tells variants of a method apart, in the order in which it is shown.
+_DETAILS = (
+    "mode",
+    "quant_algo",
+    "quant_type",
+    "format",
+    "fmt",
+    "bits",
+    "w_bit",
+    "group_size",
+    "q_group_size",
+)
+
+
+def refuse_quantized(fields: Fields) -> None:
+    """Raises `CheckpointError` if config.json or a file beside it says that the weights were quantized."""
+    for prefix, section in [("", fields.values), *_nested(fields.values)]:
+        for key in _KEYS:
+            if section.get(key) is not None:
+                raise CheckpointError(
+                    f"{fields.path}: {prefix}{key}: found {_method(section[key])}, expected {_SUPPORTED}"
+                )
+    for name, method in _FILES.items():
+        path = fields.path.with_name(name)
+        if path.exists():
+            values = read_json_object(path)
+            inner = values.get("quantization")
+            described = _method({"quant_method": method} | (inner if isinstance(inner, dict) else values))
+            raise CheckpointError(f"{path}: found {described}, expected {_SUPPORTED}")
+
+
+def _nested(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The sections that describe the language model of a larger one, and what stands before their keys."""
+    sections = ((name, config.get(name)) for name in ("text_config", "llm_config"))
+    return [(f"{name}.", section) for name, section in sections if isinstance(section, dict)]
+
+
+def _method(section: Any) -> str:
+    """The method by its name, with what tells its variants apart."""
+    if not isinstance(section, dict):
+        return found(section)
+    name = section.get("quant_method")
+    if not name:
+        # Those that write no name: bitsandbytes at first, and MLX.
+        loads = any(section.get(key) is True for key in ("load_in_4bit", "load_in_8bit"))
+        name = "bitsandbytes" if loads else "mlx" if "bits" in section else section
+    return ", ".join([found(name)] + [f"{key} {found(section[key])}" for key in _DETAILS if key in section])
