@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from pagellm.engine import EngineConfig, LLMEngine
 from pagellm.engine.config import DEFAULT_MODEL, QUANTIZATIONS
 from pagellm.engine.requests.outputs import RequestOutput
-from pagellm.engine.scheduling.scheduler import ScheduledBatch
+from pagellm.engine.scheduling.batch import ScheduledBatch
 from pagellm.sim import CostModel, Simulator, Trace, Workload, synthesise
 from pagellm.sim.calibration.calibrate import calibrate
 from pagellm.sim.costs.profile import ProfileCostModel

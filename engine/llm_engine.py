@@ -31,8 +31,8 @@ from pagellm.engine.progress import say
 from pagellm.engine.requests.outputs import FinishReason, RequestOutput
 from pagellm.engine.requests.prompts import Prompt, read_prompt
 from pagellm.engine.requests.sampling_params import SamplingParams
+from pagellm.engine.scheduling.batch import Preemption, ScheduledBatch
 from pagellm.engine.scheduling.block_manager import TransferKind
-from pagellm.engine.scheduling.scheduler import Preemption, ScheduledBatch
 from pagellm.engine.scheduling.sequence import Sequence, SequenceError
 from pagellm.engine.scheduling.step_loop import StepLoop
 from pagellm.engine.step_log import StepRecord, StepRecorder

@@ -27,7 +27,8 @@ from pagellm.engine.execution.weights import (
 from pagellm.engine.models import ModelSpec, read_spec
 from pagellm.engine.progress import say
 from pagellm.engine.requests.generation_config import gguf_generation_defaults, read_generation_defaults
-from pagellm.engine.scheduling.scheduler import PreemptionCosts, Scheduler
+from pagellm.engine.scheduling.batch import PreemptionCosts
+from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.step_log import StepLogFile
 from pagellm.engine.tokenizer import Tokenizer, load_tokenizer
 from pagellm.kernels.architecture import lay_out

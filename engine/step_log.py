@@ -13,13 +13,8 @@ import orjson
 
 from pagellm.engine.config import CompleteConfig
 from pagellm.engine.errors import ConfigError
-from pagellm.engine.scheduling.scheduler import (
-    Admitted,
-    Preempted,
-    PreemptionCosts,
-    ScheduledBatch,
-    Scheduler,
-)
+from pagellm.engine.scheduling.batch import Admitted, Preempted, PreemptionCosts, ScheduledBatch
+from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.engine.scheduling.step_loop import StepListener
 

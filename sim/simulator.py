@@ -19,7 +19,8 @@ from pagellm.engine.checks import SMALLEST, integer, number
 from pagellm.engine.config import CompleteConfig, EngineConfig
 from pagellm.engine.errors import ConfigError, PagellmError, RequestError, TraceError
 from pagellm.engine.requests.sampling_params import SamplingParams
-from pagellm.engine.scheduling.scheduler import ScheduledBatch, Scheduler
+from pagellm.engine.scheduling.batch import ScheduledBatch
+from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.engine.scheduling.step_loop import StepLoop
 from pagellm.engine.step_log import StepLogFile, StepRecord, StepRecorder

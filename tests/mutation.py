@@ -29,9 +29,9 @@ SUITE = (
     "tests/properties/test_block_manager.py",
     "tests/properties/test_scheduler.py",
 )
-MANAGER, CACHE, SCHEDULER, POLICIES, QUEUE = (
+MANAGER, CACHE, SCHEDULER, BATCH, POLICIES, QUEUE = (
     f"engine/scheduling/{name}.py"
-    for name in ("block_manager", "prefix_cache", "scheduler", "policies", "waiting_queue")
+    for name in ("block_manager", "prefix_cache", "scheduler", "batch", "policies", "waiting_queue")
 )
 TIMEOUT_S = 300
 
@@ -395,8 +395,8 @@ BUGS = (
     Bug("a sequence aborted while it was computed gets its token", SCHEDULER, "Scheduler.commit", "new = ()"),
     Bug(
         "the token of a sequence aborted while it was computed goes to the next",
-        SCHEDULER,
-        "_by_sequence",
+        BATCH,
+        "ScheduledBatch.by_sequence",
         "samples",
         "samples and sequence.block_table",
     ),

@@ -18,8 +18,8 @@ from pagellm.engine.errors import EngineError
 from pagellm.engine.execution.swap_space import FileSwapSpace, MemorySwapSpace, SwapSpace
 from pagellm.engine.requests.outputs import TokenLogprob
 from pagellm.engine.requests.sampling_params import NO_BIAS, LogitBias
+from pagellm.engine.scheduling.batch import ScheduledBatch
 from pagellm.engine.scheduling.block_manager import Transfer, TransferKind
-from pagellm.engine.scheduling.scheduler import ScheduledBatch
 from pagellm.engine.scheduling.sequence import Sequence, SequenceError
 from pagellm.kernels.architecture import Architecture, Weights
 from pagellm.kernels.attention import KEY_CHUNK

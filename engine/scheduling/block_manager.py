@@ -16,7 +16,7 @@ Forked sequences share their blocks. One that is about to write into a shared bl
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from operator import attrgetter
@@ -24,6 +24,8 @@ from typing import NamedTuple
 
 import xxhash
 
+from pagellm.engine.scheduling.block_checks import check_blocks
+from pagellm.engine.scheduling.free_list import FreeList
 from pagellm.engine.scheduling.prefix_cache import ROOT, PrefixCache
 from pagellm.engine.scheduling.sequence import Sequence
 
@@ -71,50 +73,6 @@ def chained_hash(previous: int, tokens: bytes) -> int:
     return int(xxhash.xxh3_64_intdigest(tokens, previous))
 
 
-class _FreeList:
-    """A queue of block numbers that any member can leave in O(1): a doubly linked list in two arrays."""
-
-    def __init__(self, num_blocks: int) -> None:
-        end = num_blocks  # a sentinel that closes the ring
-        self._next = array("i", range(1, num_blocks + 1))
-        self._next.append(0)
-        self._previous = array("i", [end])
-        self._previous.extend(range(num_blocks))
-        self._end = end
-        self._size = num_blocks
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __iter__(self) -> Iterator[int]:
-        block = self._next[self._end]
-        while block != self._end:
-            yield block
-            block = self._next[block]
-
-    def pop_first(self) -> int:
-        block: int = self._next[self._end]
-        self.remove(block)
-        return block
-
-    def remove(self, block: int) -> None:
-        before, after = self._previous[block], self._next[block]
-        self._next[before] = after
-        self._previous[after] = before
-        self._size -= 1
-
-    def append(self, block: int) -> None:
-        self._insert(block, self._previous[self._end], self._end)
-
-    def prepend(self, block: int) -> None:
-        self._insert(block, self._end, self._next[self._end])
-
-    def _insert(self, block: int, before: int, after: int) -> None:
-        self._previous[block], self._next[block] = before, after
-        self._next[before] = self._previous[after] = block
-        self._size += 1
-
-
 class BlockManager:
     """Owns one invariant, conservation: a block is free or referenced, and never counted twice.
 
@@ -140,7 +98,7 @@ class BlockManager:
         self.stats = PrefixCacheStats()
         self.num_releases = 0  # how often a block became free: what did not fit before may fit after
         self._hash_block = hash_block
-        self._free = _FreeList(num_blocks)
+        self._free = FreeList(num_blocks)
         self._reference_counts = array("i", [0]) * num_blocks
         self._cache = PrefixCache(num_blocks if enable_prefix_caching else 0, block_size)
         self._free_swap = array("i", range(num_swap_blocks - 1, -1, -1))  # a stack
@@ -365,52 +323,7 @@ class BlockManager:
 
     def check(self) -> None:
         """Asserts conservation and that the prefix cache names no block that holds anything else."""
-        free = list(self._free)
-        assert len(free) == len(set(free)) == len(self._free), "the free list names a block twice"
-        counts = [0] * self.num_blocks
-        swapped = list(self._free_swap)
-        for sequence in self._swapped.values():
-            swapped += sequence.swap_table
-            assert sequence.swap_table, "blocks in no tier"
-            assert not sequence.block_table, "blocks in both tiers"
-        for sequence in self._holders.values():
-            for block in sequence.block_table:
-                counts[block] += 1
-            assert sequence.block_table, "blocks in no tier"
-            assert not sequence.swap_table, "blocks in both tiers"
-            assert len(set(sequence.block_table)) == len(sequence.block_table), "a block twice in one table"
-            assert sequence.num_slots <= len(sequence.block_table) * self.block_size
-            self._check_own_slots(sequence)
-        assert counts == list(self._reference_counts), "a reference count differs from the block tables"
-        assert sum(counts) == self._num_references, "the number of references differs from their counts"
-        assert {block for block in range(self.num_blocks) if counts[block] == 0} == set(free)
-        assert sorted(swapped) == list(range(self.num_swap_blocks)), "a swap block is lost or held twice"
-        self._check_cache({block: place for place, block in enumerate(free)})
-
-    def _check_own_slots(self, sequence: Sequence) -> None:
-        """A slot that it may write to lies in a block that it shares with nobody, and nobody can find."""
-        for position in range(sequence.num_computed_tokens, sequence.num_slots):
-            block = sequence.block_table[position // self.block_size]
-            assert self._reference_counts[block] == 1, "two sequences may write into one block"
-            assert not self._knows(block), "a sequence may write into a block that the cache knows"
-
-    def _check_cache(self, free_place: dict[int, int]) -> None:
-        cache = self._cache
-        assert len(cache) == len(list(cache)), "the cache has lost count"
-        for block in cache:
-            before, tokens = cache.before(block), bytes(cache.tokens(block))
-            assert before == ROOT or before in cache, "a block follows one that is not known"
-            seed = cache.hash_of(before) if before != ROOT else self._root_hash(cache.salt_of(block))
-            assert self._hash_block(seed, tokens) == cache.hash_of(block), "a hash is not of the content"
-            found = cache.find(cache.hash_of(block), before, tokens, cache.salt_of(block))
-            assert found == block, "two blocks hold the same prefix, or one cannot be found"
-            if before in free_place:
-                outlives = block not in free_place or free_place[block] > free_place[before]
-                assert not outlives, "a block would outlive the one it follows"
-        for sequence in self._holders.values():
-            for index, block in enumerate(sequence.block_table[: sequence.num_registered_blocks]):
-                if self._knows(block):
-                    assert cache.tokens(block) == self._tokens(sequence, index), "wrong tokens"
+        check_blocks(self)
 
     def _fill_table(self, sequence: Sequence, prefix: list[int], num_tokens: int) -> None:
         for block in prefix:

@@ -17,7 +17,7 @@ from pagellm.engine.errors import ConfigError, PolicyError, is_from_outside
 from pagellm.engine.scheduling.sequence import Sequence
 
 if TYPE_CHECKING:
-    from pagellm.engine.scheduling.scheduler import ScheduledBatch
+    from pagellm.engine.scheduling.batch import ScheduledBatch
 
 Key = float | tuple[float, ...]
 _Answer = TypeVar("_Answer")

@@ -13,127 +13,22 @@ others, with every block that it can ever need, and is not preempted again.
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
-from enum import StrEnum
-from itertools import compress
 
 from pagellm.engine.config import CompleteConfig
 from pagellm.engine.errors import RequestError
 from pagellm.engine.requests.outputs import FinishReason
+from pagellm.engine.scheduling.batch import (
+    Admitted,
+    Preempted,
+    Preemption,
+    PreemptionCosts,
+    ScheduledBatch,
+    StepLimits,
+)
 from pagellm.engine.scheduling.block_manager import BlockManager, Transfer
 from pagellm.engine.scheduling.policies import CheckedPolicy, SchedulerStats, load_policy
 from pagellm.engine.scheduling.sequence import Sequence, SequenceError, SequenceStatus
 from pagellm.engine.scheduling.waiting_queue import WaitingQueue
-
-
-class Preemption(StrEnum):
-    """How a sequence makes way."""
-
-    RECOMPUTE = "recompute"  # its blocks are given back, its tokens are computed again
-    SWAP = "swap"  # its content moves to the second tier of blocks and back
-    AUTO = "auto"  # whichever the costs say is cheaper
-
-
-@dataclass(frozen=True)
-class PreemptionCosts:
-    """What the driver has measured, in seconds."""
-
-    recompute_token_s: float = 0.0  # to compute a token of a prompt
-    swap_block_s: float = 0.0  # to move a block to the second tier or back
-
-
-@dataclass(frozen=True)
-class Preempted:
-    """One that made way in this step."""
-
-    sequence: Sequence
-    by: Preemption  # recompute or swap
-    needed_by: Sequence  # the one that needed a block; it may be the same
-    num_computed_tokens: int  # what it had
-    recompute_s: float  # what either way was expected to cost
-    swap_s: float
-
-
-@dataclass(frozen=True)
-class Admitted:
-    """One that began, or went on, in this step."""
-
-    sequence: Sequence
-    was: SequenceStatus  # waiting or swapped
-    num_cached_tokens: int  # what the prefix cache had of it
-
-
-@dataclass(frozen=True)
-class StepLimits:
-    """How far one step may go, in tokens."""
-
-    max_num_batched_tokens: int
-    max_prefill_chunk: int
-
-
-@dataclass
-class ScheduledBatch:
-    """The work of one step: of each sequence the next so many tokens after its computed ones.
-
-    Before anything is computed, `transfers` must be done in order, and the block manager told of each.
-    """
-
-    sequences: list[Sequence] = field(default_factory=list)
-    num_new_tokens: list[int] = field(default_factory=list)
-    samples: list[bool] = field(default_factory=list)  # whether that is up to the last token
-    # Sequences that take their first token from the last row of the one that they begin like.
-    forks: dict[Sequence, list[Sequence]] = field(default_factory=dict)
-    transfers: list[Transfer] = field(default_factory=list)
-    admitted: list[Admitted] = field(default_factory=list)
-    preempted: list[Preempted] = field(default_factory=list)
-    # Block tables that are not what they were in the batch before, and the first index that changed.
-    changed_tables: dict[Sequence, int] = field(default_factory=dict)
-    token_ids: Items[Items[int]] = ()  # for each of `sampled`, once it is committed
-    num_dropped_tokens: int = 0  # of these, because they came behind an end
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the step computes."""
-        return sum(self.num_new_tokens)
-
-    @property
-    def num_output_tokens(self) -> int:
-        """Tokens that its sequences got, once it is committed."""
-        return sum(map(len, self.token_ids)) - self.num_dropped_tokens
-
-    @property
-    def sampled(self) -> list[Sequence]:
-        """Those that get a token, in the order in which `commit` wants the tokens: each before its forks."""
-        if not self.forks:
-            return list(compress(self.sequences, self.samples))
-        return [
-            sequence
-            for parent in compress(self.sequences, self.samples)
-            for sequence in (parent, *self.forks.get(parent, ()))
-        ]
-
-    def add_decodes(self, sequences: list[Sequence]) -> None:
-        """Enters the last token of each of several sequences."""
-        self.sequences += sequences
-        self.num_new_tokens += [1] * len(sequences)
-        self.samples += [True] * len(sequences)
-        self.forks |= {s: s.forks for s in sequences if s.group}
-
-    def add(self, sequence: Sequence, num_new_tokens: int) -> None:
-        """Enters the next tokens of a sequence."""
-        self.sequences.append(sequence)
-        self.num_new_tokens.append(num_new_tokens)
-        samples = num_new_tokens == sequence.num_tokens - sequence.num_computed_tokens
-        self.samples.append(samples)
-        if samples and sequence.group:
-            self.forks[sequence] = sequence.forks
-
-    def discard(self, sequence: Sequence) -> None:
-        """Takes a sequence out, if it is in."""
-        if sequence in self.sequences:
-            index = self.sequences.index(sequence)
-            del self.sequences[index], self.num_new_tokens[index], self.samples[index]
-            self.forks.pop(sequence, None)
 
 
 class Scheduler:
@@ -237,7 +132,7 @@ class Scheduler:
         manager = self.block_manager
         caches, block_size = manager.enable_prefix_caching, manager.block_size
         num_dropped = 0
-        given, to_forks = _by_sequence(batch, token_ids)
+        given, to_forks = batch.by_sequence(token_ids)
         work = zip(batch.sequences, batch.num_new_tokens, given, strict=True)
         try:
             for sequence, count, new in work:
@@ -527,19 +422,3 @@ def _leave_group(sequence: Sequence) -> None:
     group.remove(sequence)
     if len(group) == 1:
         group[0].group = None
-
-
-def _by_sequence(
-    batch: ScheduledBatch, token_ids: Items[Items[int]]
-) -> tuple[Items[Items[int]], dict[Sequence, list[tuple[Sequence, Items[int]]]]]:
-    """The tokens of each of the batch's sequences, and of their forks."""
-    if not batch.forks and len(token_ids) == len(batch.sequences):
-        return token_ids, {}
-    tokens = iter(token_ids)
-    given: list[Items[int]] = []
-    to_forks: dict[Sequence, list[tuple[Sequence, Items[int]]]] = {}
-    for sequence, samples in zip(batch.sequences, batch.samples, strict=True):
-        given.append(next(tokens) if samples else ())
-        if sequence in batch.forks:
-            to_forks[sequence] = [(child, next(tokens)) for child in batch.forks[sequence]]
-    return given, to_forks

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Items
 
 from pagellm.engine.requests.outputs import FinishReason
+from pagellm.engine.scheduling.batch import PreemptionCosts, ScheduledBatch, StepLimits
 from pagellm.engine.scheduling.block_manager import Transfer
-from pagellm.engine.scheduling.scheduler import PreemptionCosts, ScheduledBatch, Scheduler, StepLimits
+from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
 
 

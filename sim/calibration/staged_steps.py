@@ -12,8 +12,8 @@ from statistics import median
 from typing import TYPE_CHECKING, TypeVar
 
 from pagellm.engine.requests.sampling_params import SamplingParams
+from pagellm.engine.scheduling.batch import ScheduledBatch, StepLimits
 from pagellm.engine.scheduling.block_manager import Transfer, TransferKind
-from pagellm.engine.scheduling.scheduler import ScheduledBatch, StepLimits
 from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.engine.scheduling.step_loop import StepListener
 

@@ -15,8 +15,8 @@ from pagellm.engine import checks
 from pagellm.engine.checks import JsonError, flag, parse_json
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError, ProfileError
+from pagellm.engine.scheduling.batch import PreemptionCosts, ScheduledBatch
 from pagellm.engine.scheduling.block_manager import TransferKind
-from pagellm.engine.scheduling.scheduler import PreemptionCosts, ScheduledBatch
 from pagellm.sim.fields import read_lines
 
 if TYPE_CHECKING:

@@ -40,7 +40,7 @@ from pagellm.engine import checks
 from pagellm.engine.checks import LARGEST, number
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError, ProfileError
-from pagellm.engine.scheduling.scheduler import PreemptionCosts, ScheduledBatch
+from pagellm.engine.scheduling.batch import PreemptionCosts, ScheduledBatch
 from pagellm.sim.costs.cost_model import CostModel, StepTimeError, shape_of
 from pagellm.sim.fields import Fields, read_json
 

@@ -11,7 +11,7 @@ from pagellm.engine import checks
 from pagellm.engine.checks import JsonError, parse_json
 from pagellm.engine.config import CompleteConfig, EngineConfig
 from pagellm.engine.errors import ConfigError, ProfileError
-from pagellm.engine.scheduling.scheduler import PreemptionCosts, ScheduledBatch
+from pagellm.engine.scheduling.batch import PreemptionCosts, ScheduledBatch
 from pagellm.engine.step_log import NO_DECISIONS
 from pagellm.sim.costs.cost_model import CostModel
 from pagellm.sim.fields import Fields, read_lines

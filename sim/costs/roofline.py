@@ -8,7 +8,7 @@ from typing import Any
 from pagellm.engine.checks import SMALLEST, integer, number
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError
-from pagellm.engine.scheduling.scheduler import PreemptionCosts, ScheduledBatch
+from pagellm.engine.scheduling.batch import PreemptionCosts, ScheduledBatch
 from pagellm.sim.costs.cost_model import CostModel, shape_of
 
 # Of a device's memory, what weights and KV blocks may take; the rest is for activations.

@@ -17,7 +17,8 @@ from pagellm.engine import checks
 from pagellm.engine.checks import SMALLEST, number
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError, found
-from pagellm.engine.scheduling.scheduler import Preemption, ScheduledBatch, Scheduler
+from pagellm.engine.scheduling.batch import Preemption, ScheduledBatch
+from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.engine.scheduling.step_loop import StepListener
 from pagellm.sim.costs.cost_model import StepTimeError

@@ -8,8 +8,9 @@ from pagellm.engine import ConfigError, EngineConfig, LLMEngine, SamplingParams
 from pagellm.engine.config import CompleteConfig, usable_cores
 from pagellm.engine.execution.model_runner import RunnerOutput, Wishes
 from pagellm.engine.loading import EngineParts, load_engine
+from pagellm.engine.scheduling.batch import ScheduledBatch
 from pagellm.engine.scheduling.block_manager import BlockManager
-from pagellm.engine.scheduling.scheduler import ScheduledBatch, Scheduler
+from pagellm.engine.scheduling.scheduler import Scheduler
 from tests.conftest import model_path
 
 TINY = str(model_path("llama_tiny"))

@@ -8,7 +8,7 @@ import pytest
 from pagellm.engine import EngineConfig, LLMEngine, RequestOutput, SamplingParams
 from pagellm.engine.execution.model_runner import RunnerOutput, Wishes
 from pagellm.engine.requests.outputs import TokenLogprob
-from pagellm.engine.scheduling.scheduler import ScheduledBatch
+from pagellm.engine.scheduling.batch import ScheduledBatch
 from tests.conftest import model_path
 
 CONFIG = EngineConfig(num_blocks=16, block_size=4)

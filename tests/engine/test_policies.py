@@ -9,6 +9,7 @@ import pytest
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError, PolicyError
 from pagellm.engine.requests.sampling_params import SamplingParams
+from pagellm.engine.scheduling.batch import ScheduledBatch
 from pagellm.engine.scheduling.block_manager import BlockManager
 from pagellm.engine.scheduling.policies import (
     POLICIES,
@@ -21,7 +22,7 @@ from pagellm.engine.scheduling.policies import (
     ShortestJob,
     load_policy,
 )
-from pagellm.engine.scheduling.scheduler import ScheduledBatch, Scheduler
+from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
 from pagellm.engine.scheduling.waiting_queue import WaitingQueue
 

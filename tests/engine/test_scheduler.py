@@ -9,15 +9,9 @@ from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import RequestError
 from pagellm.engine.requests.outputs import FinishReason
 from pagellm.engine.requests.sampling_params import SamplingParams
+from pagellm.engine.scheduling.batch import Admitted, Preempted, Preemption, PreemptionCosts, ScheduledBatch
 from pagellm.engine.scheduling.block_manager import BlockManager, Transfer, TransferKind
-from pagellm.engine.scheduling.scheduler import (
-    Admitted,
-    Preempted,
-    Preemption,
-    PreemptionCosts,
-    ScheduledBatch,
-    Scheduler,
-)
+from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
 
 EOS = 99

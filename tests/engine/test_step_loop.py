@@ -8,14 +8,9 @@ from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import RequestError
 from pagellm.engine.requests.outputs import FinishReason
 from pagellm.engine.requests.sampling_params import SamplingParams
+from pagellm.engine.scheduling.batch import Preemption, PreemptionCosts, ScheduledBatch, StepLimits
 from pagellm.engine.scheduling.block_manager import BlockManager, TransferKind
-from pagellm.engine.scheduling.scheduler import (
-    Preemption,
-    PreemptionCosts,
-    ScheduledBatch,
-    Scheduler,
-    StepLimits,
-)
+from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.engine.scheduling.step_loop import StepListener, StepLoop
 from pagellm.engine.step_log import StepRecord, StepRecorder

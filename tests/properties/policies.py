@@ -4,8 +4,8 @@ import math
 from collections.abc import Hashable
 from typing import Any
 
+from pagellm.engine.scheduling.batch import ScheduledBatch
 from pagellm.engine.scheduling.policies import SchedulerStats, SchedulingPolicy
-from pagellm.engine.scheduling.scheduler import ScheduledBatch
 from pagellm.engine.scheduling.sequence import Sequence
 
 

@@ -24,15 +24,10 @@ from pagellm.engine.config import CompleteConfig, EngineConfig
 from pagellm.engine.errors import PolicyError, RequestError
 from pagellm.engine.requests.outputs import FinishReason
 from pagellm.engine.requests.sampling_params import SamplingParams
+from pagellm.engine.scheduling.batch import Preempted, Preemption, PreemptionCosts, ScheduledBatch
 from pagellm.engine.scheduling.block_manager import BlockManager, TransferKind, chained_hash
 from pagellm.engine.scheduling.policies import POLICIES
-from pagellm.engine.scheduling.scheduler import (
-    Preempted,
-    Preemption,
-    PreemptionCosts,
-    ScheduledBatch,
-    Scheduler,
-)
+from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
 from tests.properties import policies
 from tests.properties.covered import covered, rule

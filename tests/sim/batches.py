@@ -1,7 +1,7 @@
 """Batches for tests of what they cost, made without a scheduler."""
 
 from pagellm.engine.requests.sampling_params import SamplingParams
-from pagellm.engine.scheduling.scheduler import ScheduledBatch
+from pagellm.engine.scheduling.batch import ScheduledBatch
 from pagellm.engine.scheduling.sequence import Sequence
 
 

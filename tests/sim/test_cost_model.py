@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagellm.engine import ConfigError, EngineConfig, ProfileError
+from pagellm.engine.scheduling.batch import PreemptionCosts
 from pagellm.engine.scheduling.block_manager import Transfer, TransferKind
-from pagellm.engine.scheduling.scheduler import PreemptionCosts
 from pagellm.sim import CostModel
 from pagellm.sim.costs.cost_model import shape_of
 from pagellm.sim.costs.recorded import RecordedCostModel

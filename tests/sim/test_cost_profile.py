@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagellm.engine import EngineConfig, ProfileError
+from pagellm.engine.scheduling.batch import PreemptionCosts
 from pagellm.engine.scheduling.block_manager import Transfer, TransferKind
-from pagellm.engine.scheduling.scheduler import PreemptionCosts
 from pagellm.sim import CostModel
 from pagellm.sim.costs.profile import ProfileCostModel, Table
 from tests.sim.batches import batch_of

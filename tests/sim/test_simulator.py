@@ -16,7 +16,7 @@ from pagellm.engine import (
     SchedulingPolicy,
     TraceError,
 )
-from pagellm.engine.scheduling.scheduler import ScheduledBatch
+from pagellm.engine.scheduling.batch import ScheduledBatch
 from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.sim import CostModel, Simulator, Trace, TraceRequest, Workload, load_report, synthesise
 from pagellm.sim.costs.profile import write_profile

@@ -1,0 +1,64 @@
+"""What must hold of blocks at every moment: they are conserved, and the prefix cache never lies (laws 4, 5).
+
+Reads the block manager's own state, because it is what that state must be.
+"""
+
+from typing import TYPE_CHECKING
+
+from pagellm.engine.scheduling.prefix_cache import ROOT
+from pagellm.engine.scheduling.sequence import Sequence
+
+if TYPE_CHECKING:
+    from pagellm.engine.scheduling.block_manager import BlockManager
+
+
+def check_blocks(manager: "BlockManager") -> None:
+    """Asserts all that is asked of a block manager, as it stands between two operations."""
+    free = list(manager._free)
+    assert len(free) == len(set(free)) == len(manager._free), "the free list names a block twice"
+    counts = [0] * manager.num_blocks
+    swapped = list(manager._free_swap)
+    for sequence in manager._swapped.values():
+        swapped += sequence.swap_table
+        assert sequence.swap_table, "blocks in no tier"
+        assert not sequence.block_table, "blocks in both tiers"
+    for sequence in manager._holders.values():
+        for block in sequence.block_table:
+            counts[block] += 1
+        assert sequence.block_table, "blocks in no tier"
+        assert not sequence.swap_table, "blocks in both tiers"
+        assert len(set(sequence.block_table)) == len(sequence.block_table), "a block twice in one table"
+        assert sequence.num_slots <= len(sequence.block_table) * manager.block_size
+        _check_own_slots(manager, sequence)
+    assert counts == list(manager._reference_counts), "a reference count differs from the block tables"
+    assert sum(counts) == manager._num_references, "the number of references differs from their counts"
+    assert {block for block in range(manager.num_blocks) if counts[block] == 0} == set(free)
+    assert sorted(swapped) == list(range(manager.num_swap_blocks)), "a swap block is lost or held twice"
+    _check_cache(manager, {block: place for place, block in enumerate(free)})
+
+
+def _check_own_slots(manager: "BlockManager", sequence: Sequence) -> None:
+    """A slot that it may write to lies in a block that it shares with nobody, and nobody can find."""
+    for position in range(sequence.num_computed_tokens, sequence.num_slots):
+        block = sequence.block_table[position // manager.block_size]
+        assert manager._reference_counts[block] == 1, "two sequences may write into one block"
+        assert not manager._knows(block), "a sequence may write into a block that the cache knows"
+
+
+def _check_cache(manager: "BlockManager", free_place: dict[int, int]) -> None:
+    cache = manager._cache
+    assert len(cache) == len(list(cache)), "the cache has lost count"
+    for block in cache:
+        before, tokens = cache.before(block), bytes(cache.tokens(block))
+        assert before == ROOT or before in cache, "a block follows one that is not known"
+        seed = cache.hash_of(before) if before != ROOT else manager._root_hash(cache.salt_of(block))
+        assert manager._hash_block(seed, tokens) == cache.hash_of(block), "a hash is not of the content"
+        found = cache.find(cache.hash_of(block), before, tokens, cache.salt_of(block))
+        assert found == block, "two blocks hold the same prefix, or one cannot be found"
+        if before in free_place:
+            outlives = block not in free_place or free_place[block] > free_place[before]
+            assert not outlives, "a block would outlive the one it follows"
+    for sequence in manager._holders.values():
+        for index, block in enumerate(sequence.block_table[: sequence.num_registered_blocks]):
+            if manager._knows(block):
+                assert cache.tokens(block) == manager._tokens(sequence, index), "wrong tokens"
