@@ -85,6 +85,8 @@ def load_engine(
         formats = formats_of(checkpoint, spec, asked.quantization)
         cache_format = kv_format(formats)
         token_bytes = kv_bytes_per_token(spec.arch, cache_format)
+        if show_progress and spec.left_alone:
+            say(f"{checkpoint.path.name}: {spec.left_alone}")
         if show_progress and asked.quantization == "auto":
             _say_converted(checkpoint, converted_types(checkpoint, spec, formats))
         memory = read_memory()

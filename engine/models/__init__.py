@@ -6,22 +6,70 @@ is refused by name.
 """
 
 import re
+from dataclasses import replace
 
 from pagellm.engine.checkpoints import BLOCK_SIZES, SUPPORTED_DTYPES, Checkpoint
 from pagellm.engine.errors import CheckpointError, found, named
-from pagellm.engine.models import gpt2, llama, mistral, qwen2
+from pagellm.engine.models import (
+    ernie4_5,
+    gemma2,
+    gemma3,
+    glm4,
+    gpt2,
+    granite,
+    llama,
+    minicpm,
+    ministral3,
+    mistral,
+    multimodal,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+)
 from pagellm.engine.models.names import names_of
 from pagellm.engine.models.spec import ModelSpec, Source
 
 __all__ = ["ModelSpec", "Source", "read_spec"]
 
 _HUGGINGFACE = {
+    "ernie4_5": ernie4_5.from_huggingface,
+    "gemma2": gemma2.from_huggingface,
+    "gemma3_text": gemma3.from_huggingface,
+    "glm": glm4.from_huggingface,
+    "glm4": glm4.from_huggingface,
     "gpt2": gpt2.from_huggingface,
+    "granite": granite.from_huggingface,
+    "granitemoehybrid": granite.hybrid_from_huggingface,
     "llama": llama.from_huggingface,
+    "minicpm": minicpm.from_huggingface,
+    "ministral3": ministral3.from_huggingface,
     "mistral": mistral.from_huggingface,
+    "olmo2": olmo2.from_huggingface,
+    "olmo3": olmo2.olmo3_from_huggingface,
+    "phi3": phi3.from_huggingface,
     "qwen2": qwen2.from_huggingface,
+    "qwen3": qwen3.from_huggingface,
+    "smollm3": smollm3.from_huggingface,
 }
-_GGUF = {"gpt2": gpt2.from_gguf, "llama": llama.from_gguf, "qwen2": qwen2.from_gguf}
+_GGUF = {
+    "chatglm": glm4.from_gguf,
+    "ernie4_5": ernie4_5.from_gguf,
+    "gemma2": gemma2.from_gguf,
+    "gemma3": gemma3.from_gguf,
+    "glm4": glm4.from_gguf,
+    "gpt2": gpt2.from_gguf,
+    "granite": granite.from_gguf,
+    "llama": llama.from_gguf,
+    "minicpm": minicpm.from_gguf,
+    "mistral3": ministral3.from_gguf,
+    "olmo2": olmo2.from_gguf,
+    "phi3": phi3.from_gguf,
+    "qwen2": qwen2.from_gguf,
+    "qwen3": qwen3.from_gguf,
+    "smollm3": smollm3.from_gguf,
+}
 
 # Tensors of published checkpoints that repeat the configuration; transformers passes over them, too.
 _REDUNDANT = {
@@ -41,25 +89,30 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
         if checkpoint.format == "safetensors"
         else ("general.architecture", _GGUF)
     )
-    name = checkpoint.config.get(key)
-    if not isinstance(name, str) or name not in readers:
-        raise CheckpointError(
-            f"{checkpoint.path}: {key}: found {found(name)}, expected an architecture that is supported: "
-            f"{', '.join(readers)}"
-        )
     try:
-        spec = readers[name](checkpoint)
+        name = checkpoint.config.get(key)
+        redundant, left_alone = _REDUNDANT[checkpoint.format], ""
+        if key == "model_type" and isinstance(name, str) and name in multimodal.TEXT_TYPES:
+            checkpoint = multimodal.text_checkpoint(checkpoint)
+            name = checkpoint.config[key]
+            redundant = re.compile(f"{redundant.pattern}|{multimodal.OTHER_TENSORS.pattern}")
+            left_alone = multimodal.LEFT_ALONE
+        if not isinstance(name, str) or name not in readers:
+            raise CheckpointError(
+                f"{key}: found {found(name)}, expected an architecture that is supported: "
+                f"{', '.join(readers)}"
+            )
+        spec = replace(readers[name](checkpoint), left_alone=left_alone)
     except CheckpointError as error:
         if str(error).startswith(str(checkpoint.path)):
             raise
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
-    _check_tensors(checkpoint, spec)
+    _check_tensors(checkpoint, spec, redundant)
     return spec
 
 
-def _check_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+def _check_tensors(checkpoint: Checkpoint, spec: ModelSpec, redundant: re.Pattern[str]) -> None:
     used = set(spec.repeated)
-    redundant = _REDUNDANT[checkpoint.format]
     for parts in (*spec.layers, spec.rest):
         for sources in parts.values():
             for source in sources:

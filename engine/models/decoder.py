@@ -10,7 +10,15 @@ from typing import Any, NamedTuple, TypedDict
 
 from pagellm.engine.models.rope import RopeTable
 from pagellm.engine.models.spec import ModelSpec, Parts, Source
-from pagellm.kernels.architecture import LAYER_PARTS, REST_PARTS, Architecture, Kind, Part, layer_rows
+from pagellm.kernels.architecture import (
+    LAYER_PARTS,
+    PER_HEAD,
+    REST_PARTS,
+    Architecture,
+    Kind,
+    Part,
+    layer_rows,
+)
 
 # The tensors of each part of `kernels.architecture.PARTS`, without ".weight": one for each of its pieces (Q,
 # K and V; the gate and the linear half), or one that holds them all. Those of a layer come after "layer",
@@ -28,8 +36,10 @@ class Differences(TypedDict, total=False):
     grouped_qkv: bool
     transposed: bool
     num_positions: int
+    embedding_scale: float
+    logits_scale: float
+    logits_softcap: float
     rope_tables: tuple[RopeTable, ...]
-    sliding_window: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +62,6 @@ class Decoder:
     names: Names
     tied: bool
     features: Mapping[str, Any]
-    sliding_window: int | None = None
     biases: Collection[str] = ()
     layer_norm: bool = False
     norm_add: float = 0.0
@@ -60,6 +69,9 @@ class Decoder:
     grouped_qkv: bool = False
     transposed: bool = False
     num_positions: int = 0
+    embedding_scale: float = 1.0
+    logits_scale: float = 1.0
+    logits_softcap: float = 0.0
     rope_tables: tuple[RopeTable, ...] = ()
     repeated: tuple[str, ...] = ()
 
@@ -73,8 +85,12 @@ class Decoder:
             layer_norm=self.layer_norm,
             norm_epsilon=self.norm_epsilon,
             layers=layer_rows(self.num_layers, **self.features),
+            embedding_scale=self.embedding_scale,
+            logits_scale=self.logits_scale,
+            logits_softcap=self.logits_softcap,
         )
-        window = self.sliding_window
+        windows = arch.layers["window"]
+        window = int(windows[windows > 0].min()) if windows.any() else None
         positions = max([self.max_positions, *(table.max_positions for table in self.rope_tables)])
         return ModelSpec(
             architecture=self.architecture,
@@ -166,4 +182,4 @@ def _norm_heads(name: str, row: Any) -> int:
     """The heads that the weights of a norm of queries or keys belong to."""
     if name not in ("q_norm", "k_norm"):
         return 0
-    return 1 if row["qk_norm"] == 1 else int(row["num_heads" if name == "q_norm" else "num_kv_heads"])
+    return 1 if row["qk_norm"] == PER_HEAD else int(row["num_heads" if name == "q_norm" else "num_kv_heads"])

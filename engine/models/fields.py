@@ -52,6 +52,15 @@ class Fields:
         """A positive finite number, or None where the key is null."""
         return None if self.get(name) is None else self.number(name)
 
+    def number_or_zero(self, name: str, default: Any = None) -> float:
+        """A positive finite number, or 0 where the key is null or 0."""
+        value = self.get(name, default)
+        return (
+            0.0
+            if value is None or (type(value) in (int, float) and value == 0)
+            else self.number(name, default)
+        )
+
     def number(self, name: str, default: Any = REQUIRED) -> float:
         """A positive finite number."""
         value = self._get(name, default)
@@ -98,6 +107,12 @@ class Fields:
         value = self.get(name)
         if value is not None and not any(type(value) is type(one) and value == one for one in neutral):
             raise self.error(name, value, f"{found(neutral[0])}; another value is not supported")
+
+    def expect_unasked(self, neutral: Mapping[str, Any]) -> None:
+        """Refuses those of these keys that nobody asked for unless their values are these."""
+        for name, value in neutral.items():
+            if name not in self._asked:
+                self.expect(name, value)
 
     def refuse_others(self, harmless: re.Pattern[str], reader: str) -> None:
         """Refuses the first key that was not asked for and is not `harmless`; null says nothing."""

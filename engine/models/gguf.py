@@ -7,12 +7,15 @@ import re
 from collections.abc import Mapping
 from typing import Any, Unpack
 
+import numpy as np
+
 from pagellm.engine.checkpoints import Checkpoint
 from pagellm.engine.errors import CheckpointError
 from pagellm.engine.models import gguf_rope
 from pagellm.engine.models.decoder import Decoder, Differences, Names
 from pagellm.engine.models.fields import Fields
 from pagellm.engine.models.names import count_layers
+from pagellm.engine.models.rope import RopeTable
 from pagellm.engine.models.spec import ModelSpec
 from pagellm.kernels.activation import SILU
 
@@ -60,21 +63,46 @@ class GgufModel:
             if fields.integer(name, expected) != expected:
                 raise fields.error(name, fields.get(name), str(expected))
 
+    def rope_table(self, **how: Any) -> RopeTable:
+        """The rotary embeddings of layers without a window; see `gguf_rope.table`."""
+        return gguf_rope.table(self.checkpoint, self.fields, self.head_dim, self.max_positions, **how)
+
+    def window(self) -> int:
+        """The tokens that a layer with a window sees; 0: all."""
+        name = "attention.sliding_window"
+        return 0 if self.fields.get(name) in (None, 0) else self.fields.integer(name, maximum=1 << 30)
+
+    def windows(self, period: int, default: int = 0) -> list[int]:
+        """The window of each layer: of a list, or of all but every `period`-th; default: without the key."""
+        size = self.window() or default
+        name = "attention.sliding_window_pattern"
+        pattern = self.fields.get(name)
+        if isinstance(pattern, np.ndarray):
+            if pattern.shape != (self.num_layers,):
+                raise self.fields.error(name, pattern, f"{self.num_layers} of them")
+            return [size if slides else 0 for slides in pattern.tolist()]
+        period = self.fields.integer(name, period)
+        return [size if index % period < period - 1 else 0 for index in range(self.num_layers)]
+
     def spec(
         self,
         features: Mapping[str, Any] | None = None,
         names: Names | None = None,
+        harmless: str = "(?!)",
         **how: Unpack[Differences],
     ) -> ModelSpec:
         """The model with llama's features, names and layout but for these; biases: those that are there.
 
+        Q, K and V may be one tensor, and the gate and the linear half, too. harmless: keys that change
+        nothing, beside those of every architecture, as a regular expression.
+
         Raises `CheckpointError` for a key that nobody asked for and that may change what is computed.
         """
         fields, tensors = self.fields, self.checkpoint.tensors
-        names = {**NAMES, **(names or {})}
+        features = features or {}
+        names = {**NAMES, **self._fused(), **(names or {})}
         if "rope_tables" not in how:
-            table = gguf_rope.table(self.checkpoint, fields, self.head_dim, self.max_positions)
-            how["rope_tables"] = (table,)
+            how["rope_tables"] = (self.rope_table(),)
         if "biases" not in how:
             how["biases"] = [part for part in names if part != "layer" and self._has_bias(names, part)]
         decoder = Decoder(
@@ -93,20 +121,36 @@ class GgufModel:
             repeated=gguf_rope.TENSORS if how["rope_tables"] else (),
             features={
                 "num_heads": self.num_heads,
-                "num_kv_heads": fields.integer("attention.head_count_kv", self.num_heads),
+                "num_kv_heads": self._num_kv_heads(),
                 "head_dim": self.head_dim,
                 "attention_scale": self.head_dim**-0.5,
                 "rope_table": 0,
                 "intermediate_size": fields.integer("feed_forward_length"),
                 "activation": SILU,
                 "gated": True,
-                **(features or {}),
+                **features,
             },
             **how,
         )
         spec = decoder.spec()
-        fields.refuse_others(HARMLESS, f"architecture {self.architecture}")
+        also = re.compile(f"{HARMLESS.pattern}|{harmless}")
+        fields.refuse_others(also, f"architecture {self.architecture}")
         return spec
+
+    def _fused(self) -> dict[str, str]:
+        """The parts of layers that are one tensor where most files have several."""
+        names = {"qkv": "attn_qkv"} if "blk.0.attn_qkv.weight" in self.checkpoint.tensors else {}
+        return names if "blk.0.ffn_gate.weight" in self.checkpoint.tensors else {**names, "up": "ffn_up"}
+
+    def _num_kv_heads(self) -> int | list[int]:
+        """Of all layers, or of each."""
+        name = "attention.head_count_kv"
+        value = self.fields.get(name)
+        if not isinstance(value, np.ndarray):
+            return self.fields.integer(name, self.num_heads)
+        if value.shape != (self.num_layers,) or not (value > 0).all():
+            raise self.fields.error(name, value, f"{self.num_layers} numbers above 0")
+        return [int(number) for number in value]
 
     def _has_bias(self, names: Names, part: str) -> bool:
         """Whether a part has a bias, in the first layer if it belongs to layers."""

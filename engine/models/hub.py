@@ -15,6 +15,7 @@ from pagellm.engine.models.decoder import Decoder, Differences, Names
 from pagellm.engine.models.fields import Fields
 from pagellm.engine.models.hub_quantization import refuse_quantized
 from pagellm.engine.models.names import count_layers, embedding_and_head, hub_prefixes
+from pagellm.engine.models.rope import RopeTable
 from pagellm.engine.models.spec import ModelSpec
 from pagellm.kernels import activation
 
@@ -43,12 +44,14 @@ HARMLESS = re.compile(
     re.VERBOSE,
 )
 
-# Keys of several classes that are only supported switched off.
+# Keys that several classes have, and that are only supported switched off where a class does not have them.
 _NEUTRAL: dict[str, object] = {
     "is_encoder_decoder": False,
     "add_cross_attention": False,
     "pruned_heads": {},
     "per_layer_config": {},
+    "attention_bias": False,
+    "mlp_bias": False,
     "bias": False,
     "qkv_bias": False,
     "use_bias": False,
@@ -86,6 +89,8 @@ DEFAULTS: Mapping[str, Any] = {
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
 }
 # What a configuration calls activation functions: SiLU, which most classes are used with, and the others.
 SILU = {"silu": "silu", "swish": "silu"}
@@ -96,6 +101,8 @@ GELU_OR_RELU = {
     "gelu_fast": "gelu_tanh",
     "relu": "relu",
 }
+# What transformers took for a kind of layer before it agreed on names.
+_OLD_LAYER_TYPES = {"attention": "full_attention", "mamba": "linear_attention"}
 # The tensors that have a bias where a key of the configuration says that attention, or the feed-forward part,
 # has biases.
 ATTENTION, MLP = ("qkv", "output"), ("up", "down")
@@ -128,10 +135,42 @@ class HubModel:
         types = self.fields.get("layer_types")
         if types is None:
             return None
+        if isinstance(types, list):
+            types = [_OLD_LAYER_TYPES.get(kind, kind) if isinstance(kind, str) else kind for kind in types]
         if not isinstance(types, list) or len(types) != self.num_layers or any(t not in kinds for t in types):
             expected = f"a list of {self.num_layers}, each one of {', '.join(kinds)}"
             raise self.fields.error("layer_types", types, expected)
         return types
+
+    def windows(self, types: Sequence[str] | None = None) -> list[int]:
+        """The window of each layer, 0 where it sees everything: `sliding_window` where the layer slides.
+
+        types: the kinds of layers, where `layer_types` lists none; None: all layers slide and no list may say
+        otherwise.
+        """
+        fields, kinds = self.fields, ("full_attention", "sliding_attention")
+        listed = self.layer_types(*kinds)
+        size = fields.integer_or_none("sliding_window", maximum=1 << 30)
+        off = "sliding_window is null" if size is None else "use_sliding_window is false"
+        if listed and kinds[1] in listed and (size is None or not fields.get("use_sliding_window", True)):
+            raise fields.error("layer_types", listed, f"{kinds[0]} alone where {off}")
+        if size and types is None and listed and kinds[0] in listed:
+            raise fields.error("layer_types", listed, f"{kinds[1]} alone, as {self.model_type} has it")
+        types = listed or types or [kinds[1]] * self.num_layers
+        return [size or 0 if kind == kinds[1] else 0 for kind in types]
+
+    def rope_table(self, **how: Any) -> RopeTable:
+        """The rotary embeddings of all layers; see `hub_rope.table`."""
+        return hub_rope.table(self.fields, self.head_dim, self.max_positions, **how)
+
+    def rope_tables_by_type(self, thetas: Mapping[str, str | float]) -> tuple[RopeTable, ...]:
+        """The rotary embeddings of each kind of layer, in this order; see `hub_rope.tables_by_layer_type`."""
+        tables = hub_rope.tables_by_layer_type(self.fields, self.head_dim, self.max_positions, thetas)
+        return tuple(tables[kind] for kind in thetas)
+
+    def biases(self, **parts: Sequence[str]) -> list[str]:
+        """The parts that have a bias, of those whose key says so."""
+        return [one for key, of_key in parts.items() if self.fields.boolean(key) for one in of_key]
 
     def spec(
         self,
@@ -139,17 +178,19 @@ class HubModel:
         names: Names | None = None,
         activations: Mapping[str, str] = SILU,
         base: str = "model.",
+        harmless: str = "(?!)",
         **how: Unpack[Differences],
     ) -> ModelSpec:
         """The model with Llama's features, names and layout but for these.
 
         activations: what `hidden_act` may be. base: what a language model puts before its decoder's names.
+        harmless: keys that change nothing, beside those of every class, as a regular expression.
         Raises `CheckpointError` for a key that nobody asked for and that may change what is computed.
         """
         fields, features = self.fields, features or {}
         names, tied, repeated = self._names({**NAMES, **(names or {})}, base)
         if "rope_tables" not in how:
-            how["rope_tables"] = (hub_rope.table(fields, self.head_dim, self.max_positions),)
+            how["rope_tables"] = (self.rope_table(),)
         decoder = Decoder(
             architecture=self.model_type,
             num_layers=self.num_layers,
@@ -174,7 +215,9 @@ class HubModel:
             **how,
         )
         spec = decoder.spec()
-        fields.refuse_others(HARMLESS, f"model_type {self.model_type}")
+        fields.expect_unasked(_NEUTRAL)
+        also = re.compile(f"{HARMLESS.pattern} | {harmless}", re.VERBOSE)
+        fields.refuse_others(also, f"model_type {self.model_type}")
         return spec
 
     def _names(self, names: Names, base: str) -> tuple[Names, bool, tuple[str, ...]]:
@@ -214,6 +257,4 @@ def read_config(
     refuse_quantized(fields)
     if fields.get("is_causal", True) is not True:  # null means false there
         raise fields.error("is_causal", fields.get("is_causal"), "true; another value is not supported")
-    for name, neutral in _NEUTRAL.items():
-        fields.expect(name, neutral)
     return fields

@@ -13,10 +13,7 @@ from pagellm.engine.models.spec import ModelSpec
 def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
     """Reads a config.json of model_type llama."""
     model = HubModel(checkpoint)
-    biases = [
-        *ATTENTION * model.fields.boolean("attention_bias", False),
-        *MLP * model.fields.boolean("mlp_bias", False),
-    ]
+    biases = model.biases(attention_bias=ATTENTION, mlp_bias=MLP)
     model.layer_types("full_attention")
     for name in ("use_sliding_window", "max_window_layers", "sliding_window"):
         model.fields.get(name)  # known, and passed over by the class
@@ -26,6 +23,5 @@ def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
 def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
     """Reads the metadata of a GGUF file of architecture llama."""
     model = GgufModel(checkpoint)
-    window = model.fields.integer_or_none("attention.sliding_window", maximum=1 << 30)
     # llama.cpp's converter stores the rotary dimensions as neighbouring pairs.
-    return model.spec(paired=True, sliding_window=window)
+    return model.spec({"window": model.window()}, paired=True)

@@ -15,12 +15,5 @@ _DEFAULTS = {
 def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
     """Reads a config.json of model_type mistral; GGUF files of it are of architecture llama."""
     model = HubModel(checkpoint, _DEFAULTS)
-    for name in ("attention_bias", "mlp_bias"):
-        model.fields.expect(name, False)
-    for name in ("use_sliding_window", "max_window_layers"):
-        model.fields.get(name)  # known, and passed over by the class
-    window = model.fields.integer_or_none("sliding_window", maximum=1 << 30)
-    types = model.layer_types("full_attention", "sliding_attention")
-    if window is None and types is not None and "sliding_attention" in types:
-        raise model.fields.error("layer_types", types, "full_attention alone where sliding_window is null")
-    return model.spec(sliding_window=window)
+    model.fields.get("max_window_layers")  # known, and passed over by the class
+    return model.spec({"window": model.windows()})

@@ -20,15 +20,17 @@ _MAX_LAYERS = 1 << 14
 def hub_prefixes(checkpoint: Checkpoint, base: str, anchor: str) -> tuple[str, str]:
     """What stands before the decoder's tensors, and before the output matrix's.
 
-    base: what a language model puts before its decoder; a bare decoder has nothing there. anchor: a tensor
-    that every decoder has.
+    base: what a language model puts before its decoder; a bare decoder has nothing there, one beside a vision
+    tower a second prefix, which older files put first. anchor: a tensor that every decoder has.
     """
+    known = {"": "", base: "", f"{base}language_model.": "", f"language_model.{base}": "language_model."}
     for name in checkpoint.tensors:
         if name.endswith(anchor):
             decoder = name.removesuffix(anchor)
-            wrapper = decoder.removesuffix(base)
-            if _WRAPPERS.fullmatch(wrapper):
-                return decoder, wrapper
+            for prefix, before_head in sorted(known.items(), key=lambda item: -len(item[0])):
+                wrapper = decoder.removesuffix(prefix)
+                if decoder.endswith(prefix) and _WRAPPERS.fullmatch(wrapper):
+                    return decoder, wrapper + before_head
     return base, ""
 
 

@@ -64,7 +64,8 @@ class ModelSpec:
     architecture: its name; arch: its numbers. rope_tables: what a layer's `rope_table` is the index of.
     layers, rest: the tensors of every part; biases that are not named are zeros. sliding_window: tokens that
     attention sees in some layers; up to so many it is full attention, and max_positions is no more.
-    repeated: tensors whose values another one has, or the other fields have.
+    repeated: tensors whose values another one has, or the other fields have. left_alone: what there is to say
+    of tensors that belong to more than a language model; empty where there are none.
     """
 
     architecture: str
@@ -75,6 +76,7 @@ class ModelSpec:
     rest: Parts = field(repr=False)
     sliding_window: int | None = None
     repeated: tuple[str, ...] = ()
+    left_alone: str = ""
 
     def __post_init__(self) -> None:
         for rope_table in self.rope_tables:

@@ -35,7 +35,9 @@ def test_logits_are_the_references_or_the_architecture_is_refused_by_name(name: 
             quantization="none",
             show_progress=False,
         )
-        logits = llm.logits(expected["input_ids"].tolist())
+        # A file may say that its context is shorter (chatglm's converter writes its width).
+        length = min(llm.engine.spec.max_positions, len(expected["input_ids"]))
+        logits = llm.logits(expected["input_ids"][:length].tolist())
         llm.close()
     except PagellmError as error:
         refusal = str(error)
@@ -43,7 +45,7 @@ def test_logits_are_the_references_or_the_architecture_is_refused_by_name(name: 
         assert refusal_of(path).search(refusal)
         return
     assert logits.dtype == np.float32
-    assert np.abs(logits - expected["logits"]).max() < 1e-4 * np.ptp(expected["logits"])
+    assert np.abs(logits - expected["logits"][:length]).max() < 1e-4 * np.ptp(expected["logits"])
 
 
 def refusal_of(path: Path) -> re.Pattern[str]:

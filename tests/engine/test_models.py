@@ -69,7 +69,7 @@ def test_gpt2s_published_sizes_are_configurations_alone(
 @pytest.mark.parametrize(
     ("name", "edit", "message"),
     [
-        ("llama_mha", setting(model_type="bert"), "model_type: found 'bert', expected .*gpt2, llama"),
+        ("llama_mha", setting(model_type="bert"), "model_type: found 'bert', expected .*gpt2,.* llama"),
         ("llama_mha", setting(model_type=None), "model_type: found None"),
         ("llama_mha", setting(hidden_size="64"), "hidden_size: found '64', expected an integer"),
         ("llama_mha", setting(hidden_size=0), "hidden_size: found 0"),
