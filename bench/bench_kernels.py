@@ -32,10 +32,10 @@ from bench.machine import bandwidth_gb_s, peak_gops
 from pagellm.engine.config import usable_cores
 from pagellm.kernels.activation import SILU
 from pagellm.kernels.architecture import Architecture, layer_rows
-from pagellm.kernels.attention import KEY_CHUNK, Heads, Tiles, attention, choose_heads_per_item, plan_tiles
+from pagellm.kernels.attention import KEY_CHUNK
 from pagellm.kernels.buffers import Batch, new_cache, new_plan, new_workspace
 from pagellm.kernels.jit import entry_point
-from pagellm.kernels.kv_cache import LayerCache, token_words
+from pagellm.kernels.kv_cache import token_words
 from pagellm.kernels.matmul import matmul
 from pagellm.kernels.packing import (
     BFLOAT16,
@@ -54,6 +54,7 @@ from pagellm.kernels.packing import (
     padded_rows,
     panels_size,
 )
+from pagellm.kernels.phases import Member, attend, plan_batch
 from pagellm.kernels.threads import ThreadTeam, barrier, new_counters, share_call
 
 FORMATS = {"float32": FLOAT32, "bf16": BFLOAT16, "int8": INT8, "int4": INT4_MIN, "int4, Q4_0": INT4}
@@ -117,35 +118,16 @@ def _multiply(thread, mailbox, counters, format, x, M, N, K, weights, copies, bi
 
 
 @entry_point
-def _plan(batch, plan):  # type: ignore[no-untyped-def]
-    plan.num_tiles[0] = plan_tiles(
-        batch.query_start_loc, plan.seq_lens, plan.group_size, plan.tile_sequence, plan.tile_start,
-        plan.tile_chunk, plan.state_start,
-    )  # fmt: skip
+def _plan(cache, batch, plan, work):  # type: ignore[no-untyped-def]
+    plan_batch(cache, batch, plan, work)
 
 
 @entry_point
 def _attend(thread, mailbox, arch, cache, batch, plan, work, layers):  # type: ignore[no-untyped-def]
     num_threads = share_call(thread, mailbox)
-    features = arch.layers[0]
-    heads, kv_heads, head_dim = features.num_heads, features.num_kv_heads, features.head_dim
-    heads_per_item = choose_heads_per_item(plan.num_tiles[0], num_threads, heads // kv_heads)
-    tiles = Tiles(
-        batch.query_start_loc, plan.seq_lens, plan.group_size, plan.tile_sequence[: plan.num_tiles[0]],
-        plan.tile_start, plan.tile_chunk, plan.state_start,
-    )  # fmt: skip
+    member = Member(thread, num_threads, work.counters, work.scratch[thread])
     for layer in range(layers):
-        layer_cache = LayerCache(
-            cache.format, cache.block_size, cache.keys, cache.values, cache.key_start[layer],
-            cache.value_start[layer],
-        )  # fmt: skip
-        attention(
-            work.counters, heads_per_item,
-            Heads(heads, kv_heads, head_dim, np.float32(features.attention_scale)), work.wide,
-            padded((heads + 2 * kv_heads) * head_dim), layer_cache, batch.block_tables, tiles, plan.states,
-            work.attention[thread],
-        )  # fmt: skip
-        barrier(work.counters, num_threads)
+        attend(member, layer, arch, cache, batch, plan, work)
 
 
 class Product:
@@ -205,8 +187,7 @@ class Attention:
             block_tables=tables,
         )
         plan = new_plan(arch, new_tokens, len(runs), -(-int(lengths.max()) // KEY_CHUNK))
-        plan.seq_lens[:] = lengths
-        _plan(batch, plan)
+        _plan(cache, batch, plan, work)
         self._arguments = (arch, cache, batch, plan, work, layers)
         heads_size = FEATURES["num_heads"] * FEATURES["head_dim"]
         seen_keys = sum(count * start + count * (count + 1) // 2 for start, count in runs)

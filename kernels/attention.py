@@ -9,6 +9,12 @@ every sum depends on key positions alone: not on the block size, the prefill chu
 the chunks of a long context were work items of their own, as they are in a decode (batch invariance). A key
 that a row may not see gets weight exactly 0, which changes no bit of the row's sums. Where keys and values
 lie is in `kernels.kv_cache`.
+
+With a window (Beltagy et al. 2020) a token sees so many of the last tokens, itself included. The walk of a
+query tile starts at the vector of keys that holds the first one which any of its rows sees, and a token has
+states of the chunks that it sees. So the cost does not grow with the context, and of a sequence's blocks only
+those are read that hold a position from `first_seen(num_computed, window)` on, num_computed being the tokens
+before its new ones: an entry of its block table before these may name any block, whatever that holds by now.
 """
 
 from typing import NamedTuple
@@ -61,8 +67,9 @@ QUERY_TILE_ROWS = 96
 SPLIT_ROWS = GROUP
 # Fewer query tiles than so many for each thread are shared out head by head, so that no thread idles.
 _MIN_TILES = 4
-# Stands for minus infinity where inf - inf would be NaN: exp(_MASKED - anything real) is exactly 0.
-_MASKED = np.float32(-1e30)
+# The greatest of no scores, where that of scores which are not seen, exp(_UNSEEN - _NO_SCORE), must be 0.
+_NO_SCORE = np.float32(-1e30)
+_UNSEEN = np.float32(-np.inf)
 
 
 class Heads(NamedTuple):
@@ -73,10 +80,11 @@ class Heads(NamedTuple):
     head_dim: int
     scale: np.float32  # of queries times keys
     softcap: np.float32  # of scores; 0 for none
+    window: int  # tokens that a token sees, itself included; 0: all before it
 
 
 class Tiles(NamedTuple):
-    """The new tokens of a batch, cut into query tiles by `plan_tiles`."""
+    """The new tokens of a batch, cut into query tiles by `plan_tiles` for one window."""
 
     query_start_loc: NDArray[np.int32]  # [num_seqs + 1]
     seq_lens: NDArray[np.int32]  # [num_seqs], with the new tokens
@@ -91,6 +99,7 @@ class _Item(NamedTuple):
     """A query tile and the KV heads that one work item is about."""
 
     first_position: int  # of the tile's first token, in its sequence
+    first_key: int  # that the first row sees, and no row one before
     num_rows: int  # tokens times the query heads that share a KV head
     num_keys: int  # that the last row sees
     first_head: int
@@ -105,6 +114,12 @@ class _Places(NamedTuple):
     queries: int
     scores: int
     weights: int
+
+
+@shared
+def first_seen(position: int, window: int) -> int:
+    """The first position that the token at `position` sees."""
+    return max(position - window + 1, 0) if window > 0 else 0
 
 
 @shared
@@ -170,7 +185,23 @@ def max_states(num_tokens: int, num_seqs: int, num_chunks: int, group_size: int)
 
 
 @kernel
-def plan_tiles(query_start_loc, seq_lens, group_size, tile_sequence, tile_start, tile_chunk, state_start):
+def _last_tile(first, end, seq_len, group_size, window):
+    """A sequence's last query tile: its first token and, if they are items of their own, its chunks of keys.
+
+    first, end: the sequence's new tokens. The chunks are the first of them and their number, 0 if not split.
+    """
+    tile_tokens = tokens_per_query_tile(group_size)
+    start = first + (end - 1 - first) // tile_tokens * tile_tokens
+    first_chunk = first_seen(seq_len - end + start, window) // KEY_CHUNK
+    num_chunks = (seq_len - 1) // KEY_CHUNK - first_chunk + 1
+    splits = (end - start) * group_size <= SPLIT_ROWS and num_chunks > 1
+    return start, first_chunk, num_chunks if splits else 0
+
+
+@kernel
+def plan_tiles(
+    query_start_loc, seq_lens, group_size, window, tile_sequence, tile_start, tile_chunk, state_start
+):  # fmt: skip
     """Writes the work items of a batch, those with the most keys first, and each token's first state.
 
     query_start_loc: [num_seqs + 1]; seq_lens: [num_seqs]; out: tile_sequence, tile_start and tile_chunk,
@@ -181,47 +212,50 @@ def plan_tiles(query_start_loc, seq_lens, group_size, tile_sequence, tile_start,
     state_start[0] = 0
     for sequence in range(seq_lens.size):
         first, end = query_start_loc[sequence], query_start_loc[sequence + 1]
-        last_tile = first + (end - 1 - first) // tile_tokens * tile_tokens
-        num_chunks = (seq_lens[sequence] + KEY_CHUNK - 1) // KEY_CHUNK
-        splits = (end - last_tile) * group_size <= SPLIT_ROWS and num_chunks > 1
+        start, _, num_chunks = _last_tile(first, end, seq_lens[sequence], group_size, window)
         for token in range(first, end):
-            num_states += num_chunks if splits and token >= last_tile else 1
+            position = seq_lens[sequence] - end + token
+            seen_chunks = position // KEY_CHUNK - first_seen(position, window) // KEY_CHUNK + 1
+            num_states += seen_chunks if num_chunks > 0 and token >= start else 1
             state_start[token + 1] = num_states
-        start = last_tile - tile_tokens if splits else last_tile
+        if num_chunks > 0:
+            start -= tile_tokens
         while start >= first:
             tile_sequence[num_tiles], tile_start[num_tiles], tile_chunk[num_tiles] = sequence, start, -1
             num_tiles += 1
             start -= tile_tokens
     for sequence in range(seq_lens.size):
         first, end = query_start_loc[sequence], query_start_loc[sequence + 1]
-        last_tile = first + (end - 1 - first) // tile_tokens * tile_tokens
-        if state_start[end] - state_start[end - 1] > 1:
-            for chunk in range(state_start[end] - state_start[end - 1]):
-                tile_sequence[num_tiles], tile_start[num_tiles] = sequence, last_tile
-                tile_chunk[num_tiles] = chunk
-                num_tiles += 1
+        start, first_chunk, num_chunks = _last_tile(first, end, seq_lens[sequence], group_size, window)
+        for chunk in range(first_chunk, first_chunk + num_chunks):
+            tile_sequence[num_tiles], tile_start[num_tiles], tile_chunk[num_tiles] = sequence, start, chunk
+            num_tiles += 1
     return num_tiles
 
 
 @kernel
 def _softmax(
-    scratch, scores, first_row, rows, position, group_size, count, cap, states, row_words, size, weights
+    heads, scratch, scores, first_row, rows, position, count, states, row_words, size, weights
 ):  # fmt: skip
     """Turns the scores of `rows` rows of a query tile into packed weights and rescales their sums so far.
 
     scores: where in `scratch` they are, [rows, KEY_TILE]; weights: where the packed ones go, `GROUP` rows.
     position: where the query tile's first token is, counted from the first of the tile's `count` keys, of
-    which a row sees those up to its token; cap: what bounds the scores, or 0; states: where the first row's
-    state is in `scratch`. In two passes over the rows, because within a row each step waits for the one
-    before; the first leaves each row's new greatest score behind its state.
+    which a row sees those up to its token; states: where the first row's state is in `scratch`. In two passes
+    over the rows, because within a row each step waits for the one before; the first leaves each row's new
+    greatest score behind its state.
     """
+    group_size = heads.num_heads // heads.num_kv_heads
     for row in range(rows):
         row_scores, greatest_at = scores + row * KEY_TILE, states + row * row_words + size
-        visible = min(position + (first_row + row) // group_size + 1, count)
-        if cap > 0.0:
-            softcap(scratch, row_scores, count, cap)
-        for j in range(max(visible, 0), -(-count // LANES) * LANES):
-            scratch[row_scores + j] = _MASKED
+        end = position + (first_row + row) // group_size + 1
+        if heads.softcap > 0.0:
+            softcap(scratch, row_scores, count, heads.softcap)
+        if heads.window > 0:
+            for j in range(min(end - heads.window, count)):
+                scratch[row_scores + j] = _UNSEEN
+        for j in range(max(min(end, count), 0), -(-count // LANES) * LANES):
+            scratch[row_scores + j] = _UNSEEN
         greatest = load(scratch, row_scores)
         for j in range(LANES, count, LANES):
             greatest = maximum(greatest, load(scratch, row_scores + j))
@@ -278,13 +312,15 @@ def _attend_chunk(heads, cache, block_table, item, first_key, end_key, scratch, 
     for state in range(states, states + (end_head - first_head) * rows_per_head * row_words, row_words):
         for d in range(0, row_words, LANES):
             store(scratch, state + d, zero)
-        scratch[state + size] = _MASKED
+        scratch[state + size] = _NO_SCORE
     key_block = heads.num_kv_heads * words * block_size
     value_block = heads.num_kv_heads * stride * block_size
-    blocks = tile_blocks(block_size, block_table, first_key, last)
-    for tile_start in range(first_key, end_key, KEY_TILE):
-        count = min(KEY_TILE, end_key - tile_start)
-        following = tile_blocks(block_size, block_table, tile_start + KEY_TILE, last)
+    tile_start = max(first_key, item.first_key // LANES * LANES)  # a lane is a position's in every tile
+    blocks = tile_blocks(block_size, block_table, tile_start, last)
+    while tile_start < end_key:
+        tile_end = min(tile_start // KEY_TILE * KEY_TILE + KEY_TILE, end_key)
+        count = tile_end - tile_start
+        following = tile_blocks(block_size, block_table, tile_end, last)
         for head in range(first_head, end_head):
             head_k = cache.layer_k + head * words * block_size
             head_v = cache.layer_v + head * stride * block_size
@@ -294,19 +330,19 @@ def _attend_chunk(heads, cache, block_table, item, first_key, end_key, scratch, 
                 ahead = places(
                     cache.layer_k + first_head * words * block_size, key_block, plain(1), following
                 )
-            # A vector of tokens may hold some behind the end: their scores are masked, their values not read.
+            # A vector of tokens may hold some behind the end: they are not seen, and their values not read.
             if block_size % LANES == 0:
                 source_k, source_v, word_stride = cache.keys, cache.values, np.int64(block_size)
                 places_k = places(head_k, key_block, plain(1), blocks)
                 places_v = places(head_v, value_block, stride, blocks)
             else:
                 gather_keys(
-                    cache.keys, head_k, key_block, words, block_size, block_table, tile_start,
-                    tile_start + count, scratch, at.key_tile,
+                    cache.keys, head_k, key_block, words, block_size, block_table, tile_start, count,
+                    item.first_key, scratch, at.key_tile,
                 )  # fmt: skip
                 gather_values(
-                    cache.values, head_v, value_block, stride, block_size, block_table, tile_start,
-                    tile_start + count, scratch, at.value_tile,
+                    cache.values, head_v, value_block, stride, block_size, block_table, tile_start, count,
+                    item.first_key, scratch, at.value_tile,
                 )  # fmt: skip
                 source_k, source_v, word_stride = scratch, scratch, np.int64(KEY_TILE)
                 places_k = side_by_side(at.key_tile, plain(1))
@@ -316,7 +352,10 @@ def _attend_chunk(heads, cache, block_table, item, first_key, end_key, scratch, 
             state = states + (head - first_head) * rows_per_head * row_words
             for first in range(0, num_rows, GROUP):
                 height = min(GROUP, num_rows - first)
-                # The group's last row sees the most keys.
+                # Its first row sees the first keys that the group sees, its last row the last ones.
+                position = item.first_position + first // group_size
+                if first_seen(position, heads.window) >= tile_start + count:
+                    continue
                 if item.first_position + (first + height - 1) // group_size < tile_start:
                     continue
                 score_keys(
@@ -324,15 +363,15 @@ def _attend_chunk(heads, cache, block_table, item, first_key, end_key, scratch, 
                     places_k, count, source_v, places_v, word_stride, words, at.scores,
                 )  # fmt: skip
                 _softmax(
-                    scratch, at.scores, first, height, item.first_position - tile_start, group_size, count,
-                    heads.softcap, state + first * row_words, row_words, size, at.weights,
+                    heads, scratch, at.scores, first, height, item.first_position - tile_start, count,
+                    state + first * row_words, row_words, size, at.weights,
                 )  # fmt: skip
                 add_values(
                     format, height, scratch, at.weights, source_v, places_v, count, cache.keys, ahead,
                     block_size, stride, state + first * row_words, row_words, size,
                 )  # fmt: skip
                 ahead = places_k  # the first rows have asked for the next tile
-        blocks = following
+        tile_start, blocks = tile_end, following
 
 
 @kernel
@@ -374,7 +413,8 @@ def attention(
                 continue
         first_position = tiles.seq_lens[sequence] - end + first_token
         num_keys = first_position + count
-        item = _Item(first_position, num_rows, num_keys, first_head, end_head)
+        first_key = first_seen(first_position, heads.window)
+        item = _Item(first_position, first_key, num_rows, num_keys, first_head, end_head)
         for head in range(first_head, end_head):
             query = queries + (head - first_head) * rows_per_head * activation_words(format, head_dim)
             for row in range(num_rows):
@@ -383,23 +423,32 @@ def attention(
                 for d in range(0, head_dim, LANES):
                     store(scratch, part + d, load(qkv, source + d) * broadcast(heads.scale))
                 pack_row(format, scratch, part, head_dim, row, scratch, query)
-        first_key = max(chunk, 0) * KEY_CHUNK
-        end_key = min(first_key + KEY_CHUNK, num_keys) if chunk >= 0 else num_keys
-        for key in range(first_key, end_key, KEY_CHUNK):
-            state = total if key == first_key else part
+        start = chunk * KEY_CHUNK if chunk >= 0 else first_key // KEY_CHUNK * KEY_CHUNK
+        end_key = min(start + KEY_CHUNK, num_keys) if chunk >= 0 else num_keys
+        for key in range(start, end_key, KEY_CHUNK):
+            state = total if key == start else part
             _attend_chunk(
                 heads, cache, block_tables[sequence], item, key, min(key + KEY_CHUNK, end_key), scratch, at,
                 state,
             )  # fmt: skip
-            if key > first_key:
+            if key > start:
                 for row in range(rows_per_head * (end_head - first_head)):
-                    if first_position + row % rows_per_head // group_size >= key:
+                    position = first_position + row % rows_per_head // group_size
+                    if first_seen(position, heads.window) >= key:  # the row has seen no chunk before
+                        for d in range(row * row_words, (row + 1) * row_words, LANES):
+                            store(scratch, total + d, load(scratch, part + d))
+                    elif position >= key:
                         _merge(scratch, total + row * row_words, scratch, part + row * row_words, size)
         for head in range(first_head, end_head):
             source = total + (head - first_head) * rows_per_head * row_words
             for row in range(num_rows):
                 token, query_head = first_token + row // group_size, head * group_size + row % group_size
-                state = (tiles.state_start[token] + max(chunk, 0)) * heads.num_heads + query_head
+                position = first_position + row // group_size
+                first_chunk = first_seen(position, heads.window) // KEY_CHUNK
+                if chunk >= 0 and (chunk < first_chunk or chunk > position // KEY_CHUNK):
+                    continue  # the token has no state of a chunk that it does not see
+                state = tiles.state_start[token] + max(chunk - first_chunk, 0)
+                state = state * heads.num_heads + query_head
                 for d in range(0, row_words, LANES):
                     store(states, state * row_words + d, load(scratch, source + row * row_words + d))
         number = next_item(counters)

@@ -33,23 +33,26 @@ _HEIGHTS = tuple(height for height in (1, 3, 4, 6, 8, 12) if height <= GROUP)
 
 
 @kernel
-def gather_keys(keys, head, block_words, words, block_size, block_table, start, end, scratch, tile):
-    """Copies the keys of positions `start` to `end` side by side, as a block of `KEY_TILE` keys.
+def gather_keys(keys, head, block_words, words, block_size, block_table, start, count, first, scratch, tile):
+    """Copies the keys of `count` positions from `start` on side by side, as a block of `KEY_TILE` keys.
 
     keys: flat; the words of block b begin at `head + b * block_words`, [words, block_size]; block_table:
-    [max_blocks]; out: `scratch` from `tile` on, [words, KEY_TILE].
+    [max_blocks]; first: stands for the positions before it; out: `scratch` from `tile` on, [words, KEY_TILE].
     """
-    for column in range(end - start):
-        position = start + column
+    for column in range(count):
+        position = max(start + column, first)
         at = head + block_table[position // block_size] * block_words + position % block_size
         for w in range(words):
             scratch[tile + w * KEY_TILE + column] = keys[at + w * block_size]
 
 
 @kernel
-def gather_values(values, head, block_words, stride, block_size, block_table, start, end, scratch, tile):
-    """Like `gather_keys` for the values, [block_size, stride] in a block, as [end - start, stride]."""
-    for position in range(start, end):
+def gather_values(
+    values, head, block_words, stride, block_size, block_table, start, count, first, scratch, tile
+):  # fmt: skip
+    """Like `gather_keys` for the values, [block_size, stride] in a block, as [count, stride]."""
+    for row in range(count):
+        position = max(start + row, first)
         at = head + block_table[position // block_size] * block_words + position % block_size * stride
         for w in range(stride):
             scratch[tile + w] = values[at + w]

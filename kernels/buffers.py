@@ -48,11 +48,13 @@ class Plan(NamedTuple):
     positions: NDArray[np.int32]  # [max_tokens]
     slot_mapping: NDArray[np.int64]  # [max_tokens], block * block_size + offset
     seq_lens: NDArray[np.int32]  # [max_seqs], new tokens included
-    tile_sequence: NDArray[np.int32]  # [max_tiles] of kernels.attention
-    tile_start: NDArray[np.int32]  # [max_tiles]
-    tile_chunk: NDArray[np.int32]  # [max_tiles]
-    num_tiles: NDArray[np.int64]  # [1]
-    state_start: NDArray[np.int32]  # [max_tokens + 1]
+    windows: NDArray[np.int64]  # [num_windows], those that layers have: the work items of each are its own
+    layer_window: NDArray[np.int64]  # [num_layers], which of them
+    tile_sequence: NDArray[np.int32]  # [num_windows, max_tiles] of kernels.attention
+    tile_start: NDArray[np.int32]  # [num_windows, max_tiles]
+    tile_chunk: NDArray[np.int32]  # [num_windows, max_tiles]
+    num_tiles: NDArray[np.int64]  # [num_windows]
+    state_start: NDArray[np.int32]  # [num_windows, max_tokens + 1]
     states: NDArray[np.float32]  # [max_states * num_heads * state_words] of the layer with the most
     group_size: int  # query heads that share a KV head, in the layer with the most: tiles suit all layers
 
@@ -118,15 +120,19 @@ def new_plan(arch: Architecture, max_tokens: int, max_seqs: int, num_chunks: int
     """Room for the plans of batches whose longest context has at most `num_chunks` chunks of keys."""
     size = (max_tokens, max_seqs, num_chunks, arch.group_size)
     state = max(int(row["num_heads"]) * state_words(int(row["head_dim"])) for row in arch.layers)
+    windows, layer_window = np.unique(arch.layers["window"], return_inverse=True)
+    tiles = len(windows), max_tiles(*size)
     return Plan(
         positions=np.zeros(max_tokens, np.int32),
         slot_mapping=np.zeros(max_tokens, np.int64),
         seq_lens=np.zeros(max_seqs, np.int32),
-        tile_sequence=np.zeros(max_tiles(*size), np.int32),
-        tile_start=np.zeros(max_tiles(*size), np.int32),
-        tile_chunk=np.zeros(max_tiles(*size), np.int32),
-        num_tiles=np.zeros(1, np.int64),
-        state_start=np.zeros(max_tokens + 1, np.int32),
+        windows=windows,
+        layer_window=layer_window,
+        tile_sequence=np.zeros(tiles, np.int32),
+        tile_start=np.zeros(tiles, np.int32),
+        tile_chunk=np.zeros(tiles, np.int32),
+        num_tiles=np.zeros(len(windows), np.int64),
+        state_start=np.zeros((len(windows), max_tokens + 1), np.int32),
         states=aligned_zeros(max_states(*size) * state),
         group_size=arch.group_size,
     )

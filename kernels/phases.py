@@ -189,18 +189,20 @@ def attend(member, layer, arch, cache, batch, plan, work):
     num_heads, kv_heads, head_dim = features.num_heads, features.num_kv_heads, features.head_dim
     heads = Heads(
         num_heads, kv_heads, head_dim, np.float32(features.attention_scale),
-        np.float32(features.attention_softcap),
+        np.float32(features.attention_softcap), features.window,
     )  # fmt: skip
     layer_cache = LayerCache(
         cache.format, cache.block_size, cache.keys, cache.values, cache.key_start[layer],
         cache.value_start[layer],
     )  # fmt: skip
+    window = plan.layer_window[layer]
+    num_tiles = plan.num_tiles[window]
     tiles = Tiles(
-        batch.query_start_loc, plan.seq_lens, plan.group_size, plan.tile_sequence[: plan.num_tiles[0]],
-        plan.tile_start, plan.tile_chunk, plan.state_start,
+        batch.query_start_loc, plan.seq_lens, plan.group_size, plan.tile_sequence[window, :num_tiles],
+        plan.tile_start[window], plan.tile_chunk[window], plan.state_start[window],
     )  # fmt: skip
     attention(
-        member.counters, choose_heads_per_item(plan.num_tiles[0], member.num_threads, num_heads // kv_heads),
+        member.counters, choose_heads_per_item(num_tiles, member.num_threads, num_heads // kv_heads),
         heads, work.wide, padded((num_heads + 2 * kv_heads) * head_dim), layer_cache, batch.block_tables,
         tiles, plan.states, work.attention[member.thread],
     )  # fmt: skip
@@ -212,13 +214,12 @@ def merge_rows(member, layer, arch, weights, num_rows, plan, work):
     """Joins the states that attention left for each token, [num_heads * head_dim], and packs them."""
     features, parts = arch.layers[layer], weights.layers[layer]
     heads, head_dim = features.num_heads, features.head_dim
-    size = heads * head_dim
+    size, state_start = heads * head_dim, plan.state_start[plan.layer_window[layer]]
     first, end = next_rows(member.counters, num_rows, member.num_threads)
     while first < end:
         for row in range(first, end):
             merge_states(
-                plan.states, plan.state_start[row], plan.state_start[row + 1], heads, head_dim,
-                member.scratch,
+                plan.states, state_start[row], state_start[row + 1], heads, head_dim, member.scratch
             )  # fmt: skip
             if features.sub_norm:
                 _normalize(
@@ -265,7 +266,10 @@ def plan_batch(cache, batch, plan, work):
             plan.slot_mapping[row] = block * cache.block_size + position % cache.block_size
             work.rows[row] = row
         plan.seq_lens[sequence] = batch.num_computed[sequence] + end - first
-    plan.num_tiles[0] = plan_tiles(
-        batch.query_start_loc, plan.seq_lens[: batch.num_computed.size], plan.group_size, plan.tile_sequence,
-        plan.tile_start, plan.tile_chunk, plan.state_start,
-    )  # fmt: skip
+    seq_lens = plan.seq_lens[: batch.num_computed.size]
+    for window in range(plan.windows.size):
+        plan.num_tiles[window] = plan_tiles(
+            batch.query_start_loc, seq_lens, plan.group_size, plan.windows[window],
+            plan.tile_sequence[window], plan.tile_start[window], plan.tile_chunk[window],
+            plan.state_start[window],
+        )  # fmt: skip

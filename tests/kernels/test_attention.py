@@ -70,6 +70,7 @@ class Heads:
     scale: float = 0.3
     format: int = FLOAT32
     cap: float = 0.0
+    window: int = 0
 
     @property
     def group_size(self) -> int:
@@ -128,11 +129,17 @@ def query_tiles(
     for index, run in enumerate(batch):
         for start in range(run.start, run.end, per_tile):
             end = min(start + per_tile, run.end)
-            chunks = -(-end // KEY_CHUNK) if split else 1
-            tiles += [Tile(index, token, chunk if split else -1) for chunk in range(chunks)]
-            states += [chunks] * (end - start)
+            chunks = seen_chunks(heads, start, end) if split else [-1]
+            tiles += [Tile(index, token, chunk) for chunk in chunks]
+            states += [len(seen_chunks(heads, t, t + 1)) if split else 1 for t in range(start, end)]
             token += end - start
     return tiles, states
+
+
+def seen_chunks(heads: Heads, start: int, end: int) -> list[int]:
+    """The chunks of keys that the tokens at positions `start` to `end` see."""
+    first = max(start - heads.window + 1, 0) if heads.window else 0
+    return list(range(first // KEY_CHUNK, (end - 1) // KEY_CHUNK + 1))
 
 
 def planned(heads: Heads, batch: list[Run], group_size: int | None = None) -> tuple[list[Tile], list[int]]:
@@ -145,7 +152,7 @@ def planned(heads: Heads, batch: list[Run], group_size: int | None = None) -> tu
     state_start = np.full(sum(counts) + 1 + guard, -7, np.int32)
     num_tiles = plan_tiles(
         np.cumsum([0, *counts]).astype(np.int32), np.array([run.end for run in batch], np.int32),
-        group_size, sequence, start, chunk, state_start,
+        group_size, heads.window, sequence, start, chunk, state_start,
     )  # fmt: skip
     for array, used in ((sequence, num_tiles), (start, num_tiles), (chunk, num_tiles)):
         assert used + guard <= array.size
@@ -170,7 +177,8 @@ def attend(
 ) -> list[Matrix]:
     """Attention of a batch on freshly filled blocks in a random order: [new tokens, num_heads, head_dim]s.
 
-    The order of the work items is random as well.
+    The order of the work items is random as well. Blocks behind the window have been given back: the entries
+    of their table name one that holds no token.
     """
     assert heads_per_item <= max_heads_per_item(heads.group_size)
     rng = np.random.default_rng(seed)
@@ -188,7 +196,9 @@ def attend(
     scratch = poisoned(store_scratch_size(heads.head_dim) + LANES)
     for run, table in zip(batch, block_tables, strict=True):
         k, v = run.context.keys.reshape(-1), run.context.values.reshape(-1)
-        for position in range(run.end):
+        given_back = max(run.start - heads.window + 1, 0) // block_size if heads.window else 0
+        table[:given_back] = order[-1]
+        for position in range(given_back * block_size, run.end):
             slot = int(table[position // block_size]) * block_size + position % block_size
             start = position * heads.num_kv_heads * heads.head_dim
             store_kv(
@@ -219,7 +229,7 @@ def attend(
         new_counters(), heads_per_item,
         LayerHeads(
             heads.num_heads, heads.num_kv_heads, heads.head_dim, np.float32(heads.scale),
-            np.float32(heads.cap),
+            np.float32(heads.cap), heads.window,
         ),
         qkv.reshape(-1), stride,
         LayerCache(heads.format, block_size, keys, values, LAYER * layer_k, LAYER * layer_v), block_tables,
@@ -252,7 +262,7 @@ def expected(heads: Heads, run: Run) -> Exact:
     if heads.format == BFLOAT16:
         keys, values = oracles.bfloat16(keys), oracles.bfloat16(values)
         queries = queries if are_floats(BFLOAT16) else oracles.bfloat16(queries)
-    return oracles.attention(queries, keys, values, 1.0, cap=heads.cap)
+    return oracles.attention(queries, keys, values, 1.0, heads.window, heads.cap)
 
 
 def alone(heads: Heads, whole: Context, block_size: int = 16) -> Matrix:
@@ -275,6 +285,7 @@ HEADS = st.builds(
     st.sampled_from([0.02, 0.2, 1.0]),
     st.sampled_from([FLOAT32, BFLOAT16]),
     st.sampled_from([0.0, 0.0, 1.5]),
+    st.sampled_from([0, 0, 1, 2, 13, 16, 40, KEY_TILE, KEY_TILE + 1, 100, KEY_CHUNK, KEY_CHUNK + 9]),
 )
 SPLIT = st.sampled_from([False, True, None])
 HEADS_PER_ITEM = st.integers(1, 4)
@@ -512,6 +523,32 @@ def test_what_is_no_number_in_a_visible_key_or_value_shows(format: int) -> None:
             assert finite[:70].all()
 
 
+@both_formats
+@pytest.mark.parametrize("window", [1, 7, 16, KEY_TILE, KEY_TILE + 1, KEY_CHUNK, KEY_CHUNK + 1])
+def test_a_window_hides_what_is_before_it(format: int, window: int) -> None:
+    """Token by token, in pieces and at once: the oracle's numbers, and the same bits."""
+    heads = Heads(4, 2, 20, format=format, window=window)
+    whole = context(heads, 2 * KEY_CHUNK + 30)
+    count = len(whole.queries)
+    found = alone(heads, whole)
+    np.testing.assert_allclose(found, expected(heads, Run(whole, 0, count)), rtol=0, atol=2e-5)
+    for cut in (KEY_CHUNK - 1, KEY_CHUNK + window, count - 1):
+        for block_size in (1, 24, 64):
+            for split in (False, True, None):
+                [rest] = attend(heads, [Run(whole, cut, count)], block_size, split=split)
+                np.testing.assert_array_equal(rest, found[cut:])
+
+
+@both_formats
+def test_a_window_as_long_as_the_context_changes_no_bit(format: int) -> None:
+    heads = Heads(6, 2, 16, format=format)
+    whole = context(heads, KEY_CHUNK + 40)
+    without = alone(heads, whole)
+    for more in (0, 1, KEY_CHUNK):
+        found = alone(replace(heads, window=KEY_CHUNK + 40 + more), whole)
+        np.testing.assert_array_equal(found, without)
+
+
 # The plan of a step's work items
 
 
@@ -519,11 +556,12 @@ def test_what_is_no_number_in_a_visible_key_or_value_shows(format: int) -> None:
 @given(
     st.sampled_from([1, 2, 3, 5, 9, 13, QUERY_TILE_ROWS + 1]),
     st.lists(st.tuples(st.integers(0, 3 * KEY_CHUNK), st.integers(1, 250)), min_size=1, max_size=6),
+    st.sampled_from([0, 0, 1, 100, KEY_CHUNK, KEY_CHUNK + 1, KEY_CHUNK + 2, 2 * KEY_CHUNK]),
 )
 def test_every_token_meets_every_chunk_of_its_keys_in_one_item(
-    group_size: int, runs: list[tuple[int, int]]
+    group_size: int, runs: list[tuple[int, int]], window: int
 ) -> None:
-    heads = Heads(group_size, 1, 1)
+    heads = Heads(group_size, 1, 1, window=window)
     empty = context(heads, 0)
     batch = [Run(empty, cached, cached + new) for cached, new in runs]
     tiles, states = planned(heads, batch)
@@ -535,10 +573,23 @@ def test_every_token_meets_every_chunk_of_its_keys_in_one_item(
         for token in range(tile.first_token, end):
             met[token].append(tile.chunk)
     for sequence, run in enumerate(batch):
-        chunks = list(range(-(-run.end // KEY_CHUNK)))
         for token in range(starts[sequence], starts[sequence + 1]):
-            assert sorted(met[token]) in ([-1], chunks)
-            assert states[token] == len(met[token])
+            position = run.start + token - starts[sequence]
+            own = seen_chunks(heads, position, position + 1)
+            if met[token] == [-1]:
+                assert states[token] == 1
+            else:
+                assert len(set(met[token])) == len(met[token])
+                assert set(own) <= set(met[token])
+                assert states[token] == len(own)
+
+
+def test_a_windowed_decode_costs_no_more_in_a_longer_context() -> None:
+    heads = Heads(3, 1, 1, window=512)
+    empty = context(heads, 0)
+    for start in (100, 1000, 100_000, 100_352):
+        tiles, states = planned(heads, [Run(empty, start, start + 1)])
+        assert len(tiles) == states[0] == len(seen_chunks(heads, start, start + 1)) <= 2
 
 
 def test_a_long_decode_is_split_and_a_prefill_is_not() -> None:

@@ -1,7 +1,12 @@
 """The whole step against its definition, in models whose layers differ in every feature that a row has."""
 
+from dataclasses import dataclass
+from itertools import pairwise
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pagellm.kernels import activation
@@ -18,6 +23,7 @@ from pagellm.kernels.architecture import (
     lay_out,
     layer_rows,
 )
+from pagellm.kernels.attention import KEY_CHUNK
 from pagellm.kernels.buffers import (
     WANTED,
     Batch,
@@ -31,13 +37,14 @@ from pagellm.kernels.packing import BFLOAT16, FLOAT32, aligned_zeros, encode, nu
 from pagellm.kernels.threads import ThreadTeam
 from pagellm.kernels.transformer import step
 from tests import oracles
+from tests.conftest import at_most
 from tests.kernels.layouts import Exact, Matrix, random_matrix
 
 HIDDEN, VOCAB, EPSILON = 40, 50, 1e-5
-BLOCK_SIZE, LENGTHS = 4, (37, 9)
+LENGTHS, MAX_LEN = (37, 9, 1), 2 * KEY_CHUNK + 40
 ACTIVATIONS = [oracles.silu, oracles.gelu_tanh, oracles.gelu, oracles.relu, oracles.relu_squared]
 FREQUENCIES = (10000.0 ** (-np.arange(4) / 4), 500.0 ** (-np.arange(10) / 10), np.zeros(0))
-QUERY_SCALES = np.stack([np.ones(LENGTHS[0]), np.ones(LENGTHS[0]), 1 + np.arange(LENGTHS[0]) // 8 / 4])
+QUERY_SCALES = np.stack([np.ones(MAX_LEN), np.ones(MAX_LEN), 1 + np.arange(MAX_LEN) // 8 / 4])
 # The features that every row has; then those that a row may have besides.
 LLAMA = layer_rows(
     4,
@@ -67,12 +74,29 @@ VARIED = layer_rows(
     sub_norm=[0, 0, 1, 0, 1, 0, 0],
     parallel=[0, 0, 0, 1, 0, 0, 1],
     residual_scale=[1.0, 1.0, 0.3, 1.0, 0.22, 0.5, 0.4],
+    window=[0, 5, 1, 0, 16, 3, 40],
+)
+# All layers have a window, so that blocks are given back; and a few that are made for long contexts.
+WINDOWED = VARIED.copy()
+WINDOWED["window"] = [4, 5, 1, 9, 16, 3, 12]
+LONG = layer_rows(
+    4,
+    num_heads=[2, 4, 2, 3],
+    num_kv_heads=[2, 2, 1, 1],
+    head_dim=8,
+    attention_scale=0.5,
+    rope_table=0,
+    intermediate_size=16,
+    activation=activation.SILU,
+    gated=1,
+    window=[0, KEY_CHUNK + 90, 40, KEY_CHUNK],
 )
 # One with RMSNorm and today's neutral constants, one with LayerNorm and all others.
 ARCHITECTURES = {
     "llama": Architecture(HIDDEN, VOCAB, 0, True, False, EPSILON, LLAMA),
     "rms_norm": Architecture(HIDDEN, VOCAB, 0, True, False, EPSILON, VARIED, 6.3, 1.0, 0.0),
-    "layer_norm": Architecture(HIDDEN, VOCAB, LENGTHS[0], False, True, EPSILON, VARIED, 1.0, 0.25, 3.0),
+    "layer_norm": Architecture(HIDDEN, VOCAB, MAX_LEN, False, True, EPSILON, VARIED, 1.0, 0.25, 3.0),
+    "windowed": Architecture(HIDDEN, VOCAB, 0, True, False, EPSILON, WINDOWED),
 }
 each = pytest.mark.parametrize("name", ARCHITECTURES)
 
@@ -109,9 +133,9 @@ def model(arch: Architecture) -> tuple[list[Parts], Weights]:
                     values[start + column : start + column + piece.size] = piece.reshape(-1)
                 column = padded(len(piece))
     halves_of = np.array([len(f) for f in FREQUENCIES])
-    tables = np.zeros((2, len(FREQUENCIES), max(LENGTHS), halves_of.max()), np.float32)
+    tables = np.zeros((2, len(FREQUENCIES), MAX_LEN, halves_of.max()), np.float32)
     for table, frequencies in enumerate(FREQUENCIES):
-        angles = np.outer(np.arange(max(LENGTHS)), frequencies)
+        angles = np.outer(np.arange(MAX_LEN), frequencies)
         tables[:, table, :, : len(frequencies)] = np.cos(angles), np.sin(angles)
     scales = QUERY_SCALES.astype(np.float32)
     return plain, Weights(values, layers, rest, tables[0], tables[1], halves_of, scales)
@@ -173,48 +197,85 @@ class Definition:
         return oracles.matmul(self.norm(x, parts, "mlp_sub_norm"), parts["down"], parts["down_b"])
 
 
+# What a step computes: of some sequences, by their numbers, so many tokens more.
+Step = dict[int, int]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a batch is served: none of it may show in the logits, but for the format of the cache."""
+
+    num_threads: int = 1
+    block_size: int = 16
+    format: int = FLOAT32
+    steps: tuple[Step, ...] = ()  # all tokens at once, if there are none
+    seed: int = 0  # of the order of the blocks
+
+
 def computed(
-    arch: Architecture,
-    weights: Weights,
-    sequences: list[NDArray[np.int32]],
-    num_threads: int = 1,
-    format: int = FLOAT32,
+    arch: Architecture, weights: Weights, sequences: list[NDArray[np.int32]], setting: Setting
 ) -> list[Matrix]:
-    """The logits of every token of a batch of whole sequences, by sequence."""
-    counts = [len(ids) for ids in sequences]
-    blocks = [-(-count // BLOCK_SIZE) for count in counts]
-    tables = np.zeros((len(counts), max(blocks)), np.int32)
+    """The logits of every token of each sequence.
+
+    Blocks that are behind the windows of all layers are given back: what they hold is spoilt, and a table
+    names another in their place.
+    """
+    size, lengths = setting.block_size, [len(ids) for ids in sequences]
+    blocks = [-(-length // size) for length in lengths]
+    order = np.random.default_rng(setting.seed).permutation(sum(blocks) + 1).astype(np.int32)
+    tables = np.full((len(lengths), max(blocks)), order[-1], np.int32)
     for row, (first, count) in enumerate(zip(np.cumsum([0, *blocks]), blocks, strict=False)):
-        tables[row, :count] = np.arange(first, first + count)[::-1]
-    total = sum(counts)
-    batch = Batch(
-        np.concatenate(sequences),
-        np.zeros(len(counts), np.int32),
-        np.cumsum([0, *counts]).astype(np.int32),
-        tables,
-    )
-    wanted = [WantedRow(row, 0, -1, row, 0, 0, 0, 0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0) for row in range(total)]
-    outputs = Outputs(
-        wanted=np.array(wanted, WANTED),
-        logits=np.zeros((total, VOCAB), np.float32),
-        history=np.zeros(0, np.int32), history_start=np.zeros(total + 1, np.int32),
-        bias_ids=np.zeros(0, np.int32), bias_values=np.zeros(0, np.float32),
-        bias_start=np.zeros(total + 1, np.int32), tokens=np.zeros(total, np.int32),
-        logprobs=np.zeros(total, np.float32), top_ids=np.zeros((total, 0), np.int32),
-        top_logprobs=np.zeros((total, 0), np.float32),
-    )  # fmt: skip
-    cache = new_cache(arch, format, sum(blocks), BLOCK_SIZE)
-    plan = new_plan(arch, total, len(counts), 1)
-    work = new_workspace(arch, total, num_threads)
-    team = ThreadTeam(num_threads)
-    team.run(step, arch, weights, cache, batch, plan, outputs, work)
+        tables[row, :count] = order[first : first + count]
+    cache = new_cache(arch, setting.format, len(order), size)
+    for words in (cache.keys, cache.values):
+        words[:] = np.nan
+    total = sum(lengths)
+    work, team = new_workspace(arch, total, setting.num_threads), ThreadTeam(setting.num_threads)
+    plan = new_plan(arch, total, len(lengths), -(-max(lengths) // KEY_CHUNK))
+    window = int(arch.layers["window"].max()) if arch.layers["window"].all() else MAX_LEN
+    done, logits = [0] * len(lengths), [np.zeros((length, VOCAB), np.float32) for length in lengths]
+    for counts in setting.steps or (dict(enumerate(lengths)),):
+        starts = [done[index] for index in counts]
+        for index, start in zip(counts, starts, strict=True):
+            given_back = max(start - window + 1, 0) // size
+            for words, first_of in ((cache.keys, cache.key_start), (cache.values, cache.value_start)):
+                for first, end in pairwise(first_of):
+                    words[first:end].reshape(len(order), -1)[tables[index, :given_back]] = np.nan
+            tables[index, :given_back] = order[-1]
+        batch = Batch(
+            np.concatenate([sequences[i][done[i] : done[i] + count] for i, count in counts.items()]),
+            np.array(starts, np.int32),
+            np.cumsum([0, *counts.values()]).astype(np.int32),
+            tables[list(counts)],
+        )
+        rows = wanted(batch.token_ids.size)
+        team.run(step, arch, weights, cache, batch, plan, rows, work)
+        ends = batch.query_start_loc
+        for (index, count), first, end in zip(counts.items(), ends, ends[1:], strict=False):
+            logits[index][done[index] : done[index] + count] = rows.logits[first:end]
+            done[index] += count
     team.close()
-    return np.split(outputs.logits, np.cumsum(counts)[:-1])
+    assert done == lengths
+    return logits
 
 
-def sequences() -> list[NDArray[np.int32]]:
+def wanted(num_rows: int) -> Outputs:
+    """The logits of every token of a step."""
+    rows = [WantedRow(row, 0, -1, row, 0, 0, 0, 0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0) for row in range(num_rows)]
+    return Outputs(
+        wanted=np.array(rows, WANTED),
+        logits=np.zeros((num_rows, VOCAB), np.float32),
+        history=np.zeros(0, np.int32), history_start=np.zeros(num_rows + 1, np.int32),
+        bias_ids=np.zeros(0, np.int32), bias_values=np.zeros(0, np.float32),
+        bias_start=np.zeros(num_rows + 1, np.int32), tokens=np.zeros(num_rows, np.int32),
+        logprobs=np.zeros(num_rows, np.float32), top_ids=np.zeros((num_rows, 0), np.int32),
+        top_logprobs=np.zeros((num_rows, 0), np.float32),
+    )  # fmt: skip
+
+
+def sequences(*lengths: int) -> list[NDArray[np.int32]]:
     rng = np.random.default_rng(1)
-    return [rng.integers(0, VOCAB, length).astype(np.int32) for length in LENGTHS]
+    return [rng.integers(0, VOCAB, length).astype(np.int32) for length in lengths]
 
 
 @pytest.mark.parametrize(("format", "most"), [(FLOAT32, 2e-5), (BFLOAT16, 0.05)], ids=["float32", "bfloat16"])
@@ -224,19 +285,56 @@ def test_layers_may_differ_in_every_feature(name: str, format: int, most: float)
     arch = ARCHITECTURES[name]
     plain, weights = model(arch)
     definition = Definition(arch, plain)
-    found = computed(arch, weights, sequences(), 2, format)
-    for token_ids, logits in zip(sequences(), found, strict=True):
+    found = computed(arch, weights, sequences(*LENGTHS), Setting(num_threads=2, format=format))
+    for token_ids, logits in zip(sequences(*LENGTHS), found, strict=True):
         right = definition.logits(token_ids)
         assert np.abs(logits - right).max() < most * np.ptp(right)
 
 
+@st.composite
+def settings(draw: st.DrawFn) -> Setting:
+    """Tokens of the sequences in pieces and in any order."""
+    left = dict(enumerate(LENGTHS))
+    steps = []
+    while left:
+        counts = {index: draw(st.integers(1, count)) for index, count in left.items() if draw(st.booleans())}
+        steps.append(counts or {min(left): 1})
+        left = {i: count - steps[-1].get(i, 0) for i, count in left.items() if count > steps[-1].get(i, 0)}
+    return Setting(
+        num_threads=draw(st.integers(1, 3)),
+        block_size=draw(st.sampled_from([1, 3, 4, 16, 20, 32])),
+        format=draw(st.sampled_from([FLOAT32, BFLOAT16])),
+        steps=tuple(steps),
+        seed=draw(st.integers(0, 9)),
+    )
+
+
 @each
-def test_bits_of_such_a_model_depend_neither_on_the_batch_nor_on_the_threads(name: str) -> None:
+@at_most(40)
+@given(setting=settings())
+def test_bits_of_such_a_model_do_not_depend_on_how_it_is_served(name: str, setting: Setting) -> None:
     arch = ARCHITECTURES[name]
     _, weights = model(arch)
-    together = computed(arch, weights, sequences(), 3)
-    for token_ids, logits in zip(sequences(), together, strict=True):
-        np.testing.assert_array_equal(computed(arch, weights, [token_ids])[0], logits)
+    served = computed(arch, weights, sequences(*LENGTHS), setting)
+    for token_ids, logits in zip(sequences(*LENGTHS), served, strict=True):
+        [alone] = computed(arch, weights, [token_ids], Setting(format=setting.format))
+        np.testing.assert_array_equal(logits, alone)
+
+
+def test_layers_of_different_windows_agree_with_their_definition_in_a_long_context() -> None:
+    """At once, and with single tokens, few and many where chunks of keys end, beside another sequence."""
+    arch = Architecture(HIDDEN, VOCAB, 0, True, False, EPSILON, LONG)
+    plain, weights = model(arch)
+    token_ids = sequences(MAX_LEN, 2 * KEY_CHUNK)
+    alone = [computed(arch, weights, [ids], Setting())[0] for ids in token_ids]
+    right = Definition(arch, plain).logits(token_ids[0])
+    assert np.abs(alone[0] - right).max() < 2e-5 * np.ptp(right)
+    steps = ({0: KEY_CHUNK - 1, 1: 7}, *[{0: 1, 1: 1}] * 3, {0: 88, 1: 1000}, *[{0: 1}] * 4, {0: 5, 1: 1})
+    steps += ({0: 403, 1: 12}, {0: 1, 1: 1}, {0: 14}, {0: 35})
+    for block_size in (16, 24):
+        served = computed(arch, weights, token_ids, Setting(2, block_size, steps=steps))
+        for found, expected in zip(served, alone, strict=True):
+            np.testing.assert_array_equal(found, expected)
 
 
 FEATURES = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "attention_scale": 0.3, "rope_table": 0}
