@@ -34,6 +34,7 @@ def hybrid_from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
         expected = "0; a mixture of experts is not supported"
         raise fields.error("num_local_experts", fields.get("num_local_experts", 8), expected)
     model.layer_types("full_attention")
+    fields.expect("normalization_function", "rmsnorm")
     features, scales = _multipliers(model)
     # transformers rotates for "rope" alone; without the key nothing is rotated.
     kinds = {"rope": "rope", "nope": "nope"}

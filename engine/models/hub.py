@@ -29,8 +29,9 @@ HARMLESS = re.compile(
   | use_cache | use_return_dict | cache_implementation | cache_config | gradient_checkpointing.*
   | attn_implementation | experts_implementation | use_flash_attn | use_flash_attention(_2)?
   | .*_token | .*_token_ids? | .*_token_index | tokenizer.* | .*_tokenizer.* | prefix | chat_template
-  | .*dropout.* | .*_pdrop | initializer_.* | pretraining_tp | chunk_size_feed_forward | neftune_noise_alpha
-  | id2label | label2id | num_labels | problem_type | finetuning_task | task_specific_params | summary_.*
+  | .*dropout.* | .*_pdrop | initializer_.* | init_method | pretraining_tp | neftune_noise_alpha
+  | chunk_size_feed_forward | id2label | label2id | num_labels | problem_type | finetuning_task
+  | task_specific_params | summary_.*
   | is_decoder | tie_encoder_decoder | reorder_and_upcast_attn | n_ctx | n_special | predict_special_tokens
   | model_max_length | max_sequence_length | max_seq_length | seq_length | max_seq_len
   # Settings of sampling, which old files keep here.
@@ -149,6 +150,8 @@ class HubModel:
         otherwise.
         """
         fields, kinds = self.fields, ("full_attention", "sliding_attention")
+        for name in ("use_sliding_window", "max_window_layers"):
+            fields.get(name)  # known, also where the class passes over them
         listed = self.layer_types(*kinds)
         size = fields.integer_or_none("sliding_window", maximum=1 << 30)
         off = "sliding_window is null" if size is None else "use_sliding_window is false"

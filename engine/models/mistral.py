@@ -15,5 +15,4 @@ _DEFAULTS = {
 def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
     """Reads a config.json of model_type mistral; GGUF files of it are of architecture llama."""
     model = HubModel(checkpoint, _DEFAULTS)
-    model.fields.get("max_window_layers")  # known, and passed over by the class
     return model.spec({"window": model.windows()})

@@ -23,7 +23,12 @@ def hub_prefixes(checkpoint: Checkpoint, base: str, anchor: str) -> tuple[str, s
     base: what a language model puts before its decoder; a bare decoder has nothing there, one beside a vision
     tower a second prefix, which older files put first. anchor: a tensor that every decoder has.
     """
-    known = {"": "", base: "", f"{base}language_model.": "", f"language_model.{base}": "language_model."}
+    towers = {
+        f"{base}language_model.": "",
+        f"language_model.{base}": "language_model.",
+        "language_model.": "",
+    }
+    known = {"": "", base: "", **towers}
     for name in checkpoint.tensors:
         if name.endswith(anchor):
             decoder = name.removesuffix(anchor)

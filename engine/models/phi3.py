@@ -23,6 +23,9 @@ _DEFAULTS = {
 def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
     """Reads a config.json of model_type phi3."""
     model = HubModel(checkpoint, _DEFAULTS)
+    for name in ("full_attn_mod", "interpolate_factor"):  # of the class that Phi-4-mini brings along
+        model.fields.expect(name, 1)
+    model.fields.expect("lm_head_bias", False)
     rope = model.rope_table(partial=True, kinds=hub_rope.PHI3_KINDS)
     names = {"qkv": "self_attn.qkv_proj", "up": "mlp.gate_up_proj"}
     return model.spec({"window": model.windows()}, names, rope_tables=(rope,))

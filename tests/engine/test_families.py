@@ -1,0 +1,295 @@
+"""Architectures beside Llama: their configurations become features of layers, or one clear error."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from pagellm.engine import LLM, CheckpointError
+from pagellm.engine.checkpoints import open_checkpoint
+from pagellm.engine.execution.weights import formats_of, load_weights
+from pagellm.engine.models import ModelSpec, Source, read_spec
+from tests.conftest import MODELS
+
+ARCHITECTURES = MODELS.parent / "architectures"
+
+
+def edited(
+    tmp_path: Path,
+    name: str,
+    edit: Callable[[dict[str, Any]], None],
+    rename: Callable[[str], str] = lambda tensor: tensor,
+) -> Path:
+    """A fixture's directory after a change of its configuration, and of its tensors' names."""
+    directory = tmp_path / name
+    shutil.copytree(ARCHITECTURES / name, directory)
+    config = json.loads((directory / "config.json").read_text())
+    edit(config)
+    (directory / "config.json").write_text(json.dumps(config))
+    path = directory / "model.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = {rename(tensor): place for tensor, place in json.loads(content[8 : 8 + size]).items()}
+    written = json.dumps(header).encode()
+    path.write_bytes(len(written).to_bytes(8, "little") + written + content[8 + size :])
+    return directory
+
+
+def setting(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda config: config.update(changes)
+
+
+def spec_of(tmp_path: Path, name: str, **changes: Any) -> ModelSpec:
+    with open_checkpoint(edited(tmp_path, name, setting(**changes))) as checkpoint:
+        return read_spec(checkpoint)
+
+
+def gguf_spec(name: str, **changes: Any) -> ModelSpec:
+    """The spec of a GGUF fixture with some keys under its architecture's prefix changed; "__" is a dot."""
+    with open_checkpoint(ARCHITECTURES / name / "model.gguf") as checkpoint:
+        prefix = f"{checkpoint.config['general.architecture']}."
+        config = checkpoint.config | {prefix + key.replace("__", "."): v for key, v in changes.items()}
+        return read_spec(replace(checkpoint, config=config))
+
+
+# Keys of the configurations that their makers published, which say nothing new.
+PUBLISHED: list[tuple[str, dict[str, Any]]] = [
+    ("qwen3", {"rope_scaling": None, "max_window_layers": 28, "use_sliding_window": False}),
+    ("gemma2", {"cache_implementation": "hybrid", "hidden_act": "gelu_pytorch_tanh"}),
+    ("gemma3_text_old", {"cache_implementation": "hybrid", "rope_theta": 1000000}),
+    ("phi3", {"auto_map": {"AutoModel": "x"}, "attention_bias": False, "rope_scaling": None}),
+    ("phi4_mini", {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False}),
+    ("smollm3", {"max_window_layers": 28, "pretraining_tp": 2, "rope_scaling": None}),
+    ("granite", {"mlp_bias": False, "rope_scaling": None}),
+    ("granitemoehybrid", {"init_method": "mup", "normalization_function": "rmsnorm"}),
+    ("minicpm", {"rope_scaling": None, "mup_denominator": 32, "sparse_config": None}),
+    ("glm4", {"partial_rotary_factor": 0.5, "rope_scaling": None}),
+    ("ministral3", {"attention_bias": False, "use_cache": True}),
+    ("olmo2", {"rope_scaling": None}),
+]
+
+
+@pytest.mark.parametrize(("name", "keys"), PUBLISHED)
+def test_keys_that_published_configurations_have_change_nothing(
+    tmp_path: Path, name: str, keys: dict[str, Any]
+) -> None:
+    with open_checkpoint(ARCHITECTURES / name) as checkpoint:
+        assert spec_of(tmp_path, name, **keys) == read_spec(checkpoint)
+
+
+HUB_NAMES = sorted(path.name for path in ARCHITECTURES.iterdir() if (path / "config.json").exists())
+
+
+@pytest.mark.parametrize("name", HUB_NAMES)
+def test_a_number_under_an_unknown_key_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"chunk_gain: found 0\.5, expected no such key|model_type: found"
+    ):
+        spec_of(tmp_path, name, chunk_gain=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "message"),
+    [
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention: found True"),
+        ("gemma2", {"hidden_activation": "gelu_quick"}, "hidden_activation: found 'gelu_quick'"),
+        ("gemma2", {"hidden_act": "gelu"}, "hidden_act: found 'gelu', expected hidden_activation alone"),
+        ("gemma2", {"layer_types": ["full_attention"]}, "layer_types: found .*, expected a list of 3"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping: found 50\.0"),
+        ("gemma3", {"text_config": None}, "text_config: found None, expected the language model's"),
+        ("gemma3", {"audio_gain": 2}, "audio_gain: found 2, expected no such key"),
+        ("gemma3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config: found 'fp8'"),
+        ("granitemoehybrid", {"num_local_experts": 8}, "num_local_experts: found 8, expected 0"),
+        ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}, "found .'linear_attention"),
+        ("granitemoehybrid", {"layers_block_type": ["mamba"] * 2}, "the same as layers_block_type"),
+        ("granitemoehybrid", {"position_embedding_type": "alibi"}, "position_embedding_type: found 'alibi'"),
+        ("granite", {"residual_multiplier": 0}, "residual_multiplier: found 0, expected a positive number"),
+        ("phi4_mini", {"full_attn_mod": 2}, "full_attn_mod: found 2"),
+        ("phi3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "type: found 'linear'"),
+        ("minicpm", {"sparse_config": {"topk": 64}}, "sparse_config: found"),
+        ("mistral_window", {"layer_types": ["full_attention", "sliding_attention"]},
+         "layer_types: found .*, expected sliding_attention alone, as mistral has it"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 2, "sliding_window": 4},
+         "layer_types: found .*, expected full_attention alone where use_sliding_window is false"),
+        ("smollm3", {"no_rope_layers": [1, 2, 1, 0]}, "no_rope_layers: found .*each one of 0 and 1"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers: found .*at least 4"),
+        ("glm4", {"attention_bias": False}, "bias has no place"),
+        ("glm4", {"mlp_bias": True}, "mlp_bias: found True, expected False"),
+        ("ernie4_5", {"hidden_act": "relu"}, "hidden_act: found 'relu'"),
+    ],
+)  # fmt: skip
+def test_what_an_architecture_does_not_have_is_refused_by_name(
+    tmp_path: Path, name: str, keys: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        spec_of(tmp_path, name, **keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "message"),
+    [
+        ("gemma2", {"rope__freq_base_swa": 5e5}, r"rope\.freq_base_swa: found 500000\.0"),
+        ("gemma3_text", {"attention__sliding_window_pattern": np.ones(3, np.bool_)}, "window_pattern: found"),
+        ("glm4", {"rope__dimension_sections": np.ones(4, np.int32)}, r"rope\.dimension_sections: found"),
+        ("granite", {"expert_count": 8}, "expert_count: found 8, expected 0"),
+        (
+            "granitemoehybrid",
+            {"attention__head_count_kv": np.array([2, 0], np.int32)},
+            "head_count_kv: found",
+        ),
+        ("granite", {"deepstack_mapping": np.zeros(2, np.int32)}, "deepstack_mapping: found"),
+        ("qwen3", {"attention__sliding_window": 8}, r"attention\.sliding_window: found 8"),
+        ("olmo2", {"attention__clamp_kqv": 8.0}, r"attention\.clamp_kqv: found 8\.0"),
+    ],
+)
+def test_what_a_gguf_file_asks_for_and_is_not_there_is_refused_by_name(
+    name: str, keys: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        gguf_spec(name, **keys)
+
+
+def windows(spec: ModelSpec) -> list[int]:
+    return spec.arch.layers["window"].tolist()
+
+
+def test_windows_are_of_the_layers_that_the_configuration_says(tmp_path: Path) -> None:
+    def of(name: str, **keys: Any) -> list[int]:
+        return windows(spec_of(tmp_path / str(len(keys)), name, **keys))
+
+    assert of("gemma2") == [9, 0, 9]
+    assert of("gemma2", layer_types=None) == [9, 0, 9]
+    assert of("gemma3_text") == [9, 9, 9, 9, 9, 0, 9]
+    assert of("gemma3_text_old") == [9, 9, 9, 9, 9, 0, 9]
+    assert of("gemma3_text_old", sliding_window_pattern=2) == [9, 0, 9, 0, 9, 0, 9]
+    assert of("olmo3") == [9, 9, 9, 0]
+    assert of("olmo3", layer_types=["full_attention"] * 3 + ["sliding_attention"]) == [0, 0, 0, 9]
+    assert of("mistral_window") == [9, 9]
+    assert of("phi3_window") == [9, 9]
+    assert of("qwen3", use_sliding_window=True, sliding_window=7, layer_types=None) == [0, 0]
+    keys = {"use_sliding_window": True, "sliding_window": 7, "layer_types": None, "max_window_layers": 1}
+    assert of("qwen3", **keys) == [0, 7]
+    assert of("smollm3", use_sliding_window=True, sliding_window=7, layer_types=None) == [0, 0, 0, 7]
+
+
+def test_windows_of_gguf_files_follow_a_list_or_a_period() -> None:
+    assert windows(gguf_spec("gemma2")) == [9, 0, 9]
+    assert windows(gguf_spec("gemma3_text")) == [9, 9, 9, 9, 9, 0, 9]
+    assert windows(gguf_spec("gemma3_text", attention__sliding_window_pattern=3)) == [9, 9, 0, 9, 9, 0, 9]
+    assert windows(gguf_spec("gemma3_text", attention__sliding_window=0)) == [0] * 7
+    pattern = np.array([False, True, False, True])
+    assert windows(gguf_spec("olmo3", attention__sliding_window_pattern=pattern)) == [0, 9, 0, 9]
+
+
+def test_layers_have_the_rotary_embeddings_of_their_kind(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, "gemma3_text_old")
+    assert spec.arch.layers["rope_table"].tolist() == [1, 1, 1, 1, 1, 0, 1]
+    stretched, local = (table.frequencies for table in spec.rope_tables)
+    assert stretched[1] == pytest.approx(1e6 ** (-2 / 8) / 8)
+    assert local[1] == pytest.approx(1e4 ** (-2 / 8))
+    assert spec_of(tmp_path, "smollm3").arch.layers["rope_table"].tolist() == [0, 0, 0, -1]
+
+
+def test_multipliers_are_of_the_model_and_of_its_layers(tmp_path: Path) -> None:
+    granite = spec_of(tmp_path, "granite").arch
+    assert (granite.embedding_scale, granite.logits_scale) == (12.0, pytest.approx(1 / 3))
+    assert granite.layers["residual_scale"].tolist() == [0.35, 0.35]
+    assert granite.layers["attention_scale"].tolist() == [0.2, 0.2]
+    minicpm = spec_of(tmp_path, "minicpm").arch
+    assert (minicpm.embedding_scale, minicpm.logits_scale) == (12.0, 0.5)
+    assert minicpm.layers["residual_scale"].tolist() == [1.4 / 2**0.5] * 2
+    gemma2 = spec_of(tmp_path, "gemma2").arch
+    assert (gemma2.embedding_scale, gemma2.logits_softcap) == (6.0, 4.0)
+    assert gemma2.layers["attention_softcap"].tolist() == [3.0] * 3
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral3"])
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", "language_model."])
+def test_a_language_model_beside_a_vision_tower_is_read_alone(tmp_path: Path, name: str, prefix: str) -> None:
+    def rename(tensor: str) -> str:
+        is_other = "vision" in tensor or "projector" in tensor
+        if is_other and prefix == "model.language_model.":
+            return f"model.{tensor}"
+        return tensor.replace("language_model.model.", prefix)
+
+    with open_checkpoint(ARCHITECTURES / name) as checkpoint:
+        plain = read_spec(checkpoint)
+    with open_checkpoint(edited(tmp_path, name, setting(), rename)) as checkpoint:
+        spec = read_spec(checkpoint)
+    assert spec.arch == plain.arch
+    assert spec.rest["embedding"][0].tensor == f"{prefix}embed_tokens.weight"
+    assert "vision tower" in spec.left_alone
+
+
+def test_a_text_config_without_a_type_is_of_the_whole_s(tmp_path: Path) -> None:
+    def forget(config: dict[str, Any]) -> None:
+        del config["text_config"]["model_type"]
+
+    with open_checkpoint(edited(tmp_path, "gemma3", forget)) as checkpoint:
+        assert read_spec(checkpoint).architecture == "gemma3_text"
+
+
+# Loading
+
+
+def fused(config: dict[str, Any], tensors: dict[str, Any]) -> None:
+    """A llama's Q, K and V, and its gate and linear half, as the tensors of a phi3."""
+    config.update(model_type="phi3", original_max_position_embeddings=None)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        qkv = [tensors.pop(f"{prefix}.self_attn.{one}_proj.weight") for one in "qkv"]
+        up = [tensors.pop(f"{prefix}.mlp.{one}_proj.weight") for one in ("gate", "up")]
+        tensors[f"{prefix}.self_attn.qkv_proj.weight"] = np.concatenate(qkv)
+        tensors[f"{prefix}.mlp.gate_up_proj.weight"] = np.concatenate(up)
+
+
+def logits(path: Path, quantization: str) -> np.ndarray:
+    llm = LLM(str(path), num_blocks=16, num_threads=2, quantization=quantization, show_progress=False)
+    result = llm.logits(list(range(20)))
+    llm.close()
+    return result
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_fused_tensor_gives_the_bits_of_its_pieces(tmp_path: Path, quantization: str) -> None:
+    plain = tmp_path / "plain"
+    shutil.copytree(MODELS / "llama_mha", plain)
+    config = json.loads((plain / "config.json").read_text())
+    tensors = load_file(plain / "model.safetensors")
+    fused(config, tensors)
+    other = tmp_path / "fused"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(config))
+    save_file(tensors, other / "model.safetensors")
+    np.testing.assert_array_equal(logits(plain, quantization), logits(other, quantization))
+
+
+@pytest.mark.parametrize("rows", [((0, 36),), ((6, 12), (0, 6), (24, 36)), ((30, 36), (12, 18))])
+@pytest.mark.parametrize("rotary_dim", [0, 4])
+def test_ranges_of_rows_and_rotary_pairs_are_taken_in_their_order(
+    rows: tuple[tuple[int, int], ...], rotary_dim: int
+) -> None:
+    """Of the embedding of a tiny model, taken for heads of six."""
+    with open_checkpoint(MODELS / "gguf_llama_f32" / "model.gguf") as checkpoint:
+        spec = read_spec(checkpoint)
+        tensor = checkpoint.tensors["blk.0.attn_q.weight"]
+        heads = sum(end - first for first, end in rows) // 6
+        source = Source(
+            tensor.name, tensor.shape, rows=rows, paired_heads=heads, rotary_dim=rotary_dim, add=1.0
+        )
+        stored = np.concatenate([tensor.rows(first, end) for first, end in rows]).reshape(heads, 6, -1)
+        order = [0, 2, 4, 1, 3, 5] if rotary_dim == 0 else [0, 2, 1, 3, 4, 5]
+        expected = stored[:, order].reshape(heads * 6, -1) + np.float32(1)
+        arch = spec.arch._replace(num_positions=heads * 6)
+        rest = {**spec.rest, "position_embedding": (source,)}
+        spec = replace(spec, arch=arch, rest=rest)
+        weights = load_weights(checkpoint, spec, formats_of(checkpoint, spec, "none"), 8, show=False)
+        start = int(weights.rest[0]["position_embedding"]["start"])
+        loaded = weights.values[start : start + expected.size].reshape(expected.shape)
+        np.testing.assert_array_equal(loaded, expected)
