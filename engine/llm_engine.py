@@ -410,11 +410,6 @@ class LLMEngine:
             token_ids = self.tokenizer.encode(text)
         else:
             self._check_token_ids("prompt", token_ids)
-        limit = self.spec.max_positions
-        if limit == self.spec.sliding_window and len(token_ids) > limit:
-            raise RequestError(
-                f"prompt: found {len(token_ids)} tokens, expected at most {limit}, {self.spec.context}"
-            )
         return text, token_ids
 
     def _check_token_ids(self, name: str, token_ids: Items[int]) -> None:

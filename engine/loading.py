@@ -91,7 +91,7 @@ def load_engine(
             _say_converted(checkpoint, converted_types(checkpoint, spec, formats))
         memory = read_memory()
         weight_bytes = 4 * lay_out(spec.arch, formats)[2]
-        complete = size_cache(asked, spec.max_positions, token_bytes, memory, spec.context, weight_bytes)
+        complete = size_cache(asked, spec.max_positions, token_bytes, memory, weight_bytes)
         block_bytes = token_bytes * complete.block_size
         scheduler = Scheduler.with_blocks(complete)
         step_log = None if complete.step_log is None else StepLogFile(complete.step_log)
@@ -111,18 +111,18 @@ def size_cache(
     context: int,
     token_bytes: int,
     memory: Memory,
-    context_name: str = "the context of this model",
     weight_bytes: int = 0,
 ) -> CompleteConfig:
     """The settings with what the user left open filled in for a model and the memory that there is.
 
     context: tokens that the model can take. token_bytes: keys and values of one token, in all layers.
-    context_name: what the first is, as a message says it. weight_bytes: memory that the weights will take of
+    weight_bytes: memory that the weights will take of
     what is available. Raises `ConfigError` for what the model or the memory cannot hold.
     """
     if config.max_model_len is not None and config.max_model_len > context:
         raise ConfigError(
-            f"max_model_len: found {config.max_model_len}, expected at most {context}, {context_name}"
+            f"max_model_len: found {config.max_model_len}, expected at most {context}, the context "
+            "of this model"
         )
     block_bytes = token_bytes * config.block_size
     affordable = max(1, min(memory.available // _SHARE, memory.available - weight_bytes) // block_bytes)

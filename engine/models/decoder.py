@@ -89,14 +89,10 @@ class Decoder:
             logits_scale=self.logits_scale,
             logits_softcap=self.logits_softcap,
         )
-        windows = arch.layers["window"]
-        window = int(windows[windows > 0].min()) if windows.any() else None
-        positions = max([self.max_positions, *(table.max_positions for table in self.rope_tables)])
         return ModelSpec(
             architecture=self.architecture,
             arch=arch,
-            max_positions=positions if window is None else min(positions, window),
-            sliding_window=window,
+            max_positions=max([self.max_positions, *(table.max_positions for table in self.rope_tables)]),
             rope_tables=self.rope_tables,
             layers=tuple(self._parts(arch, index) for index in range(self.num_layers)),
             rest=self._parts(arch, None),

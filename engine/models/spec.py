@@ -62,10 +62,9 @@ class ModelSpec:
     """A decoder of the GPT-2 or Llama family, whatever its checkpoint called things.
 
     architecture: its name; arch: its numbers. rope_tables: what a layer's `rope_table` is the index of.
-    layers, rest: the tensors of every part; biases that are not named are zeros. sliding_window: tokens that
-    attention sees in some layers; up to so many it is full attention, and max_positions is no more.
-    repeated: tensors whose values another one has, or the other fields have. left_alone: what there is to say
-    of tensors that belong to more than a language model; empty where there are none.
+    layers, rest: the tensors of every part; biases that are not named are zeros. repeated: tensors whose
+    values another one has, or the other fields have. left_alone: what there is to say of tensors that belong
+    to more than a language model; empty where there are none.
     """
 
     architecture: str
@@ -74,7 +73,6 @@ class ModelSpec:
     rope_tables: tuple[RopeTable, ...]
     layers: tuple[Parts, ...] = field(repr=False)
     rest: Parts = field(repr=False)
-    sliding_window: int | None = None
     repeated: tuple[str, ...] = ()
     left_alone: str = ""
 
@@ -123,10 +121,3 @@ class ModelSpec:
     def vocab_size(self) -> int:
         """Rows of the embedding, and logits of a token."""
         return self.arch.vocab_size
-
-    @property
-    def context(self) -> str:
-        """What max_positions is, as a message says it."""
-        if self.max_positions == self.sliding_window:
-            return "the sliding window of this model, beyond which its attention is not supported"
-        return "the context of this model"

@@ -1,6 +1,5 @@
 """The offline API and the engine under it, on a small random model with a tokenizer."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -566,22 +565,6 @@ def test_an_error_in_a_gguf_file_s_tokenizer_names_the_file(tmp_path: Path) -> N
         CheckpointError, match=r"m\.gguf: tokenizer\.ggml\.pre: found None, expected a string"
     ):
         LLM(str(path))
-
-
-def test_a_prompt_beyond_a_sliding_window_is_refused_by_naming_it(tmp_path: Path) -> None:
-    directory = tmp_path / "m"
-    shutil.copytree(model_path("mistral"), directory)
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"sliding_window": 8}))
-    window = "expected at most 8, the sliding window of this model"
-    with pytest.raises(ConfigError, match=f"max_model_len: found 9, {window}"):
-        LLM(str(directory), max_model_len=9)
-    llm = LLM(str(directory))
-    with pytest.raises(RequestError, match=f"prompt: found 9 tokens, {window}"):
-        llm.generate([[1] * 9])
-    [output] = llm.generate([[1] * 5], SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))
-    assert len(output.token_ids) == 3
-    llm.close()
 
 
 @pytest.mark.parametrize(

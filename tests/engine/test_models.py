@@ -148,41 +148,40 @@ def test_a_tensor_without_a_place_is_named(tmp_path: Path) -> None:
         edited(tmp_path, "llama_mha", edit)
 
 
-def test_sliding_window_attention_is_served_within_its_window(tmp_path: Path) -> None:
-    assert edited(tmp_path, "mistral", setting(sliding_window=20)).max_positions == 20
-    assert edited(tmp_path / "none", "mistral", setting(sliding_window=None)).max_positions > 20
+def windows(spec: ModelSpec) -> list[int]:
+    """Of each layer; every context is served up to its end, whatever the windows are."""
+    assert spec.max_positions == 64
+    return spec.arch.layers["window"].tolist()
 
 
 def test_a_mistral_without_a_window_has_its_class_s_and_null_means_none(tmp_path: Path) -> None:
     def without_window(config: dict[str, Any], _tensors: dict[str, Any]) -> None:
-        config["max_position_embeddings"] = 9999
         del config["sliding_window"]
 
-    assert edited(tmp_path, "mistral", without_window).max_positions == 4096
-    spec = edited(tmp_path / "null", "mistral", setting(max_position_embeddings=9999, sliding_window=None))
-    assert spec.max_positions == 9999
-    assert spec.sliding_window is None
+    assert windows(edited(tmp_path, "mistral", setting(sliding_window=20))) == [20]
+    assert windows(edited(tmp_path / "absent", "mistral", without_window)) == [4096]
+    assert windows(edited(tmp_path / "null", "mistral", setting(sliding_window=None))) == [0]
 
 
 @pytest.mark.parametrize(
-    ("changes", "max_positions"),
+    ("changes", "expected"),
     [
-        ({"layer_types": ["full_attention"] * 2}, 64),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, 20),
-        ({"max_window_layers": 2}, 64),  # from that layer on
-        ({"max_window_layers": 1}, 20),
-        ({"sliding_window": None, "max_window_layers": 0}, 64),
-        ({"use_sliding_window": False, "max_window_layers": 0}, 64),
+        ({"layer_types": ["full_attention"] * 2}, [0, 0]),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, [0, 20]),
+        ({"max_window_layers": 2}, [0, 0]),  # from that layer on
+        ({"max_window_layers": 1}, [0, 20]),
+        ({"sliding_window": None, "max_window_layers": 0}, [0, 0]),
+        ({"use_sliding_window": False, "max_window_layers": 0}, [0, 0]),
     ],
 )
 def test_qwen2_s_window_counts_where_a_layer_uses_it(
-    tmp_path: Path, changes: dict[str, Any], max_positions: int
+    tmp_path: Path, changes: dict[str, Any], expected: list[int]
 ) -> None:
     def edit(config: dict[str, Any], _tensors: dict[str, Any]) -> None:
         config.pop("layer_types", None)
         config.update({"use_sliding_window": True, "sliding_window": 20} | changes)
 
-    assert edited(tmp_path, "qwen2", edit).max_positions == max_positions
+    assert windows(edited(tmp_path, "qwen2", edit)) == expected
 
 
 @pytest.mark.parametrize("changes", [{"sliding_window": None}, {"use_sliding_window": False}])
@@ -194,7 +193,7 @@ def test_layers_that_slide_need_a_window(tmp_path: Path, changes: dict[str, Any]
 
 def test_llama_s_class_knows_no_window(tmp_path: Path) -> None:
     spec = edited(tmp_path, "llama_mha", setting(sliding_window=8, use_sliding_window=True))
-    assert spec.max_positions == 64
+    assert windows(spec) == [0, 0]
 
 
 @pytest.mark.parametrize(
