@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, Phase, settings
 from pagellm.engine import LLM, CheckpointError
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
+ARCHITECTURES = Path(__file__).parent / "fixtures" / "architectures"
 
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # `--hypothesis-profile=quick`: for tests that run many times over, once for each instruction set.
@@ -25,9 +26,9 @@ def at_most(examples: int) -> settings:
 
 
 def model_path(name: str) -> Path:
-    """A small random checkpoint: its directory, or its GGUF file."""
-    gguf = MODELS / name / "model.gguf"
-    return gguf if gguf.exists() else MODELS / name
+    """A small random checkpoint: its directory, or its GGUF file if there is nothing else."""
+    directory = MODELS / name if (MODELS / name).exists() else ARCHITECTURES / name
+    return directory if (directory / "config.json").exists() else directory / "model.gguf"
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,17 @@ from dataclasses import replace
 from pagellm.engine.checkpoints import BLOCK_SIZES, SUPPORTED_DTYPES, Checkpoint
 from pagellm.engine.errors import CheckpointError, found, named
 from pagellm.engine.models import (
+    bitnet,
+    cohere,
     ernie4_5,
+    falcon,
     gemma2,
     gemma3,
     glm4,
     gpt2,
+    gpt_bigcode,
+    gpt_neox,
+    gptj,
     granite,
     llama,
     minicpm,
@@ -23,10 +29,13 @@ from pagellm.engine.models import (
     mistral,
     multimodal,
     olmo2,
+    opt,
+    phi,
     phi3,
     qwen2,
     qwen3,
     smollm3,
+    starcoder2,
 )
 from pagellm.engine.models.names import names_of
 from pagellm.engine.models.spec import ModelSpec, Source
@@ -34,12 +43,19 @@ from pagellm.engine.models.spec import ModelSpec, Source
 __all__ = ["ModelSpec", "Source", "read_spec"]
 
 _HUGGINGFACE = {
+    "bitnet": bitnet.from_huggingface,
+    "cohere": cohere.from_huggingface,
+    "cohere2": cohere.cohere2_from_huggingface,
     "ernie4_5": ernie4_5.from_huggingface,
+    "falcon": falcon.from_huggingface,
     "gemma2": gemma2.from_huggingface,
     "gemma3_text": gemma3.from_huggingface,
     "glm": glm4.from_huggingface,
     "glm4": glm4.from_huggingface,
     "gpt2": gpt2.from_huggingface,
+    "gpt_bigcode": gpt_bigcode.from_huggingface,
+    "gpt_neox": gpt_neox.from_huggingface,
+    "gptj": gptj.from_huggingface,
     "granite": granite.from_huggingface,
     "granitemoehybrid": granite.hybrid_from_huggingface,
     "llama": llama.from_huggingface,
@@ -48,32 +64,46 @@ _HUGGINGFACE = {
     "mistral": mistral.from_huggingface,
     "olmo2": olmo2.from_huggingface,
     "olmo3": olmo2.olmo3_from_huggingface,
+    "opt": opt.from_huggingface,
+    "phi": phi.from_huggingface,
     "phi3": phi3.from_huggingface,
     "qwen2": qwen2.from_huggingface,
     "qwen3": qwen3.from_huggingface,
     "smollm3": smollm3.from_huggingface,
+    "starcoder2": starcoder2.from_huggingface,
 }
 _GGUF = {
+    "bitnet": bitnet.from_gguf,
     "chatglm": glm4.from_gguf,
+    "cohere2": cohere.from_gguf,
+    "command-r": cohere.from_gguf,
     "ernie4_5": ernie4_5.from_gguf,
+    "falcon": falcon.from_gguf,
     "gemma2": gemma2.from_gguf,
     "gemma3": gemma3.from_gguf,
     "glm4": glm4.from_gguf,
     "gpt2": gpt2.from_gguf,
+    "gptneox": gpt_neox.from_gguf,
     "granite": granite.from_gguf,
     "llama": llama.from_gguf,
     "minicpm": minicpm.from_gguf,
     "mistral3": ministral3.from_gguf,
     "olmo2": olmo2.from_gguf,
+    "phi2": phi.from_gguf,
     "phi3": phi3.from_gguf,
     "qwen2": qwen2.from_gguf,
     "qwen3": qwen3.from_gguf,
     "smollm3": smollm3.from_gguf,
+    "starcoder": gpt2.from_gguf,
+    "starcoder2": starcoder2.from_gguf,
 }
 
 # Tensors of published checkpoints that repeat the configuration; transformers passes over them, too.
 _REDUNDANT = {
-    "safetensors": re.compile(r".*\.rotary_emb\.inv_freq|(.*\.)?h\.\d+\.attn\.(masked_)?bias"),
+    "safetensors": re.compile(
+        r".*\.rotary_emb\.inv_freq|(.*\.)?h\.\d+\.attn\.(masked_)?bias"
+        r"|(.*\.)?layers\.\d+\.attention\.(masked_)?bias"
+    ),
     "gguf": re.compile(r"(?!)"),
 }
 

@@ -36,6 +36,7 @@ class Differences(TypedDict, total=False):
     grouped_qkv: bool
     transposed: bool
     num_positions: int
+    first_position: int
     embedding_scale: float
     logits_scale: float
     logits_softcap: float
@@ -49,7 +50,8 @@ class Decoder:
     features: of `layer_rows`, a number for all layers or one for each. biases: the parts that have one.
     norm_add: added to the weights of norms. paired: Q and K are stored as neighbouring rotary pairs.
     grouped_qkv: a fused QKV tensor has, for each KV head, its queries, the key and the value. transposed:
-    the matrices of layers are stored as [inputs, outputs]. repeated: of `ModelSpec`. max_positions: what the
+    the matrices of layers are stored as [inputs, outputs]. first_position: the row of the learned positions
+    that is position 0's. repeated: of `ModelSpec`. max_positions: what the
     checkpoint says; its RoPE tables may be made for more.
     """
 
@@ -69,6 +71,7 @@ class Decoder:
     grouped_qkv: bool = False
     transposed: bool = False
     num_positions: int = 0
+    first_position: int = 0
     embedding_scale: float = 1.0
     logits_scale: float = 1.0
     logits_softcap: float = 0.0
@@ -121,6 +124,10 @@ class Decoder:
     def _sources(
         self, part: Part, tensors: list[str], pieces: list["_Piece"], shape: tuple[int, ...], row: Any
     ) -> Iterator[Source]:
+        if part.name == "position_embedding" and self.first_position:
+            first, end = self.first_position, self.first_position + shape[0]
+            yield Source(tensors[0], (end, *shape[1:]), rows=((first, end),))
+            return
         add = self.norm_add if part.kind is Kind.VECTOR and part.name.endswith("norm") else 0.0
         rotary_dim = self._paired_dim(row)
         end = 0

@@ -3,13 +3,15 @@
 GPT-3-shaped configurations are the same architecture at other sizes.
 """
 
+from typing import Any
+
 from pagellm.engine.checkpoints import Checkpoint
 from pagellm.engine.models.gguf import GgufModel
 from pagellm.engine.models.hub import GELU_OR_RELU, HubModel
 from pagellm.engine.models.spec import ModelSpec
 from pagellm.kernels.activation import GELU_TANH
 
-_DEFAULTS = {
+DEFAULTS = {
     "vocab_size": 50257,
     "hidden_size": 768,
     "intermediate_size": None,
@@ -20,7 +22,7 @@ _DEFAULTS = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
 }
-_KEYS = {
+KEYS = {
     "hidden_size": "n_embd",
     "intermediate_size": "n_inner",
     "num_hidden_layers": "n_layer",
@@ -31,7 +33,7 @@ _KEYS = {
     "num_key_value_heads": None,
     "head_dim": None,
 }
-_NAMES = {
+NAMES = {
     "embedding": "wte",
     "position_embedding": "wpe",
     "final_norm": "ln_f",
@@ -43,34 +45,38 @@ _NAMES = {
     "up": "mlp.c_fc",
     "down": "mlp.c_proj",
 }
-_BIASES = ("attention_norm", "qkv", "output", "mlp_norm", "up", "down", "final_norm")
+BIASES = ("attention_norm", "qkv", "output", "mlp_norm", "up", "down", "final_norm")
 
 
 def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
     """Reads a config.json of model_type gpt2."""
-    model = HubModel(checkpoint, _DEFAULTS, _KEYS)
-    fields = model.fields
-    fields.expect("scale_attn_by_inverse_layer_idx", False)
-    if model.hidden_size % model.num_heads:
-        raise fields.error("hidden_size", model.hidden_size, f"a multiple of n_head, {model.num_heads}")
-    features = {
-        "attention_scale": model.head_dim**-0.5 if fields.boolean("scale_attn_weights", True) else 1.0,
-        "rope_table": -1,
-        "intermediate_size": fields.integer_or_none("intermediate_size") or 4 * model.hidden_size,
-        "gated": False,
-    }
+    model = HubModel(checkpoint, DEFAULTS, KEYS)
+    model.fields.expect("scale_attn_by_inverse_layer_idx", False)
     # Published checkpoints hold the bare decoder; saved from a language model it has a prefix.
     return model.spec(
-        features,
-        _NAMES,
+        features(model),
+        NAMES,
         GELU_OR_RELU,
         base="transformer.",
         rope_tables=(),
         num_positions=model.max_positions,
         layer_norm=True,
-        biases=_BIASES,
+        biases=BIASES,
         transposed=True,
     )
+
+
+def features(model: HubModel) -> dict[str, Any]:
+    """How its layers differ from Llama's, by a config.json of GPT-2 or of its relatives."""
+    fields = model.fields
+    if model.hidden_size % model.num_heads:
+        raise fields.error("hidden_size", model.hidden_size, f"a multiple of n_head, {model.num_heads}")
+    return {
+        "attention_scale": model.head_dim**-0.5 if fields.boolean("scale_attn_weights", True) else 1.0,
+        "rope_table": -1,
+        "intermediate_size": fields.integer_or_none("intermediate_size") or 4 * model.hidden_size,
+        "gated": False,
+    }
 
 
 def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
@@ -85,5 +91,5 @@ def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
         rope_tables=(),
         num_positions=model.max_positions,
         layer_norm=True,
-        biases=_BIASES,
+        biases=BIASES,
     )

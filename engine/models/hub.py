@@ -232,14 +232,15 @@ class HubModel:
             for part in ("embedding", "position_embedding", "final_norm", "layer")
             if part in names
         }
+        head = f"{wrapper}{names['lm_head']}.weight"
         embedding, lm_head, repeated = embedding_and_head(
             self.checkpoint,
             f"{full['embedding']}.weight",
-            f"{wrapper}{names['lm_head']}.weight",
+            head,
             self.fields.boolean("tie_word_embeddings"),
         )
         full["embedding"] = embedding.removesuffix(".weight")
-        full["lm_head"] = (lm_head or embedding).removesuffix(".weight")
+        full["lm_head"] = (lm_head or head).removesuffix(".weight")
         return {**names, **full}, lm_head is None, repeated
 
 
