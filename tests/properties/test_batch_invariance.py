@@ -7,9 +7,11 @@ again), and each answer is compared with the same request alone in an engine tha
 
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,6 +43,22 @@ SERVED = (
     ("llama_mqa", "int4"),
     ("gguf_llama_q4_0", "auto"),
     ("gguf_llama_q4_1", "auto"),
+)
+# Models with the features that Llama and GPT-2 have not, each with some of them.
+FEATURES = (
+    "qwen3",  # norms of query and key heads
+    "olmo2",  # norms of whole queries and keys, and only after both halves
+    "gemma2",  # windows, softcaps, norms on both sides, the embedding scaled
+    "gemma3_text",  # windows and two RoPE tables
+    "phi4_mini",  # LongRoPE in a part of each head, fused projections
+    "smollm3",  # layers without RoPE
+    "ministral3",  # queries scaled by position
+    "granite",  # residuals and logits scaled
+    "gpt_neox",  # parallel halves with a norm each
+    "falcon_7b",  # and with one for both; one KV head
+    "cohere2",  # LayerNorm without a bias, windows
+    "opt",  # learned positions that begin at row 2
+    "bitnet",  # norms before the last products, ReLU squared
 )
 
 
@@ -170,15 +188,34 @@ def configs(draw: st.DrawFn) -> EngineConfig:
     )
 
 
+def serving(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Draws so many ways to serve requests, each a `config`, `drawn`, `cache_resets` and `in_a_file`."""
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        drawn = given(
+            config=configs(),
+            drawn=st.lists(requests(), min_size=1, max_size=6),
+            cache_resets=st.frozensets(st.integers(0, 12), max_size=2),
+            in_a_file=st.booleans(),
+        )
+        return settings(max_examples=examples, suppress_health_check=list(HealthCheck))(drawn(test))
+
+    return decorate
+
+
 @pytest.mark.parametrize(("model", "quantization"), SERVED)
-@given(
-    config=configs(),
-    drawn=st.lists(requests(), min_size=1, max_size=6),
-    cache_resets=st.frozensets(st.integers(0, 12), max_size=2),
-    in_a_file=st.booleans(),
-)
-@settings(max_examples=200, suppress_health_check=list(HealthCheck))
-def test_an_answer_does_not_depend_on_how_it_was_served(
+@serving(examples=200)
+def test_an_answer_does_not_depend_on_how_it_was_served(model: str, quantization: str, **drawn: Any) -> None:
+    check_serving(model, quantization, **drawn)
+
+
+@pytest.mark.parametrize("model", FEATURES)
+@serving(examples=30)
+def test_nor_does_it_with_any_feature_of_a_layer(model: str, **drawn: Any) -> None:
+    check_serving(model, "none", **drawn)
+
+
+def check_serving(
     model: str,
     quantization: str,
     config: EngineConfig,
@@ -186,6 +223,7 @@ def test_an_answer_does_not_depend_on_how_it_was_served(
     cache_resets: frozenset[int],
     in_a_file: bool,
 ) -> None:
+    """Each answer is that of the same request alone."""
     with tempfile.TemporaryDirectory() as directory:
         swap_dir = directory if in_a_file and config.num_swap_blocks else None
         config = replace(config, quantization=quantization, swap_dir=swap_dir)
