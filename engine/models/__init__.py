@@ -85,6 +85,7 @@ _GGUF = {
     "gpt2": gpt2.from_gguf,
     "gptneox": gpt_neox.from_gguf,
     "granite": granite.from_gguf,
+    "granitehybrid": granite.from_gguf,
     "llama": llama.from_gguf,
     "minicpm": minicpm.from_gguf,
     "mistral3": ministral3.from_gguf,
@@ -122,7 +123,8 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
     try:
         name = checkpoint.config.get(key)
         redundant, left_alone = _REDUNDANT[checkpoint.format], ""
-        if key == "model_type" and isinstance(name, str) and name in multimodal.TEXT_TYPES:
+        wrapped = multimodal.TEXT_TYPES if key == "model_type" else {}
+        if isinstance(name, str) and name in wrapped:
             checkpoint = multimodal.text_checkpoint(checkpoint)
             name = checkpoint.config[key]
             redundant = re.compile(f"{redundant.pattern}|{multimodal.OTHER_TENSORS.pattern}")
@@ -130,7 +132,7 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
         if not isinstance(name, str) or name not in readers:
             raise CheckpointError(
                 f"{key}: found {found(name)}, expected an architecture that is supported: "
-                f"{', '.join(readers)}"
+                f"{', '.join(sorted({*readers, *wrapped}))}"
             )
         spec = replace(readers[name](checkpoint), left_alone=left_alone)
     except CheckpointError as error:

@@ -174,7 +174,7 @@ class Decoder:
 
 
 class _Piece(NamedTuple):
-    """A part of a part."""
+    """Outputs of a part that belong together."""
 
     outputs: int
     heads: int = 0  # of which RoPE rotates the outputs

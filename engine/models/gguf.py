@@ -149,7 +149,8 @@ class GgufModel:
         if not isinstance(value, np.ndarray):
             return self.fields.integer(name, self.num_heads)
         if value.shape != (self.num_layers,) or not (value > 0).all():
-            raise self.fields.error(name, value, f"{self.num_layers} numbers above 0")
+            expected = f"a number above 0 for each of {self.num_layers} layers; all need attention"
+            raise self.fields.error(name, value, expected)
         return [int(number) for number in value]
 
     def _has_bias(self, names: Names, part: str) -> bool:

@@ -6,6 +6,7 @@ Granite 4's hybrid class holds dense models, too: without experts and with atten
 from typing import Any
 
 from pagellm.engine.checkpoints import Checkpoint
+from pagellm.engine.models.fields import REQUIRED
 from pagellm.engine.models.gguf import GgufModel
 from pagellm.engine.models.hub import ATTENTION, MLP, HubModel
 from pagellm.engine.models.spec import ModelSpec
@@ -60,7 +61,7 @@ def _multipliers(model: HubModel) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
-    """Reads the metadata of a GGUF file of architecture granite, as dense models of both classes have it."""
+    """Reads the metadata of a GGUF file of architecture granite or granitehybrid, of a dense model."""
     model = GgufModel(checkpoint)
     number = model.fields.number
     features = {"residual_scale": number("residual_scale", 1.0)}
@@ -72,6 +73,6 @@ def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
         features,
         paired=True,
         embedding_scale=number("embedding_scale", 1.0),
-        logits_scale=1 / number("logit_scale"),
+        logits_scale=1 / number("logit_scale", 1.0 if model.architecture == "granitehybrid" else REQUIRED),
         harmless=r"ssm\..*|expert_shared_feed_forward_length",
     )

@@ -128,6 +128,9 @@ class HubModel:
         self.hidden_size = fields.integer("hidden_size")
         self.num_heads = fields.integer("num_attention_heads")
         self.head_dim = fields.integer_or_none("head_dim") or self.hidden_size // self.num_heads
+        if not self.head_dim:
+            expected = f"at most hidden_size, {self.hidden_size}"
+            raise fields.error("num_attention_heads", self.num_heads, expected)
         self.num_layers = count_layers(fields, "num_hidden_layers", checkpoint)
         self.max_positions = fields.integer("max_position_embeddings", maximum=1 << 30)
 

@@ -326,3 +326,19 @@ def test_ranges_of_rows_and_rotary_pairs_are_taken_in_their_order(
         start = int(weights.rest[0]["position_embedding"]["start"])
         loaded = weights.values[start : start + expected.size].reshape(expected.shape)
         np.testing.assert_array_equal(loaded, expected)
+
+
+def test_more_heads_than_dimensions_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    for name in ("gemma2", "olmo2"):
+        with pytest.raises(CheckpointError, match="num_attention_heads: found 4000, expected at most"):
+            spec_of(tmp_path, name, num_attention_heads=4000, head_dim=None)
+
+
+@pytest.mark.parametrize(("value", "scale"), [({}, 1 / 3), ({"logit_scale": 2.0}, 0.5)])
+def test_a_dense_granite_may_be_called_a_hybrid(value: dict[str, Any], scale: float) -> None:
+    with open_checkpoint(ARCHITECTURES / "granitemoehybrid" / "model.gguf") as checkpoint:
+        config = {key.replace("granite.", "granitehybrid."): v for key, v in checkpoint.config.items()}
+        config |= {"general.architecture": "granitehybrid"}
+        config |= {f"granitehybrid.{key}": v for key, v in value.items()}
+        spec = read_spec(replace(checkpoint, config=config))
+    assert spec.arch.logits_scale == pytest.approx(scale)
