@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pagellm.engine.tokenizer.control_tokens import ControlTokens
     from pagellm.engine.tokenizer.template_sandbox import SandboxedTemplate
 
-# Under these names messages carry what a model thought; templates read the first, or "thinking".
+# Under these names messages carry what a model thought; templates read one or another of them.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 # Roles that templates know. They compare them, and may write control tokens with them: they are not marked.
 ROLES = frozenset({"system", "developer", "user", "assistant", "model", "tool", "function", "ipython"})
@@ -53,8 +53,9 @@ class ChatTemplate:
 
         messages: each a mapping with a string `role` and a `content`: a string, or a list of parts
         {"type": "text", "text": ...}, which a template that does not go through parts sees joined
-        by line ends. It may be left out beside `tool_calls` or what the model thought. Names whose value is
-        None are left out.
+        by line ends. It may be left out beside `tool_calls` or what the model thought, which is its
+        `reasoning`, `reasoning_content` or `thinking`, or parts {"type": "thinking", "thinking": ...}: a
+        template finds it wherever it looks. Names whose value is None are left out.
         tools: descriptions of functions (JSON schemas), for templates that know tools.
         add_generation_prompt: end with the header of the assistant's turn, so that the model answers. None:
         unless the final message is continued.
@@ -77,7 +78,7 @@ class ChatTemplate:
         template = self.template(chat_template, tools)
         each_string = str if control_tokens is None else control_tokens.mark
         copied = [
-            _plain_message(message, f"messages[{index}]", template.takes_content_parts, each_string)
+            _plain_message(message, f"messages[{index}]", template, each_string)
             for index, message in enumerate(_listed(messages))
         ]
         for index, message in enumerate(copied if control_tokens else ()):
@@ -126,9 +127,11 @@ def _listed(messages: object) -> Sequence[Any]:
     return messages
 
 
-def _plain_message(message: Any, where: str, takes_parts: bool, each_string: Callable[[str], str]) -> Any:
+def _plain_message(
+    message: Any, where: str, template: "SandboxedTemplate", each_string: Callable[[str], str]
+) -> Any:
     """A message as the template sees it, checked."""
-    message = _as_mapping(message)
+    message = as_mapping(message)
     if not isinstance(message, Mapping):
         raise RequestError(f'{where}: found {found(message)}, expected {{"role": ..., "content": ...}}')
     given = {name: value for name, value in message.items() if value is not None}
@@ -136,9 +139,14 @@ def _plain_message(message: Any, where: str, takes_parts: bool, each_string: Cal
     if not isinstance(role, str):
         raise RequestError(f"{where}.role: found {found(role)}, expected a string")
     if isinstance(content, Sequence) and not isinstance(content, str | bytes):
-        _check_parts(content, f"{where}.content")
-        if not takes_parts:
-            given["content"] = "\n".join(_as_mapping(part)["text"] for part in content)
+        parts = [as_mapping(part) for part in content]
+        _check_parts(parts, f"{where}.content")
+        thoughts = [part["thinking"] for part in parts if part["type"] == "thinking"]
+        if thoughts:
+            given = {"reasoning_content": "\n".join(thoughts)} | given
+            parts = given["content"] = [part for part in parts if part["type"] == "text"]
+        if not template.takes_content_parts:
+            given["content"] = "\n".join(part["text"] for part in parts)
     elif not isinstance(content, str):
         says_more = any(given.get(name) for name in ("tool_calls", "function_call", *_REASONING))
         if content is not None or not says_more:
@@ -151,20 +159,25 @@ def _plain_message(message: Any, where: str, takes_parts: bool, each_string: Cal
     }
     reasoning = next((copied[name] for name in _REASONING if name in copied), None)
     if reasoning is not None:
-        copied = {"thinking": reasoning} | copied | {"reasoning_content": reasoning}
+        copied = dict.fromkeys(_REASONING, reasoning) | copied | {"reasoning_content": reasoning}
+        if template.takes_thinking_parts:
+            content = copied.get("content") or []
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            copied["content"] = [{"type": "thinking", "thinking": reasoning}, *parts]
     return copied
 
 
 def _check_parts(parts: Sequence[Any], where: str) -> None:
-    for index, part in enumerate(map(_as_mapping, parts)):
+    for index, part in enumerate(parts):
         if not isinstance(part, Mapping):
             raise RequestError(
                 f'{where}[{index}]: found {found(part)}, expected {{"type": "text", "text": ...}}'
             )
-        if part.get("type") != "text":
-            raise RequestError(f"{where}[{index}].type: found {found(part.get('type'))}, expected 'text'")
-        if not isinstance(part.get("text"), str):
-            raise RequestError(f"{where}[{index}].text: found {found(part.get('text'))}, expected a string")
+        kind = part.get("type")
+        if kind not in ("text", "thinking"):
+            raise RequestError(f"{where}[{index}].type: found {found(kind)}, expected 'text' or 'thinking'")
+        if not isinstance(part.get(kind), str):
+            raise RequestError(f"{where}[{index}].{kind}: found {found(part.get(kind))}, expected a string")
 
 
 def _plain_tools(tools: Any, each_string: Callable[[str], str]) -> Any:
@@ -173,7 +186,7 @@ def _plain_tools(tools: Any, each_string: Callable[[str], str]) -> Any:
     if not isinstance(tools, Sequence) or isinstance(tools, str | bytes):
         raise RequestError(f"tools: found {found(tools)}, expected a list of JSON schemas")
     for index, tool in enumerate(tools):
-        if not isinstance(_as_mapping(tool), Mapping):
+        if not isinstance(as_mapping(tool), Mapping):
             raise RequestError(
                 f"tools[{index}]: found {found(tool)}, expected its JSON schema: "
                 '{"type": "function", "function": {"name": ..., "parameters": ...}}'
@@ -183,7 +196,7 @@ def _plain_tools(tools: Any, each_string: Callable[[str], str]) -> Any:
 
 def _plain(value: Any, where: str, each_string: Callable[[str], str]) -> Any:
     """A copy of a value in JSON's types, which have no methods that a template could do harm with."""
-    value = _as_mapping(value)
+    value = as_mapping(value)
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -211,7 +224,7 @@ def _plain(value: Any, where: str, each_string: Callable[[str], str]) -> Any:
     )
 
 
-def _as_mapping(value: Any) -> Any:
+def as_mapping(value: Any) -> Any:
     """What clients' libraries return as objects of their own, as a mapping; anything else as it is."""
     if callable(getattr(value, "model_dump", None)):
         return value.model_dump()
@@ -226,7 +239,7 @@ def _marked_end(message: dict[str, Any]) -> str:
     if isinstance(content, str):
         message["content"] = content + _END_OF_MESSAGE
         return content
-    for part in reversed(content or []):
+    for part in reversed([part for part in content or [] if part["type"] == "text"]):
         text: str = part["text"]
         part["text"] = text + _END_OF_MESSAGE
         return text

@@ -12,6 +12,7 @@ from itertools import chain
 from typing import Any
 
 from pagellm.engine.checks import flag
+from pagellm.engine.checks import text as checked_text
 from pagellm.engine.errors import CheckpointError, RequestError, found
 from pagellm.engine.tokenizer.added_tokens import AddedVocabulary
 from pagellm.engine.tokenizer.bpe import Bpe
@@ -20,6 +21,7 @@ from pagellm.engine.tokenizer.chat_template import ChatTemplate
 from pagellm.engine.tokenizer.control_tokens import ControlTokens, MarkInUseError
 from pagellm.engine.tokenizer.normalization import to_nfc
 from pagellm.engine.tokenizer.spec import MAX_ID, TokenizerSpec
+from pagellm.engine.tokenizer.thinking import effort_variables, switch_variables
 
 _MARK_ATTEMPTS = 8
 
@@ -71,6 +73,11 @@ class Tokenizer:
             tokens = {role: self.decode([token_id]) for role, token_id in ids.items() if token_id is not None}
             named = tokens if spec.template_tokens is None else spec.template_tokens
             self.chat_template = ChatTemplate(spec.chat_templates, named)
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """What its added tokens say."""
+        return [token.content for token in self._added.tokens]
 
     @property
     def eos_token_id(self) -> int | None:
@@ -165,6 +172,25 @@ class Tokenizer:
         `CheckpointError` if the template itself is broken or hostile.
         """
         return self._own_chat_template.render(messages, **options)
+
+    def thinking_variables(
+        self, chat_template: str | None, is_on: bool | None, effort: str | None
+    ) -> dict[str, Any]:
+        """The chat template's variables that say whether to think, and how much. None leaves it open.
+
+        chat_template: as in `ChatTemplate.render`. Raises `RequestError` where the template has none.
+        """
+        template, variables = self._own_chat_template, dict[str, Any]()
+        if is_on is not None:
+            variables |= switch_variables(template, chat_template, flag("thinking", is_on))
+        if effort is not None:
+            efforts = effort_variables(template, chat_template, checked_text("reasoning_effort", effort))
+            for name in variables.keys() & efforts.keys():
+                raise RequestError(
+                    f"reasoning_effort: found {found(effort)} beside thinking, which sets {name}"
+                )
+            variables |= efforts
+        return variables
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], *, sanitize_control_tokens: bool = False, **options: Any
