@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagellm.engine.requests.outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprob
+from pagellm.engine.requests.reasoning import Piece
 from pagellm.engine.requests.stopping import StopChecker
 from pagellm.engine.scheduling.sequence import Sequence
+from pagellm.engine.thoughts import Thinking, ThoughtTracker
 from pagellm.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 
 
@@ -21,7 +23,7 @@ class Completion:
     `take_back` takes away, to be computed and taken over again.
 
     special_texts: what the special tokens say, which may be left out of the text. arrival_s: on the clock of
-    all times here.
+    all times here. thinking: None where nobody asks which of it is a thought.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class Completion:
         tokenizer: Tokenizer,
         special_texts: Mapping[int, str],
         arrival_s: float,
+        thinking: Thinking | None = None,
     ) -> None:
         params = sequence.sampling_params
         self.sequence = sequence
@@ -38,8 +41,14 @@ class Completion:
         self._tokenizer = tokenizer
         self._hidden_texts = special_texts if params.skip_special_tokens else {}
         self._arrival_s = arrival_s
+        self._thinking = thinking
         self._num_tokens = 0
         self._begin_text()
+
+    @property
+    def forced_token(self) -> int | None:
+        """The token that comes next, whatever would be sampled; None if that is free."""
+        return None if self._thoughts is None else self._thoughts.forced_token
 
     def admitted(self, num_cached_tokens: int, time_s: float) -> None:
         """Takes note that its first chunk enters a step, on the engine's clock."""
@@ -79,6 +88,7 @@ class Completion:
                 output.stop_reason = token_id
             return finish_reason
         output.text = self._stop.safe_text
+        self._tell_thoughts()
         self._num_tokens = len(output.token_ids)
         return None
 
@@ -86,7 +96,10 @@ class Completion:
         """Ends the output. Whoever sees its finish reason finds everything else in its place."""
         output = self.output
         if error is None:
+            if self._thoughts is not None:
+                self._add_pieces(self._thoughts.finish())
             output.text = self._stop.text
+            self._tell_thoughts()
         else:
             self._drop_tokens()
             output.error = error
@@ -119,13 +132,31 @@ class Completion:
             self._tokenizer, skip_special_tokens=params.skip_special_tokens
         )
         self._stop = StopChecker(params)
+        self._thoughts = None
+        if self._thinking is not None:
+            self._thoughts = ThoughtTracker(self._thinking, params.thinking_token_budget)
 
     def _add_text(self, token_id: int, number: int, is_last: bool = False) -> str | None:
         """Adds what a token gives to the text; returns the stop string that this completed, if any."""
         text = self._detokenizer.append(token_id)
         if is_last:
             text += self._detokenizer.finish()
-        return self._stop.append(text, number, self._hidden_texts.get(token_id, ""))
+        hidden = self._hidden_texts.get(token_id, "")
+        if self._thoughts is None:
+            return self._stop.append(text, number, hidden)
+        return self._add_pieces(self._thoughts.append(text, number, hidden, is_last))
+
+    def _add_pieces(self, pieces: list[Piece]) -> str | None:
+        for text, is_hidden, number, _ in pieces:
+            stop = self._stop.append("" if is_hidden else text, number, text if is_hidden else "")
+            if stop is not None:
+                return stop
+        return None
+
+    def _tell_thoughts(self) -> None:
+        if self._thoughts is not None:
+            self.output.reasoning = self._thoughts.reasoning
+            self.output.num_reasoning_tokens = self._thoughts.num_reasoning_tokens
 
 
 @dataclass

@@ -6,6 +6,7 @@ from typing import Any
 
 from pagellm.engine.checks import flag, integer, is_path, number
 from pagellm.engine.errors import ConfigError, found
+from pagellm.engine.requests.reasoning import AUTO, NO_MARKERS, Markers
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MAX_THREADS = 1024
@@ -47,6 +48,9 @@ class EngineConfig:
     generation_config.json, or its GGUF file's general.sampling keys, say; "none": by the defaults of
     `SamplingParams`. A request with parameters is served as these say, and every output names what it was
     served with.
+    reasoning_markers: what stands around a thought of the model, "<think>...</think>" for example;
+    "...</think>" if it thinks from the first token on, without a start. "auto": as its chat template or its
+    tokens say; "none": it has no thoughts.
     """
 
     block_size: int = 16
@@ -66,6 +70,7 @@ class EngineConfig:
     num_threads: int | None = None
     quantization: str = "auto"
     generation_config: str = "auto"
+    reasoning_markers: str = AUTO
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_preemptions"):
@@ -98,6 +103,14 @@ class EngineConfig:
             if value is not None and not is_path(value):
                 raise ConfigError(f"{name}: found {found(value)}, expected what a file's name may consist of")
         self._check_swap()
+        try:
+            if self.reasoning_markers not in (AUTO, NO_MARKERS):
+                Markers.read(self.reasoning_markers)
+        except (AttributeError, TypeError, ValueError):
+            raise ConfigError(
+                f"reasoning_markers: found {found(self.reasoning_markers)}, expected auto, none, or both of "
+                "them, as in <think>...</think>"
+            ) from None
 
     def _check_swap(self) -> None:
         blocks = self.num_swap_blocks

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from itertools import count
 from os import PathLike
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +19,12 @@ from pagellm.engine.requests.outputs import CompletionOutput, FinishReason, Requ
 from pagellm.engine.requests.prompts import Prompt, as_prompts, params_for_each
 from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.tokenizer import Tokenizer
+from pagellm.engine.tokenizer.chat_template import as_mapping
 
 Message = Mapping[str, Any]
 _Result = TypeVar("_Result")
+_Piece = TypeVar("_Piece")
+_Stream = TypeVar("_Stream", bound="_Growing[Any]")
 
 
 class LLM:
@@ -85,12 +88,41 @@ class LLM:
         """Like `generate`, for one conversation or several.
 
         messages: a list of {"role": ..., "content": ...}, laid out by the model's own chat template.
-        options: those of `chat_prompt`.
+        options: those of `chat_prompt`. What the model thinks before it answers is the output's `reasoning`,
+        and no part of its text.
         """
         several = isinstance(messages, Sequence) and messages and isinstance(messages[0], list | tuple)
         conversations: list[Any] = list(messages) if several else [messages]
         prompts = [self.chat_prompt(conversation, **options) for conversation in conversations]
-        return self.generate(prompts, sampling_params)
+        chats = [
+            self._opens_thought(conversation, prompt, options)
+            for conversation, prompt in zip(conversations, prompts, strict=True)
+        ]
+        return self._serve(prompts, params_for_each(sampling_params, len(prompts)), chats=chats)
+
+    def chat_stream(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **options: Any
+    ) -> "ChatStream":
+        """The answer to one conversation piece by piece, thoughts told apart. options: see `chat_prompt`."""
+        prompt = self.chat_prompt(messages, **options)
+        [params] = params_for_each(sampling_params, 1)
+        self._check_single(params)
+        chats = [self._opens_thought(messages, prompt, options)]
+        return self._streams(ChatStream, [prompt], [params], chats)[0][0]
+
+    def chat_stream_all(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Any,
+    ) -> "list[list[ChatStream]]":
+        """A stream for each completion of each conversation. All run together, whichever is being read."""
+        prompts = [self.chat_prompt(messages, **options) for messages in conversations]
+        chats = [
+            self._opens_thought(messages, prompt, options)
+            for messages, prompt in zip(conversations, prompts, strict=True)
+        ]
+        return self._streams(ChatStream, prompts, params_for_each(sampling_params, len(prompts)), chats)
 
     def chat_prompt(
         self,
@@ -101,6 +133,8 @@ class LLM:
         continue_final_message: bool = False,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        thinking: bool | None = None,
+        reasoning_effort: str | None = None,
         sanitize_control_tokens: bool = False,
     ) -> list[int]:
         """The token ids of a conversation, up to where the model goes on.
@@ -109,7 +143,9 @@ class LLM:
         that calls tools or tells a thought may have no content. tools: JSON schemas of functions.
         add_generation_prompt: end where the assistant's answer begins; None: unless continue_final_message,
         with which the model goes on with the last message. chat_template: the name of one of the model's
-        templates. chat_template_kwargs: further names for the template, such as `enable_thinking`.
+        templates. thinking: whether the model is to think before it answers, and reasoning_effort: how much,
+        such as "low"; None: as the template has it. Which variables of the template say so is found out.
+        chat_template_kwargs: further names for the template, such as `enable_thinking`.
         sanitize_control_tokens: control tokens that users write out are plain text.
         Raises `RequestError` for what the template, or anything else here, does not take.
         """
@@ -119,6 +155,13 @@ class LLM:
         taken = {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"}
         for name in sorted(kwargs.keys() & (taken | {"control_tokens", "sanitize_control_tokens"})):
             raise RequestError(f"chat_template_kwargs: found {name!r}, expected it as an argument of its own")
+        if thinking is not None or reasoning_effort is not None:
+            asked = self.tokenizer.thinking_variables(chat_template, thinking, reasoning_effort)
+            for name in sorted(kwargs.keys() & asked.keys()):
+                raise RequestError(
+                    f"chat_template_kwargs: found {name!r} beside thinking or reasoning_effort, which set it"
+                )
+            kwargs = {**kwargs, **asked}
         return self.tokenizer.encode_chat(
             messages, tools=tools, add_generation_prompt=add_generation_prompt, chat_template=chat_template,
             continue_final_message=continue_final_message, sanitize_control_tokens=sanitize_control_tokens,
@@ -128,14 +171,12 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> "CompletionStream":
         """A completion's text piece by piece, as soon as no stop string can take it back."""
         [params] = params_for_each(sampling_params, 1)
-        n = (params or self.engine.default_sampling_params).n
-        if n != 1:
-            raise RequestError(f"n: found {n}, expected 1; stream_all gives a stream for each completion")
+        self._check_single(params)
         if isinstance(prompt, list | tuple) and any(isinstance(p, str | Sequence | Mapping) for p in prompt):
             raise RequestError(
                 f"prompt: found {len(prompt)} in a list, expected one; stream_all takes several"
             )
-        return self._streams([prompt], [params])[0][0]
+        return self._streams(CompletionStream, [prompt], [params])[0][0]
 
     def stream_all(
         self,
@@ -147,7 +188,7 @@ class LLM:
         prompts, sampling_params: as in `generate`.
         """
         many = as_prompts(prompts)
-        return self._streams(many, params_for_each(sampling_params, len(many)))
+        return self._streams(CompletionStream, many, params_for_each(sampling_params, len(many)))
 
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams | None = None
@@ -191,13 +232,33 @@ class LLM:
     def _new_request_id(self) -> str:
         return f"llm-{next(self._numbers)}"
 
+    def _check_single(self, params: SamplingParams | None) -> None:
+        n = (params or self.engine.default_sampling_params).n
+        if n != 1:
+            raise RequestError(f"n: found {n}, expected 1; stream_all gives a stream for each completion")
+
+    def _opens_thought(
+        self, messages: Sequence[Message], prompt: Sequence[int], options: Mapping[str, Any]
+    ) -> bool:
+        """Whether a prompt that the chat template wrote has opened a thought."""
+        thoughts = self.engine.thoughts
+        if thoughts is None:
+            return False
+        if options.get("continue_final_message"):
+            return thoughts.are_open_after(_text_of(messages[-1]))
+        return options.get("add_generation_prompt") is not False and thoughts.begin_at_end_of(prompt)
+
     def _serve(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | None], return_logits: bool = False
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams | None],
+        return_logits: bool = False,
+        chats: Sequence[bool] | None = None,
     ) -> list[RequestOutput]:
         request_ids = [self._new_request_id() for _ in prompts]
 
         def serve() -> list[RequestOutput]:
-            outputs = self._add(request_ids, prompts, params, return_logits)
+            outputs = self._add(request_ids, prompts, params, return_logits, chats)
             under_way = outputs
             while under_way := [output for output in under_way if not output.finished]:
                 self.engine.step_or_wait()
@@ -206,14 +267,18 @@ class LLM:
         return _all_or_nothing(serve, lambda: self._give_up(request_ids))
 
     def _streams(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | None]
-    ) -> "list[list[CompletionStream]]":
+        self,
+        kind: type[_Stream],
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams | None],
+        chats: Sequence[bool] | None = None,
+    ) -> list[list[_Stream]]:
         request_ids = [self._new_request_id() for _ in prompts]
 
-        def add() -> "list[list[CompletionStream]]":
+        def add() -> list[list[_Stream]]:
             return [
-                [CompletionStream(self.engine, output.request_id, one) for one in output.outputs]
-                for output in self._add(request_ids, prompts, params)
+                [kind(self.engine, output.request_id, one) for one in output.outputs]
+                for output in self._add(request_ids, prompts, params, chats=chats)
             ]
 
         return _all_or_nothing(add, lambda: self._give_up(request_ids))
@@ -231,11 +296,19 @@ class LLM:
         prompts: Sequence[Prompt],
         params: Sequence[SamplingParams | None],
         return_logits: bool = False,
+        chats: Sequence[bool] | None = None,
     ) -> list[RequestOutput]:
+        """chats: of each prompt, if they are chats, whether it has opened a thought."""
         outputs = []
         for index, (request_id, prompt, param) in enumerate(zip(request_ids, prompts, params, strict=True)):
             with _numbered(index, len(prompts)):
-                outputs.append(self.engine.add_request(request_id, prompt, param, return_logits))
+                outputs.append(
+                    self.engine.add_request(
+                        request_id, prompt, param, return_logits,
+                        separate_reasoning=chats is not None,
+                        in_thought=None if chats is None else chats[index],
+                    )
+                )  # fmt: skip
         return outputs
 
     def _give_up(self, request_ids: Sequence[str]) -> None:
@@ -243,8 +316,8 @@ class LLM:
             self.engine.abort(request_id)
 
 
-class CompletionStream(Iterator[str]):
-    """The text of one completion as it grows; reading it takes the engine's steps.
+class _Growing(Generic[_Piece]):
+    """One completion as it grows; reading it takes the engine's steps.
 
     Closing or dropping it before its end gives the completion up. Raises `PagellmError` if it cannot be
     computed, and `EngineError` if the engine was closed before its end.
@@ -254,11 +327,13 @@ class CompletionStream(Iterator[str]):
         self._engine = engine
         self._request_id = request_id
         self._completion = completion
-        self._sent = 0
         self._reading = threading.RLock()
         engine.abort_without(self, request_id, completion.index)
 
-    def __next__(self) -> str:
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> _Piece:
         with self._reading:
             return _all_or_nothing(self._next_piece, self.close)
 
@@ -267,9 +342,9 @@ class CompletionStream(Iterator[str]):
         if not self._completion.finished:
             self._engine.abort(self._request_id, self._completion.index)
 
-    def _next_piece(self) -> str:
+    def _next_piece(self) -> _Piece:
         completion = self._completion
-        while len(completion.text) == self._sent:
+        while (piece := self._take_new(completion)) is None:
             if completion.finish_reason is FinishReason.ERROR:
                 raise PagellmError(f"{self._request_id}: {completion.error}")
             if completion.finish_reason is FinishReason.ABORT and self._engine.is_closed:
@@ -277,9 +352,55 @@ class CompletionStream(Iterator[str]):
             if completion.finished:
                 raise StopIteration
             self._engine.step_or_wait()
+        return piece
+
+    def _take_new(self, completion: CompletionOutput) -> _Piece | None:
+        """What has come since the last time; None if nothing."""
+        raise NotImplementedError
+
+
+class CompletionStream(_Growing[str]):
+    """The text of one completion piece by piece."""
+
+    _sent = 0
+
+    def _take_new(self, completion: CompletionOutput) -> str | None:
         piece = completion.text[self._sent :]
         self._sent += len(piece)
-        return piece
+        return piece or None
+
+
+class ChatDelta(NamedTuple):
+    """What has come of an answer: of the thought before it, and of its text."""
+
+    reasoning: str
+    text: str
+
+
+class ChatStream(_Growing[ChatDelta]):
+    """The thought and the text of one answer piece by piece; joined, they are those of `chat`."""
+
+    _sent = (0, 0)
+
+    def _take_new(self, completion: CompletionOutput) -> ChatDelta | None:
+        reasoning, text = self._sent
+        delta = ChatDelta((completion.reasoning or "")[reasoning:], completion.text[text:])
+        self._sent = reasoning + len(delta.reasoning), text + len(delta.text)
+        return delta if any(delta) else None
+
+    @property
+    def so_far(self) -> ChatDelta:
+        """All that has been read."""
+        reasoning, text = self._sent
+        return ChatDelta((self._completion.reasoning or "")[:reasoning], self._completion.text[:text])
+
+
+def _text_of(message: Any) -> str:
+    """The text of a message that a chat template has taken."""
+    content = as_mapping(message).get("content")
+    if isinstance(content, str):
+        return content
+    return "\n".join(as_mapping(part).get("text", "") for part in content or ())
 
 
 @contextmanager

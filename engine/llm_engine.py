@@ -13,7 +13,8 @@ import time
 from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import replace
-from itertools import count
+from functools import cached_property
+from itertools import chain, count
 from os import PathLike
 from typing import Any
 from weakref import ref
@@ -36,6 +37,7 @@ from pagellm.engine.scheduling.block_manager import TransferKind
 from pagellm.engine.scheduling.sequence import Sequence, SequenceError
 from pagellm.engine.scheduling.step_loop import StepLoop
 from pagellm.engine.step_log import StepRecord, StepRecorder
+from pagellm.engine.thoughts import Thinking, Thoughts
 from pagellm.engine.turns import Turns, exclusive, exclusive_last
 
 # How much of what was measured before a step is kept after it.
@@ -106,6 +108,11 @@ class LLMEngine:
         self._prefill_s = self._prefill_tokens = 0.0  # of the latest steps
         self._start = time.perf_counter()
 
+    @cached_property
+    def thoughts(self) -> Thoughts | None:
+        """How the model's thoughts are written; None if none are known."""
+        return Thoughts.of_model(self.tokenizer, self.config.reasoning_markers)
+
     @property
     def has_unfinished(self) -> bool:
         """Whether a step would do anything."""
@@ -126,6 +133,8 @@ class LLMEngine:
         return_logits: bool = False,
         fork_of: str | None = None,
         arrival_time: float | None = None,
+        separate_reasoning: bool = False,
+        in_thought: bool | None = None,
     ) -> RequestOutput:
         """Takes a request in. Raises `RequestError`, before anything changes, for one that cannot be served.
 
@@ -136,7 +145,9 @@ class LLMEngine:
         the logits of every token of the prompt. fork_of: a request whose tokens so far this prompt begins
         with; while that runs, they share the blocks of what it has computed of them, unless log-probabilities
         or logits of the prompt are wanted, for which all of it is computed. arrival_time: when it came, on
-        the engine's clock, if that was before now.
+        the engine's clock, if that was before now. separate_reasoning: whether thoughts are told apart from
+        the text, if the model has any. in_thought: whether the prompt has opened one; None: if the last start
+        marker in its last turn has no end marker behind it.
         The output that is returned is the one that the steps to come will fill.
         """
         request_id = checks.text("request_id", request_id)
@@ -146,6 +157,9 @@ class LLMEngine:
         if fork_of is not None and not isinstance(fork_of, str):
             raise RequestError(f"fork_of: found {found(fork_of)}, expected the id of a request")
         wants_logits = flag("return_logits", return_logits)
+        is_separate = flag("separate_reasoning", separate_reasoning)
+        if in_thought is not None:
+            flag("in_thought", in_thought)
         arrival_s = self.now()
         if arrival_time is not None:
             arrival_s = number("arrival_time", arrival_time, -_LONG_AGO_S, _LONG_AGO_S)
@@ -156,12 +170,14 @@ class LLMEngine:
             raise RequestError(f"stop: found {found(params.stop)}, expected none: {self.tokenizer.absence}")
         if params.seed is None:
             params = replace(params, seed=random.getrandbits(63))
+        thinking = self._thinking(params, token_ids, is_separate, in_thought)
         output = RequestOutput(request_id, text, token_ids, [], params)
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None] * len(token_ids)
         request = Request(output, arrival_s)
         for index in range(params.n):
-            request.add(self._new_completion(request, index, params.of_completion(index), wants_logits))
+            own_params = params.of_completion(index)
+            request.add(self._new_completion(request, index, own_params, wants_logits, thinking))
         if wants_logits:
             request.logits = np.zeros((len(token_ids), self.spec.vocab_size), np.float32)
         self._add_request(request, fork_of)
@@ -384,11 +400,12 @@ class LLMEngine:
         return seconds
 
     def _run(self, batch: ScheduledBatch) -> RunnerOutput:
-        wishes = {
-            s.seq_id: Wishes(logits=True)
-            for s in batch.sequences
-            if self._by_seq_id[s.seq_id][0].logits is not None
-        }
+        wishes = {}
+        for sequence in chain(batch.sequences, *batch.forks.values()):
+            request, completion = self._by_seq_id[sequence.seq_id]
+            forced = completion.forced_token
+            if request.logits is not None or forced is not None:
+                wishes[sequence.seq_id] = Wishes(logits=request.logits is not None, forced=forced)
         start = time.perf_counter()
         result = self.runner.run(batch, wishes)
         self._note_costs(batch, time.perf_counter() - start)
@@ -423,7 +440,12 @@ class LLMEngine:
             )
 
     def _new_completion(
-        self, request: Request, index: int, params: SamplingParams, wants_logits: bool
+        self,
+        request: Request,
+        index: int,
+        params: SamplingParams,
+        wants_logits: bool,
+        thinking: Thinking | None,
     ) -> Completion:
         sequence = Sequence(
             next(self._seq_ids),
@@ -433,7 +455,27 @@ class LLMEngine:
             reads_cache=not wants_logits and params.prompt_logprobs is None,
             request_id=request.output.request_id,
         )
-        return Completion(index, sequence, self.tokenizer, self._special_texts, request.arrival_s)
+        return Completion(index, sequence, self.tokenizer, self._special_texts, request.arrival_s, thinking)
+
+    def _thinking(
+        self, params: SamplingParams, token_ids: list[int], is_separate: bool, in_thought: bool | None
+    ) -> Thinking | None:
+        """How thoughts of a request are dealt with; None if nobody asks for them, or there are none."""
+        if not is_separate and params.thinking_token_budget is None:
+            return None
+        thoughts = self.thoughts
+        if params.thinking_token_budget is not None:
+            if thoughts is None:
+                raise RequestError(
+                    f"thinking_token_budget: found {params.thinking_token_budget}, expected none: no markers "
+                    "of thoughts are known for this model; the setting reasoning_markers names some"
+                )
+            thoughts.closing_ids()  # which there must be
+        if thoughts is None:
+            return None
+        if in_thought is None:
+            in_thought = thoughts.are_open_in(token_ids)
+        return Thinking(thoughts, in_thought, is_separate)
 
     def _note_admissions(self, batch: ScheduledBatch) -> None:
         now = self.now()

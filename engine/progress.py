@@ -19,6 +19,15 @@ def say(text: str) -> None:
         print(f"pagellm: {text}", file=sys.stderr, flush=True)
 
 
+def say_piece(text: str) -> None:
+    """A piece of running text on standard error, pale on a terminal; it may be lost as with `say`."""
+    if sys.stderr is None:
+        return
+    with suppress(OSError):
+        is_terminal = sys.stderr.isatty()
+        print(f"\x1b[2m{text}\x1b[0m" if is_terminal else text, end="", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def progress(label: str, total: float, unit: str = "", show: bool = True) -> Iterator[Advance]:
     """Yields a function that is called with each amount of work done, out of `total`.

@@ -19,7 +19,14 @@ from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.engine.scheduling.step_loop import StepListener
 
 # Settings of which no decision of a scheduler follows: num_swap_blocks says what swap_dir comes to.
-NO_DECISIONS = ("swap_dir", "step_log", "num_threads", "quantization", "generation_config")
+NO_DECISIONS = (
+    "swap_dir",
+    "step_log",
+    "num_threads",
+    "quantization",
+    "generation_config",
+    "reasoning_markers",
+)
 
 _BUFFER_BYTES = 2**17  # of a file's lines that are written together
 

@@ -5,21 +5,23 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from pagellm.engine.checks import JsonError, parse_json
 from pagellm.engine.commands import inspect
 from pagellm.engine.commands.flags import Flag, add_flags, given
 from pagellm.engine.config import DEFAULT_MODEL, GENERATION_CONFIGS, PREEMPTIONS, QUANTIZATIONS, EngineConfig
 from pagellm.engine.errors import RequestError
-from pagellm.engine.progress import say
+from pagellm.engine.progress import say, say_piece
 from pagellm.engine.requests.outputs import RequestOutput
 from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.scheduling.policies import POLICIES
 from pagellm.engine.user_policy import import_policy
 
 if TYPE_CHECKING:
-    from pagellm.engine.llm import LLM
+    from pagellm.engine.llm import LLM, ChatStream
 
 ENGINE_FLAGS = {
     "block_size": Flag("tokens of a KV block"),
@@ -54,6 +56,12 @@ GENERATION_FLAG = {
         choices=GENERATION_CONFIGS,
     )
 }
+CHAT_FLAGS = {
+    "reasoning_markers": Flag(
+        "what stands around the model's thoughts; auto: what its chat template says, none: it has none",
+        "START...END",
+    )
+}
 # Not here is what tells requests apart that share an engine: a command's requests are all of one user.
 SAMPLING_FLAGS = {
     "n": Flag("completions of each prompt"),
@@ -73,6 +81,7 @@ SAMPLING_FLAGS = {
     "ignore_eos": Flag("go on after the end-of-text token"),
     "skip_special_tokens": Flag("leave special tokens in the text"),
     "logprobs": Flag("with --json: log-probabilities of the N likeliest tokens"),
+    "thinking_token_budget": Flag("tokens of thoughts at most, which are closed then"),
 }
 
 
@@ -86,6 +95,7 @@ def add_commands(commands: "argparse._SubParsersAction[Any]") -> None:
     generate.add_argument("--chat", action="store_true", help="ask each prompt as a chat's first message")
     add_model_options(generate)
     _add_sampling(generate, SAMPLING_FLAGS, max_tokens=128, temperature=0.0)
+    _add_chat(generate)
     generate.set_defaults(command=_generate)
 
     chat = commands.add_parser("chat", help="talk with the model", description=_chat.__doc__)
@@ -93,6 +103,7 @@ def add_commands(commands: "argparse._SubParsersAction[Any]") -> None:
     add_model_options(chat)
     flags = {name: flag for name, flag in SAMPLING_FLAGS.items() if name != "n"}  # one answer each
     _add_sampling(chat, flags, max_tokens=512, temperature=0.6)
+    _add_chat(chat)
     chat.set_defaults(command=_chat)
 
     bench = commands.add_parser("bench", help="measure this machine", description=_bench.__doc__)
@@ -128,6 +139,16 @@ def _add_sampling(parser: argparse.ArgumentParser, flags: Mapping[str, Flag], **
     add_flags(group, SamplingParams, flags, defaults)
     add_flags(group, EngineConfig, GENERATION_FLAG)
     parser.set_defaults(sampling_defaults=defaults)
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("chat")
+    group.add_argument("--thinking", choices=("on", "off"), help="whether the model thinks before it answers")
+    group.add_argument("--reasoning-effort", metavar="EFFORT", help="how much, such as low or high")
+    group.add_argument(
+        "--chat-template-kwargs", metavar="JSON", help="further variables for the model's chat template"
+    )
+    add_flags(group, EngineConfig, CHAT_FLAGS)
 
 
 def _integers(text: str) -> list[int]:
@@ -175,26 +196,54 @@ def _with_models_defaults(llm: "LLM", params: SamplingParams, options: argparse.
     return replace(params, **used)
 
 
+def _chat_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What was given of the options of `LLM.chat`. Raises `RequestError`."""
+    chosen: dict[str, Any] = {}
+    if options.thinking is not None:
+        chosen["thinking"] = options.thinking == "on"
+    if options.reasoning_effort is not None:
+        chosen["reasoning_effort"] = options.reasoning_effort
+    if options.chat_template_kwargs is not None:
+        try:
+            chosen["chat_template_kwargs"] = parse_json(options.chat_template_kwargs)
+        except JsonError as error:
+            raise RequestError(f"chat_template_kwargs: found {error}, expected a JSON object") from None
+    return chosen
+
+
 def _generate(options: argparse.Namespace) -> None:
-    """Continue each prompt; several are served together."""
+    """Continue each prompt; several are served together.
+
+    With --chat, thoughts go to standard error.
+    """
     params = _sampling_params(options)
-    prompts: list[Any] = options.prompts or _prompt_from_stdin()
+    chosen = _chat_options(options)
+    for name in chosen if not options.chat else ():
+        raise RequestError(f"{name}: found {getattr(options, name)}, expected --chat with it")
+    texts: list[str] = options.prompts or _prompt_from_stdin()
     llm = _llm(options)
     params = _with_models_defaults(llm, params, options)
-    texts = prompts
-    if options.chat:
-        prompts = [llm.chat_prompt([{"role": "user", "content": text}]) for text in texts]
+    conversations = [[{"role": "user", "content": text}] for text in texts]
     if options.json:
-        outputs = [_to_json(output) for output in llm.generate(prompts, params)]
+        served = llm.chat(conversations, params, **chosen) if options.chat else llm.generate(texts, params)
+        outputs = [_to_json(output) for output in served]
         for output, text in zip(outputs, texts, strict=True):
             output["prompt"] = text
         print(json.dumps({"model": options.model, "outputs": outputs}, allow_nan=False))
-    elif len(prompts) == 1 and params.n == 1:
-        for piece in llm.stream(prompts[0], params):
-            print(piece, end="", flush=True)
-        print()
+        return
+    streams: list[Iterator[str]]
+    if options.chat:
+        chats = llm.chat_stream_all(conversations, params, **chosen)
+        streams = [_text_of(stream) for each in chats for stream in each]
     else:
-        _print_in_order(llm, texts, prompts, params)
+        streams = [stream for each in llm.stream_all(texts, params) for stream in each]
+    if len(streams) == 1:
+        _print_pieces(streams[0])
+        return
+    for index, stream in enumerate(streams):
+        text = texts[index // params.n]
+        print(f"{'' if index == 0 else chr(10)}>>> {' '.join(text.split())}", flush=True)
+        _print_pieces(stream)
 
 
 def _prompt_from_stdin() -> list[str]:
@@ -218,16 +267,26 @@ def _from_stdin(read: Callable[[], str]) -> str:
         raise RequestError(f"standard input: {error.strerror}") from None
 
 
-def _print_in_order(llm: "LLM", texts: list[str], prompts: list[Any], params: SamplingParams) -> None:
-    """Streams the completions of several requests, which run together, one below the other."""
-    streams: list[tuple[str, Iterator[str]]] = []
-    for text, stream in zip(texts, llm.stream_all(prompts, params), strict=True):
-        streams += [(text, completion) for completion in stream]
-    for index, (text, completion) in enumerate(streams):
-        print(f"{'' if index == 0 else chr(10)}>>> {' '.join(text.split())}")
-        for piece in completion:
-            print(piece, end="", flush=True)
-        print()
+def _print_pieces(pieces: Iterator[str]) -> None:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def _text_of(stream: "ChatStream") -> Iterator[str]:
+    """An answer's text piece by piece. The thought before it goes to standard error."""
+    is_thinking = False
+    for reasoning, text in stream:
+        if reasoning:
+            say_piece(reasoning)
+            is_thinking = True
+        if text:
+            if is_thinking:
+                say_piece("\n\n")
+                is_thinking = False
+            yield text
+    if is_thinking:
+        say_piece("\n")
 
 
 def _to_json(output: RequestOutput) -> dict[str, Any]:
@@ -235,6 +294,8 @@ def _to_json(output: RequestOutput) -> dict[str, Any]:
         "prompt": output.prompt,
         "prompt_token_ids": output.prompt_token_ids,
         "text": output.text,
+        "reasoning": output.reasoning,
+        "num_reasoning_tokens": output.num_reasoning_tokens,
         "token_ids": output.token_ids,
         "finish_reason": output.finish_reason,
         "outputs": [asdict(completion) for completion in output.outputs],
@@ -245,9 +306,11 @@ def _to_json(output: RequestOutput) -> dict[str, Any]:
 def _chat(options: argparse.Namespace) -> None:
     """Talk with the model, one message a line.
 
-    Ctrl-C stops an answer, Ctrl-D ends. With --json each answer is one JSON object.
+    Ctrl-C stops an answer, Ctrl-D ends. With --json each answer is one JSON object. Thoughts go to standard
+    error.
     """
     params = _sampling_params(options)
+    chosen = _chat_options(options)
     if sys.stdin is None:
         raise RequestError("standard input: found it closed, expected messages, one a line")
     llm = _llm(options)
@@ -263,33 +326,32 @@ def _chat(options: argparse.Namespace) -> None:
             continue
         messages.append({"role": "user", "content": line})
         try:
-            answer = _answer(llm, messages, params, options.json)
+            answer = _answer(llm, messages, params, chosen, options.json)
         except RequestError as error:
             messages.pop()
             if not interactive:
                 raise
             say(str(error))
             continue
-        messages.append({"role": "assistant", "content": answer})
+        messages.append(answer)
 
 
-def _answer(llm: "LLM", messages: list[dict[str, str]], params: SamplingParams, as_json: bool) -> str:
-    prompt = llm.chat_prompt(messages)
+def _answer(
+    llm: "LLM", messages: list[dict[str, str]], params: SamplingParams, chosen: dict[str, Any], as_json: bool
+) -> dict[str, str]:
+    """Gives out the answer; returns it as the message that the next turn knows it as."""
     if as_json:
-        output = _to_json(llm.generate([prompt], params)[0])
-        answer = output["text"]
-        document = {"role": "assistant", "content": answer} | output
-        print(json.dumps(document, allow_nan=False), flush=True)
-        return str(answer)
-    pieces = []
-    try:
-        for piece in llm.stream(prompt, params):
-            pieces.append(piece)
+        output = llm.chat(messages, params, **chosen)[0]
+        message = {"role": "assistant", "content": output.text}
+        print(json.dumps(message | _to_json(output), allow_nan=False), flush=True)
+        return message | ({"reasoning": output.reasoning} if output.reasoning else {})
+    stream = llm.chat_stream(messages, params, **chosen)
+    with suppress(KeyboardInterrupt):
+        for piece in _text_of(stream):
             print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        pass
     print()
-    return "".join(pieces)
+    reasoning, text = stream.so_far
+    return {"role": "assistant", "content": text} | ({"reasoning": reasoning} if reasoning else {})
 
 
 def _bench(options: argparse.Namespace) -> None:

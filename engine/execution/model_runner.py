@@ -55,10 +55,12 @@ class Wishes:
     """What a sequence wants of its logits beside what its sampling parameters say.
 
     logits: those of each token that is computed. mask: [vocab_size], whether each token may be sampled.
+    forced: the token that it gets in the place of a sampled one.
     """
 
     logits: bool = False
     mask: NDArray[np.bool_] | None = None
+    forced: int | None = None
 
 
 _NO_WISHES = Wishes()
@@ -71,10 +73,11 @@ class _Row:
     sequence: Sequence
     token_row: int  # in the flat batch
     position: int  # of the token whose logits these are
-    target: int = -1  # the next token of the prompt, or -1 to sample it
+    target: int = -1  # the next token where that is given, or -1 to sample it
     num_logprobs: int = -1  # beside the target's own or the sampled token's; -1 for none at all
     logits: bool = False  # whether they are given out themselves
     mask: NDArray[np.bool_] | None = None  # [vocab_size], whether each token may be sampled
+    is_output: bool = False  # whether the next token belongs to the output, not to the prompt
 
 
 class ModelRunner:
@@ -217,14 +220,17 @@ def _wanted_rows(batch: ScheduledBatch, wishes: Mapping[int, Wishes], vocab_size
                     target = sequence.token_ids[p + 1]
                     rows.append(_Row(sequence, first + p - start, p, target, num_logprobs, logits))
             for sampled in (sequence, *batch.forks.get(sequence, ())) if samples else ():
+                own = wishes.get(sampled.seq_id, _NO_WISHES)
                 rows.append(
                     _Row(
                         sampled,
                         first + count - 1,
                         start + count - 1,
+                        target=-1 if own.forced is None else own.forced,
+                        is_output=True,
                         num_logprobs=_num_logprobs(sampled, True, vocab_size),
                         logits=logits and sampled is sequence,
-                        mask=wishes.get(sampled.seq_id, _NO_WISHES).mask,
+                        mask=own.mask,
                     )
                 )
             first += count
@@ -347,13 +353,13 @@ def _collect(rows: list[_Row], outputs: Outputs) -> RunnerOutput:
     numbered = enumerate(rows)
     try:
         for i, row in numbered:
-            seq_id, samples = row.sequence.seq_id, row.target < 0
-            token = tokens[i] if samples else row.target
-            if samples:
+            seq_id = row.sequence.seq_id
+            token = tokens[i] if row.target < 0 else row.target
+            if row.is_output:
                 result.token_ids.append([token] if token >= 0 else [])
             if row.num_logprobs >= 0:
                 logprob = _logprob(row, token, outputs, i)
-                if samples:
+                if row.is_output:
                     result.logprobs.setdefault(seq_id, []).append(logprob)
                 else:
                     result.prompt_logprobs.setdefault(seq_id, []).append((row.position + 1, logprob))

@@ -55,6 +55,8 @@ class CompletionOutput:
     logprobs: list[TokenLogprob] | None = None  # one a token, if asked for
     cumulative_logprob: float | None = None  # of all its tokens, from a beam search
     metrics: Metrics = field(default_factory=Metrics)
+    reasoning: str | None = None  # what it thought before the text, in a chat; None if nothing
+    num_reasoning_tokens: int = 0  # tokens of thoughts, where those are told apart or have a budget
 
     @property
     def finished(self) -> bool:
@@ -83,6 +85,16 @@ class RequestOutput:
     def text(self) -> str:
         """The first completion's text."""
         return self.outputs[0].text
+
+    @property
+    def reasoning(self) -> str | None:
+        """What the first completion thought before its text."""
+        return self.outputs[0].reasoning
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Tokens of the first completion's thoughts."""
+        return self.outputs[0].num_reasoning_tokens
 
     @property
     def token_ids(self) -> list[int]:

@@ -80,8 +80,8 @@ class SamplingParams:
     max_tokens: None is as many as `max_model_len` leaves. min_tokens: before so many, neither an end-of-text
     token nor a stop token or string ends the output.
     stop: strings that end the output; the text is cut before them unless include_stop_str_in_output. One that
-    contains a whole special token ends it also where special tokens are left out of the text. At most 65,536
-    characters in all.
+    contains a whole special token ends it also where special tokens are left out of the text. Where thoughts
+    are told apart, as in a chat, they are looked for in the answer alone. At most 65,536 characters in all.
     stop_token_ids: tokens that end it. ignore_eos: the model's own end-of-text tokens do not.
     logprobs: log-probabilities of each sampled token and so many of the likeliest ones (0: the sampled only),
     the model's own, before penalties and temperature. prompt_logprobs: the same for the prompt's tokens.
@@ -89,6 +89,9 @@ class SamplingParams:
     cache_salt: only requests with the same one share cached prefixes, so that tenants can be kept apart.
     priority: the lowest goes first under the policy "priority". tenant: who is served fairly under "fair".
     deadline_s: seconds from arrival, for "slo".
+    thinking_token_budget: tokens of thoughts at most; when they are spent, the thought is closed as the
+    model's own template closes one, with tokens that are taken as if they had been sampled. Markers, and the
+    tokens that close a thought so, are not counted. None: as many as the model likes.
     """
 
     n: int = 1
@@ -114,6 +117,7 @@ class SamplingParams:
     priority: float = 0
     tenant: str = ""
     deadline_s: float | None = None
+    thinking_token_budget: int | None = None
 
     def __post_init__(self) -> None:
         self._take("n", integer, 1, 1024)
@@ -137,6 +141,7 @@ class SamplingParams:
             self._take(name, text)
         self._take("priority", number, -_LARGEST, _LARGEST)
         self._take("deadline_s", number, 0.0, _LARGEST, optional=True)
+        self._take("thinking_token_budget", integer, 0, None, optional=True)
         for name, check in (("stop", _stops), ("stop_token_ids", _stop_token_ids), ("logit_bias", _bias)):
             self._take(name, check)
 

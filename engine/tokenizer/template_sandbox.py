@@ -12,7 +12,7 @@ from functools import wraps
 from threading import local
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError, TemplateSyntaxError, meta, nodes, pass_context, pass_eval_context
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes, pass_context, pass_eval_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.meta import find_undeclared_variables
@@ -38,7 +38,6 @@ class SandboxedTemplate:
 
     takes_content_parts: whether it goes through a message's content as a list of parts.
     literals: all text that stands in it to be written, a NUL between any two.
-    variables: the names that it reads, or may read, from what it is given.
     takes_thinking_parts: whether it takes what an assistant thought as a part of the content, and only so.
 
     Raises `CheckpointError` if the source does not parse.
@@ -55,7 +54,6 @@ class SandboxedTemplate:
             tree = self._environment.parse(source)
             self.takes_content_parts = _loops_over_content(tree)
             self.literals = _literals(tree)
-            self.variables = frozenset(meta.find_undeclared_variables(tree))
             self.takes_thinking_parts = "reasoning" not in source and _compares(tree, "thinking")
             code = self._environment.compile(_Metered().visit(tree))
         except (TemplateSyntaxError, SyntaxError, RecursionError, ValueError, MemoryError) as error:

@@ -108,7 +108,7 @@ def switch_variables(template: ChatTemplate, name: str | None, is_on: bool) -> d
 
     name: of the template, as in `ChatTemplate.render`. Raises `RequestError` where it has no such switch.
     """
-    read = template.template(name, None).variables
+    read = template.template(name, None).variables()
     variables: dict[str, Any] = {
         name: values[0 if is_on else 1] for name, values in _SWITCHES.items() if name in read
     }
@@ -127,7 +127,7 @@ def switch_variables(template: ChatTemplate, name: str | None, is_on: bool) -> d
 
 def effort_variables(template: ChatTemplate, name: str | None, effort: str) -> dict[str, Any]:
     """The variable that says how much to think. Raises `RequestError` where a template has none."""
-    read = template.template(name, None).variables
+    read = template.template(name, None).variables()
     variables = {variable: effort for variable in _EFFORTS if variable in read}
     if not variables:
         raise RequestError(

@@ -267,3 +267,62 @@ def test_the_example_of_a_policy_is_found_beside_the_user(monkeypatch: pytest.Mo
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert len(json.loads(done.stdout)["outputs"]) == 2
+
+
+THINKING = [*MODEL, "--reasoning-markers", "...a", "--max-tokens", "8", "--temperature", "0"]
+
+
+def test_a_thought_goes_to_standard_error_and_the_answer_to_standard_output(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["generate", "--chat", "hi", *THINKING, "--thinking-token-budget", "3", "--ignore-eos"]
+    document = json.loads(run(capsys, *arguments, "--json"))
+    [output] = document["outputs"]
+    assert output["num_reasoning_tokens"] == output["outputs"][0]["num_reasoning_tokens"] == 3
+    assert output["reasoning"]
+    assert output["text"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert printed.out == output["text"] + "\n"
+    assert output["reasoning"] in printed.err
+
+
+def test_a_chat_hands_thoughts_on_to_the_template(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    original = LLM.chat_prompt
+
+    def chat_prompt(self: LLM, messages: Any, **options: Any) -> list[int]:
+        seen.append([dict(message) for message in messages])
+        return original(self, messages, **options)
+
+    monkeypatch.setattr(LLM, "chat_prompt", chat_prompt)
+    for as_json in ([], ["--json"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hi\nho\n"))
+        run(capsys, "chat", *THINKING, *as_json)
+        assert seen[-1][1]["reasoning"]
+        assert seen[-1][1]["content"] == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "a", "--thinking", "on"], "thinking: found on, expected --chat with it (--thinking)"),
+        (["generate", "a", "--chat", "--thinking", "off"], "no switch for it (--thinking)"),
+        (["generate", "a", "--chat", "--reasoning-effort", "low"], "does not ask (--reasoning-effort)"),
+        (["generate", "a", "--chat", "--chat-template-kwargs", "{"], "malformed JSON"),
+        (["generate", "a", "--chat", "--chat-template-kwargs", "[]"], "(--chat-template-kwargs)"),
+        (["generate", "a", "--thinking-token-budget", "5"], "no markers of thoughts are known"),
+        (["generate", "a", "--thinking-token-budget", "-1"], "found -1"),
+        (["generate", "a", "--reasoning-markers", "think"], "(--reasoning-markers)"),
+    ],
+)
+def test_what_a_model_does_not_know_about_thoughts_is_refused(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main([*arguments, *MODEL]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1

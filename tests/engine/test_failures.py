@@ -20,9 +20,9 @@ from pagellm.engine import (
     RequestOutput,
     SamplingParams,
     completion,
-    model_runner,
 )
 from pagellm.engine.completion import Completion, Request
+from pagellm.engine.execution import model_runner
 from pagellm.engine.requests.sampling_params import LogitBias
 from pagellm.engine.scheduling.block_manager import BlockManager
 from pagellm.engine.scheduling.scheduler import Scheduler

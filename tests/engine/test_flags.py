@@ -8,7 +8,7 @@ import pytest
 
 from pagellm.__main__ import main
 from pagellm.engine import EngineConfig, SamplingParams
-from pagellm.engine.commands.cli import ENGINE_FLAGS, GENERATION_FLAG, SAMPLING_FLAGS
+from pagellm.engine.commands.cli import CHAT_FLAGS, ENGINE_FLAGS, GENERATION_FLAG, SAMPLING_FLAGS
 from pagellm.engine.commands.flags import Flag, add_flags, given
 from tests.conftest import model_path
 
@@ -57,7 +57,9 @@ def test_the_defaults_of_a_command_are_in_its_help() -> None:
 
 
 def test_every_setting_of_the_engine_has_a_flag() -> None:
-    assert (ENGINE_FLAGS | GENERATION_FLAG).keys() == {field.name for field in fields(EngineConfig)}
+    assert (ENGINE_FLAGS | GENERATION_FLAG | CHAT_FLAGS).keys() == {
+        field.name for field in fields(EngineConfig)
+    }
 
 
 def test_every_sampling_parameter_has_a_flag_unless_it_tells_users_or_prompts_apart() -> None:

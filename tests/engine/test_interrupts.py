@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,6 +22,7 @@ import pytest
 from pagellm.engine import (
     LLM,
     BeamSearchParams,
+    EngineConfig,
     EngineError,
     FinishReason,
     LLMEngine,
@@ -33,12 +35,15 @@ from tests.conftest import model_path
 TINY = str(model_path("llama_tiny"))
 ENGINE = Path(sys.modules[LLM.__module__].__file__ or "").parent
 DRIVING = ["llm.py", "llm_engine.py", "turns.py", "completion.py", "beam_search.py", "model_runner.py"]
+THINKING = [*DRIVING, "thoughts.py", "reasoning.py"]
 SCHEDULING = [path.name for path in (ENGINE / "scheduling").glob("*.py")]
 PLAIN = SamplingParams(temperature=0.9, seed=5, n=2, max_tokens=4, ignore_eos=True, stop=["zq"], logprobs=1)
 OTHER = SamplingParams(
     temperature=0, max_tokens=4, ignore_eos=True, cache_salt="x", prompt_logprobs=1, tenant="b"
 )
 PROMPTS: list[Any] = ["ab", [1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 9]]
+THOUGHT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "<t>so"}]
+MARKERS = "<t>...</t>"
 BEAMS = BeamSearchParams(2, 3, ignore_eos=True)
 
 
@@ -53,6 +58,7 @@ def llm() -> Iterator[LLM]:
         max_num_batched_tokens=8,
         preemption="swap",
         policy="fair",
+        reasoning_markers=MARKERS,
         show_progress=False,
     )
     yield llm
@@ -83,7 +89,13 @@ def chat(llm: LLM) -> object:
     return llm.chat([{"role": "user", "content": "hi"}], OTHER)[0].token_ids
 
 
-CALLS = [generate, stream, beam_search, logits, chat]
+def think(llm: LLM) -> object:
+    params = replace(PLAIN, max_tokens=9, thinking_token_budget=2)
+    streams = llm.chat_stream_all([THOUGHT], params, continue_final_message=True)
+    return [["".join(part) for part in zip(*stream, strict=True)] for stream in streams[0]]
+
+
+CALLS = [generate, stream, beam_search, logits, chat, think]
 
 
 def assert_nothing_is_left(llm: LLM) -> None:
@@ -126,6 +138,7 @@ def traced(call: Callable[[], object], at_line: Callable[[Place], None], files: 
         (DRIVING, generate),
         (DRIVING, stream),
         (DRIVING, beam_search),
+        (THINKING, think),
     ],
     ids=lambda value: value.__name__ if callable(value) else "driving" if value is DRIVING else "scheduling",
 )
@@ -263,7 +276,7 @@ def test_an_interrupted_step_costs_no_token_of_those_that_go_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whether the step was scheduled, computed, committed or given out in part."""
-    engine = LLMEngine(TINY)
+    engine = LLMEngine(TINY, EngineConfig(reasoning_markers=MARKERS))
     whole = run_out(engine)
     for owner, name in [
         (engine.scheduler, "schedule"),
@@ -293,7 +306,8 @@ def test_an_interrupted_step_costs_no_token_of_those_that_go_on(
 
 def run_out(engine: LLMEngine) -> object:
     """Three requests to their ends, whatever comes in between."""
-    outputs = [engine.add_request(str(i), [1, 2, 3 + i], PLAIN) for i in range(3)]
+    outputs = [engine.add_request(str(i), [1, 2, 3 + i], PLAIN) for i in range(2)]
+    outputs.append(engine.add_request("2", "ab<t>", replace(PLAIN, max_tokens=7, thinking_token_budget=1)))
     num_interrupts = 0
     while engine.has_unfinished:
         try:
