@@ -191,7 +191,7 @@ def _chat_template(facts: dict[str, Any] | None) -> str:
     thinking = facts["thinking"]
     texts = ["yes" if facts["names"] == ["default"] else ", ".join(facts["names"])]
     texts.append("knows tools" if facts["tools"] else "no tools")
-    how = [*thinking["variables"], *thinking["tags"]]
+    how = [*thinking["variables"], *filter(None, ["...".join(thinking["markers"] or ())])]
     texts.append(f"thinking ({', '.join(how)})" if how else "no thinking")
     return ", ".join(texts)
 

@@ -38,6 +38,7 @@ from pagellm.engine.models.rope import RopeTable
 from pagellm.engine.tokenizer import Tokenizer
 from pagellm.engine.tokenizer.chat_files import read_chat_templates
 from pagellm.engine.tokenizer.chat_template import ChatTemplate
+from pagellm.engine.tokenizer.thinking import THINKING_VARIABLES, markers_of_template
 from pagellm.kernels.activation import KINDS
 from pagellm.kernels.architecture import (
     LAYER_PARTS,
@@ -56,9 +57,6 @@ _Read = TypeVar("_Read")
 
 _ACTIVATIONS = {number: name for name, number in KINDS.items()}
 _QK_NORMS = {NONE: "none", PER_HEAD: "per head", WHOLE: "whole"}
-# Names by which templates are told to let a model think, or how much.
-_THINKING_VARIABLES = ("enable_thinking", "thinking", "reasoning_effort", "thinking_budget", "reasoning")
-_THINKING_TAGS = ("<think>", "<thinking>", "<|channel|>analysis", "<reasoning>", "[THINK]")
 # Where a configuration says what can be told of a model that no reader takes: GGUF's key, config.json's.
 _FACTS = {
     "num_layers": ("block_count", "num_hidden_layers"),
@@ -340,15 +338,15 @@ def _of_template(template: ChatTemplate) -> Report:
         variables = template.variables()
     except CheckpointError as error:
         return {"names": names, "refusal": str(error)}
-    text = "\0".join(template.sources.values())
+    markers = markers_of_template(template)
     return {
         "names": names,
         "refusal": None,
         "variables": sorted(variables),
         "tools": "tools" in variables,
         "thinking": {
-            "variables": [name for name in _THINKING_VARIABLES if name in variables],
-            "tags": [tag for tag in _THINKING_TAGS if tag in text],
+            "variables": [name for name in THINKING_VARIABLES if name in variables],
+            "markers": None if markers is None else list(markers),
         },
     }
 

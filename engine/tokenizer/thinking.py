@@ -44,6 +44,7 @@ _SWITCHES: Mapping[str, tuple[Any, Any]] = {
     "thinking_budget": (-1, 0),
 }
 _EFFORTS = ("reasoning_effort", "thinking_effort", "reasoning_strength")
+THINKING_VARIABLES = (*_SWITCHES, *_EFFORTS)
 _NO_EFFORT = ("no_think", "none")  # efforts that are no thought at all
 _QUESTION, _THOUGHT, _ANSWER = "Q1question1Q", "Q2thought2Q", "Q3answer3Q"  # words that no template has
 _MENTIONS = re.compile("think|reason|thought", re.IGNORECASE)

@@ -123,7 +123,8 @@ def test_the_text_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_chat_template_says_what_it_knows(tmp_path: Path) -> None:
     directory = write_config(tmp_path, "llama_tiny")
     template = (
-        "{% if enable_thinking %}<think>{% endif %}{{ tools }}{% for m in messages %}{{ m }}{% endfor %}"
+        "{% if enable_thinking %}<think></think>{% endif %}{{ tools }}"
+        "{% for m in messages %}{{ m }}{% endfor %}"
     )
     (directory / "chat_template.jinja").write_text(template)
     assert inspect_model(directory)["chat_template"] == {
@@ -131,7 +132,7 @@ def test_a_chat_template_says_what_it_knows(tmp_path: Path) -> None:
         "refusal": None,
         "variables": ["enable_thinking", "messages", "tools"],
         "tools": True,
-        "thinking": {"variables": ["enable_thinking"], "tags": ["<think>"]},
+        "thinking": {"variables": ["enable_thinking"], "markers": ["<think>", "</think>"]},
     }
     (directory / "chat_template.jinja").write_text("{% if %}")
     report = inspect_model(directory)
