@@ -14,7 +14,6 @@ from gguf.quants import dequantize, quantize
 
 from pagellm.engine.cache import cache_dir
 from pagellm.engine.checkpoints import open_checkpoint, resolve_model
-from pagellm.engine.checkpoints.base import BLOCK_SIZES
 from pagellm.engine.config import DEFAULT_MODEL
 
 # What general.file_type calls each, and the type of the embedding.
@@ -26,7 +25,8 @@ FILE_TYPES = {
     "Q4_0": (LlamaFileType.MOSTLY_Q4_0, "Q8_0"),
 }
 PUBLISHED = "Q4_1"
-EMBEDDING = "token_embd.weight"  # tied: the output matrix, too
+EMBEDDING = "token_embd.weight"
+OUTPUT = "output.weight"  # where there is none, the embedding is it
 
 
 def model_file(file_type: str) -> Path:
@@ -49,18 +49,16 @@ def model_file(file_type: str) -> Path:
 
 
 def matrix_sizes(path: Path) -> tuple[int, int, int]:
-    """Bytes of all weights, and the multiply-adds of one token in the layers and in the output matrix."""
-    checkpoint = open_checkpoint(path)
-    checkpoint.close()
-    num_bytes = layers = output = 0
-    for tensor in checkpoint.tensors.values():
-        block, block_bytes = BLOCK_SIZES[tensor.dtype]
-        num_bytes += prod(tensor.shape) // block * block_bytes
-        if tensor.name == EMBEDDING:
-            output = prod(tensor.shape)
-        elif len(tensor.shape) == 2:
-            layers += prod(tensor.shape)
-    return num_bytes, layers, output
+    """Bytes of the weights that a step reads, and the multiply-adds of one token in layers and output matrix.
+
+    Of an embedding that is not the output matrix, too, a step reads a few rows.
+    """
+    with open_checkpoint(path) as checkpoint:
+        tensors = checkpoint.tensors
+        output = OUTPUT if OUTPUT in tensors else EMBEDDING
+        read = [tensor for tensor in tensors.values() if output == EMBEDDING or tensor.name != EMBEDDING]
+        in_layers = [prod(t.shape) for t in read if len(t.shape) == 2 and t.name != output]
+        return sum(tensor.num_bytes for tensor in read), sum(in_layers), prod(tensors[output].shape)
 
 
 def _convert(source: Path, target: Path, file_type: str) -> None:

@@ -21,11 +21,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-VOCAB_SIZE = 49152
+from bench.gguf_models import EMBEDDING
+from pagellm.engine.checkpoints import open_checkpoint
+
 CONTEXT = 128
 DECODE_STEPS = 32
 PREFILLS = 3  # timed in a turn, after one that isn't
 MAX_BATCH = 16
+BLOCK_SIZE = 16
+# Of pagellm's KV cache: as many tokens as the largest cell has, and room to grow by a block.
+KV_BLOCKS = MAX_BATCH * (-(-(CONTEXT + DECODE_STEPS) // BLOCK_SIZE) + 1)
 LOGITS_WINDOW = 512
 
 
@@ -38,7 +43,12 @@ class Cell:
 
 
 class Engine(Protocol):
-    """One engine with one model, using a fixed number of threads."""
+    """One engine with one model, using a fixed number of threads.
+
+    base_bytes: what its process took before it read the model, libraries and kernels included.
+    """
+
+    base_bytes: int
 
     def measure(self, cell: Cell) -> float:
         """Tokens a second, the median within one turn."""
@@ -50,10 +60,15 @@ class Pagellm:
 
     def __init__(self, path: Path, threads: int, quantization: str) -> None:
         from pagellm.engine import EngineConfig, LLMEngine
+        from pagellm.engine.execution.compilation import compile_kernels
 
+        compile_kernels(False)
+        self.base_bytes = resident_bytes()
         config = EngineConfig(
             quantization=quantization,
             num_threads=threads,
+            block_size=BLOCK_SIZE,
+            num_blocks=KV_BLOCKS,
             max_num_seqs=MAX_BATCH,
             max_model_len=1024,
             enable_prefix_caching=False,
@@ -81,6 +96,7 @@ class LlamaCpp:
         self.quiet = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self.quiet, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
+        self.base_bytes = resident_bytes()
         self.threads = threads
         self.exact = exact
         self.model = llama_cpp.llama_model_load_from_file(
@@ -88,6 +104,7 @@ class LlamaCpp:
         )
         if not self.model:
             raise RuntimeError(f"cannot read {path.name}")
+        self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.context = cache(self._new_context)
         self.batch = llama_cpp.llama_batch_init(CONTEXT * MAX_BATCH, 0, 1)
 
@@ -103,11 +120,11 @@ class LlamaCpp:
         return cell.batch / median(steps)
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """The logits after each of at most LOGITS_WINDOW tokens, [len(token_ids), VOCAB_SIZE]."""
+        """The logits after each of at most LOGITS_WINDOW tokens, [len(token_ids), vocab_size]."""
         self._clear(1)
         self._decode(1, [(0, position, True) for position in range(len(token_ids))], token_ids)
         pointer = self.api.llama_get_logits(self.context(1))
-        return np.ctypeslib.as_array(pointer, (len(token_ids), VOCAB_SIZE)).copy()
+        return np.ctypeslib.as_array(pointer, (len(token_ids), self.vocab_size)).copy()
 
     def close(self) -> None:
         """Gives its memory back."""
@@ -148,7 +165,7 @@ class LlamaCpp:
         """
         self.batch.n_tokens = len(tokens)
         for i, (sequence, position, wanted) in enumerate(tokens):
-            self.batch.token[i] = token_ids[i] if token_ids else random.randrange(VOCAB_SIZE)
+            self.batch.token[i] = token_ids[i] if token_ids else random.randrange(self.vocab_size)
             self.batch.pos[i] = position
             self.batch.n_seq_id[i] = 1
             self.batch.seq_id[i][0] = sequence
@@ -169,6 +186,9 @@ class OpenVino:
     def __init__(self, path: Path, threads: int, precision: str | None) -> None:
         import openvino_genai
 
+        with open_checkpoint(path) as checkpoint:
+            self.vocab_size = checkpoint.tensors[EMBEDDING].shape[0]
+        self.base_bytes = resident_bytes()
         self.api = openvino_genai
         scheduling = openvino_genai.SchedulerConfig()
         scheduling.max_num_batched_tokens = CONTEXT * MAX_BATCH
@@ -191,7 +211,7 @@ class OpenVino:
         from openvino import Tensor
 
         config = self.api.GenerationConfig(max_new_tokens=1 + decode, ignore_eos=True)
-        tokens = np.random.default_rng().integers(0, VOCAB_SIZE, (batch, 1, prompt), np.int64)
+        tokens = np.random.default_rng().integers(0, self.vocab_size, (batch, 1, prompt), np.int64)
         # Dropping a handle would end its request.
         handles = [self.pipeline.add_request(i, Tensor(row), config) for i, row in enumerate(tokens)]
         steps = []
@@ -202,6 +222,13 @@ class OpenVino:
         if len(steps) != 1 + decode:
             raise RuntimeError(f"{len(steps)} steps for {len(handles)} prompts and {decode} tokens of each")
         return steps
+
+
+def resident_bytes() -> int:
+    """The memory that this process takes: pages of mapped files that were read count, too. 0 if unknown."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), 0)
 
 
 class Turns:
@@ -217,6 +244,11 @@ class Turns:
 
     def measure(self, cell: Cell) -> float:
         self.pipe.send(cell)
+        return self.wait()
+
+    def memory_bytes(self) -> float:
+        """What its process takes now beyond what it took before it read the model."""
+        self.pipe.send(None)
         return self.wait()
 
     def wait(self) -> float:
@@ -244,7 +276,8 @@ def _serve(pipe: Connection, make: Callable[..., Engine], arguments: tuple[Any, 
         engine = make(*arguments)
         pipe.send(0.0)
         while True:
-            pipe.send(engine.measure(pipe.recv()))
+            cell = pipe.recv()
+            pipe.send(float(resident_bytes() - engine.base_bytes) if cell is None else engine.measure(cell))
     except (EOFError, KeyboardInterrupt):
         return
     except Exception as error:

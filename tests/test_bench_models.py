@@ -1,0 +1,67 @@
+"""The files with random weights that the benchmarks compare engines on."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from bench.random_models import random_blocks, write_random_model
+from bench.shapes import MIXES, SHAPES, type_of
+from pagellm.engine import LLM, SamplingParams
+from pagellm.engine.checkpoints import open_checkpoint
+from pagellm.engine.commands.inspection import inspect_model
+
+TINY = replace(
+    SHAPES["llama-3.2-1b"],
+    layers=8,
+    hidden=256,
+    heads=8,
+    kv_heads=2,
+    head_dim=32,
+    intermediate=320,
+    vocab=512,
+)
+
+
+def types(shape_name: str, mix: str) -> Counter[str]:
+    shape = SHAPES[shape_name]
+    return Counter(type_of(shape, mix, name, columns) for name, _, columns in shape.matrices())
+
+
+def test_a_mix_is_what_llama_cpp_makes_of_the_shape() -> None:
+    """Counted in the published files of Gemma 3 270M, and by llama.cpp's rules for rows of whole blocks."""
+    assert types("gemma-3-270m", "Q4_K_M") == {"Q5_0": 81, "Q4_K": 27, "Q8_0": 10, "Q6_K": 9}
+    assert types("llama-3.2-1b", "Q4_K_M") == {"Q4_K": 96, "Q6_K": 17}
+    assert types("llama-3.1-8b", "Q4_K_M") == {"Q4_K": 193, "Q6_K": 33}
+    assert types("qwen3-4b", "Q4_0") == {"Q4_0": 252, "Q6_K": 1}
+    assert types("qwen3-4b", "Q8_0") == {"Q8_0": 253}
+    assert types("smollm2-135m", "Q4_0") == {"Q4_0": 210, "Q8_0": 1}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_random_blocks_have_the_size_of_weights(mix: str) -> None:
+    kind = MIXES[mix][1]
+    blocks = random_blocks(np.random.default_rng(0), kind, 2000)
+    raw = blocks.view({"F32": np.float32, "F16": np.float16}.get(kind, np.uint8)).reshape(1, -1)
+    values = gguf.dequantize(raw, gguf.GGMLQuantizationType[kind])
+    assert np.isfinite(values).all()
+    assert 0.015 < values.std() < 0.025
+    assert abs(values.mean()) < 0.003
+
+
+@pytest.mark.parametrize("mix", ["Q4_K_M", "Q4_0", "Q8_0", "F16", "Q2_K", "IQ4_XS"])
+def test_a_file_of_a_shape_is_served(tmp_path: Path, mix: str) -> None:
+    path = tmp_path / "m.gguf"
+    write_random_model(path, TINY, mix)
+    assert inspect_model(path)["supported"]
+    with open_checkpoint(path) as checkpoint:
+        for name, rows, columns in TINY.matrices():
+            assert checkpoint.tensors[name].shape == (rows, columns)
+            assert checkpoint.tensors[name].dtype == type_of(TINY, mix, name, columns)
+    llm = LLM(str(path), num_blocks=8, show_progress=False)
+    [output] = llm.generate([[3, 4, 5]], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    llm.close()
+    assert len(output.token_ids) == 4
