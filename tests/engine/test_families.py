@@ -15,6 +15,7 @@ from pagellm.engine import LLM, CheckpointError
 from pagellm.engine.checkpoints import open_checkpoint
 from pagellm.engine.execution.weights import formats_of, load_weights
 from pagellm.engine.models import ModelSpec, Source, read_spec
+from pagellm.kernels.packing import unpack_column
 from tests.conftest import ARCHITECTURES, MODELS
 
 
@@ -342,3 +343,23 @@ def test_a_dense_granite_may_be_called_a_hybrid(value: dict[str, Any], scale: fl
         config |= {f"granitehybrid.{key}": v for key, v in value.items()}
         spec = read_spec(replace(checkpoint, config=config))
     assert spec.arch.logits_scale == pytest.approx(scale)
+
+
+@pytest.mark.parametrize("name", ["gguf_llama_f32", "gguf_llama_q8_0", "gguf_llama_q4_0"])
+def test_ranges_of_a_matrix_s_rows_are_packed_as_they_are_stored(name: str) -> None:
+    """Of the product behind attention, taken for heads of two rotary pairs, in two ranges."""
+    with open_checkpoint(MODELS / name / "model.gguf") as checkpoint:
+        spec = read_spec(checkpoint)
+        tensor = checkpoint.tensors["blk.0.attn_output.weight"]
+        outputs, inputs = tensor.shape
+        source = Source(tensor.name, tensor.shape, rows=((8, outputs), (0, 8)))
+        source = replace(source, paired_heads=outputs // 4)
+        spec = replace(spec, layers=({**spec.layers[0], "output": (source,)}, *spec.layers[1:]))
+        stored = np.roll(tensor.rows(0, outputs), -8, axis=0).reshape(-1, 4, inputs)
+        expected = stored[:, [0, 2, 1, 3]].reshape(outputs, inputs)
+        weights = load_weights(checkpoint, spec, formats_of(checkpoint, spec, "auto"), 8, show=False)
+        place = weights.layers[0]["output"]
+        column = np.zeros(inputs, np.float32)
+        for n in range(outputs):
+            unpack_column(int(place["format"]), weights.values, int(place["start"]), inputs, n, column, 0)
+            np.testing.assert_array_equal(column, expected[n])
