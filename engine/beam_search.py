@@ -161,7 +161,7 @@ class BeamSearch:
         return self._score(best_logprob, self._max_tokens) <= worst
 
     def _end(self, token_ids: list[int], logprob: float, reason: FinishReason) -> None:
-        text = self._engine.tokenizer.decode(token_ids, skip_special_tokens=True)
+        text = self._engine.tokenizer.decode(token_ids, skip_special_tokens=True, continues=True)
         stop_reason = token_ids[-1] if reason is FinishReason.STOP else None
         completion = CompletionOutput(0, text, token_ids, reason, stop_reason, cumulative_logprob=logprob)
         self._ended.append((self._score(logprob, len(token_ids)), completion))

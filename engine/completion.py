@@ -129,7 +129,7 @@ class Completion:
     def _begin_text(self) -> None:
         params = self.sequence.sampling_params
         self._detokenizer = IncrementalDetokenizer(
-            self._tokenizer, skip_special_tokens=params.skip_special_tokens
+            self._tokenizer, skip_special_tokens=params.skip_special_tokens, continues=True
         )
         self._stop = StopChecker(params)
         self._thoughts = None

@@ -100,7 +100,8 @@ class LLMEngine:
         self.changing = False
         self._gone: deque[Any] = deque()  # owners that are garbage, and (request, index) of what is to abort
         self._special_texts = {
-            token_id: self.tokenizer.decode([token_id]) for token_id in self.tokenizer.special_ids
+            token_id: self.tokenizer.decode([token_id], continues=True)
+            for token_id in self.tokenizer.special_ids
         }
         self._requests: dict[str, Request] = {}
         self._by_seq_id: dict[int, tuple[Request, Completion]] = {}

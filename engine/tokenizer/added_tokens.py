@@ -7,14 +7,16 @@ the whitespace beside them. It knows nothing of what happens to the stretches.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import regex
 
+from pagellm.engine.tokenizer.normalization import NO_NORMALIZER, Normalizer, Start
+
 # Unicode's White_Space property. `str.strip()` alone would also take U+001C..U+001F.
 _EN_AND_EM_SPACES = "".join(map(chr, range(0x2000, 0x200B)))
-_WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + _EN_AND_EM_SPACES
+WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + _EN_AND_EM_SPACES
 # What Unicode's UTS 18 calls a word character; other definitions leave out combining marks or joiners.
 _WORD_CHARACTER = regex.compile(r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]")
 
@@ -39,7 +41,7 @@ class AddedToken:
 class AddedVocabulary:
     """The added tokens of one tokenizer, and the search for them."""
 
-    def __init__(self, tokens: Iterable[AddedToken], normalize: Callable[[str], str] = str) -> None:
+    def __init__(self, tokens: Iterable[AddedToken], normalize: Normalizer = NO_NORMALIZER) -> None:
         self.tokens = tuple(tokens)
         self._normalize = normalize
         raw: dict[str, AddedToken] = {}
@@ -52,16 +54,29 @@ class AddedVocabulary:
                 raw[token.content] = token
         self._raw, self._normalized = _Finder(raw), _Finder(normalized)
 
-    def split(self, text: str, *, parse_special: bool) -> Iterator[str | AddedToken]:
-        """The text's added tokens and the (normalised) stretches between them, in order.
+    @property
+    def texts(self) -> dict[int, str]:
+        """What each token is written as, by id: one that is looked for in the normalised text, as there."""
+        return {
+            token.id: self._normalize(token.content) if token.normalized else token.content
+            for token in self.tokens
+        }
 
-        With `parse_special` false, special tokens are text like any other.
+    def split(
+        self, text: str, *, parse_special: bool, start: Start = Start.TEXT
+    ) -> Iterator[tuple[str, Start] | AddedToken]:
+        """The text's added tokens and the (normalised) stretches between them with their starts, in order.
+
+        With `parse_special` false, special tokens are text like any other. start: of the text itself.
         """
         for piece in self._raw.split(text, parse_special):
             if isinstance(piece, AddedToken):
                 yield piece
             else:
-                yield from self._normalized.split(self._normalize(piece), parse_special)
+                for part in self._normalized.split(self._normalize(piece, start), parse_special):
+                    yield part if isinstance(part, AddedToken) else (part, start)
+                    start = Start.TOKEN
+            start = Start.TOKEN
 
 
 class _Finder:
@@ -89,13 +104,13 @@ class _Finder:
             # A token of whitespace that the one before has swallowed (`rstrip`) is there all the same, unless
             # it takes whitespace on its left too: then nothing is left of it.
             if token.lstrip:
-                start = done + len(text[done:start].rstrip(_WHITESPACE))
+                start = done + len(text[done:start].rstrip(WHITESPACE))
             if token.rstrip:
                 if space_stop < stop:
                     space_stop = stop
-                    while space_stop < len(text) and text[space_stop] in _WHITESPACE:
+                    while space_stop < len(text) and text[space_stop] in WHITESPACE:
                         space_stop += 1
-                stop = space_stop if text[stop : stop + 1] in _WHITESPACE else stop
+                stop = space_stop if text[stop : stop + 1] in WHITESPACE else stop
             if done < start:
                 yield text[done:start]
             if start < stop:

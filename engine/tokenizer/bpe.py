@@ -1,15 +1,22 @@
-"""Byte-pair encoding of one word: its bytes are merged pair by pair, the pair of lowest rank first.
+"""Byte-pair encoding of one word: its symbols are merged pair by pair, the pair of lowest rank first.
 
-Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units" (2016), on bytes as in GPT-2.
-`Bpe` knows the vocabulary and the merges; it does not know how a text was cut into words.
+Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units" (2016): on bytes as in GPT-2
+(`Bpe`), or on characters (`CharacterBpe`). They know the vocabulary and the merges; they do not know how a
+text was cut into words.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from heapq import heappop, heappush
-from itertools import pairwise
+from itertools import chain, pairwise
 
 from pagellm.engine.errors import CheckpointError, found
 from pagellm.engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
+from pagellm.engine.tokenizer.fallback import Fallback
+from pagellm.engine.tokenizer.segments import Segments
+from pagellm.engine.tokenizer.word_cache import WordCache
+
+# Best first, each "left right" or a pair.
+Merges = Sequence[str] | Sequence[Sequence[str]]
 
 _NO_MERGE = -1
 _MERGED_AWAY = -1
@@ -18,7 +25,7 @@ _MERGED_AWAY = -1
 class Bpe:
     """The merges of one vocabulary.
 
-    `merges` are written "left right" in the byte-level alphabet, best first. A byte that has no entry in
+    `merges` are written in the byte-level alphabet, best first. A byte that has no entry in
     `vocab` (some vocabularies leave out bytes that their training text never had) becomes `unk_token`, or is
     dropped where there is none: what the reference implementations do.
 
@@ -29,7 +36,7 @@ class Bpe:
     def __init__(
         self,
         vocab: Mapping[str, int],
-        merges: Sequence[str],
+        merges: Merges,
         *,
         ignore_merges: bool = False,
         unk_token: str | None = None,
@@ -57,15 +64,79 @@ class Bpe:
         return tuple(self._merges.apply(ids))
 
 
+class CharacterBpe:
+    """Merges of characters, as the conversions of SentencePiece's vocabularies have them.
+
+    `merges` are written as those of `Bpe`, with characters as they are. whole_words: as `ignore_merges` of
+    `Bpe`. fuse_unk: whether unknown tokens that follow each other become one. A word may be a whole text: it
+    is cut where no token can cross.
+
+    Raises `CheckpointError` as `MergeTable`.
+    """
+
+    def __init__(
+        self,
+        vocab: Mapping[str, int],
+        merges: Merges,
+        fallback: Fallback,
+        *,
+        ignore_merges: bool = False,
+        fuse_unk: bool = False,
+    ) -> None:
+        self._vocab = vocab
+        self._merges = MergeTable(vocab, merges)
+        self._fallback = fallback
+        self._ignore_merges = ignore_merges
+        self._fuse_unk = fuse_unk
+        self._segments = None if self._merges.touches(fallback.all_ids) else Segments(vocab)
+        self._words = WordCache(self._encode_word)
+        self._parts = WordCache(self._encode_part)
+
+    def encode_word(self, word: str) -> tuple[int, ...]:
+        """The ids of one word.
+
+        Raises `UnicodeEncodeError` if the word has a lone surrogate.
+        """
+        if self._ignore_merges and (whole := self._vocab.get(word)) is not None:
+            return (whole,)
+        if self._segments is None:
+            return self._fused(self._encode_part(word))
+        words = self._segments.words(word)
+        return self._fused(tuple(chain.from_iterable(map(self._words.__getitem__, words))))
+
+    def _fused(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(self._fallback.fused(list(ids))) if self._fuse_unk else ids
+
+    def _encode_word(self, word: str) -> tuple[int, ...]:
+        assert self._segments is not None
+        parts = self._segments.parts(word)
+        if len(parts) == 1:
+            return self._encode_part(word)
+        return tuple(chain.from_iterable(map(self._parts.__getitem__, parts)))
+
+    def _encode_part(self, part: str) -> tuple[int, ...]:
+        ids: list[int] = []
+        for char in part:
+            id_ = self._vocab.get(char)
+            if id_ is None:
+                ids += self._fallback.ids(char)
+            else:
+                ids.append(id_)
+        return tuple(self._merges.apply(ids)) if len(ids) > 1 else tuple(ids)
+
+
 class MergeTable:
     """The merges as numbers: a pair of ids is one integer, `left * stride + right`."""
 
-    def __init__(self, vocab: Mapping[str, int], merges: Sequence[str]) -> None:
+    def __init__(self, vocab: Mapping[str, int], merges: Merges) -> None:
         self._stride = max(vocab.values(), default=0) + 1
         self._rank_of_pair: dict[int, int] = {}
         self._merged: list[int] = []
         for rank, merge in enumerate(merges):
-            left, _, right = merge.partition(" ")
+            if isinstance(merge, str):
+                left, _, right = merge.partition(" ")
+            else:
+                left, right = merge
             try:
                 self._rank_of_pair[vocab[left] * self._stride + vocab[right]] = rank
                 self._merged.append(vocab[left + right])
@@ -74,6 +145,11 @@ class MergeTable:
                     f"merges[{rank}]: found {found(merge)}, expected two tokens of the vocabulary with a"
                     " space between that join to a token of the vocabulary"
                 ) from None
+
+    def touches(self, ids: Collection[int]) -> bool:
+        """Whether one of the ids is a part of any pair."""
+        parts = {part for pair in self._rank_of_pair for part in divmod(pair, self._stride)} if ids else set()
+        return not parts.isdisjoint(ids)
 
     def apply(self, ids: list[int]) -> list[int]:
         """Merges adjacent ids until no pair has a rank: lowest rank first, and of equals the leftmost.

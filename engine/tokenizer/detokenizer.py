@@ -4,7 +4,6 @@ A token is bytes, and a character may be spread over several tokens: what has ar
 until the rest comes. It knows nothing of stop strings or of the request.
 """
 
-from codecs import getincrementaldecoder
 from collections.abc import Iterable
 
 from pagellm.engine.tokenizer.tokenizer import Tokenizer
@@ -14,21 +13,24 @@ class IncrementalDetokenizer:
     """Decodes one stream of ids.
 
     The pieces it returns, joined, with `finish()` at the end, are exactly `tokenizer.decode(ids)` of all the
-    ids with the same `skip_special_tokens`. Each token costs O(1), however long the stream.
+    ids with the same `skip_special_tokens` and `continues`. Each token costs O(1), however long the stream.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, continues: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._decoder = getincrementaldecoder("utf-8")("replace")
+        self._continues = continues
+        self._stream = tokenizer.text_stream(continues=continues)
 
     def append(self, token_id: int) -> str:
         """The text that this token completes: "" while a character is unfinished.
 
         Raises `RequestError` for an id that the model cannot produce.
         """
-        data = self._tokenizer.token_bytes(token_id)
-        return "" if token_id in self._skipped else self._decoder.decode(data)
+        piece = self._tokenizer.stream_piece(token_id)
+        return "" if token_id in self._skipped else self._stream.append(*piece)
 
     def extend(self, token_ids: Iterable[int]) -> str:
         """As `append`, for several tokens at once."""
@@ -36,6 +38,6 @@ class IncrementalDetokenizer:
 
     def finish(self) -> str:
         """The rest at the stream's end: U+FFFD for an unfinished character. Ready for another stream then."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
+        rest = self._stream.finish()
+        self._stream = self._tokenizer.text_stream(continues=self._continues)
         return rest

@@ -14,6 +14,7 @@ from typing import Any
 from pagellm.engine.errors import CheckpointError, found
 from pagellm.engine.tokenizer.added_token_table import AddedTokenTable
 from pagellm.engine.tokenizer.added_tokens import AddedToken
+from pagellm.engine.tokenizer.bpe import Bpe
 from pagellm.engine.tokenizer.chat_files import read_chat_templates, read_template_tokens
 from pagellm.engine.tokenizer.checks import (
     expect,
@@ -21,6 +22,7 @@ from pagellm.engine.tokenizer.checks import (
     read_json_object_if_present,
     read_text,
 )
+from pagellm.engine.tokenizer.normalization import Normalizer, to_nfc
 from pagellm.engine.tokenizer.pretokenizers import Pretokenizer
 from pagellm.engine.tokenizer.spec import NO_TOKENIZER, TokenizerSpec
 from pagellm.engine.tokenizer.tokenizer_json import (
@@ -95,20 +97,18 @@ def _read_vocab_files(directory: Path, config: Mapping[str, Any]) -> tuple[Token
             f"{config_path}: tokenizer_class: found {found(class_name)}, expected one of"
             f" {', '.join(_FAMILY_OF_CLASS)}, or a tokenizer.json"
         )
-    if config.get("add_eos_token"):
-        raise CheckpointError(
-            f"{config_path}: add_eos_token: found {found(config['add_eos_token'])}, expected false"
-        )
     vocab_path = directory / "vocab.json"
+    vocab = check_vocab(read_json_object(vocab_path), str(vocab_path))
+    merges = [
+        line
+        for line in read_text(directory / "merges.txt").split("\n")
+        if line and not line.startswith("#version")
+    ]
     spec = TokenizerSpec(
-        vocab=check_vocab(read_json_object(vocab_path), str(vocab_path)),
-        merges=[
-            line
-            for line in read_text(directory / "merges.txt").split("\n")
-            if line and not line.startswith("#version")
-        ],
+        vocab=vocab,
+        model=Bpe(vocab, merges),
         pretokenizer=Pretokenizer.named(family, add_prefix_space=config.get("add_prefix_space") is True),
-        normalize_nfc=family != "gpt2",
+        normalizer=Normalizer([] if family == "gpt2" else [to_nfc]),
     )
     return spec, _ROLES_OF_FAMILY[family]
 
@@ -226,18 +226,39 @@ def _with_roles(
     model_vocab_size = model_config.get("vocab_size")
     if model_vocab_size is not None:
         expect(model_vocab_size, int, f"{model_path}: vocab_size")
-    add_bos_token = config.get("add_bos_token")
-    if add_bos_token is not None:
-        expect(add_bos_token, bool, f"{named['add_bos_token']}: add_bos_token")
+    bos_token_id = roles.get("bos_token", bos_token_id)
     return replace(
         spec,
-        bos_token_id=roles.get("bos_token", bos_token_id),
-        add_bos_token=spec.add_bos_token if add_bos_token is None else add_bos_token,
+        bos_token_id=bos_token_id,
+        prefix_ids=_ends(config, named, "bos", bos_token_id, spec.prefix_ids),
+        suffix_ids=_ends(config, named, "eos", next(iter(eos_token_ids), None), spec.suffix_ids),
         eos_token_ids=eos_token_ids,
         chat_templates=read_chat_templates(directory, config),
         template_tokens=read_template_tokens({"tokenizer_config.json": config}) or None,
         model_vocab_size=model_vocab_size,
     )
+
+
+def _ends(
+    config: Mapping[str, Any],
+    named: Mapping[str, Path],
+    role: str,
+    token_id: int | None,
+    own_ids: tuple[int, ...],
+) -> tuple[int, ...]:
+    """What is put before or behind a text: `add_bos_token` and `add_eos_token` go before the file's own."""
+    key = f"add_{role}_token"
+    if config.get(key) is None:
+        return own_ids
+    if not expect(config[key], bool, f"{named[key]}: {key}"):
+        return ()
+    if own_ids:
+        return own_ids
+    if token_id is None:
+        raise CheckpointError(
+            f"{named[key]}: {key}: found true without a {role.upper()} token, expected a {role}_token"
+        )
+    return (token_id,)
 
 
 def _content(value: object, where: str) -> str:

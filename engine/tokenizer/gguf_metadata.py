@@ -1,28 +1,69 @@
 """Reads a tokenizer from the metadata of a GGUF file, given as a plain mapping of its keys.
 
-The keys are those of the GGUF specification (`tokenizer.ggml.*`). Only byte-level BPE, which GGUF calls
-"gpt2".
+The keys are those of the GGUF specification (`tokenizer.ggml.*`). Of the models that it names: "gpt2"
+(byte-level BPE), "llama" (SentencePiece BPE) and "gemma4" (BPE with merges of characters).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pagellm.engine.errors import CheckpointError, found
 from pagellm.engine.tokenizer import pretokenizers
 from pagellm.engine.tokenizer.added_tokens import AddedToken
+from pagellm.engine.tokenizer.bpe import Bpe, CharacterBpe
 from pagellm.engine.tokenizer.checks import expect
+from pagellm.engine.tokenizer.decoders import SPACE, Decoder, spaced_bytes
+from pagellm.engine.tokenizer.fallback import Fallback, byte_ids_of
+from pagellm.engine.tokenizer.normalization import Normalizer, to_nfc
+from pagellm.engine.tokenizer.pretokenizers import Pretokenizer
+from pagellm.engine.tokenizer.sentencepiece import SentencePieceBpe
 from pagellm.engine.tokenizer.spec import NO_TOKENIZER, TokenizerSpec
 
 _PREFIX = "tokenizer.ggml."
 
 # Token types, by their numbers in the GGUF specification.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 # A GGUF file names one end token, where the model's generation config may have named several. These end a
-# turn in every model that has them.
+# turn in every model that has them, and are control tokens whatever type the file gives them (the list of
+# llama.cpp's llama-vocab.cpp).
 _END_OF_TURN = frozenset(
-    {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>"}
+    [
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|end|>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<end_of_turn>",
+        "<|return|>",
+        "<|call|>",
+        "<|calls|>",
+        "<|flush|>",
+        "</s>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "[e~[",
+        "<end_of_utterance>",
+        "<eos>",
+        "<turn|>",
+        "<|tool_response>",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    ]
 )
+# Where all of the first are there, the second is no end of a turn.
+_EXCEPTIONS = (
+    (("<|return|>", "<|call|>"), "<|end|>"),
+    (("<|calls|>", "<|flush|>"), "<|end|>"),
+    (("<|tool_response>",), "</s>"),
+)
+# Of Phi-3, whose tokens take the whitespace behind them.
+_PHI3_KEEPS_SPACE = ("<unk>", "<s>", "<|endoftext|>")
+
+_to_visible_spaces = Normalizer([lambda text: text.replace(" ", SPACE)])
 
 
 def read_gguf_metadata(metadata: Mapping[str, Any]) -> TokenizerSpec:
@@ -33,12 +74,10 @@ def read_gguf_metadata(metadata: Mapping[str, Any]) -> TokenizerSpec:
     if f"{_PREFIX}tokens" not in metadata:
         return NO_TOKENIZER
     model = metadata.get(f"{_PREFIX}model")
-    if model != "gpt2":
+    if model not in _READERS:
         raise CheckpointError(
-            f"{_PREFIX}model: found {found(model)}, expected 'gpt2' (byte-level BPE; SentencePiece, WordPiece"
-            " and Unigram are not supported)"
+            f"{_PREFIX}model: found {found(model)}, expected one of {', '.join(map(repr, _READERS))}"
         )
-    pre = expect(metadata.get(f"{_PREFIX}pre"), str, f"{_PREFIX}pre")
     tokens = _strings(metadata, "tokens")
     types = expect(metadata.get(f"{_PREFIX}token_type"), list, f"{_PREFIX}token_type")
     if len(types) != len(tokens):
@@ -49,42 +88,146 @@ def read_gguf_metadata(metadata: Mapping[str, Any]) -> TokenizerSpec:
     if len(vocab) != len(tokens):
         twice = next(token for index, token in enumerate(tokens) if vocab[token] != index)
         raise CheckpointError(f"{_PREFIX}tokens: found {found(twice)} twice, expected each token once")
-    added_tokens = []
-    for token_id, kind in enumerate(types):
-        if kind == _NORMAL:
-            continue
-        if kind == _UNUSED:
-            del vocab[tokens[token_id]]
-        elif kind not in (_UNKNOWN, _CONTROL, _USER_DEFINED):
-            raise CheckpointError(f"{_PREFIX}token_type[{token_id}]: found {found(kind)}, expected 1 to 5")
-        elif tokens[token_id]:
-            added_tokens.append(AddedToken(token_id, tokens[token_id], special=kind != _USER_DEFINED))
-    pretokenizer, named = pretokenizers.from_gguf_name(pre)
+    spec = _READERS[model](metadata, vocab, types)
     # Of several, the "default" has the plain key, and each of the others has its name behind it.
     chat_templates = {
         key.removeprefix("tokenizer.chat_template").removeprefix(".") or "default": expect(value, str, key)
         for key, value in metadata.items()
         if key == "tokenizer.chat_template" or key.startswith("tokenizer.chat_template.")
     }
-    add_bos_token = metadata.get(f"{_PREFIX}add_bos_token", named.add_bos)
-    if metadata.get(f"{_PREFIX}add_eos_token", False) is not False:
-        # It would end every prompt before it is answered.
-        raise CheckpointError(
-            f"{_PREFIX}add_eos_token: found {found(metadata[f'{_PREFIX}add_eos_token'])}, expected false"
-        )
-    return TokenizerSpec(
-        vocab=vocab,
-        merges=_strings(metadata, "merges"),
-        pretokenizer=pretokenizer,
-        added_tokens=tuple(added_tokens),
-        normalize_nfc=named.normalize_nfc,
-        ignore_merges=named.ignore_merges,
-        bos_token_id=_token_id(metadata, "bos", len(tokens)),
-        add_bos_token=expect(add_bos_token, bool, f"{_PREFIX}add_bos_token"),
-        eos_token_ids=_end_ids(metadata, added_tokens, len(tokens)),
+    return replace(
+        spec,
+        eos_token_ids=_end_ids(metadata, spec, len(tokens)),
         chat_templates=chat_templates,
         model_vocab_size=len(tokens),
     )
+
+
+def _read_byte_level(
+    metadata: Mapping[str, Any], vocab: dict[str, int], types: Sequence[int]
+) -> TokenizerSpec:
+    pre = expect(metadata.get(f"{_PREFIX}pre"), str, f"{_PREFIX}pre")
+    added_tokens = _added_tokens(metadata, vocab, types, _UNUSED)
+    pretokenizer, named = pretokenizers.from_gguf_name(pre)
+    vocab = {token: id_ for token, id_ in vocab.items() if types[id_] != _UNUSED}
+    spec = TokenizerSpec(
+        vocab=vocab,
+        model=Bpe(vocab, _strings(metadata, "merges"), ignore_merges=named.ignore_merges),
+        pretokenizer=pretokenizer,
+        added_tokens=added_tokens,
+        normalizer=Normalizer([to_nfc] if named.normalize_nfc else []),
+    )
+    return _with_ends(spec, metadata, types, add_bos=named.add_bos)
+
+
+def _read_sentencepiece(
+    metadata: Mapping[str, Any], vocab: dict[str, int], types: Sequence[int]
+) -> TokenizerSpec:
+    """As llama.cpp: added tokens are cut out of the raw text; a space is put before what follows one."""
+    added_tokens = _added_tokens(metadata, vocab, types, _BYTE)
+    pieces = {token: id_ for token, id_ in vocab.items() if types[id_] in (_NORMAL, _USER_DEFINED, _UNUSED)}
+    scores = _scores(metadata, len(types))
+    add_prefix = expect(metadata.get(f"{_PREFIX}add_space_prefix", True), bool, f"{_PREFIX}add_space_prefix")
+    spec = TokenizerSpec(
+        vocab=vocab,
+        model=SentencePieceBpe(pieces, scores, _fallback(metadata, vocab, len(types), default_unk=0)),
+        pretokenizer=Pretokenizer([]),
+        added_tokens=added_tokens,
+        normalizer=Normalizer([lambda text: text.replace(" ", SPACE), *([SPACE] if add_prefix else [])]),
+        decoder=Decoder(spaced_bytes, byte_tokens=True, strip=(" ", 1) if add_prefix else ("", 0)),
+    )
+    return _with_ends(spec, metadata, types, add_bos=True, default_bos=1)
+
+
+def _read_gemma4(metadata: Mapping[str, Any], vocab: dict[str, int], types: Sequence[int]) -> TokenizerSpec:
+    added_tokens = _added_tokens(metadata, vocab, types, _BYTE)
+    fallback = Fallback(byte_ids_of(vocab), None)
+    spec = TokenizerSpec(
+        vocab=vocab,
+        model=CharacterBpe(vocab, _strings(metadata, "merges"), fallback),
+        pretokenizer=Pretokenizer.named("newlines"),
+        added_tokens=added_tokens,
+        normalizer=_to_visible_spaces,
+        decoder=Decoder(spaced_bytes, byte_tokens=True),
+    )
+    # Files of its first days say that it has no BOS.
+    return _with_ends(spec, {**metadata, f"{_PREFIX}add_bos_token": True}, types, add_bos=True)
+
+
+_READERS = {"gpt2": _read_byte_level, "llama": _read_sentencepiece, "gemma4": _read_gemma4}
+
+
+def _added_tokens(
+    metadata: Mapping[str, Any], vocab: Mapping[str, int], types: Sequence[int], highest: int
+) -> tuple[AddedToken, ...]:
+    """The tokens that are recognised in a text as a whole. highest: of the types that are expected."""
+    expected = range(_NORMAL, highest + 1)
+    for token_id, kind in enumerate(types):
+        if kind not in expected:
+            raise CheckpointError(
+                f"{_PREFIX}token_type[{token_id}]: found {found(kind)}, expected 1 to {highest}"
+            )
+    special = _END_OF_TURN - _no_ends_of_turn(vocab)
+    name = str(metadata.get("general.name", "")).lower()
+    strips_right = "phi-3" in name or "phi3" in name
+    return tuple(
+        AddedToken(
+            token_id,
+            token,
+            special=types[token_id] != _USER_DEFINED or token in special,
+            rstrip=strips_right and token not in _PHI3_KEEPS_SPACE,
+        )
+        for token, token_id in vocab.items()
+        if token and (types[token_id] in (_UNKNOWN, _CONTROL, _USER_DEFINED) or token in special)
+    )
+
+
+def _no_ends_of_turn(vocab: Mapping[str, int]) -> set[str]:
+    return {token for others, token in _EXCEPTIONS if all(other in vocab for other in others)}
+
+
+def _scores(metadata: Mapping[str, Any], num_tokens: int) -> list[float]:
+    where = f"{_PREFIX}scores"
+    scores = expect(metadata.get(where), list, where)
+    if len(scores) != num_tokens or not set(map(type, scores)) <= {float, int}:
+        raise CheckpointError(
+            f"{where}: found {len(scores)} entries, expected {num_tokens} numbers, one for each token"
+        )
+    return scores
+
+
+def _fallback(
+    metadata: Mapping[str, Any], vocab: Mapping[str, int], num_tokens: int, default_unk: int
+) -> Fallback:
+    unk_id = _token_id(metadata, "unknown", num_tokens)
+    return Fallback(byte_ids_of(vocab), default_unk if unk_id is None else unk_id)
+
+
+def _with_ends(
+    spec: TokenizerSpec,
+    metadata: Mapping[str, Any],
+    types: Sequence[int],
+    *,
+    add_bos: bool,
+    add_eos: bool = False,
+    default_bos: int | None = None,
+) -> TokenizerSpec:
+    """The description with what is put around a text."""
+    ends: dict[str, tuple[int, ...]] = {}
+    bos_id = _token_id(metadata, "bos", len(types))
+    bos_id = default_bos if bos_id is None else bos_id
+    for role, token_id, default in (
+        ("bos", bos_id, add_bos),
+        ("eos", _token_id(metadata, "eos", len(types)), add_eos),
+    ):
+        where = f"{_PREFIX}add_{role}_token"
+        added = expect(metadata.get(where, default), bool, where)
+        if added and token_id is None:
+            raise CheckpointError(
+                f"{where}: found true without a token for it, expected a {_PREFIX}{role}_token_id"
+            )
+        ends[role] = (token_id,) if added and token_id is not None else ()
+    return replace(spec, bos_token_id=bos_id, prefix_ids=ends["bos"], suffix_ids=ends["eos"])
 
 
 def _strings(metadata: Mapping[str, Any], name: str) -> list[str]:
@@ -112,7 +255,8 @@ def _token_id(metadata: Mapping[str, Any], role: str, num_tokens: int) -> int | 
     return token_id
 
 
-def _end_ids(metadata: Mapping[str, Any], added_tokens: list[AddedToken], num_tokens: int) -> tuple[int, ...]:
+def _end_ids(metadata: Mapping[str, Any], spec: TokenizerSpec, num_tokens: int) -> tuple[int, ...]:
     named = [_token_id(metadata, role, num_tokens) for role in ("eos", "eot", "eom")]
-    by_content = [token.id for token in added_tokens if token.special and token.content in _END_OF_TURN]
+    ends = _END_OF_TURN - _no_ends_of_turn(spec.vocab)
+    by_content = [token.id for token in spec.added_tokens if token.special and token.content in ends]
     return tuple(id_ for id_ in [*named, *by_content] if id_ is not None)

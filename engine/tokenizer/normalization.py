@@ -1,12 +1,16 @@
-"""Unicode's normal form C, as the `tokenizers` library makes it and in linear time.
+"""What happens to a text before it is cut: the steps of a normalizer, and Unicode's normal forms.
 
-The library's tables are those of Unicode 9: what a later version made a combining mark, or a part of a
-composed character, it leaves alone and sorts nothing across. Python's tables are newer, so the text is cut
-there. And Python sorts combining marks by insertion, which takes minutes where a text is all marks.
+The normal forms are as the `tokenizers` library makes them, and in linear time. Its tables are those of
+Unicode 9: what a later version made a combining mark, or a part of a composed character, it leaves alone and
+sorts nothing across. Python's tables are newer, so the text is cut there. And Python sorts combining marks by
+insertion, which takes minutes where a text is all marks.
 """
 
 import re
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
 from itertools import groupby
+from typing import Literal
 from unicodedata import combining, normalize
 
 import regex
@@ -28,13 +32,57 @@ _UNKNOWN_TO_THE_LIBRARY = re.compile(
 _LONG_RUN_OF_MARKS = regex.compile(r"\p{M}{32,}+")
 
 
+class Start(Enum):
+    """Where a stretch of text begins: what is put before a text depends on it."""
+
+    TEXT = auto()  # with the text
+    TOKEN = auto()  # behind an added token
+    WITHIN = auto()  # within a text: nothing is put before it
+
+
+class Normalizer:
+    """Steps from text to text, in turn; a step that is a string is put before the text."""
+
+    def __init__(self, steps: Sequence[Callable[[str], str] | str] = ()) -> None:
+        self._steps = tuple(steps)
+
+    def __call__(self, text: str, start: Start = Start.TEXT) -> str:
+        """The normalised text."""
+        for step in self._steps:
+            if not isinstance(step, str):
+                text = step(text)
+            elif text and start is not Start.WITHIN:
+                text = step + text
+        return text
+
+
+NO_NORMALIZER = Normalizer()
+
+
 def to_nfc(text: str) -> str:
     """The text in normal form C."""
-    if text.isascii():
-        return text
+    return text if text.isascii() else _normalized(text, "NFC")
+
+
+def to_nfd(text: str) -> str:
+    """The text in normal form D."""
+    return text if text.isascii() else _normalized(text, "NFD")
+
+
+def to_nfkc(text: str) -> str:
+    """The text in normal form KC."""
+    return text if text.isascii() else _normalized(text, "NFKC")
+
+
+def to_nfkd(text: str) -> str:
+    """The text in normal form KD."""
+    return text if text.isascii() else _normalized(text, "NFKD")
+
+
+def _normalized(text: str, form: Literal["NFC", "NFD", "NFKC", "NFKD"]) -> str:
     # Between the captures, which are every second piece.
     pieces = _UNKNOWN_TO_THE_LIBRARY.split(text)
-    pieces[::2] = [normalize("NFC", _LONG_RUN_OF_MARKS.sub(_in_order, piece)) for piece in pieces[::2]]
+    pieces[::2] = [normalize(form, _LONG_RUN_OF_MARKS.sub(_in_order, piece)) for piece in pieces[::2]]
     return "".join(pieces)
 
 

@@ -1,26 +1,26 @@
 """Pre-tokenizers: how a text is cut into the words that BPE then merges inside.
 
 The patterns of the supported model families stand here by name, together with the names that GGUF files give
-them and the reading of the `pre_tokenizer` section of a `tokenizer.json`. A pre-tokenizer knows characters
-only: nothing of bytes, vocabularies or merges. Patterns are in the dialect that `oniguruma` translates.
+them. A pre-tokenizer knows characters only: nothing of bytes, vocabularies or merges. Patterns are in the
+dialect that `oniguruma` translates.
 """
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
 from functools import cached_property
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import regex
 
 from pagellm.engine.errors import CheckpointError, RequestError, found
 from pagellm.engine.tokenizer.character_sets import NEWER_CHARACTERS
-from pagellm.engine.tokenizer.checks import expect
+from pagellm.engine.tokenizer.normalization import Start
 from pagellm.engine.tokenizer.oniguruma import (
     PatternError,
     Translation,
-    literal,
     translate,
 )
 
@@ -68,6 +68,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
         rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}",
     ),
+    "newlines": (r"[^\n]+|\n+",),
     "deepseek-coder": (
         r"[\r\n]",
         r"\s?\p{L}+",
@@ -110,7 +111,7 @@ GGUF_PRETOKENIZERS: dict[str, GgufPretokenizer] = {
     **dict.fromkeys(_QWEN2.split(), GgufPretokenizer("qwen2")),
     "command-r": GgufPretokenizer("smollm", normalize_nfc=True),
     "qwen2": GgufPretokenizer("qwen2", normalize_nfc=True),
-    "qwen35": GgufPretokenizer("qwen35", normalize_nfc=True),
+    "qwen35": GgufPretokenizer("qwen35"),
     **dict.fromkeys(["gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"], GgufPretokenizer("o200k")),
     "tekken": GgufPretokenizer("tekken", ignore_merges=True, add_bos=True),
     **dict.fromkeys(["bailingmoe", "bailingmoe2", "llada-moe"], GgufPretokenizer("bailingmoe")),
@@ -132,8 +133,8 @@ _COMPLETE = {
 }
 
 # `Digits` is no pattern there; its Unicode is 17, so that fewer digits are too new.
-_DIGIT = Translation(r"\p{N}", r"[\p{N}--[\U0001246f\U00012475-\U0001247f\U00012550-\U00012686]]", False)
-_DIGIT_RUN = Translation(f"{_DIGIT.quick}+", f"{_DIGIT.exact}+", False)
+DIGIT = Translation(r"\p{N}", r"[\p{N}--[\U0001246f\U00012475-\U0001247f\U00012550-\U00012686]]", False)
+DIGIT_RUN = Translation(f"{DIGIT.quick}+", f"{DIGIT.exact}+", False)
 
 # What the patterns of a model may take on one text, and for each of its characters; a hostile one can take
 # longer than the universe is old.
@@ -146,24 +147,50 @@ _NEWER_CHARACTER = re.compile(f"[{NEWER_CHARACTERS}]")
 Stage = Callable[[str, float], list[str]]
 
 
-class Pretokenizer:
-    """Patterns applied in turn, each cutting every piece of the one before at its matches.
+class Behavior(Enum):
+    """What becomes of a pattern's matches, where they do not stand alone."""
 
-    None among them puts a space before each piece that begins with another character.
+    REMOVED = "Removed"
+    MERGED_WITH_PREVIOUS = "MergedWithPrevious"
+    MERGED_WITH_NEXT = "MergedWithNext"
+    CONTIGUOUS = "Contiguous"  # matches that follow each other are one piece
+
+
+class Split(NamedTuple):
+    """A pattern whose matches do not stand alone. invert: what it does not match is taken for its matches."""
+
+    pattern: Translation
+    behavior: Behavior
+    invert: bool = False
+
+
+class Metaspace(NamedTuple):
+    """Makes spaces visible, and puts one before the text: always (before what follows an added token, too),
+    only at the very beginning, or never; then cuts before each, if `split` says so."""
+
+    char: str
+    scheme: str
+    split: bool
+
+
+# A translated pattern makes pieces of its matches; None puts a space before each piece that begins with
+# another character.
+Step = Translation | Split | Metaspace | None
+
+
+class Pretokenizer:
+    """Steps applied in turn, each cutting every piece of the one before.
 
     Raises `PatternError` if `regex` refuses a translation.
     """
 
-    def __init__(self, patterns: Sequence[Translation | None]) -> None:
-        self._patterns = tuple(patterns)
-        quick = self._patterns
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self._steps = tuple(steps)
+        quick = self._steps
         gpt2 = translate(PATTERNS["gpt2"][0])
-        if quick in ((_DIGIT, gpt2), (translate(r"\p{N}"), gpt2)):
+        if quick in ((DIGIT, gpt2), (translate(r"\p{N}"), gpt2)):
             quick = (translate(_DIGITS_AND_GPT2),)
-        self._stages = [
-            _prefix_space if pattern is None else _stage(pattern.quick, pattern.may_be_empty)
-            for pattern in quick
-        ]
+        self._stages = [_stage_of(step, exact=False) for step in quick]
 
     @classmethod
     def named(cls, name: str, *, add_prefix_space: bool = False) -> "Pretokenizer":
@@ -171,7 +198,7 @@ class Pretokenizer:
         prefix = [None] if add_prefix_space else []
         return cls([*prefix, *map(translate, PATTERNS[name])])
 
-    def __call__(self, text: str) -> list[str]:
+    def __call__(self, text: str, start: Start = Start.TEXT) -> list[str]:
         """The words of the text; joined they give it back, but for a prefixed space.
 
         Raises `RequestError` if a pattern that came with the model takes too long on this text.
@@ -184,6 +211,9 @@ class Pretokenizer:
         pieces = [text]
         try:
             for stage in stages:
+                if isinstance(stage, Metaspace):
+                    pieces = list(chain.from_iterable(_metaspace_words(stage, pieces, start)))
+                    continue
                 # The same pieces come again and again.
                 words_of = {piece: stage(piece, give_up_at) for piece in dict.fromkeys(pieces)}
                 pieces = list(chain.from_iterable(map(words_of.__getitem__, pieces)))
@@ -195,11 +225,8 @@ class Pretokenizer:
         return pieces
 
     @cached_property
-    def _exact_stages(self) -> list[Stage]:
-        return [
-            _prefix_space if pattern is None else _stage(pattern.exact, pattern.may_be_empty)
-            for pattern in self._patterns
-        ]
+    def _exact_stages(self) -> list[Stage | Metaspace]:
+        return [_stage_of(step, exact=True) for step in self._steps]
 
 
 def from_gguf_name(pre: str) -> tuple[Pretokenizer, GgufPretokenizer]:
@@ -215,72 +242,21 @@ def from_gguf_name(pre: str) -> tuple[Pretokenizer, GgufPretokenizer]:
     return Pretokenizer.named(named.family), named
 
 
-def from_tokenizer_json(section: object, where: str) -> Pretokenizer:
-    """The pre-tokenizer that the `pre_tokenizer` section of a `tokenizer.json` describes.
-
-    `ByteLevel` alone, or a `Sequence` of `Split` and `Digits` that ends with `ByteLevel`.
-
-    Raises `CheckpointError` for another type, or a setting or pattern that is not supported.
-    """
-    section = expect(section, dict, where)
-    if section.get("type") != "Sequence":
-        steps = [(where, section)]
-    else:
-        listed = expect(section.get("pretokenizers"), list, f"{where}.pretokenizers")
-        names = [f"{where}.pretokenizers[{index}]" for index in range(len(listed))]
-        steps = [(name, expect(step, dict, name)) for name, step in zip(names, listed, strict=True)]
-    if not steps or steps[-1][1].get("type") != "ByteLevel":
-        last = steps[-1][1].get("type") if steps else None
-        raise CheckpointError(f"{where}: ends with {found(last)}, expected ByteLevel")
-    patterns: list[Translation | None] = [_read_step(step, name) for name, step in steps[:-1]]
-    name, byte_level = steps[-1]
-    if _flag(byte_level, "add_prefix_space", True, name):
-        patterns.append(None)
-    if _flag(byte_level, "use_regex", True, name):
-        patterns.append(translate(PATTERNS["gpt2"][0]))
-    try:
-        return Pretokenizer(patterns)
-    except PatternError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+def is_complete(pattern: Translation) -> bool:
+    """Whether the pattern is known to match every character."""
+    return pattern.quick in _COMPLETE
 
 
-def _read_step(step: Mapping[str, Any], where: str) -> Translation:
-    match step.get("type"):
-        case "Digits":
-            return _DIGIT if _flag(step, "individual_digits", False, where) else _DIGIT_RUN
-        case "Split":
-            return _read_split(step, where)
-        case other:
-            raise CheckpointError(
-                f"{where}.type: found {found(other)}, expected Split or Digits, and ByteLevel at the end"
-            )
-
-
-def _flag(step: Mapping[str, Any], name: str, default: bool, where: str) -> bool:
-    return expect(step.get(name, default), bool, f"{where}.{name}")
-
-
-def _read_split(step: Mapping[str, Any], where: str) -> Translation:
-    pattern = expect(step.get("pattern"), dict, f"{where}.pattern")
-    kind, text = next(iter(pattern.items()), (None, None))
-    if kind not in ("Regex", "String") or len(pattern) != 1:
-        raise CheckpointError(f"{where}.pattern: found {found(pattern)}, expected Regex or String")
-    text = expect(text, str, f"{where}.pattern.{kind}")
-    try:
-        translation = translate(text) if kind == "Regex" else literal(text)
-    except PatternError as error:
-        raise CheckpointError(
-            f"{where}.pattern.{kind}: found {found(text)}, expected a pattern with a translation: {error}"
-        ) from error
-    behavior, invert = step.get("behavior"), step.get("invert", False)
-    # "Remove what does not match" keeps every character where the pattern matches all of them.
-    keeps_all = behavior == "Removed" and invert is True and translation.quick in _COMPLETE
-    if not keeps_all and (behavior != "Isolated" or invert is not False):
-        raise CheckpointError(
-            f"{where}.behavior: found {found(behavior)} with invert {found(invert)}, expected 'Isolated'"
-            " without invert"
-        )
-    return translation
+def _stage_of(step: Step, *, exact: bool) -> Stage | Metaspace:
+    if step is None:
+        return _prefix_space
+    if isinstance(step, Metaspace):
+        return step
+    pattern = step.pattern if isinstance(step, Split) else step
+    source = pattern.exact if exact else pattern.quick
+    if isinstance(step, Split):
+        return _splitting(source, step.behavior, step.invert)
+    return _stage(source, pattern.may_be_empty)
 
 
 def _stage(source: str, may_be_empty: bool) -> Stage:
@@ -338,6 +314,61 @@ def _cutting_at_places(source: str) -> Stage:
         return pieces
 
     return stage
+
+
+def _splitting(source: str, behavior: Behavior, invert: bool) -> Stage:
+    """Where the matches do not stand alone; none is of no character."""
+    compiled = _compile(source)
+
+    def stage(text: str, give_up_at: float) -> list[str]:
+        pieces: list[tuple[str, bool]] = []
+        done = 0
+        for match in compiled.finditer(text, timeout=_time_left(give_up_at)):
+            start, stop = match.span()
+            if done < start:
+                pieces.append((text[done:start], invert))
+            pieces.append((text[start:stop], not invert))
+            done = stop
+        if done < len(text):
+            pieces.append((text[done:], invert))
+        return _placed(pieces, behavior)
+
+    return stage
+
+
+def _placed(pieces: list[tuple[str, bool]], behavior: Behavior) -> list[str]:
+    """The pieces, each with whether it is a match, as the behavior puts them together."""
+    if behavior is Behavior.REMOVED:
+        return [piece for piece, is_match in pieces if not is_match]
+    backwards = behavior is Behavior.MERGED_WITH_NEXT
+    # Each is a list of what it is put together from.
+    groups: list[list[str]] = []
+    was_match = False
+    for piece, is_match in reversed(pieces) if backwards else pieces:
+        joins = is_match == was_match if behavior is Behavior.CONTIGUOUS else is_match and not was_match
+        if joins and groups:
+            groups[-1].append(piece)
+        else:
+            groups.append([piece])
+        was_match = is_match
+    if backwards:
+        return ["".join(reversed(group)) for group in reversed(groups)]
+    return ["".join(group) for group in groups]
+
+
+def _metaspace_words(metaspace: Metaspace, pieces: list[str], start: Start) -> Iterator[list[str]]:
+    """The words of pieces that together begin at `start`."""
+    char, scheme, split = metaspace
+    word = re.compile(f"{re.escape(char)}[^{re.escape(char)}]*|[^{re.escape(char)}]+")
+    for index, piece in enumerate(pieces):
+        text = piece.replace(" ", char)
+        is_first = index == 0
+        is_prefixed = scheme == "always" if not is_first else scheme != "never" and start is not Start.WITHIN
+        if is_first and scheme == "first" and start is Start.TOKEN:
+            is_prefixed = False
+        if is_prefixed and not text.startswith(char):
+            text = char + text
+        yield word.findall(text) if split else [text]
 
 
 def _prefix_space(text: str, _give_up_at: float) -> list[str]:

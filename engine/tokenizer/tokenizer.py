@@ -1,8 +1,8 @@
-"""The tokenizer: text to token ids and back, by byte-level BPE.
+"""The tokenizer: text to token ids and back.
 
 The order of `encode` is the reference's: added tokens are cut out, the stretches between them are normalised
-and cut into words, each word is merged. It knows no model: which files the vocabulary came from is the
-readers' business.
+and cut into words, each word becomes ids. It knows no family: which files the vocabulary came from is the
+readers' business, and what becomes of a word that of its model (`bpe`, `sentencepiece`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,20 +14,20 @@ from typing import Any
 from pagellm.engine.checks import flag
 from pagellm.engine.checks import text as checked_text
 from pagellm.engine.errors import CheckpointError, RequestError, found
-from pagellm.engine.tokenizer.added_tokens import AddedVocabulary
-from pagellm.engine.tokenizer.bpe import Bpe
-from pagellm.engine.tokenizer.byte_alphabet import token_to_bytes
+from pagellm.engine.tokenizer.added_tokens import AddedToken, AddedVocabulary
 from pagellm.engine.tokenizer.chat_template import ChatTemplate
 from pagellm.engine.tokenizer.control_tokens import ControlTokens, MarkInUseError
-from pagellm.engine.tokenizer.normalization import to_nfc
+from pagellm.engine.tokenizer.decoders import Invalid, TextStream, byte_of_token
+from pagellm.engine.tokenizer.normalization import Start
 from pagellm.engine.tokenizer.spec import MAX_ID, TokenizerSpec
 from pagellm.engine.tokenizer.thinking import effort_variables, switch_variables
+from pagellm.engine.tokenizer.word_cache import WordCache
 
 _MARK_ATTEMPTS = 8
 
 
 class Tokenizer:
-    """Byte-level BPE as GPT-2, Llama 3, Qwen2 and SmolLM use it.
+    """The tokenizer of one model, of whichever family.
 
     `decode(encode(text)) == text` for every valid Unicode text, if the tokenizer has no normaliser, adds no
     prefix space or BOS, and has an entry for each byte. Safe to use from several threads.
@@ -37,7 +37,8 @@ class Tokenizer:
     has (padding of the model's vocabulary) stands for no bytes.
     bos_token_id, eos_token_ids: the ids that begin a text, and all that end a turn (its own end token first).
     special_ids: the ids of all special tokens.
-    add_bos_token: whether `encode` puts the BOS first.
+    prefix_ids, suffix_ids: what `encode` puts around a text, such as the BOS.
+    decoder: how ids become text.
     chat_template: the model's chat template, if it has one.
     absence: why there is no tokenizer, where `vocab_size` is 0.
 
@@ -45,11 +46,12 @@ class Tokenizer:
     """
 
     def __init__(self, spec: TokenizerSpec) -> None:
-        self._bpe = Bpe(spec.vocab, spec.merges, ignore_merges=spec.ignore_merges, unk_token=spec.unk_token)
-        self._normalize = to_nfc if spec.normalize_nfc else str
+        self._model = spec.model
+        self._normalize = spec.normalizer
         self._added = AddedVocabulary(spec.added_tokens, self._normalize)
         self._pretokenizer = spec.pretokenizer
-        self._words = _WordCache(self._bpe)
+        self._words = WordCache(spec.model.encode_word)
+        self.decoder = spec.decoder
         self._vocab = spec.vocab
         added_ids = [token.id for token in spec.added_tokens]
         self.vocab_size = max(chain(spec.vocab.values(), added_ids), default=-1) + 1
@@ -64,9 +66,7 @@ class Tokenizer:
         self.eos_token_ids = tuple(dict.fromkeys(spec.eos_token_ids))
         for token_id in self.eos_token_ids:
             self._known(token_id, "eos_token_id")
-        self.add_bos_token = spec.add_bos_token
-        if self.add_bos_token and self.bos_token_id is None:
-            raise CheckpointError("add_bos_token: found true without a BOS token, expected a bos_token")
+        self.prefix_ids, self.suffix_ids = spec.prefix_ids, spec.suffix_ids
         self.chat_template = None
         if spec.chat_templates:
             ids = {"bos_token": self.bos_token_id, "eos_token": self.eos_token_id}
@@ -84,10 +84,15 @@ class Tokenizer:
         """The tokenizer's own end token."""
         return self.eos_token_ids[0] if self.eos_token_ids else None
 
+    @property
+    def add_bos_token(self) -> bool:
+        """Whether `encode` puts the BOS first."""
+        return self.bos_token_id is not None and self.prefix_ids[:1] == (self.bos_token_id,)
+
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """The ids of the text.
 
-        add_special_tokens: put the BOS first, if this tokenizer is configured to (`add_bos_token`).
+        add_special_tokens: put `prefix_ids` and `suffix_ids` around it.
         parse_special: recognise special tokens that are written out in the text. Without it a user's text
         cannot forge an end of turn.
 
@@ -98,15 +103,18 @@ class Tokenizer:
             raise RequestError(f"text: found {found(text)}, expected a string")
         if text and self.vocab_size == 0:
             raise RequestError(f"text: found {found(text)}, expected token ids: {self.absence}")
+        ids = self._encode(text, Start.TEXT, parse_special=parse_special)
+        return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special_tokens else ids
+
+    def _encode(self, text: str, start: Start, *, parse_special: bool = True) -> list[int]:
+        """The ids of a text that begins at `start`."""
         ids: list[int] = []
-        if add_special_tokens and self.add_bos_token and self.bos_token_id is not None:
-            ids.append(self.bos_token_id)
         try:
-            for piece in self._added.split(text, parse_special=parse_special):
-                if isinstance(piece, str):
-                    ids.extend(chain.from_iterable(map(self._words.__getitem__, self._pretokenizer(piece))))
-                else:
+            for piece in self._added.split(text, parse_special=parse_special, start=start):
+                if isinstance(piece, AddedToken):
                     ids.append(piece.id)
+                else:
+                    ids += self._encode_words(*piece)
         except UnicodeEncodeError:
             at, char = next((at, char) for at, char in enumerate(text) if "\ud800" <= char <= "\udfff")
             raise RequestError(
@@ -114,20 +122,45 @@ class Tokenizer:
             ) from None
         return ids
 
-    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
+    def _encode_words(self, text: str, start: Start) -> Iterable[int]:
+        """The ids of a normalised text without added tokens."""
+        return chain.from_iterable(map(self._words.__getitem__, self._pretokenizer(text, start)))
+
+    def decode(
+        self, ids: Iterable[int], *, skip_special_tokens: bool = False, continues: bool = False
+    ) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD.
+
+        continues: the ids go on with a text: the space at its beginning that some tokenizers put there, and
+        take away again, is one between words then.
 
         Raises `RequestError` for an id outside `0 .. model_vocab_size - 1`.
         """
         ids = list(ids)
-        table = self._bytes_without_special if skip_special_tokens else self._bytes_of_id
-        try:
-            if ids and min(ids) >= 0:
-                return b"".join(map(table.__getitem__, ids)).decode("utf-8", "replace")
-        except (IndexError, TypeError):
-            pass
+        if self._is_plain:
+            table = self._bytes_without_special if skip_special_tokens else self._bytes_of_id
+            try:
+                if ids and min(ids) >= 0:
+                    return b"".join(map(table.__getitem__, ids)).decode("utf-8", "replace")
+            except (IndexError, TypeError):
+                pass
         # Empty, or one that is no id: that one is named.
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+        stream = self.text_stream(continues=continues)
+        skipped = self.special_ids if skip_special_tokens else frozenset()
+        pieces = [self.stream_piece(token_id) for token_id in ids]
+        kept = [piece for piece, id_ in zip(pieces, ids, strict=True) if id_ not in skipped]
+        return "".join([stream.append(*piece) for piece in kept]) + stream.finish()
+
+    def text_stream(self, *, continues: bool = False) -> TextStream:
+        """What puts a text together from `stream_piece`."""
+        return TextStream(self.decoder, continues=continues)
+
+    def stream_piece(self, token_id: int) -> tuple[bytes, str | None]:
+        """A token as `TextStream.append` takes it.
+
+        Raises `RequestError` for an id outside `0 .. model_vocab_size - 1`.
+        """
+        return self.token_bytes(token_id), self._text_of_id[token_id]
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for: often a part of a character only.
@@ -146,13 +179,30 @@ class Tokenizer:
     @cached_property
     def _bytes_of_id(self) -> list[bytes]:
         """The bytes of every id that the model can produce."""
+        bytes_of = self.decoder.bytes_of
         table = [b""] * self.model_vocab_size
         for token, token_id in self._vocab.items():
-            table[token_id] = token_to_bytes(token)
+            table[token_id] = bytes_of(token)
         # The library decodes an added token like any other: letters such as "é" in it are bytes, too.
-        for added in self._added.tokens:
-            table[added.id] = token_to_bytes(added.content)
+        for token_id, text in self._added.texts.items():
+            table[token_id] = bytes_of(text)
         return table
+
+    @cached_property
+    def _text_of_id(self) -> list[str | None]:
+        """The token of every id as the vocabulary has it; None for a byte token."""
+        table: list[str | None] = [""] * self.model_vocab_size
+        added = [(text, token_id) for token_id, text in self._added.texts.items()]
+        byte_tokens = self.decoder.byte_tokens
+        for token, token_id in chain(self._vocab.items(), added):
+            table[token_id] = None if byte_tokens and byte_of_token(token) is not None else token
+        return table
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether a text is its tokens' bytes, put together."""
+        decoder = self.decoder
+        return decoder.strip[1] == 0 and decoder.lead_bytes is None and decoder.invalid is Invalid.SEQUENCE
 
     @cached_property
     def _bytes_without_special(self) -> list[bytes]:
@@ -225,12 +275,15 @@ class Tokenizer:
         else:
             raise RequestError("messages: found code points of plane 16, which mean nothing, expected text")
         ids: list[int] = []
+        start = Start.TEXT
         for piece in control_tokens.pieces(rendered):
+            if not piece.text:
+                continue
             if piece.is_forged:
-                words = self._pretokenizer(self._normalize(piece.text))
-                ids.extend(chain.from_iterable(map(self._words.__getitem__, words)))
+                ids += self._encode_words(self._normalize(piece.text, start), start)
             else:
-                ids.extend(self.encode(piece.text, add_special_tokens=False))
+                ids += self._encode(piece.text, start)
+            start = Start.WITHIN
         return ids
 
     @property
@@ -247,26 +300,3 @@ class Tokenizer:
                 f"{field}: found {token_id}, expected an id from 0 to {self.model_vocab_size - 1}"
             )
         return token_id
-
-
-class _WordCache(dict[str, tuple[int, ...]]):
-    """Word -> ids. Words repeat so much that nearly all of `encode` is look-ups here.
-
-    Bounded both ways: a long word is not kept, and a full cache starts again from empty, which costs less
-    than keeping order.
-    """
-
-    _MAX_WORDS = 1 << 17
-    _MAX_WORD_CHARS = 32
-
-    def __init__(self, bpe: Bpe) -> None:
-        super().__init__()
-        self._bpe = bpe
-
-    def __missing__(self, word: str) -> tuple[int, ...]:
-        ids = self._bpe.encode_word(word)
-        if len(word) <= self._MAX_WORD_CHARS:
-            if len(self) >= self._MAX_WORDS:
-                self.clear()
-            self[word] = ids
-        return ids

@@ -1,6 +1,7 @@
-"""Reads the `tokenizer.json` of the Hugging Face `tokenizers` library, where it holds a byte-level BPE.
+"""Reads the `tokenizer.json` of the Hugging Face `tokenizers` library.
 
-What it describes beyond that (other models, other normalisers, other pre-tokenizers) is refused by name
+Byte-level BPE, and BPE on characters with byte fallback, which SentencePiece's vocabularies are converted to.
+What a file describes beyond that (other models, normalizers, pre-tokenizers or decoders) is refused by name
 rather than tokenized almost right.
 """
 
@@ -9,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from pagellm.engine.errors import CheckpointError, found
-from pagellm.engine.tokenizer import pretokenizers
 from pagellm.engine.tokenizer.added_token_table import AddedTokenTable
 from pagellm.engine.tokenizer.added_tokens import AddedToken
+from pagellm.engine.tokenizer.bpe import Bpe, CharacterBpe
 from pagellm.engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
 from pagellm.engine.tokenizer.checks import expect, read_json_object
-from pagellm.engine.tokenizer.spec import MAX_ID, TokenizerSpec
+from pagellm.engine.tokenizer.decoder_json import read_decoder
+from pagellm.engine.tokenizer.fallback import NO_BYTES, Fallback, byte_ids_of
+from pagellm.engine.tokenizer.normalizer_json import read_normalizer
+from pagellm.engine.tokenizer.post_processor_json import read_ends
+from pagellm.engine.tokenizer.pretokenizer_json import is_byte_level, read_pretokenizer
+from pagellm.engine.tokenizer.spec import MAX_ID, TokenizerSpec, WordModel
 
 
 def read_tokenizer_json(path: Path) -> TokenizerSpec:
@@ -23,26 +29,13 @@ def read_tokenizer_json(path: Path) -> TokenizerSpec:
     Raises `CheckpointError` if the file cannot be read, or describes something that is not supported.
     """
     data = read_json_object(path)
-    model = expect(data.get("model"), dict, f"{path}: model")
+    section = expect(data.get("model"), dict, f"{path}: model")
+    byte_level = is_byte_level(data.get("pre_tokenizer"))
     # Files of old versions leave the type out.
-    if model.get("type", "BPE") != "BPE":
-        raise CheckpointError(
-            f"{path}: model.type: found {found(model['type'])}, expected 'BPE' (byte-level)"
-        )
-    for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        if model.get(field):
-            raise CheckpointError(f"{path}: model.{field}: found {found(model[field])}, expected none")
-    vocab = check_vocab(model.get("vocab"), f"{path}: model.vocab")
-    unk_token = model.get("unk_token")
-    if unk_token is not None and expect(unk_token, str, f"{path}: model.unk_token") not in vocab:
-        raise CheckpointError(
-            f"{path}: model.unk_token: found {found(unk_token)}, expected a token of model.vocab"
-        )
-    if unk_token is not None and model.get("fuse_unk") and not vocab.keys() >= set(CHAR_OF_BYTE):
-        raise CheckpointError(
-            f"{path}: model.fuse_unk: found true with a vocabulary that lacks bytes, expected false"
-        )
-    _check_decoder(data.get("decoder"), f"{path}: decoder")
+    if section.get("type", "BPE") != "BPE":
+        raise CheckpointError(f"{path}: model.type: found {found(section['type'])}, expected 'BPE'")
+    vocab = check_vocab(section.get("vocab"), f"{path}: model.vocab")
+    decoder = read_decoder(data.get("decoder"), f"{path}: decoder", byte_level=byte_level)
     table = AddedTokenTable(vocab)
     for index, entry in enumerate(expect(data.get("added_tokens") or [], list, f"{path}: added_tokens")):
         where = f"{path}: added_tokens[{index}]"
@@ -50,19 +43,44 @@ def read_tokenizer_json(path: Path) -> TokenizerSpec:
         if token.content in table:
             raise CheckpointError(f"{where}: found {found(token.content)} again, expected each token once")
         table.add(token, where)
-    added_tokens = table.tokens
-    bos_token_id = _read_bos(data.get("post_processor"), added_tokens, f"{path}: post_processor")
+    prefix_ids, suffix_ids = read_ends(data.get("post_processor"), table.tokens, f"{path}: post_processor")
     return TokenizerSpec(
         vocab=vocab,
-        merges=_read_merges(model.get("merges"), f"{path}: model.merges"),
-        pretokenizer=pretokenizers.from_tokenizer_json(data.get("pre_tokenizer"), f"{path}: pre_tokenizer"),
-        added_tokens=added_tokens,
-        normalize_nfc=_read_normalizer(data.get("normalizer"), f"{path}: normalizer"),
-        ignore_merges=bool(model.get("ignore_merges")),
-        unk_token=unk_token,
-        bos_token_id=bos_token_id,
-        add_bos_token=bos_token_id is not None,
+        model=_read_bpe(section, vocab, byte_level, f"{path}: model"),
+        pretokenizer=read_pretokenizer(data.get("pre_tokenizer"), f"{path}: pre_tokenizer"),
+        added_tokens=table.tokens,
+        normalizer=read_normalizer(data.get("normalizer"), f"{path}: normalizer"),
+        decoder=decoder,
+        bos_token_id=next(iter(prefix_ids), None),
+        prefix_ids=prefix_ids,
+        suffix_ids=suffix_ids,
     )
+
+
+def _read_bpe(section: Mapping[str, Any], vocab: dict[str, int], byte_level: bool, where: str) -> WordModel:
+    for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if section.get(field):
+            raise CheckpointError(f"{where}.{field}: found {found(section[field])}, expected none")
+    unk_token = section.get("unk_token")
+    if unk_token is not None and expect(unk_token, str, f"{where}.unk_token") not in vocab:
+        raise CheckpointError(f"{where}.unk_token: found {found(unk_token)}, expected a token of model.vocab")
+    flags = {name: bool(section.get(name)) for name in ("byte_fallback", "fuse_unk", "ignore_merges")}
+    merges = _read_merges(section.get("merges"), f"{where}.merges", byte_level)
+    try:
+        if not byte_level:
+            byte_ids = byte_ids_of(vocab) if flags["byte_fallback"] else NO_BYTES
+            fallback = Fallback(byte_ids, None if unk_token is None else vocab[unk_token])
+            ignore_merges, fuse_unk = flags["ignore_merges"], flags["fuse_unk"]
+            return CharacterBpe(vocab, merges, fallback, ignore_merges=ignore_merges, fuse_unk=fuse_unk)
+        if unk_token is not None and flags["fuse_unk"] and not vocab.keys() >= set(CHAR_OF_BYTE):
+            raise CheckpointError("fuse_unk: found true with a vocabulary that lacks bytes, expected false")
+        if flags["byte_fallback"] and not vocab.keys() >= set(CHAR_OF_BYTE):
+            raise CheckpointError(
+                "byte_fallback: found true with a byte-level vocabulary that lacks bytes, expected false"
+            )
+        return Bpe(vocab, merges, ignore_merges=flags["ignore_merges"], unk_token=unk_token)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}.{error}") from error
 
 
 def check_vocab(value: object, where: str) -> dict[str, int]:
@@ -117,18 +135,18 @@ def read_flags(entry: Mapping[str, Any], where: str, *, special: bool = False) -
     return flags
 
 
-def _read_merges(value: object, where: str) -> list[str]:
-    """The merges as "left right", whether the file writes them so or, as newer ones do, as pairs."""
+def _read_merges(value: object, where: str, byte_level: bool) -> list[str] | list[list[str]]:
+    """The merges, whether the file writes them "left right" or, as newer ones do, as pairs."""
     merges = expect(value, list, where)
     kinds = set(map(type, merges))
     if kinds <= {str}:
         return merges
     if kinds <= {list} and all(len(pair) == 2 and set(map(type, pair)) == {str} for pair in merges):
-        if any(" " in left or " " in right for left, right in merges):
+        if byte_level and any(" " in left or " " in right for left, right in merges):
             raise CheckpointError(
                 f"{where}: found a token with a space in it, expected the byte-level alphabet"
             )
-        return list(map(" ".join, merges))
+        return merges
     odd = next(merge for merge in merges if type(merge) is not type(merges[0]) or not _is_pair(merge))
     raise CheckpointError(
         f'{where}: found {found(odd)}, expected "left right" or ["left", "right"] throughout'
@@ -139,81 +157,3 @@ def _is_pair(merge: object) -> bool:
     if isinstance(merge, list):
         return len(merge) == 2 and all(isinstance(token, str) for token in merge)
     return isinstance(merge, str)
-
-
-def _check_decoder(section: object, where: str) -> None:
-    """Refuses every decoder but the one that turns the alphabet's characters back into bytes."""
-    if section is None:
-        return
-    section = expect(section, dict, where)
-    if section.get("type") == "Sequence":
-        for index, step in enumerate(expect(section.get("decoders"), list, f"{where}.decoders")):
-            _check_decoder(step, f"{where}.decoders[{index}]")
-    elif section.get("type") != "ByteLevel":
-        raise CheckpointError(f"{where}.type: found {found(section.get('type'))}, expected ByteLevel")
-
-
-def _read_normalizer(section: object, where: str) -> bool:
-    """Whether the text is normalised to NFC."""
-    if section is None:
-        return False
-    section = expect(section, dict, where)
-    if section.get("type") == "Sequence":
-        listed = expect(section.get("normalizers"), list, f"{where}.normalizers")
-        names = [f"{where}.normalizers[{index}]" for index in range(len(listed))]
-        return True in list(map(_read_normalizer, listed, names))
-    if section.get("type") != "NFC":
-        raise CheckpointError(
-            f"{where}.type: found {found(section.get('type'))}, expected NFC or no normalizer"
-        )
-    return True
-
-
-def _read_bos(section: object, added_tokens: tuple[AddedToken, ...], where: str) -> int | None:
-    """The id that the post-processor puts before every text, if it does."""
-    if section is None:
-        return None
-    section = expect(section, dict, where)
-    match section.get("type"):
-        case "ByteLevel":
-            return None
-        case "Sequence":
-            steps = expect(section.get("processors"), list, f"{where}.processors")
-            found_ids = [
-                _read_bos(step, added_tokens, f"{where}.processors[{i}]") for i, step in enumerate(steps)
-            ]
-            bos_ids = [id_ for id_ in found_ids if id_ is not None]
-            if len(bos_ids) > 1:
-                raise CheckpointError(f"{where}.processors: found several that put a BOS first, expected one")
-            return next(iter(bos_ids), None)
-        case "TemplateProcessing":
-            return _read_template(section, added_tokens, where)
-        case other:
-            raise CheckpointError(
-                f"{where}.type: found {found(other)}, expected ByteLevel, TemplateProcessing or a Sequence"
-            )
-
-
-def _read_template(section: dict[str, Any], added_tokens: tuple[AddedToken, ...], where: str) -> int | None:
-    pieces = expect(section.get("single"), list, f"{where}.single")
-    before = [
-        piece["SpecialToken"] for piece in pieces[:-1] if isinstance(piece, dict) and "SpecialToken" in piece
-    ]
-    ends_with_text = bool(pieces) and isinstance(pieces[-1], dict) and "Sequence" in pieces[-1]
-    if not ends_with_text or len(before) != len(pieces) - 1 or len(before) > 1:
-        raise CheckpointError(
-            f"{where}.single: found {found(pieces)}, expected the text, or one BOS and the text"
-        )
-    if not before:
-        return None
-    content = expect(before[0], dict, f"{where}.single[0]").get("id")
-    token = next((token for token in added_tokens if token.content == content), None)
-    if token is None:
-        raise CheckpointError(f"{where}.single[0]: found {found(content)}, expected one of added_tokens")
-    listed = expect(section.get("special_tokens"), dict, f"{where}.special_tokens").get(token.content)
-    ids = listed.get("ids") if isinstance(listed, dict) else None
-    if ids != [token.id]:
-        raise CheckpointError(
-            f"{where}.special_tokens: found ids {found(ids)} for {found(content)}, expected [{token.id}]"
-        )
-    return token.id

@@ -10,6 +10,7 @@ import pytest
 from pagellm.engine import FinishReason
 from pagellm.engine.errors import CheckpointError, RequestError
 from pagellm.engine.tokenizer import ChatTemplate, Tokenizer, TokenizerSpec
+from pagellm.engine.tokenizer.bpe import Bpe
 from pagellm.engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
 from pagellm.engine.tokenizer.pretokenizers import Pretokenizer
 
@@ -345,6 +346,6 @@ def test_a_source_or_a_conversation_beyond_all_use_is_refused() -> None:
 
 def test_a_model_without_a_template_says_so() -> None:
     vocab = {char: byte for byte, char in enumerate(CHAR_OF_BYTE)}
-    tokenizer = Tokenizer(TokenizerSpec(vocab, [], Pretokenizer.named("gpt2")))
+    tokenizer = Tokenizer(TokenizerSpec(vocab, Bpe(vocab, []), Pretokenizer.named("gpt2")))
     with pytest.raises(RequestError, match="this model has no chat template"):
         tokenizer.apply_chat_template(HELLO)

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from pagellm.engine.errors import RequestError
 from pagellm.engine.tokenizer import Tokenizer, TokenizerSpec
 from pagellm.engine.tokenizer.added_tokens import AddedToken
+from pagellm.engine.tokenizer.bpe import Bpe
 from pagellm.engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
+from pagellm.engine.tokenizer.normalization import Normalizer, to_nfc
 from pagellm.engine.tokenizer.pretokenizers import Pretokenizer
 from tests.conftest import MODELS, at_most
 
@@ -49,7 +51,8 @@ def tokenizer(template: str, normalize_nfc: bool = False) -> Tokenizer:
     ]
     return Tokenizer(
         TokenizerSpec(
-            vocab, [], Pretokenizer.named("gpt2"), tuple(added), normalize_nfc,
+            vocab, Bpe(vocab, []), Pretokenizer.named("gpt2"), tuple(added),
+            Normalizer([to_nfc] if normalize_nfc else []),
             chat_templates={"default": TEMPLATES[template]},
         )
     )  # fmt: skip

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pagellm.engine.errors import RequestError
 from pagellm.engine.tokenizer import IncrementalDetokenizer, Tokenizer, TokenizerSpec, load_tokenizer
 from pagellm.engine.tokenizer.added_tokens import AddedToken
+from pagellm.engine.tokenizer.bpe import Bpe
 from pagellm.engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
 from pagellm.engine.tokenizer.pretokenizers import Pretokenizer
 from tests.engine.test_tokenizer import GPT2, any_text
@@ -23,7 +24,8 @@ def gpt2() -> Tokenizer:
 def raw_bytes() -> Tokenizer:
     """One token for each byte, and a special token 256."""
     vocab = {char: byte for byte, char in enumerate(CHAR_OF_BYTE)}
-    return Tokenizer(TokenizerSpec(vocab, [], Pretokenizer.named("gpt2"), (AddedToken(256, "<end>"),)))
+    added = (AddedToken(256, "<end>"),)
+    return Tokenizer(TokenizerSpec(vocab, Bpe(vocab, []), Pretokenizer.named("gpt2"), added))
 
 
 @given(st.lists(st.integers(0, 256)), st.booleans())

@@ -1,0 +1,88 @@
+"""Reads the `pre_tokenizer` section of a `tokenizer.json`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pagellm.engine.errors import CheckpointError, found
+from pagellm.engine.tokenizer.checks import expect
+from pagellm.engine.tokenizer.decoder_json import read_metaspace
+from pagellm.engine.tokenizer.oniguruma import PatternError, Translation, translate
+from pagellm.engine.tokenizer.pretokenizers import (
+    DIGIT,
+    DIGIT_RUN,
+    PATTERNS,
+    Behavior,
+    Metaspace,
+    Pretokenizer,
+    Split,
+    Step,
+    is_complete,
+)
+from pagellm.engine.tokenizer.sections import option, pattern_of, steps, unsupported
+
+_PUNCTUATION = r"[\p{P}!-/:-@\[-`{-~]"
+
+
+def is_byte_level(section: object) -> bool:
+    """Whether the section ends with the step that writes bytes in the byte-level alphabet."""
+    if not isinstance(section, dict):
+        return False
+    listed = section.get("pretokenizers") if section.get("type") == "Sequence" else [section]
+    return isinstance(listed, list) and any(
+        isinstance(step, dict) and step.get("type") == "ByteLevel" for step in listed
+    )
+
+
+def read_pretokenizer(section: object, where: str) -> Pretokenizer:
+    """The pre-tokenizer that the section describes.
+
+    For a byte-level vocabulary it ends with `ByteLevel`.
+
+    Raises `CheckpointError` for another type, or a setting or pattern that is not supported.
+    """
+    listed = list(steps(section, "pretokenizers", where))
+    read: list[Step] = []
+    try:
+        for index, (step, name) in enumerate(listed):
+            if step.get("type") == "ByteLevel" and index < len(listed) - 1:
+                raise CheckpointError(f"{name}: found ByteLevel before other steps, expected it at the end")
+            read += _read_step(step, name)
+        return Pretokenizer(read)
+    except PatternError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _read_step(step: Mapping[str, Any], where: str) -> list[Step]:
+    match step.get("type"):
+        case "ByteLevel":
+            prefix: list[Step] = [None] if option(step, "add_prefix_space", True, where) else []
+            uses_regex = option(step, "use_regex", True, where)
+            return [*prefix, translate(PATTERNS["gpt2"][0])] if uses_regex else prefix
+        case "Digits":
+            return [DIGIT if option(step, "individual_digits", False, where) else DIGIT_RUN]
+        case "Punctuation":
+            return [_placed(translate(_PUNCTUATION), step, "Isolated", where)]
+        case "Split":
+            return [_placed(pattern_of(step, where), step, None, where)]
+        case "Metaspace":
+            char, scheme = read_metaspace(step, where)
+            return [Metaspace(char, scheme, option(step, "split", True, where))]
+    raise unsupported(step, where, "ByteLevel, Digits, Metaspace, Punctuation, Split or a Sequence")
+
+
+def _placed(pattern: Translation, step: Mapping[str, Any], default: str | None, where: str) -> Step:
+    """A pattern with what becomes of its matches."""
+    behavior = expect(step.get("behavior", default), str, f"{where}.behavior")
+    invert = option(step, "invert", False, where)
+    if behavior == "Isolated":
+        # What does not match stands alone either way.
+        return pattern
+    if behavior == "Removed" and invert and is_complete(pattern):
+        # "Remove what does not match" keeps every character where the pattern matches all of them.
+        return pattern
+    if behavior not in {kind.value for kind in Behavior} or pattern.may_be_empty:
+        raise CheckpointError(
+            f"{where}.behavior: found {found(behavior)}, expected Isolated, or"
+            f" {', '.join(kind.value for kind in Behavior)} with a pattern that never matches nothing"
+        )
+    return Split(pattern, Behavior(behavior), invert)

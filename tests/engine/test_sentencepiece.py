@@ -1,0 +1,186 @@
+"""SentencePiece's vocabularies in all their carriers: the ids and texts of the reference libraries."""
+
+import json
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pagellm.engine.errors import CheckpointError, RequestError
+from pagellm.engine.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer
+from pagellm.engine.tokenizer.fallback import NO_BYTES, Fallback
+from pagellm.engine.tokenizer.sentencepiece import SentencePieceBpe
+from tests.engine.test_tokenizer import any_text, naive_merge, write
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "tokenizer"
+EXPECTED = json.loads((FIXTURES / "sentencepiece.json").read_text(encoding="utf-8"))
+TEXTS = EXPECTED["texts"]
+
+
+@cache
+def gguf(name: str = "llama") -> Tokenizer:
+    return load_tokenizer(EXPECTED["gguf"][name]["metadata"])
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    named = {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+    metadata = EXPECTED["gguf"]["llama"]["metadata"] | named
+    return {key: value for key, value in metadata.items() if value is not None}
+
+
+# Exact ids
+
+
+@pytest.mark.parametrize("name", EXPECTED["gguf"])
+def test_a_gguf_file_gives_the_ids_of_llama_cpp(name: str) -> None:
+    assert [gguf(name).encode(text) for text in TEXTS] == EXPECTED["gguf"][name]["ids"]
+
+
+@pytest.mark.parametrize("name", EXPECTED["tokenizers"])
+def test_a_tokenizer_json_gives_the_ids_of_the_reference_library(tmp_path: Path, name: str) -> None:
+    expected = EXPECTED["tokenizers"][name]
+    tokenizer = load_tokenizer(write(tmp_path, tokenizer=expected["tokenizer_json"]))
+
+    assert [tokenizer.encode(text) for text in TEXTS] == expected["ids"]
+
+
+@pytest.mark.parametrize("name", EXPECTED["tokenizers"])
+def test_a_tokenizer_json_gives_the_texts_of_the_reference_library(tmp_path: Path, name: str) -> None:
+    expected = EXPECTED["tokenizers"][name]
+    tokenizer = load_tokenizer(write(tmp_path, tokenizer=expected["tokenizer_json"]))
+    for skip, texts in ((False, expected["texts"]), (True, expected["texts_without_special"])):
+        assert [tokenizer.decode(ids, skip_special_tokens=skip) for ids in expected["outputs"]] == texts
+        streams = [IncrementalDetokenizer(tokenizer, skip_special_tokens=skip) for _ in texts]
+        outputs = zip(streams, expected["outputs"], strict=True)
+        assert [stream.extend(ids) + stream.finish() for stream, ids in outputs] == texts
+
+
+# Laws
+
+
+@given(any_text.filter(lambda text: "\u2581" not in text))
+def test_any_text_comes_back(text: str) -> None:
+    tokenizer = gguf()
+    for name in EXPECTED["gguf"]:
+        tokenizer = gguf(name)
+        ids = tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+        # Behind a token that is recognised as a whole there is a space that was not in the text.
+        if not any(token_id in ids for token_id in range(3, 8)):
+            assert tokenizer.decode(ids) == text
+
+
+@given(st.lists(st.integers(0, 699)), st.booleans(), st.booleans(), st.sampled_from(sorted(EXPECTED["gguf"])))
+def test_the_pieces_of_any_tokens_join_to_the_whole(
+    ids: list[int], skip: bool, continues: bool, name: str
+) -> None:
+    tokenizer = gguf(name)
+    ids = [token_id % tokenizer.vocab_size for token_id in ids]
+    stream = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip, continues=continues)
+    pieces = [stream.append(token_id) for token_id in ids]
+    whole = tokenizer.decode(ids, skip_special_tokens=skip, continues=continues)
+    assert "".join(pieces) + stream.finish() == whole
+
+
+PIECES = ["".join(chars) for size in range(1, 5) for chars in product("ab", repeat=size)]
+
+
+@given(st.text("ab", max_size=150), st.lists(st.integers(-5, 5), min_size=30, max_size=30))
+def test_merges_by_score_equal_a_naive_search(text: str, scores: list[int]) -> None:
+    """Also where pieces have one score, and where a merge makes a better one possible."""
+    vocab = {piece: index for index, piece in enumerate(PIECES)}
+    model = SentencePieceBpe(vocab, [float(score) for score in scores], Fallback(NO_BYTES, None))
+    ranks = {
+        f"{piece[:at]} {piece[at:]}": -scores[index]
+        for piece, index in vocab.items()
+        for at in range(1, len(piece))
+    }
+    assert [PIECES[id_] for id_ in model.encode_word(text)] == naive_merge(list(text), ranks)
+
+
+# Spaces
+
+
+def test_a_text_that_goes_on_keeps_its_space() -> None:
+    ids = gguf().encode("the the", add_special_tokens=False)
+    assert gguf().decode(ids) == "the the"
+    assert gguf().decode(ids, continues=True) == " the the"
+    assert IncrementalDetokenizer(gguf(), continues=True).extend(ids) == " the the"
+
+
+def test_the_space_before_a_text_is_put_behind_each_added_token() -> None:
+    def written(name: str) -> list[str]:
+        tokenizer = gguf(name)
+        return [tokenizer.decode([id_], continues=True) for id_ in tokenizer.encode("a</s>b")]
+
+    assert written("llama") == ["<s>", " a", "</s>", " b"]
+    assert written("llama_without_prefix") == ["<s>", "a", "</s>", "b"]
+
+
+def test_a_forged_control_token_is_text_within_its_text() -> None:
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    tokenizer = load_tokenizer(changed() | {"tokenizer.chat_template": template})
+    messages = [{"role": "user", "content": "a</s>b"}]
+    ids = tokenizer.encode_chat(messages, sanitize_control_tokens=True)
+    assert tokenizer.decode(ids) == "<s> a</s>b</s>"
+    assert ids.count(2) == 1
+    assert tokenizer.encode_chat(messages).count(2) == 2
+
+
+# Bytes and unknown characters
+
+
+def test_broken_bytes_become_replacement_characters() -> None:
+    tokenizer = gguf()
+    assert tokenizer.token_bytes(8 + 0xC3) == b"\xc3"
+    assert tokenizer.decode([8 + 0xC3, 8 + 0xA9]) == "\u00e9"
+    assert tokenizer.decode([8 + 0xC3]) == "\ufffd"
+    stream = IncrementalDetokenizer(tokenizer)
+    assert [stream.append(8 + 0xC3), stream.append(8 + 0xA9)] == ["", "\u00e9"]
+
+
+def test_a_byte_token_is_never_recognised_in_a_text() -> None:
+    assert 8 + 0x0A not in gguf().encode("<0x0A>")
+
+
+def test_control_tokens_are_text_unless_they_are_to_be_recognised() -> None:
+    assert 2 in gguf().encode("</s>")
+    assert gguf().encode("</s>", parse_special=False).count(2) == 0
+
+
+def test_a_huge_text_without_a_space_is_encoded() -> None:
+    for text in ("a" * 200_000, "\u4e2d\u6587" * 50_000, "ab=-" * 50_000):
+        assert gguf().decode(gguf().encode(text, add_special_tokens=False)) == text
+
+
+def test_a_lone_surrogate_is_refused_with_its_place() -> None:
+    with pytest.raises(RequestError, match=r"U\+D83D at character 3"):
+        gguf().encode("abc\ud83ddef")
+
+
+# Bad sources
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scores": None}, "tokenizer.ggml.scores: found None, expected a list"),
+        ({"scores": [0.0]}, "tokenizer.ggml.scores: found 1 entries, expected"),
+        ({"scores": ["0"] * 700}, "tokenizer.ggml.scores: found"),
+        ({"add_space_prefix": 1}, "tokenizer.ggml.add_space_prefix: found 1, expected true or false"),
+        ({"unknown_token_id": 10_000}, "tokenizer.ggml.unknown_token_id: found 10000, expected an id"),
+        ({"add_eos_token": True, "eos_token_id": None}, "add_eos_token: found true without a token for it"),
+    ],
+)
+def test_bad_gguf_metadata_is_refused_by_key(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(changed(**changes))
+
+
+def test_a_score_that_is_no_number_is_refused() -> None:
+    scores = EXPECTED["gguf"]["llama"]["metadata"]["tokenizer.ggml.scores"]
+    with pytest.raises(CheckpointError, match=r"scores\[500\]: found nan .*, expected a number"):
+        load_tokenizer(changed(scores=[*scores[:500], float("nan"), *scores[501:]]))
