@@ -4,6 +4,7 @@ import argparse
 import json
 import textwrap
 from collections.abc import Iterator, Sequence
+from math import isclose
 from typing import Any
 
 from pagellm.engine.config import QUANTIZATIONS
@@ -104,7 +105,7 @@ def _architecture(facts: dict[str, Any], count: int) -> Iterator[str]:
     if len(described) > 1:
         for kind, texts in zip(facts["layers"], described, strict=True):
             own = ", ".join(text for text in texts if text not in shared)
-            yield f"layers {_ranges(kind['layers'])}: {own}"
+            yield f"layer{'s' * (len(kind['layers']) > 1)} {_ranges(kind['layers'])}: {own}"
 
 
 def _layer(features: dict[str, Any], rope: list[dict[str, Any]]) -> list[str]:
@@ -113,7 +114,7 @@ def _layer(features: dict[str, Any], rope: list[dict[str, Any]]) -> list[str]:
     texts = [f"{heads} heads of {features['head_dim']}"]
     if kv_heads < heads:
         texts.append("one KV head for all" if kv_heads == 1 else f"{kv_heads} KV heads")
-    texts.append(f"a window of {features['window']:,} tokens" if features.get("window") else "full attention")
+    texts.append(f"a window of {features['window']:,} tokens" if features["window"] else "full attention")
     texts.append(
         _rotation(rope[features["rope_table"]], features["head_dim"])
         if features["rope_table"] >= 0
@@ -123,6 +124,8 @@ def _layer(features: dict[str, Any], rope: list[dict[str, Any]]) -> list[str]:
         texts.append(
             "QK-norm of each head" if features["qk_norm"] == "per head" else "QK-norm of all heads together"
         )
+    if not isclose(features["attention_scale"], features["head_dim"] ** -0.5, rel_tol=1e-6):
+        texts.append(f"scores times {features['attention_scale']:.5g}")
     if features["attention_softcap"]:
         texts.append(f"scores softly capped at {features['attention_softcap']:g}")
     norms = [name for name in ("pre", "post") if features[f"{name}_norm"]]
@@ -148,7 +151,7 @@ def _layer(features: dict[str, Any], rope: list[dict[str, Any]]) -> list[str]:
 def _rotation(rope: dict[str, Any], head_dim: int) -> str:
     text = "RoPE" if rope["base"] is None else f"RoPE base {rope['base']:,.10g}"
     if rope["rotated_dims"] < head_dim:
-        text += f" of {rope['rotated_dims']} of {head_dim} dimensions"
+        text += f" on {rope['rotated_dims']} of {head_dim} dimensions"
     if rope["scaling"] == "linear":
         text += f" stretched {rope['factor']:g} times"
     elif rope["scaling"] != "none":

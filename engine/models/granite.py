@@ -13,7 +13,10 @@ from pagellm.engine.models.spec import ModelSpec
 
 _HYBRID_NAMES = {"up": "shared_mlp.input_linear", "down": "shared_mlp.output_linear"}
 # What the hybrid class says of recurrent layers and of experts, where it has none.
-_RECURRENT = r"mamba_.* | time_step_limit | num_experts_per_tok | .*router_.* | intermediate_size"
+_RECURRENT = (
+    r"mamba_.* | time_step_limit | num_experts_per_tok | output_router_logits | router_aux_loss_coef"
+    r" | intermediate_size"
+)
 
 
 def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:

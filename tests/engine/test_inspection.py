@@ -120,6 +120,36 @@ def test_the_text_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, lines)) <= 110
 
 
+ARCHITECTURES = MODELS.parent / "architectures"
+FEATURES = {
+    "cohere2": ["LayerNorm", "logits times 0.25", "in parallel", "layer 3: full attention, no rotation"],
+    "gemma2": [
+        "logits softly capped at 4",
+        "scores softly capped at 3",
+        "norms before and after",
+        "GeGLU (tanh)",
+    ],
+    "gemma3_text": ["a window of", "QK-norm of each head", "embedding times"],
+    "granite": ["residuals times 0.35", "embedding times 12", "scores times"],
+    "ministral3": ["queries scaled by position"],
+    "olmo2": ["QK-norm of all heads together", "norms after"],
+    "bitnet": ["norms inside attention and feed-forward", "relu squared with a gate"],
+    "gpt_neox": ["LayerNorm", "on 4 of 16 dimensions"],
+    "llama_rope_yarn": ["scaled by frequency (times"],
+    "opt": ["learned positions", "ReLU"],
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_the_text_names_what_tells_an_architecture_from_llama(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(ARCHITECTURES / name)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for feature in FEATURES[name]:
+        assert feature in text
+
+
 def test_a_chat_template_says_what_it_knows(tmp_path: Path) -> None:
     directory = write_config(tmp_path, "llama_tiny")
     template = (
