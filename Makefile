@@ -25,7 +25,7 @@ test: .venv/ready
 # What computes, with every access checked against its array: a wrong index ends the run with its numbers.
 check: .venv/ready
 	PAGELLM_CHECK=1 $(BIN)/python -m pytest --capture=no --hypothesis-profile=quick tests/kernels \
-		tests/engine/test_numerics.py --ignore tests/kernels/test_instruction_sets.py
+		tests/engine/test_numerics.py tests/engine/test_architectures.py --ignore tests/kernels/test_instruction_sets.py
 
 # The lowest Numba that pyproject.toml admits, in an environment of its own; .venv has the newest.
 LOWEST_NUMBA := $(shell sed -n 's/.*"numba>=\([0-9.]*\)".*/\1/p' pyproject.toml)

@@ -14,21 +14,23 @@ _DEFAULTS = {
     "max_position_embeddings": 262144,
     "rms_norm_eps": 1e-5,
     "sliding_window": None,
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 1e6,
-        "factor": 16.0,
-        "original_max_position_embeddings": 16384,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "llama_4_scaling_beta": 0.1,
-    },
+}
+# What the class takes where the configuration has no section for RoPE.
+_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
 }
 
 
 def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
     """Reads a config.json of model_type ministral3, or mistral3 with a text_config of it."""
-    model = HubModel(checkpoint, _DEFAULTS)
+    rope_parameters = None if checkpoint.config.get("rope_scaling") else _ROPE
+    model = HubModel(checkpoint, {**_DEFAULTS, "rope_parameters": rope_parameters})
     rope = model.rope_table(scales_queries=True)
     return model.spec({"window": model.windows()}, rope_tables=(rope,))
 
