@@ -161,6 +161,8 @@ class Decoder:
         heads, kv_heads, head_dim = (int(row[n]) for n in ("num_heads", "num_kv_heads", "head_dim"))
         if not self.grouped_qkv:
             return [_Piece(n * head_dim, r) for n, r in ((heads, heads), (kv_heads, kv_heads), (kv_heads, 0))]
+        if heads % kv_heads:  # which `ModelSpec` refuses
+            return [_Piece(outputs)]
         # In each group the queries of a KV head, its key and its value.
         queries = heads // kv_heads * head_dim
         starts = range(0, kv_heads * (queries + 2 * head_dim), queries + 2 * head_dim)

@@ -70,7 +70,9 @@ class GgufModel:
     def window(self) -> int:
         """The tokens that a layer with a window sees; 0: all."""
         name = "attention.sliding_window"
-        return 0 if self.fields.get(name) in (None, 0) else self.fields.integer(name, maximum=1 << 30)
+        value = self.fields.get(name)
+        is_none = value is None or (type(value) is int and value == 0)
+        return 0 if is_none else self.fields.integer(name, maximum=1 << 30)
 
     def windows(self, period: int, default: int = 0) -> list[int]:
         """The window of each layer: of a list, or of all but every `period`-th; default: without the key."""

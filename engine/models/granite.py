@@ -68,8 +68,8 @@ def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
     model = GgufModel(checkpoint)
     number = model.fields.number
     features = {"residual_scale": number("residual_scale", 1.0)}
-    if model.fields.get("attention.scale", 0.0) != 0:
-        features["attention_scale"] = number("attention.scale")
+    if scale := model.fields.number_or_zero("attention.scale"):
+        features["attention_scale"] = scale
     if not model.fields.boolean("rope.scaling.finetuned", True):  # a switch here
         features["rope_table"] = -1
     return model.spec(

@@ -194,7 +194,9 @@ def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
 
 
 def longrope_magnitude(factor: float, original: int) -> float:
-    """What LongRoPE multiplies queries and keys by."""
+    """What LongRoPE multiplies queries and keys by; raises `CheckpointError` if nothing is defined."""
+    if original < 2:
+        raise CheckpointError(f"LongRoPE: found an original context of {original} tokens, expected 2 or more")
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 

@@ -1,6 +1,8 @@
 """Architectures beside Llama: their configurations become features of layers, or one clear error."""
 
+import contextlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -363,3 +365,25 @@ def test_ranges_of_a_matrix_s_rows_are_packed_as_they_are_stored(name: str) -> N
         for n in range(outputs):
             unpack_column(int(place["format"]), weights.values, int(place["start"]), inputs, n, column, 0)
             np.testing.assert_array_equal(column, expected[n])
+
+
+HOSTILE = (None, 0, -1, "x", [1], {"a": 1}, True, 1e-300, 1 << 19, 10**30, math.inf)
+CONFIGURATIONS = sorted(
+    f"{directory.name}/{file}"
+    for directory in ARCHITECTURES.iterdir()
+    for file in ("config.json", "model.gguf")
+    if (directory / file).exists()
+)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_no_value_of_any_key_is_more_than_an_error(name: str) -> None:
+    """Whatever a key says, the reader answers or refuses."""
+    path = ARCHITECTURES / name
+    is_gguf = path.suffix == ".gguf"
+    with open_checkpoint(path if is_gguf else path.parent) as checkpoint:
+        prefix = checkpoint.config["general.architecture"] if is_gguf else ""
+        for key in (key for key in checkpoint.config if key.startswith(prefix)):
+            for value in (*HOSTILE, *[np.zeros(2, np.int32)] * is_gguf):
+                with contextlib.suppress(CheckpointError):
+                    read_spec(replace(checkpoint, config={**checkpoint.config, key: value}))
