@@ -9,12 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 from pagellm.engine.errors import CheckpointError, found
+from pagellm.engine.progress import say
 from pagellm.engine.tokenizer import pretokenizers
 from pagellm.engine.tokenizer.added_tokens import AddedToken
 from pagellm.engine.tokenizer.bpe import Bpe, CharacterBpe
 from pagellm.engine.tokenizer.checks import expect
 from pagellm.engine.tokenizer.decoders import SPACE, Decoder, spaced_bytes
 from pagellm.engine.tokenizer.fallback import Fallback, byte_ids_of
+from pagellm.engine.tokenizer.families import GgufPretokenizer
 from pagellm.engine.tokenizer.normalization import Normalizer, to_nfc
 from pagellm.engine.tokenizer.pretokenizers import Pretokenizer
 from pagellm.engine.tokenizer.sentencepiece import SentencePieceBpe
@@ -63,7 +65,9 @@ _EXCEPTIONS = (
 # Of Phi-3, whose tokens take the whitespace behind them.
 _PHI3_KEEPS_SPACE = ("<unk>", "<s>", "<|endoftext|>")
 
-_to_visible_spaces = Normalizer([lambda text: text.replace(" ", SPACE)])
+
+def _show_spaces(text: str) -> str:
+    return text.replace(" ", SPACE)
 
 
 def read_gguf_metadata(metadata: Mapping[str, Any]) -> TokenizerSpec:
@@ -107,14 +111,17 @@ def _read_byte_level(
     metadata: Mapping[str, Any], vocab: dict[str, int], types: Sequence[int]
 ) -> TokenizerSpec:
     pre = expect(metadata.get(f"{_PREFIX}pre"), str, f"{_PREFIX}pre")
-    added_tokens = _added_tokens(metadata, vocab, types, _UNUSED)
     pretokenizer, named = pretokenizers.from_gguf_name(pre)
+    if pre == "default":
+        say(f"{_PREFIX}pre: 'default', of a converter that did not know the model: words may be cut wrongly")
+    if named.characters:
+        return _read_characters(metadata, vocab, types, pretokenizer, named)
     vocab = {token: id_ for token, id_ in vocab.items() if types[id_] != _UNUSED}
     spec = TokenizerSpec(
         vocab=vocab,
         model=Bpe(vocab, _strings(metadata, "merges"), ignore_merges=named.ignore_merges),
         pretokenizer=pretokenizer,
-        added_tokens=added_tokens,
+        added_tokens=_added_tokens(metadata, vocab, types, _UNUSED),
         normalizer=Normalizer([to_nfc] if named.normalize_nfc else []),
     )
     return _with_ends(spec, metadata, types, add_bos=named.add_bos)
@@ -133,25 +140,37 @@ def _read_sentencepiece(
         model=SentencePieceBpe(pieces, scores, _fallback(metadata, vocab, len(types), default_unk=0)),
         pretokenizer=Pretokenizer([]),
         added_tokens=added_tokens,
-        normalizer=Normalizer([lambda text: text.replace(" ", SPACE), *([SPACE] if add_prefix else [])]),
+        normalizer=Normalizer([_show_spaces, *([SPACE] if add_prefix else [])]),
         decoder=Decoder(spaced_bytes, byte_tokens=True, strip=(" ", 1) if add_prefix else ("", 0)),
     )
     return _with_ends(spec, metadata, types, add_bos=True, default_bos=1)
 
 
 def _read_gemma4(metadata: Mapping[str, Any], vocab: dict[str, int], types: Sequence[int]) -> TokenizerSpec:
-    added_tokens = _added_tokens(metadata, vocab, types, _BYTE)
+    return _read_byte_level({**metadata, f"{_PREFIX}pre": "gemma4"}, vocab, types)
+
+
+def _read_characters(
+    metadata: Mapping[str, Any],
+    vocab: dict[str, int],
+    types: Sequence[int],
+    pretokenizer: Pretokenizer,
+    named: GgufPretokenizer,
+) -> TokenizerSpec:
+    """A vocabulary with merges that is not written in the byte-level alphabet."""
     fallback = Fallback(byte_ids_of(vocab), None)
     spec = TokenizerSpec(
         vocab=vocab,
         model=CharacterBpe(vocab, _strings(metadata, "merges"), fallback),
-        pretokenizer=Pretokenizer.named("newlines"),
-        added_tokens=added_tokens,
-        normalizer=_to_visible_spaces,
-        decoder=Decoder(spaced_bytes, byte_tokens=True),
+        pretokenizer=pretokenizer,
+        added_tokens=_added_tokens(metadata, vocab, types, _BYTE),
+        normalizer=Normalizer([_show_spaces] if named.visible_spaces else []),
+        decoder=Decoder(spaced_bytes if named.visible_spaces else str.encode, byte_tokens=True),
     )
-    # Files of its first days say that it has no BOS.
-    return _with_ends(spec, {**metadata, f"{_PREFIX}add_bos_token": True}, types, add_bos=True)
+    if named.add_bos:
+        # Files of its first days say that it has no BOS.
+        metadata = {**metadata, f"{_PREFIX}add_bos_token": True}
+    return _with_ends(spec, metadata, types, add_bos=named.add_bos)
 
 
 _READERS = {"gpt2": _read_byte_level, "llama": _read_sentencepiece, "gemma4": _read_gemma4}

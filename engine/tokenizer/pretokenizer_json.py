@@ -6,11 +6,11 @@ from typing import Any
 from pagellm.engine.errors import CheckpointError, found
 from pagellm.engine.tokenizer.checks import expect
 from pagellm.engine.tokenizer.decoder_json import read_metaspace
+from pagellm.engine.tokenizer.families import PATTERNS
 from pagellm.engine.tokenizer.oniguruma import PatternError, Translation, translate
 from pagellm.engine.tokenizer.pretokenizers import (
     DIGIT,
     DIGIT_RUN,
-    PATTERNS,
     Behavior,
     Metaspace,
     Pretokenizer,

@@ -1,8 +1,7 @@
 """Pre-tokenizers: how a text is cut into the words that BPE then merges inside.
 
-The patterns of the supported model families stand here by name, together with the names that GGUF files give
-them. A pre-tokenizer knows characters only: nothing of bytes, vocabularies or merges. Patterns are in the
-dialect that `oniguruma` translates.
+A pre-tokenizer knows characters only: nothing of bytes, vocabularies or merges. The patterns of the model
+families are in `families`.
 """
 
 import re
@@ -10,13 +9,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import regex
 
 from pagellm.engine.errors import CheckpointError, RequestError, found
 from pagellm.engine.tokenizer.character_sets import NEWER_CHARACTERS
+from pagellm.engine.tokenizer.families import (
+    BETWEEN_THREES,
+    COMPLETE,
+    GGUF_PRETOKENIZERS,
+    PATTERNS,
+    THREES,
+    THREES_AT_END,
+    GgufPretokenizer,
+)
 from pagellm.engine.tokenizer.normalization import Start
 from pagellm.engine.tokenizer.oniguruma import (
     PatternError,
@@ -24,113 +32,8 @@ from pagellm.engine.tokenizer.oniguruma import (
     translate,
 )
 
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_O200K_WORDS = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s"
-)
-
-# The patterns of a family, each cutting the pieces of the one before.
-PATTERNS: dict[str, tuple[str, ...]] = {
-    "gpt2": (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",),
-    "smollm": (
-        r"\p{N}",
-        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    ),
-    "llama3": (
-        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}"
-        rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}",
-    ),
-    "qwen2": (
-        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}"
-        rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}",
-    ),
-    "qwen35": (
-        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
-        rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",
-    ),
-    "o200k": (
-        _O200K_WORDS % (f"{_CONTRACTIONS}?", f"{_CONTRACTIONS}?")
-        + rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}",
-    ),
-    "tekken": (_O200K_WORDS % ("", "") + rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}",),
-    "bailingmoe": (
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
-        r"|\s*[\r\n]|\s+(?!\S)|\s+",
-    ),
-    "seed-coder": (
-        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",
-    ),
-    "deepseek-v3": (
-        r"\p{N}{1,3}",
-        r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
-        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
-        rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}",
-    ),
-    "newlines": (r"[^\n]+|\n+",),
-    "deepseek-coder": (
-        r"[\r\n]",
-        r"\s?\p{L}+",
-        r"\s?\p{P}+",
-        r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
-        r"\p{N}",
-    ),
-}
-
-
-class GgufPretokenizer(NamedTuple):
-    """What llama.cpp takes a name in `tokenizer.ggml.pre` to mean.
-
-    GGUF has no field for `ignore_merges` and `normalize_nfc` (the latter as the model's tokenizer.json has
-    it); `add_bos` holds where the file does not say otherwise.
-    """
-
-    family: str
-    ignore_merges: bool = False
-    add_bos: bool = False
-    normalize_nfc: bool = False
-
-
-# From llama.cpp's llama-vocab.cpp: the names whose pattern is one of those above. (Where its own pattern only
-# approximates the one in the model's tokenizer.json, the latter stands above.) A model loaded with a merely
-# similar pattern would be quietly worse, so other names are refused.
-_GPT2 = (
-    "gpt-2 phi-2 jina-es jina-de jina-v2-es jina-v2-de gigachat a.x-4.0 mellum modern-bert mpt olmo jais"
-    " trillion granite-docling exaone4"
-)
-_SMOLLM = "smollm starcoder refact codeshell exaone minerva-7b mellum2"
-_LLAMA3 = "llama-bpe llama-v3 llama3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano"
-_QWEN2 = "deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2"
-GGUF_PRETOKENIZERS: dict[str, GgufPretokenizer] = {
-    **dict.fromkeys(_GPT2.split(), GgufPretokenizer("gpt2")),
-    **dict.fromkeys(_SMOLLM.split(), GgufPretokenizer("smollm")),
-    **dict.fromkeys(_LLAMA3.split(), GgufPretokenizer("llama3", ignore_merges=True, add_bos=True)),
-    **dict.fromkeys(["dbrx", "smaug-bpe", "chatglm-bpe"], GgufPretokenizer("llama3")),
-    **dict.fromkeys(["glm4", "glm5"], GgufPretokenizer("llama3", ignore_merges=True)),
-    **dict.fromkeys(_QWEN2.split(), GgufPretokenizer("qwen2")),
-    "command-r": GgufPretokenizer("smollm", normalize_nfc=True),
-    "qwen2": GgufPretokenizer("qwen2", normalize_nfc=True),
-    "qwen35": GgufPretokenizer("qwen35"),
-    **dict.fromkeys(["gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"], GgufPretokenizer("o200k")),
-    "tekken": GgufPretokenizer("tekken", ignore_merges=True, add_bos=True),
-    **dict.fromkeys(["bailingmoe", "bailingmoe2", "llada-moe"], GgufPretokenizer("bailingmoe")),
-    "seed-coder": GgufPretokenizer("seed-coder"),
-    **dict.fromkeys(["deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"], GgufPretokenizer("deepseek-v3")),
-    "deepseek-coder": GgufPretokenizer("deepseek-coder"),
-}
-
 # GPT-2's pattern with digits one by one, in one: a digit ends a run of whitespace as the text's end does.
 _DIGITS_AND_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-
-# Patterns that match every character, and any text in linear time.
-_COMPLETE = {
-    translate(pattern).quick
-    for pattern in (
-        _DIGITS_AND_GPT2,
-        *(patterns[0] for patterns in PATTERNS.values() if len(patterns) == 1),
-    )
-}
 
 # `Digits` is no pattern there; its Unicode is 17, so that fewer digits are too new.
 DIGIT = Translation(r"\p{N}", r"[\p{N}--[\U0001246f\U00012475-\U0001247f\U00012550-\U00012686]]", False)
@@ -244,7 +147,7 @@ def from_gguf_name(pre: str) -> tuple[Pretokenizer, GgufPretokenizer]:
 
 def is_complete(pattern: Translation) -> bool:
     """Whether the pattern is known to match every character."""
-    return pattern.quick in _COMPLETE
+    return pattern.quick in COMPLETE
 
 
 def _stage_of(step: Step, *, exact: bool) -> Stage | Metaspace:
@@ -261,7 +164,9 @@ def _stage_of(step: Step, *, exact: bool) -> Stage | Metaspace:
 
 def _stage(source: str, may_be_empty: bool) -> Stage:
     """The stage that makes each match a piece, and each stretch between matches one too."""
-    if source in _COMPLETE:
+    if source in _THREES:
+        return _cutting_threes(*_THREES[source])
+    if source in COMPLETE:
         compiled = _compile(source)
         return lambda text, _give_up_at: compiled.findall(text)
     return _cutting_at_places(source) if may_be_empty else _cutting_out(source)
@@ -272,6 +177,42 @@ def _compile(source: str) -> regex.Pattern[str]:
         return regex.compile(source, regex.V1)
     except (regex.error, RecursionError, OverflowError, MemoryError) as error:
         raise PatternError(f"{found(source)} cannot be compiled: {error}") from error
+
+
+def _runs_of_threes() -> dict[str, tuple[str, bool]]:
+    """For the patterns of digits in threes, which take quadratic time: the runs; whether they stand alone.
+
+    Where they do not, what is left over in front is no piece of its own.
+    """
+    runs = ((THREES, r"\p{N}+", True), (THREES_AT_END, r"\d++(?!\w)", True), (BETWEEN_THREES, r"\d+", False))
+    found_runs = {}
+    for pattern, run, alone in runs:
+        slow, quick = translate(pattern), translate(run)
+        found_runs[slow.quick] = quick.quick, alone
+        found_runs[slow.exact] = quick.exact, alone
+    return found_runs
+
+
+_THREES = _runs_of_threes()
+
+
+def _cutting_threes(run: str, alone: bool) -> Stage:
+    """Where runs of digits are cut into threes, counted from the right."""
+    compiled = _compile(run)
+
+    def stage(text: str, give_up_at: float) -> list[str]:
+        cuts = [0]
+        for match in compiled.finditer(text, timeout=_time_left(give_up_at)):
+            start, stop = match.span()
+            cuts += (
+                [start, *range(start + (stop - start) % 3, stop, 3), stop]
+                if alone
+                else range(start + (stop - start) % 3, stop, 3)
+            )
+        cuts.append(len(text))
+        return [text[start:stop] for start, stop in pairwise(cuts) if start < stop]
+
+    return stage
 
 
 def _cutting_out(source: str) -> Stage:

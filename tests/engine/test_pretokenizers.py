@@ -1,16 +1,25 @@
 """Pre-tokenizer patterns: cut where Oniguruma cuts, or refused by name; hostile ones end soon."""
 
 import json
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pagellm.engine.errors import RequestError
-from pagellm.engine.tokenizer import pretokenizers
+from pagellm.engine.tokenizer import Tokenizer, load_tokenizer, pretokenizers
+from pagellm.engine.tokenizer.families import (
+    BETWEEN_THREES,
+    GGUF_PRETOKENIZERS,
+    PATTERNS,
+    THREES,
+    THREES_AT_END,
+)
 from pagellm.engine.tokenizer.oniguruma import PatternError, translate
-from pagellm.engine.tokenizer.pretokenizers import GGUF_PRETOKENIZERS, PATTERNS, Pretokenizer
+from pagellm.engine.tokenizer.pretokenizers import Pretokenizer
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "tokenizer" / "patterns.json"
 EXPECTED = json.loads(FIXTURE.read_text(encoding="utf-8"))
@@ -120,9 +129,59 @@ def test_a_gguf_name_is_its_familys_pattern(pre: str, text: str, words: list[str
     assert pretokenizer(text) == words
 
 
+GGUF_NAMES = json.loads((FIXTURE.parent / "gguf_names.json").read_text(encoding="utf-8"))
+# Where llama.cpp's pattern only approximates the one of the model's tokenizer.json, which is what is read: of
+# normal form C it knows nothing, and its \b is one of ASCII.
+APPROXIMATED = {"command-r": [9], "qwen2": [9], "tiny_aya": [29], "cohere2moe": [29]}
+
+
+@cache
+def gpt2_metadata() -> dict[str, Any]:
+    vocab = json.loads((FIXTURE.parents[1] / "gpt2" / "vocab.json").read_text(encoding="utf-8"))
+    merges = (FIXTURE.parents[1] / "gpt2" / "merges.txt").read_text(encoding="utf-8").split("\n")[1:-1]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": sorted(vocab, key=vocab.__getitem__),
+        "tokenizer.ggml.token_type": [1] * (len(vocab) - 1) + [3],
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": len(vocab) - 1,
+    }
+
+
+@pytest.mark.parametrize("group", GGUF_NAMES["groups"], ids=lambda group: group["names"][0])
+def test_each_gguf_name_gives_the_ids_of_llama_cpp(group: dict[str, Any]) -> None:
+    tokenizers: dict[tuple[Any, ...], Tokenizer] = {}
+    for name in group["names"]:
+        meaning = GGUF_PRETOKENIZERS[name]
+        if meaning not in tokenizers:
+            tokenizers[meaning] = load_tokenizer(gpt2_metadata() | {"tokenizer.ggml.pre": name})
+        found = zip(GGUF_NAMES["texts"], group["ids"], strict=True)
+        differing = [at for at, (text, ids) in enumerate(found) if tokenizers[meaning].encode(text) != ids]
+        assert differing == APPROXIMATED.get(name, []), name
+
+
+def test_every_gguf_name_of_llama_cpp_is_known() -> None:
+    names = {name for group in GGUF_NAMES["groups"] for name in group["names"]}
+    of_characters = {name for name, meaning in GGUF_PRETOKENIZERS.items() if meaning.characters}
+    assert names | of_characters == set(GGUF_PRETOKENIZERS)
+    assert of_characters == {"gemma4", "granite-embed-multi-311m", "sarvam-moe", "whitespace"}
+
+
+@given(st.text(st.sampled_from("1234567890a_ .-\u0664\u00bd\u2b96"), max_size=30))
+@pytest.mark.parametrize("pattern", [THREES, THREES_AT_END, BETWEEN_THREES])
+def test_digits_in_threes_are_cut_as_the_pattern_cuts_them(pattern: str, text: str) -> None:
+    # In a group the pattern is not recognised, and works by itself.
+    assert cut(pattern, text) == cut(f"(?:{pattern})", text)
+
+
+@pytest.mark.parametrize("pattern", [THREES, THREES_AT_END, BETWEEN_THREES])
+def test_a_million_digits_are_cut_in_linear_time(pattern: str) -> None:
+    assert len(cut(pattern, "1" * 1_000_000)) == 333_334
+
+
 def test_what_goes_with_a_gguf_name_follows_llama_cpp() -> None:
     assert GGUF_PRETOKENIZERS["llama-bpe"].ignore_merges
     assert GGUF_PRETOKENIZERS["llama-bpe"].add_bos
     assert not GGUF_PRETOKENIZERS["dbrx"].ignore_merges
     assert not GGUF_PRETOKENIZERS["dbrx"].add_bos
-    assert {named.family for named in GGUF_PRETOKENIZERS.values()} | {"newlines"} == set(PATTERNS)
+    assert {named.family for named in GGUF_PRETOKENIZERS.values()} == set(PATTERNS)

@@ -21,8 +21,9 @@ from pagellm.engine.errors import CheckpointError, RequestError
 from pagellm.engine.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
 from pagellm.engine.tokenizer.bpe import Bpe, MergeTable
 from pagellm.engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
+from pagellm.engine.tokenizer.families import GGUF_PRETOKENIZERS, PATTERNS
 from pagellm.engine.tokenizer.normalization import to_nfc
-from pagellm.engine.tokenizer.pretokenizers import GGUF_PRETOKENIZERS, PATTERNS, Pretokenizer
+from pagellm.engine.tokenizer.pretokenizers import Pretokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 GPT2 = FIXTURES / "gpt2"
@@ -637,7 +638,7 @@ def test_an_unknown_tokenizer_class_is_refused_where_only_it_tells_the_pattern(t
     [
         ({"model": "rwkv"}, "tokenizer.ggml.model: found 'rwkv', expected one of 'gpt2', 'llama'"),
         ({"model": None}, "tokenizer.ggml.model: found None, expected one of 'gpt2', 'llama'"),
-        ({"pre": "default"}, "tokenizer.ggml.pre: found 'default', expected one of a.x-4.0"),
+        ({"pre": "unheard-of"}, "tokenizer.ggml.pre: found 'unheard-of', expected one of a.x-4.0"),
         ({"pre": None}, "tokenizer.ggml.pre: found None, expected a string"),
         ({"tokens": ["a", 1]}, r"tokenizer.ggml.tokens\[1\]: found 1, expected a string"),
         ({"tokens": ["a", "a"], "token_type": [1, 1]}, "tokenizer.ggml.tokens: found 'a' twice"),
