@@ -16,6 +16,7 @@ _DEFAULTS = {
     "rms_norm_eps": 1e-5,
     "attention_bias": True,
     "partial_rotary_factor": 0.25,
+    "rope_theta": 10000.0,
     "use_parallel_residual": True,
 }
 _KEYS = {

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -387,3 +388,36 @@ def test_no_value_of_any_key_is_more_than_an_error(name: str) -> None:
             for value in (*HOSTILE, *[np.zeros(2, np.int32)] * is_gguf):
                 with contextlib.suppress(CheckpointError):
                     read_spec(replace(checkpoint, config={**checkpoint.config, key: value}))
+
+
+def test_a_gguf_file_s_fused_tensor_gives_the_bits_of_its_pieces(tmp_path: Path) -> None:
+    """As the first files of GLM-4 have it: Q, K and V in one tensor, with biases and rotary pairs."""
+    source, path = ARCHITECTURES / "glm4" / "model.gguf", tmp_path / "fused.gguf"
+    writer = gguf.GGUFWriter(path, "glm4")
+    with open_checkpoint(source) as checkpoint:
+        for key, value in checkpoint.config.items():
+            if key.startswith("glm4."):
+                add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+                add(key, value)
+        rows = {name: tensor.rows(0, tensor.shape[0]) for name, tensor in checkpoint.tensors.items()}
+        spec = read_spec(checkpoint)
+    for layer in range(spec.arch.num_layers):
+        for kind in ("weight", "bias"):
+            pieces = [rows.pop(f"blk.{layer}.attn_{one}.{kind}") for one in "qkv"]
+            rows[f"blk.{layer}.attn_qkv.{kind}"] = np.concatenate(pieces)
+    for name, values in rows.items():
+        writer.add_tensor(name, values.reshape(-1) if values.shape[-1:] == (1,) else values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    np.testing.assert_array_equal(logits(path, "none"), logits(source, "none"))
+
+
+def test_a_key_by_llama_s_name_may_say_the_default_of_the_class(tmp_path: Path) -> None:
+    keys = {"rotary_emb_base": 10000, "rope_theta": 10000.0, "rope_scaling": None}
+    assert (
+        spec_of(tmp_path, "gpt_neox", **keys).rope_tables == spec_of(tmp_path / "b", "gpt_neox").rope_tables
+    )
+    with pytest.raises(CheckpointError, match="rope_theta: found 500, expected rotary_emb_base alone"):
+        spec_of(tmp_path / "c", "gpt_neox", rope_theta=500)
