@@ -46,19 +46,23 @@ SERVED = (
 )
 # Models with the features that Llama and GPT-2 have not, each with some of them.
 FEATURES = (
-    "qwen3",  # norms of query and key heads
-    "olmo2",  # norms of whole queries and keys, and only after both halves
-    "gemma2",  # windows, softcaps, norms on both sides, the embedding scaled
-    "gemma3_text",  # windows and two RoPE tables
-    "phi4_mini",  # LongRoPE in a part of each head, fused projections
-    "smollm3",  # layers without RoPE
-    "ministral3",  # queries scaled by position
-    "granite",  # residuals and logits scaled
-    "gpt_neox",  # parallel halves with a norm each
-    "falcon_7b",  # and with one for both; one KV head
-    "cohere2",  # LayerNorm without a bias, windows
-    "opt",  # learned positions that begin at row 2
-    "bitnet",  # norms before the last products, ReLU squared
+    ("qwen3", "none"),  # norms of query and key heads
+    ("olmo2", "none"),  # norms of whole queries and keys, and only after both halves
+    ("gemma2", "none"),  # windows, softcaps, norms on both sides, the embedding scaled
+    ("gemma2", "int8"),
+    ("gemma3_text", "none"),  # windows and two RoPE tables
+    ("mistral_window", "none"),  # a window in every layer, behind which blocks are free
+    ("phi4_mini", "none"),  # LongRoPE in a part of each head, fused projections
+    ("smollm3", "none"),  # layers without RoPE
+    ("ministral3", "none"),  # queries scaled by position
+    ("granite", "none"),  # residuals and logits scaled
+    ("gpt_neox", "none"),  # parallel halves with a norm each, RoPE in a part of each head
+    ("falcon_7b", "none"),  # and with one for both; one KV head
+    ("cohere2", "none"),  # LayerNorm without a bias, windows
+    ("cohere2", "bf16"),
+    ("opt", "none"),  # learned positions that begin at row 2
+    ("bitnet", "none"),  # norms before the last products, ReLU squared
+    ("bitnet", "int4"),
 )
 
 
@@ -209,10 +213,10 @@ def test_an_answer_does_not_depend_on_how_it_was_served(model: str, quantization
     check_serving(model, quantization, **drawn)
 
 
-@pytest.mark.parametrize("model", FEATURES)
+@pytest.mark.parametrize(("model", "quantization"), FEATURES)
 @serving(examples=30)
-def test_nor_does_it_with_any_feature_of_a_layer(model: str, **drawn: Any) -> None:
-    check_serving(model, "none", **drawn)
+def test_nor_does_it_with_any_feature_of_a_layer(model: str, quantization: str, **drawn: Any) -> None:
+    check_serving(model, quantization, **drawn)
 
 
 def check_serving(
