@@ -106,6 +106,8 @@ def _architecture(facts: dict[str, Any], count: int) -> Iterator[str]:
         for kind, texts in zip(facts["layers"], described, strict=True):
             own = ", ".join(text for text in texts if text not in shared)
             yield f"layer{'s' * (len(kind['layers']) > 1)} {_ranges(kind['layers'])}: {own}"
+    if facts["left_alone"]:
+        yield facts["left_alone"]
 
 
 def _layer(features: dict[str, Any], rope: list[dict[str, Any]]) -> list[str]:

@@ -93,7 +93,8 @@ def inspect_model(model: str | PathLike[str], quantization: str = "auto") -> Rep
         supported, refusals     whether it would be served, and each reason why not
         files                   of the weights, with their bytes
         architecture            its name, the numbers of the whole model, its RoPE tables, and its layers: the
-                                features of each kind of layer beside the layers that have them
+                                features of each kind of layer beside the layers that have them; left_alone
+                                says what of the checkpoint is no language model
         weights                 how many there are; types in the file and formats in memory with bytes and
                                 share; what is converted, with bytes a weight, and whether that rounds
         kv_cache                its format, bytes a token, bytes of one sequence as long as the context
@@ -216,6 +217,7 @@ def _of_spec(spec: ModelSpec) -> Report:
             "logits_softcap": arch.logits_softcap,
             "rope": [_rope(table) for table in spec.rope_tables],
             "layers": layers,
+            "left_alone": spec.left_alone or None,
         },
         "context": spec.max_positions,
     }

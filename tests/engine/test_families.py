@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from pagellm.engine import LLM, CheckpointError
 from pagellm.engine.checkpoints import open_checkpoint
+from pagellm.engine.commands.inspection import inspect_model
 from pagellm.engine.execution.weights import formats_of, load_weights
 from pagellm.engine.models import ModelSpec, Source, read_spec
 from pagellm.kernels.packing import unpack_column
@@ -262,6 +263,7 @@ def test_a_language_model_beside_a_vision_tower_is_read_alone(tmp_path: Path, na
     assert spec.arch == plain.arch
     assert spec.rest["embedding"][0].tensor == f"{prefix}embed_tokens.weight"
     assert "vision tower" in spec.left_alone
+    assert inspect_model(str(tmp_path / name))["architecture"]["left_alone"] == spec.left_alone
 
 
 def test_a_text_config_without_a_type_is_of_the_whole_s(tmp_path: Path) -> None:
