@@ -423,3 +423,9 @@ def test_a_key_by_llama_s_name_may_say_the_default_of_the_class(tmp_path: Path) 
     )
     with pytest.raises(CheckpointError, match="rope_theta: found 500, expected rotary_emb_base alone"):
         spec_of(tmp_path / "c", "gpt_neox", rope_theta=500)
+
+
+def test_the_readme_shows_an_architecture_as_it_is() -> None:
+    root = Path(__file__).parents[2]
+    shown = (root / "README.md").read_text("utf-8")
+    assert f"```python\n{(root / 'engine' / 'models' / 'qwen3.py').read_text('utf-8')}```\n" in shown
