@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -31,14 +32,27 @@ def model_path(name: str) -> Path:
     return directory if (directory / "config.json").exists() else directory / "model.gguf"
 
 
-@pytest.fixture(scope="session")
-def smollm() -> Iterator[LLM]:
-    """The default model with its real weights; without them the test is skipped, and in CI it fails."""
+def real_weights(model: str, **settings: Any) -> LLM:
+    """A known model; without its weights the test is skipped, and in CI it fails."""
     try:
-        llm = LLM("smollm2-135m-instruct", max_model_len=2048, show_progress=False)
+        return LLM(model, show_progress=False, **settings)
     except CheckpointError as error:
         if os.environ.get("CI"):
             pytest.fail(f"THE REAL WEIGHTS CANNOT BE FETCHED: {error}")
         pytest.skip(f"the real weights cannot be fetched: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Iterator[LLM]:
+    """The default model with its real weights."""
+    llm = real_weights("smollm2-135m-instruct", max_model_len=2048)
+    yield llm
+    llm.close()
+
+
+@pytest.fixture(scope="session")
+def gemma() -> Iterator[LLM]:
+    """Gemma 3 270M with its real weights, as its file has them."""
+    llm = real_weights("gemma-3-270m", max_model_len=2048)
     yield llm
     llm.close()

@@ -1,11 +1,17 @@
-"""The default model with its real weights, end to end."""
+"""The known models with their real weights, end to end."""
 
 import json
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from pagellm.__main__ import main
 from pagellm.engine import LLM, SamplingParams
+from pagellm.engine.checkpoints.known_models import KNOWN_MODELS
+from tests.conftest import real_weights
 
 pytestmark = pytest.mark.weights
 
@@ -67,3 +73,79 @@ def test_a_decode_over_a_long_context_has_the_bits_of_a_prefill(quantization: st
 def test_the_command_line_generates(smollm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "The capital of France is", "--max-tokens", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["outputs"][0]["text"].startswith(" Paris")
+
+
+# Gemma 3 270M: K-quants, SentencePiece, sliding windows of 512, four norms, one KV head
+
+GEMMA = Path(__file__).parent / "fixtures" / "gemma"
+Scores = NDArray[np.float64]
+
+
+@pytest.fixture(scope="module")
+def expected() -> Any:
+    """What transformers and llama.cpp make of the same file: see the script beside it."""
+    return np.load(GEMMA / "expected.npz")
+
+
+def test_gemma_s_terms_lie_beside_its_file(gemma: LLM) -> None:
+    del gemma
+    known = KNOWN_MODELS["gemma-3-270m"]
+    assert known.terms is not None
+    assert b"Gemma Terms of Use" in known.path.with_name(known.terms.file_name).read_bytes()
+
+
+def test_gemma_goes_on_as_in_llama_cpp(gemma: LLM) -> None:
+    """Its greedy tokens where none came close to the likeliest: English, code, Cyrillic, Chinese, emoji."""
+    continuations = json.loads((GEMMA / "expected.json").read_text(encoding="utf-8"))
+    prompts = [one["prompt"] for one in continuations]
+    num_tokens = len(continuations[0]["token_ids"])
+    outputs = gemma.generate(prompts, SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True))
+    for output, one in zip(outputs, continuations, strict=True):
+        assert output.prompt_token_ids == one["prompt_token_ids"]
+        assert output.token_ids == one["token_ids"], one["prompt"]
+
+
+def test_gemma_in_float32_is_what_transformers_computes(gemma: LLM, expected: Any) -> None:
+    del gemma  # asked for so that missing weights are reported in one place
+    llm = real_weights("gemma-3-270m", quantization="none", max_model_len=256, num_blocks=16)
+    ours = scores(llm, expected)
+    llm.close()
+    reference = expected["transformers"].astype(np.float64)
+    assert divergence(reference, ours).max() < 1e-6
+    likely = reference > -10
+    np.testing.assert_allclose(ours[likely], reference[likely], atol=2e-3)
+
+
+def test_gemma_is_as_close_to_exact_arithmetic_as_llama_cpp(gemma: LLM, expected: Any) -> None:
+    exact = expected["transformers"].astype(np.float64)
+    theirs = expected["llama_cpp"].astype(np.float64)
+    ours = scores(gemma, expected)
+    spread = divergence(exact, theirs).mean()
+    assert divergence(exact, ours).mean() <= spread
+    assert divergence(theirs, ours).mean() <= 2 * spread
+
+
+def test_gemma_in_a_batch_says_what_each_prompt_says_alone(gemma: LLM) -> None:
+    """Over the edge of its window, too."""
+    long = [2, *((7 * i * i + 13 * i) % 200_000 + 1000 for i in range(700))]
+    prompts: list[Any] = [*PROMPTS, long]
+    params = SamplingParams(temperature=0, max_tokens=8, logprobs=1, ignore_eos=True)
+    together = gemma.generate(prompts, params)
+    alone = [gemma.generate([prompt], params)[0] for prompt in prompts]
+    assert [o.token_ids for o in together] == [o.token_ids for o in alone]
+    assert [o.outputs[0].logprobs for o in together] == [o.outputs[0].logprobs for o in alone]
+
+
+def scores(llm: LLM, expected: Any) -> Scores:
+    """Log-probabilities after each token of the text: of the fixture's tokens, and of all others together."""
+    logits = llm.logits(expected["ids"].tolist()).astype(np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    all_scores = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    chosen = np.take_along_axis(all_scores, expected["tokens"], axis=1)
+    rest = np.log(np.maximum(1 - np.exp(chosen).sum(axis=1, keepdims=True), 1e-12))
+    return np.concatenate([chosen, rest], axis=1)
+
+
+def divergence(p: Scores, q: Scores) -> Scores:
+    """Kullback-Leibler divergence of each token's distribution, in nats."""
+    return (np.exp(p) * (p - q)).sum(axis=1)
