@@ -32,6 +32,7 @@ HUB_FILES = [
     INDEX_FILE,
     "tokenizer*.json",
     "tokenizer.model",
+    "spiece.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",

@@ -52,7 +52,7 @@ class AddedVocabulary:
                 normalized.setdefault(normalize(token.content), token)
             else:
                 raw[token.content] = token
-        self._raw, self._normalized = _Finder(raw), _Finder(normalized)
+        self._raw, self._normalized = Finder(raw), Finder(normalized)
 
     @property
     def texts(self) -> dict[int, str]:
@@ -79,7 +79,7 @@ class AddedVocabulary:
             start = Start.TOKEN
 
 
-class _Finder:
+class Finder:
     """Finds any of the given contents, leftmost first and then longest."""
 
     def __init__(self, token_of: dict[str, AddedToken]) -> None:

@@ -1,8 +1,9 @@
 """Reads a tokenizer from a model's directory, as the Hugging Face hub lays it out.
 
-The vocabulary comes from `tokenizer.json` or else from GPT-2's pair `vocab.json` and `merges.txt`; further
-added tokens, the roles of tokens and the chat template come from the small files beside it, each of which may
-be missing. Which of two files that speak of one thing is obeyed is as in `transformers`.
+The vocabulary comes from `tokenizer.json`, or else from SentencePiece's `tokenizer.model`, or from GPT-2's
+pair `vocab.json` and `merges.txt`; further added tokens, the roles of tokens and the chat template come from
+the small files beside it, each of which may be missing. Which of two files that speak of one thing is obeyed
+is as in `transformers`.
 """
 
 import re
@@ -24,6 +25,7 @@ from pagellm.engine.tokenizer.checks import (
 )
 from pagellm.engine.tokenizer.normalization import Normalizer, to_nfc
 from pagellm.engine.tokenizer.pretokenizers import Pretokenizer
+from pagellm.engine.tokenizer.sentencepiece_normalizer import Prefix
 from pagellm.engine.tokenizer.spec import NO_TOKENIZER, TokenizerSpec
 from pagellm.engine.tokenizer.tokenizer_json import (
     check_vocab,
@@ -31,6 +33,7 @@ from pagellm.engine.tokenizer.tokenizer_json import (
     read_flags,
     read_tokenizer_json,
 )
+from pagellm.engine.tokenizer.tokenizer_model import read_tokenizer_model
 
 # vocab.json and merges.txt say nothing of the pre-tokenizer; the class that wrote them does.
 _FAMILY_OF_CLASS = {"GPT2Tokenizer": "gpt2", "Qwen2Tokenizer": "qwen2", "Qwen3_5Tokenizer": "qwen35"}
@@ -42,11 +45,17 @@ _ROLES_OF_FAMILY = {
     "qwen35": ("eos_token", "unk_token", "pad_token"),
 }
 
+# Files of SentencePiece, whose ids are the model's, unless its class gives other ones.
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model")
+_SHIFTED_IDS = (
+    "XLMRoberta Camembert MBart MBart50 Barthez XGLM Nllb Pegasus M2M100 SeamlessM4T Fairseq Marian XLNet"
+)
+# Classes that put an EOS behind each text instead of a BOS before it.
+_EOS_CLASSES = ("T5Tokenizer", "MT5Tokenizer")
+
 # Vocabularies in formats that are not read.
 _OTHER_FORMATS = {
-    "tokenizer.model": "SentencePiece",
-    "spiece.model": "SentencePiece",
-    "sentencepiece.bpe.model": "SentencePiece",
+    "sentencepiece.bpe.model": "SentencePiece with ids of fairseq",
     "tekken.json": "Mistral's",
     "tiktoken.model": "tiktoken",
     "vocab.txt": "WordPiece",
@@ -62,6 +71,8 @@ def read_directory(directory: Path) -> TokenizerSpec:
     config = read_json_object_if_present(path)
     if (directory / "tokenizer.json").exists():
         spec = read_tokenizer_json(directory / "tokenizer.json")
+    elif name := next((name for name in _SENTENCEPIECE if (directory / name).exists()), None):
+        spec = _read_sentencepiece(directory / name, config)
     else:
         halves = [name for name in ("vocab.json", "merges.txt") if (directory / name).exists()]
         if not halves:
@@ -111,6 +122,27 @@ def _read_vocab_files(directory: Path, config: Mapping[str, Any]) -> tuple[Token
         normalizer=Normalizer([] if family == "gpt2" else [to_nfc]),
     )
     return spec, _ROLES_OF_FAMILY[family]
+
+
+def _read_sentencepiece(path: Path, config: Mapping[str, Any]) -> TokenizerSpec:
+    """The tokenizer of SentencePiece's own file, with what its class in `transformers` makes of it."""
+    where = path.with_name("tokenizer_config.json")
+    class_name = expect(config.get("tokenizer_class", ""), str, f"{where}: tokenizer_class")
+    class_name = class_name.removesuffix("Fast")
+    if class_name.removesuffix("Tokenizer") in _SHIFTED_IDS.split():
+        raise CheckpointError(
+            f"{where}: tokenizer_class: found {found(class_name)}, whose ids are not those of {path.name},"
+            " expected a tokenizer.json"
+        )
+    flags = {}
+    for name, default in (("legacy", True), ("add_prefix_space", True)):
+        value = config.get(name)
+        flags[name] = default if value is None else expect(value, bool, f"{where}: {name}")
+    prefix = Prefix.EVERY_STRETCH if flags["legacy"] else Prefix.TEXT
+    spec = read_tokenizer_model(path, prefix if flags["add_prefix_space"] else Prefix.NOWHERE)
+    if class_name in _EOS_CLASSES:
+        return replace(spec, suffix_ids=spec.eos_token_ids)
+    return spec if spec.bos_token_id is None else replace(spec, prefix_ids=(spec.bos_token_id,))
 
 
 def _read_added_tokens(
@@ -219,7 +251,7 @@ def _with_roles(
     for role in ("bos_token", "eos_token"):
         if config.get(role) is not None:
             roles[role] = _read_named(config[role], spec, f"{named.get(role, directory)}: {role}")
-    eos_token_ids: tuple[int, ...] = (roles["eos_token"],) if "eos_token" in roles else ()
+    eos_token_ids = (roles["eos_token"],) if "eos_token" in roles else spec.eos_token_ids
     for path in (directory / "generation_config.json", model_path):
         ids = _read_ids(read_json_object_if_present(path).get("eos_token_id"), f"{path}: eos_token_id")
         eos_token_ids += tuple(ids)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import regex
 
 from pagellm.engine.errors import CheckpointError, RequestError, found
+from pagellm.engine.tokenizer.added_tokens import AddedToken, Finder
 from pagellm.engine.tokenizer.character_sets import NEWER_CHARACTERS
 from pagellm.engine.tokenizer.families import (
     BETWEEN_THREES,
@@ -76,9 +77,15 @@ class Metaspace(NamedTuple):
     split: bool
 
 
+class Literals(NamedTuple):
+    """Texts that are pieces wherever they are, of several at one place the longest."""
+
+    texts: tuple[str, ...]
+
+
 # A translated pattern makes pieces of its matches; None puts a space before each piece that begins with
 # another character.
-Step = Translation | Split | Metaspace | None
+Step = Translation | Split | Metaspace | Literals | None
 
 
 class Pretokenizer:
@@ -155,6 +162,8 @@ def _stage_of(step: Step, *, exact: bool) -> Stage | Metaspace:
         return _prefix_space
     if isinstance(step, Metaspace):
         return step
+    if isinstance(step, Literals):
+        return _finding(step.texts)
     pattern = step.pattern if isinstance(step, Split) else step
     source = pattern.exact if exact else pattern.quick
     if isinstance(step, Split):
@@ -253,6 +262,16 @@ def _cutting_at_places(source: str) -> Stage:
         if done < len(text):
             pieces.append(text[done:])
         return pieces
+
+    return stage
+
+
+def _finding(texts: Sequence[str]) -> Stage:
+    finder = Finder({text: AddedToken(0, text, special=False) for text in texts})
+
+    def stage(text: str, _give_up_at: float) -> list[str]:
+        pieces = finder.split(text, parse_special=True)
+        return [piece if isinstance(piece, str) else piece.content for piece in pieces]
 
     return stage
 

@@ -16,6 +16,7 @@ from pagellm.engine.tokenizer.fallback import Fallback
 from pagellm.engine.tokenizer.segments import Segments
 from pagellm.engine.tokenizer.word_cache import WordCache
 
+NOTHING: Mapping[str, int] = {}
 # Above, a heap instead of a search for the best of all pairs.
 _SHORT = 64
 
@@ -24,18 +25,25 @@ class SentencePieceBpe:
     """Merges by score.
 
     vocab: the pieces that text can become, with their ids. scores: of each id; of two pieces the one with the
-    higher score is made first, of equals the leftmost.
+    higher score is made first, of equals the leftmost. whole: words that are tokens as they stand.
 
     Raises `CheckpointError` for a score that is no number.
     """
 
-    def __init__(self, vocab: Mapping[str, int], scores: Sequence[float], fallback: Fallback) -> None:
+    def __init__(
+        self,
+        vocab: Mapping[str, int],
+        scores: Sequence[float],
+        fallback: Fallback,
+        whole: Mapping[str, int] = NOTHING,
+    ) -> None:
         for piece, id_ in vocab.items():
             if math.isnan(scores[id_]):
                 raise CheckpointError(f"scores[{id_}]: found nan for {piece!r}, expected a number")
         self._vocab = vocab
         self._rank_of = {piece: -scores[id_] for piece, id_ in vocab.items()}
         self._fallback = fallback
+        self._whole = whole
         self._segments = Segments(vocab)
         self._words = WordCache(self._encode_word)
         self._parts = WordCache(self._encode_part)
@@ -45,6 +53,8 @@ class SentencePieceBpe:
 
         Raises `UnicodeEncodeError` if it has a lone surrogate.
         """
+        if text in self._whole:
+            return (self._whole[text],)
         words = self._segments.words(text)
         ids = list(chain.from_iterable(map(self._words.__getitem__, words)))
         return tuple(self._fallback.fused(ids))

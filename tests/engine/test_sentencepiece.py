@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pagellm.engine.errors import CheckpointError, RequestError
 from pagellm.engine.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer
 from pagellm.engine.tokenizer.fallback import NO_BYTES, Fallback
+from pagellm.engine.tokenizer.protobuf import WireError, fields
 from pagellm.engine.tokenizer.sentencepiece import SentencePieceBpe
 from tests.engine.test_tokenizer import any_text, naive_merge, write
 
@@ -38,6 +39,23 @@ def changed(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("name", EXPECTED["gguf"])
 def test_a_gguf_file_gives_the_ids_of_llama_cpp(name: str) -> None:
     assert [gguf(name).encode(text) for text in TEXTS] == EXPECTED["gguf"][name]["ids"]
+
+
+def model_file(directory: Path, name: str, **files: Any) -> Tokenizer:
+    """The tokenizer of a directory with a `tokenizer.model` and these other files."""
+    (directory / "tokenizer.model").write_bytes((FIXTURES / f"{name}.model").read_bytes())
+    return load_tokenizer(write(directory, **files))
+
+
+@pytest.mark.parametrize("name", EXPECTED["sentencepiece"])
+def test_a_tokenizer_model_gives_the_ids_and_texts_of_sentencepiece(tmp_path: Path, name: str) -> None:
+    expected = EXPECTED["sentencepiece"][name]
+    tokenizer = model_file(tmp_path, name)
+
+    ids = [tokenizer.encode(text, add_special_tokens=False, parse_special=False) for text in TEXTS]
+
+    assert ids == expected["ids"]
+    assert list(map(tokenizer.decode, ids)) == expected["decoded"]
 
 
 @pytest.mark.parametrize("name", EXPECTED["tokenizers"])
@@ -159,6 +177,87 @@ def test_a_huge_text_without_a_space_is_encoded() -> None:
 def test_a_lone_surrogate_is_refused_with_its_place() -> None:
     with pytest.raises(RequestError, match=r"U\+D83D at character 3"):
         gguf().encode("abc\ud83ddef")
+
+
+# Directories with a tokenizer.model
+
+
+def test_a_tokenizer_model_has_its_own_ends(tmp_path: Path) -> None:
+    tokenizer = model_file(tmp_path, "bpe")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_ids) == (1, (2,))
+    assert tokenizer.encode("the")[0] == 1
+    assert tokenizer.encode("</s>", add_special_tokens=False) == [2]
+
+
+def test_the_class_and_the_flags_of_a_configuration_are_obeyed(tmp_path: Path) -> None:
+    def written(text: str, **config: Any) -> list[str]:
+        tokenizer = model_file(tmp_path, "bpe", tokenizer_config=config)
+        return [tokenizer.decode([id_], continues=True) for id_ in tokenizer.encode(text)]
+
+    assert written("the</s>the") == ["<s>", " the", "</s>", " the"]
+    assert "".join(written("the</s>the", legacy=False)) == "<s> the</s>the"
+    assert "".join(written("the", add_prefix_space=False)) == "<s>the"
+    assert written("the", add_bos_token=False) == [" the"]
+    assert written("the", add_eos_token=True) == ["<s>", " the", "</s>"]
+    assert written("the", tokenizer_class="T5Tokenizer") == [" the", "</s>"]
+    with pytest.raises(CheckpointError, match="tokenizer_class: found 'XLMRobertaTokenizer', whose ids"):
+        written("the", tokenizer_class="XLMRobertaTokenizer")
+    with pytest.raises(CheckpointError, match="legacy: found 1, expected true or false"):
+        written("the", legacy=1)
+
+
+def test_a_tokenizer_json_goes_before_a_tokenizer_model(tmp_path: Path) -> None:
+    files = {"tokenizer": EXPECTED["tokenizers"]["gemma"]["tokenizer_json"]}
+    assert model_file(tmp_path, "bpe", **files).encode("the")[0] != 1
+
+
+def field(number: int, value: bytes | int) -> bytes:
+    """A field of a message, with a number below 32 and a value or length below 128."""
+    kind = 0 if isinstance(value, int) else 2
+    low, high = (number << 3 | kind) & 0x7F, number >> 4
+    key = bytes([low | 0x80, high]) if high else bytes([low])
+    return key + (bytes([value]) if isinstance(value, int) else bytes([len(value)]) + value)
+
+
+PIECES_OF_A_MODEL = field(1, field(1, b"<unk>") + field(3, 2)) + field(1, field(1, b"a"))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "pieces: found no unknown one, expected one"),
+        (b"\n\x0e", "found a field of 14 bytes at byte 0, 0 are left, expected a SentencePiece model"),
+        (b"\x0b", "found a field of kind 3 at byte 0"),
+        (b"\x80" * 11, "found an integer without an end at byte 0"),
+        (field(1, 5), "found an integer in the place of bytes"),
+        (field(1, field(1, b"\xff")), "invalid start byte"),
+        (field(1, field(2, b"abcde")), "found a number that is not of 4 bytes"),
+        (field(1, field(1, b"a") + field(3, 9)), r"pieces\[0\]: found the score 0.0 and the type 9"),
+        (PIECES_OF_A_MODEL + field(1, field(1, b"a")), "pieces: found 'a' twice"),
+        (PIECES_OF_A_MODEL + field(2, field(3, 3)), "model_type: found word, expected unigram or bpe"),
+        (PIECES_OF_A_MODEL + field(2, field(24, 1)), "treat_whitespace_as_suffix: found one, expected none"),
+        (PIECES_OF_A_MODEL + field(5, field(2, b"x")), "denormalizer_spec: found one, expected none"),
+        (PIECES_OF_A_MODEL + field(3, field(2, b"abcdef")), "precompiled_charsmap: found a trie of"),
+        (
+            PIECES_OF_A_MODEL + field(1, field(1, b"b") + field(3, 5)) + field(2, field(3, 2)),
+            "found the unused one 'b'",
+        ),
+    ],
+)
+def test_a_bad_tokenizer_model_is_refused_by_its_fault(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_tokenizer(tmp_path)
+    assert len(str(caught.value)) < 400
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_a_message_or_none(data: bytes) -> None:
+    for changed_data in (data, PIECES_OF_A_MODEL + data):
+        try:
+            list(fields(changed_data))
+        except WireError:
+            continue
 
 
 # Bad sources

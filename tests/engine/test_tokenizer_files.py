@@ -191,12 +191,13 @@ def test_a_file_that_is_no_utf_8_is_refused_by_name(tmp_path: Path, name: str) -
         load_tokenizer(tmp_path)
 
 
-def test_a_sentencepiece_model_alone_serves_ids_and_says_why_no_text(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e")
+@pytest.mark.parametrize("name", ["tekken.json", "tiktoken.model", "sentencepiece.bpe.model"])
+def test_a_vocabulary_that_is_not_read_serves_ids_and_says_why_no_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"{}")
     write(tmp_path, tokenizer_config={"bos_token": "<s>"}, config={"vocab_size": 100, "eos_token_id": 2})
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.vocab_size, tokenizer.model_vocab_size, tokenizer.eos_token_ids) == (0, 100, (2,))
-    with pytest.raises(RequestError, match=r"token ids: .* tokenizer.model alone \(SentencePiece\) is not"):
+    with pytest.raises(RequestError, match=rf"token ids: .* {name} alone \(.*\) is not"):
         tokenizer.encode("a")
 
 
