@@ -181,8 +181,8 @@ class _Section:
 
     def _yarn(self, dim: int, base: float, original: int) -> RopeTable:
         section = self._section
-        for name in ("attn_factor", "extrapolation_factor"):  # of code that is not transformers'
-            section.expect(name, 1, 1.0)
+        for name in ("attn_factor", "extrapolation_factor"):
+            section.get(name)  # other code's: transformers warns of such a key and passes over it
         ratio = self._max_positions / original
         is_null = "factor" in section.values and not section.has("factor")
         factor = ratio if is_null else section.number("factor")

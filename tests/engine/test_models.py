@@ -423,7 +423,6 @@ def test_what_could_change_a_gguf_file_s_arithmetic_is_refused_by_name(
             {"rope.scaling.type": "ntk"},
             r"rope\.scaling\.type: found 'ntk', expected one of none, linear, yarn",
         ),
-        ({"rope.scaling.type": "yarn", "rope.scaling.yarn_attn_factor": 1.5}, "yarn_attn_factor: found 1.5"),
         ({"rope.scaling.factor": np.ones(2, np.float32)}, r"rope\.scaling\.factor: found array"),
         ({"rope.scaling.factor": -1.0}, r"rope\.scaling\.factor: found -1\.0"),
         ({"rope.scaling.yarn_ext_factor": 1.0}, "yarn_ext_factor: found"),

@@ -85,7 +85,6 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [
         ("llama", SECTION | {"beta_fast": 0.01}, "bounds of 0.01 and 1.0 turns, expected some"),
         ("llama", SECTION | {"truncate": 0}, "truncate: found 0, expected true or false"),
         ("llama", SECTION | {"attention_factor": -0.5}, "attention_factor: found -0.5"),
-        ("llama", SECTION | {"attn_factor": 2.0}, "attn_factor: found 2.0, expected 1"),
         ("llama", SECTION | {"alpha": 2.0}, "alpha: found 2.0, expected no such key"),
         (
             "llama",
@@ -151,6 +150,13 @@ def test_bad_rotary_parameters_are_refused_by_name(
 def test_bad_sections_of_layer_types_are_refused_by_name(config: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         of_config({"hidden_size": 16, "num_attention_heads": 2} | config, "gemma3_text")
+
+
+def test_a_factor_that_transformers_passes_over_changes_nothing() -> None:
+    # As in DeepSeek-R1-0528-Qwen3-8B's configuration.
+    config = {"hidden_size": 64, "num_attention_heads": 4, "rope_theta": 1e6}
+    plain = of_config(config | {"rope_scaling": SECTION})
+    assert of_config(config | {"rope_scaling": SECTION | {"attn_factor": 0.878}}) == plain
 
 
 def test_a_scaling_may_be_made_for_more_than_the_model_says() -> None:
