@@ -40,9 +40,10 @@ from pagellm.engine.models import (
 from pagellm.engine.models.names import names_of
 from pagellm.engine.models.spec import ModelSpec, Source
 
-__all__ = ["ModelSpec", "Source", "read_spec"]
+__all__ = ["GGUF_READERS", "HUGGINGFACE_READERS", "ModelSpec", "Source", "read_spec"]
 
-_HUGGINGFACE = {
+# The readers of architectures, by the model_type of a config.json and by general.architecture of a GGUF file.
+HUGGINGFACE_READERS = {
     "bitnet": bitnet.from_huggingface,
     "cohere": cohere.from_huggingface,
     "cohere2": cohere.cohere2_from_huggingface,
@@ -72,7 +73,7 @@ _HUGGINGFACE = {
     "smollm3": smollm3.from_huggingface,
     "starcoder2": starcoder2.from_huggingface,
 }
-_GGUF = {
+GGUF_READERS = {
     "bitnet": bitnet.from_gguf,
     "chatglm": glm4.from_gguf,
     "cohere2": cohere.from_gguf,
@@ -95,7 +96,7 @@ _GGUF = {
     "qwen2": qwen2.from_gguf,
     "qwen3": qwen3.from_gguf,
     "smollm3": smollm3.from_gguf,
-    "starcoder": gpt2.from_gguf,
+    "starcoder": gpt_bigcode.from_gguf,
     "starcoder2": starcoder2.from_gguf,
 }
 
@@ -116,9 +117,9 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
     missing or misshapen tensor, or a tensor that this architecture has no place for.
     """
     key, readers = (
-        ("model_type", _HUGGINGFACE)
+        ("model_type", HUGGINGFACE_READERS)
         if checkpoint.format == "safetensors"
-        else ("general.architecture", _GGUF)
+        else ("general.architecture", GGUF_READERS)
     )
     try:
         name = checkpoint.config.get(key)

@@ -32,3 +32,8 @@ def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
         biases=gpt2.BIASES,
         grouped_qkv=not single,
     )
+
+
+def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
+    """Reads the metadata of a GGUF file of architecture starcoder, whose keys say what differs from gpt2."""
+    return gpt2.from_gguf(checkpoint)
