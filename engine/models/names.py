@@ -20,15 +20,16 @@ _MAX_LAYERS = 1 << 14
 def hub_prefixes(checkpoint: Checkpoint, base: str, anchor: str) -> tuple[str, str]:
     """What stands before the decoder's tensors, and before the output matrix's.
 
-    base: what a language model puts before its decoder; a bare decoder has nothing there, one beside a vision
-    tower a second prefix, which older files put first. anchor: a tensor that every decoder has.
+    base: what a language model puts before its decoder; a bare decoder lacks the first word of it, one beside
+    a vision tower has a second prefix, which older files put first. anchor: a tensor that every decoder has.
     """
     towers = {
         f"{base}language_model.": "",
         f"language_model.{base}": "language_model.",
         "language_model.": "",
     }
-    known = {"": "", base: "", **towers}
+    bare = base.partition(".")[2]
+    known = {"": "", bare: "", base: "", **towers}
     for name in checkpoint.tensors:
         if name.endswith(anchor):
             decoder = name.removesuffix(anchor)
