@@ -16,7 +16,7 @@ from pagellm.engine.errors import ConfigError
 from pagellm.engine.scheduling.batch import Admitted, Preempted, PreemptionCosts, ScheduledBatch
 from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
-from pagellm.engine.scheduling.step_loop import StepListener
+from pagellm.engine.scheduling.step_loop import StepEnd, StepListener
 
 # Settings of which no decision of a scheduler follows: num_swap_blocks says what swap_dir comes to.
 NO_DECISIONS = (
@@ -196,22 +196,14 @@ class StepRecorder(StepListener):
             record["replica"] = self._replica
         self._num_steps += 1
 
-    def committed(
-        self,
-        batch: ScheduledBatch,
-        sampled: list[Sequence],
-        finished: list[Sequence],
-        now: float,
-        duration_s: float,
-        transfer_s: float,
-    ) -> None:
+    def committed(self, end: StepEnd) -> None:
         record, self._record = self._record, None
         if record is None:
             return  # this began to listen in the middle of the step
-        record["duration_s"], record["transfer_s"] = duration_s, transfer_s
-        if finished:
-            record["finished"] = list(map(_end_of, finished))
-            for sequence in finished:
+        record["duration_s"], record["transfer_s"] = end.duration_s, end.transfer_s
+        if end.finished:
+            record["finished"] = list(map(_end_of, end.finished))
+            for sequence in end.finished:
                 self._forget(sequence)
         self._write(record)
 

@@ -6,12 +6,24 @@ hears of the same events in the same order. What a step computes and how long it
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
+from typing import NamedTuple
 
 from pagellm.engine.requests.outputs import FinishReason
 from pagellm.engine.scheduling.batch import PreemptionCosts, ScheduledBatch, StepLimits
 from pagellm.engine.scheduling.block_manager import Transfer
 from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
+
+
+class StepEnd(NamedTuple):
+    """What became of a step: who got tokens, whose were the last, and what it took, transfers included."""
+
+    batch: ScheduledBatch
+    sampled: list[Sequence]
+    finished: list[Sequence]
+    now: float
+    duration_s: float
+    transfer_s: float
 
 
 class StepListener:
@@ -26,16 +38,8 @@ class StepListener:
     def scheduled(self, batch: ScheduledBatch, now: float) -> None:
         """A step begins."""
 
-    def committed(
-        self,
-        batch: ScheduledBatch,
-        sampled: list[Sequence],
-        finished: list[Sequence],
-        now: float,
-        duration_s: float,
-        transfer_s: float,
-    ) -> None:
-        """A step has ended: who got tokens, whose were the last, and what it took, transfers included."""
+    def committed(self, end: StepEnd) -> None:
+        """A step has ended."""
 
     def ended(self, sequence: Sequence) -> None:
         """A sequence has ended otherwise: it was aborted, or its text had a stop string."""
@@ -120,8 +124,9 @@ class StepLoop:
             if self._aborted:
                 sampled = [sequence for sequence in sampled if sequence not in self._aborted]
             took_s = now - self._start_s if duration_s is None else duration_s
+            end = StepEnd(batch, sampled, finished, now, took_s, transfer_s)
             for listener in self.listeners:
-                listener.committed(batch, sampled, finished, now, took_s, transfer_s)
+                listener.committed(end)
         return finished
 
     def _tell_added(self, sequences: Items[Sequence]) -> None:

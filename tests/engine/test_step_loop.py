@@ -12,7 +12,7 @@ from pagellm.engine.scheduling.batch import Preemption, PreemptionCosts, Schedul
 from pagellm.engine.scheduling.block_manager import BlockManager, TransferKind
 from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
-from pagellm.engine.scheduling.step_loop import StepListener, StepLoop
+from pagellm.engine.scheduling.step_loop import StepEnd, StepListener, StepLoop
 from pagellm.engine.step_log import StepRecord, StepRecorder
 
 
@@ -28,17 +28,9 @@ class Heard(StepListener):
     def scheduled(self, batch: ScheduledBatch, now: float) -> None:
         self.events.append(("scheduled", [s.request_id for s in batch.sequences], now))
 
-    def committed(
-        self,
-        batch: ScheduledBatch,
-        sampled: list[Sequence],
-        finished: list[Sequence],
-        now: float,
-        duration_s: float,
-        transfer_s: float,
-    ) -> None:
-        names = [s.request_id for s in sampled], [s.request_id for s in finished]
-        self.events.append(("committed", *names, now, duration_s, transfer_s))
+    def committed(self, end: StepEnd) -> None:
+        names = [s.request_id for s in end.sampled], [s.request_id for s in end.finished]
+        self.events.append(("committed", *names, *end[3:]))
 
     def ended(self, sequence: Sequence) -> None:
         self.events.append(("ended", sequence.request_id, sequence.finish_reason))

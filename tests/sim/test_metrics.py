@@ -19,6 +19,7 @@ from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.scheduling.block_manager import BlockManager
 from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
+from pagellm.engine.scheduling.step_loop import StepEnd
 from pagellm.sim import MetricsCollector, Report, Simulator, Workload, synthesise
 from pagellm.sim.costs.roofline import Hardware, Model, RooflineCostModel
 from pagellm.sim.simulator import _Replay
@@ -233,27 +234,27 @@ def test_nothing_is_kept_of_requests_that_have_ended() -> None:
     metrics = replay.metrics
     assert metrics.summary(0.0)["num_timed_out"] > 0
     assert metrics.summary(0.0)["preemptions"]["swap"] > 0
-    assert (metrics._requests, metrics._last_token_s) == ({}, {})
-    assert [(seen.last_sampled, seen.swapped, seen.used_blocks) for seen in metrics._replicas] == [
-        ([], set(), 0)
-    ]
+    run = metrics._run
+    assert (run.requests, run.last_token_s) == ({}, {})
+    assert [(seen.last_sampled, seen.swapped, seen.used_blocks) for seen in run.replicas] == [([], set(), 0)]
 
 
 def test_the_unwritten_share_is_that_of_the_block_manager() -> None:
     config = EngineConfig(block_size=4, num_blocks=30).complete()
     scheduler = Scheduler(config, BlockManager(30, 4))
     metrics = MetricsCollector([scheduler])
+    listener = metrics.listener()
     for number, length in enumerate((3, 10, 8)):
         sequence = Sequence(number, [number] * length, SamplingParams())
         scheduler.add(sequence, 1.0)
-        metrics.arrived(sequence, str(number), 1.0)
+        listener.added(sequence)
     batch = scheduler.schedule(1.0)
-    metrics.scheduled(batch, 1.0)
+    listener.scheduled(batch, 1.0)
     usage = scheduler.block_manager.usage()
     assert metrics.timeline()["unwritten_share"] == [usage.unwritten_slots / (4 * usage.used)] == [1.0]
     scheduler.commit(batch, [[0], [0], [0]])
-    metrics.committed(batch, batch.sampled, [], 1.5)
-    metrics.scheduled(scheduler.schedule(1.5), 1.5)
+    listener.committed(StepEnd(batch, batch.sampled, [], 1.5, 0.5, 0.0))
+    listener.scheduled(scheduler.schedule(1.5), 1.5)
     usage = scheduler.block_manager.usage()
     assert metrics.timeline()["unwritten_share"][-1] == usage.unwritten_slots / (4 * usage.used)
 
@@ -264,12 +265,13 @@ def test_the_cached_share_is_that_of_blocks_that_hold_a_known_prefix() -> None:
     metrics = MetricsCollector(schedulers)
     sequence = Sequence(0, list(range(10)), SamplingParams(max_tokens=1))
     schedulers[1].add(sequence, 1.0)
-    metrics.arrived(sequence, "0", 1.0, 1)
+    listener = metrics.listener(1)
+    listener.added(sequence)
     for time_s in (1.0, 1.5):
         batch = schedulers[1].schedule(time_s)
-        metrics.scheduled(batch, time_s, 1)
+        listener.scheduled(batch, time_s)
         finished = schedulers[1].commit(batch, [[0]] * len(batch.sampled))
-        metrics.committed(batch, batch.sampled, finished, time_s + 0.1, 1)
+        listener.committed(StepEnd(batch, batch.sampled, finished, time_s + 0.1, 0.1, 0.0))
     shares = metrics.timeline()["cached_share"]
     assert (shares[0], shares[-1]) == (0.0, 2 / 60)
 

@@ -1,0 +1,244 @@
+"""What is gathered of a run while it goes on: listeners of its step loops, and what they have seen together.
+
+It is told of events and their times, by a simulation or by whoever drives an engine, and looks at the
+schedulers for the state in between. It costs a few operations a step and memory that grows with the number
+of requests alone, four numbers each.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pagellm.engine.scheduling.batch import Preemption, ScheduledBatch
+from pagellm.engine.scheduling.scheduler import Scheduler
+from pagellm.engine.scheduling.sequence import Sequence
+from pagellm.engine.scheduling.step_loop import StepEnd, StepListener
+from pagellm.sim.quantiles import Exact, LogHistogram
+from pagellm.sim.report.results_file import ResultsFile
+from pagellm.sim.report.timeline import Timeline
+
+
+@dataclass(slots=True)
+class _Request:
+    """A request under way; its times in seconds."""
+
+    arrival_s: float
+    first_scheduled_s: float | None = None
+    first_token_s: float | None = None
+
+
+class Collected:
+    """What the replicas of one run have seen together.
+
+    slo: the most seconds of a good request, by the names in `SLO_NAMES`. results: a file that gets a line of
+    JSON for each request when it ends.
+    """
+
+    def __init__(self, slo: Mapping[str, float], results: str | os.PathLike[str] | None) -> None:
+        self.slo = dict(slo)
+        self.results = None if results is None else ResultsFile(results)
+        self.replicas: list[ReplicaListener] = []
+        self.requests: dict[Sequence, _Request] = {}  # those under way
+        self.last_token_s: dict[Sequence, float] = {}  # of those in no replica's last_sampled
+        self.latencies: dict[str, Exact] = {name: Exact() for name in ("ttft", "tpot", "e2e", "queue")}
+        self.itl = LogHistogram()
+        self.timeline = Timeline()
+        self.counts: Counter[str] = Counter()
+        self.preempted: Counter[str] = Counter()
+        self.used_blocks = self.peak_blocks = self.most_preemptions = 0
+        self.first_arrival_s: float | None = None
+        self.last_token_at_s = 0.0
+
+    def arrive(self, time_s: float) -> None:
+        """A request came."""
+        if self.first_arrival_s is None:
+            self.first_arrival_s = time_s
+        self.counts["requests"] += 1
+        self.timeline.at(time_s).arrivals += 1
+
+    def unwritten_share(self) -> float:
+        """Of the slots in blocks in use, the share that holds no token yet."""
+        running = (s for replica in self.replicas for s in replica.scheduler.running)
+        unwritten = sum(s.num_slots - s.num_computed_tokens for s in running)
+        slots = self.used_blocks * self.replicas[0].manager.block_size
+        return unwritten / slots if slots else 0.0
+
+    def cached_share(self) -> float:
+        """Of all blocks, the share that holds a known prefix."""
+        managers = [replica.manager for replica in self.replicas]
+        num_cached: int = sum(manager.num_cached_blocks for manager in managers)
+        return num_cached / sum(manager.num_blocks for manager in managers)
+
+
+class ReplicaListener(StepListener):
+    """Hears of one scheduler's steps, and keeps what was seen of it last."""
+
+    def __init__(self, number: int, scheduler: Scheduler, run: Collected) -> None:
+        self.scheduler = scheduler
+        self.manager = scheduler.block_manager
+        self._number = number
+        self._run = run
+        self.swapped: set[Sequence] = set()
+        stats = self.manager.stats
+        self._queries, self._hits, self.first_evictions = stats.queries, stats.hits, stats.evictions
+        self._start_s = 0.0  # of the step under way, and then
+        self._running = self._waiting = self.used_blocks = 0
+        # Those that got a token last, when all of them did.
+        self.last_sampled: list[Sequence] = []
+        self._last_token_s = 0.0
+
+    def added(self, sequence: Sequence) -> None:
+        self._run.arrive(sequence.arrival_time)
+        self._run.requests[sequence] = _Request(sequence.arrival_time)
+
+    def scheduled(self, batch: ScheduledBatch, now: float) -> None:
+        run = self._run
+        bucket = run.timeline.at(now)
+        if batch.admitted:
+            self._note_admissions(batch, now)
+            self.swapped.difference_update(admitted.sequence for admitted in batch.admitted)
+            stats = self.manager.stats
+            bucket.query_tokens += stats.queries - self._queries
+            bucket.hit_tokens += stats.hits - self._hits
+            self._queries, self._hits = stats.queries, stats.hits
+        if batch.preempted:
+            bucket.preemptions += len(batch.preempted)
+            run.preempted.update(preempted.by.value for preempted in batch.preempted)
+            self.swapped.update(p.sequence for p in batch.preempted if p.by is Preemption.SWAP)
+        self._start_s = now
+        self._running = len(self.scheduler.running)
+        self._waiting = len(self.scheduler.waiting) - len(self.swapped)
+        self._note_used()
+        if run.used_blocks > bucket.peak_blocks:
+            bucket.peak_blocks = run.used_blocks
+        if bucket.num_samples == 0:
+            bucket.num_samples = 1
+            bucket.unwritten_shares, bucket.cached_shares = run.unwritten_share(), run.cached_share()
+
+    def committed(self, end: StepEnd) -> None:
+        batch, sampled, finished, now, *_ = end
+        run = self._run
+        self._note_step(batch, now)
+        if sampled:
+            self._note_tokens(sampled, now)
+            num_tokens = batch.num_output_tokens
+            run.counts["output_tokens"] += num_tokens
+            if num_tokens > len(sampled):  # they have several at once
+                run.itl.add(0.0, num_tokens - len(sampled))
+            run.last_token_at_s = now
+        if finished:
+            done = set(finished)
+            self.last_sampled = [sequence for sequence in self.last_sampled if sequence not in done]
+            for sequence in finished:
+                self._finish(sequence, now)
+            self._note_used()
+
+    def ended(self, sequence: Sequence) -> None:
+        run = self._run
+        request = run.requests.pop(sequence)
+        self.swapped.discard(sequence)
+        if sequence in self.last_sampled:
+            self.last_sampled.remove(sequence)
+        last_s = None if request.first_token_s is None else self._last_token_s
+        last_token_s = run.last_token_s.pop(sequence, last_s)
+        run.counts["timed_out"] += 1
+        self._end(sequence, request, "timed_out", last_token_s)
+        self._note_used()
+
+    def _note_admissions(self, batch: ScheduledBatch, time_s: float) -> None:
+        for admitted in batch.admitted:
+            request = self._run.requests[admitted.sequence]
+            if request.first_scheduled_s is None:
+                request.first_scheduled_s = time_s
+                self._run.latencies["queue"].add(time_s - request.arrival_s)
+
+    def _note_used(self) -> None:
+        run = self._run
+        used = self.manager.num_blocks - self.manager.num_free_blocks
+        run.used_blocks += used - self.used_blocks
+        self.used_blocks = used
+        if run.used_blocks > run.peak_blocks:
+            run.peak_blocks = run.used_blocks
+
+    def _note_step(self, batch: ScheduledBatch, time_s: float) -> None:
+        run = self._run
+        num_tokens = batch.num_tokens
+        num_decodes = len(batch.sequences)
+        if num_tokens > num_decodes:
+            num_decodes = batch.num_new_tokens.count(1)
+        running, waiting, swapped = self._running, self._waiting, len(self.swapped)
+        for bucket, span_s in run.timeline.during(self._start_s, time_s):
+            bucket.running_time += running * span_s
+            bucket.waiting_time += waiting * span_s
+            bucket.swapped_time += swapped * span_s
+            bucket.batch_tokens_time += num_tokens * span_s
+            bucket.used_blocks_time += self.used_blocks * span_s
+            if run.used_blocks > bucket.peak_blocks:
+                bucket.peak_blocks = run.used_blocks
+        bucket.prefill_tokens += num_tokens - num_decodes
+        bucket.decode_tokens += num_decodes
+        run.counts["steps"] += 1
+
+    def _note_tokens(self, sampled: list[Sequence], time_s: float) -> None:
+        """Counts the gaps since the tokens before. Mostly it is the same sequences in step after step."""
+        run = self._run
+        if sampled == self.last_sampled:
+            run.itl.add(time_s - self._last_token_s, len(sampled))
+        else:
+            last = run.last_token_s
+            last.update(dict.fromkeys(self.last_sampled, self._last_token_s))
+            gaps = Counter(map(last.get, sampled))
+            for before, count in gaps.items():
+                if before is not None:
+                    run.itl.add(time_s - before, count)
+            for sequence in sampled:
+                if last.pop(sequence, None) is None:
+                    self._first_token(sequence, time_s)
+            self.last_sampled = sampled
+        self._last_token_s = time_s
+
+    def _first_token(self, sequence: Sequence, time_s: float) -> None:
+        request = self._run.requests[sequence]
+        request.first_token_s = time_s
+        self._run.latencies["ttft"].add(time_s - request.arrival_s)
+        self._run.counts["prompt_tokens"] += sequence.num_prompt_tokens
+
+    def _finish(self, sequence: Sequence, time_s: float) -> None:
+        run = self._run
+        request = run.requests.pop(sequence)
+        assert request.first_token_s is not None
+        assert request.first_scheduled_s is not None
+        measured = {
+            "ttft_s": request.first_token_s - request.arrival_s,
+            "e2e_s": time_s - request.arrival_s,
+            "queue_s": request.first_scheduled_s - request.arrival_s,
+        }
+        run.latencies["e2e"].add(measured["e2e_s"])
+        if sequence.num_output_tokens > 1:
+            measured["tpot_s"] = (time_s - request.first_token_s) / (sequence.num_output_tokens - 1)
+            run.latencies["tpot"].add(measured["tpot_s"])
+        run.counts["finished"] += 1
+        run.counts["good"] += all(measured.get(name, 0.0) <= most for name, most in run.slo.items())
+        run.timeline.at(time_s).finished += 1
+        self._end(sequence, request, "finished", time_s)
+
+    def _end(self, sequence: Sequence, request: _Request, outcome: str, last_token_s: float | None) -> None:
+        run = self._run
+        if sequence.num_preemptions:
+            run.counts["preempted"] += 1
+            run.most_preemptions = max(run.most_preemptions, sequence.num_preemptions)
+        if run.results is not None:
+            run.results.write(
+                id=sequence.request_id,
+                outcome=outcome,
+                replica=self._number,
+                arrival_s=request.arrival_s,
+                first_scheduled_s=request.first_scheduled_s,
+                first_token_s=request.first_token_s,
+                last_token_s=last_token_s,
+                prompt_tokens=sequence.num_prompt_tokens,
+                output_tokens=sequence.num_output_tokens,
+                cached_tokens=sequence.num_cached_tokens,
+                preemptions=sequence.num_preemptions,
+            )
