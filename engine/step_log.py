@@ -85,9 +85,7 @@ class StepRecord(TypedDict):
 class StepRecorder(StepListener):
     """Makes the records of one scheduler's steps, and gives each to `write` when the step has ended.
 
-    Records share what is the same in many of them: they are not to be changed. in_full: with block tables,
-    slots and the prefix cache, as a log has them; else `blocks` says only how many are used and shared, which
-    is all that a drawing needs.
+    Records share what is the same in many of them: they are not to be changed.
     """
 
     def __init__(
@@ -96,13 +94,11 @@ class StepRecorder(StepListener):
         write: Callable[[StepRecord], None],
         config: CompleteConfig | None = None,
         replica: int | None = None,
-        in_full: bool = True,
     ) -> None:
         self._scheduler = scheduler
         self._write = write
         self._config = config
         self._replica = replica
-        self._in_full = in_full
         self._num_steps = 0
         self._record: StepRecord | None = None  # of the step under way
         self._costs = scheduler.costs  # as recorded last
@@ -184,11 +180,7 @@ class StepRecorder(StepListener):
         record["running"] = len(scheduler.running)
         record["waiting"] = len(scheduler.waiting) - num_swapped
         record["swapped"] = num_swapped
-        if self._in_full:
-            self._note_blocks(record, batch)
-        else:
-            used = manager.num_blocks - manager.num_free_blocks
-            record["blocks"] = {"used": used, "shared": manager.num_shared}
+        self._note_blocks(record, batch)
         if self._num_steps == 0 and self._config is not None:
             settings = asdict(self._config)
             record["config"] = {name: settings[name] for name in settings if name not in NO_DECISIONS}

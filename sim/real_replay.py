@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from pagellm.engine.errors import RequestError, TraceError
 from pagellm.engine.requests.outputs import FinishReason
-from pagellm.engine.step_log import StepRecorder
 from pagellm.sim.report.metrics import MetricsCollector
 from pagellm.sim.report.perfetto import PerfettoTrace
 from pagellm.sim.report.schema import Report
@@ -51,7 +50,7 @@ def replay_for_real(
         listeners = [metrics.listener()]
         if perfetto is not None:
             steps = stack.enter_context(PerfettoTrace(perfetto))
-            listeners.append(StepRecorder(engine.scheduler, steps.step, in_full=False))
+            listeners.append(steps.listener(engine.scheduler))
         # Before the rest is aborted, nobody listens any more: an interrupt may have kept a step from them.
         stack.callback(abort)
         for listener in listeners:

@@ -177,11 +177,11 @@ class _Replay:
         self._perfetto = None if simulator.perfetto is None else PerfettoTrace(simulator.perfetto)
         for replica in self._replicas:
             replica.loop.listen(self.metrics.listener(replica.number))
-            if self._step_log is not None or self._perfetto is not None:
+            if self._step_log is not None:
                 number = replica.number if len(self._replicas) > 1 else None
-                in_full = self._step_log is not None
-                recorder = StepRecorder(replica.scheduler, self._record, config, number, in_full)
-                replica.loop.listen(recorder)
+                replica.loop.listen(StepRecorder(replica.scheduler, self._record, config, number))
+            if self._perfetto is not None:
+                replica.loop.listen(self._perfetto.listener(replica.scheduler, replica.number))
         self._output_tokens = (simulator.prompt_tokens.vocab_size,)  # of a sequence in a step
         self._params: dict[tuple[Any, ...], SamplingParams] = {}
         self._events: list[Event] = []
@@ -219,13 +219,11 @@ class _Replay:
         return ConfigError(f"step_log: {path}: {error.strerror}, expected a file to write to")
 
     def _record(self, record: StepRecord) -> None:
-        if self._step_log is not None:
-            try:
-                self._step_log.write(record)
-            except OSError as error:
-                raise self._unwritable_step_log(error) from error
-        if self._perfetto is not None:
-            self._perfetto.step(record)
+        assert self._step_log is not None
+        try:
+            self._step_log.write(record)
+        except OSError as error:
+            raise self._unwritable_step_log(error) from error
 
     def _first_arrivals(self) -> Iterator[Event]:
         clients = self._simulator.clients

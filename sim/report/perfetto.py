@@ -1,15 +1,16 @@
 """A run as a trace for https://ui.perfetto.dev: its steps, each request's phases, and counters over time.
 
-Made from step records (`pagellm.engine.step_log`) one at a time, while a run goes on or afterwards from its
-log; what is kept in memory is the requests in flight. The format is Chrome's Trace Event Format: complete
-events (X) on threads, counters (C), and metadata (M), times in microseconds from the first that happened.
+Listeners write it while a run goes on; what is kept in memory is the requests in flight. The format is
+Chrome's Trace Event Format: complete events (X) on threads, counters (C), and metadata (M), times in
+microseconds from the first that happened. Counters are written when they change.
 
 A replica is two processes. One has its steps, with the moving of blocks inside them, and the counters; the
 other a thread for each request, whose phases follow each other without a gap: queued, prefill, decode, and
 after a preemption preempted or swapped, until it is admitted again.
 """
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass
 from os import PathLike
 from types import TracebackType
 from typing import Any
@@ -17,14 +18,91 @@ from typing import Any
 import orjson
 
 from pagellm.engine import checks
-from pagellm.engine.checks import JsonError, parse_json
 from pagellm.engine.errors import ReportError
-from pagellm.engine.step_log import AddedRecord, PreemptedRecord, StepRecord
+from pagellm.engine.scheduling.batch import Preempted, Preemption, ScheduledBatch
+from pagellm.engine.scheduling.scheduler import Scheduler
+from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
+from pagellm.engine.scheduling.step_loop import StepEnd, StepListener
 
 _NS = 10**9
 _MAX_EVENTS = 1000  # that are kept before they are written
 # Above every process id: a thread whose id is its process's would be taken for the process's main thread.
 _FIRST_THREAD = 10_000
+
+
+class PerfettoTrace:
+    """A trace file that grows with each step; `close` makes it whole. Use it in a `with` statement."""
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self._path = checks.path("perfetto", path, ReportError)
+        self._listeners: list[_Listener] = []
+        self._num_threads = 0
+        self._begin: float | None = None
+        self.events: list[str] = []  # that are to be written
+        self._separator = "\n"
+        try:
+            self._file = open(self._path, "wb")  # noqa: SIM115
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._write('{"displayTimeUnit":"ms","traceEvents":[')
+
+    def __enter__(self) -> "PerfettoTrace":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: Any, __: TracebackType | None) -> None:
+        self.close()
+
+    def listener(self, scheduler: Scheduler, replica: int = 0) -> StepListener:
+        """What is to listen to the step loop of one of the replicas. Its calls raise `ReportError`."""
+        listener = _Listener(self, scheduler, replica)
+        self._listeners.append(listener)
+        return listener
+
+    def close(self) -> None:
+        """Ends the phases of what is still in flight, and the file. Raises `ReportError`."""
+        if self._file.closed:
+            return
+        try:
+            for listener in self._listeners:
+                listener.close()
+            self._flush()
+            self._write("\n]}\n")
+        finally:
+            try:
+                self._file.close()
+            except OSError as error:
+                raise self._unwritable(error) from error
+
+    def nanoseconds(self, seconds: float) -> int:
+        """A time on the driver's clock as one from the beginning, which the first one asked for is."""
+        if self._begin is None:
+            self._begin = seconds
+        return round((seconds - self._begin) * _NS)
+
+    def new_thread(self) -> int:
+        """The id of one more thread."""
+        self._num_threads += 1
+        return _FIRST_THREAD + self._num_threads - 1
+
+    def flush_if_many(self) -> None:
+        """Writes the events so far, if there are enough of them."""
+        if len(self.events) >= _MAX_EVENTS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.events:
+            self._write(self._separator + ",\n".join(self.events))
+            self._separator = ",\n"
+            self.events.clear()
+
+    def _write(self, text: str) -> None:
+        try:
+            self._file.write(text.encode())
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> ReportError:
+        return ReportError(f"{self._path}: cannot be written: {error.strerror or error}")
 
 
 @dataclass(slots=True)
@@ -41,250 +119,221 @@ class _Request:
     tokens: int = 0
 
 
-@dataclass(slots=True)
-class _Replica:
-    """What is known of a replica between its steps; times are nanoseconds from the beginning.
+class _Listener(StepListener):
+    """Draws one replica. Times are nanoseconds from the beginning."""
 
-    steps: the thread of its steps; processes: that one's, and that of its requests. end: of the step before.
-    """
+    def __init__(self, trace: PerfettoTrace, scheduler: Scheduler, number: int) -> None:
+        self._trace = trace
+        self._add = trace.events.append
+        self._scheduler = scheduler
+        self._number = number
+        self._process, self._requests_process = 2 * number + 1, 2 * number + 2
+        self._thread = 0  # of the steps
+        self._step_head, self._counter_head = "", f'{{"ph":"C","pid":{self._process},"name":"'
+        self._num_steps = 0
+        self._start = self._end = 0  # of the step under way, and of the one before
+        self._at = ""  # the former, as it is written
+        self._is_stepping = False
+        self._requests: dict[Sequence, _Request] = {}
+        self._added: list[Sequence] = []  # since the last step began
+        self._ended: list[Sequence] = []
+        self._tokens: tuple[int, int] | None = None  # the counters as written last
+        self._states: tuple[int, int, int] | None = None
+        self._blocks: tuple[int, int] | None = None
 
-    steps: int
-    processes: tuple[int, int]
-    end: int = 0
-    requests: dict[int, _Request] = field(default_factory=dict)
+    def added(self, sequence: Sequence) -> None:
+        self._added.append(sequence)
 
+    def ended(self, sequence: Sequence) -> None:
+        self._ended.append(sequence)
 
-class PerfettoTrace:
-    """A trace file that grows with each `step`; `close` makes it whole. Use it in a `with` statement."""
-
-    def __init__(self, path: str | PathLike[str]) -> None:
-        self._path = checks.path("perfetto", path, ReportError)
-        self._replicas: dict[int, _Replica] = {}
-        self._num_threads = 0
-        self._begin: float | None = None
-        self._events: list[dict[str, Any]] = []  # that are to be written
-        self._separator = b"\n"
-        try:
-            self._file = open(self._path, "wb")  # noqa: SIM115
-        except OSError as error:
-            raise self._unwritable(error) from error
-        self._write(b'{"displayTimeUnit":"ms","traceEvents":[')
-
-    def __enter__(self) -> "PerfettoTrace":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, _: Any, __: TracebackType | None) -> None:
-        self.close()
-
-    def step(self, record: StepRecord, replica: int | None = None) -> None:
-        """Adds one step, of the replica that the record names if none is named here. Raises `ReportError`."""
-        self._add(record, record.get("replica", 0) if replica is None else replica)
-        if len(self._events) >= _MAX_EVENTS:
-            self._flush()
-
-    def close(self) -> None:
-        """Ends the phases of what is still in flight, and the file. Raises `ReportError`."""
-        if self._file.closed:
-            return
-        try:
-            for replica in self._replicas.values():
-                for sequence in list(replica.requests):
-                    self._end(replica, sequence, replica.end, "in flight")
-            self._flush()
-            self._write(b"\n]}\n")
-        finally:
-            try:
-                self._file.close()
-            except OSError as error:
-                raise self._unwritable(error) from error
-
-    def _flush(self) -> None:
-        if self._events:
-            self._write(self._separator + orjson.dumps(self._events)[1:-1])
-            self._separator = b",\n"
-            self._events.clear()
-
-    def _write(self, text: bytes) -> None:
-        try:
-            self._file.write(text)
-        except OSError as error:
-            raise self._unwritable(error) from error
-
-    def _unwritable(self, error: OSError) -> ReportError:
-        return ReportError(f"{self._path}: cannot be written: {error.strerror or error}")
-
-    # The events of a step
-
-    def _add(self, record: StepRecord, number: int) -> None:
-        if self._begin is None:
-            arrivals = [added["arrival_s"] for added in record["added"]]
-            self._begin = min([*arrivals, record["start_s"]])
-        replica = self._replicas.get(number) or self._introduce(number)
+    def scheduled(self, batch: ScheduledBatch, now: float) -> None:
+        if not self._thread:
+            self._introduce(now)
         # Clocks that are read one after the other may let a step begin before the one before it has ended.
-        start = max(self._time(record["start_s"]), replica.end)
-        end = start + round(record["duration_s"] * _NS)
-        for added in record["added"]:
-            self._arrive(added, replica)
-        for sequence, reason in record["ended"]:
-            self._end(replica, sequence, replica.end, reason)
-        for preempted in record["preempted"]:
-            self._preempt(preempted, replica, start)
-        if record["admitted"]:
-            self._admissions(record, replica, start)
-        for request in self._step(record, replica, start, end):  # that got their first token
-            self._change(replica, request, "decode", end, {})
-        for child, parent in record["forked"]:  # they wait for the step that they are in
-            self._change(replica, replica.requests[child], "queued", end, {"forked_from": parent})
-        for sequence, reason in record["finished"]:
-            self._end(replica, sequence, end, reason)
-        replica.end = end
-        if not replica.requests:  # else the counters would hold through the idle time that follows
-            self._counter(replica, "requests", end, {"running": 0, "waiting": 0, "swapped": 0})
+        self._start = start = max(self._trace.nanoseconds(now), self._end)
+        if self._added:
+            for sequence in self._added:
+                self._arrive(sequence)
+            self._added.clear()
+        if self._ended:
+            self._let_go()
+        for preempted in batch.preempted:
+            self._preempt(preempted, start)
+        if batch.admitted:
+            self._admit(batch, start)
+        self._at = _microseconds(start)
+        self._count()
+        self._is_stepping = True
+        self._num_steps += 1
 
-    def _introduce(self, number: int) -> _Replica:
-        steps, requests = processes = 2 * number + 1, 2 * number + 2
-        self._replicas[number] = replica = _Replica(self._new_thread(), processes)
-        for process, name in ((steps, "steps"), (requests, "requests")):
-            self._metadata(process, 0, "process_name", {"name": f"replica {number}: {name}"})
-            self._metadata(process, 0, "process_sort_index", {"sort_index": process})
-        self._metadata(steps, replica.steps, "thread_name", {"name": "steps"})
-        return replica
-
-    def _arrive(self, added: AddedRecord, replica: _Replica) -> None:
-        sequence, thread = added["sequence"], self._new_thread()
-        args = {name: value for name, value in added.items() if value is not None and name != "arrival_s"}
-        replica.requests[sequence] = _Request(thread, "queued", self._time(added["arrival_s"]), args)
-        self._metadata(replica.processes[1], thread, "thread_name", {"name": f"request {sequence}"})
-        self._metadata(replica.processes[1], thread, "thread_sort_index", {"sort_index": thread})
-
-    def _preempt(self, preempted: PreemptedRecord, replica: _Replica, start: int) -> None:
-        phase = "swapped" if preempted["by"] == "swap" else "preempted"
-        args = {name: value for name, value in preempted.items() if name != "sequence"}
-        self._change(replica, replica.requests[preempted["sequence"]], phase, start, args)
-
-    def _admissions(self, record: StepRecord, replica: _Replica, start: int) -> None:
-        scheduled = {sequence: (count, samples) for sequence, _, count, samples in record["scheduled"]}
-        for sequence, was, num_cached_tokens in record["admitted"]:
-            goes_on = was == "swapped" and scheduled.get(sequence) == (1, True)
-            phase, args = "decode" if goes_on else "prefill", {"num_cached_tokens": num_cached_tokens}
-            self._change(replica, replica.requests[sequence], phase, start, args)
-
-    def _step(self, record: StepRecord, replica: _Replica, start: int, end: int) -> list[_Request]:
-        """The step itself and the counters; returns the requests that got their first token in it."""
+    def committed(self, end: StepEnd) -> None:
+        if not self._is_stepping:
+            return  # this began to listen in the middle of the step
+        self._is_stepping = False
+        batch = end.batch
+        self._end = at = self._start + round(end.duration_s * _NS)
+        requests = self._requests
         began = []
-        requests, scheduled = replica.requests, record["scheduled"]
-        num_prefill_tokens = num_decode_tokens = 0
-        for sequence, _, count, samples in scheduled:
+        num_tokens = num_prefill_tokens = 0
+        for sequence, count, samples in zip(
+            batch.sequences, batch.num_new_tokens, batch.samples, strict=True
+        ):
             request = requests[sequence]
             request.tokens += count
-            phase = request.phase
-            if phase == "prefill":
+            num_tokens += count
+            if request.phase == "prefill":
                 num_prefill_tokens += count
                 if samples:
                     began.append(request)
-            else:
-                num_decode_tokens += count
-                if phase != "decode":  # a fork, which is not admitted: it decodes since its parent did
-                    request.phase = "decode"
-        transfers, blocks, process = record["transfers"], record["blocks"], replica.processes[0]
-        at, took = start / 1000, (end - start) / 1000  # microseconds
+            elif request.phase != "decode":  # a fork, which is not admitted: it decodes since its parent did
+                request.phase = "decode"
+        self._draw(end, num_prefill_tokens, num_tokens - num_prefill_tokens)
+        for parent, forks in batch.forks.items():
+            for child in forks:  # which wait for the step that they are in
+                self._change(requests[child], "queued", at, {"forked_from": parent.seq_id})
+        for sequence in end.finished:
+            self._finish(sequence, at)
+        for request in began:  # they got their first token
+            if request.phase == "prefill":  # else it was their last one, too
+                self._change(request, "decode", at, {})
+        self._trace.flush_if_many()
+        if not requests:  # else the counters would hold through the idle time that follows
+            self._count_states((0, 0, 0), _microseconds(at))
+
+    def close(self) -> None:
+        """Ends the phases of what is in flight."""
+        self._let_go()
+        for sequence in list(self._requests):
+            self._finish(sequence, self._end, "in flight")
+
+    # The parts of a step
+
+    def _introduce(self, now: float) -> None:
+        self._trace.nanoseconds(min([now, *(sequence.arrival_time for sequence in self._added)]))
+        self._thread = self._trace.new_thread()
+        self._step_head = f'{{"ph":"X","pid":{self._process},"tid":{self._thread},"name":"step '
+        for process, name in ((self._process, "steps"), (self._requests_process, "requests")):
+            self._metadata(process, 0, "process_name", f'"name":"replica {self._number}: {name}"')
+            self._metadata(process, 0, "process_sort_index", f'"sort_index":{process}')
+        self._metadata(self._process, self._thread, "thread_name", '"name":"steps"')
+
+    def _arrive(self, sequence: Sequence) -> None:
+        number, thread, params = sequence.seq_id, self._trace.new_thread(), sequence.sampling_params
         args = {
-            "tokens": num_prefill_tokens + num_decode_tokens,
-            "prefill_tokens": num_prefill_tokens,
-            "decode_tokens": num_decode_tokens,
-            "sequences": len(scheduled),
-            "admitted": len(record["admitted"]),
-            "preempted": len(record["preempted"]),
+            "sequence": number,
+            "num_prompt_tokens": sequence.num_prompt_tokens,
+            "max_len": sequence.max_len,
+            "priority": params.priority,
+            "tenant": params.tenant,
         }
-        tokens = {"prefill": num_prefill_tokens, "decode": num_decode_tokens}
-        states = {"running": record["running"], "waiting": record["waiting"], "swapped": record["swapped"]}
-        used = {"used": blocks["used"], "shared": blocks["shared"]}
-        name = f"step {record['step']}"
-        # Written out, because these are most of a trace's events.
-        self._events += (
-            {
-                "ph": "X",
-                "pid": process,
-                "tid": replica.steps,
-                "name": name,
-                "ts": at,
-                "dur": took,
-                "args": args,
-            },
-            {"ph": "C", "pid": process, "name": "batch tokens", "ts": at, "args": tokens},
-            {"ph": "C", "pid": process, "name": "requests", "ts": at, "args": states},
-            {"ph": "C", "pid": process, "name": "blocks", "ts": at, "args": used},
+        if params.deadline_s is not None:
+            args["deadline_s"] = params.deadline_s
+        arrival = self._trace.nanoseconds(sequence.arrival_time)
+        self._requests[sequence] = _Request(thread, "queued", arrival, args)
+        self._metadata(self._requests_process, thread, "thread_name", f'"name":"request {number}"')
+        self._metadata(self._requests_process, thread, "thread_sort_index", f'"sort_index":{thread}')
+
+    def _let_go(self) -> None:
+        """Ends those that have ended since the step before, otherwise than by its tokens."""
+        for sequence in self._ended:
+            if sequence in self._requests:
+                self._finish(sequence, self._end)
+        self._ended.clear()
+
+    def _preempt(self, preempted: Preempted, start: int) -> None:
+        args = {
+            "by": preempted.by.value,
+            "needed_by": preempted.needed_by.seq_id,
+            "num_computed_tokens": preempted.num_computed_tokens,
+            "recompute_s": preempted.recompute_s,
+            "swap_s": preempted.swap_s,
+        }
+        phase = "swapped" if preempted.by is Preemption.SWAP else "preempted"
+        self._change(self._requests[preempted.sequence], phase, start, args)
+
+    def _admit(self, batch: ScheduledBatch, start: int) -> None:
+        counts = dict(
+            zip(batch.sequences, zip(batch.num_new_tokens, batch.samples, strict=True), strict=True)
         )
-        if transfers:
-            args |= transfers
-            moved = min(end, start + round(record["transfer_s"] * _NS))
+        for admitted in batch.admitted:
+            sequence = admitted.sequence
+            goes_on = admitted.was is SequenceStatus.SWAPPED and counts.get(sequence) == (1, True)
+            args = {"num_cached_tokens": admitted.num_cached_tokens}
+            self._change(self._requests[sequence], "decode" if goes_on else "prefill", start, args)
+
+    def _count(self) -> None:
+        scheduler, manager = self._scheduler, self._scheduler.block_manager
+        num_swapped = manager.num_swapped
+        states = len(scheduler.running), len(scheduler.waiting) - num_swapped, num_swapped
+        self._count_states(states, self._at)
+        blocks = manager.num_blocks - manager.num_free_blocks, manager.num_shared
+        if blocks != self._blocks:
+            self._blocks = blocks
+            self._counter("blocks", self._at, f'"used":{blocks[0]},"shared":{blocks[1]}')
+
+    def _count_states(self, states: tuple[int, int, int], at: str) -> None:
+        if states != self._states:
+            self._states = states
+            running, waiting, swapped = states
+            self._counter("requests", at, f'"running":{running},"waiting":{waiting},"swapped":{swapped}')
+
+    def _draw(self, end: StepEnd, num_prefill_tokens: int, num_decode_tokens: int) -> None:
+        batch, start = end.batch, self._start
+        transfers = ""
+        if batch.transfers:
+            kinds = dict(Counter(transfer.kind.value for transfer in batch.transfers))
+            transfers = f",{orjson.dumps(kinds).decode()[1:-1]}"
+            moved = min(self._end, start + round(end.transfer_s * _NS))
             if moved > start:
-                self._complete(process, replica.steps, "transfers", start, moved, transfers)
-        return began
+                self._slice(self._process, self._thread, "transfers", start, moved, kinds)
+        # Written out, because this is most of a trace's events.
+        self._add(
+            f'{self._step_head}{self._num_steps - 1}",'
+            f'"ts":{self._at},"dur":{(self._end - start) / 1000:.3f},'
+            f'"args":{{"tokens":{num_prefill_tokens + num_decode_tokens},'
+            f'"prefill_tokens":{num_prefill_tokens},"decode_tokens":{num_decode_tokens},'
+            f'"sequences":{len(batch.sequences)},"admitted":{len(batch.admitted)},'
+            f'"preempted":{len(batch.preempted)}{transfers}}}}}'
+        )
+        tokens = num_prefill_tokens, num_decode_tokens
+        if tokens != self._tokens:
+            self._tokens = tokens
+            self._counter("batch tokens", self._at, f'"prefill":{tokens[0]},"decode":{tokens[1]}')
 
     # The phases of a request
 
-    def _change(
-        self, replica: _Replica, request: _Request, phase: str, at: int, args: dict[str, Any]
-    ) -> None:
+    def _change(self, request: _Request, phase: str, at: int, args: dict[str, Any]) -> None:
         """Ends a phase and begins another one; one that took no time is left out."""
-        at = max(at, request.since)
-        if at > request.since:
+        since = request.since
+        if at > since:
             if request.phase in ("prefill", "decode"):
                 request.args["tokens"] = request.tokens
-            self._complete(
-                replica.processes[1], request.thread, request.phase, request.since, at, request.args
-            )
-        request.phase, request.since, request.args, request.tokens = phase, at, args, 0
+            self._slice(self._requests_process, request.thread, request.phase, since, at, request.args)
+            request.since = at
+        request.phase, request.args, request.tokens = phase, args, 0
 
-    def _end(self, replica: _Replica, sequence: int, at: int, reason: str) -> None:
-        request = replica.requests.pop(sequence)
-        request.args = request.args | {"ended": reason}
-        self._change(replica, request, "", at, {})
-
-    def _time(self, seconds: float) -> int:
-        assert self._begin is not None
-        return round((seconds - self._begin) * _NS)
-
-    def _new_thread(self) -> int:
-        self._num_threads += 1
-        return _FIRST_THREAD + self._num_threads - 1
+    def _finish(self, sequence: Sequence, at: int, why: str | None = None) -> None:
+        request = self._requests.pop(sequence)
+        request.args = request.args | {"ended": why or sequence.finish_reason}
+        self._change(request, "", at, {})
 
     # One event each
 
-    def _complete(
+    def _slice(
         self, process: int, thread: int, name: str, start: int, end: int, args: dict[str, Any]
     ) -> None:
-        times = {"ts": start / 1000, "dur": (end - start) / 1000}  # microseconds
-        self._events.append({"ph": "X", "pid": process, "tid": thread, "name": name, **times, "args": args})
+        self._add(
+            f'{{"ph":"X","pid":{process},"tid":{thread},"name":"{name}","ts":{_microseconds(start)},'
+            f'"dur":{_microseconds(end - start)},"args":{orjson.dumps(args).decode()}}}'
+        )
 
-    def _counter(self, replica: _Replica, name: str, at: int, values: dict[str, int]) -> None:
-        process = replica.processes[0]
-        self._events.append({"ph": "C", "pid": process, "name": name, "ts": at / 1000, "args": values})
+    def _counter(self, name: str, at: str, values: str) -> None:
+        self._add(f'{self._counter_head}{name}","ts":{at},"args":{{{values}}}}}')
 
-    def _metadata(self, process: int, thread: int, name: str, args: dict[str, Any]) -> None:
-        self._events.append({"ph": "M", "pid": process, "tid": thread, "name": name, "args": args})
+    def _metadata(self, process: int, thread: int, name: str, args: str) -> None:
+        self._add(f'{{"ph":"M","pid":{process},"tid":{thread},"name":"{name}","args":{{{args}}}}}')
 
 
-def from_step_log(path: str | PathLike[str], out: str | PathLike[str]) -> None:
-    """Writes the trace of a run from its step log; a `ReportError` names the line that is no step record."""
-    path = checks.path("step_log", path, ReportError)
-    try:
-        with open(path, encoding="utf-8") as log, PerfettoTrace(out) as trace:
-            for number, line in enumerate(log, 1):
-                try:
-                    trace.step(parse_json(line))
-                except ReportError:
-                    raise
-                except JsonError as error:
-                    raise ReportError(f"{path}:{number}: found {error}, expected a step record") from None
-                except (ValueError, LookupError, TypeError, AttributeError) as error:
-                    what = f"{type(error).__name__}: {error}"
-                    place = f"{path}:{number}"
-                    raise ReportError(
-                        f"{place}: found {line[:60]!r}, expected a step record ({what})"
-                    ) from None
-    except OSError as error:
-        raise ReportError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise ReportError(f"{path}: found {error.object[error.start :][:8]!r}, expected UTF-8") from None
+def _microseconds(nanoseconds: int) -> str:
+    return f"{nanoseconds / 1000:.3f}"

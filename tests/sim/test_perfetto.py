@@ -1,8 +1,7 @@
-"""A step log of the real engine becomes a trace in which every track can be drawn."""
+"""A run of the real engine, or a simulated one, becomes a trace in which every track can be drawn."""
 
 import json
 from collections import defaultdict
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,11 @@ from typing import Any
 import pytest
 
 from pagellm.engine import LLM, EngineConfig, ReportError, SamplingParams
+from pagellm.engine.scheduling.scheduler import Scheduler
+from pagellm.engine.scheduling.sequence import Sequence
+from pagellm.engine.scheduling.step_loop import StepLoop
 from pagellm.sim import CostModel, Simulator, Workload, synthesise
-from pagellm.sim.report.perfetto import PerfettoTrace, from_step_log
+from pagellm.sim.report.perfetto import PerfettoTrace
 from tests.conftest import model_path
 
 PROMPTS = [[i + 1] * 20 for i in range(6)]
@@ -20,6 +22,7 @@ Events = list[dict[str, Any]]
 
 @pytest.fixture(scope="module", params=["recompute", "swap"])
 def log(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The step log of a run; beside it is its trace, `out.json`."""
     path: Path = tmp_path_factory.mktemp("log") / "steps.jsonl"
     llm = LLM(
         str(model_path("llama_gqa")),
@@ -30,8 +33,10 @@ def log(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         step_log=str(path),
         show_progress=False,
     )
-    llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))
-    llm.generate(PROMPTS[0], SamplingParams(n=3, max_tokens=4, ignore_eos=True, seed=1))
+    with PerfettoTrace(path.with_name("out.json")) as trace:
+        llm.engine.loop.listen(trace.listener(llm.engine.scheduler))
+        llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))
+        llm.generate(PROMPTS[0], SamplingParams(n=3, max_tokens=4, ignore_eos=True, seed=1))
     llm.close()
     return path
 
@@ -43,8 +48,7 @@ def events_of(path: Path) -> Events:
 
 @pytest.fixture(scope="module")
 def events(log: Path) -> Events:
-    from_step_log(log, log.with_suffix(".json"))
-    return events_of(log.with_suffix(".json"))
+    return events_of(log.with_name("out.json"))
 
 
 def ns(microseconds: float) -> int:
@@ -103,8 +107,15 @@ def test_the_trace_tells_what_the_log_tells(log: Path, events: Events) -> None:
     steps = [e["args"] for e in slices if e["name"].startswith("step ")]
     assert [s["tokens"] for s in steps] == [sum(s[2] for s in record["scheduled"]) for record in records]
     assert all(s["tokens"] == s["prefill_tokens"] + s["decode_tokens"] for s in steps)
-    counted = [e["args"]["used"] for e in events if e["name"] == "blocks"]
-    assert counted == [record["blocks"]["used"] for record in records]
+    at = [e["ts"] for e in slices if e["name"].startswith("step ")]
+    for name, expected in (
+        ("blocks", [{"used": r["blocks"]["used"], "shared": r["blocks"]["shared"]} for r in records]),
+        ("batch tokens", [{"prefill": s["prefill_tokens"], "decode": s["decode_tokens"]} for s in steps]),
+        ("requests", [{key: r[key] for key in ("running", "waiting", "swapped")} for r in records]),
+    ):
+        counted = {e["ts"]: e["args"] for e in events if e["name"] == name}
+        held = [max(time for time in counted if time <= begin) for begin in at]
+        assert [counted[time] for time in held] == expected
     computed = sum(e["args"].get("tokens", 0) for e in slices if e["pid"] == 2)
     assert computed == sum(s["tokens"] for s in steps)
 
@@ -118,68 +129,53 @@ def test_time_begins_at_zero_in_microseconds(log: Path, events: Events) -> None:
     assert last == pytest.approx(expected, abs=2000)
 
 
-def test_replicas_have_tracks_of_their_own_and_what_is_in_flight_ends_with_the_file(
-    log: Path, tmp_path: Path
-) -> None:
-    records = [json.loads(line) for line in log.read_text().splitlines()]
-    with PerfettoTrace(tmp_path / "out.json") as trace:
-        for record in records[:10]:
-            trace.step(record, replica=0)
-            trace.step(record, replica=1)
+def simulator(perfetto: Path, **options: Any) -> Simulator:
+    config = EngineConfig(num_blocks=30, block_size=4, preemption="swap")
+    costs = CostModel.roofline("l4", "smollm2-135m", efficiency=1e-3)
+    return Simulator(config, costs, perfetto=perfetto, skip_bad=True, **options)
+
+
+WORKLOAD = Workload(num_requests=40, prompt_len="uniform:5,60", output_len="uniform:1,40", seed=3)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_replicas_have_tracks_of_their_own(tmp_path: Path, replicas: int) -> None:
+    report = simulator(tmp_path / "out.json", replicas=replicas).replay(synthesise(WORKLOAD).scaled(50))
     events = events_of(tmp_path / "out.json")
-    assert {e["pid"] for e in events} == {1, 2, 3, 4}
+    assert {e["pid"] for e in events} == set(range(1, 2 * replicas + 1))
     threads = [e["tid"] for e in events if e["name"] == "thread_name"]
     assert len(threads) == len(set(threads))
-    ended = [e for e in events if e["ph"] == "X" and e["args"].get("ended") == "in flight"]
-    assert {e["pid"] for e in ended} == {2, 4}
+    steps = [e for e in events if e["ph"] == "X" and e["name"].startswith("step ")]
+    assert len(steps) == report.summary["num_steps"]
+    ended = [e["args"]["ended"] for e in events if "ended" in e.get("args", ())]
+    assert ended == ["length"] * report.summary["num_finished"]
+
+
+def test_what_is_given_up_or_in_flight_ends_as_such(tmp_path: Path) -> None:
+    simulator(tmp_path / "out.json", timeout_s=40).replay(synthesise(WORKLOAD).scaled(50))
+    ended = {e["args"]["ended"] for e in events_of(tmp_path / "out.json") if "ended" in e.get("args", ())}
+    assert ended == {"abort", "length"}
+    loop = StepLoop(Scheduler.with_blocks(EngineConfig(num_blocks=8).complete()))
+    with PerfettoTrace(tmp_path / "out.json") as trace:
+        loop.listen(trace.listener(loop.scheduler))
+        loop.add(Sequence(0, [1, 2], SamplingParams()), 0.5)
+        loop.end(loop.begin(1.0), [[3]], 2.0)
+    phases = [e for e in events_of(tmp_path / "out.json") if e["ph"] == "X" and e["pid"] == 2]
+    assert [e["name"] for e in phases] == ["queued", "prefill"]
+    assert phases[-1]["args"]["tokens"] == 2
 
 
 def test_a_run_without_steps_is_an_empty_trace(tmp_path: Path) -> None:
-    (tmp_path / "log").write_text("")
-    from_step_log(tmp_path / "log", tmp_path / "out.json")
-    assert events_of(tmp_path / "out.json") == []
-
-
-def test_a_replay_writes_what_its_step_log_becomes(tmp_path: Path) -> None:
-    config = EngineConfig(num_blocks=30, block_size=4, preemption="swap", step_log=str(tmp_path / "log"))
-    workload = Workload(num_requests=40, prompt_len="uniform:5,60", output_len="uniform:1,40", seed=3)
-    costs = CostModel.roofline("l4", "smollm2-135m", efficiency=1e-3)
-    for replicas in (1, 2):
-        simulator = Simulator(config, costs, replicas=replicas, perfetto=tmp_path / "direct", skip_bad=True)
-        simulator.replay(synthesise(workload).scaled(50))
-        from_step_log(tmp_path / "log", tmp_path / "later")
-        assert events_of(tmp_path / "direct") == events_of(tmp_path / "later")
-        without_log = replace(simulator, config=replace(config, step_log=None), perfetto=tmp_path / "alone")
-        without_log.replay(synthesise(workload).scaled(50))
-        assert events_of(tmp_path / "alone") == events_of(tmp_path / "later")
-        assert {event["pid"] for event in events_of(tmp_path / "later")} == set(range(1, 2 * replicas + 1))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("oops\n", r"log:1: found malformed JSON in line 1, column 1 \(.*\), expected a step record"),
-        ("[" * 100_000, r"log:1: found JSON beyond limits \(.*\), expected a step record"),
-        ("[]\n", r"log:1: found '\[\]\\n', expected a step record \(AttributeError"),
-        ('{"step": 1}\n', r"log:1: found .*, expected a step record \(KeyError: 'added'\)"),
-    ],
-)
-def test_what_is_no_step_log_is_refused(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "log").write_text(content)
-    with pytest.raises(ReportError, match=message):
-        from_step_log(tmp_path / "log", tmp_path / "out.json")
+    PerfettoTrace(tmp_path / "out.json").close()
     assert events_of(tmp_path / "out.json") == []
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a device that is always full")
-def test_a_trace_that_its_disk_does_not_take_is_named(log: Path) -> None:
+def test_a_trace_that_its_disk_does_not_take_is_named() -> None:
     with pytest.raises(ReportError, match="/dev/full: cannot be written: No space left on device"):
-        from_step_log(log, "/dev/full")
+        simulator(Path("/dev/full")).replay(synthesise(WORKLOAD))
 
 
-def test_files_that_cannot_be_opened_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ReportError, match=r"gone: cannot be read: No such file"):
-        from_step_log(tmp_path / "gone", tmp_path / "out.json")
-    (tmp_path / "log").write_text("")
+def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match=r": cannot be written: Is a directory"):
-        from_step_log(tmp_path / "log", tmp_path)
+        PerfettoTrace(tmp_path)

@@ -20,7 +20,6 @@ from pagellm.engine.scheduling.batch import ScheduledBatch
 from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.sim import CostModel, Simulator, Trace, TraceRequest, Workload, load_report, synthesise
 from pagellm.sim.costs.profile import write_profile
-from pagellm.sim.report.perfetto import from_step_log
 
 CONFIG = EngineConfig(block_size=4, num_blocks=100, max_num_seqs=8, max_num_batched_tokens=64)
 EXAMPLES = Path(__file__).parents[2] / "examples" / "traces"
@@ -344,8 +343,6 @@ def test_a_disk_that_fills_is_an_error(name: str) -> None:
 def test_what_cannot_be_a_path_is_refused_by_every_door(tmp_path: Path, path: Any) -> None:
     trace = trace_of((0, 4, 1))
     report = Simulator(CONFIG, Seconds()).replay(trace)
-    with (tmp_path / "log").open("w"):
-        pass
     doors: dict[str, Callable[[], Any]] = {
         "trace": lambda: Trace.load(path),
         "trace (saved)": lambda: trace.save(path),
@@ -356,8 +353,6 @@ def test_what_cannot_be_a_path_is_refused_by_every_door(tmp_path: Path, path: An
         "report (loaded)": lambda: load_report(path),
         "results": lambda: Simulator(CONFIG, Seconds(), results=path).replay(trace),
         "perfetto": lambda: Simulator(CONFIG, Seconds(), perfetto=path).replay(trace),
-        "step_log": lambda: from_step_log(path, tmp_path / "out"),
-        "perfetto (of a log)": lambda: from_step_log(tmp_path / "log", path),
     }
     for name, call in doors.items():
         with pytest.raises(PagellmError, match=rf"^{name.split()[0]}: found .{{1,100}}, expected a path"):
