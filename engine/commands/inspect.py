@@ -62,7 +62,7 @@ def _lines(report: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
         more = f" and {len(names) - 1} more files" if len(names) > 1 else ""
         yield "file", [f"{names[0]}{more}, {report['format']}, {total}"]
     if report["architecture"]:
-        yield "architecture", list(_architecture(report["architecture"], report["weights"]["count"]))
+        yield "architecture", list(_architecture(report["architecture"], report["weights"]))
     if report["weights"]:
         yield "weights", list(_weights(report["weights"]))
     if report["kv_cache"]:
@@ -77,12 +77,14 @@ def _lines(report: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
         yield "memory", [_memory(report["memory"])]
 
 
-def _architecture(facts: dict[str, Any], count: int) -> Iterator[str]:
+def _architecture(facts: dict[str, Any], weights: dict[str, Any] | None) -> Iterator[str]:
     numbers = [facts["name"] or "unknown"]
     for name, unit in (("num_layers", "layers"), ("hidden_size", "wide"), ("vocab_size", "tokens known")):
         if facts.get(name):
             numbers.append(f"{facts[name]:,} {unit}")
-    yield ", ".join([*numbers, f"{_number(count)} weights"])
+    if weights is not None:
+        numbers.append(f"{_number(weights['count'])} weights")
+    yield ", ".join(numbers)
     if "layers" not in facts:
         return
     of_model = [

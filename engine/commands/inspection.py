@@ -5,6 +5,7 @@ that can still be told, and each reason for which it is. Knows what the readers 
 know how a report is shown.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,8 @@ from pagellm.engine.checkpoints import (
     open_checkpoint,
     resolve_model,
 )
+from pagellm.engine.checkpoints.gguf import read_gguf
+from pagellm.engine.checkpoints.huggingface import CONFIG_FILE, read_json_object
 from pagellm.engine.checks import JsonError, parse_json
 from pagellm.engine.errors import CheckpointError
 from pagellm.engine.execution.memory import read_memory
@@ -104,10 +107,9 @@ def inspect_model(model: str | PathLike[str], quantization: str = "auto") -> Rep
                                 how it is told to think
         memory                  bytes that weights and one whole context take, and that the machine has free
 
-    What cannot be told is null. Raises `CheckpointError` where there is no such model, and for a known name
-    or a hub id that cannot be fetched.
+    What cannot be told is null. Raises `CheckpointError` where there is nothing that looks like a model, and
+    for a known name or a hub id that cannot be fetched.
     """
-    path = resolve_model(model)
     refusals: list[str] = []
 
     def attempt(read: Callable[..., _Read], *arguments: Any) -> _Read | None:
@@ -118,12 +120,19 @@ def inspect_model(model: str | PathLike[str], quantization: str = "auto") -> Rep
                 refusals.append(str(error))
             return None
 
+    directory = Path(os.path.expanduser(model)) if isinstance(model, str | PathLike) else None
+    if directory is not None and (directory / CONFIG_FILE).exists():
+        path = attempt(resolve_model, model) or directory
+    else:
+        path = resolve_model(model)
     report: Report = dict.fromkeys(_KEYS)
     report |= {"model": str(model), "path": str(path)}
-    opened = attempt(open_checkpoint, path)
+    opened = None if refusals else attempt(open_checkpoint, path)
+    if opened is None:
+        opened = _rest_of(path)
     if opened is not None:
         with replace(opened, headers_only=True) as checkpoint:
-            spec = attempt(read_spec, checkpoint)
+            spec = None if refusals else attempt(read_spec, checkpoint)
             refusals += _unread_types(checkpoint) if spec is None else []
             tokenizer = attempt(tokenizer_of, checkpoint, spec.vocab_size if spec else None)
             report |= _of_checkpoint(checkpoint)
@@ -132,6 +141,16 @@ def inspect_model(model: str | PathLike[str], quantization: str = "auto") -> Rep
                 report |= _of_spec(spec) | _of_memory(checkpoint, spec, formats, report["weights"])
             report |= _of_tokenizer(checkpoint, tokenizer)
     return report | {"supported": not refusals, "refusals": refusals}
+
+
+def _rest_of(path: Path) -> Checkpoint | None:
+    """What can be read of a model that does not open: one part of it, or its configuration."""
+    try:
+        if path.is_dir():
+            return Checkpoint(path, "safetensors", read_json_object(path / CONFIG_FILE), {})
+        return read_gguf(path)
+    except CheckpointError:
+        return None
 
 
 def _unread_types(checkpoint: Checkpoint) -> list[str]:
@@ -147,11 +166,13 @@ def _unread_types(checkpoint: Checkpoint) -> list[str]:
 def _of_checkpoint(checkpoint: Checkpoint) -> Report:
     """What the file says, whoever can or cannot use it."""
     key = "model_type" if checkpoint.format == "safetensors" else "general.architecture"
-    name = checkpoint.config.get(key)
+    config, name = checkpoint.config, checkpoint.config.get(key)
+    if isinstance(config.get("text_config"), dict):
+        config = config | config["text_config"]
     facts = {}
     for fact, names in _FACTS.items():
         place = f"{name}.{names[0]}" if checkpoint.format == "gguf" else names[1]
-        value = checkpoint.config.get(place)
+        value = config.get(place)
         facts[fact] = value if type(value) is int else None
     context = facts.pop("context_tokens")
     types: dict[str, list[int]] = {}
@@ -163,7 +184,9 @@ def _of_checkpoint(checkpoint: Checkpoint) -> Report:
         "format": checkpoint.format,
         "files": [{"name": file.path.name, "bytes": file.num_bytes} for file in checkpoint.files],
         "architecture": {"name": name if isinstance(name, str) else None} | facts,
-        "weights": {
+        "weights": None
+        if not types
+        else {
             "count": sum(prod(tensor.shape) for tensor in checkpoint.tensors.values()),
             "file": _shares(types, "type"),
             "memory": None,

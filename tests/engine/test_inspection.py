@@ -229,6 +229,34 @@ def test_every_reason_is_told(tmp_path: Path) -> None:
     assert report["tokenizer"] == {"kind": "bytes9"}
 
 
+def test_a_model_that_does_not_open_is_told_of_by_what_is_left(tmp_path: Path) -> None:
+    """Its configuration, where the weights are missing or of another format; one part of several."""
+    directory = write_config(tmp_path)
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    report = inspect_model(directory)
+    assert not report["supported"]
+    assert len(report["refusals"]) == 1
+    assert "weights only as pytorch_model.bin" in report["refusals"][0]
+    assert report["architecture"]["name"] == "llama"
+    assert report["context"] == json.loads((directory / "config.json").read_text())["max_position_embeddings"]
+    assert report["weights"] is None
+
+    writer = gguf.GGUFWriter(tmp_path / "parts.gguf", "llama", split_max_tensors=1)
+    writer.add_context_length(64)
+    for name in ("a", "b"):
+        writer.add_tensor(name, np.zeros(256, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    first, second = sorted(tmp_path.glob("parts-*.gguf"))
+    second.unlink()
+    report = inspect_model(first)
+    assert [f"{second}: not found" in reason for reason in report["refusals"]] == [True]
+    assert report["architecture"]["name"] == "llama"
+    assert report["context"] == 64
+
+
 def test_a_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cut.gguf"
     path.write_bytes(model_path("gguf_llama_q8_0").read_bytes()[:-1000])
