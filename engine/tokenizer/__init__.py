@@ -1,10 +1,10 @@
 """Text to tokens and back: BPE on bytes and SentencePiece, incremental detokenization, chat templates.
 
-In the order in which data flows: `directory`, `tokenizer_json` (with a file for each of its sections) and
-`gguf_metadata` read a description (`spec`), with added tokens numbered by `added_token_table` and patterns
-translated by `oniguruma`; `tokenizer` encodes with `added_tokens`, `normalization`, `pretokenizers` and one
-of the models `bpe` and `sentencepiece`; `decoders` and `detokenizer` stream text out; `chat_template` makes
-prompts of conversations.
+In the order in which data flows: `directory`, `tokenizer_json` (with a file for each of its sections),
+`tokenizer_model` (with `protobuf` and `charsmap`) and `gguf_metadata` read a description (`spec`), with added
+tokens numbered by `added_token_table` and patterns translated by `oniguruma`; `tokenizer` encodes with
+`added_tokens`, `normalization`, `pretokenizers` (of `families`) and one of the models `bpe`, `sentencepiece`
+and `unigram`; `decoders` and `detokenizer` stream text out; `chat_template` makes prompts of conversations.
 """
 
 from pagellm.engine.tokenizer.chat_template import ChatTemplate

@@ -1,7 +1,7 @@
 """Reads a tokenizer from the metadata of a GGUF file, given as a plain mapping of its keys.
 
 The keys are those of the GGUF specification (`tokenizer.ggml.*`). Of the models that it names: "gpt2"
-(byte-level BPE), "llama" (SentencePiece BPE) and "gemma4" (BPE with merges of characters).
+(byte-level BPE), "llama" (SentencePiece BPE), "gemma4" (BPE with merges of characters) and "t5" (Unigram).
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,17 @@ from pagellm.engine.progress import say
 from pagellm.engine.tokenizer import pretokenizers
 from pagellm.engine.tokenizer.added_tokens import AddedToken
 from pagellm.engine.tokenizer.bpe import Bpe, CharacterBpe
+from pagellm.engine.tokenizer.charsmap import Charsmap
 from pagellm.engine.tokenizer.checks import expect
 from pagellm.engine.tokenizer.decoders import SPACE, Decoder, spaced_bytes
-from pagellm.engine.tokenizer.fallback import Fallback, byte_ids_of
+from pagellm.engine.tokenizer.fallback import NO_BYTES, Fallback, byte_ids_of
 from pagellm.engine.tokenizer.families import GgufPretokenizer
 from pagellm.engine.tokenizer.normalization import Normalizer, to_nfc
 from pagellm.engine.tokenizer.pretokenizers import Pretokenizer
 from pagellm.engine.tokenizer.sentencepiece import SentencePieceBpe
+from pagellm.engine.tokenizer.sentencepiece_normalizer import GgufNormalizer
 from pagellm.engine.tokenizer.spec import NO_TOKENIZER, TokenizerSpec
+from pagellm.engine.tokenizer.unigram import Unigram, as_single, unk_score
 
 _PREFIX = "tokenizer.ggml."
 
@@ -173,7 +176,48 @@ def _read_characters(
     return _with_ends(spec, metadata, types, add_bos=named.add_bos)
 
 
-_READERS = {"gpt2": _read_byte_level, "llama": _read_sentencepiece, "gemma4": _read_gemma4}
+def _read_unigram(metadata: Mapping[str, Any], vocab: dict[str, int], types: Sequence[int]) -> TokenizerSpec:
+    flags = {}
+    for name in ("add_space_prefix", "remove_extra_whitespaces"):
+        flags[name] = expect(metadata.get(_PREFIX + name, False), bool, _PREFIX + name)
+    scores = _scores(metadata, len(types))
+    normal = [score for score, kind in zip(scores, types, strict=True) if kind == _NORMAL]
+    pieces = {token: id_ for token, id_ in vocab.items() if types[id_] in (_NORMAL, _USER_DEFINED)}
+    user_defined = [token for token, id_ in pieces.items() if types[id_] == _USER_DEFINED]
+    for token in user_defined:
+        scores[vocab[token]] = 0.0
+    fallback = Fallback(NO_BYTES, _fallback(metadata, vocab, len(types), default_unk=2).unk_id)
+    spec = TokenizerSpec(
+        vocab=vocab,
+        model=Unigram(pieces, scores, as_single(unk_score(normal)), fallback),
+        pretokenizer=Pretokenizer([]),
+        added_tokens=_added_tokens(metadata, vocab, types, _BYTE),
+        normalizer=GgufNormalizer(
+            Charsmap(_charsmap(metadata), f"{_PREFIX}precompiled_charsmap", user_defined),
+            prefix=flags["add_space_prefix"],
+            single=flags["remove_extra_whitespaces"],
+        ),
+        decoder=Decoder(
+            spaced_bytes, byte_tokens=True, strip=(" ", 1) if flags["add_space_prefix"] else ("", 0)
+        ),
+    )
+    return _with_ends(spec, metadata, types, add_bos=False, add_eos=True, default_eos=1)
+
+
+def _charsmap(metadata: Mapping[str, Any]) -> bytes:
+    where = f"{_PREFIX}precompiled_charsmap"
+    values = expect(metadata.get(where, []), list, where)
+    if not set(map(type, values)) <= {int} or any(not -128 <= value < 256 for value in values):
+        raise CheckpointError(f"{where}: found {found(values)}, expected bytes")
+    return bytes([value & 0xFF for value in values])
+
+
+_READERS = {
+    "gpt2": _read_byte_level,
+    "llama": _read_sentencepiece,
+    "gemma4": _read_gemma4,
+    "t5": _read_unigram,
+}
 
 
 def _added_tokens(
@@ -230,14 +274,17 @@ def _with_ends(
     add_bos: bool,
     add_eos: bool = False,
     default_bos: int | None = None,
+    default_eos: int | None = None,
 ) -> TokenizerSpec:
     """The description with what is put around a text."""
     ends: dict[str, tuple[int, ...]] = {}
     bos_id = _token_id(metadata, "bos", len(types))
     bos_id = default_bos if bos_id is None else bos_id
+    eos_id = _token_id(metadata, "eos", len(types))
+    eos_id = default_eos if eos_id is None else eos_id
     for role, token_id, default in (
         ("bos", bos_id, add_bos),
-        ("eos", _token_id(metadata, "eos", len(types)), add_eos),
+        ("eos", eos_id, add_eos),
     ):
         where = f"{_PREFIX}add_{role}_token"
         added = expect(metadata.get(where, default), bool, where)

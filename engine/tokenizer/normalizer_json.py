@@ -1,5 +1,6 @@
 """Reads the `normalizer` section of a `tokenizer.json`."""
 
+from base64 import b64decode
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import regex
 
 from pagellm.engine.errors import CheckpointError, RequestError, found
 from pagellm.engine.tokenizer.added_tokens import WHITESPACE
+from pagellm.engine.tokenizer.charsmap import Charsmap
 from pagellm.engine.tokenizer.checks import expect
 from pagellm.engine.tokenizer.normalization import Normalizer, to_nfc, to_nfd, to_nfkc, to_nfkd
 from pagellm.engine.tokenizer.sections import option, pattern_of, steps, unsupported
@@ -33,9 +35,22 @@ def _read_step(step: Mapping[str, Any], where: str) -> Callable[[str], str] | st
             return expect(step.get("prepend"), str, f"{where}.prepend")
         case "Replace":
             return _read_replace(step, where)
+        case "Precompiled":
+            return _read_precompiled(step, where).replace_graphemes
         case "Strip":
             return _read_strip(step, where)
-    raise unsupported(step, where, f"Prepend, Replace, Strip, Sequence or one of {', '.join(_FORMS)}")
+    raise unsupported(
+        step, where, f"Prepend, Replace, Precompiled, Strip, Sequence or one of {', '.join(_FORMS)}"
+    )
+
+
+def _read_precompiled(step: Mapping[str, Any], where: str) -> Charsmap:
+    where = f"{where}.precompiled_charsmap"
+    encoded = expect(step.get("precompiled_charsmap"), str, where)
+    try:
+        return Charsmap(b64decode(encoded, validate=True), where)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: found {found(encoded)}, expected base64: {error}") from error
 
 
 def _read_strip(step: Mapping[str, Any], where: str) -> Callable[[str], str]:

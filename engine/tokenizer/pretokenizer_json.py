@@ -64,10 +64,14 @@ def _read_step(step: Mapping[str, Any], where: str) -> list[Step]:
             return [_placed(translate(_PUNCTUATION), step, "Isolated", where)]
         case "Split":
             return [_placed(pattern_of(step, where), step, None, where)]
+        case "WhitespaceSplit":
+            return [Split(translate(r"\s"), Behavior.REMOVED)]
         case "Metaspace":
             char, scheme = read_metaspace(step, where)
             return [Metaspace(char, scheme, option(step, "split", True, where))]
-    raise unsupported(step, where, "ByteLevel, Digits, Metaspace, Punctuation, Split or a Sequence")
+    raise unsupported(
+        step, where, "ByteLevel, Digits, Metaspace, Punctuation, Split, WhitespaceSplit or a Sequence"
+    )
 
 
 def _placed(pattern: Translation, step: Mapping[str, Any], default: str | None, where: str) -> Step:

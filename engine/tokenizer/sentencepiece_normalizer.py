@@ -26,6 +26,29 @@ class Spaces:
     shown: bool = True
 
 
+class GgufNormalizer(Normalizer):
+    """The same for a GGUF file, as llama.cpp has it: what was visible in the text stays.
+
+    prefix: whether a space is put before a stretch. single: as in `Spaces`; then one is there anyway.
+    """
+
+    def __init__(self, charsmap: Charsmap, *, prefix: bool, single: bool) -> None:
+        super().__init__()
+        self._charsmap = charsmap
+        self._prefix, self._single = prefix, single
+
+    def __call__(self, text: str, start: Start = Start.TEXT) -> str:
+        """The normalised text."""
+        text = self._charsmap.replace_longest(text)
+        if self._single:
+            text = "".join([f" {word}" for word in text.split(" ") if word])
+            if start is Start.WITHIN:
+                text = text.removeprefix(" ")
+        elif self._prefix and start is not Start.WITHIN and text.strip(" "):
+            text = " " + text
+        return text.replace(" ", SPACE)
+
+
 class SentencePieceNormalizer(Normalizer):
     """The normalizer of a `tokenizer.model`."""
 

@@ -1,8 +1,8 @@
 """Reads the `tokenizer.json` of the Hugging Face `tokenizers` library.
 
-Byte-level BPE, and BPE on characters with byte fallback, which SentencePiece's vocabularies are converted to.
-What a file describes beyond that (other models, normalizers, pre-tokenizers or decoders) is refused by name
-rather than tokenized almost right.
+Byte-level BPE, and what SentencePiece's vocabularies are converted to: BPE on characters, and Unigram. What a
+file describes beyond that (other models, normalizers, pre-tokenizers or decoders) is refused by name rather
+than tokenized almost right.
 """
 
 from collections.abc import Mapping
@@ -21,6 +21,7 @@ from pagellm.engine.tokenizer.normalizer_json import read_normalizer
 from pagellm.engine.tokenizer.post_processor_json import read_ends
 from pagellm.engine.tokenizer.pretokenizer_json import is_byte_level, read_pretokenizer
 from pagellm.engine.tokenizer.spec import MAX_ID, TokenizerSpec, WordModel
+from pagellm.engine.tokenizer.unigram import Unigram, unk_score
 
 
 def read_tokenizer_json(path: Path) -> TokenizerSpec:
@@ -30,11 +31,16 @@ def read_tokenizer_json(path: Path) -> TokenizerSpec:
     """
     data = read_json_object(path)
     section = expect(data.get("model"), dict, f"{path}: model")
-    byte_level = is_byte_level(data.get("pre_tokenizer"))
     # Files of old versions leave the type out.
-    if section.get("type", "BPE") != "BPE":
-        raise CheckpointError(f"{path}: model.type: found {found(section['type'])}, expected 'BPE'")
-    vocab = check_vocab(section.get("vocab"), f"{path}: model.vocab")
+    kind = section.get("type", "BPE")
+    if kind not in ("BPE", "Unigram"):
+        raise CheckpointError(f"{path}: model.type: found {found(kind)}, expected 'BPE' or 'Unigram'")
+    byte_level = kind == "BPE" and is_byte_level(data.get("pre_tokenizer"))
+    scores: list[float] = []
+    if kind == "BPE":
+        vocab = check_vocab(section.get("vocab"), f"{path}: model.vocab")
+    else:
+        vocab, scores = _read_scored_vocab(section.get("vocab"), f"{path}: model.vocab")
     decoder = read_decoder(data.get("decoder"), f"{path}: decoder", byte_level=byte_level)
     table = AddedTokenTable(vocab)
     for index, entry in enumerate(expect(data.get("added_tokens") or [], list, f"{path}: added_tokens")):
@@ -44,9 +50,14 @@ def read_tokenizer_json(path: Path) -> TokenizerSpec:
             raise CheckpointError(f"{where}: found {found(token.content)} again, expected each token once")
         table.add(token, where)
     prefix_ids, suffix_ids = read_ends(data.get("post_processor"), table.tokens, f"{path}: post_processor")
+    model = (
+        _read_bpe(section, vocab, byte_level, f"{path}: model")
+        if kind == "BPE"
+        else _read_unigram(section, vocab, scores, table.tokens, f"{path}: model")
+    )
     return TokenizerSpec(
         vocab=vocab,
-        model=_read_bpe(section, vocab, byte_level, f"{path}: model"),
+        model=model,
         pretokenizer=read_pretokenizer(data.get("pre_tokenizer"), f"{path}: pre_tokenizer"),
         added_tokens=table.tokens,
         normalizer=read_normalizer(data.get("normalizer"), f"{path}: normalizer"),
@@ -79,6 +90,40 @@ def _read_bpe(section: Mapping[str, Any], vocab: dict[str, int], byte_level: boo
                 "byte_fallback: found true with a byte-level vocabulary that lacks bytes, expected false"
             )
         return Bpe(vocab, merges, ignore_merges=flags["ignore_merges"], unk_token=unk_token)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}.{error}") from error
+
+
+def _read_scored_vocab(value: object, where: str) -> tuple[dict[str, int], list[float]]:
+    """A vocabulary of Unigram: a list of pieces with their scores, whose places are their ids."""
+    entries = expect(value, list, where)
+    for index, entry in enumerate(entries):
+        is_entry = type(entry) is list and len(entry) == 2
+        if not is_entry or type(entry[0]) is not str or type(entry[1]) not in (int, float):
+            raise CheckpointError(f"{where}[{index}]: found {found(entry)}, expected [piece, score]")
+    vocab = {piece: id_ for id_, (piece, _) in enumerate(entries)}
+    if len(vocab) != len(entries):
+        twice = next(piece for index, (piece, _) in enumerate(entries) if vocab[piece] != index)
+        raise CheckpointError(f"{where}: found {found(twice)} twice, expected each piece once")
+    return vocab, [float(score) for _, score in entries]
+
+
+def _read_unigram(
+    section: Mapping[str, Any],
+    vocab: dict[str, int],
+    scores: list[float],
+    added_tokens: tuple[AddedToken, ...],
+    where: str,
+) -> WordModel:
+    unk_id = expect(section.get("unk_id"), int, f"{where}.unk_id")
+    if not 0 <= unk_id < len(vocab):
+        raise CheckpointError(f"{where}.unk_id: found {unk_id}, expected an id from 0 to {len(vocab) - 1}")
+    byte_ids = byte_ids_of(vocab) if section.get("byte_fallback") else NO_BYTES
+    # Text that is not to be recognised as a control token does not become one by its letters either.
+    special = {token.content for token in added_tokens if token.special}
+    pieces = {piece: id_ for piece, id_ in vocab.items() if piece and piece not in special}
+    try:
+        return Unigram(pieces, scores, unk_score(scores), Fallback(byte_ids, unk_id))
     except CheckpointError as error:
         raise CheckpointError(f"{where}.{error}") from error
 

@@ -18,11 +18,15 @@ from pagellm.engine.tokenizer.pretokenizers import Literals, Pretokenizer
 from pagellm.engine.tokenizer.protobuf import Value, WireError, as_bytes, as_float, as_int, fields
 from pagellm.engine.tokenizer.sentencepiece import SentencePieceBpe
 from pagellm.engine.tokenizer.sentencepiece_normalizer import Prefix, SentencePieceNormalizer, Spaces
-from pagellm.engine.tokenizer.spec import TokenizerSpec
+from pagellm.engine.tokenizer.spec import TokenizerSpec, WordModel
+from pagellm.engine.tokenizer.unigram import Precision, Unigram, as_single, unk_score
 
 _MAX_BYTES = 1 << 28
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+_UNIGRAM, _BPE = 1, 2
 _MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
+# Where the library begins its search for the highest score: above all that are below zero.
+_SMALLEST_SINGLE = 2.0**-126
 
 
 @dataclass
@@ -53,7 +57,7 @@ def read_tokenizer_model(path: Path, prefix: Prefix = Prefix.EVERY_STRETCH) -> T
     Raises `CheckpointError` if the file cannot be read, or describes something that is not supported.
     """
     model = _read(path)
-    if model.model_type not in (1, 2):
+    if model.model_type not in (_UNIGRAM, _BPE):
         kind = _MODEL_TYPES.get(model.model_type, str(model.model_type))
         raise CheckpointError(f"{path}: model_type: found {kind}, expected unigram or bpe")
     for name, value in (
@@ -73,7 +77,9 @@ def read_tokenizer_model(path: Path, prefix: Prefix = Prefix.EVERY_STRETCH) -> T
     return TokenizerSpec(
         vocab=vocab,
         model=_read_words(model, vocab, unk, path),
-        pretokenizer=Pretokenizer([Literals(tuple(user_defined))] if user_defined else []),
+        pretokenizer=Pretokenizer(
+            [Literals(tuple(user_defined))] if user_defined and model.model_type == _BPE else []
+        ),
         added_tokens=tuple(
             AddedToken(id_, piece)
             for piece, id_ in vocab.items()
@@ -93,14 +99,23 @@ def read_tokenizer_model(path: Path, prefix: Prefix = Prefix.EVERY_STRETCH) -> T
     )
 
 
-def _read_words(model: _Model, vocab: dict[str, int], unk: int, path: Path) -> SentencePieceBpe:
+def _read_words(model: _Model, vocab: dict[str, int], unk: int, path: Path) -> WordModel:
     fallback = Fallback(byte_ids_of(vocab) if model.byte_fallback else NO_BYTES, unk)
+    pieces = {piece: id_ for piece, id_ in vocab.items() if model.types[id_] in (_NORMAL, _USER_DEFINED)}
+    user_defined = {piece: id_ for piece, id_ in pieces.items() if model.types[id_] == _USER_DEFINED}
+    if model.model_type == _UNIGRAM:
+        # In the library's single precision.
+        normal = [score for score, kind in zip(model.scores, model.types, strict=True) if kind == _NORMAL]
+        highest = max([_SMALLEST_SINGLE, *normal])
+        scores = list(model.scores)
+        for piece, id_ in user_defined.items():
+            scores[id_] = as_single(as_single(len(piece.encode()) * highest) - 0.1)
+        lowest = as_single(unk_score(normal))
+        return Unigram(pieces, scores, lowest, fallback, precision=Precision.SINGLE)
     if _UNUSED in model.types:
         unused = model.pieces[model.types.index(_UNUSED)]
         raise CheckpointError(f"{path}: pieces: found the unused one {found(unused)}, expected none")
-    pieces = {piece: id_ for piece, id_ in vocab.items() if model.types[id_] in (_NORMAL, _USER_DEFINED)}
-    whole = {piece: id_ for piece, id_ in pieces.items() if model.types[id_] == _USER_DEFINED}
-    return SentencePieceBpe(pieces, model.scores, fallback, whole)
+    return SentencePieceBpe(pieces, model.scores, fallback, user_defined)
 
 
 def _decoder(model: _Model, unk: str) -> Decoder:

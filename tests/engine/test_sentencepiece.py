@@ -1,11 +1,13 @@
 """SentencePiece's vocabularies in all their carriers: the ids and texts of the reference libraries."""
 
 import json
+from base64 import b64encode
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,8 +15,9 @@ from hypothesis import strategies as st
 from pagellm.engine.errors import CheckpointError, RequestError
 from pagellm.engine.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer
 from pagellm.engine.tokenizer.fallback import NO_BYTES, Fallback
-from pagellm.engine.tokenizer.protobuf import WireError, fields
+from pagellm.engine.tokenizer.protobuf import Value, WireError, as_bytes, fields
 from pagellm.engine.tokenizer.sentencepiece import SentencePieceBpe
+from pagellm.engine.tokenizer.unigram import Precision, Unigram, as_single, unk_score
 from tests.engine.test_tokenizer import any_text, naive_merge, write
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "tokenizer"
@@ -24,7 +27,30 @@ TEXTS = EXPECTED["texts"]
 
 @cache
 def gguf(name: str = "llama") -> Tokenizer:
-    return load_tokenizer(EXPECTED["gguf"][name]["metadata"])
+    metadata = dict(EXPECTED["gguf"][name]["metadata"])
+    if name == "t5_with_charsmap":
+        metadata["tokenizer.ggml.precompiled_charsmap"] = list(charsmap("bpe_nmt"))
+    return load_tokenizer(metadata)
+
+
+def of_json(directory: Path, name: str) -> Tokenizer:
+    data = json.loads(json.dumps(EXPECTED["tokenizers"][name]["tokenizer_json"]))
+    for step in (data["normalizer"] or {}).get("normalizers", []):
+        if step["type"] == "Precompiled":
+            step["precompiled_charsmap"] = b64encode(charsmap("unigram")).decode()
+    return load_tokenizer(write(directory, tokenizer=data))
+
+
+def charsmap(name: str) -> bytes:
+    [value] = (value for number, value in message(name, 3) if number == 2)
+    return as_bytes(value)
+
+
+def message(name: str, number: int) -> list[tuple[int, Value]]:
+    """The fields of a message within a `tokenizer.model`."""
+    data = (FIXTURES / f"{name}.model").read_bytes()
+    [value] = (value for each, value in fields(data) if each == number)
+    return list(fields(as_bytes(value)))
 
 
 def changed(**changes: Any) -> dict[str, Any]:
@@ -61,7 +87,7 @@ def test_a_tokenizer_model_gives_the_ids_and_texts_of_sentencepiece(tmp_path: Pa
 @pytest.mark.parametrize("name", EXPECTED["tokenizers"])
 def test_a_tokenizer_json_gives_the_ids_of_the_reference_library(tmp_path: Path, name: str) -> None:
     expected = EXPECTED["tokenizers"][name]
-    tokenizer = load_tokenizer(write(tmp_path, tokenizer=expected["tokenizer_json"]))
+    tokenizer = of_json(tmp_path, name)
 
     assert [tokenizer.encode(text) for text in TEXTS] == expected["ids"]
 
@@ -69,7 +95,7 @@ def test_a_tokenizer_json_gives_the_ids_of_the_reference_library(tmp_path: Path,
 @pytest.mark.parametrize("name", EXPECTED["tokenizers"])
 def test_a_tokenizer_json_gives_the_texts_of_the_reference_library(tmp_path: Path, name: str) -> None:
     expected = EXPECTED["tokenizers"][name]
-    tokenizer = load_tokenizer(write(tmp_path, tokenizer=expected["tokenizer_json"]))
+    tokenizer = of_json(tmp_path, name)
     for skip, texts in ((False, expected["texts"]), (True, expected["texts_without_special"])):
         assert [tokenizer.decode(ids, skip_special_tokens=skip) for ids in expected["outputs"]] == texts
         streams = [IncrementalDetokenizer(tokenizer, skip_special_tokens=skip) for _ in texts]
@@ -83,7 +109,7 @@ def test_a_tokenizer_json_gives_the_texts_of_the_reference_library(tmp_path: Pat
 @given(any_text.filter(lambda text: "\u2581" not in text))
 def test_any_text_comes_back(text: str) -> None:
     tokenizer = gguf()
-    for name in EXPECTED["gguf"]:
+    for name in ("llama", "llama_without_prefix"):
         tokenizer = gguf(name)
         ids = tokenizer.encode(text, add_special_tokens=False, parse_special=False)
         # Behind a token that is recognised as a whole there is a space that was not in the text.
@@ -117,6 +143,55 @@ def test_merges_by_score_equal_a_naive_search(text: str, scores: list[int]) -> N
         for at in range(1, len(piece))
     }
     assert [PIECES[id_] for id_ in model.encode_word(text)] == naive_merge(list(text), ranks)
+
+
+def naive_unigram(pieces: dict[str, float], unk: float, text: str, single: bool) -> list[str]:
+    """The definition: the best way to each place, sums rounded one by one from the beginning of the text."""
+
+    def rounded(value: float) -> float:
+        return float(np.float32(value)) if single else value
+
+    best: list[tuple[float, list[str]] | None] = [(0.0, [])] + [None] * len(text)
+    for start in range(len(text)):
+        here = best[start]
+        assert here is not None
+        for stop in range(start + 1, len(text) + 1):
+            score = pieces.get(text[start:stop], unk if stop == start + 1 else None)
+            if score is None:
+                continue
+            total = rounded(here[0] + score)
+            there = best[stop]
+            if there is None or total > there[0]:
+                best[stop] = total, [*here[1], text[start:stop]]
+    last = best[-1]
+    assert last is not None
+    return last[1]
+
+
+scores = st.integers(-80, -1).map(lambda value: value / 10)
+
+
+@pytest.mark.parametrize("precision", Precision)
+@given(
+    st.dictionaries(
+        st.text("ab\u2581c", min_size=1, max_size=4), scores.map(as_single), min_size=4, max_size=20
+    ),
+    st.lists(st.text("ab\u2581cd", max_size=6), max_size=60),
+)
+def test_the_best_pieces_are_those_of_a_naive_search(
+    precision: Precision, pieces: dict[str, float], words: list[str]
+) -> None:
+    """Also where ways are as good as each other and rounding decides; and when parts are remembered."""
+    text = "\u2581".join(words)
+    names = [*pieces, *(set("ab\u2581cd") - pieces.keys())]  # each character is told apart in the ids
+    vocab = {piece: names.index(piece) for piece in pieces}
+    unk = unk_score(list(pieces.values()))
+    fallback = Fallback(NO_BYTES, None)
+    model = Unigram(vocab, [pieces.get(name, 0.0) for name in names], unk, fallback, precision=precision)
+    expected = naive_unigram(pieces, unk, text, precision is Precision.SINGLE)
+    ids = tuple(vocab[piece] for piece in expected if piece in vocab)
+    assert model.encode_word(text) == ids
+    assert model.encode_word(text) == ids
 
 
 # Spaces
@@ -264,6 +339,24 @@ def test_any_bytes_are_a_message_or_none(data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"unk_id": None}, "model.unk_id: found None, expected an integer"),
+        ({"unk_id": 10_000}, "model.unk_id: found 10000, expected an id from 0 to"),
+        ({"vocab": {"a": 1}}, "model.vocab: found .*, expected a list"),
+        ({"vocab": [["a"]]}, r"model.vocab\[0\]: found \['a'\], expected \[piece, score\]"),
+        ({"vocab": [["a", 0], ["a", 1]]}, "model.vocab: found 'a' twice"),
+    ],
+)
+def test_a_bad_unigram_is_refused_by_field(tmp_path: Path, model: dict[str, Any], message: str) -> None:
+    data = json.loads(json.dumps(EXPECTED["tokenizers"]["t5"]["tokenizer_json"]))
+    data["normalizer"] = None
+    data["model"] |= model
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(write(tmp_path, tokenizer=data))
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"scores": None}, "tokenizer.ggml.scores: found None, expected a list"),
@@ -280,6 +373,6 @@ def test_bad_gguf_metadata_is_refused_by_key(changes: dict[str, Any], message: s
 
 
 def test_a_score_that_is_no_number_is_refused() -> None:
-    scores = EXPECTED["gguf"]["llama"]["metadata"]["tokenizer.ggml.scores"]
+    scored = EXPECTED["gguf"]["llama"]["metadata"]["tokenizer.ggml.scores"]
     with pytest.raises(CheckpointError, match=r"scores\[500\]: found nan .*, expected a number"):
-        load_tokenizer(changed(scores=[*scores[:500], float("nan"), *scores[501:]]))
+        load_tokenizer(changed(scores=[*scored[:500], float("nan"), *scored[501:]]))
