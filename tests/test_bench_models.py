@@ -8,6 +8,8 @@ import gguf
 import numpy as np
 import pytest
 
+from bench.compare_peers import contest_of_file
+from bench.gguf_models import matrix_sizes
 from bench.random_models import random_blocks, write_random_model
 from bench.shapes import MIXES, SHAPES, type_of
 from pagellm.engine import LLM, SamplingParams
@@ -65,3 +67,20 @@ def test_a_file_of_a_shape_is_served(tmp_path: Path, mix: str) -> None:
     [output] = llm.generate([[3, 4, 5]], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
     llm.close()
     assert len(output.token_ids) == 4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_step_reads_all_weights_but_an_embedding_that_is_no_output_matrix(
+    tmp_path: Path, tied: bool
+) -> None:
+    shape = replace(TINY, tied=tied)
+    path = tmp_path / "m.gguf"
+    write_random_model(path, shape, "Q8_0")
+    matrices = {name: rows * columns for name, rows, columns in shape.matrices()}
+    embedding = matrices.pop("token_embd.weight")
+    output = matrices.pop("output.weight", embedding)
+    num_bytes, layers, of_output = matrix_sizes(path)
+    assert (layers, of_output) == (sum(matrices.values()), output)
+    vectors = sum(size for _, size in shape.vectors()) + shape.head_dim // 2
+    assert num_bytes == (layers + output) // 32 * 34 + 4 * vectors
+    assert contest_of_file("m", path).products == "int8"

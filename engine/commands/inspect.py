@@ -55,7 +55,7 @@ def _inspect(options: argparse.Namespace) -> None:
 def _lines(report: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """Labels, and the lines beside each."""
     if report["refusals"]:
-        yield "why", report["refusals"]
+        yield "why", [reason.removeprefix(f"{report['path']}: ") for reason in report["refusals"]]
     if report["files"]:
         total = _size(sum(file["bytes"] for file in report["files"]))
         names = [file["name"] for file in report["files"]]

@@ -120,7 +120,7 @@ def inspect_model(model: str | PathLike[str], quantization: str = "auto") -> Rep
                 refusals.append(str(error))
             return None
 
-    directory = Path(os.path.expanduser(model)) if isinstance(model, str | PathLike) else None
+    directory = Path(os.path.expanduser(model)) if model and isinstance(model, str | PathLike) else None
     if directory is not None and (directory / CONFIG_FILE).exists():
         path = attempt(resolve_model, model) or directory
     else:
@@ -173,7 +173,7 @@ def _of_checkpoint(checkpoint: Checkpoint) -> Report:
     for fact, names in _FACTS.items():
         place = f"{name}.{names[0]}" if checkpoint.format == "gguf" else names[1]
         value = config.get(place)
-        facts[fact] = value if type(value) is int else None
+        facts[fact] = value if type(value) is int and value > 0 else None
     context = facts.pop("context_tokens")
     types: dict[str, list[int]] = {}
     for tensor in checkpoint.tensors.values():

@@ -198,7 +198,7 @@ def test_an_unknown_architecture_is_told_with_what_can_be_read(
     assert report["kv_cache"] is None
     assert main(["inspect", str(directory)]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"{directory}: refused\nwhy ")
+    assert out.startswith(f"{directory}: refused\nwhy            model_type: found 'perceiver9'")
     assert "perceiver9" in out
 
 
@@ -267,8 +267,15 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
     assert report["architecture"] is None
 
 
-def test_where_there_is_no_model_it_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(tmp_path / "absent.gguf")]) == 2
+@pytest.mark.parametrize("name", ["absent.gguf", "text.gguf", "", "empty"])
+def test_where_there_is_no_model_it_is_an_error(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "text.gguf").write_text("no model")
+    (tmp_path / "empty").mkdir()
+    assert main(["inspect", name]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "no such model" in captured.err
+    assert len(captured.err.splitlines()) == 1
