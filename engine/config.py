@@ -7,6 +7,7 @@ from typing import Any
 from pagellm.engine.checks import flag, integer, is_path, number
 from pagellm.engine.errors import ConfigError, found
 from pagellm.engine.requests.reasoning import AUTO, NO_MARKERS, Markers
+from pagellm.engine.scheduling.block_window import BlockWindow
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MAX_THREADS = 1024
@@ -28,6 +29,8 @@ class EngineConfig:
     chunks and decodes together. max_model_len: tokens of prompt and output. None: the model's own limit, or
     what the KV cache holds if that is less. A model whose rotary embeddings depend on the length (LongRoPE,
     dynamic NTK scaling) computes every sequence with those of this length; None: of the model's own limit.
+    window: tokens that a token sees, itself included, in the layer that sees the most; 0 where one sees all.
+    Blocks behind it are given back. None: the model's own, which is the only one that an engine takes.
     max_prefill_chunk: tokens of one prompt computed in one step at most. None: as many as the step has.
     policy: who goes first and who makes way: fcfs, prefill_first, priority, shortest_job, fair, slo, or a
     SchedulingPolicy of your own as module:Class.
@@ -60,6 +63,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     max_model_len: int | None = None
     max_prefill_chunk: int | None = None
+    window: int | None = None
     policy: str = "fcfs"
     preemption: str = "auto"
     num_swap_blocks: int | None = None
@@ -77,7 +81,8 @@ class EngineConfig:
             self._take(name, integer, 1)
         for name in ("num_blocks", "max_model_len", "max_prefill_chunk"):
             self._take(name, integer, 1, optional=True)
-        self._take("num_swap_blocks", integer, 0, optional=True)
+        for name in ("num_swap_blocks", "window"):
+            self._take(name, integer, 0, optional=True)
         self._take("num_threads", integer, 1, optional=True)
         if self.num_threads is not None and self.num_threads > MAX_THREADS:
             raise ConfigError(f"num_threads: found {found(self.num_threads)}, expected at most {MAX_THREADS}")
@@ -128,27 +133,38 @@ class EngineConfig:
         if not (optional and value is None):
             object.__setattr__(self, name, check(name, value, *bounds, error=ConfigError))
 
-    def complete(self, num_blocks: int | None = None, context: int | None = None) -> "CompleteConfig":
+    def complete(
+        self, num_blocks: int | None = None, context: int | None = None, window: int = 0
+    ) -> "CompleteConfig":
         """These settings with nothing left open.
 
         num_blocks: of the KV cache, where these settings do not say. context: tokens that the model can take,
-        if a model sets a limit.
+        if a model sets a limit. window: of the model, where these settings do not say.
         """
         num_blocks = self.num_blocks or num_blocks
         if num_blocks is None:
             raise ConfigError("num_blocks: found nothing, expected a number")
-        limits = [num_blocks * self.block_size, self.max_model_len, context]
+        window = window if self.window is None else self.window
+        limits = [limit for limit in (self.max_model_len, context) if limit is not None]
+        if not limits or self.most_blocks(min(limits), window) > num_blocks:
+            limits.append(num_blocks * self.block_size)
         num_swap_blocks = self.num_swap_blocks
         if num_swap_blocks is None:
             num_swap_blocks = num_blocks if self.preemption == "swap" or self.swap_dir is not None else 0
         filled: dict[str, Any] = asdict(self) | {
             "num_blocks": num_blocks,
-            "max_model_len": min(limit for limit in limits if limit is not None),
+            "max_model_len": min(limits),
             "max_prefill_chunk": self.max_prefill_chunk or self.max_num_batched_tokens,
+            "window": window,
             "num_swap_blocks": num_swap_blocks,
             "num_threads": self.num_threads or usable_cores(),
         }
         return CompleteConfig(**filled)
+
+    def most_blocks(self, num_tokens: int, window: int) -> int:
+        """KV blocks that a sequence of so many tokens holds at once at most."""
+        chunk = min(self.max_prefill_chunk or self.max_num_batched_tokens, self.max_num_batched_tokens)
+        return BlockWindow(window, self.block_size).most_blocks(num_tokens, chunk)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +174,7 @@ class CompleteConfig(EngineConfig):
     num_blocks: int
     max_model_len: int
     max_prefill_chunk: int
+    window: int
     num_swap_blocks: int
     num_threads: int
 

@@ -91,7 +91,7 @@ def load_engine(
             _say_converted(checkpoint, converted_types(checkpoint, spec, formats))
         memory = read_memory()
         weight_bytes = 4 * lay_out(spec.arch, formats)[2]
-        complete = size_cache(asked, spec.max_positions, token_bytes, memory, weight_bytes)
+        complete = size_cache(asked, spec.max_positions, token_bytes, memory, weight_bytes, spec.window)
         block_bytes = token_bytes * complete.block_size
         scheduler = Scheduler.with_blocks(complete)
         step_log = None if complete.step_log is None else StepLogFile(complete.step_log)
@@ -112,13 +112,16 @@ def size_cache(
     token_bytes: int,
     memory: Memory,
     weight_bytes: int = 0,
+    window: int = 0,
 ) -> CompleteConfig:
     """The settings with what the user left open filled in for a model and the memory that there is.
 
     context: tokens that the model can take. token_bytes: keys and values of one token, in all layers.
-    weight_bytes: memory that the weights will take of
-    what is available. Raises `ConfigError` for what the model or the memory cannot hold.
+    weight_bytes: memory that the weights will take of what is available. window: of the model, see
+    `EngineConfig`. Raises `ConfigError` for what the model or the memory cannot hold.
     """
+    if config.window not in (None, window):
+        raise ConfigError(f"window: found {config.window}, expected {window}, that of this model")
     if config.max_model_len is not None and config.max_model_len > context:
         raise ConfigError(
             f"max_model_len: found {config.max_model_len}, expected at most {context}, the context "
@@ -126,8 +129,8 @@ def size_cache(
         )
     block_bytes = token_bytes * config.block_size
     affordable = max(1, min(memory.available // _SHARE, memory.available - weight_bytes) // block_bytes)
-    useful = config.max_num_seqs * -(-(config.max_model_len or context) // config.block_size)
-    complete = config.complete(min(affordable, useful), context)
+    useful = config.max_num_seqs * config.most_blocks(config.max_model_len or context, window)
+    complete = config.complete(min(affordable, useful), context, window)
     num_blocks, total = complete.num_blocks, memory.total
     if num_blocks * block_bytes > total:
         raise ConfigError(
@@ -139,7 +142,7 @@ def size_cache(
             f"num_swap_blocks: found {complete.num_swap_blocks} beside {num_blocks} blocks of {block_bytes} "
             f"bytes, expected no more than the {total} bytes of memory hold, or a swap_dir"
         )
-    if config.max_model_len is not None and complete.capacity_tokens < config.max_model_len:
+    if config.max_model_len is not None and complete.max_model_len < config.max_model_len:
         raise ConfigError(
             f"max_model_len: found {config.max_model_len}, expected at most {complete.capacity_tokens}, what "
             f"{num_blocks} KV blocks of {config.block_size} tokens hold"

@@ -121,3 +121,9 @@ class ModelSpec:
     def vocab_size(self) -> int:
         """Rows of the embedding, and logits of a token."""
         return self.arch.vocab_size
+
+    @property
+    def window(self) -> int:
+        """Tokens that a token sees in the layer that sees the most, itself included; 0: one sees all."""
+        windows = self.arch.layers["window"]
+        return int(windows.max()) if (windows > 0).all() else 0

@@ -6,7 +6,7 @@ Reads the block manager's own state, because it is what that state must be.
 from typing import TYPE_CHECKING
 
 from pagellm.engine.scheduling.prefix_cache import ROOT
-from pagellm.engine.scheduling.sequence import Sequence
+from pagellm.engine.scheduling.sequence import GIVEN_BACK, Sequence
 
 if TYPE_CHECKING:
     from pagellm.engine.scheduling.block_manager import BlockManager
@@ -23,11 +23,15 @@ def check_blocks(manager: "BlockManager") -> None:
         assert sequence.swap_table, "blocks in no tier"
         assert not sequence.block_table, "blocks in both tiers"
     for sequence in manager._holders.values():
-        for block in sequence.block_table:
+        behind = manager.window.num_behind(sequence.num_computed_tokens)
+        held = sequence.block_table[behind:]
+        for block in held:
+            assert block >= 0, "a block that is still read was given back"
             counts[block] += 1
-        assert sequence.block_table, "blocks in no tier"
+        assert held, "blocks in no tier"
         assert not sequence.swap_table, "blocks in both tiers"
-        assert len(set(sequence.block_table)) == len(sequence.block_table), "a block twice in one table"
+        assert len(set(held)) == len(held), "a block twice in one table"
+        assert sequence.block_table[:behind] == [GIVEN_BACK] * behind, "a block behind the window is held"
         assert sequence.num_slots <= len(sequence.block_table) * manager.block_size
         _check_own_slots(manager, sequence)
     assert counts == list(manager._reference_counts), "a reference count differs from the block tables"
@@ -55,10 +59,10 @@ def _check_cache(manager: "BlockManager", free_place: dict[int, int]) -> None:
         assert manager._hash_block(seed, tokens) == cache.hash_of(block), "a hash is not of the content"
         found = cache.find(cache.hash_of(block), before, tokens, cache.salt_of(block))
         assert found == block, "two blocks hold the same prefix, or one cannot be found"
-        if before in free_place:
+        if before in free_place and not manager.window:
             outlives = block not in free_place or free_place[block] > free_place[before]
             assert not outlives, "a block would outlive the one it follows"
     for sequence in manager._holders.values():
         for index, block in enumerate(sequence.block_table[: sequence.num_registered_blocks]):
-            if manager._knows(block):
+            if block != GIVEN_BACK and manager._knows(block):
                 assert cache.tokens(block) == manager._tokens(sequence, index), "wrong tokens"

@@ -10,6 +10,12 @@ tokens and follows the very block that was hit before; so a collision is never a
 keep their content until they are taken for something else, least recently used first. A sequence releases its
 blocks last to first, hence a block is always evicted before the one it follows.
 
+A model whose layers all have a sliding window never reads again what lies behind the widest one. Such blocks
+are given back as a sequence goes on; its table keeps its indices, with `GIVEN_BACK` in their places. They can
+still be found, as other free blocks can. A hit still takes the whole prefix to be known, because each block
+is confirmed behind the one before; but of a hit, too, only what is not behind the window is held. Where a
+block is evicted that others follow, they are forgotten with it.
+
 Forked sequences share their blocks. One that is about to write into a shared block gets a copy of its own
 (copy-on-write). A second tier of blocks takes the content of sequences that are swapped out.
 """
@@ -25,9 +31,10 @@ from typing import NamedTuple
 import xxhash
 
 from pagellm.engine.scheduling.block_checks import check_blocks
+from pagellm.engine.scheduling.block_window import BlockWindow
 from pagellm.engine.scheduling.free_list import FreeList
 from pagellm.engine.scheduling.prefix_cache import ROOT, PrefixCache
-from pagellm.engine.scheduling.sequence import Sequence
+from pagellm.engine.scheduling.sequence import GIVEN_BACK, Sequence
 
 _num_computed = attrgetter("num_computed_tokens")
 
@@ -77,7 +84,7 @@ class BlockManager:
     """Owns one invariant, conservation: a block is free or referenced, and never counted twice.
 
     num_swap_blocks: blocks of the second tier. hash_block: replaces `chained_hash`, so that tests can make it
-    collide.
+    collide. window: the tokens that the widest window of all layers holds; 0 where a layer sees everything.
 
     transfers: what is still to be moved, in order. They outlive a step that was given up, because the block
     tables count on them.
@@ -90,17 +97,19 @@ class BlockManager:
         enable_prefix_caching: bool = True,
         num_swap_blocks: int = 0,
         hash_block: Callable[[int, bytes], int] = chained_hash,
+        window: int = 0,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.num_swap_blocks = num_swap_blocks
+        self.window = BlockWindow(window, block_size)
         self.stats = PrefixCacheStats()
         self.num_releases = 0  # how often a block became free: what did not fit before may fit after
         self._hash_block = hash_block
         self._free = FreeList(num_blocks)
         self._reference_counts = array("i", [0]) * num_blocks
-        self._cache = PrefixCache(num_blocks if enable_prefix_caching else 0, block_size)
+        self._cache = PrefixCache(num_blocks if enable_prefix_caching else 0, block_size, window > 0)
         self._free_swap = array("i", range(num_swap_blocks - 1, -1, -1))  # a stack
         self.transfers: deque[Transfer] = deque()
         # By seq_id: the sequences with blocks in the first tier and in the second.
@@ -139,6 +148,10 @@ class BlockManager:
         """Blocks that `num_tokens` tokens take."""
         return -(-num_tokens // self.block_size)
 
+    def held_blocks(self, num_computed: int) -> int:
+        """Blocks that hold the computed tokens of a sequence and are not given back."""
+        return self.blocks_for(num_computed) - self.window.num_behind(num_computed)
+
     def cached_prefix(self, sequence: Sequence) -> list[int]:
         """The cached blocks that a sequence without blocks can begin with; changes nothing.
 
@@ -165,31 +178,46 @@ class BlockManager:
             return False
         return self._find(sequence, index, prefix[-1] if prefix else ROOT) is not None
 
-    def can_allocate(self, num_tokens: int, prefix: list[int], spare: int = 0) -> bool:
-        """Whether `num_tokens` tokens that begin with cached blocks fit and leave `spare` blocks free."""
+    def can_allocate(
+        self, num_tokens: int, prefix: list[int], spare: int = 0, num_computed: int | None = None
+    ) -> bool:
+        """Whether `num_tokens` tokens that begin with cached blocks fit and leave `spare` blocks free.
+
+        num_computed: tokens that are computed then, if there are more than the cached ones.
+        """
+        num_reused = len(prefix)
+        if self.window:
+            behind = self.window.num_behind(num_computed or len(prefix) * self.block_size)
+            prefix, num_reused = prefix[behind:], max(behind, num_reused)
         reused = sum(1 for block in prefix if self._reference_counts[block] == 0)
-        return self.blocks_for(num_tokens) - len(prefix) + reused + spare <= len(self._free)
+        return self.blocks_for(num_tokens) - num_reused + reused + spare <= len(self._free)
 
     def allocate(self, sequence: Sequence, prefix: list[int], num_tokens: int) -> None:
         """Gives a sequence without blocks its cached prefix and new blocks, `num_tokens` tokens in all."""
         if self.enable_prefix_caching and sequence.reads_cache and not sequence.was_admitted:
             self.stats.queries += sequence.num_tokens
             self.stats.hits += len(prefix) * self.block_size
-        self._fill_table(sequence, prefix, num_tokens)
         sequence.num_computed_tokens = len(prefix) * self.block_size
+        self._fill_table(sequence, prefix, num_tokens)
 
-    def can_grow(self, sequence: Sequence) -> bool:
-        """Whether a running sequence has, or can get, a slot of its own for each token to be computed."""
-        if len(self._free) >= sequence.num_tokens - sequence.num_computed_tokens:
+    def can_grow(self, sequence: Sequence, num_tokens: int | None = None) -> bool:
+        """Whether a running sequence has, or can get, a slot of its own for each token to be computed.
+
+        num_tokens: up to which; None: all.
+        """
+        num_tokens = num_tokens or len(sequence.token_ids)
+        if len(self._free) >= num_tokens - sequence.num_computed_tokens:
             return True  # a token takes one block at most
-        num_new = self.blocks_for(sequence.num_tokens) - len(sequence.block_table)
+        num_new = self.blocks_for(num_tokens) - len(sequence.block_table)
         return max(0, num_new) + self._needs_copy(sequence) <= len(self._free)
 
-    def grow(self, sequence: Sequence) -> None:
+    def grow(self, sequence: Sequence, num_tokens: int | None = None) -> None:
         """Gives a running sequence a slot of its own for each token to be computed.
 
-        A shared block with room for the first of them is exchanged for a copy.
+        num_tokens: up to which; None: all. A shared block with room for the first of them is exchanged for a
+        copy.
         """
+        num_tokens = num_tokens or len(sequence.token_ids)
         table = sequence.block_table
         if self._needs_copy(sequence):
             index = sequence.num_computed_tokens // self.block_size
@@ -197,11 +225,15 @@ class BlockManager:
             self._release(shared)
             self.transfers.append(Transfer(TransferKind.COPY, shared, table[index], sequence))
             self._note_change(sequence, index)
-        num_tokens = len(sequence.token_ids)
         while len(table) * self.block_size < num_tokens:
             self._note_change(sequence, len(table))
             table.append(self._take())
         sequence.num_slots = len(table) * self.block_size
+
+    def can_fork(self, parent: Sequence, num_tokens: int) -> bool:
+        """Whether a running sequence still has the blocks that its first `num_tokens` tokens need."""
+        behind = self.window.num_behind
+        return behind(num_tokens) == behind(parent.num_computed_tokens)
 
     def fork(self, parent: Sequence, child: Sequence, num_tokens: int) -> None:
         """Gives a sequence without blocks those of a running one that hold the tokens both begin with.
@@ -211,9 +243,10 @@ class BlockManager:
         """
         full = num_tokens // self.block_size
         child.block_table.extend(parent.block_table[: self.blocks_for(num_tokens)])
-        for block in child.block_table:
+        held = child.block_table[self.window.num_behind(num_tokens) :]
+        for block in held:
             self._reference_counts[block] += 1
-        self._num_references += len(child.block_table)
+        self._num_references += len(held)
         if num_tokens % self.block_size:
             self._partly_shared.add(child.block_table[-1])
         child.block_hashes = parent.block_hashes[:full]
@@ -224,19 +257,24 @@ class BlockManager:
         self._note_change(child, 0)
 
     def register(self, sequence: Sequence) -> None:
-        """Enters the sequence's full computed blocks into the prefix cache.
+        """Enters the sequence's full computed blocks into the prefix cache; gives back what lies behind.
 
         Where another block already holds the same prefix, the sequence takes that one over and gives its own
         back: their bits are equal, because a token's keys and values depend on the tokens before it alone.
         """
-        if not self.enable_prefix_caching:
-            return
-        table = sequence.block_table
         full = sequence.num_computed_tokens // self.block_size
+        if self.enable_prefix_caching:
+            self._offer_blocks(sequence, full)
+        sequence.num_registered_blocks = full
+        if self.window:
+            self._give_back(sequence)
+
+    def _offer_blocks(self, sequence: Sequence, full: int) -> None:
+        table = sequence.block_table
         for index in range(sequence.num_registered_blocks, full):
             block, before = table[index], table[index - 1] if index else ROOT
-            if before != ROOT and before not in self._cache:
-                break  # the cache was reset: nothing behind what it forgot could ever be found
+            if before == GIVEN_BACK or (before != ROOT and before not in self._cache):
+                break  # the cache has forgotten it: nothing that follows it could ever be found
             known = self._find(sequence, index, before)
             if known is None:
                 tokens, salt = self._tokens(sequence, index), sequence.sampling_params.cache_salt
@@ -246,7 +284,17 @@ class BlockManager:
                 table[index] = known
                 self._release(block)
                 self._note_change(sequence, index)
-        sequence.num_registered_blocks = full
+
+    def _give_back(self, sequence: Sequence) -> None:
+        """Takes from a sequence what lies behind the window, the last block first."""
+        table = sequence.block_table
+        index = end = self.window.num_behind(sequence.num_computed_tokens)
+        while index > 0 and table[index - 1] != GIVEN_BACK:
+            index -= 1
+            self._release(table[index])
+            table[index] = GIVEN_BACK
+        if index < end:
+            self._note_change(sequence, index)
 
     def free(self, sequence: Sequence) -> None:
         """Takes all blocks from a sequence; those in the prefix cache stay findable until they are reused."""
@@ -259,11 +307,13 @@ class BlockManager:
 
     def can_swap_out(self, sequence: Sequence) -> bool:
         """Whether the second tier has room for what a running sequence has computed."""
-        return 0 < self.blocks_for(sequence.num_computed_tokens) <= len(self._free_swap)
+        return 0 < self.held_blocks(sequence.num_computed_tokens) <= len(self._free_swap)
 
     def swap_out(self, sequence: Sequence) -> None:
         """Moves what a running sequence has computed to the second tier and takes all its blocks."""
-        for block in sequence.block_table[: self.blocks_for(sequence.num_computed_tokens)]:
+        num_computed = sequence.num_computed_tokens
+        first, end = self.window.num_behind(num_computed), self.blocks_for(num_computed)
+        for block in sequence.block_table[first:end]:
             slot = self._free_swap.pop()
             sequence.swap_table.append(slot)
             self.transfers.append(Transfer(TransferKind.SWAP_OUT, block, slot, sequence))
@@ -273,8 +323,9 @@ class BlockManager:
     def swap_in(self, sequence: Sequence, prefix: list[int], num_tokens: int) -> None:
         """Gives a swapped sequence blocks for `num_tokens` tokens; what the cache still has is not moved."""
         self._fill_table(sequence, prefix, num_tokens)
-        swapped = list(zip(sequence.swap_table, sequence.block_table, strict=False))
-        for slot, block in swapped[len(prefix) :]:
+        behind = self.window.num_behind(sequence.num_computed_tokens)
+        swapped = list(zip(sequence.swap_table, sequence.block_table[behind:], strict=False))
+        for slot, block in swapped[max(0, len(prefix) - behind) :]:
             self.transfers.append(Transfer(TransferKind.SWAP_IN, slot, block, sequence))
         self._free_swap.extend(reversed(sequence.swap_table))
         sequence.swap_table.clear()
@@ -305,6 +356,7 @@ class BlockManager:
             self.enable_prefix_caching,
             self.num_swap_blocks,
             self._hash_block,
+            self.window.tokens,
         )
         new.stats = self.stats
         vars(self).update(vars(new))
@@ -316,6 +368,9 @@ class BlockManager:
         shared = self._num_references - used
         # Whoever shares a block has all of it, with the exceptions that are taken up afterwards.
         written = sum(map(_num_computed, self._holders.values())) - shared * self.block_size
+        if self.window:
+            behind = sum(map(self.window.num_behind, map(_num_computed, self._holders.values())))
+            written -= behind * self.block_size
         if self._partly_shared:
             written += self._num_counted_too_often()
         swap_used = self.num_swap_blocks - len(self._free_swap)
@@ -326,18 +381,26 @@ class BlockManager:
         check_blocks(self)
 
     def _fill_table(self, sequence: Sequence, prefix: list[int], num_tokens: int) -> None:
-        for block in prefix:
+        behind = self.window.num_behind(sequence.num_computed_tokens)
+        table = sequence.block_table
+        table.extend([GIVEN_BACK] * behind)
+        table.extend(prefix[behind:])
+        for block in prefix[behind:]:
             self._reference(block)
-        sequence.block_table.extend(prefix)
-        for _ in range(self.blocks_for(num_tokens) - len(prefix)):
-            sequence.block_table.append(self._take())
-        sequence.num_registered_blocks = len(prefix)
+        for block in reversed(prefix[:behind]):
+            if self._reference_counts[block] == 0:  # it was used, though it is not held
+                self._free.remove(block)
+                self._free.append(block)
+        while len(table) * self.block_size < num_tokens:
+            table.append(self._take())
+        sequence.num_registered_blocks = max(behind, len(prefix))
         sequence.num_slots = len(sequence.block_table) * self.block_size
         self._holders[sequence.seq_id] = sequence
         self._note_change(sequence, 0)
 
     def _empty_table(self, sequence: Sequence) -> None:
-        for block in reversed(sequence.block_table):
+        behind = self.window.num_behind(sequence.num_computed_tokens)
+        for block in reversed(sequence.block_table[behind:]):
             self._release(block)
         sequence.block_table.clear()
         sequence.num_registered_blocks = sequence.num_slots = 0
@@ -412,8 +475,16 @@ class BlockManager:
 
     def _evict(self, block: int) -> None:
         """Forgets a known block that is free. A transfer that saved its content would be entered here."""
-        self._cache.remove(block)
-        self.stats.evictions += self.block_size
+        if not self.window:
+            self._cache.remove(block)
+            self.stats.evictions += self.block_size
+            return
+        forgotten = self._cache.forget(block)
+        self.stats.evictions += self.block_size * len(forgotten)
+        for other in forgotten[1:]:
+            if self._reference_counts[other] == 0:  # free blocks that hold nothing known are taken first
+                self._free.remove(other)
+                self._free.prepend(other)
 
     def _reference(self, block: int) -> None:
         if self._reference_counts[block] == 0:

@@ -6,27 +6,30 @@ Knows numbers, hashes and bytes; which blocks are known, and for how long, is th
 from array import array
 from collections.abc import Iterator
 
-ROOT = -1  # stands before a sequence's first block
-_UNKNOWN = -2  # stands before a block that is not known
+ROOT = -2  # stands before a sequence's first block
+_UNKNOWN = -3  # stands before a block that is not known
+_NONE = -1
 
 
 class PrefixCache:
     """What each known block holds, and a hash map to find it; equal hashes are told apart by content.
 
-    The map is chained through arrays, a fifth of the memory of a dictionary of integers.
+    The map is chained through arrays, a fifth of the memory of a dictionary of integers. knows_followers:
+    whether `forget` can be called.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, knows_followers: bool = False) -> None:
         num_buckets = 1 << max(1, num_blocks).bit_length()
         self._mask = num_buckets - 1
-        self._first = array("i", [ROOT]) * num_buckets  # block of each bucket
-        self._next = array("i", [ROOT]) * num_blocks  # block of the same bucket
+        self._first = array("i", [_NONE]) * num_buckets  # block of each bucket
+        self._next = array("i", [_NONE]) * num_blocks  # block of the same bucket
         self._hashes = array("Q", [0]) * num_blocks
         self._before = array("i", [_UNKNOWN]) * num_blocks  # the block that a block follows
         self._block_bytes = block_size * array("i").itemsize
         self._tokens = bytearray(num_blocks * self._block_bytes)
         self._salts: dict[int, str] = {}  # of first blocks that have one
         self._num_known = 0
+        self._followers = _Followers(num_blocks) if knows_followers else None
 
     def __len__(self) -> int:
         return self._num_known
@@ -62,9 +65,22 @@ class PrefixCache:
         self._tokens[start : start + self._block_bytes] = tokens
         if before == ROOT and salt:
             self._salts[block] = salt
+        if self._followers is not None and before != ROOT:
+            self._followers.add(block, before)
+
+    def forget(self, block: int) -> list[int]:
+        """Forgets a known block and all that follow it, which nobody could find any more; returns them."""
+        assert self._followers is not None
+        forgotten, rest = [], [block]
+        while rest:
+            block = rest.pop()
+            rest.extend(self._followers.of(block))
+            self.remove(block)
+            forgotten.append(block)
+        return forgotten
 
     def remove(self, block: int) -> None:
-        """Forgets a known block."""
+        """Forgets a known block. Those that follow it must be forgotten, too."""
         bucket = self._hashes[block] & self._mask
         other = self._first[bucket]
         if other == block:
@@ -73,6 +89,8 @@ class PrefixCache:
             while self._next[other] != block:
                 other = self._next[other]
             self._next[other] = self._next[block]
+        if self._followers is not None and self._before[block] != ROOT:
+            self._followers.remove(block, self._before[block])
         self._before[block] = _UNKNOWN
         self._num_known -= 1
         self._salts.pop(block, None)
@@ -93,3 +111,37 @@ class PrefixCache:
     def salt_of(self, block: int) -> str:
         """The salt of a known first block."""
         return self._salts.get(block, "")
+
+
+class _Followers:
+    """Which known blocks follow each one: lists that any member can leave in O(1), in three arrays."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self._first = array("i", [_NONE]) * num_blocks  # that follows a block
+        self._next = array("i", [_NONE]) * num_blocks  # that follows the same one
+        self._previous = array("i", [_NONE]) * num_blocks
+
+    def of(self, before: int) -> Iterator[int]:
+        """The blocks that follow one."""
+        block = self._first[before]
+        while block != _NONE:
+            yield block
+            block = self._next[block]
+
+    def add(self, block: int, before: int) -> None:
+        """Lets a block follow another one."""
+        other = self._first[before]
+        self._next[block], self._previous[block] = other, _NONE
+        self._first[before] = block
+        if other != _NONE:
+            self._previous[other] = block
+
+    def remove(self, block: int, before: int) -> None:
+        """Lets a block no longer follow another one."""
+        previous, following = self._previous[block], self._next[block]
+        if previous == _NONE:
+            self._first[before] = following
+        else:
+            self._next[previous] = following
+        if following != _NONE:
+            self._previous[following] = previous

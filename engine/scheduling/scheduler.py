@@ -27,7 +27,7 @@ from pagellm.engine.scheduling.batch import (
 )
 from pagellm.engine.scheduling.block_manager import BlockManager, Transfer
 from pagellm.engine.scheduling.policies import CheckedPolicy, SchedulerStats, load_policy
-from pagellm.engine.scheduling.sequence import Sequence, SequenceError, SequenceStatus
+from pagellm.engine.scheduling.sequence import GIVEN_BACK, Sequence, SequenceError, SequenceStatus
 from pagellm.engine.scheduling.waiting_queue import WaitingQueue
 
 
@@ -38,6 +38,7 @@ class Scheduler:
         self.block_manager = block_manager
         self.limits = StepLimits(config.max_num_batched_tokens, config.max_prefill_chunk)
         self.max_num_running = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self._max_chunk = min(config.max_prefill_chunk, config.max_num_batched_tokens)
         self.max_preemptions = config.max_preemptions
         self.max_len = config.max_model_len
         self.preemption = Preemption(config.preemption)
@@ -55,7 +56,11 @@ class Scheduler:
     def with_blocks(cls, config: CompleteConfig) -> "Scheduler":
         """A scheduler with a block manager as the settings have it, for an engine or a simulated one."""
         manager = BlockManager(
-            config.num_blocks, config.block_size, config.enable_prefix_caching, config.num_swap_blocks
+            config.num_blocks,
+            config.block_size,
+            config.enable_prefix_caching,
+            config.num_swap_blocks,
+            window=config.window,
         )
         return cls(config, manager)
 
@@ -130,7 +135,7 @@ class Scheduler:
             self.policy.on_commit(batch, self.stats)
         finished: list[Sequence] = []
         manager = self.block_manager
-        caches, block_size = manager.enable_prefix_caching, manager.block_size
+        registers, block_size = manager.enable_prefix_caching or bool(manager.window), manager.block_size
         num_dropped = 0
         given, to_forks = batch.by_sequence(token_ids)
         work = zip(batch.sequences, batch.num_new_tokens, given, strict=True)
@@ -138,7 +143,7 @@ class Scheduler:
             for sequence, count, new in work:
                 if sequence.block_table:
                     computed = sequence.num_computed_tokens = sequence.num_computed_tokens + count
-                    if caches and computed // block_size > sequence.num_registered_blocks:
+                    if registers and computed // block_size > sequence.num_registered_blocks:
                         manager.register(sequence)
                 else:  # it was aborted
                     num_dropped += len(new)
@@ -224,7 +229,7 @@ class Scheduler:
             assert group is None or group[0] is sequence, "one that is to take its first token from another"
             assert all(s.group is group and s.status is SequenceStatus.WAITING for s in sequence.forks)
             assert group is None or len(group) > 1
-        held = {block for s in self.running for block in s.block_table}
+        held = {block for s in self.running for block in s.block_table} - {GIVEN_BACK}
         assert len(held) + self.block_manager.num_free_blocks == self.block_manager.num_blocks
 
     def _accept(self, sequence: Sequence, now: float, forks: Items[Sequence]) -> None:
@@ -255,7 +260,10 @@ class Scheduler:
         stats.num_free_blocks = self.block_manager.num_free_blocks
 
     def _make_room(self, sequences: list[Sequence], batch: ScheduledBatch) -> None:
-        """Gives running sequences slots for all of their tokens; where blocks run out, somebody makes way."""
+        """Gives running sequences slots for their next tokens; where blocks run out, somebody makes way.
+
+        Those are all of a sequence's tokens; with a window, as many as one step may compute.
+        """
         for sequence in [s for s in sequences if len(s.token_ids) > s.num_slots]:
             if sequence.block_table:  # else it has made way in this step
                 self._make_room_for(sequence, batch)
@@ -272,7 +280,8 @@ class Scheduler:
         self, sequence: Sequence, batch: ScheduledBatch, budget: int, limits: StepLimits
     ) -> int:
         remaining = sequence.num_tokens - sequence.num_computed_tokens
-        count = min(remaining, budget, limits.max_prefill_chunk)
+        slots = sequence.num_slots - sequence.num_computed_tokens
+        count = min(remaining, budget, limits.max_prefill_chunk, slots)
         batch.add(sequence, count)
         return count
 
@@ -302,14 +311,21 @@ class Scheduler:
             return None
         prefix = manager.cached_prefix(sequence)
         num_tokens = sequence.num_tokens
+        fits = True
         if self._is_guaranteed(sequence):
             num_tokens = max(num_tokens, sequence.max_len - 1)  # the last token needs no slot
+            fits = not manager.window or self._can_guarantee(sequence)
+        swapped = sequence.status is SequenceStatus.SWAPPED
+        num_computed = sequence.num_computed_tokens if swapped else len(prefix) * manager.block_size
+        if manager.window:
+            most = manager.window.num_behind(num_computed) + self._most_blocks(num_tokens)
+            num_tokens = min(num_tokens, most * manager.block_size)
         spare = self._watermark if self.running else 0
-        if not manager.can_allocate(num_tokens, prefix, spare):
+        if not (fits and manager.can_allocate(num_tokens, prefix, spare, num_computed)):
             self._blocked = sequence, prefix, manager.num_releases
             return None
         self._blocked = None
-        if sequence.status is SequenceStatus.SWAPPED:
+        if swapped:
             manager.swap_in(sequence, prefix, num_tokens)
         else:
             manager.allocate(sequence, prefix, num_tokens)
@@ -323,26 +339,43 @@ class Scheduler:
         manager = self.block_manager
         return num_releases == manager.num_releases and not manager.prefix_grew(sequence, prefix)
 
+    def _most_blocks(self, num_tokens: int) -> int:
+        """Blocks that a sequence of so many tokens holds at once."""
+        return self.block_manager.window.most_blocks(num_tokens, self._max_chunk)
+
+    def _can_guarantee(self, sequence: Sequence) -> bool:
+        """Whether it and all that run guaranteed can have as many blocks at once as each ever needs.
+
+        With a window they take blocks and give some back as they go on, so all are not theirs from the start;
+        but whoever is not guaranteed makes way for them.
+        """
+        others = [running for running in self.running if self._is_guaranteed(running)]
+        needed = sum(self._most_blocks(one.max_len - 1) for one in (sequence, *others))
+        return needed <= self.block_manager.num_blocks
+
     def _is_guaranteed(self, sequence: Sequence) -> bool:
         """Whether it has made way often enough: it gets all its blocks at once and keeps them."""
         return sequence.num_preemptions >= self.max_preemptions
 
     def _make_room_for(self, sequence: Sequence, batch: ScheduledBatch) -> None:
-        """Gives a running sequence slots for all of its tokens, preempting for it, if need be itself."""
+        """Gives a running sequence slots for its next tokens, preempting for it, if need be itself."""
         manager = self.block_manager
-        while not manager.can_grow(sequence):
+        num_tokens = len(sequence.token_ids)
+        if manager.window:
+            num_tokens = min(num_tokens, sequence.num_computed_tokens + self._max_chunk)
+        while not manager.can_grow(sequence, num_tokens):
             candidates = [s for s in self.running if not self._is_guaranteed(s)]
             victim = self.policy.victim(candidates, self.stats)
             self._preempt(victim, sequence, batch)
             if victim is sequence:
                 return
-        manager.grow(sequence)
+        manager.grow(sequence, num_tokens)
 
     def _preempt(self, victim: Sequence, needed_by: Sequence, batch: ScheduledBatch) -> None:
         self.running.remove(victim)
         computed, manager = victim.num_computed_tokens, self.block_manager
         recompute_s = computed * self.costs.recompute_token_s
-        swap_s = 2 * manager.blocks_for(computed) * self.costs.swap_block_s
+        swap_s = 2 * manager.held_blocks(computed) * self.costs.swap_block_s
         swaps = self.preemption is Preemption.SWAP or (
             self.preemption is Preemption.AUTO and swap_s < recompute_s
         )
@@ -365,6 +398,7 @@ class Scheduler:
             or len(self.running) >= self.max_num_running
             or self.block_manager.transfers  # the parent's content may not be there yet
             or not 0 < num_shared <= parent.num_computed_tokens
+            or not self.block_manager.can_fork(parent, num_shared)
             or parent.token_ids[:num_shared] != child.token_ids[:num_shared]
             or parent.sampling_params.cache_salt != child.sampling_params.cache_salt
         ):

@@ -10,6 +10,9 @@ from enum import Enum
 from pagellm.engine.requests.outputs import FinishReason
 from pagellm.engine.requests.sampling_params import SamplingParams
 
+# Stands in a block table for a block behind all windows, which was given back. Nothing reads such an entry.
+GIVEN_BACK = -1
+
 
 class SequenceError(Exception):
     """Something that was done for one sequence alone failed, with the exception that this one comes from."""

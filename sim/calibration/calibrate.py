@@ -172,6 +172,7 @@ def _describe(engine: "LLMEngine", model: str) -> dict[str, Any]:
         "block_bytes": token_bytes * engine.config.block_size,
         "num_blocks": engine.config.num_blocks,
         "max_model_len": engine.spec.max_positions,
+        "window": engine.config.window,
     }
 
 

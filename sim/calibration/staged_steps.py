@@ -77,15 +77,18 @@ class Stage:
         self._request_ids: list[str] = []
         self._has_content: set[int] = set()
         self.max_tokens = scheduler.limits.max_num_batched_tokens
-        self.max_context = min(config.max_model_len, self._num_blocks * self._block_size) - _MAX_TOKENS - 1
+        # With a window, more tokens than the blocks hold at once.
+        num_slots = config.max_model_len if config.window else self._num_blocks * self._block_size
+        self.max_context = min(config.max_model_len, num_slots) - _MAX_TOKENS - 1
         self.max_chunk = min(self.max_tokens, scheduler.limits.max_prefill_chunk, self.max_context)
         self.max_decodes = scheduler.max_num_running
-        self.max_kv_tokens = min(self._num_blocks * self._block_size, _MAX_CONTEXT_TOKENS)
+        self.max_kv_tokens = _MAX_CONTEXT_TOKENS if config.window else min(num_slots, _MAX_CONTEXT_TOKENS)
 
     def fits(self, shape: StepShape) -> bool:
         """Whether the engine's settings allow a step of this shape."""
         lengths = [*shape.decodes, *(shape.before + chunk for chunk in shape.chunks)]
-        num_blocks = sum((length + _MAX_TOKENS) // self._block_size + 1 for length in lengths)
+        config = self._engine.config
+        num_blocks = sum(config.most_blocks(length + _MAX_TOKENS + 1, config.window) for length in lengths)
         return (
             shape.num_sequences <= self.max_decodes
             and max(lengths) <= self.max_context
@@ -149,12 +152,15 @@ class Stage:
     def _prepare(self, shape: StepShape) -> None:
         for length in shape.decodes:
             self._add(length)
-        if shape.decodes:
-            self._skip(sys.maxsize)
+        scheduler = self._engine.scheduler
+        while scheduler.waiting or any(s.num_tokens - s.num_computed_tokens > 1 for s in scheduler.running):
+            self._skip(sys.maxsize)  # more than once if blocks are given back on the way
         for chunk in shape.chunks:
             self._add(shape.before + chunk)
-        if shape.before and shape.chunks:
-            self._skip(shape.before)
+        left = shape.before if shape.chunks else 0
+        while left:
+            self._skip(left)
+            left = shape.before - scheduler.running[-1].num_computed_tokens
         self._fill_blocks()
 
     def _add(self, length: int) -> None:

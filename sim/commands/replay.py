@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 from pagellm.engine.commands.cli import add_model_options, engine_config, given_settings
-from pagellm.engine.config import DEFAULT_MODEL
+from pagellm.engine.commands.flags import Flag, add_flags
+from pagellm.engine.config import DEFAULT_MODEL, EngineConfig
 from pagellm.engine.errors import ConfigError, TraceError
 from pagellm.sim.commands.sweep import add_accept_profile_error, parse_roofline
 from pagellm.sim.commands.trace import PROGRESS_INTERVAL_S, add_trace_input, list_skipped, load_trace
@@ -54,6 +55,7 @@ def add_replay(commands: "argparse._SubParsersAction[Any]") -> None:
     results.add_argument("--perfetto", metavar="FILE", help="steps and requests for ui.perfetto.dev")
     results.add_argument("--results", metavar="FILE", help="a line of JSON for each request")
     add_model_options(replay)
+    add_flags(times, EngineConfig, {"window": Flag("simulate a model all of whose layers see N tokens only")})
     # No default model, so that it shows whether one was given.
     replay.set_defaults(model=None, command=partial(_replay, replay))
 

@@ -8,6 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import repeat
 from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
 
@@ -48,13 +49,15 @@ class CostModel(ABC):
 
     name: what the times come from, for reports. costs: what preemption is expected to cost in the step to
     come, for the scheduler. error: of a profile's times, None where nothing was held against them.
-    max_model_len: tokens that the model takes, if that is known.
+    max_model_len: tokens that the model takes, if that is known. window: of the model, if that is known: see
+    `EngineConfig`.
     """
 
     name: str
     costs = PreemptionCosts()
     error: StepTimeError | None = None
     max_model_len: int | None = None
+    window: int | None = None
 
     @property
     def extrapolated(self) -> int:
@@ -95,9 +98,9 @@ class CostModel(ABC):
         return EngineConfig(**given)
 
     def fill(self, config: EngineConfig) -> EngineConfig:
-        """The settings with num_blocks and max_model_len, where they were left open and are known here.
+        """The settings with num_blocks, max_model_len and window, where they were open and are known here.
 
-        Raises `ConfigError` where num_blocks stays open, and for more tokens than the model takes.
+        Raises `ConfigError` where num_blocks stays open, and for what the model does not take.
         """
         num_blocks = config.num_blocks or self.num_blocks(config.block_size)
         if num_blocks is None:
@@ -110,8 +113,12 @@ class CostModel(ABC):
             raise ConfigError(
                 f"max_model_len: found {wanted}, expected at most {known}, the context of this model"
             )
-        limits = (limit for limit in (wanted, known, num_blocks * config.block_size) if limit is not None)
-        return replace(config, num_blocks=num_blocks, max_model_len=min(limits))
+        if config.window is not None and self.window not in (None, config.window):
+            raise ConfigError(f"window: found {config.window}, expected {self.window}, that of this model")
+        complete = config.complete(num_blocks, known, self.window or 0)
+        return replace(
+            config, num_blocks=num_blocks, max_model_len=complete.max_model_len, window=complete.window
+        )
 
     def check_error(self, accept: bool) -> None:
         """Raises `ConfigError` for times that were far from what was measured, unless that is accepted."""
@@ -153,7 +160,8 @@ class BatchShape(NamedTuple):
     """What of a batch matters for its time.
 
     num_decodes, decode_context: sequences of which one token is computed, and the tokens before those, in
-    all. prefills: (tokens, tokens before them) of each other sequence.
+    all. prefills: (tokens, tokens before them) of each other sequence. With a window only those tokens count
+    that are seen; before the tokens of a prefill as many as give it its pairs of a query and a key.
     """
 
     num_decodes: int
@@ -161,10 +169,16 @@ class BatchShape(NamedTuple):
     prefills: list[tuple[int, int]]
 
 
-def shape_of(batch: ScheduledBatch) -> BatchShape:
-    """The shape of a batch. Prefills are few and stand at its end, so that decodes cost a sum each."""
+def shape_of(batch: ScheduledBatch, window: int = 0) -> BatchShape:
+    """The shape of a batch. Prefills are few and stand at its end, so that decodes cost a sum each.
+
+    window: the tokens that a token sees, itself included; 0: all before it.
+    """
     sequences, counts = batch.sequences, batch.num_new_tokens
-    num_decodes, context = len(sequences), sum(map(_context, sequences))
+    contexts = map(_context, sequences)
+    if window:
+        contexts = map(min, contexts, repeat(window - 1))
+    num_decodes, context = len(sequences), sum(contexts)
     prefills = []
     index, beyond_one = num_decodes, sum(counts) - num_decodes
     while beyond_one:
@@ -172,8 +186,15 @@ def shape_of(batch: ScheduledBatch) -> BatchShape:
         count = counts[index]
         if count > 1:
             before = sequences[index].num_computed_tokens
-            prefills.append((count, before))
             beyond_one -= count - 1
             num_decodes -= 1
-            context -= before
+            context -= before if not window else min(before, window - 1)
+            prefills.append((count, _seen_before(count, before, window) if window else before))
     return BatchShape(num_decodes, context, prefills)
+
+
+def _seen_before(count: int, before: int, window: int) -> int:
+    """The context with which `count` tokens that see all before them have as many pairs, none if too many."""
+    num_growing = min(max(window - before, 0), count)  # whose tokens see all before them
+    pairs = num_growing * before + num_growing * (num_growing + 1) // 2 + (count - num_growing) * window
+    return max(0, (pairs - count * (count + 1) // 2) // count)

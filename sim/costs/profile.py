@@ -6,6 +6,7 @@ A profile is a JSON object:
      "model": "...", "quantization": "int8", "num_threads": 2, "machine": "...",    what was measured
      "block_size": 16, "block_bytes": 368640,           tokens and bytes of a KV block
      "num_blocks": 4096, "max_model_len": 8192,         blocks that there were, and the model's context
+     "window": 0,                                       the widest of the model's layers; 0 where one sees all
      "prefill": {"chunk_tokens": [...],                 of one sequence, computed in one step
                  "context_tokens": [...],               of the same sequence, computed before
                  "seconds": [[...], ...]},              a row for each of chunk_tokens
@@ -22,7 +23,7 @@ A profile is a JSON object:
              "p90_error": x, "mean_signed_error": x}}   relative to them; more, for people: see calibrate.py
 
 Axes increase and have two points or more. "mixed" may be missing; the two parts of a step then add up. So may
-"num_blocks", "max_model_len" and "fit", which are then not known.
+"num_blocks", "max_model_len", "window" and "fit", which are then not known.
 """
 
 import json
@@ -119,6 +120,7 @@ class ProfileCostModel(CostModel):
         self._num_blocks, self.max_model_len = (
             fields.integer(name) if fields.has(name) else None for name in ("num_blocks", "max_model_len")
         )
+        self.window = fields.integer("window", 0) if fields.has("window") else None
         self.error = _error_of(fields.section("fit")) if fields.has("fit") else None
         self._prefill = read_table(fields, "prefill", "chunk_tokens", "context_tokens")
         self._decode = read_table(fields, "decode", "num_sequences", "context_tokens")
@@ -130,6 +132,7 @@ class ProfileCostModel(CostModel):
             transfer.seconds("copy_block_s"),
             transfer.seconds("swap_block_s"),
         )
+        self._window = self.window or 0
         self._begin(1.0)
 
     @classmethod
@@ -146,6 +149,7 @@ class ProfileCostModel(CostModel):
                 raise ConfigError(
                     f"{name}: found {found!r}, expected {self._profile[name]!r}, as in the profile"
                 )
+        self._window = config.window or 0
         self._begin(config.block_size / self.block_size)
 
     def block_bytes(self, block_size: int) -> int:
@@ -155,7 +159,7 @@ class ProfileCostModel(CostModel):
         return None if self._num_blocks is None else max(1, self._num_blocks * self.block_size // block_size)
 
     def step_time(self, batch: ScheduledBatch) -> float:
-        num_decodes, context, prefills = shape_of(batch)
+        num_decodes, context, prefills = shape_of(batch, self._window)
         total = self._measured.step_s + self._measured.sequence_s * len(batch.sequences)
         if batch.transfers:
             total += self.transfer_time(batch, self._copy_block_s)

@@ -108,6 +108,7 @@ class RooflineCostModel(CostModel):
         ring = 2 * (num_devices - 1) / num_devices
         self._exchange_s = exchanged * ring / (hardware.link_bytes_per_s * efficiency)
         self._copy_block_s = 0.0
+        self._window = 0
         if self.num_blocks(1) < 1:
             needed = model.num_parameters * model.weight_bytes
             raise ConfigError(
@@ -130,13 +131,14 @@ class RooflineCostModel(CostModel):
         return cls(device, decoder, num_devices, name=name, **options)
 
     def begin(self, config: EngineConfig, num_replicas: int = 1) -> None:
+        self._window = config.window or 0
         block_bytes = self.block_bytes(config.block_size)
         self._copy_block_s = 2 * block_bytes / self._bytes_per_s
         swap_block_s = block_bytes / (self._hardware.host_bytes_per_s * self._num_devices)
         self.costs = PreemptionCosts(self._token_s, swap_block_s)
 
     def step_time(self, batch: ScheduledBatch) -> float:
-        num_decodes, context, prefills = shape_of(batch)
+        num_decodes, context, prefills = shape_of(batch, self._window)
         num_tokens, pairs = num_decodes, context + num_decodes
         for count, before in prefills:
             num_tokens += count

@@ -29,6 +29,7 @@ def test_what_was_asked_for_stays_as_it_was() -> None:
         num_blocks=8,
         max_model_len=30,
         max_prefill_chunk=5,
+        window=7,
         preemption="swap",
         num_swap_blocks=3,
         num_threads=2,

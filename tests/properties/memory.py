@@ -40,10 +40,14 @@ def names_of_cached_blocks(manager: BlockManager) -> dict[int, tuple[str, tuple[
 
 
 class Memory:
-    """Two tiers of blocks, written by computing and by transfers alone."""
+    """Two tiers of blocks, written by computing and by transfers alone.
 
-    def __init__(self, num_blocks: int, block_size: int, num_swap_blocks: int) -> None:
+    window: the tokens that a token sees, itself included; 0: all before it.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, num_swap_blocks: int, window: int = 0) -> None:
         self.block_size = block_size
+        self.window = window
         self.blocks = [[NOTHING] * block_size for _ in range(num_blocks)]
         self.swap = [[NOTHING] * block_size for _ in range(num_swap_blocks)]
         self._numbers: dict[tuple[int | str, int], int] = {}
@@ -72,6 +76,7 @@ class Memory:
         prefixes = self.prefixes(sequence)
         for position in range(start, end):
             index, slot = divmod(position, self.block_size)
+            assert sequence.block_table[index] >= 0, "a token's slot was given back"
             self.blocks[sequence.block_table[index]][slot] = prefixes[position]
 
     def move(self, transfer: Transfer, fails: bool = False) -> None:
@@ -82,10 +87,14 @@ class Memory:
         targets[target] = [NOTHING] * self.block_size if fails else list(sources[source])
 
     def holds(self, sequence: Sequence, num_tokens: int, table: list[int] | None = None) -> bool:
-        """Whether the blocks hold the sequence's first tokens."""
+        """Whether the blocks hold those of the sequence's first tokens that its next one sees."""
         prefixes, size = self.prefixes(sequence)[:num_tokens], self.block_size
         for index, block in enumerate(sequence.block_table if table is None else table):
             own = prefixes[index * size : (index + 1) * size]
+            if block < 0:  # the next token, at num_tokens, must not see any of it
+                if not self.window or (index + 1) * size > num_tokens - self.window + 1:
+                    return False
+                continue
             if self.blocks[block][: len(own)] != own:
                 return False
         return True

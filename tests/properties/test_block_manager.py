@@ -7,7 +7,7 @@ on, and a naive model that names content by its tokens and derives everything el
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import hypothesis.strategies as st
@@ -23,7 +23,7 @@ from pagellm.engine.scheduling.block_manager import (
     TransferKind,
     chained_hash,
 )
-from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
+from pagellm.engine.scheduling.sequence import GIVEN_BACK, Sequence, SequenceStatus
 from tests.properties.covered import covered, rule
 from tests.properties.memory import Memory, constant, names_of_cached_blocks, two_bits
 
@@ -48,7 +48,13 @@ class Private:
     number: int
 
 
+@dataclass(frozen=True)
+class Behind:
+    """In the place of a block behind the window."""
+
+
 Name = Cached | Private
+BEHIND = Behind()
 
 
 @dataclass
@@ -64,7 +70,8 @@ class NaiveManager:
     block_size: int
     caches: bool
     num_swap_blocks: int
-    held: dict[int, list[Name]] = field(default_factory=dict)
+    window: int = 0
+    held: dict[int, list[Name | Behind]] = field(default_factory=dict)
     swapped: dict[int, int] = field(default_factory=dict)
     idle: list[Cached] = field(default_factory=list)
     offered: dict[int, int] = field(default_factory=dict)
@@ -73,7 +80,9 @@ class NaiveManager:
 
     @property
     def references(self) -> Counter[Name]:
-        return Counter(block for table in self.held.values() for block in table)
+        return Counter(
+            block for table in self.held.values() for block in table if not isinstance(block, Behind)
+        )
 
     @property
     def num_free(self) -> int:
@@ -97,14 +106,27 @@ class NaiveManager:
             hits.append(Cached(salt, tokens[:end]))
         return hits
 
-    def fits(self, num_tokens: int, hits: list[Cached], spare: int) -> bool:
-        free_for_others = self.num_free - len(set(hits) & set(self.idle)) - spare
-        return self.blocks_for(num_tokens) - len(hits) <= free_for_others
+    def behind(self, num_computed: int) -> int:
+        """Leading blocks, none of whose tokens is seen by one behind the last full block.
 
-    def admit(self, seq_id: int, num_tokens: int, hits: list[Cached]) -> None:
-        self.idle = [block for block in self.idle if block not in hits]
-        self.held[seq_id] = list(hits)
-        self.offered[seq_id] = len(hits)
+        The last full block is no such block, whatever the window.
+        """
+        full = num_computed // self.block_size
+        ends = range(self.block_size, full * self.block_size, self.block_size)
+        unseen = full * self.block_size - self.window + 1  # tokens that one there does not see
+        return sum(end <= unseen for end in ends) if self.window else 0
+
+    def fits(self, num_tokens: int, hits: list[Cached], spare: int, num_computed: int) -> bool:
+        behind = self.behind(num_computed)
+        free_for_others = self.num_free - len(set(hits[behind:]) & set(self.idle)) - spare
+        return self.blocks_for(num_tokens) - max(behind, len(hits)) <= free_for_others
+
+    def admit(self, seq_id: int, num_tokens: int, hits: list[Cached], num_computed: int) -> None:
+        behind = self.behind(num_computed)
+        passed = [block for block in hits[:behind][::-1] if block in self.idle]  # used, though not held
+        self.idle = [block for block in self.idle if block not in hits] + passed
+        self.held[seq_id] = [*[BEHIND] * behind, *hits[behind:]]
+        self.offered[seq_id] = max(behind, len(hits))
         while len(self.held[seq_id]) < self.blocks_for(num_tokens):
             self.held[seq_id].append(self.take())
         self.swapped.pop(seq_id, None)
@@ -112,10 +134,24 @@ class NaiveManager:
     def take(self) -> Private:
         """Blocks that nobody can find are used up before cached content is evicted."""
         if self.num_free == len(self.idle):
-            self.idle.pop(0)
-            self.stats.evictions += self.block_size
+            evicted = self.idle[0]
+            lost = {
+                name
+                for name in self.cached
+                if name.salt == evicted.salt and name.prefix[: len(evicted.prefix)] == evicted.prefix
+            }
+            self.forget(lost)
+            self.stats.evictions += self.block_size * len(lost)
             covered["evictions"] += 1
+            covered["evictions of what others follow"] += len(lost) > 1
         return self.private()
+
+    def forget(self, lost: set[Cached]) -> None:
+        """Nobody can find these; who shared a block still shares it."""
+        self.idle = [name for name in self.idle if name not in lost]
+        nameless = {name: self.private() for name in self.references if name in lost}
+        for table in self.held.values():
+            table[:] = [nameless.get(name, name) if isinstance(name, Cached) else name for name in table]
 
     def private(self) -> Private:
         self.num_private += 1
@@ -142,11 +178,18 @@ class NaiveManager:
 
     def computed(self, seq_id: int, salt: str, tokens: Tokens) -> None:
         """All of `tokens` are computed: full blocks behind cached ones enter the cache, once."""
-        if not self.caches:
-            return
+        if self.caches:
+            self.offer(seq_id, salt, tokens)
+        table, behind = self.held[seq_id], self.behind(len(tokens))
+        released = [block for block in table[:behind] if block != BEHIND]
+        table[:behind] = [BEHIND] * behind
+        self.rest(released[::-1])
+        covered["blocks behind the window"] += len(released)
+
+    def offer(self, seq_id: int, salt: str, tokens: Tokens) -> None:
         table, full = self.held[seq_id], len(tokens) // self.block_size
         for index in range(self.offered[seq_id], full):
-            if index and isinstance(table[index - 1], Private):
+            if index and not isinstance(table[index - 1], Cached):
                 break
             name, own = Cached(salt, tokens[: (index + 1) * self.block_size]), table[index]
             known = name in self.cached
@@ -162,21 +205,18 @@ class NaiveManager:
         self.rest(self.held.pop(seq_id, [])[::-1])
         self.swapped.pop(seq_id, None)
 
-    def rest(self, released: list[Name]) -> None:
+    def rest(self, released: Iterable[Name | Behind]) -> None:
         """Cached content that nobody holds any more can be evicted, the first released first."""
         references = self.references
         self.idle += [block for block in released if isinstance(block, Cached) and not references[block]]
 
     def swap_out(self, seq_id: int, num_tokens: int) -> None:
         self.free(seq_id)
-        self.swapped[seq_id] = self.blocks_for(num_tokens)
+        self.swapped[seq_id] = self.blocks_for(num_tokens) - self.behind(num_tokens)
 
     def reset(self) -> None:
         """Nobody can find anything; who shared a block still shares it."""
-        self.idle = []
-        nameless = {name: self.private() for name in self.references if isinstance(name, Cached)}
-        for table in self.held.values():
-            table[:] = [nameless.get(name, name) if isinstance(name, Cached) else name for name in table]
+        self.forget(self.cached)
 
     def blocks_for(self, num_tokens: int) -> int:
         return len(range(0, num_tokens, self.block_size))
@@ -210,13 +250,20 @@ class BlockManagerMachine(RuleBasedStateMachine):
         caches=st.sampled_from([True, True, True, False]),
         num_swap_blocks=st.sampled_from([0, 1, 2, 3, 5, 8]),
         hash_block=st.sampled_from([chained_hash, chained_hash, two_bits, constant]),
+        window=st.sampled_from([0, 0, 0, 1, 2, 3, 4, 5, 7, 9]),
     )
     def configure(
-        self, num_blocks: int, block_size: int, caches: bool, num_swap_blocks: int, hash_block: Hash
+        self,
+        num_blocks: int,
+        block_size: int,
+        caches: bool,
+        num_swap_blocks: int,
+        hash_block: Hash,
+        window: int,
     ) -> None:
-        self.manager = BlockManager(num_blocks, block_size, caches, num_swap_blocks, hash_block)
-        self.model = NaiveManager(num_blocks, block_size, caches, num_swap_blocks)
-        self.memory = Memory(num_blocks, block_size, num_swap_blocks)
+        self.manager = BlockManager(num_blocks, block_size, caches, num_swap_blocks, hash_block, window)
+        self.model = NaiveManager(num_blocks, block_size, caches, num_swap_blocks, window)
+        self.memory = Memory(num_blocks, block_size, num_swap_blocks, window)
         self.collides = hash_block is not chained_hash
 
     @precondition(lambda self: len(self.waiting) + len(self.running) < MOST_ALIVE)
@@ -292,6 +339,10 @@ class BlockManagerMachine(RuleBasedStateMachine):
         """Shares what is computed, all of it or less, and goes on with another token."""
         parent = self._pick([s for s in self.running if self._can_fork(s)], pick)
         shared = max(1, parent.num_computed_tokens - shorter)
+        can_fork = self.model.behind(shared) == self.model.behind(parent.num_computed_tokens)
+        assert self.manager.can_fork(parent, shared) == can_fork
+        if not can_fork:
+            return
         child = self._new([*parent.token_ids[:shared], token], parent.sampling_params.cache_salt, True)
         table = list(parent.block_table)
         self.manager.fork(parent, child, shared)
@@ -319,7 +370,8 @@ class BlockManagerMachine(RuleBasedStateMachine):
         sequence = self._pick(self.running, pick)
         if sequence.num_computed_tokens == sequence.num_tokens:
             sequence.token_ids.append(token)
-        num_blocks = self.model.blocks_for(sequence.num_computed_tokens)
+        behind = self.model.behind(sequence.num_computed_tokens)
+        num_blocks = self.model.blocks_for(sequence.num_computed_tokens) - behind
         possible = self.manager.can_swap_out(sequence)
         assert possible == (0 < num_blocks <= self.model.num_free_swap)
         if not possible:
@@ -329,7 +381,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         transfers = list(self.manager.transfers)[num_transfers:]
         self.model.swap_out(sequence.seq_id, sequence.num_computed_tokens)
         assert [(t.kind, t.source) for t in transfers] == [
-            (TransferKind.SWAP_OUT, block) for block in table[:num_blocks]
+            (TransferKind.SWAP_OUT, block) for block in table[behind : behind + num_blocks]
         ]
         assert [t.target for t in transfers] == sequence.swap_table
         assert all(t.sequence is sequence for t in transfers)
@@ -375,6 +427,9 @@ class BlockManagerMachine(RuleBasedStateMachine):
         for sequence in self.running:
             names = self.model.held[sequence.seq_id]
             for index, (name, block) in enumerate(zip(names, sequence.block_table, strict=True)):
+                assert (name == BEHIND) == (block == GIVEN_BACK)
+                if isinstance(name, Behind):
+                    continue
                 assert block_of.setdefault(name, block) == block, f"{name} lies in two blocks"
                 assert name_of.setdefault(block, name) == name, f"block {block} serves as two"
                 filled = min(size, max(0, sequence.num_computed_tokens - index * size))
@@ -423,6 +478,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
             if sequence.reads_cache and not sequence.swap_table:
                 assert not self.manager.prefix_grew(sequence, hits)
             num_tokens = len(hits) * self.manager.block_size
+            assert GIVEN_BACK not in hits
             assert self.memory.holds(sequence, num_tokens, hits), f"a wrong hit: {sequence}"
 
     def teardown(self) -> None:
@@ -462,17 +518,21 @@ class BlockManagerMachine(RuleBasedStateMachine):
         num_tokens = sequence.num_tokens + more
         hits = self._expected_hits(sequence)
         prefix = self.manager.cached_prefix(sequence)
-        fits = self.manager.can_allocate(num_tokens, prefix, spare)
-        assert fits == self.model.fits(num_tokens, hits, spare)
+        size = self.manager.block_size
+        num_computed = computed if swapped else len(hits) * size
+        fits = self.manager.can_allocate(num_tokens, prefix, spare, num_computed)
+        assert fits == self.model.fits(num_tokens, hits, spare, num_computed)
         if not fits:
             return
-        size = self.manager.block_size
+        behind = self.model.behind(num_computed)
         if swapped:
             num_transfers = len(self.manager.transfers)
             self.manager.swap_in(sequence, prefix, num_tokens)
             assert list(self.manager.transfers)[num_transfers:] == [
                 (TransferKind.SWAP_IN, slot, block, sequence)
-                for slot, block in list(zip(swapped, sequence.block_table, strict=False))[len(prefix) :]
+                for slot, block in list(zip(swapped, sequence.block_table[behind:], strict=False))[
+                    max(0, len(prefix) - behind) :
+                ]
             ]
             assert sequence.num_computed_tokens == computed
             assert sequence.swap_table == []
@@ -483,14 +543,15 @@ class BlockManagerMachine(RuleBasedStateMachine):
             if self.model.caches and sequence.reads_cache and not sequence.was_admitted:
                 self.model.stats.queries += sequence.num_tokens
                 self.model.stats.hits += len(hits) * size
-        self.model.admit(sequence.seq_id, num_tokens, hits)
+        self.model.admit(sequence.seq_id, num_tokens, hits, num_computed)
+        covered["hits behind the window"] += len(hits) > behind > 0
         sequence.was_admitted = True
         covered["cache hits"] += bool(hits)
         covered["cache hits under colliding hashes"] += bool(hits) and self.collides
         assert sequence.status is SequenceStatus.RUNNING
         self.waiting.remove(sequence)
         self.running.append(sequence)
-        assert sequence.block_table[: len(prefix)] == prefix
+        assert sequence.block_table[: max(behind, len(prefix))] == [GIVEN_BACK] * behind + prefix[behind:]
         assert len(sequence.block_table) == -(-num_tokens // size)
         assert sequence.num_computed_tokens < sequence.num_tokens, "no token is left to compute"
 

@@ -28,7 +28,7 @@ from pagellm.engine.scheduling.batch import Preempted, Preemption, PreemptionCos
 from pagellm.engine.scheduling.block_manager import BlockManager, TransferKind, chained_hash
 from pagellm.engine.scheduling.policies import POLICIES
 from pagellm.engine.scheduling.scheduler import Scheduler
-from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
+from pagellm.engine.scheduling.sequence import GIVEN_BACK, Sequence, SequenceStatus
 from tests.properties import policies
 from tests.properties.covered import covered, rule
 from tests.properties.memory import Memory, two_bits
@@ -57,6 +57,7 @@ class Side:
             self.config.enable_prefix_caching,
             self.config.num_swap_blocks,
             self.hash_block,
+            self.config.window,
         )
         self.scheduler = Scheduler(self.config, self.manager)
 
@@ -113,6 +114,52 @@ class Rules:
 
     def blocks_for(self, num_tokens: int) -> int:
         return len(range(0, num_tokens, self.config.block_size))
+
+    def behind(self, num_computed: int) -> int:
+        """Leading blocks that no token from the last full block's end on sees; the last full one is kept."""
+        size, full = self.config.block_size, num_computed // self.config.block_size
+        ends = range(size, full * size, size)
+        return sum(end <= full * size - self.config.window + 1 for end in ends) if self.config.window else 0
+
+    def held(self, num_computed: int) -> int:
+        """Blocks of so many computed tokens that are not behind the window."""
+        return self.blocks_for(num_computed) - self.behind(num_computed)
+
+    @property
+    def most_chunk(self) -> int:
+        """Tokens of one sequence in one step at most."""
+        return min(self.config.max_prefill_chunk, self.config.max_num_batched_tokens)
+
+    def most_blocks(self, num_tokens: int) -> int:
+        """Blocks that so many tokens take at once: what is seen, and the longest chunk."""
+        if not self.config.window:
+            return self.blocks_for(num_tokens)
+        seen = max(1, self.blocks_for(self.config.window - 1))
+        return min(self.blocks_for(num_tokens), seen + 1 + self.blocks_for(self.most_chunk))
+
+    def slots_next(self, sequence: Sequence, num_computed: int) -> int:
+        """The tokens that a running sequence must have slots for."""
+        if not self.config.window:
+            return sequence.num_tokens
+        return min(sequence.num_tokens, num_computed + self.most_chunk)
+
+    def slots_at_first(self, sequence: Sequence, num_computed: int) -> int:
+        """Those when it is admitted: all that it can ever fill, if it made way too often."""
+        num_tokens = sequence.num_tokens
+        if self.is_guaranteed(sequence):
+            num_tokens = max(num_tokens, self.longest(sequence) - 1)
+        if self.config.window:
+            most = self.behind(num_computed) + self.most_blocks(num_tokens)
+            num_tokens = min(num_tokens, most * self.config.block_size)
+        return num_tokens
+
+    def can_guarantee(self, sequence: Sequence, running: list[Sequence]) -> bool:
+        """With a window, those that keep what they have must at any time find what each can ever need."""
+        if not (self.config.window and self.is_guaranteed(sequence)):
+            return True
+        guaranteed = [s for s in running if self.is_guaranteed(s)]
+        needs = (self.most_blocks(self.longest(s) - 1) for s in [sequence, *guaranteed])
+        return sum(needs) <= self.config.num_blocks
 
     def accept(self, sequence: Sequence, forks: list[Sequence], now: float) -> None:
         for new in (sequence, *forks):
@@ -210,7 +257,7 @@ class Expected:
         self.decodes: Work = []
         self.prefills: Work = []
         self.preempted: list[tuple[Sequence, Preemption, Sequence, int]] = []
-        self._new_blocks = count(-1, -1)
+        self._new_blocks = count(GIVEN_BACK - 1, -1)
         decodes = [s for s in before.running if before.remaining[s] == 1]
         if not before.prefills_alone:
             self.make_room(decodes)
@@ -224,7 +271,7 @@ class Expected:
 
     @property
     def num_free(self) -> int:
-        return self.rules.manager.num_blocks - len(set().union(*self.tables.values()))
+        return self.rules.manager.num_blocks - len(set().union(*self.tables.values()) - {GIVEN_BACK})
 
     def decode(self, decodes: list[Sequence]) -> None:
         self.decodes = [(sequence, 1) for sequence in decodes if sequence in self.running]
@@ -245,7 +292,8 @@ class Expected:
                 self.give_blocks(sequence)
 
     def num_needed(self, sequence: Sequence) -> int:
-        missing = self.rules.blocks_for(sequence.num_tokens) - len(self.tables[sequence])
+        slots = self.rules.slots_next(sequence, self.before.computed[sequence])
+        missing = self.rules.blocks_for(slots) - len(self.tables[sequence])
         return max(0, missing) + self.needs_copy(sequence)
 
     def needs_copy(self, sequence: Sequence) -> bool:
@@ -261,12 +309,13 @@ class Expected:
         table = self.tables[sequence]
         if self.needs_copy(sequence):
             table[self.before.computed[sequence] // self.rules.config.block_size] = next(self._new_blocks)
-        while len(table) < self.rules.blocks_for(sequence.num_tokens):
+        slots = self.rules.slots_next(sequence, self.before.computed[sequence])
+        while len(table) < self.rules.blocks_for(slots):
             table.append(next(self._new_blocks))
 
     def preempt(self, victim: Sequence, needed_by: Sequence) -> None:
         computed = self.before.computed[victim]
-        blocks = self.rules.blocks_for(computed)
+        blocks = self.rules.held(computed)
         mode, costs = self.rules.preemption, self.rules.costs
         saves = 2 * blocks * costs.swap_block_s < computed * costs.recompute_token_s
         swaps = (mode == "swap" or (mode == "auto" and saves)) and 0 < blocks <= self.num_free_swap
@@ -297,7 +346,9 @@ class Driver:
         self.main = self.sides[0]
         self.scheduler, self.manager = self.main.scheduler, self.main.manager
         self.rules = Rules(self.main)
-        self.memory = Memory(self.manager.num_blocks, config.block_size, config.num_swap_blocks)
+        self.memory = Memory(
+            self.manager.num_blocks, config.block_size, config.num_swap_blocks, config.window
+        )
         self.batches: list[ScheduledBatch] = []  # between schedule and commit: one of each scheduler
         self.ran = False
         self.was_reset = False
@@ -331,6 +382,7 @@ class Driver:
                 and len(tokens) - 1 <= parent.num_computed_tokens
                 and parent.token_ids[: len(tokens) - 1].tolist() == tokens[:-1]
                 and parent.sampling_params.cache_salt == params.cache_salt
+                and self.rules.behind(len(tokens) - 1) == self.rules.behind(parent.num_computed_tokens)
             )
             free = side.manager.num_free_blocks
             accepted = self._accept(
@@ -641,7 +693,7 @@ class Driver:
             assert forks == (begin if samples else [])
         assert len(self.scheduler.running) <= self.config.max_num_seqs
         swaps = [t for t in batch.transfers if t.kind is TransferKind.SWAP_OUT]
-        out = sum(self.rules.blocks_for(c) for _, by, _, c in reported if by is Preemption.SWAP)
+        out = sum(self.rules.held(c) for _, by, _, c in reported if by is Preemption.SWAP)
         assert len(swaps) >= out, "content is given up before it is moved"
 
     def _check_admission(self, batch: ScheduledBatch, before: Before, expected: Expected, work: Work) -> None:
@@ -667,7 +719,11 @@ class Driver:
             remaining = sequence.num_tokens - sequence.num_computed_tokens
             assert num_new == min(remaining, budget, self.config.max_prefill_chunk)
             budget -= num_new
-            assert len(sequence.block_table) == self.rules.blocks_for(self._num_slots(sequence))
+            slots = self.rules.slots_at_first(sequence, sequence.num_computed_tokens)
+            assert len(sequence.block_table) == self.rules.blocks_for(slots)
+            others = expected.running + admitted[: admitted.index(sequence)]
+            assert self.rules.can_guarantee(sequence, others)
+            covered["admissions that keep what they have"] += self.rules.is_guaranteed(sequence)
         watermark = int(self.config.watermark * self.manager.num_blocks)
         if admitted and len(expected.running) + len(admitted) > 1:
             assert self.manager.num_free_blocks >= watermark, "no room is left to grow"
@@ -676,15 +732,19 @@ class Driver:
             spare = watermark if self.scheduler.running else 0
             assert any(
                 self.rules.may_be_next(s, waiting, {s: s.status for s in waiting})
-                and not self.manager.can_allocate(self._num_slots(s), self.manager.cached_prefix(s), spare)
+                and not self._fits(s, spare)
                 for s in waiting
             ), "they wait in vain"
 
-    def _num_slots(self, sequence: Sequence) -> int:
-        """Slots that it gets when it is admitted: all that it can ever fill, if it made way too often."""
-        if self.rules.is_guaranteed(sequence):
-            return max(sequence.num_tokens, self.rules.longest(sequence) - 1)
-        return sequence.num_tokens
+    def _fits(self, sequence: Sequence, spare: int) -> bool:
+        """Whether one that waits could be admitted now."""
+        prefix = self.manager.cached_prefix(sequence)
+        computed = len(prefix) * self.config.block_size
+        if sequence.status is SWAPPED:
+            computed = sequence.num_computed_tokens
+        slots = self.rules.slots_at_first(sequence, computed)
+        fits = self.manager.can_allocate(slots, prefix, spare, computed)
+        return fits and self.rules.can_guarantee(sequence, self.scheduler.running)
 
     def _check_shares(self, parent: Sequence, child: Sequence, num_tokens: int) -> None:
         assert child.block_table == parent.block_table[: self.rules.blocks_for(num_tokens)]
@@ -701,7 +761,14 @@ class Driver:
             if not self.config.enable_prefix_caching:
                 assert self.manager.cached_prefix(alike) == []
             elif not self.was_reset and sequence.num_registered_blocks >= full:
-                assert self.manager.cached_prefix(alike) == sequence.block_table[:full]
+                behind, hits = (
+                    self.rules.behind(sequence.num_computed_tokens),
+                    self.manager.cached_prefix(alike),
+                )
+                if not (self.config.window and self.manager.stats.evictions):
+                    assert len(hits) == full
+                    assert hits[behind:] == sequence.block_table[behind:full]
+                covered["blocks behind the window"] += behind
 
 
 CUSTOM = ["Whimsical", "WhimsicalPrefillFirst", "Faulty", "Faulty", "FaultyPrefillFirst"]
@@ -725,12 +792,13 @@ def configs(draw: st.DrawFn) -> CompleteConfig:
         max_num_batched_tokens=draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12, 12])),
         max_model_len=draw(st.none() | st.none() | st.integers(1, block_size * num_blocks + 2)),
         max_prefill_chunk=draw(st.sampled_from([None, None, 1, 2, 5])),
+        window=draw(st.sampled_from([None, None, None, 1, 2, 3, 4, 6, 9])),
         policy=policy if policy in POLICIES else f"tests.properties.policies:{policy}",
         preemption=preemption,
         num_swap_blocks=draw(swap_blocks[preemption]),
         watermark=draw(st.sampled_from([0.0, 0.0, 0.0, 0.25, 0.5])),
         max_preemptions=draw(st.sampled_from([1, 1, 2, 3, 8, 8])),
-    ).complete()
+    ).complete(context=draw(st.sampled_from([None, None, 30])))
 
 
 @st.composite

@@ -180,3 +180,25 @@ def test_a_file_that_is_neither_is_refused(tmp_path: Path) -> None:
         CostModel.load(tmp_path / "binary")
     with pytest.raises(ProfileError, match=r"cannot be read: Is a directory"):
         CostModel.load(tmp_path)
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 30)), min_size=1, max_size=5), st.integers(1, 12))
+def test_with_a_window_only_the_tokens_that_are_seen_count(rows: list[tuple[int, int]], window: int) -> None:
+    num_decodes, decode_context, prefills = shape_of(batch_of(*rows), window)
+    assert num_decodes == sum(count == 1 for count, _ in rows)
+    assert decode_context == sum(min(before, window - 1) for count, before in rows if count == 1)
+    chunks = [row for row in reversed(rows) if row[0] > 1]
+    for (count, before), (as_many, seen_before) in zip(chunks, prefills, strict=True):
+        pairs = sum(min(before + i + 1, window) for i in range(count))
+        fewest = count * (count + 1) // 2  # of a chunk that sees all of itself
+        assert as_many == count
+        assert pairs - count < count * seen_before + fewest <= max(pairs, fewest)
+
+
+def test_a_roofline_reads_no_more_context_than_the_window_has() -> None:
+    model = RooflineCostModel(ROUND_HARDWARE, ROUND_MODEL)
+    near, far = batch_of((1, 49)), batch_of((1, 100_000))
+    model.begin(model.fill(EngineConfig(num_blocks=9, window=50)))
+    assert model.step_time(far) == model.step_time(near)
+    model.begin(model.fill(EngineConfig(num_blocks=9)))
+    assert model.step_time(far) > model.step_time(near)

@@ -357,3 +357,21 @@ def test_what_cannot_be_a_path_is_refused_by_every_door(tmp_path: Path, path: An
     for name, call in doors.items():
         with pytest.raises(PagellmError, match=rf"^{name.split()[0]}: found .{{1,100}}, expected a path"):
             call()
+
+
+def test_with_a_window_a_long_request_runs_in_few_blocks(tmp_path: Path) -> None:
+    config = replace(CONFIG, num_blocks=30, window=20, max_model_len=5000, watermark=0.0)
+    run = Run(trace_of((0.0, 4000, 3)), tmp_path, config)
+    assert run.outcomes() == [("0", "finished", 65.0)]
+    assert max(step["blocks"]["used"] for step in run.steps) <= 5 + 1 + 16
+    with pytest.raises(TraceError, match="4000 tokens, expected at most 120"):
+        Run(trace_of((0.0, 4000, 3)), tmp_path, replace(config, window=None))
+
+
+def test_a_window_is_the_model_s_where_step_times_are_those_of_a_model() -> None:
+    model = Seconds()
+    model.window, model.max_model_len = 16, 10_000
+    filled = model.fill(EngineConfig(num_blocks=100))
+    assert (filled.window, filled.max_model_len) == (16, 10_000)
+    with pytest.raises(ConfigError, match="window: found 20, expected 16"):
+        model.fill(EngineConfig(num_blocks=100, window=20))
