@@ -49,13 +49,14 @@ class CostModel(ABC):
 
     name: what the times come from, for reports. costs: what preemption is expected to cost in the step to
     come, for the scheduler. error: of a profile's times, None where nothing was held against them.
-    max_model_len: tokens that the model takes, if that is known. window: of the model, if that is known: see
-    `EngineConfig`.
+    place: the file that it is from. max_model_len: tokens that the model takes, if that is known. window: of
+    the model, if that is known: see `EngineConfig`.
     """
 
     name: str
     costs = PreemptionCosts()
     error: StepTimeError | None = None
+    place: str | None = None
     max_model_len: int | None = None
     window: int | None = None
 
@@ -125,8 +126,9 @@ class CostModel(ABC):
         flag("accept_profile_error", accept, ConfigError)
         if self.error is not None and self.error["mean"] > MAX_PROFILE_ERROR and not accept:
             found = f"a mean error of {self.error['mean']:.0%} in the step times of {self.name}"
+            place = "profile" if self.place is None else f"profile: {self.place}"
             raise ConfigError(
-                f"profile: found {found}, expected at most {MAX_PROFILE_ERROR:.0%}: calibrate again when the "
+                f"{place}: found {found}, expected at most {MAX_PROFILE_ERROR:.0%}: calibrate again when the "
                 "machine is idle, or accept it with accept_profile_error (--accept-profile-error)"
             )
 

@@ -99,10 +99,12 @@ class ProfileCostModel(CostModel):
     mixed steps says is saved, and never less than the longer part. Blocks of another size than the measured
     ones are moved in time proportional to their size.
 
-    place: what errors call the profile. Raises `ProfileError`.
+    path: its file, if it is from one. Raises `ProfileError`.
     """
 
-    def __init__(self, profile: dict[str, Any], place: str = "profile") -> None:
+    def __init__(self, profile: dict[str, Any], path: str | None = None) -> None:
+        self.place = path
+        place = "profile" if path is None else path
         fields = Fields(profile, place, ProfileError, name="profile")
         check_version(fields)
         self._profile = profile
@@ -121,7 +123,10 @@ class ProfileCostModel(CostModel):
             fields.integer(name) if fields.has(name) else None for name in ("num_blocks", "max_model_len")
         )
         self.window = fields.integer("window", 0) if fields.has("window") else None
-        self.error = _error_of(fields.section("fit")) if fields.has("fit") else None
+        if fields.has("fit"):
+            self.error = _error_of(fields.section("fit"))
+        else:
+            self.name += ", of unknown error"
         self._prefill = read_table(fields, "prefill", "chunk_tokens", "context_tokens")
         self._decode = read_table(fields, "decode", "num_sequences", "context_tokens")
         self._saved = self._read_saved(fields) if fields.has("mixed") else None
@@ -137,8 +142,11 @@ class ProfileCostModel(CostModel):
 
     @classmethod
     def from_file(cls, path: Path) -> "ProfileCostModel":
-        """A model from a profile's file. Raises `ProfileError`."""
-        return cls(read_json(path, "a profile", ProfileError), str(path))
+        """A model from a file. Warns if that does not say how right it is. Raises `ProfileError`."""
+        model = cls(read_json(path, "a profile", ProfileError), str(path))
+        if model.error is None:
+            warnings.warn(f"{path}: found no fit: how right its step times are is unknown", stacklevel=2)
+        return model
 
     def begin(self, config: EngineConfig, num_replicas: int = 1) -> None:
         for name, found, no_wish in (

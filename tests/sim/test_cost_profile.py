@@ -40,6 +40,7 @@ PROFILE: dict[str, Any] = {
     },
     "overhead": {"step_s": 0.01, "sequence_s": 0.001},
     "transfer": {"copy_block_s": 0.25, "swap_block_s": 0.5},
+    "fit": {"num_steps": 9, "mean_error": 0.1, "p90_error": 0.2, "mean_signed_error": -0.1},
 }
 
 
@@ -177,3 +178,11 @@ def test_a_profile_is_told_from_a_step_log_by_its_content(tmp_path: Path) -> Non
 def test_a_bad_profile_is_refused_by_its_field(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ProfileError, match=f"p.json: {message}"):
         ProfileCostModel(profile(**changes), "p.json")
+
+
+def test_a_profile_that_does_not_say_how_right_it_is_says_so(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(json.dumps(profile(fit=None)))
+    with pytest.warns(UserWarning, match=r"p.json: found no fit: how right its step times are is unknown"):
+        model = CostModel.load(tmp_path / "p.json")
+    assert model.error is None
+    assert model.name == "tiny, int8, 2 threads, a desk, of unknown error"

@@ -219,7 +219,7 @@ def test_a_poor_profile_has_to_be_accepted_and_every_report_says_how_poor_it_is(
     for command in (["replay"], ["sweep", "--jobs", "1"]):
         assert main([*command, trace, "--profile", str(profile)]) == 2
         error = capsys.readouterr().err
-        assert "profile: found a mean error of 54% in the step times of tiny, int8" in error
+        assert f"profile: {profile}: found a mean error of 54% in the step times of tiny, int8" in error
         assert "expected at most 25%: calibrate again" in error
         assert "--accept-profile-error" in error
     accept = ("--profile", str(profile), "--accept-profile-error")
