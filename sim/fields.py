@@ -1,11 +1,15 @@
 """The named values of a JSON object from outside: each bad one is one error that says where it is."""
 
+import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pagellm.engine import checks
 from pagellm.engine.errors import PagellmError, found
+
+MAX_LINE_BYTES = 1 << 28  # of a trace in one document, or of anything else
 
 
 class _Nothing:
@@ -90,12 +94,31 @@ def read_json(path: Path, what: str, error: type[PagellmError]) -> Any:
 def read_lines(path: Path, error: type[PagellmError]) -> Iterator[str]:
     """The lines of a file of text, one at a time."""
     try:
-        with path.open(encoding="utf-8") as file:
-            yield from file
+        with path.open("rb") as file:
+            check_no_device(path, file, error)
+            for line in bounded_lines(path, file, error):
+                yield line.decode()
     except OSError as bad:
         raise error(f"{path}: cannot be read: {bad.strerror or bad}") from None
     except UnicodeDecodeError as bad:
         raise error(f"{path}: found {bad.object[bad.start :][:8]!r}, expected UTF-8") from None
+
+
+def check_no_device(path: Path, file: IO[bytes], error: type[PagellmError]) -> None:
+    """Refuses what has no end, such as /dev/zero; a terminal is ended by whoever sits there."""
+    mode = os.fstat(file.fileno()).st_mode
+    if stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and not file.isatty()):
+        raise error(f"{path}: found a device, expected a file or a pipe")
+
+
+def bounded_lines(path: Path, file: IO[bytes], error: type[PagellmError]) -> Iterator[bytes]:
+    """The lines of a file, none of them of more than `MAX_LINE_BYTES`."""
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise error(f"{path}:{number}: found a line of more than {MAX_LINE_BYTES} bytes, expected less")
+        yield line
 
 
 def bad(error: type[PagellmError], name: str, value: Any, expected: str) -> PagellmError:

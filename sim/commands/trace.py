@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -111,8 +112,10 @@ def load_trace(options: argparse.Namespace) -> Trace:
 def _write(trace: Trace, options: argparse.Namespace) -> None:
     """Writes a trace and says what was written, where it does not mix with the trace itself."""
     trace = trace.through(_counted)
-    number = trace.save(options.output) if options.output else trace.write(sys.stdout.buffer)
-    report = sys.stdout if options.output else sys.stderr
+    if options.output is None or _is_standard_output(options.output):
+        number, report = trace.write(sys.stdout.buffer), sys.stderr
+    else:
+        number, report = trace.save(options.output), sys.stdout
     if options.json:
         counts = {"format": trace.format, "num_skipped": trace.num_skipped, "num_dropped": trace.num_dropped}
         written = {"output": options.output, "num_requests": number} | counts
@@ -124,6 +127,14 @@ def _write(trace: Trace, options: argparse.Namespace) -> None:
     if trace.format == "mooncake-s":  # a choice that the file's content made
         print(f"read as {format_text(trace.format)}", file=report)
     list_skipped(trace)
+
+
+def _is_standard_output(path: str) -> bool:
+    """Whether a name stands for standard output: opened anew, what is written to both would be mixed up."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(sys.stdout.fileno()))
+    except (OSError, ValueError):
+        return False
 
 
 def list_skipped(trace: Trace) -> None:

@@ -212,14 +212,17 @@ class ProfileCostModel(CostModel):
 
 
 def write_profile(profile: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes a profile, whole or not at all; a pipe or device is written as it is. Raises `ProfileError`."""
+    """Writes a profile, whole or not at all; a pipe or device is written as it is, and a link stays one.
+
+    Raises `ProfileError`.
+    """
     text = json.dumps(profile, indent=1, allow_nan=False) + "\n"
     path = checks.path("profile", path, ProfileError)
     try:
         if path.exists() and not path.is_file():
             path.write_text(text, "utf-8")
         else:
-            _replace(path, text)
+            _replace(path.resolve(), text)
     except OSError as error:
         raise ProfileError(f"{path}: cannot be written: {error.strerror}") from error
 
@@ -232,7 +235,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     if path.exists() and not path.is_file():
         return
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.TemporaryFile(dir=path.resolve().parent):
             pass
     except OSError as error:
         raise ProfileError(f"{path}: cannot be written: {error.strerror}") from error

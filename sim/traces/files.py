@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from pagellm.engine import checks
 from pagellm.engine.errors import TraceError
+from pagellm.sim.fields import bounded_lines, check_no_device
 from pagellm.sim.traces.request import bad_value
 
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -37,13 +38,17 @@ class Record(NamedTuple):
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The number, from 1, and the bytes of each line; a damaged or unreadable file is an error."""
+    """The number, from 1, and the bytes of each line; a damaged or unreadable file is an error.
+
+    So is a device, which may have no end, and a line of more than `MAX_LINE_BYTES`.
+    """
     number = 0
     try:
         with path.open("rb") as raw:
+            check_no_device(path, raw, TraceError)
             is_gzip = raw.peek(len(_GZIP_MAGIC)).startswith(_GZIP_MAGIC)
-            lines = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if is_gzip else raw
-            for number, line in enumerate(lines, 1):
+            file = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if is_gzip else raw
+            for number, line in enumerate(bounded_lines(path, file, TraceError), 1):
                 yield number, line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise TraceError(

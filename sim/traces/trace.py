@@ -257,12 +257,16 @@ def _no_requests(name: str, left_out: LeftOut) -> TraceError:
 
 @contextmanager
 def _whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes its name when all is written; a pipe or device is written as it is."""
+    """A file that takes its name when all is written; a pipe or device is written as it is.
+
+    A link stays one: what it points to is written.
+    """
     if path.exists() and not path.is_file():
         with path.open("wb") as file:
             yield file
         return
-    part = path.with_name(f"{path.name}.part")
+    target = path.resolve()
+    part = target.with_name(f"{target.name}.part")
     try:
         with part.open("wb") as file:
             if path.suffix == ".gz":
@@ -271,6 +275,6 @@ def _whole_file(path: Path) -> Iterator[IO[bytes]]:
                     yield cast(IO[bytes], compressed)
             else:
                 yield file
-        part.replace(path)
+        part.replace(target)
     finally:
         part.unlink(missing_ok=True)

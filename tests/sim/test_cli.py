@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,16 @@ def test_synth_takes_every_setting_of_a_workload(tmp_path: Path, capsys: pytest.
 def test_bad_input_is_an_error(arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(TraceError, match=message):
         run(*arguments)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs names for open files")
+def test_a_trace_may_be_written_to_standard_output_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")  # as /dev/stdout is
+    command = [sys.executable, "-m", "pagellm", "trace", "synth", "--num-requests", "3", "-o"]
+    with (tmp_path / "out").open("wb") as out:
+        done = subprocess.run(
+            [*command, str(tmp_path / "stdout")], stdout=out, stderr=subprocess.PIPE, check=True
+        )
+    assert len((tmp_path / "out").read_text().splitlines()) == 3
+    assert done.stderr.startswith(b"3 requests written")
+    assert (tmp_path / "stdout").is_symlink()

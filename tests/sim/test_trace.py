@@ -304,3 +304,23 @@ def test_a_trace_may_be_saved_over_the_file_that_it_reads(tmp_path: Path) -> Non
     some(3).save(path)
     Trace.load(path).scaled(2).save(path)
     assert [r.arrival_time for r in Trace.load(path)] == [0, 0.5, 1]
+
+
+def test_a_link_stays_one_when_a_trace_is_written_through_it(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("target.jsonl")
+    (tmp_path / "one").write_text('{"arrival_time": 0, "prompt_len": 3, "output_len": 1}\n')
+    for _ in range(2):
+        assert Trace.load(tmp_path / "one").save(tmp_path / "link") == 1
+        assert (tmp_path / "link").is_symlink()
+        assert len(list(Trace.load(tmp_path / "target.jsonl"))) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "one", "target.jsonl"]
+
+
+@pytest.mark.skipif(not Path("/dev/zero").is_char_device(), reason="needs a device without end")
+def test_what_has_no_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TraceError, match=r"^/dev/zero: found a device, expected a file or a pipe"):
+        Trace.load("/dev/zero")
+    monkeypatch.setattr("pagellm.sim.fields.MAX_LINE_BYTES", 100)
+    (tmp_path / "t.jsonl").write_text('{"arrival_time": 0, "prompt_len": 3, "output_len": 1}\n' + "x" * 101)
+    with pytest.raises(TraceError, match=r"t.jsonl:2: found a line of more than 100 bytes, expected less"):
+        list(Trace.load(tmp_path / "t.jsonl"))
