@@ -34,9 +34,10 @@ from pagellm.kernels.activation import SILU
 from pagellm.kernels.architecture import Architecture, layer_rows
 from pagellm.kernels.attention import KEY_CHUNK
 from pagellm.kernels.buffers import Batch, new_cache, new_plan, new_workspace
+from pagellm.kernels.encoding import encode
 from pagellm.kernels.jit import entry_point
 from pagellm.kernels.kv_cache import token_words
-from pagellm.kernels.matmul import matmul
+from pagellm.kernels.matmul import matmul, scratch_size
 from pagellm.kernels.packing import (
     BFLOAT16,
     BLOCK,
@@ -44,14 +45,15 @@ from pagellm.kernels.packing import (
     INT4,
     INT4_MIN,
     INT8,
+    PANEL,
     activation_words,
     aligned_zeros,
-    encode,
     num_blocks,
     pack_blocks,
     pack_row,
     padded,
     padded_rows,
+    panel_words,
     panels_size,
 )
 from pagellm.kernels.phases import Member, attend, plan_batch
@@ -97,23 +99,10 @@ def _pack(format, x, packed):  # type: ignore[no-untyped-def]
 
 
 @entry_point
-def _multiply(thread, mailbox, counters, format, x, M, N, K, weights, copies, bias_at, out):  # type: ignore[no-untyped-def]
+def _multiply(thread, mailbox, counters, panels, x, M, N, K, weights, copies, bias_at, out, scratch):  # type: ignore[no-untyped-def]
     num_threads = share_call(thread, mailbox)
     for copy in range(copies):
-        matmul(
-            counters,
-            num_threads,
-            format,
-            x,
-            M,
-            K,
-            weights,
-            copy * panels_size(format, N, K),
-            bias_at,
-            N,
-            out,
-            False,
-        )
+        matmul(counters, num_threads, panels[copy], x, M, K, weights, bias_at, N, out, False, scratch[thread])
         barrier(counters, num_threads)
 
 
@@ -141,17 +130,20 @@ class Product:
         rng = np.random.default_rng(0)
         size = panels_size(format, N, K)
         weights = aligned_zeros(copies * size + padded(N))
-        words, halves = encode(format, rng.standard_normal((N, K), np.float32))
-        pack_blocks(words, halves, 0, 0, num_blocks(K), weights.view(np.uint32), 0)
+        blocks = encode(format, rng.standard_normal((N, K), np.float32))
+        pack_blocks(format, *blocks, 0, 0, K, weights.view(np.uint32), 0)
         weights[size : copies * size].reshape(copies - 1, size)[:] = weights[:size]
         packed = aligned_zeros(padded_rows(M) * activation_words(format, K))
         _pack(format, rng.standard_normal((M, num_blocks(K) * BLOCK), np.float32)[:, :K].copy(), packed)
         self.copies = copies
         self.operations = 2 * M * N * K
         self.num_bytes = 4 * (size + M * activation_words(format, K) + M * N)
+        starts = np.arange(copies)[:, None] * size + np.arange(padded(N) // PANEL) * panel_words(format, K)
+        panels = np.stack([starts, np.full_like(starts, format)], axis=2)
         self._arguments = (
-            new_counters(), format, packed, M, N, K, weights, copies, copies * size,
+            new_counters(), panels, packed, M, N, K, weights, copies, copies * size,
             aligned_zeros(padded_rows(M) * padded(N)),
+            np.zeros((usable_cores(), scratch_size()), np.float32),
         )  # fmt: skip
 
     def run(self, team: ThreadTeam) -> None:

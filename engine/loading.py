@@ -90,7 +90,7 @@ def load_engine(
         if show_progress and asked.quantization == "auto":
             _say_converted(checkpoint, converted_types(checkpoint, spec, formats))
         memory = read_memory()
-        weight_bytes = 4 * lay_out(spec.arch, formats)[2]
+        weight_bytes = 4 * lay_out(spec.arch, formats).size
         complete = size_cache(asked, spec.max_positions, token_bytes, memory, weight_bytes, spec.window)
         block_bytes = token_bytes * complete.block_size
         scheduler = Scheduler.with_blocks(complete)

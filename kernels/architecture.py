@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagellm.kernels.jit import shared
-from pagellm.kernels.packing import FLOAT32, padded, panels_size
+from pagellm.kernels.packing import FLOAT32, PANEL, padded, panel_words
 from pagellm.kernels.simd import LANES
 
 # The features of a layer, which the step reads. Those with a default are what not every layer has.
@@ -120,6 +120,13 @@ class Kind(Enum):
     BIAS = "a vector that a model may lack: then it is zeros, so that the step has one path"
 
 
+class Run(NamedTuple):
+    """Neighbouring output columns of a matrix in one format; all but a part's last are whole panels."""
+
+    columns: int
+    format: int  # of kernels.packing
+
+
 class Part(NamedTuple):
     """One part of a layer, or of what belongs to no layer."""
 
@@ -130,14 +137,26 @@ class Part(NamedTuple):
     # Pieces of the outputs that begin on a panel of their own.
     pieces: Callable[[Any], int] = lambda row: 1
 
-    def size(self, arch: Architecture, row: Any, format: int) -> int:
+    def columns(self, arch: Architecture, row: Any) -> int:
+        """Output columns, with those that fill up each piece."""
+        outputs, pieces = self.shape(arch, row)[0], self.pieces(row)
+        return padded(outputs // pieces) * pieces if pieces > 1 else outputs
+
+    def runs(self, arch: Architecture, row: Any, by_part: Mapping[str, tuple[Run, ...]]) -> tuple[Run, ...]:
+        """The formats of a matrix."""
+        return by_part.get(self.name) or (Run(self.columns(arch, row), FLOAT32),)
+
+    def size(self, arch: Architecture, row: Any, by_part: Mapping[str, tuple[Run, ...]]) -> int:
         """Words that it takes: whole vectors."""
-        outputs, *inputs = self.shape(arch, row)
-        pieces = self.pieces(row)
-        outputs = padded(outputs // pieces) * pieces if pieces > 1 else outputs
-        if self.kind is Kind.MATRIX:
-            return -(-panels_size(format, outputs, *inputs) // LANES) * LANES
-        return padded(int(np.prod([outputs, *inputs])))
+        inputs = self.shape(arch, row)[1:]
+        if self.kind is not Kind.MATRIX:
+            return padded(int(np.prod([self.columns(arch, row), *inputs])))
+        return sum(_run_size(run, *inputs) for run in self.runs(arch, row, by_part))
+
+
+def _run_size(run: Run, K: int) -> int:
+    size = padded(run.columns) // PANEL * panel_words(run.format, K)
+    return -(-size // LANES) * LANES
 
 
 def _qkv_size(row: Any) -> int:
@@ -208,8 +227,9 @@ REST_PARTS = (
 )
 PARTS = {part.name: part for part in LAYER_PARTS + REST_PARTS}
 
-# Where a part begins in the weights' buffer, in words, and for a matrix its format of kernels.packing.
-_PLACE = np.dtype([("start", np.int64), ("format", np.int64)], align=True)
+# Where a part begins in the weights' buffer, in words. For a matrix also which of `Weights.panels` is its
+# first, and that one's format: the other panels take their activations in the same form.
+_PLACE = np.dtype([("start", np.int64), ("format", np.int64), ("panel", np.int64)], align=True)
 LAYER_PLACES = np.dtype([(part.name, _PLACE) for part in LAYER_PARTS], align=True)
 REST_PLACES = np.dtype([(part.name, _PLACE) for part in REST_PARTS], align=True)
 
@@ -220,32 +240,50 @@ class Weights(NamedTuple):
     values: NDArray[np.float32]  # [everything], packed words of every format among the floats
     layers: NDArray[np.void]  # [num_layers] of LAYER_PLACES
     rest: NDArray[np.void]  # [1] of REST_PLACES
+    panels: NDArray[np.int64]  # [panels of all matrices, 2]: where each begins in `values`, and its format
     cos: NDArray[np.float32]  # [RoPE tables, max_model_len, half the rotated dimensions of the widest]
     sin: NDArray[np.float32]
     rope_halves: NDArray[np.int64]  # [RoPE tables], half the dimensions that each rotates
     query_scale: NDArray[np.float32]  # [RoPE tables, max_model_len], of whole queries, after they are rotated
 
 
-# The formats of kernels.packing by part, a mapping for each layer and then one for the rest; FLOAT32 where
-# none is named.
-Formats = Sequence[Mapping[str, int]]
+# The formats by part, a mapping for each layer and then one for the rest; FLOAT32 where none is named.
+Formats = Sequence[Mapping[str, tuple[Run, ...]]]
 
 
-def lay_out(arch: Architecture, formats: Formats) -> tuple[NDArray[np.void], NDArray[np.void], int]:
-    """Where every part lies in the weights' buffer: `Weights.layers` and `rest`, and its size in words."""
+class Places(NamedTuple):
+    """Where everything lies in the weights' buffer: fields of `Weights`, and its size in words."""
+
+    layers: NDArray[np.void]
+    rest: NDArray[np.void]
+    panels: NDArray[np.int64]
+    size: int
+
+
+def lay_out(arch: Architecture, formats: Formats) -> Places:
+    """Gives every part its place."""
     layers, rest = np.zeros(arch.num_layers, LAYER_PLACES), np.zeros(1, REST_PLACES)
-    end = 0
+    panels: list[NDArray[np.int64]] = []
+    end = num_panels = 0
 
-    def place(parts: Iterable[Part], row: Any, places: Any, by_part: Mapping[str, int]) -> None:
-        nonlocal end
+    def place(parts: Iterable[Part], row: Any, places: Any, by_part: Mapping[str, tuple[Run, ...]]) -> None:
+        nonlocal end, num_panels
         for part in parts:
-            format = by_part.get(part.name, FLOAT32)
-            places[part.name] = end, format
-            end += part.size(arch, row, format)
+            if part.kind is not Kind.MATRIX:
+                places[part.name] = end, FLOAT32, 0
+                end += part.size(arch, row, by_part)
+                continue
+            runs, K = part.runs(arch, row, by_part), part.shape(arch, row)[1]
+            places[part.name] = end, runs[0].format, num_panels
+            for run in runs:
+                starts = end + np.arange(padded(run.columns) // PANEL) * panel_words(run.format, K)
+                panels.append(np.stack([starts, np.full_like(starts, run.format)], axis=1))
+                num_panels += len(starts)
+                end += _run_size(run, K)
 
     for index in range(arch.num_layers):
         place(LAYER_PARTS, arch.layers[index], layers[index], formats[index])
     place(REST_PARTS, None, rest[0], formats[-1])
     if arch.tied:
         rest["lm_head"] = rest["embedding"]
-    return layers, rest, end + LANES
+    return Places(layers, rest, np.concatenate(panels), end + LANES)

@@ -13,6 +13,7 @@ from pagellm.kernels.architecture import Architecture, adds_at_once
 from pagellm.kernels.attention import max_states, max_tiles, scratch_size, state_words
 from pagellm.kernels.attention_products import TILE_COLUMNS
 from pagellm.kernels.kv_cache import key_cache_size, store_scratch_size, value_cache_size
+from pagellm.kernels.matmul import scratch_size as matmul_scratch_size
 from pagellm.kernels.packing import BLOCK, GROUP, PANEL, aligned_zeros, num_blocks, padded, padded_rows
 from pagellm.kernels.simd import LANES
 from pagellm.kernels.threads import new_counters
@@ -109,7 +110,7 @@ class Workspace(NamedTuple):
     packed: NDArray[np.float32]  # activations on their way into a matmul, in the format of its weights
     wide: NDArray[np.float32]  # [rows, the widest of qkv and feed-forward], what a matmul wrote
     logits: NDArray[np.float32]  # [LOGIT_ROWS, padded vocab_size]
-    scratch: NDArray[np.float32]  # [num_threads, one row of the widest activations]
+    scratch: NDArray[np.float32]  # [num_threads, one row of the widest activations or what a product needs]
     attention: NDArray[np.float32]  # [num_threads, per thread], working memory of kernels.attention
     vocab_scratch: NDArray[np.float32]  # [num_threads, 3, padded vocab_size]
     counts: NDArray[np.int32]  # [num_threads, vocab_size], zeros
@@ -147,7 +148,8 @@ def new_workspace(arch: Architecture, max_tokens: int, num_threads: int) -> Work
     head_dim = int(layers["head_dim"].max())
     widest_input = int(max(arch.hidden_size, heads_size.max(), layers["intermediate_size"].max()))
     widest_input = num_blocks(widest_input) * BLOCK
-    per_thread = max(widest_input + PANEL + BLOCK, store_scratch_size(head_dim))
+    per_thread = max(widest_input + PANEL + BLOCK, store_scratch_size(head_dim), matmul_scratch_size())
+    per_thread = -(-per_thread // LANES) * LANES
     attention_scratch = -(-scratch_size(arch.group_size, head_dim) // LANES) * LANES
     return Workspace(
         rows=np.zeros(max(max_tokens, LOGIT_ROWS), np.int64),

@@ -9,45 +9,62 @@ Only M and N are ever split; a tile keeps all of its accumulators in registers.
 from functools import partial
 from typing import Any
 
-from pagellm.kernels.jit import by_height, kernel
+from pagellm.kernels.expansion import (
+    MINIMA,
+    PREPARED_WORDS,
+    SCALES,
+    has_halves_apart,
+    is_expanded,
+    prepare_blocks,
+    prepare_scales,
+)
+from pagellm.kernels.jit import by_height, kernel, plain, shared
 from pagellm.kernels.packing import (
     BFLOAT16,
+    BLOCK,
     CHUNK,
     FLOAT32,
     GROUP,
     INT4,
+    INT4_K,
     INT4_MIN,
     INT8,
     INT_CHUNK,
     PANEL,
     SCALE,
+    SCALED_FIRST,
     SCALED_SUM,
+    START_FIRST,
     START_INT4,
     START_INT8,
-    START_ZERO,
     activation_place,
     activation_words,
+    block_place,
     block_words,
+    halves_place,
+    has_minima,
     num_blocks,
     padded,
     padded_rows,
-    panel_block_words,
+    panel_words,
 )
 from pagellm.kernels.simd import (
-    INT8_OFFSET,
     LANES,
     PAIR_WORDS,
     add_scaled,
+    add_scaled_float16,
     dot_bfloat16,
     dot_int4,
     dot_int8,
     int4_sums,
+    load_tile,
     outer_product,
     outer_product_float16,
     prefetch,
     start_int_tile,
     start_tile,
     write_tile,
+    zero_int_tile,
 )
 from pagellm.kernels.threads import next_item
 
@@ -55,13 +72,24 @@ _VECTORS = PANEL // LANES
 # Rows of a tile of 32-bit sums; the integer formats keep two sums an element, so theirs has half as many.
 _HEIGHTS = tuple(height for height in (1, 2, 3, 4, 6, 8, 12) if height <= GROUP)
 _INT_HEIGHTS = tuple(height for height in (1, 2, 3, 4, 6) if height <= max(1, GROUP // 2))
-_START_INT8 = START_INT8 if INT8_OFFSET else START_ZERO
+# With less kernels to compile.
+_FEW_HEIGHTS = tuple(height for height in (1, 2, 4, 6) if height <= max(1, GROUP // 2))
 # Rows that meet a panel while it is in the nearest cache.
 _ROWS_PER_ITEM = 8 * GROUP
 # Words of weights of a work item at least where there is little to compute.
 _WORDS_PER_ITEM = 16384
+# Blocks of a panel that are prepared at a time: together with what they are made of they fit into the nearest
+# cache. Behind them in the scratch memory are the sums of the rows of an item.
+_RUN_BLOCKS = 18
+_SUMS = _RUN_BLOCKS * PREPARED_WORDS
 # How far ahead of a product the weights are asked for: the processor's own prefetching ends at each page.
 _PREFETCH_WORDS = 2048
+
+
+@shared
+def scratch_size() -> int:
+    """Words of scratch memory that a thread needs."""
+    return _SUMS + _ROWS_PER_ITEM * PANEL
 
 
 @kernel
@@ -104,17 +132,17 @@ def _int8_tile(height: int) -> Any:
         groups, group_words, x, x_at, w, w_at, ahead, blocks, words, bias, bias_at, out, out_at, out_stride,
         accumulate
     ):  # fmt: skip
-        block_size = panel_block_words(INT8)
+        block_size = panel_words(INT8, BLOCK)
         for _ in range(groups):
             tile = start_tile(height, _VECTORS, bias, bias_at)
             for block in range(blocks):
                 at, column = x_at + block * (GROUP * INT_CHUNK), w_at + block * block_size
-                ints = start_int_tile(height, _VECTORS, x, at + _START_INT8, INT_CHUNK)
+                ints = start_int_tile(height, _VECTORS, x, at + START_INT8, INT_CHUNK)
                 for word in range(words):
                     _prefetch_weights(w, ahead + column)
                     ints = dot_int8(ints, height, x, at + word, INT_CHUNK, w, column)
                     column += PANEL
-                tile = add_scaled(tile, ints, height, x, at + SCALE, INT_CHUNK, w, column)
+                tile = add_scaled_float16(tile, ints, height, x, at + SCALE, INT_CHUNK, w, column)
             write_tile(tile, height, out, out_at, out_stride, accumulate)
             x_at += group_words
             out_at += GROUP * out_stride
@@ -131,19 +159,21 @@ def _int4_tile(height: int) -> Any:
         groups, group_words, x, x_at, w, w_at, ahead, blocks, words, bias, bias_at, out, out_at, out_stride,
         accumulate, minima
     ):  # fmt: skip
-        start = START_ZERO if minima else START_INT4
-        block_size = panel_block_words(INT4_MIN if minima else INT4)
+        block_size = panel_words(INT4_MIN if minima else INT4, BLOCK)
         for _ in range(groups):
             tile = start_tile(height, _VECTORS, bias, bias_at)
             for block in range(blocks):
                 at, column = x_at + block * (GROUP * INT_CHUNK), w_at + block * block_size
-                ints = start_int_tile(height, _VECTORS, x, at + start, INT_CHUNK)
+                if minima:
+                    ints = zero_int_tile(height, _VECTORS)
+                else:
+                    ints = start_int_tile(height, _VECTORS, x, at + START_INT4, INT_CHUNK)
                 for word in range(words):
                     _prefetch_weights(w, ahead + column)
                     ints = dot_int4(ints, height, x, at + word, INT_CHUNK, w, column)
                     column += PANEL
                 ints = int4_sums(ints)
-                tile = add_scaled(tile, ints, height, x, at + SCALE, INT_CHUNK, w, column)
+                tile = add_scaled_float16(tile, ints, height, x, at + SCALE, INT_CHUNK, w, column)
                 if minima:
                     column += PANEL // 2
                     tile = outer_product_float16(tile, height, x, at + SCALED_SUM, INT_CHUNK, w, column)
@@ -155,16 +185,86 @@ def _int4_tile(height: int) -> Any:
     return multiply
 
 
+def _int4_k_tile(height: int) -> Any:
+    """For INT4_K: see `_float_tile`. A block's scales and minima are made in `scratch`."""
+
+    @kernel
+    def multiply(
+        groups, group_words, x, x_at, w, w_at, ahead, blocks, words, bias, bias_at, out, out_at, out_stride,
+        accumulate, scratch
+    ):  # fmt: skip
+        for _ in range(groups):
+            tile = start_tile(height, _VECTORS, bias, bias_at)
+            for block in range(blocks):
+                at, column = x_at + block * (GROUP * INT_CHUNK), w_at + block_place(INT4_K, block)
+                prepare_scales(INT4_K, w, column, w_at + halves_place(INT4_K, block), scratch, 0)
+                ints = zero_int_tile(height, _VECTORS)
+                for word in range(words):
+                    _prefetch_weights(w, ahead + column)
+                    ints = dot_int4(ints, height, x, at + word, INT_CHUNK, w, column)
+                    column += PANEL
+                ints = int4_sums(ints)
+                tile = add_scaled(tile, ints, height, x, at + SCALE, INT_CHUNK, scratch, SCALES)
+                tile = outer_product(tile, height, x, at + SCALED_SUM, INT_CHUNK, scratch, MINIMA)
+            write_tile(tile, height, out, out_at, out_stride, accumulate)
+            x_at += group_words
+            out_at += GROUP * out_stride
+            ahead = 0
+
+    return multiply
+
+
+def _prepared_tile(halves: int, minima: bool, height: int) -> Any:
+    """For prepared blocks, which have `halves` scales and as many minima or none.
+
+    Adds a run of them to the sums at `start`, rows `start_stride` apart, and writes these to `out`.
+    """
+
+    @kernel
+    def multiply(
+        groups, group_words, x, x_at, w, blocks, words, start, start_at, start_stride, out, out_at,
+        out_stride, accumulate
+    ):  # fmt: skip
+        first_start, first_sum = (START_FIRST, SCALED_FIRST) if halves > 1 else (START_INT8, SCALED_SUM)
+        for _ in range(groups):
+            tile = load_tile(height, _VECTORS, start, start_at, start_stride)
+            for block in range(blocks):
+                at, column = x_at + block * (GROUP * INT_CHUNK), block * PREPARED_WORDS
+                scale, word_at = column + SCALES, at
+                for half in range(halves):
+                    ints = start_int_tile(height, _VECTORS, x, at + first_start + half, INT_CHUNK)
+                    for _word in range(words):
+                        ints = dot_int8(ints, height, x, word_at, INT_CHUNK, w, column)
+                        column += PANEL
+                        word_at += 1
+                    tile = add_scaled(tile, ints, height, x, at + SCALE, INT_CHUNK, w, scale)
+                    if minima:
+                        row = scale + MINIMA - SCALES
+                        tile = outer_product(tile, height, x, at + first_sum + half, INT_CHUNK, w, row)
+                    scale += PANEL
+            write_tile(tile, height, out, out_at, out_stride, accumulate)
+            x_at += group_words
+            start_at += GROUP * start_stride
+            out_at += GROUP * out_stride
+
+    return multiply
+
+
 _multiply_float32 = by_height(_HEIGHTS, partial(_float_tile, outer_product, 1))
 _multiply_bfloat16 = by_height(_HEIGHTS, partial(_float_tile, dot_bfloat16, PAIR_WORDS))
 _multiply_int8 = by_height(_INT_HEIGHTS, _int8_tile)
 _multiply_int4 = by_height(_INT_HEIGHTS, _int4_tile)
+_multiply_int4_k = by_height(_FEW_HEIGHTS, _int4_k_tile)
+_multiply_blocks = by_height(_FEW_HEIGHTS, partial(_prepared_tile, 1, False))
+_multiply_blocks_min = by_height(_FEW_HEIGHTS, partial(_prepared_tile, 1, True))
+_multiply_halves = by_height(_FEW_HEIGHTS, partial(_prepared_tile, 2, False))
+_multiply_halves_min = by_height(_FEW_HEIGHTS, partial(_prepared_tile, 2, True))
 
 
 @kernel
 def _multiply_panel(
     format, rows, groups, x, x_start, K, w, w_start, ahead, step, bias, bias_start, out, out_start,
-    out_stride, accumulate
+    out_stride, accumulate, scratch
 ):  # fmt: skip
     """The first `rows` rows of each of some activation groups times one panel of `K` inputs.
 
@@ -194,11 +294,84 @@ def _multiply_panel(
                     rows - first, groups, group_words, x, x_at, w, w_start, ahead, blocks, words, bias,
                     bias_start, out, out_at, out_stride, accumulate,
                 )  # fmt: skip
+            elif format == INT4_K:
+                _multiply_int4_k(
+                    rows - first, groups, group_words, x, x_at, w, w_start, ahead, blocks, words, bias,
+                    bias_start, out, out_at, out_stride, accumulate, scratch,
+                )  # fmt: skip
             else:
                 _multiply_int4(
                     rows - first, groups, group_words, x, x_at, w, w_start, ahead, blocks, words, bias,
                     bias_start, out, out_at, out_stride, accumulate, format == INT4_MIN,
                 )  # fmt: skip
+
+
+@kernel
+def _multiply_prepared(
+    format, rows, groups, group_words, x, x_at, w, blocks, start, start_at, start_stride, out, out_at,
+    out_stride, accumulate
+):  # fmt: skip
+    """The rows of some groups times the blocks that `prepare_blocks` wrote to `w`: see `_prepared_tile`."""
+    words, minima = 8, has_minima(format)
+    if has_halves_apart(format):
+        words = 4
+    if has_halves_apart(format) and minima:
+        _multiply_halves_min(
+            rows, groups, group_words, x, x_at, w, blocks, words, start, start_at, start_stride, out, out_at,
+            out_stride, accumulate,
+        )  # fmt: skip
+    elif has_halves_apart(format):
+        _multiply_halves(
+            rows, groups, group_words, x, x_at, w, blocks, words, start, start_at, start_stride, out, out_at,
+            out_stride, accumulate,
+        )  # fmt: skip
+    elif minima:
+        _multiply_blocks_min(
+            rows, groups, group_words, x, x_at, w, blocks, words, start, start_at, start_stride, out, out_at,
+            out_stride, accumulate,
+        )  # fmt: skip
+    else:
+        _multiply_blocks(
+            rows, groups, group_words, x, x_at, w, blocks, words, start, start_at, start_stride, out, out_at,
+            out_stride, accumulate,
+        )  # fmt: skip
+
+
+@kernel
+def _multiply_expanded(
+    format, rows, x, x_start, K, w, w_start, ahead, bias_start, out, out_start, out_stride, accumulate,
+    scratch
+):  # fmt: skip
+    """Rows of activations, from word `x_start` on, times one panel of `K` inputs: see `_multiply_panel`.
+
+    A run of blocks is prepared and then meets all rows, whose sums wait in `scratch` for the next run. `bias`
+    is in `w`.
+    """
+    blocks, group_words = num_blocks(K), GROUP * activation_words(format, K)
+    run = -(-blocks // -(-blocks // _RUN_BLOCKS))
+    for first in range(0, blocks, run):
+        count = min(run, blocks - first)
+        is_last = first + count == blocks
+        prepare_blocks(format, w, w_start, first, count, ahead, scratch, 0)
+        row = 0
+        while row < rows:  # whole groups, then the rest
+            groups, in_group = max((rows - row) // GROUP, 1), min(GROUP, rows - row)
+            for top in range(row, row + in_group, _INT_HEIGHTS[-1]):
+                x_at = x_start + row // GROUP * group_words + (first * GROUP + top - row) * INT_CHUNK
+                start, start_at, start_stride = scratch, _SUMS + top * PANEL, plain(PANEL)
+                if first == 0:
+                    start, start_at, start_stride = w, bias_start, plain(0)
+                if is_last:
+                    _multiply_prepared(
+                        format, row + in_group - top, groups, group_words, x, x_at, scratch, count, start,
+                        start_at, start_stride, out, out_start + top * out_stride, out_stride, accumulate,
+                    )  # fmt: skip
+                else:
+                    _multiply_prepared(
+                        format, row + in_group - top, groups, group_words, x, x_at, scratch, count, start,
+                        start_at, start_stride, scratch, _SUMS + top * PANEL, plain(PANEL), plain(False),
+                    )  # fmt: skip
+            row += groups * GROUP
 
 
 @kernel
@@ -218,23 +391,27 @@ def _run_of_panels(item, num_panels, num_threads, shortest):
 
 
 @kernel
-def matmul(counters, num_threads, format, x, M, K, weights, w_start, bias_start, N, out, accumulate):
+def matmul(
+    counters, num_threads, panels, x, M, K, weights, bias_start, N, out, accumulate, scratch
+):  # fmt: skip
     """One thread's share of `out[m, n] (+)= bias[n] + sum over k of x[m, k] * w[n, k]`.
 
-    x: packed activations of M rows for this format; weights: the buffer that holds the panels at word
-    `w_start` and the bias (floats, padded to whole panels) at `bias_start`; out: flat, its rows `padded(N)`
-    apart, `padded_rows(M)` of them. All threads of the team call it; a barrier must follow.
+    x: packed activations of M rows for this format; weights: the buffer that holds the panels, each from word
+    `panels[panel, 0]` on in format `panels[panel, 1]`, and the bias (floats, padded to whole panels) at
+    `bias_start`; out: flat, its rows `padded(N)` apart, `padded_rows(M)` of them; scratch: `scratch_size`
+    words of this thread's own. All panels have float formats, the same, or all integer formats. All threads
+    of the team call it; a barrier must follow.
     """
-    num_panels = padded(N) // PANEL
+    num_panels, format = padded(N) // PANEL, panels[0, 1]
     out_stride, row_words = num_panels * PANEL, activation_words(format, K)
-    panel_words = num_blocks(K) * panel_block_words(format)
+    size = panel_words(format, K)
     few_rows = M <= _ROWS_PER_ITEM
-    shortest = max(1, min(_WORDS_PER_ITEM // panel_words, num_panels // (4 * num_threads)))
+    shortest = max(1, min(_WORDS_PER_ITEM // size, num_panels // (4 * num_threads)))
     # The words ahead are asked for by the first group. But where it would wait for them while the memory has
     # nothing to do for the others, as in float formats, all groups ask for an equal part of the next panel.
     distance, step = _PREFETCH_WORDS if few_rows else 0, PANEL
     if format <= BFLOAT16 and M > GROUP:
-        distance, step = (panel_words, -(-PANEL * GROUP // padded_rows(M))) if few_rows else (0, 0)
+        distance, step = (size, -(-PANEL * GROUP // padded_rows(M))) if few_rows else (0, 0)
     while True:
         item = next_item(counters)
         if few_rows:
@@ -247,13 +424,21 @@ def matmul(counters, num_threads, format, x, M, K, weights, w_start, bias_start,
             return
         end_row = min(first_row + _ROWS_PER_ITEM, M)
         for panel in range(first_panel, end_panel):
+            start, format = panels[panel, 0], panels[panel, 1]
+            if is_expanded(format, M):
+                _multiply_expanded(
+                    format, end_row - first_row, x, first_row * row_words, K, weights, start, distance,
+                    bias_start + panel * PANEL, out, first_row * out_stride + panel * PANEL, out_stride,
+                    accumulate, scratch,
+                )  # fmt: skip
+                continue
             row, ahead = first_row, distance
             while row < end_row:  # whole groups, then the rest
                 groups = max((end_row - row) // GROUP, 1)
                 _multiply_panel(
-                    format, min(GROUP, end_row - row), groups, x, row * row_words, K, weights,
-                    w_start + panel * panel_words, ahead, step, weights,
-                    bias_start + panel * PANEL, out, row * out_stride + panel * PANEL, out_stride, accumulate,
+                    format, min(GROUP, end_row - row), groups, x, row * row_words, K, weights, start, ahead,
+                    step, weights, bias_start + panel * PANEL, out, row * out_stride + panel * PANEL,
+                    out_stride, accumulate, scratch,
                 )  # fmt: skip
-                ahead = ahead + groups * panel_words // PANEL * step if format <= BFLOAT16 else 0
+                ahead = ahead + groups * size // PANEL * step if format <= BFLOAT16 else 0
                 row += groups * GROUP

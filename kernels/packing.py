@@ -2,23 +2,41 @@
 
 Everything is counted in words of 4 bytes in float32 arrays, and inputs (the K of a product) in blocks of
 `BLOCK`; a last block is filled up with zeros. A block of `BLOCK` inputs of one output column is so many words
-in a row, and in the formats that have them a float16 scale and a float16 minimum:
+in a row, and what scales them: signed bytes of its own, and float16 "halves" that it shares with the other
+blocks of its span. A quantized weight is a level q, unsigned, of so many bits:
 
-    FLOAT32   32 words, one input each
-    BFLOAT16  16 words, a pair of inputs each
-    INT8       8 words, four inputs as q + INT8_OFFSET              w = scale * q          (GGUF's Q8_0)
-    INT4       4 words, byte i holds inputs i and i + 16            w = scale * (q - 8)    (GGUF's Q4_0)
-    INT4_MIN   4 words, likewise                                    w = scale * q + min    (GGUF's Q4_1)
+                words  bytes  halves  span   the value of a weight
+    FLOAT32       32                         a word each
+    BFLOAT16      16                         a pair in a word
+    INT8           8            d       1    d * (q - 128)                          (GGUF's Q8_0)
+    INT4           4            d       1    d * (q - 8)                            (Q4_0)
+    INT4_MIN       4            d m     1    d * q + m                              (Q4_1)
+    INT5           5            d       1    d * (q - 16)                           (Q5_0)
+    INT5_MIN       5            d m     1    d * q + m                              (Q5_1)
+    INT4_K         4    s t     d m     8    d * s * q - m * t                      (Q4_K)
+    INT5_K         5    s t     d m     8    d * s * q - m * t                      (Q5_K)
+    INT6_K         6    s s'    d       8    d * s * (q - 32), s' for the last 16   (Q6_K)
+    INT3_K         3    s s'    d       8    d * s * (q - 4), s' for the last 16    (Q3_K)
+    INT2_K         2    s s'    d m     8    d * (s & 15) * q - m * (s >> 4), ...   (Q2_K)
+    INT2           2            d       8    d * (q - 1)                            (TQ1_0, TQ2_0)
+    TABLE4         4            d       1    d * TABLE[q]                           (IQ4_NL)
+    TABLE4_K       4    s       d       8    d * s * TABLE[q]                       (IQ4_XS)
 
-A weight matrix [N, K] is stored as panels of `PANEL` output columns, and a panel block by block: each word of
-the block for all columns, then the scales and then the minima, two to a word. So a product reads its weights
-from the first word to the last. Activations [M, K] are stored in groups of `GROUP` rows, and a group chunk by
-chunk: 16 words of each row, which are 16 floats or, for BFLOAT16 where the machine multiplies these,
-32 bfloat16; or, for the integer formats, `INT_CHUNK` words: a block as int8, its scale, and what undoes the
-offsets of the weights.
+The bits of the levels lie in one or two planes, of 8, 4, 2 or 1 bits: with b bits, byte j of word i % b holds
+those of input 4 * i + j from bit i // b * b on. INT8's levels are the bytes that the host multiplies best, as
+`INT8_OFFSET` says.
+
+A weight matrix [N, K] is stored as panels of `PANEL` output columns, a panel span by span, and in a span the
+blocks one after the other: each word for all columns, then the bytes; after the span's last block the halves,
+two to a word. So a product reads its weights from the first word to the last. Activations [M, K] are stored
+in groups of `GROUP` rows, and a group chunk by chunk: 16 words of each row, which are 16 floats or, for
+BFLOAT16 where the machine multiplies these, 32 bfloat16; or, for the integer formats, `INT_CHUNK` words: a
+block as int8, its scale, and what undoes the offsets of the weights.
 
 The sizes follow the number of vector registers of the host.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,8 +62,53 @@ from pagellm.kernels.simd import (
     store_int32,
 )
 
-FLOAT32, BFLOAT16, INT8, INT4, INT4_MIN = range(5)
+(
+    FLOAT32, BFLOAT16, INT8, INT4, INT4_MIN, INT5, INT5_MIN, INT4_K, INT5_K, INT6_K, INT3_K, INT2_K, INT2,
+    TABLE4, TABLE4_K,
+) = range(15)  # fmt: skip
 BLOCK = 32
+K_SPAN = 8  # blocks that share halves in the formats that have bytes, too
+
+
+class Layout(NamedTuple):
+    """How a format stores the blocks of a column; for the float formats its bits are those of a weight."""
+
+    name: str
+    low_bits: int  # of the first plane
+    high_bits: int = 0  # of the second plane, the upper bits of a level
+    num_bytes: int = 0  # of a block
+    num_halves: int = 0  # of a span
+    span: int = 1  # blocks
+    zero: int = 0  # the level of a weight of zero
+
+
+LAYOUTS = (
+    Layout("float32", 32),
+    Layout("bfloat16", 16),
+    Layout("int8", 8, num_halves=1, zero=128),
+    Layout("int4", 4, num_halves=1, zero=8),
+    Layout("int4 with minimum", 4, num_halves=2),
+    Layout("int5", 4, 1, num_halves=1, zero=16),
+    Layout("int5 with minimum", 4, 1, num_halves=2),
+    Layout("int4_k", 4, num_bytes=2, num_halves=2, span=K_SPAN),
+    Layout("int5_k", 4, 1, num_bytes=2, num_halves=2, span=K_SPAN),
+    Layout("int6_k", 4, 2, num_bytes=2, num_halves=1, span=K_SPAN, zero=32),
+    Layout("int3_k", 2, 1, num_bytes=2, num_halves=1, span=K_SPAN, zero=4),
+    Layout("int2_k", 2, num_bytes=2, num_halves=2, span=K_SPAN),
+    Layout("int2", 2, num_halves=1, span=K_SPAN, zero=1),
+    Layout("table4", 4, num_halves=1),
+    Layout("table4_k", 4, num_bytes=1, num_halves=1, span=K_SPAN),
+)
+# The values of the levels of IQ4_NL and IQ4_XS.
+TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+# What kernels read of the table.
+_LOW_BITS = tuple(layout.low_bits for layout in LAYOUTS)
+_HIGH_BITS = tuple(layout.high_bits for layout in LAYOUTS)
+_NUM_BYTES = tuple(layout.num_bytes for layout in LAYOUTS)
+_NUM_HALVES = tuple(layout.num_halves for layout in LAYOUTS)
+_SPANS = tuple(layout.span for layout in LAYOUTS)
+_ZEROS = tuple(layout.zero for layout in LAYOUTS)
 
 if host_has("avx512f"):  # 32 registers of 16 floats: 24 accumulators
     GROUP, PANEL = 12, 2 * LANES
@@ -55,10 +118,12 @@ else:  # 16 registers of 4 floats: 12 accumulators
     GROUP, PANEL = 3, LANES
 
 CHUNK = 16
-INT_CHUNK = 13
-# Words of an integer chunk after its 8 words of int8: the scale and scale * sum as floats, and what the sum
-# of the products starts from in each format, as int32.
-SCALE, SCALED_SUM, START_INT8, START_INT4, START_ZERO = range(8, 13)
+INT_CHUNK = 16
+# Words of an integer chunk after its 8 words of int8: the scale, and scale * sum of the block and of its
+# halves, as floats; and what the sum of the products starts from in each format, as int32.
+SCALE, SCALED_SUM, SCALED_FIRST, SCALED_SECOND, START_INT8, START_FIRST, START_SECOND, START_INT4 = range(
+    8, 16
+)
 
 
 @shared
@@ -81,32 +146,64 @@ def num_blocks(K: int) -> int:
 
 @shared
 def block_words(format: int) -> int:
-    """Words of one block of one output column, scales and minima apart."""
-    if format == FLOAT32:
-        return BLOCK
-    if format == BFLOAT16:
-        return BLOCK // 2
-    return BLOCK // 4 if format == INT8 else BLOCK // 8
-
-
-@shared
-def block_halves(format: int) -> int:
-    """Scales and minima of one block of one output column, float16 each."""
-    if format <= BFLOAT16:
-        return 0
-    return 2 if format == INT4_MIN else 1
+    """Words of one block of one output column."""
+    return _LOW_BITS[format] + _HIGH_BITS[format]
 
 
 @shared
 def panel_block_words(format: int) -> int:
-    """Words of one block of a whole panel."""
-    return block_words(format) * PANEL + block_halves(format) * (PANEL // 2)
+    """Words of one block of a whole panel, without the halves of its span."""
+    return block_words(format) * PANEL + _NUM_BYTES[format] * (PANEL // 4)
+
+
+@shared
+def span_halves(format: int) -> int:
+    """Words of the halves of a span of a whole panel."""
+    return _NUM_HALVES[format] * (PANEL // 2)
+
+
+@shared
+def has_minima(format: int) -> bool:
+    """Whether a weight is its level times a scale, plus a minimum."""
+    return _NUM_HALVES[format] == 2
+
+
+@shared
+def has_scale_bytes(format: int) -> bool:
+    """Whether scales are bytes times a half."""
+    return _NUM_BYTES[format] > 0
+
+
+@shared
+def span_shift(format: int) -> int:
+    """The number of a block's span is the block's, shifted to the right by this."""
+    return 3 if _SPANS[format] == K_SPAN else 0
+
+
+@shared
+def block_place(format: int, block: int) -> int:
+    """Where in a panel a block begins."""
+    return block * panel_block_words(format) + (block >> span_shift(format)) * span_halves(format)
+
+
+@shared
+def halves_place(format: int, block: int) -> int:
+    """Where in a panel the halves of a block's span begin."""
+    span = block >> span_shift(format)
+    return (span + 1) * _SPANS[format] * panel_block_words(format) + span * span_halves(format)
+
+
+@shared
+def panel_words(format: int, K: int) -> int:
+    """Words of a panel of `K` inputs; those of a format with spans fill whole spans."""
+    spans = -(-num_blocks(K) // _SPANS[format])
+    return spans * (_SPANS[format] * panel_block_words(format) + span_halves(format))
 
 
 @shared
 def panels_size(format: int, N: int, K: int) -> int:
     """Words of a packed [N, K] weight matrix."""
-    return padded(N) // PANEL * num_blocks(K) * panel_block_words(format)
+    return padded(N) // PANEL * panel_words(format, K)
 
 
 @shared
@@ -130,90 +227,39 @@ def aligned_zeros(num_words: int) -> NDArray[np.float32]:
     return buffer[skipped : skipped + num_words]
 
 
-Blocks = tuple[NDArray[np.uint32], NDArray[np.uint16]]  # words [N, blocks, ...] and halves [N, blocks, ...]
+class Blocks(NamedTuple):
+    """Blocks of weight rows on their way into panels."""
 
-
-@np.errstate(divide="ignore", over="ignore", invalid="ignore")
-def encode(format: int, weights: NDArray[np.float32]) -> Blocks:
-    """Weight rows [N, K] as blocks of a format, each value rounded to the nearest that the format has.
-
-    INT8 and INT4 scale a block by its greatest magnitude, INT4_MIN spreads it from its least to its greatest
-    value, as GGUF's Q8_0, Q4_0 and Q4_1 do. A block that float16 cannot scale gets an infinite scale.
-    """
-    N, K = weights.shape
-    if K % BLOCK:
-        weights = np.pad(weights, ((0, 0), (0, -K % BLOCK)))
-    blocks = np.ascontiguousarray(weights, np.float32).reshape(N, -1, BLOCK)
-    no_halves = np.zeros((*blocks.shape[:2], 0), np.uint16)
-    if format == FLOAT32:
-        return blocks.view(np.uint32), no_halves
-    if format == BFLOAT16:
-        bits = blocks.view(np.uint32)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        shorts = np.where(np.isnan(blocks), 0x7FC0, rounded).astype(np.uint16)
-        return shorts.view(np.uint32), no_halves
-    if format == INT4_MIN:
-        least = blocks.min(axis=2).astype(np.float16)
-        scale = ((blocks.max(axis=2) - least) / 15).astype(np.float16)
-        halves = np.stack([scale, least], axis=2).view(np.uint16)
-        shifted, offset, highest = blocks - least[..., None].astype(np.float32), 0, 15
-    elif format == INT4:
-        # The value of greatest magnitude becomes -8 exactly, whatever its sign.
-        extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2, keepdims=True), axis=2)
-        scale = (extreme[..., 0] / -8).astype(np.float16)
-        halves = scale[..., None].view(np.uint16)
-        shifted, offset, highest = blocks, 8, 15
-    else:
-        scale = (np.abs(blocks).max(axis=2) / 127).astype(np.float16)
-        halves = scale[..., None].view(np.uint16)
-        shifted, offset, highest = blocks, 128, 255
-    inverse = np.where(scale == 0, np.float32(0), 1 / scale.astype(np.float32))
-    levels = np.rint(shifted * inverse[..., None]) + np.float32(offset)
-    quants = levels.clip(0, highest).astype(np.uint8)
-    if format == INT8:
-        quants ^= np.uint8(128 ^ INT8_OFFSET)
-    else:
-        quants = quants[..., : BLOCK // 2] | (quants[..., BLOCK // 2 :] << 4)
-    return np.ascontiguousarray(quants).view(np.uint32), halves
-
-
-def from_gguf(dtype: str, format: int, raw: NDArray[np.uint8]) -> Blocks:
-    """Blocks of a GGUF tensor, [N, blocks, bytes] of type Q8_0, Q4_0 or Q4_1, in ours: not a value changes.
-
-    INT4_MIN also takes Q4_0, whose minimum is -8 * scale.
-    """
-    num_halves = 2 if dtype == "Q4_1" else 1
-    halves = np.ascontiguousarray(raw[..., : 2 * num_halves]).view(np.uint16)
-    words = np.ascontiguousarray(raw[..., 2 * num_halves :]).view(np.uint32)
-    if dtype == "Q8_0":
-        words = words ^ np.uint32(INT8_OFFSET * 0x01010101)
-    elif dtype == "Q4_0" and format == INT4_MIN:
-        least = halves.view(np.float16) * np.float16(-8)
-        halves = np.concatenate([halves, least.view(np.uint16)], axis=2)
-    return words, halves
+    words: NDArray[np.uint32]  # [N, blocks, block_words]
+    bytes: NDArray[np.uint8]  # [N, blocks, bytes of a block]
+    halves: NDArray[np.uint16]  # [N, spans, halves of a span]
 
 
 @entry_point
-def pack_blocks(words, halves, first_column, first_block, K_blocks, panels, start):
+def pack_blocks(format, words, bytes, halves, first_column, first_block, K, panels, start):
     """Puts blocks of weight rows in their places in panels.
 
-    words: uint32 [columns, blocks, block_words]; halves: uint16 [columns, blocks, block_halves]; they become
-    output columns from `first_column` on and blocks from `first_block` on, of `K_blocks`; panels: the buffer
-    as uint32, the matrix from word `start` on.
+    words, bytes, halves: see `Blocks`; they become output columns from `first_column` on and blocks from
+    `first_block` on, whole spans; panels: the buffer as uint32, the matrix [N, K] from word `start` on.
     """
-    num_words, num_halves = words.shape[2], halves.shape[2]
-    block_size = num_words * PANEL + num_halves * (PANEL // 2)
+    size = panel_words(format, K)
     for n in range(words.shape[0]):
-        panel, column = (first_column + n) // PANEL, (first_column + n) % PANEL
+        base, column = start + (first_column + n) // PANEL * size, (first_column + n) % PANEL
         for block in range(words.shape[1]):
-            base = start + (panel * K_blocks + first_block + block) * block_size
-            for i in range(num_words):
-                panels[base + i * PANEL + column] = words[n, block, i]
-            for i in range(num_halves):
-                at = base + num_words * PANEL + i * (PANEL // 2) + column // 2
-                shift = np.uint32(16 * (column % 2))
-                kept = panels[at] & ~(np.uint32(0xFFFF) << shift)
-                panels[at] = kept | (np.uint32(halves[n, block, i]) << shift)
+            at = base + block_place(format, first_block + block)
+            for i in range(words.shape[2]):
+                panels[at + i * PANEL + column] = words[n, block, i]
+            at += words.shape[2] * PANEL
+            for i in range(bytes.shape[2]):
+                word, shift = at + i * (PANEL // 4) + column // 4, np.uint32(8 * (column % 4))
+                kept = panels[word] & ~(np.uint32(0xFF) << shift)
+                panels[word] = kept | (np.uint32(bytes[n, block, i]) << shift)
+        for span in range(halves.shape[1]):
+            at = base + halves_place(format, first_block + (span << span_shift(format)))
+            for i in range(halves.shape[2]):
+                word, shift = at + i * (PANEL // 2) + column // 2, np.uint32(16 * (column % 2))
+                kept = panels[word] & ~(np.uint32(0xFFFF) << shift)
+                panels[word] = kept | (np.uint32(halves[n, span, i]) << shift)
 
 
 @kernel
@@ -228,31 +274,66 @@ def _float16_at(panels, at, column):
 
 
 @kernel
+def _byte_at(panels, at, column):
+    """The signed byte of an output column in a row [PANEL] of them that begins at word `at`."""
+    byte = (load_int32(panels, at + column // 4) >> (8 * (column % 4))) & 0xFF
+    return (byte ^ 0x80) - 0x80
+
+
+@kernel
+def _bits_at(num_bits, panels, at, i):
+    """What a plane of `num_bits` bits, of the output column at word `at`, has for input `i` of a block."""
+    word = load_int32(panels, at + i // 4 % num_bits * PANEL)
+    return (word >> (8 * (i % 4) + i // 4 // num_bits * num_bits)) & ((1 << num_bits) - 1)
+
+
+@kernel
+def _scale_at(format, panels, panel, block, half, column):
+    """The (scale, minimum) of half a block of an output column, of the panel at word `panel`."""
+    halves = panel + halves_place(format, block)
+    scale, minimum = _float16_at(panels, halves, column), np.float32(0.0)
+    if has_minima(format):
+        minimum = _float16_at(panels, halves + PANEL // 2, column)
+    if has_scale_bytes(format):
+        bytes = panel + block_place(format, block) + block_words(format) * PANEL
+        first = _byte_at(panels, bytes, column)
+        if format in (INT4_K, INT5_K):
+            second = _byte_at(panels, bytes + PANEL // 4, column)
+            return scale * np.float32(first), -(minimum * np.float32(second))
+        if half == 1 and format != TABLE4_K:
+            first = _byte_at(panels, bytes + PANEL // 4, column)
+        if format == INT2_K:
+            return scale * np.float32(first & 15), -(minimum * np.float32((first >> 4) & 15))
+        scale *= np.float32(first)
+    return scale, minimum
+
+
+@kernel
 def unpack_column(format, panels, start, K, column, out, out_start):
     """Writes one output column (a row of the weight matrix) as floats to `out[out_start : + K]`."""
-    words = block_words(format)
-    position = column % PANEL
-    base = start + column // PANEL * num_blocks(K) * panel_block_words(format) + position
+    position, low, high = column % PANEL, _LOW_BITS[format], _HIGH_BITS[format]
+    panel = start + column // PANEL * panel_words(format, K)
+    scale = minimum = np.float32(0.0)
     for k in range(K):
         block, i = k // BLOCK, k % BLOCK
-        at = base + block * panel_block_words(format)
-        halves = at - position + words * PANEL
+        at = panel + block_place(format, block) + position
         if format == FLOAT32:
-            value = panels[at + i * PANEL]
-        elif format == BFLOAT16:
+            out[out_start + k] = panels[at + i * PANEL]
+            continue
+        if format == BFLOAT16:
             store_int32(out, out_start + k, (load_int32(panels, at + i // 2 * PANEL) >> (16 * (i % 2))) << 16)
             continue
-        elif format == INT8:
-            byte = (load_int32(panels, at + i // 4 * PANEL) >> (8 * (i % 4))) & 0xFF
-            value = np.float32((byte ^ 128 ^ INT8_OFFSET) - 128) * _float16_at(panels, halves, position)
-        else:
-            byte = (load_int32(panels, at + i % 16 // 4 * PANEL) >> (8 * (i % 4) + 4 * (i // 16))) & 0x0F
-            if format == INT4:
-                value = np.float32(byte - 8) * _float16_at(panels, halves, position)
-            else:
-                least = _float16_at(panels, halves + PANEL // 2, position)
-                value = np.float32(byte) * _float16_at(panels, halves, position) + least
-        out[out_start + k] = value
+        if i % 16 == 0:
+            scale, minimum = _scale_at(format, panels, panel, block, i // 16, position)
+        level = _bits_at(low, panels, at, i)
+        if high > 0:
+            level |= _bits_at(high, panels, at + low * PANEL, i) << low
+        if format == INT8:
+            level ^= 128 ^ INT8_OFFSET
+        elif format in (TABLE4, TABLE4_K):
+            level = TABLE[level]
+        value = np.float32(level - _ZEROS[format]) * scale
+        out[out_start + k] = value + minimum if has_minima(format) else value
 
 
 @shared
@@ -280,12 +361,16 @@ def _pack_int8(source, i, packed, at):
     first, second = nearest(first * broadcast(inverse)), nearest(second * broadcast(inverse))
     store_int8(packed, at, first)
     store_int8(packed, at + LANES // 4, second)
-    total = reduce_add(first + second)
+    total_first, total_second = reduce_add(first), reduce_add(second)
+    total, offset = total_first + total_second, np.float32(-INT8_OFFSET)
     packed[at + SCALE] = scale
     packed[at + SCALED_SUM] = scale * total
-    store_int32(packed, at + START_INT8, np.int32(total * np.float32(-128.0)))
+    packed[at + SCALED_FIRST] = scale * total_first
+    packed[at + SCALED_SECOND] = scale * total_second
+    store_int32(packed, at + START_INT8, np.int32(total * offset))
+    store_int32(packed, at + START_FIRST, np.int32(total_first * offset))
+    store_int32(packed, at + START_SECOND, np.int32(total_second * offset))
     store_int32(packed, at + START_INT4, start_int4(np.int32(total)))
-    store_int32(packed, at + START_ZERO, np.int32(0))
 
 
 @kernel

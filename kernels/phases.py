@@ -27,7 +27,7 @@ class Member(NamedTuple):
     thread: int
     num_threads: int
     counters: NDArray[np.int64]  # that the team shares
-    scratch: NDArray[np.float32]  # its own, one row of the widest activations
+    scratch: NDArray[np.float32]  # its own: one row of the widest activations, or what a product needs
 
 
 @kernel
@@ -116,8 +116,8 @@ def linear(member, weights, part, bias, num_rows, K, N, out, accumulate, work):
     out: flat, rows `padded(N)` apart, which are written or, with `accumulate`, added to.
     """
     matmul(
-        member.counters, member.num_threads, part.format, work.packed, num_rows, K, weights.values,
-        part.start, bias.start, N, out, accumulate,
+        member.counters, member.num_threads, weights.panels[part.panel :], work.packed, num_rows, K,
+        weights.values, bias.start, N, out, accumulate, member.scratch,
     )  # fmt: skip
     barrier(member.counters, member.num_threads)
 

@@ -53,7 +53,7 @@ from pagellm.kernels.architecture import (
     Kind,
     lay_out,
 )
-from pagellm.kernels.packing import FLOAT32
+from pagellm.kernels.packing import FLOAT32, panels_size
 
 Report = dict[str, Any]
 _Read = TypeVar("_Read")
@@ -279,20 +279,28 @@ def _of_memory(checkpoint: Checkpoint, spec: ModelSpec, formats: Formats, weight
     )
     for parts, row, sources, by_part in rows:
         for part in parts:
-            format = by_part.get(part.name, FLOAT32)
-            num_bytes, count = 4 * part.size(spec.arch, row, format), prod(part.shape(spec.arch, row))
-            entry = sizes.setdefault(FORMAT_NAMES[format], [0, 0])
-            entry[0] += num_bytes
-            entry[1] += count
-            for source in sources.get(part.name, ()) if part.kind is Kind.MATRIX else ():
+            shape = part.shape(spec.arch, row)
+            if part.kind is not Kind.MATRIX:
+                entry = sizes.setdefault(FORMAT_NAMES[FLOAT32], [0, 0])
+                entry[0] += 4 * part.size(spec.arch, row, by_part)
+                entry[1] += prod(shape)
+                continue
+            runs = part.runs(spec.arch, row, by_part)
+            for run in runs:
+                entry = sizes.setdefault(FORMAT_NAMES[run.format], [0, 0])
+                entry[0] += 4 * panels_size(run.format, run.columns, shape[1])
+                entry[1] += run.columns * shape[1]
+            for index, source in enumerate(sources.get(part.name, ())):
                 dtype = checkpoint.tensors[source.tensor].dtype
+                format = runs[index if len(runs) > 1 else 0].format
                 if not is_kept(dtype, format):
+                    count = source.outputs * shape[1]
                     entry = converted.setdefault((dtype, FORMAT_NAMES[format]), [0, 0])
-                    entry[0] += num_bytes * prod(source.shape) // count
-                    entry[1] += prod(source.shape)
+                    entry[0] += 4 * panels_size(format, source.outputs, shape[1])
+                    entry[1] += count
     cache_format = kv_format(formats)
     token_bytes = kv_bytes_per_token(spec.arch, cache_format)
-    weight_bytes = 4 * lay_out(spec.arch, formats)[2]
+    weight_bytes = 4 * lay_out(spec.arch, formats).size
     context_bytes = token_bytes * spec.max_positions
     return {
         "weights": weights

@@ -27,8 +27,9 @@ from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.kernels.activation import SILU
 from pagellm.kernels.architecture import Architecture, Weights, lay_out, layer_rows
+from pagellm.kernels.encoding import encode
 from pagellm.kernels.jit import cache_compiled
-from pagellm.kernels.packing import FLOAT32, aligned_zeros, encode, pack_blocks
+from pagellm.kernels.packing import FLOAT32, aligned_zeros, pack_blocks
 from pagellm.kernels.simd.llvm import CHECKED
 
 # What a full compilation reports; a wrong number only makes the bar end early or late.
@@ -100,18 +101,17 @@ def _run_tiny_model() -> None:
         norm_epsilon=1e-5,
         layers=layers,
     )
-    places, rest_places, size = lay_out(arch, [{}, {}])
-    values, table = aligned_zeros(size), np.ones((1, 1, 8), np.float32)
+    places = lay_out(arch, [{}, {}])
+    values, table = aligned_zeros(places.size), np.ones((1, 1, 8), np.float32)
     rope = {"cos": table, "sin": table, "rope_halves": np.full(1, 8, np.int64), "query_scale": table[0]}
-    weights = Weights(values, places, rest_places, **rope)
+    weights = Weights(values, places.layers, places.rest, places.panels, **rope)
     config = EngineConfig(num_blocks=1, max_num_batched_tokens=1, num_threads=1).complete()
     runner = ModelRunner(arch, weights, FLOAT32, config)
     scheduler = Scheduler.with_blocks(config)
     scheduler.add(Sequence(0, [0], SamplingParams()))
     runner.run(scheduler.schedule())
     runner.close()
-    words, halves = encode(FLOAT32, np.zeros((1, 16), np.float32))
-    pack_blocks(words, halves, 0, 0, 1, values.view(np.uint32), 0)
+    pack_blocks(FLOAT32, *encode(FLOAT32, np.zeros((1, 16), np.float32)), 0, 0, 16, values.view(np.uint32), 0)
 
 
 class _CompilationProgress(event.Listener):

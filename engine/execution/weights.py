@@ -15,19 +15,18 @@ from pagellm.engine.errors import CheckpointError
 from pagellm.engine.models import ModelSpec, Source
 from pagellm.engine.models.rope import RopeTable
 from pagellm.engine.progress import progress
-from pagellm.kernels.architecture import PARTS, Architecture, Formats, Kind, Weights, lay_out
+from pagellm.kernels.architecture import PARTS, Architecture, Formats, Kind, Part, Run, Weights, lay_out
+from pagellm.kernels.encoding import GGUF_FORMATS, encode, from_gguf
 from pagellm.kernels.kv_cache import token_words
 from pagellm.kernels.packing import (
     BFLOAT16,
     BLOCK,
     FLOAT32,
-    INT4,
     INT4_MIN,
     INT8,
+    LAYOUTS,
+    PANEL,
     aligned_zeros,
-    encode,
-    from_gguf,
-    num_blocks,
     pack_blocks,
     padded,
 )
@@ -35,40 +34,25 @@ from pagellm.kernels.packing import (
 # Bytes that one piece of work may take beside the weights: large enough to be quick, small beside any model.
 _READ_BYTES = 8 << 20
 
-# The formats that hold a quantized type of a checkpoint without a change of value, and what is made of a part
-# whose tensors have these types when nothing else is asked for.
-_QUANTIZED = {"Q8_0": (INT8,), "Q4_0": (INT4, INT4_MIN), "Q4_1": (INT4_MIN,)}
-_KEPT_FORMATS = {
-    frozenset({"Q8_0"}): INT8,
-    frozenset({"Q4_0"}): INT4,
-    frozenset({"Q4_1"}): INT4_MIN,
-    frozenset({"Q4_0", "Q4_1"}): INT4_MIN,
-}
-
 # What the formats are called in reports.
-FORMAT_NAMES = {
-    FLOAT32: "float32",
-    BFLOAT16: "bfloat16",
-    INT8: "int8",
-    INT4: "int4",
-    INT4_MIN: "int4 with minimum",
-}
+FORMAT_NAMES = {format: layout.name for format, layout in enumerate(LAYOUTS)}
 
 
 def is_kept(dtype: str, format: int) -> bool:
     """Whether a format holds a checkpoint's type as it is, without conversion."""
-    return format in _QUANTIZED.get(dtype, {"F32": (FLOAT32,), "BF16": (BFLOAT16,)}.get(dtype, ()))
+    return ({"F32": FLOAT32, "BF16": BFLOAT16} | GGUF_FORMATS).get(dtype) == format
 
 
 def formats_of(checkpoint: Checkpoint, spec: ModelSpec, quantization: str) -> Formats:
     """The formats of all matrices for a `quantization` of `EngineConfig`."""
     formats = []
-    for index, parts in enumerate((*spec.layers, spec.rest)):
+    for row, parts in zip((*spec.arch.layers, None), (*spec.layers, spec.rest), strict=True):
         by_part = {}
         for name, sources in parts.items():
             if PARTS[name].kind is Kind.MATRIX:
-                dtypes = {checkpoint.tensors[source.tensor].dtype for source in sources}
-                by_part[name] = _format_of(dtypes, quantization, in_layer=index < len(spec.layers))
+                in_layer = row is not None
+                by_source = [_format_of(checkpoint, source, quantization, in_layer) for source in sources]
+                by_part[name] = _runs(PARTS[name], row, sources, by_source)
         formats.append(by_part)
     return formats
 
@@ -77,28 +61,45 @@ def converted_types(checkpoint: Checkpoint, spec: ModelSpec, formats: Formats) -
     """The quantized types of matrices that become float32, because no format of the kernels holds them."""
     types = set()
     for parts, by_part in zip((*spec.layers, spec.rest), formats, strict=True):
-        for name, format in by_part.items():
-            if format == FLOAT32:
+        for name, runs in by_part.items():
+            if runs[0].format == FLOAT32:
                 types |= {checkpoint.tensors[source.tensor].dtype for source in parts[name]}
     return sorted(dtype for dtype in types if BLOCK_SIZES[dtype][0] > 1)
 
 
-def _format_of(dtypes: set[str], quantization: str, in_layer: bool) -> int:
-    """The format of a matrix that is stacked from tensors of these types."""
-    kept = _KEPT_FORMATS.get(frozenset(dtypes), FLOAT32)
+def _format_of(checkpoint: Checkpoint, source: Source, quantization: str, in_layer: bool) -> int:
+    """The format of the output columns that come from one tensor."""
+    kept = GGUF_FORMATS.get(checkpoint.tensors[source.tensor].dtype, FLOAT32)
+    if source.transposed or source.add:
+        kept = FLOAT32
     if quantization == "auto":
         return kept
     if quantization == "int4":
-        if kept in (INT4, INT4_MIN):
-            return kept
         # Four bits are too few for the embedding and for the logits: llama.cpp keeps more for them, too.
+        most = 4 if in_layer else 8
+        if LAYOUTS[kept].low_bits + LAYOUTS[kept].high_bits <= most:
+            return kept
         return INT4_MIN if in_layer else INT8
     return {"none": FLOAT32, "bf16": BFLOAT16, "int8": INT8}[quantization]
 
 
+def _runs(part: Part, row: Any, sources: tuple[Source, ...], formats: list[int]) -> tuple[Run, ...]:
+    """The formats of a part that is stacked from these sources.
+
+    Its panels share their activations, and a panel has one format: where that cannot be, all is float32.
+    """
+    pieces = part.pieces(row)
+    columns = [padded(source.outputs) if pieces > 1 else source.outputs for source in sources]
+    if len(set(formats)) > 1 and (min(formats) <= BFLOAT16 or any(size % PANEL for size in columns[:-1])):
+        formats = [FLOAT32] * len(formats)
+    if len(set(formats)) == 1:
+        return (Run(sum(columns), formats[0]),)
+    return tuple(Run(*run) for run in zip(columns, formats, strict=True))
+
+
 def kv_format(formats: Formats) -> int:
     """Of the KV cache: bfloat16 where the weights are rounded, too."""
-    exact = all(format == FLOAT32 for by_part in formats for format in by_part.values())
+    exact = all(run.format == FLOAT32 for by_part in formats for runs in by_part.values() for run in runs)
     return FLOAT32 if exact else BFLOAT16
 
 
@@ -113,7 +114,7 @@ def load_weights(
     checkpoint: Checkpoint, spec: ModelSpec, formats: Formats, max_model_len: int, show: bool
 ) -> Weights:
     """Reads and packs all weights; raises `CheckpointError` if a tensor cannot be read."""
-    layers, rest, size = lay_out(spec.arch, formats)
+    layers, rest, panels, size = lay_out(spec.arch, formats)
     values = aligned_zeros(size)
     total = sum(
         source.size for parts in (*spec.layers, spec.rest) for sources in parts.values() for source in sources
@@ -123,11 +124,12 @@ def load_weights(
         for row, parts, places in rows:
             for name, sources in parts.items():
                 part, column = PARTS[name], 0
-                start, format = places[name].tolist()
+                start, _, first_panel = places[name].tolist()
                 for source in sources:
                     tensor = checkpoint.tensors[source.tensor]
                     if part.kind is Kind.MATRIX:
-                        _load_matrix(tensor, source, format, values, start, column)
+                        first, format = panels[first_panel + column // PANEL].tolist()
+                        _load_matrix(tensor, source, first, format, values, column % PANEL)
                     else:
                         _load_plain(tensor, source, values, start + column)
                     column += source.outputs
@@ -136,31 +138,30 @@ def load_weights(
                     advance(4 * source.size)
     cos, sin, halves = _rotary_tables(spec.rope_tables, max_model_len)
     query_scale = _query_scales(spec.rope_tables, max_model_len)
-    return Weights(values, layers, rest, cos, sin, halves, query_scale)
+    return Weights(values, layers, rest, panels, cos, sin, halves, query_scale)
 
 
 def _load_matrix(
-    tensor: Tensor, source: Source, format: int, values: NDArray[np.float32], start: int, column: int
+    tensor: Tensor, source: Source, start: int, format: int, values: NDArray[np.float32], column: int
 ) -> None:
-    """Puts one matrix into its part at `values[start:]`, as output columns from `column` on."""
-    blocks = num_blocks(source.inputs or 1)
+    """Puts one matrix into the panels at `values[start:]`, as output columns from `column` on."""
     for first, last, offset in _chunks(source):
-        kept = tensor.dtype in _QUANTIZED and format in _QUANTIZED[tensor.dtype]
-        if kept and not source.transposed and source.add == 0.0:
-            raw = _unpair(tensor.quantized_rows(first, last), source)
-            words, halves = from_gguf(tensor.dtype, format, raw)
+        if GGUF_FORMATS.get(tensor.dtype) == format and not source.transposed and source.add == 0.0:
+            blocks = from_gguf(tensor.dtype, _unpair(tensor.quantized_rows(first, last), source))
         elif source.transposed:
             [(begin, end)] = source.ranges
-            words, halves = encode(format, _plain_rows(tensor, source, first, last).T[begin:end])
+            blocks = encode(format, _plain_rows(tensor, source, first, last).T[begin:end])
         else:
-            words, halves = encode(format, _plain_rows(tensor, source, first, last))
-        if not np.isfinite(halves.view(np.float16)).all():
+            blocks = encode(format, _plain_rows(tensor, source, first, last))
+        if not np.isfinite(blocks.halves.view(np.float16)).all():
             raise CheckpointError(
                 f"{tensor.file.path}: tensor {tensor.name} has a block whose scale or minimum is no finite "
                 f"float16, in rows {first} to {last - 1}"
             )
         first_column, first_block = (column, first // BLOCK) if source.transposed else (column + offset, 0)
-        pack_blocks(words, halves, first_column, first_block, blocks, values.view(np.uint32), start)
+        pack_blocks(
+            format, *blocks, first_column, first_block, source.inputs or 1, values.view(np.uint32), start
+        )
 
 
 def _load_plain(tensor: Tensor, source: Source, values: NDArray[np.float32], start: int) -> None:

@@ -1,7 +1,8 @@
 """The few LLVM operations that every kernel is built from; nothing else in the project emits LLVM IR.
 
 `llvm` has the types and the addresses, `vectors` what is done by lane, `tiles` and `byte_tiles` the register
-tiles of floats and of short integers, `atomics` what threads share, `calls` how they make one call together.
+tiles of floats and of short integers, `planes` how levels of few bits become bytes, `atomics` what threads
+share, `calls` how they make one call together.
 
 A vector has `LANES` lanes of 32 bits on every machine; LLVM splits it into as many registers as the host's
 instruction set needs, so the same kernels run on AVX-512, AVX2, plain x86-64 and 64-bit Arm. Lane arithmetic
@@ -26,16 +27,27 @@ from pagellm.kernels.simd.byte_tiles import (
     INT4_PAIRS,
     INT8_OFFSET,
     add_scaled,
+    add_scaled_float16,
     dot_int4,
     dot_int8,
     int4_sums,
     start_int_tile,
+    zero_int_tile,
 )
 from pagellm.kernels.simd.calls import call_again, this_call
 from pagellm.kernels.simd.llvm import LANES, REGISTERS_PER_VECTOR, host_has
+from pagellm.kernels.simd.planes import (
+    expand_levels,
+    load_float16,
+    load_high_nibbles,
+    load_int8,
+    load_low_nibbles,
+    table_expansion,
+)
 from pagellm.kernels.simd.tiles import (
     PAIR_WORDS,
     dot_bfloat16,
+    load_tile,
     outer_product,
     outer_product_bfloat16,
     outer_product_float16,
@@ -74,6 +86,7 @@ __all__ = [
     "absolute",
     "acquire_lock",
     "add_scaled",
+    "add_scaled_float16",
     "atomic_add",
     "atomic_exchange",
     "atomic_load",
@@ -84,13 +97,19 @@ __all__ = [
     "dot_int4",
     "dot_int8",
     "exp",
+    "expand_levels",
     "first_lane",
     "fma",
     "host_has",
     "int4_sums",
     "load",
     "load_bfloat16",
+    "load_float16",
+    "load_high_nibbles",
+    "load_int8",
     "load_int32",
+    "load_low_nibbles",
+    "load_tile",
     "maximum",
     "nearest",
     "outer_product",
@@ -107,9 +126,11 @@ __all__ = [
     "store_int8",
     "store_int32",
     "store_within",
+    "table_expansion",
     "this_call",
     "vector",
     "where_at_least",
     "write_tile",
     "yield_thread",
+    "zero_int_tile",
 ]

@@ -27,6 +27,17 @@ from pagellm.kernels.simd.vectors import from_float16, int_vector
 
 
 @intrinsic(prefer_literal=True)
+def zero_int_tile(_typing: Any, rows: Any, vectors: Any) -> Any:
+    """A register tile of int32 zeros."""
+    size = literal(rows) * literal(vectors)
+
+    def emit(context: Any, builder: Any, signature: Any, _arguments: Any) -> Any:
+        return context.make_tuple(builder, signature.return_type, [int_splat(0)] * size)
+
+    return types.UniTuple(int_vector, size)(rows, vectors), emit
+
+
+@intrinsic(prefer_literal=True)
 def start_int_tile(_typing: Any, rows: Any, vectors: Any, x: Any, index: Any, stride: Any) -> Any:
     """A register tile of int32: all lanes of a row start as the int32 in word `x[index + row * stride]`."""
     num_rows, num_vectors, row_stride = literal(rows), literal(vectors), literal(stride)
@@ -43,7 +54,7 @@ def start_int_tile(_typing: Any, rows: Any, vectors: Any, x: Any, index: Any, st
     return tile(rows, vectors, x, types.intp, stride), emit
 
 
-def _split_call(builder: Any, name: str, parts: int, result: Any, arguments: list[Any]) -> Any:
+def split_call(builder: Any, name: str, parts: int, result: Any, arguments: list[Any]) -> Any:
     """Calls an intrinsic of a machine whose registers hold 1 / `parts` of a vector, part by part."""
     pieces = []
     for part in range(parts):
@@ -71,12 +82,12 @@ def _split_call(builder: Any, name: str, parts: int, result: Any, arguments: lis
     return pieces[0]
 
 
-def _first_known(*instructions: tuple[str, str, int]) -> tuple[str, int] | None:
+def first_known(*instructions: tuple[str, str, int]) -> tuple[str, int] | None:
     """Of (feature, intrinsic, parts of a vector) the intrinsic and parts of the first that the host has."""
     return next(((name, parts) for feature, name, parts in instructions if host_has(feature)), None)
 
 
-_MULTIPLY_PAIRS = _first_known(
+_MULTIPLY_PAIRS = first_known(
     ("avx512bw", "llvm.x86.avx512.pmaddw.d.512", 1),
     ("avx2", "llvm.x86.avx2.pmadd.wd", 2),
     ("sse2", "llvm.x86.sse2.pmadd.wd", 4),
@@ -88,7 +99,7 @@ def _multiply_pairs(builder: Any, a: Any, b: Any) -> Any:
     if _MULTIPLY_PAIRS is not None:
         name, parts = _MULTIPLY_PAIRS
         operands = [builder.bitcast(a, SHORT_PAIRS), builder.bitcast(b, SHORT_PAIRS)]
-        return _split_call(builder, name, parts, INT_VECTOR, operands)
+        return split_call(builder, name, parts, INT_VECTOR, operands)
     sixteen = int_splat(16)
     low, high = (
         builder.mul(*(builder.ashr(half(value), sixteen) for value in (a, b)))
@@ -97,10 +108,10 @@ def _multiply_pairs(builder: Any, a: Any, b: Any) -> Any:
     return builder.add(low, high)
 
 
-_DOT_BYTES = _first_known(
+_DOT_BYTES = first_known(
     ("avx512vnni", "llvm.x86.avx512.vpdpbusd.512", 1), ("avxvnni", "llvm.x86.avx512.vpdpbusd.256", 2)
 )
-_ADD_BYTE_PAIRS = _first_known(
+_ADD_BYTE_PAIRS = first_known(
     ("avx512bw", "llvm.x86.avx512.pmaddubs.w.512", 1),
     ("avx2", "llvm.x86.avx2.pmadd.ub.sw", 2),
     ("ssse3", "llvm.x86.ssse3.pmadd.ub.sw.128", 4),
@@ -109,7 +120,7 @@ _ADD_BYTE_PAIRS = _first_known(
 _MOVE_SIGNS = (
     None
     if host_has("avx512bw")
-    else _first_known(("avx2", "llvm.x86.avx2.psign.b", 2), ("ssse3", "llvm.x86.ssse3.psign.b.128", 4))
+    else first_known(("avx2", "llvm.x86.avx2.psign.b", 2), ("ssse3", "llvm.x86.ssse3.psign.b.128", 4))
 )
 _MULTIPLIES_MAGNITUDES = _DOT_BYTES is None and _MOVE_SIGNS is not None
 # What the weights of `dot_int8` hold too much: most instructions take one of their operands unsigned.
@@ -119,7 +130,7 @@ INT8_OFFSET = 0 if _MULTIPLIES_MAGNITUDES else 128
 def _byte_instruction(builder: Any, instruction: tuple[str, int], kind: Any, a: Any, b: Any) -> Any:
     name, parts = instruction
     bytes = ir.VectorType(I8, 4 * LANES)
-    return _split_call(builder, name, parts, kind, [builder.bitcast(a, bytes), builder.bitcast(b, bytes)])
+    return split_call(builder, name, parts, kind, [builder.bitcast(a, bytes), builder.bitcast(b, bytes)])
 
 
 def _add_byte_pairs(builder: Any, unsigned: Any, signed: Any) -> Any:
@@ -138,7 +149,7 @@ def _dot_bytes(builder: Any, unsigned: Any, signed: Any, accumulator: Any) -> An
     """accumulator + the four products of each lane's bytes, exact in int32."""
     if _DOT_BYTES is not None:
         name, parts = _DOT_BYTES
-        return _split_call(builder, name, parts, INT_VECTOR, [accumulator, unsigned, signed])
+        return split_call(builder, name, parts, INT_VECTOR, [accumulator, unsigned, signed])
     eight = ir.Constant(SHORT_PAIRS, [8] * 2 * LANES)
     even, odd = (
         builder.and_(value, int_splat(0x00FF00FF))
@@ -246,31 +257,54 @@ def int4_sums(_typing: Any, tile: Any) -> Any:
     return tile(tile), emit
 
 
+def _scaled_update(load_scales: Any, scale_words: int) -> Any:
+    """The body of an intrinsic that adds scaled integers to a tile; a vector of scales has so many words."""
+
+    def intrinsic_of(
+        _typing: Any, tile: Any, ints: Any, rows: Any, x: Any, x_index: Any, x_stride: Any, w: Any,
+        w_index: Any
+    ) -> Any:  # fmt: skip
+        num_rows, stride = literal(rows), literal(x_stride)
+        num_vectors = tile.count // num_rows
+
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            accumulators, int_values, _, x_value, x_at, _, w_value, w_at = arguments
+            x_words, w_words = (num_rows - 1) * stride + 1, num_vectors * scale_words
+            x_pointer = element_pointer(context, builder, signature.args[3], x_value, x_at, count=x_words)
+            w_pointer = element_pointer(context, builder, signature.args[6], w_value, w_at, count=w_words)
+            scales = [load_scales(builder, w_pointer, v * scale_words) for v in range(num_vectors)]
+            updated = []
+            for row in range(num_rows):
+                factor = float_row(builder, builder.gep(x_pointer, [I64(row * stride)]))
+                for v in range(num_vectors):
+                    position = row * num_vectors + v
+                    value = builder.sitofp(builder.extract_value(int_values, position), VECTOR)
+                    accumulator = builder.extract_value(accumulators, position)
+                    updated.append(add_product(builder, value, builder.fmul(factor, scales[v]), accumulator))
+            return context.make_tuple(builder, signature.return_type, updated)
+
+        return tile(tile, ints, rows, x, types.intp, x_stride, w, types.intp), emit
+
+    return intrinsic_of
+
+
 @intrinsic(prefer_literal=True)
 def add_scaled(
-    _typing: Any, tile: Any, ints: Any, rows: Any, x: Any, x_index: Any, x_stride: Any, w: Any, w_index: Any
+    typing: Any, tile: Any, ints: Any, rows: Any, x: Any, x_index: Any, x_stride: Any, w: Any, w_index: Any
 ) -> Any:
-    """`tile[r][v] + float(ints[r][v]) * (x[x_index + r * x_stride] * w[w_index + ...])`, `w` in float16."""
-    num_rows, stride = literal(rows), literal(x_stride)
-    num_vectors = tile.count // num_rows
+    """`tile[r][v] + float(ints[r][v]) * (x[x_index + r * x_stride] * w[w_index + v * LANES ...])`."""
+    update = _scaled_update(lambda builder, w, word: load_at(builder, w, VECTOR, word), LANES)
+    return update(typing, tile, ints, rows, x, x_index, x_stride, w, w_index)
 
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        accumulators, int_values, _, x_value, x_at, _, w_value, w_at = arguments
-        x_words, w_words = (num_rows - 1) * stride + 1, num_vectors * LANES // 2
-        x_pointer = element_pointer(context, builder, signature.args[3], x_value, x_at, count=x_words)
-        w_pointer = element_pointer(context, builder, signature.args[6], w_value, w_at, count=w_words)
-        scales = [
-            from_float16(builder, load_at(builder, w_pointer, HALF_VECTOR, v * LANES // 2))
-            for v in range(num_vectors)
-        ]
-        updated = []
-        for row in range(num_rows):
-            factor = float_row(builder, builder.gep(x_pointer, [I64(row * stride)]))
-            for v in range(num_vectors):
-                position = row * num_vectors + v
-                value = builder.sitofp(builder.extract_value(int_values, position), VECTOR)
-                accumulator = builder.extract_value(accumulators, position)
-                updated.append(add_product(builder, value, builder.fmul(factor, scales[v]), accumulator))
-        return context.make_tuple(builder, signature.return_type, updated)
 
-    return tile(tile, ints, rows, x, types.intp, x_stride, w, types.intp), emit
+@intrinsic(prefer_literal=True)
+def add_scaled_float16(
+    typing: Any, tile: Any, ints: Any, rows: Any, x: Any, x_index: Any, x_stride: Any, w: Any, w_index: Any
+) -> Any:
+    """Like `add_scaled`, where the words of `w` hold two float16 each."""
+
+    def load_scales(builder: Any, pointer: Any, word: int) -> Any:
+        return from_float16(builder, load_at(builder, pointer, HALF_VECTOR, word))
+
+    update = _scaled_update(load_scales, LANES // 2)
+    return update(typing, tile, ints, rows, x, x_index, x_stride, w, w_index)

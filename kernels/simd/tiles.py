@@ -57,6 +57,25 @@ def start_tile(_typing: Any, rows: Any, vectors: Any, first_row: Any, index: Any
 
 
 @intrinsic(prefer_literal=True)
+def load_tile(_typing: Any, rows: Any, vectors: Any, array: Any, index: Any, stride: Any) -> Any:
+    """Like `start_tile`, where each row has its own start: rows from `index` on, `stride` floats apart."""
+    num_rows, num_vectors = literal(rows), literal(vectors)
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, _, array_value, index_value, stride_value = arguments
+        read = builder.add(builder.mul(stride_value, I64(num_rows - 1)), I64(num_vectors * LANES))
+        pointer = element_pointer(context, builder, signature.args[2], array_value, index_value, count=read)
+        values = []
+        for _row in range(num_rows):
+            values += [load_at(builder, pointer, VECTOR, v * LANES) for v in range(num_vectors)]
+            pointer = builder.gep(pointer, [stride_value])
+        return context.make_tuple(builder, signature.return_type, values)
+
+    tile = types.UniTuple(vector, num_rows * num_vectors)
+    return tile(rows, vectors, array, types.intp, types.intp), emit
+
+
+@intrinsic(prefer_literal=True)
 def write_tile(_typing: Any, tile: Any, rows: Any, out: Any, index: Any, stride: Any, accumulate: Any) -> Any:
     """Writes a register tile's rows to `out` from `index` on, `stride` floats apart, or adds them there."""
     num_rows = literal(rows)

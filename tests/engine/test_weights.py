@@ -11,7 +11,8 @@ from pagellm.engine import LLM, CheckpointError, ConfigError, EngineConfig
 from pagellm.engine.checkpoints import open_checkpoint
 from pagellm.engine.execution.weights import formats_of, kv_format, load_weights
 from pagellm.engine.models import read_spec
-from pagellm.kernels.packing import BFLOAT16, FLOAT32, INT4, INT4_MIN, INT8, unpack_column
+from pagellm.kernels.encoding import GGUF_FORMATS
+from pagellm.kernels.packing import BFLOAT16, FLOAT32, INT4, INT4_MIN, INT5, INT5_MIN, INT8, unpack_column
 from tests.conftest import MODELS, model_path
 
 LAYER_MATRICES = ("qkv", "output", "up", "down")
@@ -23,7 +24,9 @@ def formats(model: str, quantization: str) -> tuple[set[int], int]:
         spec = read_spec(checkpoint)
         table = formats_of(checkpoint, spec, quantization)
     lm_head = table[-1].get("lm_head", table[-1]["embedding"])
-    return {by_part[name] for by_part in table[:-1] for name in LAYER_MATRICES}, lm_head
+    layers = {run.format for by_part in table[:-1] for name in LAYER_MATRICES for run in by_part[name]}
+    [run] = lm_head
+    return layers, run.format
 
 
 @pytest.mark.parametrize(
@@ -35,6 +38,9 @@ def formats(model: str, quantization: str) -> tuple[set[int], int]:
         ("gguf_llama_q8_0", "auto", INT8, INT8),
         ("gguf_llama_q4_0", "auto", INT4, INT4),
         ("gguf_llama_q4_1", "auto", INT4_MIN, INT8),
+        ("gguf_llama_q5", "auto", INT5, INT5_MIN),
+        ("gguf_llama_q5", "none", FLOAT32, FLOAT32),
+        ("gguf_llama_q5", "int4", INT4_MIN, INT5_MIN),
         ("gguf_llama_q4_0", "none", FLOAT32, FLOAT32),
         ("gguf_llama_q4_0", "bf16", BFLOAT16, BFLOAT16),
         ("gguf_llama_q4_0", "int8", INT8, INT8),
@@ -51,7 +57,7 @@ def test_a_matrix_gets_the_format_that_is_asked_for_or_keeps_its_own(
     assert formats(model, quantization) == ({layers}, lm_head)
 
 
-@pytest.mark.parametrize("model", ["gguf_llama_q8_0", "gguf_llama_q4_0", "gguf_llama_q4_1"])
+@pytest.mark.parametrize("model", ["gguf_llama_q8_0", "gguf_llama_q4_0", "gguf_llama_q4_1", "gguf_llama_q5"])
 def test_a_quantized_file_is_repacked_without_a_change_of_value(model: str) -> None:
     with open_checkpoint(model_path(model)) as checkpoint:
         spec = read_spec(checkpoint)
@@ -125,8 +131,12 @@ def test_a_weight_that_no_block_can_hold_is_refused(tmp_path: Path, quantization
             load_weights(checkpoint, spec, table, 8, show=False)
 
 
-def test_a_type_without_a_format_becomes_float32_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_type_without_a_format_becomes_float32_and_that_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = str(model_path("gguf_llama_q5"))
+    for dtype in ("Q5_0", "Q5_1"):
+        monkeypatch.delitem(GGUF_FORMATS, dtype)
     LLM(path, num_blocks=8, show_progress=True).close()
     said = capsys.readouterr().err
     assert said.count("Q5_0 (5.5 bits), Q5_1 (6 bits) are converted to float32, 4 bytes a weight") == 1

@@ -1,31 +1,41 @@
 """Plain matrices to the kernels' packed layouts and back, slowly: what the kernels' tests share."""
 
+import platform
+import zlib
+
 import numpy as np
 from numpy.typing import NDArray
 
+from pagellm.kernels.encoding import encode
 from pagellm.kernels.packing import (
     BFLOAT16,
     BLOCK,
     FLOAT32,
     GROUP,
-    INT4,
+    INT2_K,
+    INT4_K,
     INT4_MIN,
+    INT5_K,
     INT8,
+    LAYOUTS,
     PANEL,
+    TABLE,
+    TABLE4,
+    TABLE4_K,
     Blocks,
-    encode,
     num_blocks,
     pack_blocks,
     padded,
     panels_size,
 )
-from pagellm.kernels.simd import INT4_PAIRS, INT8_OFFSET, PAIR_WORDS
+from pagellm.kernels.simd import INT4_PAIRS, INT8_OFFSET, PAIR_WORDS, host_has
 from tests import oracles
 
 Matrix = NDArray[np.float32]
 Exact = NDArray[np.float64]
 
-FORMATS = {FLOAT32: "float32", BFLOAT16: "bfloat16", INT8: "int8", INT4: "int4", INT4_MIN: "int4_min"}
+FORMATS = {format: layout.name.replace(" ", "_") for format, layout in enumerate(LAYOUTS)}
+ENCODED = {format: FORMATS[format] for format in range(INT4_MIN + 1)}  # what floats can be made to
 # A NaN as a float32, and two of them as bfloat16 or as float16.
 POISON = np.array([0xFFFFFFFF], np.uint32).view(np.float32)[0]
 
@@ -51,8 +61,27 @@ def whole_panels(num_columns: int) -> int:
 # Weights
 
 
+def blocks_of(format: int, weights: Matrix) -> Blocks:
+    """Weight rows [N, K] in a format; if floats cannot be made to it, any blocks, by the row alone."""
+    if format in ENCODED:
+        return encode(format, weights)
+    seeds = [zlib.crc32(np.ascontiguousarray(row).tobytes()) for row in weights]
+    rows = [random_blocks(format, np.random.default_rng(seed), 1, weights.shape[1]) for seed in seeds]
+    return Blocks(*(np.concatenate(parts) for parts in zip(*rows, strict=True)))
+
+
+def random_blocks(format: int, rng: np.random.Generator, N: int, K: int) -> Blocks:
+    """Every level and byte that there is, times scales and minima of either sign."""
+    layout, blocks = LAYOUTS[format], num_blocks(K)
+    words = rng.integers(0, 1 << 32, (N, blocks, layout.low_bits + layout.high_bits), np.uint32)
+    most = 64 if format in (INT4_K, INT5_K) else 256
+    bytes = rng.integers(0, most, (N, blocks, layout.num_bytes)).astype(np.uint8)
+    halves = rng.standard_normal((N, -(-blocks // layout.span), layout.num_halves)) / 100
+    return Blocks(words, bytes, halves.astype(np.float16).view(np.uint16))
+
+
 def dequantized(format: int, blocks: Blocks) -> Exact:
-    """The values [N, blocks * BLOCK] of encoded weight rows, without any rounding."""
+    """The values [N, blocks * BLOCK] of blocks of weight rows, without any rounding."""
     scaled, minima = _scaled_and_minima(format, blocks)
     return (scaled + minima).reshape(len(scaled), -1)
 
@@ -70,33 +99,59 @@ def magnitudes(format: int, blocks: Blocks) -> Exact:
 
 
 def _scaled_and_minima(format: int, blocks: Blocks) -> tuple[Exact, Exact]:
-    words, halves = blocks
-    scales = halves.view(np.float16).astype(np.float64)
     none = np.zeros((1, 1, 1))
     if format == FLOAT32:
-        return words.view(np.float32).astype(np.float64), none
+        return blocks.words.view(np.float32).astype(np.float64), none
     if format == BFLOAT16:
-        upper = words.view(np.uint16).astype(np.uint32) << 16
+        upper = blocks.words.view(np.uint16).astype(np.uint32) << 16
         return upper.view(np.float32).astype(np.float64), none
-    levels = words.view(np.uint8).astype(np.int64)
+    scales, minima = scales_of(format, blocks)
+    scaled = levels_of(format, blocks) * scales.repeat(BLOCK // 2, axis=2)
+    return scaled, minima.repeat(BLOCK // 2, axis=2) if minima.size else none
+
+
+def levels_of(format: int, blocks: Blocks) -> NDArray[np.int64]:
+    """What is multiplied by the scales, [N, blocks, BLOCK]: levels less their zero, or of the table."""
+    layout, bytes = LAYOUTS[format], blocks.words.view(np.uint8).astype(np.int64)
     if format == INT8:
-        return scales[..., :1] * int8_values(levels), none
-    levels = np.concatenate([levels & 15, levels >> 4], axis=2)
-    if format == INT4:
-        return scales[..., :1] * (levels - 8), none
-    return scales[..., :1] * levels, scales[..., 1:]
+        return int8_values(bytes)
+    levels = np.zeros((*bytes.shape[:2], BLOCK), np.int64)
+    planes = (
+        (layout.low_bits, 0, bytes),
+        (layout.high_bits, layout.low_bits, bytes[..., 4 * layout.low_bits :]),
+    )
+    for num_bits, position, plane in planes:
+        for i in range(BLOCK if num_bits else 0):
+            word, byte = i // 4, i % 4
+            field = plane[..., word % num_bits * 4 + byte] >> word // num_bits * num_bits
+            levels[..., i] |= (field & ((1 << num_bits) - 1)) << position
+    return np.array(TABLE)[levels] if format in (TABLE4, TABLE4_K) else levels - layout.zero
 
 
-def packed_weights(format: int, weights: Matrix, bias: Matrix) -> tuple[Matrix, int, int]:
+def scales_of(format: int, blocks: Blocks) -> tuple[Exact, Exact]:
+    """The scales of the halves of the blocks, [N, blocks, 2], and their minima, or none."""
+    layout = LAYOUTS[format]
+    halves = blocks.halves.view(np.float16).astype(np.float64).repeat(layout.span, axis=1)
+    halves = halves[:, : blocks.words.shape[1]]
+    scales, minima = halves[..., :1].repeat(2, axis=2), halves[..., 1:].repeat(2, axis=2)
+    bytes = blocks.bytes.view(np.int8).astype(np.float64)
+    if format in (INT4_K, INT5_K):
+        return scales * bytes[..., :1], -minima * bytes[..., 1:]
+    if format == INT2_K:
+        return scales * (blocks.bytes & 15), -minima * (blocks.bytes >> 4)
+    return scales * bytes if layout.num_bytes else scales, minima
+
+
+def packed_weights(format: int, weights: Matrix | Blocks, bias: Matrix, K: int) -> tuple[Matrix, int, int]:
     """One buffer with the panels of [N, K] and a bias [N] somewhere inside, and where the two begin."""
-    N, K = weights.shape
+    N = len(bias)
     size = panels_size(format, N, K)
+    blocks = weights if isinstance(weights, Blocks) else blocks_of(format, weights)
     start, bias_start = 16, 16 + size + 16
     values = poisoned(bias_start + padded(N))
     values[start : start + size] = 0.0
     values[bias_start:] = 0.0
-    words, halves = encode(format, weights)
-    pack_blocks(words, halves, 0, 0, num_blocks(K), values.view(np.uint32), start)
+    pack_blocks(format, *blocks, 0, 0, K, values.view(np.uint32), start)
     values[bias_start : bias_start + N] = bias
     return values, start, bias_start
 
@@ -132,8 +187,11 @@ def chunks(format: int, x: Matrix) -> NDArray[np.uint32]:
     with np.errstate(invalid="ignore"):  # what is no number has a scale that tells
         totals = levels.sum(axis=2).astype(np.int64)
         bytes = np.ascontiguousarray(levels.astype(np.int8))
-    floats = np.stack([scales, scales * totals], axis=2).astype(np.float32)
-    starts = np.stack([-128 * totals, int4_starts(-8 * totals), 0 * totals], axis=2).astype(np.int32)
+        first = levels[..., : BLOCK // 2].sum(axis=2).astype(np.int64)
+        floats = np.stack([scales, scales * totals, scales * first, scales * (totals - first)], axis=2)
+    floats = floats.astype(np.float32)
+    offsets = [-INT8_OFFSET * total for total in (totals, first, totals - first)]
+    starts = np.stack([*offsets, int4_starts(-8 * totals)], axis=2).astype(np.int32)
     return np.concatenate([bytes.view(np.uint32), floats.view(np.uint32), starts.view(np.uint32)], axis=2)
 
 
@@ -152,3 +210,50 @@ def packed_rows(format: int, x: Matrix) -> Matrix:
     for row in range(M):
         groups[row // GROUP, :, row % GROUP] = by_row[row]
     return groups.reshape(-1).view(np.float32)
+
+
+# Products
+
+# Whether a product is added before it is rounded.
+FUSED = host_has("fma") or host_has("avx512f") or platform.machine().lower() in ("aarch64", "arm64")
+
+
+def multiply_add(a: Matrix, b: Matrix, c: Matrix) -> Matrix:
+    """a * b + c in float32, as the machine does it."""
+    if not FUSED:
+        return a * b + c
+    # A product has 48 bits, and a sum that is rounded to odd in 53 bits rounds to the nearest float32 (Boldo
+    # and Melquiond 2008).
+    product, addend = a.astype(np.float64) * b, c.astype(np.float64)
+    total = product + addend
+    moved = total - product
+    error = (product - (total - moved)) + (addend - moved)
+    is_even = total.view(np.uint64) & 1 == 0
+    towards = np.where(error > 0, np.inf, -np.inf)
+    return np.where((error != 0) & is_even, np.nextafter(total, towards), total).astype(np.float32)
+
+
+def chained_product(format: int, x: Matrix, blocks: Blocks, bias: Matrix) -> Matrix:
+    """[M, K] times the blocks of [N, K], plus [N], by the chain of operations that the kernels are held to.
+
+    Block by block, or half by half where halves have scales of their own: the exact sum of the integers'
+    products, times the product of the scales, and then the sum of the activations times the minimum.
+    """
+    by_row = chunks(format, x)
+    inputs = by_row[..., :8].copy().view(np.int8).astype(np.int64)
+    scale, *sums = (word[:, :, 0] for word in np.split(by_row[..., 8:12].view(np.float32), 4, axis=2))
+    levels, (scales, minima) = levels_of(format, blocks), scales_of(format, blocks)
+    scales, minima = scales.astype(np.float32), minima.astype(np.float32)
+    apart = format not in ENCODED and LAYOUTS[format].num_bytes == 2 and format not in (INT4_K, INT5_K)
+    total = np.broadcast_to(bias, (len(x), len(bias))).copy()
+    for block in range(inputs.shape[1]):
+        for half in range(2 if apart else 1):
+            part = slice(half * 16, half * 16 + 16) if apart else slice(None)
+            dots = inputs[:, block, part] @ levels[:, block, part].T
+            factor = scale[:, block, None] * scales[None, :, block, half]
+            total = multiply_add(dots.astype(np.float32), factor, total)
+            if minima.size:
+                total = multiply_add(
+                    sums[half + 1 if apart else 0][:, block, None], minima[None, :, block, half], total
+                )
+    return total

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from pagellm.kernels.matmul import _run_of_panels, matmul
+from pagellm.kernels.matmul import _run_of_panels, matmul, scratch_size
 from pagellm.kernels.packing import (
     BFLOAT16,
     BLOCK,
@@ -17,9 +18,12 @@ from pagellm.kernels.packing import (
     GROUP,
     INT8,
     PANEL,
-    encode,
+    Blocks,
     num_blocks,
+    pack_blocks,
     padded_rows,
+    panel_words,
+    panels_size,
 )
 from pagellm.kernels.threads import new_counters
 from tests import oracles
@@ -28,6 +32,8 @@ from tests.kernels.layouts import (
     FORMATS,
     Exact,
     Matrix,
+    blocks_of,
+    chained_product,
     dequantized,
     magnitudes,
     multiplied,
@@ -48,16 +54,22 @@ FORMAT = st.sampled_from(sorted(FORMATS))
 ROWS = around(GROUP // 2, GROUP, 2 * GROUP, 8 * GROUP, 16 * GROUP)
 COLUMNS = around(PANEL, 2 * PANEL, 67)
 DEPTHS = around(16, BLOCK, 2 * BLOCK, 257)
+INTEGER = st.sampled_from([format for format in FORMATS if format > BFLOAT16])
+integer_formats = pytest.mark.parametrize(
+    "format", [format for format in FORMATS if format > BFLOAT16], ids=FORMATS.get
+)
 all_formats = pytest.mark.parametrize("format", FORMATS, ids=FORMATS.get)
 
 
-def multiply(format: int, x: Matrix, weights: Matrix, bias: Matrix, before: Matrix | None = None) -> Matrix:
+def multiply(
+    format: int, x: Matrix, weights: Matrix | Blocks, bias: Matrix, before: Matrix | None = None
+) -> Matrix:
     """`x @ weights.T + bias`, added to what was there `before` if that is given.
 
     Rows of the last group that are no rows are poison.
     """
-    (M, K), N = x.shape, len(weights)
-    values, start, bias_start = packed_weights(format, weights, bias)
+    (M, K), N = x.shape, len(bias)
+    values, start, bias_start = packed_weights(format, weights, bias, K)
     stride = whole_panels(N)
     guard = 64
     out = np.full((padded_rows(M) * stride) + guard, 7.0, np.float32)
@@ -65,11 +77,17 @@ def multiply(format: int, x: Matrix, weights: Matrix, bias: Matrix, before: Matr
     if before is not None:
         rows[:M, :N] = before
     matmul(
-        new_counters(), 1, format, packed_rows(format, x), M, K, values, start, bias_start, N, out,
-        before is not None,
+        new_counters(), 1, panels_at(format, start, N, K), packed_rows(format, x), M, K, values, bias_start,
+        N, out, before is not None, np.full(scratch_size(), np.nan, np.float32),
     )  # fmt: skip
     assert (out[-guard:] == 7.0).all(), "wrote past the end"
     return rows[:M, :N].copy()
+
+
+def panels_at(format: int, start: int, N: int, K: int) -> NDArray[np.int64]:
+    """Where the panels of a matrix [N, K] are, and their format."""
+    starts = start + np.arange(whole_panels(N) // PANEL) * panel_words(format, K)
+    return np.stack([starts, np.full_like(starts, format)], axis=1)
 
 
 def operands(M: int, N: int, K: int) -> tuple[Matrix, Matrix, Matrix]:
@@ -80,12 +98,12 @@ def operands(M: int, N: int, K: int) -> tuple[Matrix, Matrix, Matrix]:
 def expected(format: int, x: Matrix, weights: Matrix, bias: Matrix) -> tuple[Exact, Exact]:
     """The product of what the format holds, and how far float32 may be from it."""
     K = x.shape[1]
-    blocks = encode(format, weights)
+    blocks = blocks_of(format, weights)
     held, parts = dequantized(format, blocks)[:, :K], magnitudes(format, blocks)[:, :K]
     seen = multiplied(format, x)
     # A product of floats is rounded and goes through K more sums; one of integers goes through those of
     # the scales and through one or two sums a block.
-    roundings = K + 2 if format in (FLOAT32, BFLOAT16) else 2 * num_blocks(K) + 6
+    roundings = K + 2 if format in (FLOAT32, BFLOAT16) else 4 * num_blocks(K) + 6
     return oracles.matmul(seen, held, bias), oracles.rounding_bound(seen, parts, bias, roundings)
 
 
@@ -98,6 +116,55 @@ def assert_agrees(format: int, x: Matrix, weights: Matrix, bias: Matrix) -> None
 @given(format=FORMAT, M=ROWS, N=COLUMNS, K=DEPTHS)
 def test_agrees_with_the_oracle(format: int, M: int, N: int, K: int) -> None:
     assert_agrees(format, *operands(M, N, K))
+
+
+@at_most(300)
+@given(format=INTEGER, M=ROWS, N=COLUMNS, K=st.sampled_from([BLOCK, 8 * BLOCK, 16 * BLOCK, 24 * BLOCK, 1111]))
+def test_products_have_the_bits_of_their_chain(format: int, M: int, N: int, K: int) -> None:
+    """Sums of integers are exact, and the float32 operations are the documented ones in their order."""
+    x, weights, bias = operands(M, N, K)
+    np.testing.assert_array_equal(
+        multiply(format, x, weights, bias), chained_product(format, x, blocks_of(format, weights), bias)
+    )
+
+
+@integer_formats
+@pytest.mark.parametrize("byte", [0x00, 0xFF])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_greatest_levels_have_exact_sums(format: int, byte: int, sign: int) -> None:
+    """All levels at either end of their range, and all activations."""
+    N, K = PANEL + 1, 16 * BLOCK
+    blocks = blocks_of(format, operands(1, N, K)[1])
+    extreme = Blocks(np.full_like(blocks.words, byte * 0x01010101), blocks.bytes, blocks.halves)
+    bias = np.zeros(N, np.float32)
+    for M in (1, GROUP + 1):
+        x = np.full((M, K), 127.0 * sign, np.float32)
+        found = multiply(format, x, extreme, bias)
+        np.testing.assert_array_equal(found, chained_product(format, x, extreme, bias))
+
+
+def test_panels_may_have_different_formats() -> None:
+    """Integer ones in any order: each column has the bits that it has beside its like."""
+    K, formats = 16 * BLOCK, [format for format in FORMATS if format > BFLOAT16]
+    N = PANEL * len(formats)
+    for M in (1, GROUP, 9 * GROUP + 2):
+        x, weights, bias = operands(M, N, K)
+        pieces, panels, end = [], [], 0
+        for format, rows in zip(formats, np.split(weights, len(formats)), strict=True):
+            values = np.zeros(panels_size(format, PANEL, K), np.float32)
+            pack_blocks(format, *blocks_of(format, rows), 0, 0, K, values.view(np.uint32), 0)
+            pieces.append(values)
+            panels.append((end, format))
+            end += values.size
+        out = np.zeros(padded_rows(M) * N, np.float32)
+        matmul(
+            new_counters(), 1, np.array(panels), packed_rows(INT8, x), M, K, np.concatenate([*pieces, bias]),
+            end, N, out, False, np.zeros(scratch_size(), np.float32),
+        )  # fmt: skip
+        for i, format in enumerate(formats):
+            columns = slice(i * PANEL, (i + 1) * PANEL)
+            found = out.reshape(-1, N)[:M, columns]
+            np.testing.assert_array_equal(found, multiply(format, x, weights[columns], bias[columns]))
 
 
 @given(st.integers(1, 500), st.integers(1, 20), st.integers(1, 30))
@@ -207,24 +274,14 @@ def test_few_rows_take_many_panels_at_a_time(format: int, M: int) -> None:
 @all_formats
 def test_what_another_thread_took_is_left_alone(format: int) -> None:
     x, weights, bias = operands(3, 2 * PANEL, BLOCK)
-    values, start, bias_start = packed_weights(format, weights, bias)
+    values, start, bias_start = packed_weights(format, weights, bias, BLOCK)
     out = np.full(padded_rows(3) * 2 * PANEL, 7.0, np.float32)
     counters = new_counters()
     counters[:] = 1 << 20  # all items are taken
     matmul(
-        counters,
-        1,
-        format,
-        packed_rows(format, x),
-        3,
-        BLOCK,
-        values,
-        start,
-        bias_start,
-        2 * PANEL,
-        out,
-        False,
-    )
+        counters, 1, panels_at(format, start, 2 * PANEL, BLOCK), packed_rows(format, x), 3, BLOCK, values,
+        bias_start, 2 * PANEL, out, False, np.zeros(scratch_size(), np.float32),
+    )  # fmt: skip
     assert (out == 7.0).all()
 
 

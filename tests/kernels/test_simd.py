@@ -86,7 +86,7 @@ def int8_tile(starts, x, w, scales, halves, zeros, out):  # type: ignore[no-unty
     ints = simd.start_int_tile(4, 2, starts, 1, 3)
     for word in range(2):
         ints = simd.dot_int8(ints, 4, x, 1 + word, 5, w, 3 + word * 2 * LANES)
-    tile = simd.add_scaled(simd.start_tile(4, 2, zeros, 0), ints, 4, scales, 1, 3, halves, 3)
+    tile = simd.add_scaled_float16(simd.start_tile(4, 2, zeros, 0), ints, 4, scales, 1, 3, halves, 3)
     simd.write_tile(tile, 4, out, 0, 2 * LANES, False)
 
 
@@ -96,7 +96,7 @@ def int4_tile(starts, x, w, scales, halves, zeros, out):  # type: ignore[no-unty
     for word in range(2):
         ints = simd.dot_int4(ints, 4, x, 1 + word, 9, w, 3 + word * 2 * LANES)
     ints = simd.int4_sums(ints)
-    tile = simd.add_scaled(simd.start_tile(4, 2, zeros, 0), ints, 4, scales, 1, 3, halves, 3)
+    tile = simd.add_scaled_float16(simd.start_tile(4, 2, zeros, 0), ints, 4, scales, 1, 3, halves, 3)
     simd.write_tile(tile, 4, out, 0, 2 * LANES, False)
 
 

@@ -33,7 +33,8 @@ from pagellm.kernels.buffers import (
     new_plan,
     new_workspace,
 )
-from pagellm.kernels.packing import BFLOAT16, FLOAT32, aligned_zeros, encode, num_blocks, pack_blocks, padded
+from pagellm.kernels.encoding import encode
+from pagellm.kernels.packing import BFLOAT16, FLOAT32, aligned_zeros, pack_blocks, padded
 from pagellm.kernels.threads import ThreadTeam
 from pagellm.kernels.transformer import step
 from tests import oracles
@@ -119,16 +120,15 @@ def model(arch: Architecture) -> tuple[list[Parts], Weights]:
     rng = np.random.default_rng(0)
     plain = [random_parts(rng, arch, LAYER_PARTS, row) for row in arch.layers]
     plain.append(random_parts(rng, arch, REST_PARTS, None))
-    layers, rest, size = lay_out(arch, [{}] * len(plain))
+    layers, rest, panels, size = lay_out(arch, [{}] * len(plain))
     values = aligned_zeros(size)
     for parts, row, places in zip(plain, (*arch.layers, None), (*layers, *rest), strict=True):
         for part in LAYER_PARTS if row is not None else REST_PARTS:
             start, column = int(places[part.name]["start"]), 0
             for piece in np.split(parts[part.name], part.pieces(row)):
                 if part.kind is Kind.MATRIX and len(piece):
-                    words, halves = encode(FLOAT32, piece)
-                    blocks = num_blocks(piece.shape[1])
-                    pack_blocks(words, halves, column, 0, blocks, values.view(np.uint32), start)
+                    blocks, K = encode(FLOAT32, piece), piece.shape[1]
+                    pack_blocks(FLOAT32, *blocks, column, 0, K, values.view(np.uint32), start)
                 elif part.kind is not Kind.MATRIX:
                     values[start + column : start + column + piece.size] = piece.reshape(-1)
                 column = padded(len(piece))
@@ -138,7 +138,7 @@ def model(arch: Architecture) -> tuple[list[Parts], Weights]:
         angles = np.outer(np.arange(MAX_LEN), frequencies)
         tables[:, table, :, : len(frequencies)] = np.cos(angles), np.sin(angles)
     scales = QUERY_SCALES.astype(np.float32)
-    return plain, Weights(values, layers, rest, tables[0], tables[1], halves_of, scales)
+    return plain, Weights(values, layers, rest, panels, tables[0], tables[1], halves_of, scales)
 
 
 class Definition:

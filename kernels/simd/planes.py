@@ -1,0 +1,225 @@
+"""Levels of few bits, in planes, as the bytes that `dot_int8` multiplies; short scales as floats."""
+
+from typing import Any
+
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from pagellm.kernels.simd.byte_tiles import INT8_OFFSET, first_known, split_call
+from pagellm.kernels.simd.llvm import (
+    HALF_VECTOR,
+    I8,
+    I32,
+    INT_VECTOR,
+    LANES,
+    VECTOR,
+    element_pointer,
+    int_splat,
+    load_at,
+    require_float32,
+    splat,
+    store_at,
+)
+from pagellm.kernels.simd.tiles import literal
+from pagellm.kernels.simd.vectors import from_float16, vector
+
+_BYTES = ir.VectorType(I8, 4 * LANES)
+_BLOCK_WORDS = 8  # of a block of 32 bytes
+
+
+@intrinsic
+def load_float16(_typing: Any, array: Any, index: Any) -> Any:
+    """`LANES` float16 from word `index` on, as floats."""
+    require_float32(array)
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = element_pointer(context, builder, signature.args[0], *arguments, count=LANES // 2)
+        return from_float16(builder, load_at(builder, pointer, HALF_VECTOR))
+
+    return vector(array, types.intp), emit
+
+
+def _load_bytes(convert: Any) -> Any:
+    """The body of an intrinsic that reads `LANES` bytes, widened to int32 by `convert`, as floats."""
+
+    def intrinsic_of(_typing: Any, array: Any, index: Any) -> Any:
+        require_float32(array)
+
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            pointer = element_pointer(context, builder, signature.args[0], *arguments, count=LANES // 4)
+            bytes = load_at(builder, pointer, ir.VectorType(I8, LANES))
+            return builder.sitofp(convert(builder, bytes), VECTOR)
+
+        return vector(array, types.intp), emit
+
+    return intrinsic_of
+
+
+@intrinsic
+def load_int8(typing: Any, array: Any, index: Any) -> Any:
+    """`LANES` int8 from word `index` on, as floats."""
+    return _load_bytes(lambda builder, bytes: builder.sext(bytes, INT_VECTOR))(typing, array, index)
+
+
+@intrinsic
+def load_low_nibbles(typing: Any, array: Any, index: Any) -> Any:
+    """The lower four bits of `LANES` bytes from word `index` on, as floats."""
+
+    def convert(builder: Any, bytes: Any) -> Any:
+        return builder.and_(builder.zext(bytes, INT_VECTOR), int_splat(15))
+
+    return _load_bytes(convert)(typing, array, index)
+
+
+@intrinsic
+def load_high_nibbles(typing: Any, array: Any, index: Any) -> Any:
+    """The upper four bits of `LANES` bytes from word `index` on, as floats."""
+
+    def convert(builder: Any, bytes: Any) -> Any:
+        return builder.lshr(builder.zext(bytes, INT_VECTOR), int_splat(4))
+
+    return _load_bytes(convert)(typing, array, index)
+
+
+def _plane_bits(builder: Any, words: list[Any], num_bits: int, word: int, position: int) -> Any:
+    """What a plane of `num_bits` bits has for input word `word`, moved up to bit `position` of each byte."""
+    mask = ((1 << num_bits) - 1 << position) * 0x01010101
+    distance = word // num_bits * num_bits - position
+    value = words[word % num_bits]
+    if distance > 0:
+        value = builder.lshr(value, int_splat(distance))
+    elif distance < 0:
+        value = builder.shl(value, int_splat(-distance))
+    return builder.and_(value, int_splat(mask))
+
+
+def _expand(low_bits: int, high_bits: int, num_vectors: int, convert: Any) -> Any:
+    """Emits a block of `num_vectors` vectors of columns: `convert(builder, levels)` of each of its words."""
+
+    def emit(builder: Any, source: Any, target: Any) -> None:
+        for v in range(num_vectors):
+            rows = [
+                load_at(builder, source, INT_VECTOR, (row * num_vectors + v) * LANES)
+                for row in range(low_bits + high_bits)
+            ]
+            for word in range(_BLOCK_WORDS):
+                levels = _plane_bits(builder, rows[:low_bits], low_bits, word, 0)
+                if high_bits:
+                    upper = _plane_bits(builder, rows[low_bits:], high_bits, word, low_bits)
+                    levels = builder.or_(levels, upper)
+                store_at(builder, target, convert(builder, levels), (word * num_vectors + v) * LANES)
+
+    return emit
+
+
+@intrinsic(prefer_literal=True)
+def expand_levels(
+    _typing: Any, low_bits: Any, high_bits: Any, vectors: Any, w: Any, w_at: Any, zero: Any, out: Any,
+    out_at: Any
+) -> Any:  # fmt: skip
+    """Writes a block of levels, less `zero` each, as 8 rows of `vectors` vectors of bytes for `dot_int8`.
+
+    w: the rows of the planes, from word `w_at` on, as kernels.packing has them; low_bits, high_bits (or 0)
+    and vectors are compile-time constants.
+    """
+    low, high, num_vectors = literal(low_bits), literal(high_bits), literal(vectors)
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        w_value, w_index, zero_value, out_value, out_index = arguments[3:]
+        added = builder.sub(I32(INT8_OFFSET), builder.trunc(zero_value, I32))
+        added = builder.and_(added, I32(0xFF))
+        added = builder.bitcast(splat(builder, builder.mul(added, I32(0x01010101))), _BYTES)
+
+        def convert(builder: Any, levels: Any) -> Any:
+            return builder.bitcast(builder.add(builder.bitcast(levels, _BYTES), added), INT_VECTOR)
+
+        words = (low + high) * num_vectors * LANES
+        source = element_pointer(context, builder, signature.args[3], w_value, w_index, count=words)
+        words = _BLOCK_WORDS * num_vectors * LANES
+        target = element_pointer(context, builder, signature.args[6], out_value, out_index, count=words)
+        _expand(low, high, num_vectors, convert)(builder, source, target)
+        return context.get_dummy_value()
+
+    signature = types.void(low_bits, high_bits, vectors, w, types.intp, types.int64, out, types.intp)
+    return signature, emit
+
+
+_SHUFFLE_BYTES = first_known(
+    ("avx512bw", "llvm.x86.avx512.pshuf.b.512", 1),
+    ("avx2", "llvm.x86.avx2.pshuf.b", 2),
+    ("ssse3", "llvm.x86.ssse3.pshuf.b.128", 4),
+)
+_IS_ARM = binding.get_process_triple().startswith(("aarch64", "arm64"))
+
+
+def _look_up(builder: Any, table: list[int], nibbles: Any) -> Any:
+    """The byte of a table of 16 for each byte from 0 to 15, in the lanes of a vector."""
+    indices = builder.bitcast(nibbles, _BYTES)
+    if _SHUFFLE_BYTES is not None:
+        name, parts = _SHUFFLE_BYTES
+        constant = ir.Constant(_BYTES, table * (4 * LANES // 16))
+        return builder.bitcast(split_call(builder, name, parts, _BYTES, [constant, indices]), INT_VECTOR)
+    if _IS_ARM:
+        return builder.bitcast(_look_up_by_sixteen(builder, table, indices), INT_VECTOR)
+    # By halves: each bit of the index chooses one of two.
+    choices: list[Any] = [ir.Constant(_BYTES, [value] * 4 * LANES) for value in table]
+    for bit in range(4):
+        chosen = builder.and_(indices, ir.Constant(_BYTES, [1 << bit] * 4 * LANES))
+        chosen = builder.icmp_unsigned("!=", chosen, ir.Constant(_BYTES, [0] * 4 * LANES))
+        choices = [
+            builder.select(chosen, upper, lower)
+            for lower, upper in zip(choices[::2], choices[1::2], strict=True)
+        ]
+    return builder.bitcast(choices[0], INT_VECTOR)
+
+
+def _look_up_by_sixteen(builder: Any, table: list[int], indices: Any) -> Any:
+    """`_look_up` by the instruction of 64-bit Arm, which takes 16 bytes."""
+    kind = ir.VectorType(I8, 16)
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(kind, [kind, kind]), "llvm.aarch64.neon.tbl1.v16i8"
+    )
+    undefined = ir.Constant(_BYTES, ir.Undefined)
+    pieces = []
+    for first in range(0, 4 * LANES, 16):
+        mask = ir.Constant(ir.VectorType(I32, 16), list(range(first, first + 16)))
+        taken = builder.shuffle_vector(indices, undefined, mask)
+        pieces.append(builder.call(function, [ir.Constant(kind, table), taken]))
+    while len(pieces) > 1:
+        width = 2 * pieces[0].type.count
+        mask = ir.Constant(ir.VectorType(I32, width), list(range(width)))
+        pieces = [
+            builder.shuffle_vector(low, high, mask)
+            for low, high in zip(pieces[::2], pieces[1::2], strict=True)
+        ]
+    return pieces[0]
+
+
+def table_expansion(values: tuple[int, ...]) -> Any:
+    """An intrinsic `(vectors, w, w_at, out, out_at)` like `expand_levels`, for levels of a table's values.
+
+    values: 16 of them, from -127 to 127; w: the rows of one plane of four bits.
+    """
+    table = [(value + INT8_OFFSET) % 256 for value in values]
+
+    @intrinsic(prefer_literal=True)
+    def expand(_typing: Any, vectors: Any, w: Any, w_at: Any, out: Any, out_at: Any) -> Any:
+        num_vectors = literal(vectors)
+
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _, w_value, w_index, out_value, out_index = arguments
+            words = 4 * num_vectors * LANES
+            source = element_pointer(context, builder, signature.args[1], w_value, w_index, count=words)
+            target = element_pointer(
+                context, builder, signature.args[3], out_value, out_index, count=2 * words
+            )
+            _expand(4, 0, num_vectors, lambda builder, levels: _look_up(builder, table, levels))(
+                builder, source, target
+            )
+            return context.get_dummy_value()
+
+        return types.void(vectors, w, types.intp, out, types.intp), emit
+
+    return expand
