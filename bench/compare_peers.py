@@ -12,7 +12,8 @@ Peers, set up as is quickest for them: llama.cpp with flash attention, KV in flo
 sequence; OpenVINO GenAI with continuous batching and its own choice of KV precision. Of the default model,
 OpenVINO reads neither F32 nor BF16 from GGUF: there it is given F16 and told what to compute in. In four
 bits the peers show the published Q4_1 and also Q4_0, which llama.cpp has quicker kernels for. An engine that
-does not read a file (OpenVINO: most architectures and types of GGUF) is skipped and the reason named.
+does not read a file is skipped and the reason named: OpenVINO 2026.4 has few architectures of GGUF (Llama,
+Qwen 2 and 3), and no Q5_0, which Q4_K_M has where rows are no multiple of 256, as in the smallest models.
 
 Beside the speeds: at decode 1 the share of the memory's bandwidth at which an engine reads the file's
 weights, and at the end the memory that each process took for the model, beside the file's size and the KV
