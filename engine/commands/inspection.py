@@ -25,6 +25,7 @@ from pagellm.engine.checkpoints import (
 from pagellm.engine.checkpoints.gguf import read_gguf
 from pagellm.engine.checkpoints.huggingface import CONFIG_FILE, read_json_object
 from pagellm.engine.checks import JsonError, parse_json
+from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import CheckpointError
 from pagellm.engine.execution.memory import read_memory
 from pagellm.engine.execution.weights import (
@@ -100,7 +101,8 @@ def inspect_model(model: str | PathLike[str], quantization: str = "auto") -> Rep
                                 says what of the checkpoint is no language model
         weights                 how many there are; types in the file and formats in memory with bytes and
                                 share; what is converted, with bytes a weight, and whether that rounds
-        kv_cache                its format, bytes a token, bytes of one sequence as long as the context
+        kv_cache                its format, bytes a token, bytes of the blocks of one sequence as long as the
+                                context
         context                 in tokens
         tokenizer               its kind, size and end tokens
         chat_template           null, or its names, the variables that it reads, whether it knows tools and
@@ -301,7 +303,9 @@ def _of_memory(checkpoint: Checkpoint, spec: ModelSpec, formats: Formats, weight
     cache_format = kv_format(formats)
     token_bytes = kv_bytes_per_token(spec.arch, cache_format)
     weight_bytes = 4 * lay_out(spec.arch, formats).size
-    context_bytes = token_bytes * spec.max_positions
+    # Blocks behind the windows of all layers are given back.
+    settings = EngineConfig()
+    context_bytes = token_bytes * settings.block_size * settings.most_blocks(spec.max_positions, spec.window)
     return {
         "weights": weights
         | {

@@ -47,6 +47,8 @@ def test_an_engine_takes_what_the_report_says(name: str, quantization: str) -> N
     assert 0 <= report["memory"]["weight_bytes"] - kept <= 64  # what no part needs: a vector behind the last
     assert report["kv_cache"]["bytes_a_token"] * llm.engine.config.block_size == llm.engine.block_bytes
     assert report["architecture"]["num_layers"] == runner.arch.num_layers
+    blocks = llm.engine.config.most_blocks(report["context"], llm.engine.spec.window)
+    assert report["kv_cache"]["bytes_of_context"] == blocks * llm.engine.block_bytes
     assert sorted(i for kind in report["architecture"]["layers"] for i in kind["layers"]) == list(
         range(runner.arch.num_layers)
     )
