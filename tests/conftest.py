@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 from pagellm.engine import LLM, CheckpointError
+from pagellm.engine.scheduling.sequence import Sequence
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
 ARCHITECTURES = Path(__file__).parent / "fixtures" / "architectures"
@@ -40,6 +41,11 @@ def real_weights(model: str, **settings: Any) -> LLM:
         if os.environ.get("CI"):
             pytest.fail(f"THE REAL WEIGHTS CANNOT BE FETCHED: {error}")
         pytest.skip(f"the real weights cannot be fetched: {error}")
+
+
+def output_of(sequence: Sequence) -> list[int]:
+    """The tokens that a sequence has got so far."""
+    return sequence.token_ids[sequence.num_prompt_tokens :].tolist()
 
 
 @pytest.fixture(scope="session")

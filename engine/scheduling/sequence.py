@@ -127,11 +127,6 @@ class Sequence:
         """Tokens generated so far."""
         return len(self.token_ids) - self.num_prompt_tokens
 
-    @property
-    def output_token_ids(self) -> list[int]:
-        """The tokens generated so far."""
-        return self.token_ids[self.num_prompt_tokens :].tolist()
-
     def restart(self, num_tokens: int) -> None:
         """Leaves it its first `num_tokens` tokens, waiting without blocks: nothing of it is computed."""
         self.token_ids = self.token_ids[:num_tokens]

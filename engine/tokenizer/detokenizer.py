@@ -4,8 +4,6 @@ A token is bytes, and a character may be spread over several tokens: what has ar
 until the rest comes. It knows nothing of stop strings or of the request.
 """
 
-from collections.abc import Iterable
-
 from pagellm.engine.tokenizer.tokenizer import Tokenizer
 
 
@@ -31,10 +29,6 @@ class IncrementalDetokenizer:
         """
         piece = self._tokenizer.stream_piece(token_id)
         return "" if token_id in self._skipped else self._stream.append(*piece)
-
-    def extend(self, token_ids: Iterable[int]) -> str:
-        """As `append`, for several tokens at once."""
-        return "".join([self.append(token_id) for token_id in token_ids])
 
     def finish(self) -> str:
         """The rest at the stream's end: U+FFFD for an unfinished character. Ready for another stream then."""

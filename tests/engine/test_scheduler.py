@@ -13,6 +13,7 @@ from pagellm.engine.scheduling.batch import Admitted, Preempted, Preemption, Pre
 from pagellm.engine.scheduling.block_manager import BlockManager, Transfer, TransferKind
 from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
+from tests.conftest import output_of
 
 EOS = 99
 
@@ -262,7 +263,7 @@ def test_a_preempted_sequence_returns_first_with_its_own_cached_blocks() -> None
     assert step(s) == [(b, 1, True), (c, 1, True)]
     assert b.block_table[:2] == [2, 3]
     assert b.num_cached_tokens == 0, "not a saving of the prompt, only the way back"
-    assert b.output_token_ids == [50, 50]
+    assert output_of(b) == [50, 50]
 
 
 def test_nobody_is_admitted_in_a_step_in_which_somebody_makes_way() -> None:
@@ -334,7 +335,7 @@ def test_aborting_a_running_decode_leaves_the_others_alone() -> None:
     step(s)
     s.abort(b)
     s.check()
-    assert b.output_token_ids == [50]
+    assert output_of(b) == [50]
     assert step(s) == [(a, 1, True), (c, 1, True)]
 
 
@@ -353,7 +354,7 @@ def test_aborting_a_finished_sequence_changes_nothing() -> None:
     step(s)
     s.abort(a)
     assert a.finish_reason is FinishReason.LENGTH
-    assert a.output_token_ids == [50]
+    assert output_of(a) == [50]
 
 
 def test_one_aborted_while_it_is_computed_gets_no_token_and_the_others_get_theirs() -> None:
@@ -364,7 +365,7 @@ def test_one_aborted_while_it_is_computed_gets_no_token_and_the_others_get_their
     s.check()
     assert s.commit(batch, [[60], [61], [62]]) == []
     s.check()
-    assert [x.output_token_ids for x in (a, b, c)] == [[60], [], [62]]
+    assert [output_of(x) for x in (a, b, c)] == [[60], [], [62]]
     assert (b.finish_reason, b.num_computed_tokens, b.block_table) == (FinishReason.ABORT, 0, [])
     d = add(s, prompt(5, 10))
     assert step(s) == [(a, 1, True), (c, 1, True), (d, 5, True)], "nothing of b is taken for computed"
@@ -420,7 +421,7 @@ def test_a_prompt_that_fills_everything_gives_one_token(settings: dict[str, int]
     s = scheduler(**settings)
     a = add(s, prompt(8))
     assert step(s) == [(a, 8, True)]
-    assert (a.output_token_ids, a.finish_reason) == ([50], FinishReason.LENGTH)
+    assert (output_of(a), a.finish_reason) == ([50], FinishReason.LENGTH)
 
 
 # The end
@@ -440,7 +441,7 @@ def run_to_the_end(token_of_step: Callable[[int], int], **params: Any) -> Sequen
 
 def test_an_output_ends_at_max_tokens() -> None:
     a = run_to_the_end(lambda _: 50, max_tokens=3)
-    assert (a.output_token_ids, a.finish_reason) == ([50, 50, 50], FinishReason.LENGTH)
+    assert (output_of(a), a.finish_reason) == ([50, 50, 50], FinishReason.LENGTH)
 
 
 def test_an_output_ends_at_max_model_len() -> None:
@@ -450,12 +451,12 @@ def test_an_output_ends_at_max_model_len() -> None:
 
 def test_an_end_of_text_token_ends_it_and_is_part_of_it() -> None:
     a = run_to_the_end(lambda index: EOS if index == 1 else 50)
-    assert (a.output_token_ids, a.finish_reason) == ([50, EOS], FinishReason.STOP)
+    assert (output_of(a), a.finish_reason) == ([50, EOS], FinishReason.STOP)
 
 
 def test_a_stop_token_ends_it() -> None:
     a = run_to_the_end(lambda index: 60 + index, stop_token_ids=[62])
-    assert (a.output_token_ids, a.finish_reason) == ([60, 61, 62], FinishReason.STOP)
+    assert (output_of(a), a.finish_reason) == ([60, 61, 62], FinishReason.STOP)
 
 
 def test_an_end_of_text_token_in_the_last_place_is_a_stop() -> None:
@@ -465,16 +466,16 @@ def test_an_end_of_text_token_in_the_last_place_is_a_stop() -> None:
 
 def test_ignore_eos_goes_on_past_the_end_of_text_but_not_past_a_stop_token() -> None:
     a = run_to_the_end(lambda _: EOS, ignore_eos=True, max_tokens=3)
-    assert (a.output_token_ids, a.finish_reason) == ([EOS] * 3, FinishReason.LENGTH)
+    assert (output_of(a), a.finish_reason) == ([EOS] * 3, FinishReason.LENGTH)
     b = run_to_the_end(lambda index: 60 + index, ignore_eos=True, stop_token_ids=[61])
-    assert (b.output_token_ids, b.finish_reason) == ([60, 61], FinishReason.STOP)
+    assert (output_of(b), b.finish_reason) == ([60, 61], FinishReason.STOP)
 
 
 def test_before_min_tokens_no_token_ends_it() -> None:
     a = run_to_the_end(lambda _: EOS, min_tokens=2)
-    assert (a.output_token_ids, a.finish_reason) == ([EOS, EOS, EOS], FinishReason.STOP)
+    assert (output_of(a), a.finish_reason) == ([EOS, EOS, EOS], FinishReason.STOP)
     b = run_to_the_end(lambda _: EOS, min_tokens=2, max_tokens=2)
-    assert (b.output_token_ids, b.finish_reason) == ([EOS, EOS], FinishReason.LENGTH)
+    assert (output_of(b), b.finish_reason) == ([EOS, EOS], FinishReason.LENGTH)
 
 
 def test_an_end_of_text_token_in_the_prompt_ends_nothing() -> None:
@@ -561,7 +562,7 @@ def test_completions_begin_with_the_blocks_of_the_first_and_get_their_own_tokens
     assert batch.sampled == [a, b, c]
     assert s.commit(batch, [[50], [51], [52]]) == []
     s.check()
-    assert [x.output_token_ids for x in (a, b, c)] == [[50], [51], [52]]
+    assert [output_of(x) for x in (a, b, c)] == [[50], [51], [52]]
     assert [x.block_table for x in (a, b, c)] == [[0, 1]] * 3
     assert s.block_manager.num_free_blocks == 14
     batch = schedule(s)
@@ -595,7 +596,7 @@ def test_completions_without_a_seat_wait_and_find_the_prompt_in_the_cache() -> N
     s = scheduler(max_num_seqs=1)
     a, b = add_with_forks(s, prompt(6), 1, max_tokens=2)
     step(s)
-    assert (b.status, b.output_token_ids) == (SequenceStatus.WAITING, [50])
+    assert (b.status, output_of(b)) == (SequenceStatus.WAITING, [50])
     assert step(s) == [(a, 1, True)]
     assert step(s) == [(b, 3, True)]
 
@@ -638,7 +639,7 @@ def test_a_completion_aborted_before_it_begins_costs_the_others_nothing() -> Non
     s.abort(c)
     assert s.commit(batch, [[60], [61]]) == []
     s.check()
-    assert [x.output_token_ids for x in (a, b, c)] == [[60], [], []]
+    assert [output_of(x) for x in (a, b, c)] == [[60], [], []]
 
 
 @pytest.mark.parametrize("scheduled", [False, True])
@@ -650,7 +651,7 @@ def test_when_the_first_is_aborted_the_next_computes_the_prompt(scheduled: bool)
     s.check()
     assert list(s.waiting) == [b]
     assert s.commit(batch, [[60]] * len(batch.sampled)) == []
-    assert not b.output_token_ids
+    assert not output_of(b)
     batch = schedule(s)
     assert (work(batch), batch.sampled) == ([(b, 4, True)], [b, c])
 
@@ -1062,7 +1063,7 @@ def test_several_tokens_at_once_are_computed_in_the_next_step() -> None:
     assert s.commit(batch, [[50, 51, 52, 53], [60]]) == []
     s.check()
     assert batch.num_output_tokens == 5
-    assert (a.output_token_ids, a.num_computed_tokens) == ([50, 51, 52, 53], 3)
+    assert (output_of(a), a.num_computed_tokens) == ([50, 51, 52, 53], 3)
     batch = schedule(s)
     assert work(batch) == [(b, 1, True), (a, 4, True)], "who has several comes behind those that have one"
     assert (a.num_slots, len(a.block_table)) == (8, 2)
@@ -1075,9 +1076,9 @@ def test_tokens_behind_one_that_ends_a_sequence_are_dropped() -> None:
     stopped, cut, goes_on = add(s, prompt(3)), add(s, prompt(3, 20), max_tokens=2), add(s, prompt(3, 40))
     batch = schedule(s)
     assert s.commit(batch, [[50, EOS, 51], [60, 61, 62], [70, 71]]) == [stopped, cut]
-    assert (stopped.output_token_ids, stopped.finish_reason) == ([50, EOS], FinishReason.STOP)
-    assert (cut.output_token_ids, cut.finish_reason) == ([60, 61], FinishReason.LENGTH)
-    assert goes_on.output_token_ids == [70, 71]
+    assert (output_of(stopped), stopped.finish_reason) == ([50, EOS], FinishReason.STOP)
+    assert (output_of(cut), cut.finish_reason) == ([60, 61], FinishReason.LENGTH)
+    assert output_of(goes_on) == [70, 71]
     assert batch.num_output_tokens == 6
 
 
@@ -1085,7 +1086,7 @@ def test_a_stop_token_among_several_counts_from_min_tokens_on() -> None:
     s = scheduler()
     a = add(s, prompt(3), min_tokens=2)
     assert s.commit(schedule(s), [[EOS, EOS, EOS, 50]]) == [a]
-    assert a.output_token_ids == [EOS, EOS, EOS]
+    assert output_of(a) == [EOS, EOS, EOS]
 
 
 def test_what_several_tokens_take_is_made_room_for_before_any_decode_is_scheduled() -> None:
@@ -1116,7 +1117,7 @@ def test_several_tokens_of_one_that_was_aborted_are_passed_over() -> None:
     batch = schedule(s)
     s.abort(a)
     s.commit(batch, [[50, 51], [60, 61]])
-    assert (a.output_token_ids, b.output_token_ids, batch.num_output_tokens) == ([], [60, 61], 2)
+    assert (output_of(a), output_of(b), batch.num_output_tokens) == ([], [60, 61], 2)
 
 
 def test_tokens_go_to_whom_they_were_sampled_for_also_beside_a_prompt_that_is_not_done() -> None:
@@ -1126,4 +1127,4 @@ def test_tokens_go_to_whom_they_were_sampled_for_also_beside_a_prompt_that_is_no
     assert batch.samples == [True, True, False]
     s.abort(a)
     s.commit(batch, [[50], [60]])
-    assert [x.output_token_ids for x in (a, b, c)] == [[], [60], []]
+    assert [output_of(x) for x in (a, b, c)] == [[], [60], []]
