@@ -84,6 +84,7 @@ class LLMEngine:
         self.scheduler = parts.scheduler
         self.block_manager = parts.scheduler.block_manager
         self.block_bytes = parts.block_bytes
+        self.memory_needed = parts.memory_needed
         self.runner = parts.runner
         self._step_log = parts.step_log
         self.loop = StepLoop(parts.scheduler)

@@ -16,7 +16,7 @@ from pagellm.engine.config import CompleteConfig, EngineConfig
 from pagellm.engine.errors import CheckpointError, ConfigError
 from pagellm.engine.execution.compilation import compile_kernels
 from pagellm.engine.execution.memory import Memory, read_memory
-from pagellm.engine.execution.model_runner import ModelRunner
+from pagellm.engine.execution.model_runner import ModelRunner, chunks_to_plan
 from pagellm.engine.execution.weights import (
     converted_types,
     formats_of,
@@ -32,6 +32,7 @@ from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.step_log import StepLogFile
 from pagellm.engine.tokenizer import Tokenizer, load_tokenizer
 from pagellm.kernels.architecture import lay_out
+from pagellm.kernels.buffers import new_plan, new_workspace
 
 # Of the memory that is available the KV cache takes this part at most, if its size is left open.
 _SHARE = 4
@@ -43,7 +44,8 @@ class EngineParts:
 
     block_bytes: keys and values of one block, in all layers. costs: of preemption, as far as they are known
     before the first step. step_log: None where none was asked for. generation_defaults: the
-    sampling parameters that the model's own files set, for requests that come without any.
+    sampling parameters that the model's own files set, for requests that come without any. memory_needed: see
+    `memory_needed`.
     """
 
     config: CompleteConfig
@@ -55,6 +57,7 @@ class EngineParts:
     costs: PreemptionCosts = field(default_factory=PreemptionCosts)
     step_log: StepLogFile | None = None
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
+    memory_needed: Mapping[str, int] = field(default_factory=dict)
 
 
 def load_engine(
@@ -95,15 +98,46 @@ def load_engine(
         block_bytes = token_bytes * complete.block_size
         scheduler = Scheduler.with_blocks(complete)
         step_log = None if complete.step_log is None else StepLogFile(complete.step_log)
+        needed = memory_needed(spec, complete, weight_bytes, block_bytes)
         if show_progress and asked.num_blocks is None:
-            say(_size_chosen(complete, block_bytes, memory))
+            say(f"{_size_chosen(complete, block_bytes, memory)}; {_beside_cache(needed)}")
         compile_kernels(show_progress)
         weights = load_weights(checkpoint, spec, formats, complete.max_model_len, show_progress)
     runner = ModelRunner(spec.arch, weights, cache_format, complete)
     costs = PreemptionCosts(swap_block_s=runner.measure_swap_s())
     return EngineParts(
-        complete, spec, tokenizer, scheduler, runner, block_bytes, costs, step_log, generation_defaults
+        complete,
+        spec,
+        tokenizer,
+        scheduler,
+        runner,
+        block_bytes,
+        costs,
+        step_log,
+        generation_defaults,
+        needed,
     )
+
+
+def memory_needed(
+    spec: ModelSpec, config: CompleteConfig, weight_bytes: int, block_bytes: int
+) -> dict[str, int]:
+    """Bytes that an engine will take at most, by what for; known before anything is loaded.
+
+    Of "working", what a step computes in and plans with, the system hands out what steps have written to.
+    """
+    max_tokens = min(config.max_num_batched_tokens, config.capacity_tokens)
+    plan = new_plan(
+        spec.arch, max_tokens, min(max_tokens, config.max_num_seqs), chunks_to_plan(config.max_model_len)
+    )
+    buffers = (*plan, *new_workspace(spec.arch, max_tokens, config.num_threads))
+    half = max((len(table.frequencies) for table in spec.rope_tables), default=0)
+    return {
+        "weights": weight_bytes,
+        "kv_cache": config.num_blocks * block_bytes,
+        "rope_tables": 4 * len(spec.rope_tables) * config.max_model_len * (2 * half + 1),
+        "working": sum(buffer.nbytes for buffer in buffers if isinstance(buffer, np.ndarray)),
+    }
 
 
 def size_cache(
@@ -157,6 +191,13 @@ def _say_converted(checkpoint: Checkpoint, types: list[str]) -> None:
             f"{checkpoint.path.name}: weights of type {', '.join(sizes)} are converted to float32, 4 bytes a "
             "weight; with quantization bf16, int8 or int4 they take 2, 1.1 or 0.6"
         )
+
+
+def _beside_cache(needed: Mapping[str, int]) -> str:
+    weights, working = needed["weights"], needed["rope_tables"] + needed["working"]
+    return (
+        f"beside it {weights / 1e9:.2f} GB of weights and up to {working / 1e9:.2f} GB to compute with them"
+    )
 
 
 def _size_chosen(config: CompleteConfig, block_bytes: int, memory: Memory) -> str:

@@ -191,9 +191,14 @@ class ModelRunner:
             s.num_computed_tokens + n for s, n in zip(batch.sequences, batch.num_new_tokens, strict=True)
         )
         if longest > self._planned_chunks * KEY_CHUNK:
-            chunks = 2 * longest // KEY_CHUNK + 1
+            chunks = chunks_to_plan(longest)
             self._plan = new_plan(self.arch, *self._batch_limits, chunks)
             self._planned_chunks = chunks  # after the plan: an interrupt must not leave one that is too small
+
+
+def chunks_to_plan(longest: int) -> int:
+    """The chunks of keys for which there is room once a context of so many tokens has come."""
+    return 2 * longest // KEY_CHUNK + 1
 
 
 def _block_views(cache: Cache) -> list[NDArray[np.float32]]:
