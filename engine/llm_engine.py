@@ -8,40 +8,32 @@ whole, and of the queues and block tables it is known whether something was chan
 rebuilt from the requests before the next call, and what was computed is computed again, with equal bits.
 """
 
-import random
 import time
 from collections import deque
-from collections.abc import Sequence as Items
-from dataclasses import replace
-from functools import cached_property
-from itertools import chain, count
+from itertools import chain
 from os import PathLike
 from typing import Any
 from weakref import ref
 
-import numpy as np
-
-from pagellm.engine import checks
-from pagellm.engine.checks import flag, number
+from pagellm.engine.checks import number
 from pagellm.engine.completion import Completion, Request
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import EngineError, RequestError, found, is_from_outside
 from pagellm.engine.execution.model_runner import RunnerOutput, Wishes
+from pagellm.engine.intake import Intake
 from pagellm.engine.loading import EngineParts, load_engine
+from pagellm.engine.measured_costs import MeasuredCosts
 from pagellm.engine.progress import say
 from pagellm.engine.requests.outputs import FinishReason, RequestOutput
-from pagellm.engine.requests.prompts import Prompt, read_prompt
+from pagellm.engine.requests.prompts import Prompt
 from pagellm.engine.requests.sampling_params import SamplingParams
-from pagellm.engine.scheduling.batch import Preemption, ScheduledBatch
+from pagellm.engine.scheduling.batch import Preemption, PreemptionCosts, ScheduledBatch
 from pagellm.engine.scheduling.block_manager import TransferKind
 from pagellm.engine.scheduling.sequence import Sequence, SequenceError
 from pagellm.engine.scheduling.step_loop import StepLoop
-from pagellm.engine.step_log import StepRecord, StepRecorder
-from pagellm.engine.thoughts import Thinking, Thoughts
+from pagellm.engine.step_log import LiveStepLog
+from pagellm.engine.thoughts import Thoughts
 from pagellm.engine.turns import Turns, exclusive, exclusive_last
-
-# How much of what was measured before a step is kept after it.
-_REMEMBERED = 0.75
 
 # Times from a caller are no further from now, in seconds, so that differences of them are numbers.
 _LONG_AGO_S = 1e12
@@ -86,12 +78,12 @@ class LLMEngine:
         self.block_bytes = parts.block_bytes
         self.memory_needed = parts.memory_needed
         self.runner = parts.runner
-        self._step_log = parts.step_log
         self.loop = StepLoop(parts.scheduler)
+        self._step_log = None
         if parts.step_log is not None:
-            self._recorder = StepRecorder(parts.scheduler, self._log, parts.config)
-            self.loop.listen(self._recorder)
-        self.costs = parts.costs
+            self._step_log = LiveStepLog(self.loop, parts.step_log, parts.config)
+        self._costs = MeasuredCosts(parts.costs)
+        self._intake = Intake(parts.tokenizer, parts.spec.vocab_size, parts.config.reasoning_markers)
         self.generation_defaults = dict(parts.generation_defaults)
         self.default_sampling_params = SamplingParams(**self.generation_defaults)
         shared = [name for name in ("step_log", "swap_dir") if getattr(self.config, name) is not None]
@@ -100,20 +92,19 @@ class LLMEngine:
         )
         self.changing = False
         self._gone: deque[Any] = deque()  # owners that are garbage, and (request, index) of what is to abort
-        self._special_texts = {
-            token_id: self.tokenizer.decode([token_id], continues=True)
-            for token_id in self.tokenizer.special_ids
-        }
         self._requests: dict[str, Request] = {}
         self._by_seq_id: dict[int, tuple[Request, Completion]] = {}
-        self._seq_ids = count()
-        self._prefill_s = self._prefill_tokens = 0.0  # of the latest steps
         self._start = time.perf_counter()
 
-    @cached_property
+    @property
     def thoughts(self) -> Thoughts | None:
         """How the model's thoughts are written; None if none are known."""
-        return Thoughts.of_model(self.tokenizer, self.config.reasoning_markers)
+        return self._intake.thoughts
+
+    @property
+    def costs(self) -> PreemptionCosts:
+        """What preemption costs, as far as that has been measured."""
+        return self._costs.costs
 
     @property
     def has_unfinished(self) -> bool:
@@ -152,38 +143,17 @@ class LLMEngine:
         marker in its last turn has no end marker behind it.
         The output that is returned is the one that the steps to come will fill.
         """
-        request_id = checks.text("request_id", request_id)
-        params = self.default_sampling_params if sampling_params is None else sampling_params
-        if not isinstance(params, SamplingParams):
-            raise RequestError(f"sampling_params: found {found(params)}, expected a SamplingParams")
         if fork_of is not None and not isinstance(fork_of, str):
             raise RequestError(f"fork_of: found {found(fork_of)}, expected the id of a request")
-        wants_logits = flag("return_logits", return_logits)
-        is_separate = flag("separate_reasoning", separate_reasoning)
-        if in_thought is not None:
-            flag("in_thought", in_thought)
         arrival_s = self.now()
         if arrival_time is not None:
             arrival_s = number("arrival_time", arrival_time, -_LONG_AGO_S, _LONG_AGO_S)
-        text, token_ids = self._read_prompt(prompt)
-        self._check_token_ids("logit_bias", params.bias.ids)
-        self._check_token_ids("stop_token_ids", params.stop_token_ids)
-        if params.stop and self.tokenizer.vocab_size == 0:
-            raise RequestError(f"stop: found {found(params.stop)}, expected none: {self.tokenizer.absence}")
-        if params.seed is None:
-            params = replace(params, seed=random.getrandbits(63))
-        thinking = self._thinking(params, token_ids, is_separate, in_thought)
-        output = RequestOutput(request_id, text, token_ids, [], params)
-        if params.prompt_logprobs is not None:
-            output.prompt_logprobs = [None] * len(token_ids)
-        request = Request(output, arrival_s)
-        for index in range(params.n):
-            own_params = params.of_completion(index)
-            request.add(self._new_completion(request, index, own_params, wants_logits, thinking))
-        if wants_logits:
-            request.logits = np.zeros((len(token_ids), self.spec.vocab_size), np.float32)
+        params = self.default_sampling_params if sampling_params is None else sampling_params
+        request = self._intake.request(
+            request_id, prompt, params, arrival_s, return_logits, separate_reasoning, in_thought
+        )
         self._add_request(request, fork_of)
-        return output
+        return request.output
 
     def abort(self, request_id: str, index: int | None = None) -> RequestOutput | None:
         """Gives a request, or one completion of it, up, whatever state it is in.
@@ -260,7 +230,8 @@ class LLMEngine:
                 self._abort(request_id)
             self.turns.refusal = "is closed"
         self.runner.close()
-        self._end_log()
+        if self._step_log is not None:
+            self._step_log.close()
 
     def restore(self) -> None:
         """Brings the engine into a state from which a call can begin."""
@@ -354,27 +325,6 @@ class LLMEngine:
         if self.turns.refusal is not None:
             raise EngineError(f"{call}: this engine {self.turns.refusal}, expected another one")
 
-    def _log(self, record: StepRecord) -> None:
-        """A log that cannot be written must not stop the requests."""
-        assert self._step_log is not None
-        try:
-            self._step_log.write(record)
-        except OSError as error:
-            say(f"step_log: {self.config.step_log}: {error.strerror}; it ends here")
-            self._end_log(said=True)
-
-    def _end_log(self, said: bool = False) -> None:
-        """Closes the step log. That it cannot be written is said once, and stops nobody."""
-        step_log, self._step_log = self._step_log, None
-        if step_log is None:
-            return
-        self.loop.ignore(self._recorder)
-        try:
-            step_log.close()
-        except OSError as error:
-            if not said:
-                say(f"step_log: {self.config.step_log}: {error.strerror}")
-
     def _move_blocks(self, batch: ScheduledBatch) -> float:
         """Does the batch's transfers, and returns the seconds that took.
 
@@ -397,8 +347,7 @@ class LLMEngine:
                 num_swaps += transfer.kind is not TransferKind.COPY
         seconds = time.perf_counter() - start
         if num_swaps:
-            per_block = _REMEMBERED * self.costs.swap_block_s + (1 - _REMEMBERED) * seconds / num_swaps
-            self.costs = replace(self.costs, swap_block_s=per_block)
+            self._costs.note_swaps(num_swaps, seconds)
         return seconds
 
     def _run(self, batch: ScheduledBatch) -> RunnerOutput:
@@ -410,74 +359,8 @@ class LLMEngine:
                 wishes[sequence.seq_id] = Wishes(logits=request.logits is not None, forced=forced)
         start = time.perf_counter()
         result = self.runner.run(batch, wishes)
-        self._note_costs(batch, time.perf_counter() - start)
+        self._costs.note_step(batch.num_tokens, len(batch.sequences), time.perf_counter() - start)
         return result
-
-    def _note_costs(self, batch: ScheduledBatch, seconds: float) -> None:
-        """Learns from steps of prompts what computing a token again would cost; large steps count most."""
-        num_tokens = batch.num_tokens
-        if num_tokens >= 2 * len(batch.sequences):
-            self._prefill_s = _REMEMBERED * self._prefill_s + seconds
-            self._prefill_tokens = _REMEMBERED * self._prefill_tokens + num_tokens
-            self.costs = replace(self.costs, recompute_token_s=self._prefill_s / self._prefill_tokens)
-
-    def _read_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """The prompt's text, where it came with one, and its token ids."""
-        text, token_ids = read_prompt(prompt)
-        if token_ids is None:
-            assert text is not None
-            token_ids = self.tokenizer.encode(text)
-        else:
-            self._check_token_ids("prompt", token_ids)
-        return text, token_ids
-
-    def _check_token_ids(self, name: str, token_ids: Items[int]) -> None:
-        vocab_size = self.spec.vocab_size
-        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
-            place, token = next(
-                (i, token) for i, token in enumerate(token_ids) if not 0 <= token < vocab_size
-            )
-            raise RequestError(
-                f"{name}: found token id {found(token)} at {place}, expected 0 to {vocab_size - 1}"
-            )
-
-    def _new_completion(
-        self,
-        request: Request,
-        index: int,
-        params: SamplingParams,
-        wants_logits: bool,
-        thinking: Thinking | None,
-    ) -> Completion:
-        sequence = Sequence(
-            next(self._seq_ids),
-            request.output.prompt_token_ids,
-            params,
-            frozenset(self.tokenizer.eos_token_ids),
-            reads_cache=not wants_logits and params.prompt_logprobs is None,
-            request_id=request.output.request_id,
-        )
-        return Completion(index, sequence, self.tokenizer, self._special_texts, request.arrival_s, thinking)
-
-    def _thinking(
-        self, params: SamplingParams, token_ids: list[int], is_separate: bool, in_thought: bool | None
-    ) -> Thinking | None:
-        """How thoughts of a request are dealt with; None if nobody asks for them, or there are none."""
-        if not is_separate and params.thinking_token_budget is None:
-            return None
-        thoughts = self.thoughts
-        if params.thinking_token_budget is not None:
-            if thoughts is None:
-                raise RequestError(
-                    f"thinking_token_budget: found {params.thinking_token_budget}, expected none: no markers "
-                    "of thoughts are known for this model; the setting reasoning_markers names some"
-                )
-            thoughts.closing_ids()  # which there must be
-        if thoughts is None:
-            return None
-        if in_thought is None:
-            in_thought = thoughts.are_open_in(token_ids)
-        return Thinking(thoughts, in_thought, is_separate)
 
     def _note_admissions(self, batch: ScheduledBatch) -> None:
         now = self.now()

@@ -13,10 +13,11 @@ import orjson
 
 from pagellm.engine.config import CompleteConfig
 from pagellm.engine.errors import ConfigError
+from pagellm.engine.progress import say
 from pagellm.engine.scheduling.batch import Admitted, Preempted, PreemptionCosts, ScheduledBatch
 from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
-from pagellm.engine.scheduling.step_loop import StepEnd, StepListener
+from pagellm.engine.scheduling.step_loop import StepEnd, StepListener, StepLoop
 
 # Settings of which no decision of a scheduler follows: num_swap_blocks says what swap_dir comes to.
 NO_DECISIONS = (
@@ -288,3 +289,34 @@ class StepLogFile:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+class LiveStepLog:
+    """The log of an engine at work. That it cannot be written is said once, and stops no request."""
+
+    def __init__(self, loop: StepLoop, file: StepLogFile, config: CompleteConfig) -> None:
+        self.file = file
+        self._loop = loop
+        self._path = config.step_log
+        self._is_open = True
+        self._recorder = StepRecorder(loop.scheduler, self._write, config)
+        loop.listen(self._recorder)
+
+    def close(self, said: bool = False) -> None:
+        """Ends the log. said: that it cannot be written is known."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        self._loop.ignore(self._recorder)
+        try:
+            self.file.close()
+        except OSError as error:
+            if not said:
+                say(f"step_log: {self._path}: {error.strerror}")
+
+    def _write(self, record: StepRecord) -> None:
+        try:
+            self.file.write(record)
+        except OSError as error:
+            say(f"step_log: {self._path}: {error.strerror}; it ends here")
+            self.close(said=True)

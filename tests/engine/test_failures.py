@@ -23,6 +23,7 @@ from pagellm.engine import (
 )
 from pagellm.engine.completion import Completion, Request
 from pagellm.engine.execution import model_runner
+from pagellm.engine.intake import Intake
 from pagellm.engine.requests.sampling_params import LogitBias
 from pagellm.engine.scheduling.block_manager import BlockManager
 from pagellm.engine.scheduling.scheduler import Scheduler
@@ -184,7 +185,7 @@ def test_a_failure_while_a_request_is_taken_in_is_its_callers(
     llm: LLM, alone: list[RequestOutput], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     calls = iter(range(10**9))
-    failing = Failing(type(llm.engine), name, lambda *_: next(calls) == 1)
+    failing = Failing(Intake, name, lambda *_: next(calls) == 1)
     failing.put(monkeypatch)
     with pytest.raises(RuntimeError, match="its own data"):
         llm.generate(["ab", "cd"], GOOD)

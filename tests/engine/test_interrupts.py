@@ -34,7 +34,15 @@ from tests.conftest import model_path
 
 TINY = str(model_path("llama_tiny"))
 ENGINE = Path(sys.modules[LLM.__module__].__file__ or "").parent
-DRIVING = ["llm.py", "llm_engine.py", "turns.py", "completion.py", "beam_search.py", "model_runner.py"]
+DRIVING = [
+    "llm.py",
+    "llm_engine.py",
+    "intake.py",
+    "turns.py",
+    "completion.py",
+    "beam_search.py",
+    "model_runner.py",
+]
 THINKING = [*DRIVING, "thoughts.py", "reasoning.py"]
 SCHEDULING = [path.name for path in (ENGINE / "scheduling").glob("*.py")]
 PLAIN = SamplingParams(temperature=0.9, seed=5, n=2, max_tokens=4, ignore_eos=True, stop=["zq"], logprobs=1)

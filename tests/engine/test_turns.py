@@ -218,7 +218,7 @@ def test_closing_says_once_that_the_disk_is_full_and_raises_nothing(
     llm = new_llm(step_log="/dev/full")
     log = llm.engine._step_log
     assert log is not None
-    log._file.write(b"not written yet")
+    log.file._file.write(b"not written yet")
     llm.close()
     llm.close()
     assert capsys.readouterr().err == "pagellm: step_log: /dev/full: No space left on device\n"
