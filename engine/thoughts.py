@@ -118,7 +118,8 @@ class ThoughtTracker:
     def __init__(self, thinking: Thinking, budget: int | None) -> None:
         self._thinking = thinking
         self._budget = budget
-        self._parser = ReasoningParser(thinking.thoughts.format.markers, thinking.in_thought)
+        form = thinking.thoughts.format
+        self._parser = ReasoningParser(form.markers, thinking.in_thought, form.answer_tags)
         self._forced: deque[int] = deque()
         self._close_if_spent()
 

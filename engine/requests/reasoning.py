@@ -46,18 +46,22 @@ class ReasoningParser:
     text as it is. However the text is cut into tokens, the result is the same.
 
     markers: searched for also in special tokens that are left out of the text. in_thought: whether the
-    prompt has opened one.
+    prompt has opened one. answer_tags: what may stand around an answer, and is no part of it.
 
     reasoning: the thoughts so far, a line end between any two. num_reasoning_tokens: tokens of them, those of
     the markers and those that were forced left out.
     """
 
-    def __init__(self, markers: Markers, in_thought: bool = False) -> None:
+    def __init__(
+        self, markers: Markers, in_thought: bool = False, answer_tags: Markers | None = None
+    ) -> None:
         self._markers = markers
+        self._answer_start, self._answer_end = answer_tags or ("", "")
         self.reasoning = ""
         self.num_reasoning_tokens = 0
         self.is_thinking = in_thought or not markers.start
         self._is_answering = False
+        self._is_tagged = False  # whether the answer has begun with its tag
         self._had_thought = self.is_thinking
         self._counted = 0  # the number of the last token of a thought
         self._held: list[Piece] = []  # together the beginning of a marker, perhaps
@@ -100,6 +104,9 @@ class ReasoningParser:
 
     def _take(self, piece: Piece, answer: list[Piece]) -> None:
         while True:
+            if self._is_tagged:
+                self._take_tagged(piece, answer)
+                return
             if self._is_answering:
                 answer.append(piece)
                 return
@@ -136,6 +143,11 @@ class ReasoningParser:
             piece = piece._replace(text=words)
         self._held.append(piece)
         text = _joined(self._held)
+        if self._answer_start and text.startswith(self._answer_start):
+            rest = _behind(self._held, len(self._answer_start))
+            self._held, self._space = [], []
+            self._is_answering = self._is_tagged = True
+            return rest
         for marker in filter(None, self._markers):
             if text.startswith(marker):
                 rest = _behind(self._held, len(marker))
@@ -143,10 +155,23 @@ class ReasoningParser:
                 self._had_thought = True
                 self.is_thinking = marker is self._markers.start
                 return rest
-        if not any(marker.startswith(text) for marker in self._markers):
+        if not any(marker.startswith(text) for marker in (*self._markers, self._answer_start)):
             self._is_answering = True
             answer += self.finish()
         return None
+
+    def _take_tagged(self, piece: Piece, answer: list[Piece]) -> None:
+        """Takes a piece into an answer that ends at its tag."""
+        pieces = [*self._held, piece]
+        text = _joined(pieces)
+        at = text.find(self._answer_end)
+        is_ended = at >= 0
+        said, self._held = _split(pieces, at if is_ended else len(text) - _overlap(text, self._answer_end))
+        answer += said
+        if is_ended:
+            rest = _behind(self._held, len(self._answer_end))
+            self._held, self._is_tagged = [], False
+            answer += [] if rest is None else [rest]
 
     def _think(self, pieces: list[Piece]) -> None:
         for piece in pieces:

@@ -34,6 +34,7 @@ _PARTS_OF_PAIRS = {  # where a template puts a marker together
 _TAGS = tuple(
     Markers(f"<{name}>", f"</{name}>") for name in ("seed:think", "mm:think", "think", "thought", "thinking")
 )
+_ANSWER_TAGS = Markers("<response>", "</response>")  # of Granite, whose template asks for them by name
 # What switches thoughts on and off in the templates in use, and with which values.
 _SWITCHES: Mapping[str, tuple[Any, Any]] = {
     "enable_thinking": (True, False),
@@ -51,11 +52,15 @@ _MENTIONS = re.compile("think|reason|thought", re.IGNORECASE)
 
 
 class ThoughtFormat(NamedTuple):
-    """How a model writes a thought down. before_end, after_end: whitespace around the end marker."""
+    """How a model writes a thought down.
+
+    before_end, after_end: whitespace around the end marker. answer_tags: what may stand around an answer.
+    """
 
     markers: Markers
     before_end: str
     after_end: str
+    answer_tags: Markers | None = None
 
     def closing(self, begun_marker: str = "", ends_with: str = "") -> str:
         """What closes a thought whose text ends with the beginning of a marker, or with such whitespace."""
@@ -84,6 +89,12 @@ def markers_of_tokens(added_tokens: Iterable[str]) -> Markers | None:
 
 def thought_format(markers: Markers, template: ChatTemplate | None) -> ThoughtFormat:
     """How thoughts with these markers are written, with the whitespace of a model's own template."""
+    form = _thought_format(markers, template)
+    sources = "" if template is None else "\0".join(template.sources.values())
+    return form._replace(answer_tags=_ANSWER_TAGS) if "".join(_ANSWER_TAGS) in sources else form
+
+
+def _thought_format(markers: Markers, template: ChatTemplate | None) -> ThoughtFormat:
     is_tag = markers.end == "</think>"
     usual = ThoughtFormat(markers, "\n" * is_tag, "\n\n" * is_tag)  # of DeepSeek R1 and Qwen3
     if template is None:

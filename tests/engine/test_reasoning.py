@@ -134,6 +134,29 @@ def test_tokens_of_thoughts_are_counted_without_their_markers(tokens: list[str],
     assert parsed(tokens)[2].num_reasoning_tokens == count
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>a</think><response>b</response>", ("a", "b")),
+        ("<think>a</think>\n<response>\nb</resp</response>c", ("a", "\nb</respc")),
+        ("<response>b", ("", "b")),
+        ("<think>a</think>b<response>c</response>", ("a", "b<response>c</response>")),
+        ("<response>b</respons", ("", "b</respons")),
+    ],
+)
+@given(cuts=st.sets(st.integers(1, 50)))
+def test_tags_around_an_answer_are_no_part_of_it(
+    text: str, expected: tuple[str, str], cuts: set[int]
+) -> None:
+    places = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    parser = ReasoningParser(THINK, answer_tags=Markers("<response>", "</response>"))
+    answer: list[Piece] = []
+    for number, (first, last) in enumerate(pairwise(places), 1):
+        answer += parser.append(text[first:last], number)
+    answer += parser.finish()
+    assert (parser.reasoning, "".join(piece.text for piece in answer)) == expected
+
+
 @pytest.mark.parametrize("text", ["", "auto!", "<think>", "<think>...", "...", "x" * 300 + "...y"])
 def test_markers_are_both_named(text: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 (whoever asks makes a message of it)
