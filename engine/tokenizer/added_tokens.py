@@ -88,7 +88,7 @@ class Finder:
         for content in token_of:
             lengths.setdefault(content[0], set()).add(len(content))
         self._lengths_of_first = {first: sorted(found, reverse=True) for first, found in lengths.items()}
-        self._first = re.compile(f"[{re.escape(''.join(lengths))}]") if lengths else None
+        self._candidate = _candidates(token_of) if token_of else None
 
     def split(self, text: str, parse_special: bool) -> Iterator[str | AddedToken]:
         done = 0
@@ -121,10 +121,10 @@ class Finder:
 
     def _matches(self, text: str) -> Iterator[tuple[int, str]]:
         """Each match's start and content; none begins before the end of the one before it."""
-        if self._first is None:
+        if self._candidate is None:
             return
         done = 0
-        for candidate in self._first.finditer(text):
+        for candidate in self._candidate.finditer(text):
             start = candidate.start()
             if start < done:
                 continue
@@ -134,6 +134,19 @@ class Finder:
                     yield start, content
                     done = start + len(content)
                     break
+
+
+def _candidates(contents: Iterable[str]) -> re.Pattern[str]:
+    """The places where one may begin: its first character, before its second."""
+    seconds: dict[str, set[str]] = {}
+    for content in contents:
+        seconds.setdefault(content[0], set()).add(content[1:2])
+    # Of those with the same followers a set.
+    firsts: dict[str, str] = {}
+    for first, following in seconds.items():
+        behind = "" if "" in following else f"(?=[{re.escape(''.join(sorted(following)))}])"
+        firsts[behind] = firsts.get(behind, "") + first
+    return re.compile("|".join([f"[{re.escape(first)}]{behind}" for behind, first in firsts.items()]))
 
 
 def _touches_a_word(text: str, start: int, stop: int) -> bool:

@@ -33,12 +33,28 @@ from pagellm.engine.tokenizer.oniguruma import (
     translate,
 )
 
-# GPT-2's pattern with digits one by one, in one: a digit ends a run of whitespace as the text's end does.
-_DIGITS_AND_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-
 # `Digits` is no pattern there; its Unicode is 17, so that fewer digits are too new.
 DIGIT = Translation(r"\p{N}", r"[\p{N}--[\U0001246f\U00012475-\U0001247f\U00012550-\U00012686]]", False)
 DIGIT_RUN = Translation(f"{DIGIT.quick}+", f"{DIGIT.exact}+", False)
+
+# Several patterns in one, which is quicker. GPT-2's with digits one by one: a digit ends a run of whitespace
+# as the text's end does.
+_DIGITS_AND_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+# DeepSeek Coder's: letters and punctuation with the space before them, then cut where a stretch of Asian
+# scripts begins or ends, and all digits out of it.
+_ASIAN = r"\u0800-\u9fa5\uac00-\ud7ff"
+_DEEPSEEK_CODER = (
+    rf"[\r\n]|[\s&&[^\r\n{_ASIAN}]]?[\p{{L}}&&[^{_ASIAN}]]+|[\s&&[{_ASIAN}]]?[\p{{L}}&&[{_ASIAN}]]+"
+    rf"|[\s&&[^\r\n{_ASIAN}]]?[\p{{P}}&&[^{_ASIAN}]]+|[\s&&[{_ASIAN}]]?[\p{{P}}&&[{_ASIAN}]]+"
+    rf"|[\s&&[^\r\n]](?=[\p{{L}}\p{{P}}])"
+    rf"|(?:[[{_ASIAN}]&&[^\p{{L}}\p{{P}}\p{{N}}\s]]|[\s&&[{_ASIAN}]](?![\p{{L}}\p{{P}}]))+|\p{{N}}"
+)
+_GPT2 = translate(PATTERNS["gpt2"][0])
+_IN_ONE: dict[tuple[object, ...], Translation] = {
+    (DIGIT, _GPT2): translate(_DIGITS_AND_GPT2),
+    (translate(r"\p{N}"), _GPT2): translate(_DIGITS_AND_GPT2),
+    tuple(map(translate, PATTERNS["deepseek-coder"])): translate(_DEEPSEEK_CODER),
+}
 
 # What the patterns of a model may take on one text, and for each of its characters; a hostile one can take
 # longer than the universe is old.
@@ -96,10 +112,8 @@ class Pretokenizer:
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self._steps = tuple(steps)
-        quick = self._steps
-        gpt2 = translate(PATTERNS["gpt2"][0])
-        if quick in ((DIGIT, gpt2), (translate(r"\p{N}"), gpt2)):
-            quick = (translate(_DIGITS_AND_GPT2),)
+        in_one = _IN_ONE.get(self._steps)
+        quick = self._steps if in_one is None else (in_one,)
         self._stages = [_stage_of(step, exact=False) for step in quick]
 
     @classmethod
@@ -113,6 +127,8 @@ class Pretokenizer:
 
         Raises `RequestError` if a pattern that came with the model takes too long on this text.
         """
+        if not self._steps:
+            return [text]
         stages = self._stages
         if not text.isascii() and _NEWER_CHARACTER.search(text):
             stages = self._exact_stages

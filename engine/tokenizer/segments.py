@@ -27,8 +27,8 @@ class Segments:
         self._pieces = pieces
 
     def words(self, text: str) -> list[str]:
-        """Parts of the text that begin with a space, quickly; the whole where tokens have spaces inside."""
-        return self._word.findall(text) if self._word is not None else [text]
+        """Parts of the text that begin with a space, quickly."""
+        return self._word.findall(text)
 
     def parts(self, text: str) -> list[str]:
         """The parts of the text between all those places."""
@@ -45,8 +45,9 @@ class Segments:
         return frozenset(map(add, joined, joined[1:]))
 
     @cached_property
-    def _word(self) -> re.Pattern[str] | None:
+    def _word(self) -> re.Pattern[str]:
+        # The few characters that a space follows in some entry: there the part goes on.
         joined = _BETWEEN.join(self._pieces)
-        if re.search(f"[^{SPACE}{_BETWEEN}]{SPACE}", joined):
-            return None
-        return re.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
+        before = "".join(sorted(set(re.findall(f"([^{SPACE}{_BETWEEN}]){SPACE}", joined))))
+        goes_on = f"(?:(?<=[{re.escape(before)}]){SPACE}+[^{SPACE}]*)*" if before else ""
+        return re.compile(f"{SPACE}*[^{SPACE}]+{goes_on}|{SPACE}+")

@@ -37,9 +37,9 @@ class SentencePieceBpe:
         fallback: Fallback,
         whole: Mapping[str, int] = NOTHING,
     ) -> None:
-        for piece, id_ in vocab.items():
-            if math.isnan(scores[id_]):
-                raise CheckpointError(f"scores[{id_}]: found nan for {piece!r}, expected a number")
+        if any(map(math.isnan, scores)):
+            index = next(index for index, score in enumerate(scores) if math.isnan(score))
+            raise CheckpointError(f"scores[{index}]: found nan, expected a number")
         self._vocab = vocab
         self._rank_of = {piece: -scores[id_] for piece, id_ in vocab.items()}
         self._fallback = fallback

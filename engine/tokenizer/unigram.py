@@ -48,10 +48,10 @@ class Unigram:
         *,
         precision: Precision = Precision.DOUBLE,
     ) -> None:
+        if any(map(isnan, scores)):
+            index = next(index for index, score in enumerate(scores) if isnan(score))
+            raise CheckpointError(f"scores[{index}]: found nan, expected a number")
         self._of_piece = {piece: (id_, float(scores[id_])) for piece, id_ in vocab.items()}
-        for piece, (id_, score) in self._of_piece.items():
-            if isnan(score):
-                raise CheckpointError(f"scores[{id_}]: found nan for {piece!r}, expected a number")
         self._unk_score = unk_score
         self._fallback = fallback
         self._bits = precision.value

@@ -174,6 +174,25 @@ def test_digits_in_threes_are_cut_as_the_pattern_cuts_them(pattern: str, text: s
     assert cut(pattern, text) == cut(f"(?:{pattern})", text)
 
 
+@given(
+    st.text(
+        st.one_of(
+            st.sampled_from(
+                "ab,. \n\r\t1=\u3000\u2009\u4e2d\u3042\u3001\u0966\u0902\u2167\u0301\xe9\xbd\xa0\u1680"
+            ),
+            st.characters(exclude_categories=["Cs"]),
+        ),
+        max_size=20,
+    )
+)
+def test_several_patterns_in_one_cut_as_one_after_the_other(text: str) -> None:
+    for family in ("deepseek-coder", "smollm"):
+        words = [text] if text else []
+        for pattern in PATTERNS[family]:
+            words = [word for piece in words for word in cut(pattern, piece)]
+        assert Pretokenizer.named(family)(text) == words
+
+
 @pytest.mark.parametrize("pattern", [THREES, THREES_AT_END, BETWEEN_THREES])
 def test_a_million_digits_are_cut_in_linear_time(pattern: str) -> None:
     assert len(cut(pattern, "1" * 1_000_000)) == 333_334

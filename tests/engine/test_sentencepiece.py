@@ -375,5 +375,5 @@ def test_bad_gguf_metadata_is_refused_by_key(changes: dict[str, Any], message: s
 
 def test_a_score_that_is_no_number_is_refused() -> None:
     scored = EXPECTED["gguf"]["llama"]["metadata"]["tokenizer.ggml.scores"]
-    with pytest.raises(CheckpointError, match=r"scores\[500\]: found nan .*, expected a number"):
+    with pytest.raises(CheckpointError, match=r"scores\[500\]: found nan, expected a number"):
         load_tokenizer(changed(scores=[*scored[:500], float("nan"), *scored[501:]]))
