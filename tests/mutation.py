@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 # The cases are quick, and most bugs do not get past them; what does, the laws must catch.
 SUITE = (
     "tests/engine/test_block_manager.py",
+    "tests/engine/test_block_window.py",
     "tests/engine/test_scheduler.py",
     "tests/engine/test_step_loop.py",
     "tests/engine/test_policies.py",

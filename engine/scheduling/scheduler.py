@@ -1,10 +1,10 @@
 """Which tokens run in the next step: one budget for decodes and prefill chunks, in a policy's order.
 
 A pure state machine, driven by a `StepLoop` alone, through `add`, `fork`, `schedule`, `commit` and `abort`.
-It knows no clock, no text and no arrays; times and measured costs are arguments. A sequence is
-admitted when all of its tokens fit into free blocks. When a running one needs a block and none is free,
-another is preempted: its blocks are given back to be computed again, or its content moves to the second tier
-of blocks, whichever is said to be cheaper.
+It knows no clock, no text and no arrays; times and measured costs are arguments. A sequence is admitted when
+all of its tokens fit into free blocks, or with a window as many as it holds at once. When a running one needs
+a block and none is free, another is preempted: its blocks are given back to be computed again, or its content
+moves to the second tier of blocks, whichever is said to be cheaper.
 
 Nobody waits for ever, whatever the policy. Running sequences are never more than the step's budget, so each
 decode gets its token in every step. One that was preempted `max_preemptions` times is admitted before all
