@@ -92,6 +92,10 @@ def _check_numbers(part: Checkpoint) -> tuple[int, int]:
             raise CheckpointError(
                 f"{part.path}: {key}: found {value}, expected {expected}, as the file's name says"
             )
+    if number >= count:
+        raise CheckpointError(
+            f"{part.path}: split.no: found {number}, expected less than {count}, split.count"
+        )
     return number, count
 
 

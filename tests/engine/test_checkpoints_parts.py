@@ -168,6 +168,14 @@ def test_parts_that_do_not_belong_together_are_refused_by_name(tmp_path: Path, c
     assert f"{tmp_path}/{expected}" in str(caught.value)
 
 
+def test_a_part_beyond_the_last_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    extra = tmp_path / "model-00006-of-00003.gguf"
+    write_part(extra, "t", no=5, count=3, tensors_count=5)
+    with pytest.raises(CheckpointError, match=r"split\.no: found 5, expected less than 3"):
+        open_checkpoint(extra)
+
+
 def test_a_directory_with_several_models_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path)
     write_part(tmp_path / "other.gguf", "t")
