@@ -95,7 +95,7 @@ class LLM:
         conversations: list[Any] = list(messages) if several else [messages]
         prompts = [self.chat_prompt(conversation, **options) for conversation in conversations]
         chats = [
-            self._opens_thought(conversation, prompt, options)
+            self.opens_thought(conversation, prompt, options)
             for conversation, prompt in zip(conversations, prompts, strict=True)
         ]
         return self._serve(prompts, params_for_each(sampling_params, len(prompts)), chats=chats)
@@ -107,7 +107,7 @@ class LLM:
         prompt = self.chat_prompt(messages, **options)
         [params] = params_for_each(sampling_params, 1)
         self._check_single(params)
-        chats = [self._opens_thought(messages, prompt, options)]
+        chats = [self.opens_thought(messages, prompt, options)]
         return self._streams(ChatStream, [prompt], [params], chats)[0][0]
 
     def chat_stream_all(
@@ -119,7 +119,7 @@ class LLM:
         """A stream for each completion of each conversation. All run together, whichever is being read."""
         prompts = [self.chat_prompt(messages, **options) for messages in conversations]
         chats = [
-            self._opens_thought(messages, prompt, options)
+            self.opens_thought(messages, prompt, options)
             for messages, prompt in zip(conversations, prompts, strict=True)
         ]
         return self._streams(ChatStream, prompts, params_for_each(sampling_params, len(prompts)), chats)
@@ -237,7 +237,7 @@ class LLM:
         if n != 1:
             raise RequestError(f"n: found {n}, expected 1; stream_all gives a stream for each completion")
 
-    def _opens_thought(
+    def opens_thought(
         self, messages: Sequence[Message], prompt: Sequence[int], options: Mapping[str, Any]
     ) -> bool:
         """Whether a prompt that the chat template wrote has opened a thought."""
