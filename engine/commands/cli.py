@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from pagellm.engine.checks import JsonError, parse_json
-from pagellm.engine.commands import inspect
+from pagellm.engine.commands import inspect, serve
 from pagellm.engine.commands.flags import Flag, add_flags, given
 from pagellm.engine.config import DEFAULT_MODEL, GENERATION_CONFIGS, PREEMPTIONS, QUANTIZATIONS, EngineConfig
 from pagellm.engine.errors import RequestError
@@ -86,7 +86,7 @@ SAMPLING_FLAGS = {
 
 
 def add_commands(commands: "argparse._SubParsersAction[Any]") -> None:
-    """Adds `generate`, `chat`, `bench`, `inspect` and `warmup`.
+    """Adds `generate`, `chat`, `bench`, `inspect`, `serve` and `warmup`.
 
     After parsing, `options.command(options)` runs the chosen one, which raises `PagellmError` for bad input.
     """
@@ -117,6 +117,7 @@ def add_commands(commands: "argparse._SubParsersAction[Any]") -> None:
     bench.set_defaults(command=_bench)
 
     inspect.add_command(commands)
+    serve.add_command(commands)
 
     warmup = commands.add_parser(
         "warmup", help="compile the kernels ahead of time", description=_warmup.__doc__

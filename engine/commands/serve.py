@@ -1,0 +1,68 @@
+"""The command `serve`: the engine behind HTTP. What it does beyond its flags is the server's business."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from pagellm.engine.checks import integer, number
+from pagellm.engine.commands.flags import add_flags
+from pagellm.engine.config import EngineConfig
+from pagellm.engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pagellm.engine.llm import LLM
+
+_LONGEST_DRAIN_S = 1e6
+
+
+def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
+    """Adds `serve`."""
+    from pagellm.engine.commands.cli import CHAT_FLAGS, GENERATION_FLAG, add_model_options
+
+    serve = commands.add_parser("serve", help="serve the model over HTTP", description=_serve.__doc__)
+    add_model_options(serve)
+    add_flags(serve.add_argument_group("sampling"), EngineConfig, GENERATION_FLAG)
+    add_flags(serve.add_argument_group("chat"), EngineConfig, CHAT_FLAGS)
+    group = serve.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s)")
+    group.add_argument("--port", type=int, default=8000, metavar="N", help="0: any (default: %(default)s)")
+    group.add_argument(
+        "--served-model-name", nargs="+", metavar="NAME",
+        help="what clients may call the model; answers use the first (default: as --model)",
+    )  # fmt: skip
+    group.add_argument(
+        "--shutdown-timeout", type=float, default=30.0, metavar="S", dest="shutdown_timeout",
+        help="seconds that requests under way have after SIGTERM (default: %(default)g)",
+    )  # fmt: skip
+    group.add_argument("--ssl-certfile", metavar="FILE", help="serve over TLS with this certificate")
+    group.add_argument("--ssl-keyfile", metavar="FILE", help="and its key")
+    serve.set_defaults(command=_serve)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    """Serve the model to clients of OpenAI's and vLLM's interface.
+
+    Ctrl-C or SIGTERM ends it when the requests under way have ended; a second one ends it at once.
+    """
+    from pagellm.engine.commands.cli import engine_config
+
+    integer("port", options.port, 0, 65535, error=ConfigError)
+    number("shutdown_timeout", options.shutdown_timeout, 0.0, _LONGEST_DRAIN_S, error=ConfigError)
+    if options.ssl_keyfile is not None and options.ssl_certfile is None:
+        raise ConfigError("ssl_keyfile: found one without a certificate, expected --ssl-certfile with it")
+    config = engine_config(options)
+    try:
+        from pagellm.engine.server.run import run_server
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "pagellm":
+            raise
+        raise ConfigError(f"serve: needs pip install 'pagellm[serve]' ({error})") from None
+
+    def load() -> "LLM":
+        from pagellm.engine.llm import LLM
+
+        return LLM(options.model, config=config)
+
+    run_server(
+        load, options.served_model_name or [options.model], options.host, options.port,
+        options.shutdown_timeout, options.ssl_certfile, options.ssl_keyfile,
+    )  # fmt: skip

@@ -1,0 +1,176 @@
+"""The application: which path is served by what, errors as JSON, and the document that describes it all."""
+
+import traceback
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pagellm import __version__
+from pagellm.engine.server import completions, tokens
+from pagellm.engine.server.errors import ApiError, as_api_error
+from pagellm.engine.server.http import ClientGoneError, Door, error_response, json_response
+from pagellm.engine.server.metrics import CONTENT_TYPE
+from pagellm.engine.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from pagellm.engine.server.service import AnyEndpoint, Service
+
+_SCHEMA_PLACE = "#/components/schemas/{model}"
+
+
+def make_app(service: Service) -> Any:
+    """The ASGI application of a service, whose model begins to load when it starts."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        service.close()
+
+    app = FastAPI(
+        title="pagellm", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        openapi_url="/openapi.json", redirect_slashes=False,
+    )  # fmt: skip
+    schemas: dict[str, Any] = {}
+
+    def serve(
+        path: str,
+        endpoint: AnyEndpoint,
+        body: type[Any] | None = None,
+        method: str = "GET",
+        shown: bool = True,
+    ) -> None:
+        """Adds a path; one that takes GET takes HEAD, too."""
+
+        async def answer(request: Request) -> Response:
+            try:
+                response: Response = await endpoint(service, request)
+            except ClientGoneError:
+                request.state.client_gone = True
+                return Response(status_code=499)
+            except Exception as error:
+                told = as_api_error(error)
+                if told.status == 500 and not isinstance(error, ApiError):
+                    traceback.print_exception(error)
+                return error_response(told)
+            return response
+
+        extra = None
+        if body is not None:
+            schema = body.model_json_schema(ref_template=_SCHEMA_PLACE)
+            schemas.update(schema.pop("$defs", {}))
+            schemas[body.__name__] = schema
+            place = {"$ref": _SCHEMA_PLACE.format(model=body.__name__)}
+            extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": place}}}}
+        answer.__doc__ = endpoint.__doc__
+        add = partial(app.add_api_route, path, answer, response_model=None, openapi_extra=extra)
+        responses = {status: {"description": text} for status, text in _ANSWERS.items()}
+        add(methods=[method], include_in_schema=shown, operation_id=endpoint.__name__, responses=responses)
+        if method == "GET":
+            add(methods=["HEAD"], include_in_schema=False)
+
+    take = partial(serve, method="POST")
+
+    for prefix in ("/v1", ""):
+        take(f"{prefix}/completions", completions.complete, CompletionRequest, shown=bool(prefix))
+        take(f"{prefix}/chat/completions", completions.chat, ChatCompletionRequest, shown=bool(prefix))
+    take("/v1/completions/render", tokens.render_completion, CompletionRequest)
+    take("/v1/chat/completions/render", tokens.render_chat, ChatCompletionRequest)
+    serve("/v1/models", _models)
+    serve("/v1/models/{model:path}", _model)
+    take("/tokenize", tokens.tokenize, TokenizeRequest)
+    take("/detokenize", tokens.detokenize, DetokenizeRequest)
+    serve("/tokenizer_info", tokens.tokenizer_info)
+    serve("/health", _health)
+    serve("/version", _version)
+    serve("/load", _load)
+    serve("/metrics", _metrics)
+    take("/reset_prefix_cache", _reset_prefix_cache)
+    app.add_exception_handler(HTTPException, _refused)
+    describe = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document: dict[str, Any] = describe()
+        document.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
+        return document
+
+    app.openapi = openapi
+    return Door(app, service)
+
+
+_ANSWERS: dict[int | str, str] = {
+    200: "The answer.", 400: "A field is wrong, or not supported.", 404: "No such path or model.",
+    503: "Not ready, or no more.",
+}  # fmt: skip
+
+
+async def _refused(request: Request, error: Any) -> Response:
+    """What the router refuses: an unknown path or method."""
+    message = error.detail
+    if error.status_code == 404:
+        message = f"{request.url.path[:200]}: no such path"
+    elif error.status_code == 405:
+        message = f"{request.method[:20]} {request.url.path[:200]}: the path does not take this method"
+    return error_response(ApiError(error.status_code, message, headers=error.headers))
+
+
+def _card(service: Service, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "pagellm",
+        "root": service.names[0],
+        "parent": None,
+        "max_model_len": service.llm.engine.config.max_model_len,
+    }
+
+
+async def _models(service: Service, request: Request) -> Response:
+    """The models that are served."""
+    return json_response({"object": "list", "data": [_card(service, name) for name in service.names]})
+
+
+async def _model(service: Service, request: Request) -> Response:
+    """One model that is served."""
+    name = request.path_params["model"]
+    service.check_model(name)
+    return json_response(_card(service, name))
+
+
+async def _health(service: Service, request: Request) -> Response:
+    """Whether requests are served: 200, or 503 before the model is loaded and after the engine's end."""
+    _ = service.thread
+    return Response(status_code=200)
+
+
+async def _version(service: Service, request: Request) -> Response:
+    """The version of pagellm."""
+    return json_response({"version": __version__})
+
+
+async def _load(service: Service, request: Request) -> Response:
+    """How many generation requests are being served."""
+    return json_response({"server_load": service.num_serving})
+
+
+async def _metrics(service: Service, request: Request) -> Response:
+    """Metrics for Prometheus."""
+    return Response(
+        await service.work(service.metrics.text), media_type=None, headers={"content-type": CONTENT_TYPE}
+    )
+
+
+async def _reset_prefix_cache(service: Service, request: Request) -> Response:
+    """Forgets every cached prefix; requests under way keep theirs."""
+    await service.thread.reset_prefix_cache()
+    return Response(status_code=200)

@@ -1,0 +1,327 @@
+"""`/v1/completions` and `/v1/chat/completions`: from the body to the answer, whole or as a stream."""
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+from uuid import uuid4
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pagellm.engine.errors import RequestError
+from pagellm.engine.requests.outputs import FinishReason
+from pagellm.engine.server.answers import (
+    CompletionLogprobs,
+    Delta,
+    Reader,
+    chat_logprobs,
+    frame,
+    joined_logprobs,
+    now,
+    prompt_logprobs,
+    readers_of,
+    usage_of,
+)
+from pagellm.engine.server.engine_thread import Generation
+from pagellm.engine.server.errors import ApiError
+from pagellm.engine.server.http import EventStream, event, json_response, read_body, unless_gone
+from pagellm.engine.server.prepare import (
+    Headers,
+    Prepared,
+    prepare_chat,
+    prepare_completion,
+)
+from pagellm.engine.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+    StreamOptions,
+    read_request,
+)
+from pagellm.engine.server.service import Service
+
+
+async def complete(service: Service, request: Request) -> Response:
+    """`POST /v1/completions`."""
+    return await _generate(service, request, CompletionRequest, prepare_completion, CompletionAnswer)
+
+
+async def chat(service: Service, request: Request) -> Response:
+    """`POST /v1/chat/completions`."""
+    return await _generate(service, request, ChatCompletionRequest, prepare_chat, ChatAnswer)
+
+
+def headers_of(request: Request) -> Headers:
+    """What the headers say of the request to the scheduler."""
+    deadline = request.headers.get("x-deadline-s")
+    try:
+        return Headers(request.headers.get("x-tenant"), None if deadline is None else float(deadline))
+    except ValueError:
+        raise RequestError(f"x-deadline-s: found {deadline!r}, expected a number of seconds") from None
+
+
+async def _generate(
+    service: Service,
+    request: Request,
+    kind: type[Any],
+    prepare: Callable[..., Prepared],
+    answer_kind: "type[Answer]",
+) -> Response:
+    engine = service.llm.engine
+    arrival_s = engine.now()
+    body = await service.work(read_request, kind, await read_body(request))
+    service.check_model(body.model)
+    service.note_unknown_fields(body.unknown_fields)
+    options = body.stream_options
+    if options is not None:
+        service.note_unknown_fields(f"stream_options.{name}" for name in options.model_extra or ())
+        if not body.stream:
+            raise ApiError(
+                400, "stream_options: found some, expected stream true with them", "stream_options"
+            )
+    if body.stream and body.prompt_logprobs is not None:
+        raise ApiError(
+            400, "prompt_logprobs: found some with stream true, expected one of them", "prompt_logprobs"
+        )
+    prepared = await service.work(prepare, service.llm, body, headers_of(request), arrival_s)
+    request_id = body.request_id or request.state.request_id
+    if body.stream:
+        generation = await service.thread.submit(prepared.entries)
+        answer = answer_kind(service, body, prepared, generation, request_id)
+        return EventStream(_stream(service, generation, answer), generation.close)
+
+    async def whole() -> Response:
+        generation = await service.thread.submit(prepared.entries)
+        service.num_serving += 1
+        try:
+            await generation.wait_for_end()
+            answer = answer_kind(service, body, prepared, generation, request_id)
+            return await service.work(lambda: json_response(answer.whole()))
+        finally:
+            service.num_serving -= 1
+            generation.close()
+
+    return await unless_gone(request, whole())
+
+
+async def _stream(service: Service, generation: Generation, answer: "Answer") -> AsyncIterator[bytes]:
+    """The chunks of an answer; what has come together is sent together."""
+    service.num_serving += 1
+    try:
+        under_way = answer.readers
+        while under_way:
+            await generation.wait()
+            events = []
+            for reader in under_way:
+                delta = reader.take()
+                if delta is not None:
+                    events += [event(chunk) for chunk in answer.chunks(reader, delta)]
+            under_way = [reader for reader in under_way if not reader.ended]
+            if events:
+                yield b"".join(events)
+        if answer.options.include_usage:
+            yield event(answer.last_chunk())
+    finally:
+        service.num_serving -= 1
+
+
+class Answer:
+    """One answer in the making. request_id: what its id is made of."""
+
+    object_name = ""
+    chunk_name = ""
+    prefix = ""
+
+    def __init__(
+        self,
+        service: Service,
+        body: GenerationRequest,
+        prepared: Prepared,
+        generation: Generation,
+        request_id: str,
+    ) -> None:
+        self.prepared = prepared
+        self.tokenizer = service.llm.tokenizer
+        self.readers = readers_of(generation, prepared.hides_output)
+        self.options = body.stream_options or StreamOptions()
+        self._model = body.model or service.names[0]
+        self._id = f"{self.prefix}-{request_id[:200] or uuid4().hex}"
+        self._created = now()
+        self._names_ids = bool(body.return_tokens_as_token_ids)
+        self._returns_ids = bool(body.return_token_ids)
+
+    def whole(self) -> dict[str, Any]:
+        """The answer after its end."""
+        choices = []
+        for reader in self.readers:
+            delta = reader.take()
+            assert delta is not None
+            choices.append(self.choice(reader, delta))
+        answer = frame(self._id, self.object_name, self._model, self._created)
+        return {**answer, "choices": choices, "usage": usage_of(self.readers)}
+
+    def last_chunk(self) -> dict[str, Any]:
+        """The chunk that has the usage alone."""
+        return {**self._chunk(), "choices": [], "usage": usage_of(self.readers)}
+
+    def _chunk(self) -> dict[str, Any]:
+        chunk = frame(self._id, self.chunk_name, self._model, self._created)
+        if self.options.continuous_usage_stats and self.options.include_usage:
+            chunk["usage"] = usage_of(self.readers)
+        elif self.options.include_usage:
+            chunk["usage"] = None
+        return chunk
+
+    def _end(self, reader: Reader, delta: Delta) -> dict[str, Any]:
+        """Why a choice has ended, or that it has not."""
+        reason = delta.finish_reason
+        stop_reason = None if reason is not FinishReason.STOP else reader.stop_reason(self.tokenizer)
+        return {"finish_reason": reason, "stop_reason": stop_reason}
+
+    def choice(self, reader: Reader, delta: Delta) -> dict[str, Any]:
+        """One completion as the whole answer has it."""
+        raise NotImplementedError
+
+    def chunks(self, reader: Reader, delta: Delta) -> list[dict[str, Any]]:
+        """What is new of a completion as chunks of a stream."""
+        raise NotImplementedError
+
+
+class CompletionAnswer(Answer):
+    """An answer of `/v1/completions`."""
+
+    object_name = chunk_name = "text_completion"
+    prefix = "cmpl"
+
+    def __init__(
+        self,
+        service: Service,
+        body: CompletionRequest,
+        prepared: Prepared,
+        generation: Generation,
+        request_id: str,
+    ) -> None:
+        super().__init__(service, body, prepared, generation, request_id)
+        self._echo = bool(body.echo)
+        self._wants_prompt_logprobs = body.prompt_logprobs is not None
+        self._logprobs: list[CompletionLogprobs] | None = None
+        if body.logprobs is not None:
+            skip = body.skip_special_tokens is not False
+            self._logprobs = [CompletionLogprobs(self.tokenizer, skip, self._names_ids) for _ in self.readers]
+
+    def choice(self, reader: Reader, delta: Delta) -> dict[str, Any]:
+        """One completion as the whole answer has it."""
+        choice = self._choice(reader, delta)
+        output = reader.live.output
+        if self._wants_prompt_logprobs:
+            choice["prompt_logprobs"] = prompt_logprobs(self.tokenizer, output.prompt_logprobs)
+        return choice
+
+    def chunks(self, reader: Reader, delta: Delta) -> list[dict[str, Any]]:
+        """What is new of a completion as chunks of a stream."""
+        says_something = delta.text or delta.finish_reason or (self._echo and delta.number == 0)
+        if not says_something and self._logprobs is None and not self._returns_ids:
+            return []
+        return [{**self._chunk(), "choices": [self._choice(reader, delta)]}]
+
+    def _choice(self, reader: Reader, delta: Delta) -> dict[str, Any]:
+        output = reader.live.output
+        is_first = delta.number == 0
+        text, logprobs = delta.text, None
+        if self._logprobs is not None:
+            writer = self._logprobs[reader.index]
+            before = None
+            if is_first and self._echo:
+                assert output.prompt_logprobs is not None
+                before = writer.prompt(self._echoed(reader), output.prompt_token_ids, output.prompt_logprobs)
+            logprobs = writer.write(delta.token_ids, delta.logprobs)
+            if before is not None:
+                logprobs = joined_logprobs(before, logprobs)
+        if is_first and self._echo:
+            text = self._echoed(reader) + text
+        choice = {"index": reader.index, "text": text, "logprobs": logprobs, **self._end(reader, delta)}
+        if self._returns_ids:
+            if is_first:
+                choice["prompt_token_ids"] = output.prompt_token_ids
+            choice["token_ids"] = delta.token_ids
+        return choice
+
+    def _echoed(self, reader: Reader) -> str:
+        num_each = len(self.readers) // len(self.prepared.texts)
+        return self.prepared.texts[reader.index // num_each]
+
+
+class ChatAnswer(Answer):
+    """An answer of `/v1/chat/completions`."""
+
+    object_name = "chat.completion"
+    chunk_name = "chat.completion.chunk"
+    prefix = "chatcmpl"
+
+    def __init__(
+        self,
+        service: Service,
+        body: ChatCompletionRequest,
+        prepared: Prepared,
+        generation: Generation,
+        request_id: str,
+    ) -> None:
+        super().__init__(service, body, prepared, generation, request_id)
+        self._role = prepared.role
+        self._said = prepared.texts[0] if prepared.texts else ""
+        self._has_logprobs = bool(body.logprobs)
+        self._tells_reasoning = body.include_reasoning is not False
+        self._wants_prompt_logprobs = body.prompt_logprobs is not None
+
+    def whole(self) -> dict[str, Any]:
+        """The answer after its end."""
+        answer = super().whole()
+        output = self.readers[0].live.output
+        if self._wants_prompt_logprobs:
+            answer["prompt_logprobs"] = prompt_logprobs(self.tokenizer, output.prompt_logprobs)
+        if self._returns_ids:
+            answer["prompt_token_ids"] = output.prompt_token_ids
+        return answer
+
+    def choice(self, reader: Reader, delta: Delta) -> dict[str, Any]:
+        """One completion as the whole answer has it."""
+        message = {"role": self._role, "content": self._said + delta.text, "refusal": None}
+        message |= self._reasoning(delta)
+        choice = {"index": reader.index, "message": message, "logprobs": self._logprobs(delta)}
+        choice |= self._end(reader, delta)
+        if self._returns_ids:
+            choice["token_ids"] = delta.token_ids
+        return choice
+
+    def chunks(self, reader: Reader, delta: Delta) -> list[dict[str, Any]]:
+        """What is new of a completion as chunks of a stream, after one that says whose words they are."""
+        chunks = []
+        if delta.number == 0:
+            opening = {"role": self._role, "content": self._said}
+            chunk = self._chunk()
+            chunk["choices"] = [
+                {"index": reader.index, "delta": opening, "logprobs": None, "finish_reason": None}
+            ]
+            if self._returns_ids:
+                chunk["prompt_token_ids"] = reader.live.output.prompt_token_ids
+            chunks.append(chunk)
+        new: dict[str, Any] = self._reasoning(delta)
+        if delta.text:
+            new["content"] = delta.text
+        if new or delta.finish_reason or self._has_logprobs or self._returns_ids:
+            choice = {"index": reader.index, "delta": new, "logprobs": self._logprobs(delta)}
+            choice |= self._end(reader, delta)
+            if self._returns_ids:
+                choice["token_ids"] = delta.token_ids
+            chunks.append({**self._chunk(), "choices": [choice]})
+        return chunks
+
+    def _reasoning(self, delta: Delta) -> dict[str, Any]:
+        """The thought under vLLM's name and the one that most others use."""
+        if not delta.reasoning or not self._tells_reasoning:
+            return {}
+        return {"reasoning": delta.reasoning, "reasoning_content": delta.reasoning}
+
+    def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
+        if not self._has_logprobs:
+            return None
+        return chat_logprobs(self.tokenizer, delta.logprobs, self._names_ids)

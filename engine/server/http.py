@@ -1,0 +1,160 @@
+"""HTTP below the endpoints: bodies within bounds, clients that go away, streams of events, the log."""
+
+import asyncio
+import re
+import time
+import traceback
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import orjson
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from pagellm.engine.progress import say
+from pagellm.engine.server.errors import ApiError, as_api_error, error_body
+
+MAX_BODY_BYTES = 64 << 20
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_DONE = b"data: [DONE]\n\n"
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_Result = TypeVar("_Result")
+
+
+class ClientGoneError(Exception):
+    """Nobody is there any more to be answered."""
+
+
+async def read_body(request: Request) -> bytes:
+    """The body. Raises `ApiError` for one that is too large, before all of it has come."""
+    parts, size = [], 0
+    try:
+        async for part in request.stream():
+            parts.append(part)
+            size += len(part)
+            if size > MAX_BODY_BYTES:
+                raise ApiError(413, f"body: found more than {MAX_BODY_BYTES} bytes, expected less")
+    except ClientDisconnect:
+        raise ClientGoneError from None
+    return b"".join(parts)
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """JSON as a response."""
+    return Response(orjson.dumps(value), status, headers, "application/json")
+
+
+def error_response(error: ApiError) -> Response:
+    """An error as a response."""
+    return json_response(error_body(error), error.status, error.headers)
+
+
+def event(value: Any) -> bytes:
+    """One event of a stream."""
+    return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
+    """What the work gives. It is cancelled if the client goes away: then this raises `ClientGoneError`."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request.receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+    raise ClientGoneError
+
+
+async def _gone(receive: Any) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """A response of server-sent events, which ends early if the client goes away.
+
+    on_end: called at the end, however it comes.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:
+        super().__init__(None)
+        del self.headers["content-length"]
+        self.headers["cache-control"] = "no-cache"
+        self.headers["x-accel-buffering"] = "no"
+        self._events = events
+        self._on_end = on_end
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Sends the events."""
+        try:
+            await unless_gone(Request(scope, receive), self._send(send))
+        except ClientGoneError:
+            scope["state"]["client_gone"] = True
+        finally:
+            self._on_end()
+
+    async def _send(self, send: Any) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async for events in self._events:
+                await send({"type": "http.response.body", "body": events, "more_body": True})
+        except Exception as error:
+            said = event(error_body(as_api_error(error)))
+            await send({"type": "http.response.body", "body": said, "more_body": True})
+            if not isinstance(error, ApiError):
+                traceback.print_exception(error)
+        finally:
+            await self._events.aclose()  # type: ignore[attr-defined]
+        await send({"type": "http.response.body", "body": _DONE, "more_body": False})
+
+
+class Door:
+    """The first and the last to see a request: gives it an id, and says in one line what became of it."""
+
+    def __init__(self, app: Any, service: Any) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serves one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start = time.perf_counter()
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 0
+
+        async def send_on(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode("latin-1"))]
+            await send(message)
+
+        outcome = ""
+        try:
+            await self._app(scope, receive, send_on)
+            if scope["state"].get("client_gone"):
+                outcome = ", the client went away"
+        except Exception as error:
+            outcome = f", {type(error).__name__}"
+            raise
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            method = scope["method"] if scope["method"] in _METHODS else "OTHER"
+            self._service.metrics.http_requests.labels(method, str(status), route).inc()
+            if route not in ("/health", "/metrics"):
+                seconds = time.perf_counter() - start
+                path = scope["path"][:200].encode("unicode_escape").decode()
+                say(f"{request_id} {method} {path} {status}{outcome} {seconds:.3f} s")

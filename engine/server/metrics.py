@@ -1,0 +1,184 @@
+"""What Prometheus reads, under vLLM's names, which dashboards, autoscalers and benchmarks go by.
+
+Counters and histograms are told on the engine's thread, after each step; gauges are read from the engine
+when somebody asks. Times are in seconds, from a request's arrival at the server's door.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from pagellm.engine.llm_engine import LLMEngine
+from pagellm.engine.requests.outputs import CompletionOutput, FinishReason, RequestOutput
+from pagellm.engine.scheduling.batch import ScheduledBatch
+from pagellm.engine.scheduling.step_loop import StepEnd, StepListener
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+_TTFT_S = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
+    80.0, 160.0, 640.0, 2560.0,
+)  # fmt: skip
+_ITL_S = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0
+)  # fmt: skip
+_REQUEST_S = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0,
+    960.0, 1920.0, 7680.0,
+)  # fmt: skip
+_STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+class ServerMetrics(StepListener):
+    """All metrics of one server. model_name: the label of every metric of the engine."""
+
+    def __init__(self, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        self._labels = {"model_name": model_name, "engine": "0"}
+        self._last_token_s: dict[tuple[str, int], float] = {}  # of each completion under way
+        self.unknown_fields = Counter(
+            "pagellm:unknown_request_fields", "Fields of requests that meant nothing.", registry=self.registry
+        )
+        self.http_requests = Counter(
+            "http_requests", "HTTP requests that were answered.", ["method", "status", "handler"],
+            registry=self.registry,
+        )  # fmt: skip
+
+    def text(self) -> bytes:
+        """All of it in Prometheus's text form."""
+        text: bytes = generate_latest(self.registry)
+        return text
+
+    def attached(self, engine: LLMEngine) -> None:
+        """The engine is ready; nothing has been computed yet."""
+        scheduler, manager, config = engine.scheduler, engine.block_manager, engine.config
+        self._gauge("num_requests_running", "Requests that run.", lambda: len(scheduler.running))
+        self._gauge("num_requests_waiting", "Requests that wait.", lambda: len(scheduler.waiting))
+        self._gauge(
+            "kv_cache_usage_perc", "Share of the KV cache's blocks that requests hold; 1 is all of them.",
+            lambda: 1 - manager.num_free_blocks / manager.num_blocks,
+        )  # fmt: skip
+        info = {
+            "block_size": config.block_size,
+            "num_gpu_blocks": config.num_blocks,
+            "num_cpu_blocks": config.num_swap_blocks,
+            "enable_prefix_caching": config.enable_prefix_caching,
+            "engine": "0",
+        }
+        self._new(Gauge, "cache_config_info", "Settings of the KV cache.", labels=info).set(1)
+
+        self._cache_stats, self._cache_seen = manager.stats, [0, 0]
+        self._queries = self._new(Counter, "prefix_cache_queries", "Tokens that were looked up in it.")
+        self._hits = self._new(Counter, "prefix_cache_hits", "Tokens that the prefix cache had.")
+        self._preemptions = self._new(Counter, "num_preemptions", "Times that a request made way.")
+        self._prompt_tokens = self._new(Counter, "prompt_tokens", "Tokens of prompts.")
+        self._generation_tokens = self._new(Counter, "generation_tokens", "Tokens that were generated.")
+        success = Counter(
+            "vllm:request_success", "Requests that have ended.", [*self._labels, "finished_reason"],
+            registry=self.registry,
+        )  # fmt: skip
+        self._ended = {
+            reason: success.labels(**self._labels, finished_reason=str(reason)) for reason in FinishReason
+        }
+        lengths = _one_two_five(config.max_model_len)
+        self._step_tokens = self._histogram("iteration_tokens_total", "Tokens of a step.", _STEP_TOKENS)
+        self._request_prompt_tokens = self._histogram("request_prompt_tokens", "Tokens of a prompt.", lengths)
+        self._request_tokens = self._histogram(
+            "request_generation_tokens", "Tokens that a request got.", lengths
+        )
+        self._max_tokens = self._histogram(
+            "request_params_max_tokens", "Tokens that a request asked for at most.", lengths
+        )
+        self._n = self._histogram(
+            "request_params_n", "Completions that a request asked for.", (1, 2, 5, 10, 20)
+        )
+        self._ttft = self._histogram("time_to_first_token_seconds", "Time to the first token.", _TTFT_S)
+        self._itl = self._histogram("inter_token_latency_seconds", "Time between two tokens.", _ITL_S)
+        self._tpot = self._histogram(
+            "request_time_per_output_token_seconds", "Time per token after the first, of a request.", _ITL_S
+        )
+        self._e2e = self._histogram("e2e_request_latency_seconds", "Time to the end.", _REQUEST_S)
+        self._queue = self._histogram("request_queue_time_seconds", "Time until it ran first.", _REQUEST_S)
+        self._inference = self._histogram(
+            "request_inference_time_seconds", "Time from then to its end.", _REQUEST_S
+        )
+        self._prefill = self._histogram(
+            "request_prefill_time_seconds", "Time from then to the first token.", _REQUEST_S
+        )
+        self._decode = self._histogram(
+            "request_decode_time_seconds", "Time from the first token to the end.", _REQUEST_S
+        )
+        engine.loop.listen(self)
+
+    def accepted(self, output: RequestOutput) -> None:
+        """A request was taken in."""
+        params = output.sampling_params
+        self._n.observe(params.n)
+        if params.max_tokens is not None:
+            self._max_tokens.observe(params.max_tokens)
+
+    def scheduled(self, batch: ScheduledBatch, now: float) -> None:
+        """A step begins."""
+        if batch.preempted:
+            self._preemptions.inc(len(batch.preempted))
+        stats, seen = self._cache_stats, self._cache_seen
+        if stats.queries != seen[0]:
+            self._queries.inc(stats.queries - seen[0])
+            self._hits.inc(stats.hits - seen[1])
+            self._cache_seen = [stats.queries, stats.hits]
+
+    def committed(self, end: StepEnd) -> None:
+        """A step has ended."""
+        self._step_tokens.observe(end.batch.num_tokens)
+        self._generation_tokens.inc(end.batch.num_output_tokens)
+
+    def grown(self, output: RequestOutput, completion: CompletionOutput, num_new: int, now: float) -> None:
+        """A completion got tokens or ended."""
+        name = output.request_id, completion.index
+        metrics = completion.metrics
+        last_s = self._last_token_s.get(name)
+        if num_new > 0:
+            if last_s is None:
+                if metrics.first_token_s is not None:
+                    self._ttft.observe(metrics.first_token_s)
+                if completion.index == 0:
+                    self._prompt_tokens.inc(len(output.prompt_token_ids))
+            else:
+                self._itl.observe((now - last_s) / num_new)
+            self._last_token_s[name] = now
+        if completion.finish_reason is None:
+            return
+        self._last_token_s.pop(name, None)
+        self._ended[completion.finish_reason].inc()
+        self._request_prompt_tokens.observe(len(output.prompt_token_ids))
+        num_tokens = len(completion.token_ids)
+        self._request_tokens.observe(num_tokens)
+        queue_s, first_s, end_s = metrics.first_scheduled_s, metrics.first_token_s, metrics.finished_s
+        if end_s is not None:
+            self._e2e.observe(end_s)
+            if queue_s is not None:
+                self._queue.observe(queue_s)
+                self._inference.observe(end_s - queue_s)
+                if first_s is not None:
+                    self._prefill.observe(first_s - queue_s)
+                    self._decode.observe(end_s - first_s)
+                    if num_tokens > 1:
+                        self._tpot.observe((end_s - first_s) / (num_tokens - 1))
+
+    def _new(self, kind: Any, name: str, text: str, labels: Any = None, **settings: Any) -> Any:
+        labels = self._labels if labels is None else labels
+        metric = kind(f"vllm:{name}", text, list(labels), registry=self.registry, **settings)
+        return metric.labels(**{key: str(value) for key, value in labels.items()})
+
+    def _gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
+        self._new(Gauge, name, text).set_function(value)
+
+    def _histogram(self, name: str, text: str, buckets: Any) -> Any:
+        return self._new(Histogram, name, text, buckets=buckets)
+
+
+def _one_two_five(most: int) -> list[int]:
+    """1, 2, 5, 10, 20, 50 and so on, up to a number."""
+    buckets = [step * 10**power for power in range(len(str(most))) for step in (1, 2, 5)]
+    return [bucket for bucket in buckets if bucket <= most]

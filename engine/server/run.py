@@ -1,0 +1,110 @@
+"""A server from its start to its end: the socket, uvicorn, and what signals do."""
+
+import asyncio
+import socket
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+import uvicorn
+
+from pagellm.engine.errors import ConfigError
+from pagellm.engine.llm import LLM
+from pagellm.engine.progress import say
+from pagellm.engine.server.app import make_app
+from pagellm.engine.server.service import Service
+
+_BACKLOG = 2048
+_LAST_WORDS_S = 3.0  # for streams to end after their requests were given up
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, which the first signal lets drain: no new connections, and what goes on is finished.
+
+    What still goes on after `drain_s` is given up, as it is at the second signal; a stream says so.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service, drain_s: float) -> None:
+        super().__init__(config)
+        self._service = service
+        self._drain_s = drain_s
+        self._num_signals = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def serve(self, sockets: "list[socket.socket] | None" = None) -> None:
+        """Serves until a signal."""
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Takes a signal."""
+        self._num_signals += 1
+        self.should_exit = True
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._end)
+
+    def _end(self) -> None:
+        assert self._loop is not None
+        if self._num_signals == 1:
+            say("no new requests; those under way are finished. Once more to give them up")
+            self._loop.call_later(self._drain_s, self._give_up)
+        else:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        assert self._loop is not None
+        self._service.close()
+        self._loop.call_later(_LAST_WORDS_S, self._force)
+
+    def _force(self) -> None:
+        self.force_exit = True
+
+
+def run_server(
+    load: Callable[[], LLM],
+    names: Sequence[str],
+    host: str,
+    port: int,
+    drain_s: float,
+    ssl_certfile: str | None = None,
+    ssl_keyfile: str | None = None,
+) -> None:
+    """Serves until it is told to end.
+
+    load: makes the LLM, after the server has begun to answer. names: what clients may call the model.
+    drain_s: seconds that requests under way have after the first signal. Raises `PagellmError` if the model
+    cannot be loaded or the address cannot be had.
+    """
+    listener = _listen(host, port)
+    server: _Server
+
+    def give_up() -> None:
+        server.should_exit = True
+
+    service = Service(load, names, give_up)
+    config = uvicorn.Config(
+        make_app(service), log_config=None, access_log=False, lifespan="on", server_header=False,
+        ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile,
+    )  # fmt: skip
+    server = _Server(config, service, drain_s)
+    shown = f"[{host}]" if ":" in host else host
+    scheme = "https" if ssl_certfile else "http"
+    say(f"listening on {scheme}://{shown}:{listener.getsockname()[1]}")
+    with listener:
+        server.run(sockets=[listener])
+    service.close()
+    service.join(_LAST_WORDS_S)
+    failure = service.failure()
+    if failure is not None:
+        raise failure
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, *_, address = found[0]
+        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"host, port: found {host}:{port}, expected an address to listen at: {reason}"
+        ) from None
