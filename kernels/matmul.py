@@ -72,8 +72,9 @@ _VECTORS = PANEL // LANES
 # Rows of a tile of 32-bit sums; the integer formats keep two sums an element, so theirs has half as many.
 _HEIGHTS = tuple(height for height in (1, 2, 3, 4, 6, 8, 12) if height <= GROUP)
 _INT_HEIGHTS = tuple(height for height in (1, 2, 3, 4, 6) if height <= max(1, GROUP // 2))
-# With less kernels to compile.
-_FEW_HEIGHTS = tuple(height for height in (1, 2, 4, 6) if height <= max(1, GROUP // 2))
+# Rows for which so many blocks are prepared and multiplied at once.
+_FUSED_ROWS = min(4, _INT_HEIGHTS[-1])
+_FUSED_BLOCKS = 4
 # Rows that meet a panel while it is in the nearest cache.
 _ROWS_PER_ITEM = 8 * GROUP
 # Words of weights of a work item at least where there is little to compute.
@@ -84,6 +85,11 @@ _RUN_BLOCKS = 18
 _SUMS = _RUN_BLOCKS * PREPARED_WORDS
 # How far ahead of a product the weights are asked for: the processor's own prefetching ends at each page.
 _PREFETCH_WORDS = 2048
+
+
+def _heights(*heights: int) -> tuple[int, ...]:
+    """Those of a few heights that tiles of integers have here, the greatest of these among them."""
+    return (*(height for height in heights if height < _INT_HEIGHTS[-1]), _INT_HEIGHTS[-1])
 
 
 @shared
@@ -250,15 +256,54 @@ def _prepared_tile(halves: int, minima: bool, height: int) -> Any:
     return multiply
 
 
+def _fused_tile(height: int) -> Any:
+    """For few rows of any expanded format: a few blocks are prepared in `scratch` and multiplied at once.
+
+    So the memory has something to do all the time, as it has where the panel is multiplied as it is.
+    """
+
+    @kernel
+    def multiply(
+        format, x, x_at, w, w_at, ahead, blocks, bias_at, out, out_at, out_stride, accumulate, scratch
+    ):  # fmt: skip
+        minima, halves, words = has_minima(format), 1, 8
+        first_start, first_sum = START_INT8, SCALED_SUM
+        if has_halves_apart(format):
+            halves, words, first_start, first_sum = 2, 4, START_FIRST, SCALED_FIRST
+        tile = start_tile(height, _VECTORS, w, bias_at)
+        for block in range(blocks):
+            place = block % _FUSED_BLOCKS * PREPARED_WORDS
+            if place == 0:
+                count = min(_FUSED_BLOCKS, blocks - block)
+                prepare_blocks(format, w, w_at, block, count, ahead, scratch, plain(0))
+            at, column = x_at + block * (GROUP * INT_CHUNK), place
+            scale, word_at = place + SCALES, at
+            for half in range(halves):
+                ints = start_int_tile(height, _VECTORS, x, at + first_start + half, INT_CHUNK)
+                for _ in range(words):
+                    ints = dot_int8(ints, height, x, word_at, INT_CHUNK, scratch, column)
+                    column += PANEL
+                    word_at += 1
+                tile = add_scaled(tile, ints, height, x, at + SCALE, INT_CHUNK, scratch, scale)
+                if minima:
+                    row = scale + MINIMA - SCALES
+                    tile = outer_product(tile, height, x, at + first_sum + half, INT_CHUNK, scratch, row)
+                scale += PANEL
+        write_tile(tile, height, out, out_at, out_stride, accumulate)
+
+    return multiply
+
+
 _multiply_float32 = by_height(_HEIGHTS, partial(_float_tile, outer_product, 1))
 _multiply_bfloat16 = by_height(_HEIGHTS, partial(_float_tile, dot_bfloat16, PAIR_WORDS))
 _multiply_int8 = by_height(_INT_HEIGHTS, _int8_tile)
 _multiply_int4 = by_height(_INT_HEIGHTS, _int4_tile)
-_multiply_int4_k = by_height(_FEW_HEIGHTS, _int4_k_tile)
-_multiply_blocks = by_height(_FEW_HEIGHTS, partial(_prepared_tile, 1, False))
-_multiply_blocks_min = by_height(_FEW_HEIGHTS, partial(_prepared_tile, 1, True))
-_multiply_halves = by_height(_FEW_HEIGHTS, partial(_prepared_tile, 2, False))
-_multiply_halves_min = by_height(_FEW_HEIGHTS, partial(_prepared_tile, 2, True))
+_multiply_int4_k = by_height(_heights(1, 4, 6), _int4_k_tile)
+_multiply_fused = by_height(_heights(1, _FUSED_ROWS), _fused_tile)
+_multiply_blocks = by_height(_heights(4, 6), partial(_prepared_tile, 1, False))
+_multiply_blocks_min = by_height(_heights(4, 6), partial(_prepared_tile, 1, True))
+_multiply_halves = by_height(_heights(4, 6), partial(_prepared_tile, 2, False))
+_multiply_halves_min = by_height(_heights(6), partial(_prepared_tile, 2, True))
 
 
 @kernel
@@ -348,6 +393,12 @@ def _multiply_expanded(
     is in `w`.
     """
     blocks, group_words = num_blocks(K), GROUP * activation_words(format, K)
+    if rows <= _FUSED_ROWS:
+        _multiply_fused(
+            rows, format, x, x_start, w, w_start, ahead, blocks, bias_start, out, out_start, out_stride,
+            accumulate, scratch,
+        )  # fmt: skip
+        return
     run = -(-blocks // -(-blocks // _RUN_BLOCKS))
     for first in range(0, blocks, run):
         count = min(run, blocks - first)

@@ -361,16 +361,16 @@ def _pack_int8(source, i, packed, at):
     first, second = nearest(first * broadcast(inverse)), nearest(second * broadcast(inverse))
     store_int8(packed, at, first)
     store_int8(packed, at + LANES // 4, second)
-    total_first, total_second = reduce_add(first), reduce_add(second)
-    total, offset = total_first + total_second, np.float32(-INT8_OFFSET)
+    sum_first, sum_second = reduce_add(first), reduce_add(second)
     packed[at + SCALE] = scale
-    packed[at + SCALED_SUM] = scale * total
-    packed[at + SCALED_FIRST] = scale * total_first
-    packed[at + SCALED_SECOND] = scale * total_second
-    store_int32(packed, at + START_INT8, np.int32(total * offset))
-    store_int32(packed, at + START_FIRST, np.int32(total_first * offset))
-    store_int32(packed, at + START_SECOND, np.int32(total_second * offset))
-    store_int32(packed, at + START_INT4, start_int4(np.int32(total)))
+    packed[at + SCALED_SUM] = scale * (sum_first + sum_second)
+    packed[at + SCALED_FIRST] = scale * sum_first
+    packed[at + SCALED_SECOND] = scale * sum_second
+    int_first, int_second = np.int32(sum_first), np.int32(sum_second)
+    store_int32(packed, at + START_INT8, np.int32(-INT8_OFFSET * (int_first + int_second)))
+    store_int32(packed, at + START_FIRST, np.int32(-INT8_OFFSET * int_first))
+    store_int32(packed, at + START_SECOND, np.int32(-INT8_OFFSET * int_second))
+    store_int32(packed, at + START_INT4, start_int4(int_first + int_second))
 
 
 @kernel
