@@ -125,31 +125,32 @@ class CharacterBpe:
         return tuple(self._merges.apply(ids)) if len(ids) > 1 else tuple(ids)
 
 
+def _is_merge(vocab: Mapping[str, int], half: Sequence[str]) -> bool:
+    return len(half) == 2 and half[0] in vocab and half[1] in vocab and half[0] + half[1] in vocab
+
+
 class MergeTable:
     """The merges as numbers: a pair of ids is one integer, `left * stride + right`."""
 
     def __init__(self, vocab: Mapping[str, int], merges: Merges) -> None:
-        self._stride = max(vocab.values(), default=0) + 1
-        self._rank_of_pair: dict[int, int] = {}
-        self._merged: list[int] = []
-        for rank, merge in enumerate(merges):
-            if isinstance(merge, str):
-                left, _, right = merge.partition(" ")
-            else:
-                left, right = merge
-            try:
-                self._rank_of_pair[vocab[left] * self._stride + vocab[right]] = rank
-                self._merged.append(vocab[left + right])
-            except KeyError:
-                raise CheckpointError(
-                    f"merges[{rank}]: found {found(merge)}, expected two tokens of the vocabulary with a"
-                    " space between that join to a token of the vocabulary"
-                ) from None
+        self._stride = stride = max(vocab.values(), default=0) + 1
+        halves = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in merges]
+        try:
+            pairs = [vocab[left] * stride + vocab[right] for left, right in halves]
+            self._merged = [vocab[left + right] for left, right in halves]
+        except (KeyError, ValueError):
+            rank = next(rank for rank, half in enumerate(halves) if not _is_merge(vocab, half))
+            raise CheckpointError(
+                f"merges[{rank}]: found {found(merges[rank])}, expected two tokens of the vocabulary with a"
+                " space between that join to a token of the vocabulary"
+            ) from None
+        self._rank_of_pair = dict(zip(pairs, range(len(pairs)), strict=True))
 
     def touches(self, ids: Collection[int]) -> bool:
         """Whether one of the ids is a part of any pair."""
-        parts = {part for pair in self._rank_of_pair for part in divmod(pair, self._stride)} if ids else set()
-        return not parts.isdisjoint(ids)
+        stride = self._stride
+        wanted = frozenset(ids)
+        return any(pair % stride in wanted or pair // stride in wanted for pair in self._rank_of_pair)
 
     def apply(self, ids: list[int]) -> list[int]:
         """Merges adjacent ids until no pair has a rank: lowest rank first, and of equals the leftmost.

@@ -115,6 +115,10 @@ class Pretokenizer:
         in_one = _IN_ONE.get(self._steps)
         quick = self._steps if in_one is None else (in_one,)
         self._stages = [_stage_of(step, exact=False) for step in quick]
+        patterns = [step.pattern if isinstance(step, Split) else step for step in self._steps]
+        self._depends_on_unicode = any(
+            isinstance(pattern, Translation) and pattern.quick != pattern.exact for pattern in patterns
+        )
 
     @classmethod
     def named(cls, name: str, *, add_prefix_space: bool = False) -> "Pretokenizer":
@@ -130,7 +134,7 @@ class Pretokenizer:
         if not self._steps:
             return [text]
         stages = self._stages
-        if not text.isascii() and _NEWER_CHARACTER.search(text):
+        if self._depends_on_unicode and not text.isascii() and _NEWER_CHARACTER.search(text):
             stages = self._exact_stages
         limit_s = _TIME_LIMIT_S + len(text) * _TIME_LIMIT_PER_CHARACTER_S
         give_up_at = time.monotonic() + limit_s
