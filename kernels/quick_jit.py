@@ -75,5 +75,5 @@ def try_out(**settings: Any) -> None:
 
     doubled = QuickKernel(double, **settings)
     found = numba.njit(**settings)(lambda x: doubled(x) + 1)(20)
-    if found != 41 or doubled(20) != 40:
+    if found != 41:
         raise RuntimeError(f"found {found} for 2 * 20 + 1")

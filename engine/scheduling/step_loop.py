@@ -6,7 +6,7 @@ hears of the same events in the same order. What a step computes and how long it
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from pagellm.engine.requests.outputs import FinishReason
 from pagellm.engine.scheduling.batch import PreemptionCosts, ScheduledBatch, StepLimits
@@ -15,7 +15,8 @@ from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
 
 
-class StepEnd(NamedTuple):
+@dataclass(slots=True)  # not frozen: that would take three times as long to make, in every step
+class StepEnd:
     """What became of a step: who got tokens, whose were the last, and what it took, transfers included."""
 
     batch: ScheduledBatch

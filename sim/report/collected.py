@@ -79,6 +79,7 @@ class ReplicaListener(StepListener):
         self.manager = scheduler.block_manager
         self._number = number
         self._run = run
+        self._timeline, self._counts, self._itl = run.timeline, run.counts, run.itl  # which are at hand so
         self.swapped: set[Sequence] = set()
         stats = self.manager.stats
         self._queries, self._hits, self.first_evictions = stats.queries, stats.hits, stats.evictions
@@ -94,7 +95,7 @@ class ReplicaListener(StepListener):
 
     def scheduled(self, batch: ScheduledBatch, now: float) -> None:
         run = self._run
-        bucket = run.timeline.at(now)
+        bucket = self._timeline.at(now)
         if batch.admitted:
             self._note_admissions(batch, now)
             self.swapped.difference_update(admitted.sequence for admitted in batch.admitted)
@@ -117,16 +118,15 @@ class ReplicaListener(StepListener):
             bucket.unwritten_shares, bucket.cached_shares = run.unwritten_share(), run.cached_share()
 
     def committed(self, end: StepEnd) -> None:
-        batch, sampled, finished, now, *_ = end
-        run = self._run
+        batch, sampled, finished, now = end.batch, end.sampled, end.finished, end.now
         self._note_step(batch, now)
         if sampled:
             self._note_tokens(sampled, now)
             num_tokens = batch.num_output_tokens
-            run.counts["output_tokens"] += num_tokens
+            self._counts["output_tokens"] += num_tokens
             if num_tokens > len(sampled):  # they have several at once
-                run.itl.add(0.0, num_tokens - len(sampled))
-            run.last_token_at_s = now
+                self._itl.add(0.0, num_tokens - len(sampled))
+            self._run.last_token_at_s = now
         if finished:
             done = set(finished)
             self.last_sampled = [sequence for sequence in self.last_sampled if sequence not in done]
@@ -168,7 +168,7 @@ class ReplicaListener(StepListener):
         if num_tokens > num_decodes:
             num_decodes = batch.num_new_tokens.count(1)
         running, waiting, swapped = self._running, self._waiting, len(self.swapped)
-        for bucket, span_s in run.timeline.during(self._start_s, time_s):
+        for bucket, span_s in self._timeline.during(self._start_s, time_s):
             bucket.running_time += running * span_s
             bucket.waiting_time += waiting * span_s
             bucket.swapped_time += swapped * span_s
@@ -178,20 +178,19 @@ class ReplicaListener(StepListener):
                 bucket.peak_blocks = run.used_blocks
         bucket.prefill_tokens += num_tokens - num_decodes
         bucket.decode_tokens += num_decodes
-        run.counts["steps"] += 1
+        self._counts["steps"] += 1
 
     def _note_tokens(self, sampled: list[Sequence], time_s: float) -> None:
         """Counts the gaps since the tokens before. Mostly it is the same sequences in step after step."""
-        run = self._run
         if sampled == self.last_sampled:
-            run.itl.add(time_s - self._last_token_s, len(sampled))
+            self._itl.add(time_s - self._last_token_s, len(sampled))
         else:
-            last = run.last_token_s
+            last = self._run.last_token_s
             last.update(dict.fromkeys(self.last_sampled, self._last_token_s))
             gaps = Counter(map(last.get, sampled))
             for before, count in gaps.items():
                 if before is not None:
-                    run.itl.add(time_s - before, count)
+                    self._itl.add(time_s - before, count)
             for sequence in sampled:
                 if last.pop(sequence, None) is None:
                     self._first_token(sequence, time_s)

@@ -31,7 +31,7 @@ class Heard(StepListener):
 
     def committed(self, end: StepEnd) -> None:
         names = [s.request_id for s in end.sampled], [s.request_id for s in end.finished]
-        self.events.append(("committed", *names, *end[3:]))
+        self.events.append(("committed", *names, end.now, end.duration_s, end.transfer_s))
 
     def ended(self, sequence: Sequence) -> None:
         self.events.append(("ended", sequence.request_id, sequence.finish_reason))
