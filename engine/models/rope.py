@@ -5,7 +5,7 @@ Knows the arithmetic; which of it a checkpoint asks for is read in `hub_rope` an
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pagellm.engine.errors import CheckpointError
 
@@ -82,7 +82,7 @@ class LongRope(RopeTable):
 
     def check(self, where: str) -> None:
         super().check(where)
-        replace(self, frequencies=self.long_frequencies).at(0).check(f"{where}: long factors")
+        RopeTable(self.long_frequencies).check(f"{where}: long factors")
 
 
 @dataclass(frozen=True, kw_only=True)
