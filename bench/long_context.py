@@ -149,7 +149,8 @@ def serve(model: Path, num_tokens: int, chunk: int, quantization: str) -> Run:
 
 def peak_bytes() -> int:
     """The most memory that this process has held; getrusage would count that of its parent, too."""
-    [line] = [line for line in open("/proc/self/status") if line.startswith("VmHWM:")]
+    status = Path("/proc/self/status").read_text("ascii").splitlines()
+    [line] = [line for line in status if line.startswith("VmHWM:")]
     return 1024 * int(line.split()[1])
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pagellm.engine import LLM, ConfigError, EngineConfig
@@ -184,6 +185,20 @@ def test_what_was_found_and_chosen_is_one_line(capfd: pytest.CaptureFixture[str]
     llm.close()
     LLM(str(model_path("llama_tiny")), num_blocks=5).close()  # chosen by the user
     assert _about_the_cache(capfd) == []
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "gpt2"])
+def test_what_an_engine_says_that_it_takes_is_what_it_takes(name: str) -> None:
+    llm = LLM(str(model_path(name)), num_blocks=5, max_num_batched_tokens=40, show_progress=False)
+    needed, runner = llm.engine.memory_needed, llm.engine.runner
+    llm.close()
+    weights = runner.weights
+    assert needed["weights"] == weights.values.nbytes
+    cache = runner.cache.keys.nbytes + runner.cache.values.nbytes
+    assert 0 <= cache - needed["kv_cache"] < 1024  # what vectors read on behind the last block
+    assert needed["rope_tables"] == weights.cos.nbytes + weights.sin.nbytes + weights.query_scale.nbytes
+    buffers = [buffer for buffer in runner.workspace if isinstance(buffer, np.ndarray)]
+    assert needed["working"] >= sum(buffer.nbytes for buffer in buffers) > 0
 
 
 def _about_the_cache(capfd: pytest.CaptureFixture[str]) -> list[str]:
