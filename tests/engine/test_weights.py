@@ -9,10 +9,23 @@ from safetensors.numpy import load_file, save_file
 
 from pagellm.engine import LLM, CheckpointError, ConfigError, EngineConfig
 from pagellm.engine.checkpoints import open_checkpoint
-from pagellm.engine.execution.weights import formats_of, kv_format, load_weights
-from pagellm.engine.models import read_spec
+from pagellm.engine.execution.weights import _runs, formats_of, kv_format, load_weights
+from pagellm.engine.models import Source, read_spec
+from pagellm.kernels.architecture import LAYER, PARTS, Run
 from pagellm.kernels.encoding import GGUF_FORMATS
-from pagellm.kernels.packing import BFLOAT16, FLOAT32, INT4, INT4_MIN, INT5, INT5_MIN, INT8, unpack_column
+from pagellm.kernels.packing import (
+    BFLOAT16,
+    FLOAT32,
+    INT4,
+    INT4_K,
+    INT4_MIN,
+    INT5,
+    INT5_MIN,
+    INT6_K,
+    INT8,
+    PANEL,
+    unpack_column,
+)
 from tests.conftest import MODELS, model_path
 
 LAYER_MATRICES = ("qkv", "output", "up", "down")
@@ -142,3 +155,23 @@ def test_a_type_without_a_format_becomes_float32_and_that_is_said(
     assert said.count("Q5_0 (5.5 bits), Q5_1 (6 bits) are converted to float32, 4 bytes a weight") == 1
     LLM(path, num_blocks=8, show_progress=True, quantization="int8").close()
     assert "converted" not in capsys.readouterr().err
+
+
+def test_tensors_of_a_part_keep_a_format_each_where_panels_allow() -> None:
+    """Such as q, k and v in the types that Q4_K_M mixes; all are float32 where one must be."""
+    part, row = PARTS["qkv"], None
+    sources = tuple(
+        Source(name, (size, 256)) for name, size in (("q", 8 * PANEL), ("k", PANEL), ("v", PANEL))
+    )
+    mixed = [INT4_K, INT4_K, INT6_K]
+    expected = (Run(8 * PANEL, INT4_K), Run(PANEL, INT4_K), Run(PANEL, INT6_K))
+    assert _runs(part, row, sources, mixed) == expected
+    assert _runs(part, row, sources, [INT4_K] * 3) == (Run(10 * PANEL, INT4_K),)
+    assert _runs(part, row, sources, [INT4_K, FLOAT32, INT6_K]) == (Run(10 * PANEL, FLOAT32),)
+    odd = (Source("q", (PANEL + 1, 256)), *sources[1:])
+    assert _runs(part, row, odd, mixed) == (Run(3 * PANEL + 1, FLOAT32),)
+    gated = np.zeros(1, LAYER)[0]
+    gated["gated"] = 1
+    halves = (Source("gate", (PANEL + 1, 256)), Source("up", (PANEL + 1, 256)))
+    expected = (Run(2 * PANEL, INT4_K), Run(2 * PANEL, INT8))
+    assert _runs(PARTS["up"], gated, halves, [INT4_K, INT8]) == expected
