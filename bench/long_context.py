@@ -6,9 +6,10 @@ its own, and the requests share all but the question. They are served twice: wit
 chunks of `--chunk` tokens, and in one. The logits of each answer's tokens must be the same, bit for bit.
 
 Printed: how long each prefill takes, what the engine said beforehand that it would take of memory, and what
-the process took. Attention over a context grows with its square: estimate from a shorter one first.
+the process took. Attention over a context grows with its square: estimate from a shorter one first. With
+`--window` it does not, and the cache is as large as the window and a chunk.
 
-Run: python bench/long_context.py [--tokens 131072] [--quantization int8] [--chunks-only] [--json]
+Run: python bench/long_context.py [--tokens 131072] [--quantization int8] [--window N] [--chunks-only]
 """
 
 import argparse
@@ -54,8 +55,8 @@ class Run:
     logits: list[NDArray[np.float32]]
 
 
-def stretched_model(directory: Path, num_tokens: int) -> Path:
-    """The default model's file with YaRN for so many tokens."""
+def stretched_model(directory: Path, num_tokens: int, window: int | None) -> Path:
+    """The default model's file with YaRN for so many tokens; if asked for, with a window in all layers."""
     reader = gguf.GGUFReader(resolve_model(DEFAULT_MODEL))
     architecture = str(reader.fields["general.architecture"].contents())
     path = directory / "stretched.gguf"
@@ -69,6 +70,8 @@ def stretched_model(directory: Path, num_tokens: int) -> Path:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(num_tokens / original)
         writer.add_rope_scaling_orig_ctx_len(original)
+    if window is not None:
+        writer.add_sliding_window(window)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
@@ -109,14 +112,14 @@ def keep_logits(llm: LLM) -> list[NDArray[np.float32]]:
     return kept
 
 
-def serve(model: Path, num_tokens: int, chunk: int, quantization: str) -> Run:
+def serve(model: Path, num_tokens: int, chunk: int, quantization: str, window: int | None) -> Run:
     """Serves the three requests, one after the other."""
     before = peak_bytes()
     llm = LLM(
         str(model),
         quantization=quantization,
         max_model_len=num_tokens,
-        num_blocks=-(-num_tokens // 16) + 64,
+        num_blocks=-(-num_tokens // 16) + 64 if window is None else None,
         max_num_batched_tokens=chunk,
         max_num_seqs=1,
         show_progress=False,
@@ -171,13 +174,17 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=131072, metavar="N", help="of prompt and answer")
     parser.add_argument("--chunk", type=int, default=512, metavar="N", help="tokens of a chunk")
     parser.add_argument("--quantization", default="int8")
+    parser.add_argument("--window", type=int, metavar="N", help="a sliding window in all layers")
     parser.add_argument("--chunks-only", action="store_true", help="without the prompt in one chunk")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     chunks = [options.chunk] if options.chunks_only else [options.chunk, options.tokens]
     with tempfile.TemporaryDirectory() as name:
-        model = stretched_model(Path(name), options.tokens)
-        runs = {n: in_own_process(model, options.tokens, n, options.quantization) for n in chunks}
+        model = stretched_model(Path(name), options.tokens, options.window)
+        runs = {
+            chunk: in_own_process(model, options.tokens, chunk, options.quantization, options.window)
+            for chunk in chunks
+        }
     first, *others = runs.values()
     same = [
         all(np.array_equal(own, other.logits[number]) for other in others)
@@ -186,6 +193,7 @@ def main() -> int:
     result = {
         "tokens": options.tokens,
         "quantization": options.quantization,
+        "window": options.window,
         "needles": [
             {"depth": depth, "answer": answer, "expected": expected, "same_bits": one if others else None}
             for depth, answer, (_, expected), one in zip(DEPTHS, first.answers, NEEDLES, same, strict=True)
