@@ -18,6 +18,7 @@ from pagellm.engine.tokenizer.word_cache import WordCache
 # Best first, each "left right" or a pair.
 Merges = Sequence[str] | Sequence[Sequence[str]]
 
+_SHORT = 48
 _NO_MERGE = -1
 _MERGED_AWAY = -1
 
@@ -153,7 +154,27 @@ class MergeTable:
         return any(pair % stride in wanted or pair // stride in wanted for pair in self._rank_of_pair)
 
     def apply(self, ids: list[int]) -> list[int]:
-        """Merges adjacent ids until no pair has a rank: lowest rank first, and of equals the leftmost.
+        """Merges adjacent ids until no pair has a rank: lowest rank first, and of equals the leftmost."""
+        return self._apply_briefly(ids) if len(ids) <= _SHORT else self._apply(ids)
+
+    def _apply_briefly(self, ids: list[int]) -> list[int]:
+        """By looking through all ranks for each merge, which is the quickest for a few."""
+        stride, rank_of, none = self._stride, self._rank_of_pair.get, len(self._merged)
+        ranks = [rank_of(left * stride + right, none) for left, right in pairwise(ids)]
+        ids = ids.copy()
+        while ranks and (best := min(ranks)) != none:
+            at = ranks.index(best)
+            merged = self._merged[best]
+            ids[at : at + 2] = [merged]
+            del ranks[at]
+            if at < len(ranks):
+                ranks[at] = rank_of(merged * stride + ids[at + 1], none)
+            if at:
+                ranks[at - 1] = rank_of(ids[at - 1] * stride + merged, none)
+        return ids
+
+    def _apply(self, ids: list[int]) -> list[int]:
+        """The same for many.
 
         A heap of the ranks that are there, and for each rank its positions, sorted when its turn comes:
         O(n log n), so that a word of a million letters is no attack. A position whose pair has changed since

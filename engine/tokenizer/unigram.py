@@ -18,6 +18,8 @@ from pagellm.engine.tokenizer.segments import Segments
 
 _UNK_PENALTY = 10.0
 _MAX_PARTS = 1 << 18
+# So many characters tell how long a piece can be that begins with them; shorter ones are tried anyway.
+_BEGINNING = 3
 # In the place of the exponent of nothing.
 _OF_ZERO = 1 << 20
 _MAX_PART_CHARS = 32
@@ -74,6 +76,9 @@ class Unigram:
         known, bits = self._known, self._bits
         for word in self._segments.words(text):
             for part in self._parts_of(word):
+                if len(part) == 1:
+                    total = self._add_character(part, total, ids)
+                    continue
                 fraction, exponent = frexp(total) if total else (0.0, _OF_ZERO)
                 key = (part, exponent, int(fraction * (1 << bits)) & 1)
                 entry = known.get(key)
@@ -89,6 +94,17 @@ class Unigram:
                     known[key] = part_ids, after - total
                 total = after
         return tuple(self._fallback.fused(ids))
+
+    def _add_character(self, char: str, total: float, ids: list[int]) -> float:
+        """Adds a part of one character, which has no choice; returns the sum behind it."""
+        found = self._of_piece.get(char)
+        if found is None:
+            ids += self._fallback.ids(char)
+            after = total + self._unk_score
+        else:
+            ids.append(found[0])
+            after = total + found[1]
+        return as_single(after) if self._bits == Precision.SINGLE.value else after
 
     def _parts_of(self, word: str) -> list[str]:
         parts = self._parts.get(word)
@@ -119,7 +135,7 @@ class Unigram:
         for start in range(size):
             here = sums[start]
             has_single = False
-            longest = longest_of(part[start : start + 2], 1)
+            longest = longest_of(part[start : start + _BEGINNING], _BEGINNING - 1)
             for stop in range(start + 1, min(start + longest, size) + 1):
                 found = of_piece(part[start:stop])
                 if found is None:
@@ -152,10 +168,10 @@ def unk_score(scores: Sequence[float]) -> float:
 
 
 def _longest_by_beginning(vocab: Mapping[str, int]) -> dict[str, int]:
-    """The length of the longest piece, by its first two characters."""
+    """The length of the longest piece, by its first characters."""
     longest: dict[str, int] = {}
     for piece in vocab:
-        beginning = piece[:2]
+        beginning = piece[:_BEGINNING]
         if longest.get(beginning, 0) < len(piece):
             longest[beginning] = len(piece)
     return longest
