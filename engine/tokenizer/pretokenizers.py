@@ -114,6 +114,8 @@ class Pretokenizer:
         self._steps = tuple(steps)
         in_one = _IN_ONE.get(self._steps)
         quick = self._steps if in_one is None else (in_one,)
+        # `Digits` knows other characters than the patterns do.
+        self._exact_steps = self._steps if DIGIT in self._steps else quick
         self._stages = [_stage_of(step, exact=False) for step in quick]
         patterns = [step.pattern if isinstance(step, Split) else step for step in self._steps]
         self._depends_on_unicode = any(
@@ -156,7 +158,7 @@ class Pretokenizer:
 
     @cached_property
     def _exact_stages(self) -> list[Stage | Metaspace]:
-        return [_stage_of(step, exact=True) for step in self._steps]
+        return [_stage_of(step, exact=True) for step in self._exact_steps]
 
 
 def from_gguf_name(pre: str) -> tuple[Pretokenizer, GgufPretokenizer]:
