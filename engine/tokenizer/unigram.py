@@ -20,6 +20,7 @@ _UNK_PENALTY = 10.0
 _MAX_PARTS = 1 << 18
 # So many characters tell how long a piece can be that begins with them; shorter ones are tried anyway.
 _BEGINNING = 3
+_SHORT_LENGTHS = tuple(range(1, _BEGINNING))
 # In the place of the exponent of nothing.
 _OF_ZERO = 1 << 20
 _MAX_PART_CHARS = 32
@@ -58,7 +59,7 @@ class Unigram:
         self._fallback = fallback
         self._bits = precision.value
         self._segments = Segments(vocab)
-        self._longest = _longest_by_beginning(vocab)
+        self._lengths = _lengths_by_beginning(vocab)
         costs = [score for _, score in self._of_piece.values()]
         self._highest = max(0.0, *costs, unk_score) if costs else 0.0
         self._lowest = min(0.0, *costs, unk_score) if costs else unk_score
@@ -126,7 +127,7 @@ class Unigram:
 
     def _search(self, part: str, total: float) -> tuple[list[int], float]:
         """The best ids of a part, and the sum behind it. total: the sum before it."""
-        of_piece, longest_of = self._of_piece.get, self._longest.get
+        of_piece, lengths_of = self._of_piece.get, self._lengths.get
         single = self._bits == Precision.SINGLE.value
         size = len(part)
         sums: list[float] = [total] * (size + 1)
@@ -135,8 +136,10 @@ class Unigram:
         for start in range(size):
             here = sums[start]
             has_single = False
-            longest = longest_of(part[start : start + _BEGINNING], _BEGINNING - 1)
-            for stop in range(start + 1, min(start + longest, size) + 1):
+            for length in lengths_of(part[start : start + _BEGINNING], _SHORT_LENGTHS):
+                stop = start + length
+                if stop > size:
+                    break
                 found = of_piece(part[start:stop])
                 if found is None:
                     continue
@@ -167,14 +170,12 @@ def unk_score(scores: Sequence[float]) -> float:
     return min(scores, default=0.0) - _UNK_PENALTY
 
 
-def _longest_by_beginning(vocab: Mapping[str, int]) -> dict[str, int]:
-    """The length of the longest piece, by its first characters."""
-    longest: dict[str, int] = {}
+def _lengths_by_beginning(vocab: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """The lengths that pieces can have, by their first characters."""
+    lengths: dict[str, set[int]] = {}
     for piece in vocab:
-        beginning = piece[:_BEGINNING]
-        if longest.get(beginning, 0) < len(piece):
-            longest[beginning] = len(piece)
-    return longest
+        lengths.setdefault(piece[:_BEGINNING], set(_SHORT_LENGTHS)).add(len(piece))
+    return {beginning: tuple(sorted(found)) for beginning, found in lengths.items()}
 
 
 _SINGLE = struct.Struct("f")
