@@ -1,4 +1,4 @@
-"""A live server on a small random model, and OpenAI's own client to ask it. Skipped without the extras."""
+"""A live server on a small random model, and OpenAI's own client to ask it."""
 
 import json
 import shutil
@@ -13,9 +13,6 @@ import pytest
 
 from pagellm.engine import LLM
 from tests.conftest import model_path
-
-fastapi = pytest.importorskip("fastapi", reason="the server's tests need the extra serve")
-openai = pytest.importorskip("openai", reason="the server's tests need the client openai")
 
 THOUGHTS = "<think>...</think>"
 
@@ -115,5 +112,7 @@ def eventually(condition: Callable[[], bool], within_s: float = 30) -> bool:
 @pytest.fixture
 def client(server: Any) -> Iterator[Any]:
     """OpenAI's client."""
+    import openai
+
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
         yield client

@@ -10,6 +10,7 @@ import pytest
 
 from pagellm.engine import LLM, SamplingParams
 
+pytest.importorskip("fastapi", reason="the server's tests need the extra serve")
 openai = pytest.importorskip("openai", reason="the server's tests need the client openai")
 
 HELLO = [{"role": "user", "content": "hello there"}]

@@ -20,6 +20,7 @@ from tests.conftest import model_path
 from tests.engine.server.conftest import eventually, serving, wait_until_ready
 from tests.engine.server.test_clients import ask, metrics, refusal, request
 
+pytest.importorskip("fastapi", reason="the server's tests need the extra serve")
 ROOT = Path(__file__).parents[3]
 LONG: dict[str, Any] = {"prompt": "hello", "max_tokens": 240, "ignore_eos": True, "stream": True}
 
