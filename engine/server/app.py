@@ -48,8 +48,9 @@ def make_app(service: Service) -> Any:
         body: type[Any] | None = None,
         method: str = "GET",
         shown: bool = True,
+        media: tuple[str, ...] = ("application/json",),
     ) -> None:
-        """Adds a path; one that takes GET takes HEAD, too."""
+        """Adds a path; one that takes GET takes HEAD, too. media: what it may answer with."""
 
         async def answer(request: Request) -> Response:
             try:
@@ -64,25 +65,43 @@ def make_app(service: Service) -> Any:
                 return error_response(told)
             return response
 
-        extra = None
+        extra: dict[str, Any] = {}
+        if "{" in path:
+            extra["parameters"] = [
+                {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+            ]
         if body is not None:
             schema = body.model_json_schema(ref_template=_SCHEMA_PLACE)
             schemas.update(schema.pop("$defs", {}))
             schemas[body.__name__] = schema
             place = {"$ref": _SCHEMA_PLACE.format(model=body.__name__)}
-            extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": place}}}}
+            content = {"application/json": {"schema": place}}
+            extra["requestBody"] = {"required": True, "content": content}
         answer.__doc__ = endpoint.__doc__
-        add = partial(app.add_api_route, path, answer, response_model=None, openapi_extra=extra)
-        responses = {status: {"description": text} for status, text in _ANSWERS.items()}
+        add = partial(app.add_api_route, path, answer, response_class=Response, openapi_extra=extra)
+        responses: dict[int | str, Any] = {
+            status: {"description": text, "content": {"application/json": {}}}
+            for status, text in _ANSWERS.items()
+        }
+        responses[200] = {"description": "The answer.", "content": {kind: {} for kind in media}}
         add(methods=[method], include_in_schema=shown, operation_id=endpoint.__name__, responses=responses)
         if method == "GET":
             add(methods=["HEAD"], include_in_schema=False)
 
     take = partial(serve, method="POST")
 
+    either = "application/json", "text/event-stream"
     for prefix in ("/v1", ""):
-        take(f"{prefix}/completions", completions.complete, CompletionRequest, shown=bool(prefix))
-        take(f"{prefix}/chat/completions", completions.chat, ChatCompletionRequest, shown=bool(prefix))
+        take(
+            f"{prefix}/completions", completions.complete, CompletionRequest, shown=bool(prefix), media=either
+        )
+        take(
+            f"{prefix}/chat/completions",
+            completions.chat,
+            ChatCompletionRequest,
+            shown=bool(prefix),
+            media=either,
+        )
     take("/v1/completions/render", tokens.render_completion, CompletionRequest)
     take("/v1/chat/completions/render", tokens.render_chat, ChatCompletionRequest)
     serve("/v1/models", _models)
@@ -90,11 +109,11 @@ def make_app(service: Service) -> Any:
     take("/tokenize", tokens.tokenize, TokenizeRequest)
     take("/detokenize", tokens.detokenize, DetokenizeRequest)
     serve("/tokenizer_info", tokens.tokenizer_info)
-    serve("/health", _health)
+    serve("/health", _health, media=())
     serve("/version", _version)
     serve("/load", _load)
-    serve("/metrics", _metrics)
-    take("/reset_prefix_cache", _reset_prefix_cache)
+    serve("/metrics", _metrics, media=("text/plain",))
+    take("/reset_prefix_cache", _reset_prefix_cache, media=())
     app.add_exception_handler(HTTPException, _refused)
     describe = app.openapi
 
@@ -108,7 +127,7 @@ def make_app(service: Service) -> Any:
 
 
 _ANSWERS: dict[int | str, str] = {
-    200: "The answer.", 400: "A field is wrong, or not supported.", 404: "No such path or model.",
+    400: "A field is wrong, or not supported.", 404: "No such path or model.",
     503: "Not ready, or no more.",
 }  # fmt: skip
 

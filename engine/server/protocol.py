@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from pagellm.engine.checks import JsonError, parse_json
 from pagellm.engine.errors import found
+from pagellm.engine.requests.sampling_params import MAX_LOGPROBS
 from pagellm.engine.server.errors import ApiError, bad_request
 
 
@@ -40,8 +41,17 @@ Messages = Annotated[Any, WithJsonSchema({"anyOf": [_OBJECTS, {"type": "null"}]}
 Tools = Annotated[
     Any, WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "object"}}, {"type": "null"}]})
 ]
-_ANYTHING = WithJsonSchema({})
-Unsupported = Annotated[Any, _ANYTHING]
+
+
+class Neutral:
+    """Marks a field that is known and not supported: values that ask for what happens anyway, beside null."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        """What the description of the interface says of it."""
+        return {"enum": [None, *self.values]}
 
 
 class Request(BaseModel):
@@ -82,8 +92,8 @@ class ChatInput(Request):
     thinking: bool | None = Field(None, description="Whether the model is to think before it answers.")
     reasoning_effort: str | None = None
     sanitize_control_tokens: bool | None = None
-    media_io_kwargs: Unsupported = None
-    mm_processor_kwargs: Unsupported = None
+    media_io_kwargs: Annotated[Any, Neutral({})] = None
+    mm_processor_kwargs: Annotated[Any, Neutral({})] = None
 
 
 class GenerationRequest(Request):
@@ -91,36 +101,36 @@ class GenerationRequest(Request):
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Integer | None = None
-    max_tokens: Integer | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Integer | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
+    n: Integer | None = Field(None, ge=1, le=1024)
+    max_tokens: Integer | None = Field(None, ge=0)
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: Integer | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, ge=1e-3, le=1e3)
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[Integer] | None = None
     seed: Integer | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[Integer] | None = None
     include_stop_str_in_output: bool | None = None
-    min_tokens: Integer | None = None
+    min_tokens: Integer | None = Field(None, ge=0)
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
-    prompt_logprobs: Integer | None = None
+    prompt_logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    truncate_prompt_tokens: Integer | None = None
+    truncate_prompt_tokens: Integer | None = Field(None, ge=-1)
     truncation_side: Literal["left", "right"] | None = None
     echo: bool | None = None
     cache_salt: str | None = None
     priority: float | None = None
     tenant: str | None = None
-    deadline_s: float | None = None
-    thinking_token_budget: Integer | None = None
+    deadline_s: float | None = Field(None, ge=0)
+    thinking_token_budget: Integer | None = Field(None, ge=-1)
     request_id: str | None = None
     # What names a request for others, and changes nothing here.
     user: str | None = None
@@ -129,53 +139,53 @@ class GenerationRequest(Request):
     prompt_cache_key: str | None = None
     metadata: dict[str, Any] | None = None
     # What is not supported but for the value that asks for nothing.
-    best_of: Unsupported = None
-    bad_words: Unsupported = None
-    use_beam_search: Unsupported = None
-    length_penalty: Unsupported = None
-    logprob_token_ids: Unsupported = None
-    response_format: Unsupported = None
-    structured_outputs: Unsupported = None
-    guided_json: Unsupported = None
-    guided_regex: Unsupported = None
-    guided_choice: Unsupported = None
-    guided_grammar: Unsupported = None
-    stream_interval: Unsupported = None
-    repetition_detection: Unsupported = None
-    watermarking: Unsupported = None
-    kv_transfer_params: Unsupported = None
-    ec_transfer_params: Unsupported = None
-    vllm_xargs: Unsupported = None
-    service_tier: Unsupported = None
-    store: Unsupported = None
+    best_of: Annotated[Any, Neutral(1)] = None
+    bad_words: Annotated[Any, Neutral([])] = None
+    use_beam_search: Annotated[Any, Neutral(False)] = None
+    length_penalty: Annotated[Any, Neutral(1)] = None
+    logprob_token_ids: Annotated[Any, Neutral()] = None
+    response_format: Annotated[Any, Neutral({"type": "text"})] = None
+    structured_outputs: Annotated[Any, Neutral()] = None
+    guided_json: Annotated[Any, Neutral()] = None
+    guided_regex: Annotated[Any, Neutral()] = None
+    guided_choice: Annotated[Any, Neutral()] = None
+    guided_grammar: Annotated[Any, Neutral()] = None
+    stream_interval: Annotated[Any, Neutral(1)] = None
+    repetition_detection: Annotated[Any, Neutral()] = None
+    watermarking: Annotated[Any, Neutral(False)] = None
+    kv_transfer_params: Annotated[Any, Neutral({})] = None
+    ec_transfer_params: Annotated[Any, Neutral({})] = None
+    vllm_xargs: Annotated[Any, Neutral({})] = None
+    service_tier: Annotated[Any, Neutral("auto", "default")] = None
+    store: Annotated[Any, Neutral(False)] = None
 
 
 class CompletionRequest(GenerationRequest):
     """The body of `POST /v1/completions`."""
 
     prompt: Prompts = None
-    logprobs: Integer | None = None
+    logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool | None = None
-    suffix: Unsupported = None
-    prompt_embeds: Unsupported = None
+    suffix: Annotated[Any, Neutral("")] = None
+    prompt_embeds: Annotated[Any, Neutral()] = None
 
 
 class ChatCompletionRequest(GenerationRequest, ChatInput):
     """The body of `POST /v1/chat/completions`."""
 
-    max_completion_tokens: Integer | None = None
+    max_completion_tokens: Integer | None = Field(None, ge=0)
     logprobs: bool | None = None
-    top_logprobs: Integer | None = None
+    top_logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
     include_reasoning: bool | None = None
-    tool_choice: Unsupported = None
+    tool_choice: Annotated[Any, WithJsonSchema({"enum": [None, "none", "auto"]})] = None
     parallel_tool_calls: bool | None = None
-    functions: Unsupported = None
-    function_call: Unsupported = None
-    modalities: Unsupported = None
-    audio: Unsupported = None
-    prediction: Unsupported = None
-    verbosity: Unsupported = None
-    web_search_options: Unsupported = None
+    functions: Annotated[Any, Neutral([])] = None
+    function_call: Annotated[Any, Neutral("none")] = None
+    modalities: Annotated[Any, Neutral(["text"])] = None
+    audio: Annotated[Any, Neutral()] = None
+    prediction: Annotated[Any, Neutral()] = None
+    verbosity: Annotated[Any, Neutral("medium")] = None
+    web_search_options: Annotated[Any, Neutral()] = None
 
 
 class TokenizeRequest(ChatInput):
@@ -194,21 +204,13 @@ class DetokenizeRequest(Request):
     tokens: list[Integer]
 
 
-# The values of unsupported fields that ask for what happens anyway.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,), "bad_words": ([],), "use_beam_search": (False,), "length_penalty": (1,),
-    "response_format": ({"type": "text"},), "stream_interval": (1,), "vllm_xargs": ({},),
-    "watermarking": (False,), "service_tier": ("auto", "default"), "store": (False,), "suffix": ("",),
-    "functions": ([],), "function_call": ("none",), "modalities": (["text"],), "verbosity": ("medium",),
-    "media_io_kwargs": ({},), "mm_processor_kwargs": ({},), "kv_transfer_params": ({},),
-    "ec_transfer_params": ({},),
-}  # fmt: skip
 _UNSUPPORTED = {
-    kind: [
-        name
+    kind: {
+        name: one.values
         for name, field in kind.model_fields.items()
-        if _ANYTHING in field.metadata and name != "tool_choice"  # see `_check_tools`
-    ]
+        for one in field.metadata
+        if isinstance(one, Neutral)
+    }
     for kind in (CompletionRequest, ChatCompletionRequest, TokenizeRequest)
 }
 
@@ -221,9 +223,8 @@ def read_request(kind: type[_Kind], body: bytes) -> _Kind:
         request: _Kind = kind.model_validate_json(body)
     except ValidationError as error:
         raise _refused(error, body) from None
-    for name in _UNSUPPORTED.get(kind, ()):
+    for name, neutral in _UNSUPPORTED.get(kind, {}).items():
         value = getattr(request, name)
-        neutral = _NEUTRAL.get(name, ())
         if value is None or value in neutral:
             continue
         expected = " or ".join(map(repr, neutral)) or "nothing"
