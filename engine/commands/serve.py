@@ -1,9 +1,10 @@
 """The command `serve`: the engine behind HTTP. What it does beyond its flags is the server's business."""
 
 import argparse
+import os
 from typing import TYPE_CHECKING, Any
 
-from pagellm.engine.checks import integer, number
+from pagellm.engine.checks import integer, number, path
 from pagellm.engine.commands.flags import add_flags
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from pagellm.engine.llm import LLM
 
 _LONGEST_DRAIN_S = 1e6
+_KEYS_VARIABLE = "PAGELLM_API_KEYS"
 
 
 def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -33,6 +35,18 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
         "--shutdown-timeout", type=float, default=30.0, metavar="S", dest="shutdown_timeout",
         help="seconds that requests under way have after SIGTERM (default: %(default)g)",
     )  # fmt: skip
+    group.add_argument(
+        "--max-queued-requests", type=int, default=1024, metavar="N", dest="max_queued_requests",
+        help="prompts without a token, beyond which more are answered with 503 (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-queued-tokens", type=int, metavar="N", dest="max_queued_tokens",
+        help="the same for the tokens of these prompts (default: no limit)",
+    )  # fmt: skip
+    group.add_argument(
+        "--api-key-file", metavar="FILE", dest="api_key_file",
+        help=f"keys, one a line, of which requests must have one; also in {_KEYS_VARIABLE}, with commas",
+    )  # fmt: skip
     group.add_argument("--ssl-certfile", metavar="FILE", help="serve over TLS with this certificate")
     group.add_argument("--ssl-keyfile", metavar="FILE", help="and its key")
     serve.set_defaults(command=_serve)
@@ -49,9 +63,14 @@ def _serve(options: argparse.Namespace) -> None:
     number("shutdown_timeout", options.shutdown_timeout, 0.0, _LONGEST_DRAIN_S, error=ConfigError)
     if options.ssl_keyfile is not None and options.ssl_certfile is None:
         raise ConfigError("ssl_keyfile: found one without a certificate, expected --ssl-certfile with it")
+    integer("max_queued_requests", options.max_queued_requests, 1, None, error=ConfigError)
+    if options.max_queued_tokens is not None:
+        integer("max_queued_tokens", options.max_queued_tokens, 1, None, error=ConfigError)
+    keys = _api_keys(options.api_key_file)
     config = engine_config(options)
     try:
         from pagellm.engine.server.run import run_server
+        from pagellm.engine.server.service import Limits
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "pagellm":
             raise
@@ -64,5 +83,21 @@ def _serve(options: argparse.Namespace) -> None:
 
     run_server(
         load, options.served_model_name or [options.model], options.host, options.port,
-        options.shutdown_timeout, options.ssl_certfile, options.ssl_keyfile,
+        options.shutdown_timeout, Limits(options.max_queued_requests, options.max_queued_tokens), keys,
+        options.ssl_certfile, options.ssl_keyfile,
     )  # fmt: skip
+
+
+def _api_keys(file: str | None) -> list[str]:
+    """The keys of the file, one a line, and of the environment. Raises `ConfigError` for bad ones."""
+    keys = [key for key in os.environ.get(_KEYS_VARIABLE, "").split(",") if key.strip()]
+    if file is not None:
+        try:
+            with open(path("api_key_file", file, ConfigError), encoding="ascii") as lines:
+                in_file = [line for line in lines if line.strip()]
+        except UnicodeDecodeError:
+            raise ConfigError(f"api_key_file: found bytes beyond ASCII in {file}, expected none") from None
+        if not in_file:
+            raise ConfigError(f"api_key_file: found no key in {file}, expected one a line")
+        keys += in_file
+    return [key.strip() for key in keys]

@@ -1,7 +1,7 @@
 """The application: which path is served by what, errors as JSON, and the document that describes it all."""
 
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -27,8 +27,11 @@ from pagellm.engine.server.service import AnyEndpoint, Service
 _SCHEMA_PLACE = "#/components/schemas/{model}"
 
 
-def make_app(service: Service) -> Any:
-    """The ASGI application of a service, whose model begins to load when it starts."""
+def make_app(service: Service, keys: Sequence[str] = ()) -> Any:
+    """The ASGI application of a service, whose model begins to load when it starts.
+
+    keys: those of which clients must send one, as `Authorization: Bearer`; none: everybody is served.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -123,7 +126,7 @@ def make_app(service: Service) -> Any:
         return document
 
     app.openapi = openapi
-    return Door(app, service)
+    return Door(app, service, keys)
 
 
 _ANSWERS: dict[int | str, str] = {

@@ -82,7 +82,7 @@ async def _generate(
         raise ApiError(
             400, "prompt_logprobs: found some with stream true, expected one of them", "prompt_logprobs"
         )
-    prepared = await service.work(prepare, service.llm, body, headers_of(request), arrival_s)
+    prepared = await service.prepare(prepare, service.llm, body, headers_of(request), arrival_s)
     request_id = body.request_id or request.state.request_id
     if body.stream:
         generation = await service.thread.submit(prepared.entries)

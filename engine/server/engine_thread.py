@@ -54,6 +54,7 @@ class LiveRequest:
         self.output = output
         self.generation = generation
         self.states = [State() for _ in output.outputs]
+        self.is_queued = True  # it has no token yet
 
 
 class Generation:
@@ -117,6 +118,8 @@ class EngineThread:
         self._observer = observer
         self._when_ready = when_ready
         self._loop = asyncio.get_running_loop()
+        # Requests that have no token yet, and the tokens of their prompts; as the event loop knows.
+        self.num_queued = self.num_queued_tokens = 0
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._live: dict[str, LiveRequest] = {}  # of the thread
         self._published: dict[str, list[State]] = {}
@@ -139,8 +142,15 @@ class EngineThread:
         caller is cancelled meanwhile, they are given up.
         """
         generation = Generation(self, [f"http-{next(self._numbers)}" for _ in entries])
+        for entry in entries:
+            self._count(entry.token_ids, 1)
+
+        def refused(_: Exception) -> None:
+            for entry in entries:
+                self._count(entry.token_ids, -1)
+
         try:
-            await self._call(partial(self._add, generation, entries))
+            await self._call(partial(self._add, generation, entries), refused)
         except asyncio.CancelledError:
             generation.close()
             raise
@@ -162,10 +172,13 @@ class EngineThread:
         """Waits for the thread's end."""
         self._thread.join(timeout_s)
 
-    async def _call(self, work: Callable[[], Any]) -> Any:
-        """Does something on the thread, between two steps, and gives what it gives or raises."""
-        if self.failure is not None:
-            raise EngineError(self.failure)
+    async def _call(
+        self, work: Callable[[], Any], failed: Callable[[Exception], None] = lambda error: None
+    ) -> Any:
+        """Does something on the thread, between two steps, and gives what it gives or raises.
+
+        failed: called on the loop if it raised, also where nobody waits any more.
+        """
         future: asyncio.Future[Any] = self._loop.create_future()
 
         def run() -> None:
@@ -173,6 +186,7 @@ class EngineThread:
                 result, error = work(), None
             except Exception as raised:
                 result, error = None, raised
+                self._tell(failed, raised)
             self._tell(_resolve, future, result, error)
 
         self._commands.put(run)
@@ -299,7 +313,19 @@ class EngineThread:
                 self._published[output.request_id] = states
             news.append((live, states))
         if news:
-            self._tell(_deliver, news)
+            self._tell(self._deliver, news)
+
+    def _deliver(self, news: list[tuple[LiveRequest, list[State]]]) -> None:
+        for live, states in news:
+            live.states = states
+            if live.is_queued and any(state.num_tokens or state.finish_reason for state in states):
+                live.is_queued = False
+                self._count(live.output.prompt_token_ids, -1)
+            live.generation.changed.set()
+
+    def _count(self, token_ids: Sequence[int], number: int) -> None:
+        self.num_queued += number
+        self.num_queued_tokens += number * len(token_ids)
 
     def _tell(self, call: Callable[..., None], *arguments: Any) -> None:
         with suppress(RuntimeError):  # the loop has been closed
@@ -312,12 +338,6 @@ def _prepare(llm: LLM) -> None:
     if llm.tokenizer.chat_template is not None:
         with suppress(CheckpointError):  # whoever sends a chat is told
             llm.tokenizer.chat_template.variables()
-
-
-def _deliver(news: list[tuple[LiveRequest, list[State]]]) -> None:
-    for live, states in news:
-        live.states = states
-        live.generation.changed.set()
 
 
 def _resolve(future: "asyncio.Future[Any]", result: Any, error: Exception | None) -> None:

@@ -1,10 +1,12 @@
 """HTTP below the endpoints: bodies within bounds, clients that go away, streams of events, the log."""
 
 import asyncio
+import hashlib
+import hmac
 import re
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -18,6 +20,12 @@ from pagellm.engine.server.errors import ApiError, as_api_error, error_body
 
 MAX_BODY_BYTES = 64 << 20
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_OPEN = frozenset({"/health", "/metrics", "/version"})
+_NO_KEY = ApiError(
+    401,
+    "the key is missing or wrong, expected Authorization: Bearer KEY",
+    headers={"www-authenticate": "Bearer"},
+)
 _DONE = b"data: [DONE]\n\n"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _Result = TypeVar("_Result")
@@ -118,11 +126,15 @@ class EventStream(Response):
 
 
 class Door:
-    """The first and the last to see a request: gives it an id, and says in one line what became of it."""
+    """The first and the last to see a request: gives it an id, and says in one line what became of it.
 
-    def __init__(self, app: Any, service: Any) -> None:
+    keys: those of which a request must have one, where there are any; `_OPEN` are for everybody.
+    """
+
+    def __init__(self, app: Any, service: Any, keys: Sequence[str] = ()) -> None:
         self._app = app
         self._service = service
+        self._keys = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serves one request."""
@@ -130,7 +142,8 @@ class Door:
             await self._app(scope, receive, send)
             return
         start = time.perf_counter()
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         status = 0
@@ -144,7 +157,10 @@ class Door:
 
         outcome = ""
         try:
-            await self._app(scope, receive, send_on)
+            if scope["path"] in _OPEN or self._admits(headers.get(b"authorization", b"")):
+                await self._app(scope, receive, send_on)
+            else:
+                await error_response(_NO_KEY)(scope, receive, send_on)
             if scope["state"].get("client_gone"):
                 outcome = ", the client went away"
         except Exception as error:
@@ -158,3 +174,14 @@ class Door:
                 seconds = time.perf_counter() - start
                 path = scope["path"][:200].encode("unicode_escape").decode()
                 say(f"{request_id} {method} {path} {status}{outcome} {seconds:.3f} s")
+
+    def _admits(self, authorization: bytes) -> bool:
+        """Whether there is one of the keys; how long that takes says nothing of them."""
+        scheme, _, key = authorization.partition(b" ")
+        digest = _digest(key.strip())
+        equal = [hmac.compare_digest(digest, one) for one in self._keys]
+        return not self._keys or (scheme.lower() == b"bearer" and any(equal))
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

@@ -11,7 +11,7 @@ from pagellm.engine.errors import ConfigError
 from pagellm.engine.llm import LLM
 from pagellm.engine.progress import say
 from pagellm.engine.server.app import make_app
-from pagellm.engine.server.service import Service
+from pagellm.engine.server.service import Limits, Service
 
 _BACKLOG = 2048
 _LAST_WORDS_S = 3.0  # for streams to end after their requests were given up
@@ -65,13 +65,16 @@ def run_server(
     host: str,
     port: int,
     drain_s: float,
+    limits: Limits,
+    keys: Sequence[str] = (),
     ssl_certfile: str | None = None,
     ssl_keyfile: str | None = None,
 ) -> None:
     """Serves until it is told to end.
 
     load: makes the LLM, after the server has begun to answer. names: what clients may call the model.
-    drain_s: seconds that requests under way have after the first signal. Raises `PagellmError` if the model
+    drain_s: seconds that requests under way have after the first signal. keys: one of them must be in each
+    request, where there are any. Raises `PagellmError` if the model
     cannot be loaded or the address cannot be had.
     """
     listener = _listen(host, port)
@@ -80,9 +83,9 @@ def run_server(
     def give_up() -> None:
         server.should_exit = True
 
-    service = Service(load, names, give_up)
+    service = Service(load, names, give_up, limits)
     config = uvicorn.Config(
-        make_app(service), log_config=None, access_log=False, lifespan="on", server_header=False,
+        make_app(service, keys), log_config=None, access_log=False, lifespan="on", server_header=False,
         ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile,
     )  # fmt: skip
     server = _Server(config, service, drain_s)

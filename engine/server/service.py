@@ -7,7 +7,7 @@ templates, large JSON.
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pagellm.engine.errors import PagellmError
 from pagellm.engine.llm import LLM
@@ -22,6 +22,16 @@ _MOST_NAMED_FIELDS = 1000  # of unknown fields the names that are remembered
 _Result = TypeVar("_Result")
 
 
+class Limits(NamedTuple):
+    """How much may wait. What more comes is refused at once, for it would wait longer than anybody does.
+
+    queued_requests: prompts that have no token yet. queued_tokens: of these prompts together. None: no limit.
+    """
+
+    queued_requests: int | None = 1024
+    queued_tokens: int | None = None
+
+
 class Service:
     """One model, served. names: what clients may call it; the first is what answers call it.
 
@@ -29,13 +39,19 @@ class Service:
     """
 
     def __init__(
-        self, load: Callable[[], LLM], names: Sequence[str], when_failed: Callable[[], None] = lambda: None
+        self,
+        load: Callable[[], LLM],
+        names: Sequence[str],
+        when_failed: Callable[[], None] = lambda: None,
+        limits: Limits | None = None,
     ) -> None:
         self.names = list(names)
         self.created = now()
         self.metrics = ServerMetrics(self.names[0])
         self.num_serving = 0  # generation requests under way
         self.load_error: BaseException | None = None
+        self._limits = limits or Limits()
+        self._num_preparing = 0  # requests whose prompts are being made
         self._load = load
         self._when_failed = when_failed
         self._workers = ThreadPoolExecutor(_NUM_WORKERS, "pagellm-worker")
@@ -86,6 +102,20 @@ class Service:
         """Does something in a worker."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._workers, lambda: call(*arguments))
+
+    async def prepare(self, call: Callable[..., _Result], *arguments: Any) -> _Result:
+        """Makes a request's prompts in a worker. Raises `ApiError`, before that, where too many wait."""
+        thread, limits = self.thread, self._limits
+        num_queued = thread.num_queued + self._num_preparing
+        if limits.queued_requests is not None and num_queued >= limits.queued_requests:
+            raise not_ready(f"the queue is full: {num_queued} requests wait for their first token")
+        if limits.queued_tokens is not None and thread.num_queued_tokens >= limits.queued_tokens:
+            raise not_ready(f"the queue is full: prompts of {thread.num_queued_tokens} tokens wait")
+        self._num_preparing += 1
+        try:
+            return await self.work(call, *arguments)
+        finally:
+            self._num_preparing -= 1
 
     def check_model(self, name: str | None) -> None:
         """Raises `ApiError` for a model that is not served here."""

@@ -25,13 +25,14 @@ ROOT = Path(__file__).parents[3]
 LONG: dict[str, Any] = {"prompt": "hello", "max_tokens": 240, "ignore_eos": True, "stream": True}
 
 
-def open_stream(url: str, body: Any) -> socket.socket:
+def open_stream(url: str, body: Any, key: str = "") -> socket.socket:
     """A connection that has asked for something and has read nothing."""
     host, port = url.removeprefix("http://").split(":")
     data = json.dumps(body).encode()
     connection = socket.create_connection((host, int(port)))
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
-    connection.sendall(head.encode() + data)
+    head = ["POST /v1/completions HTTP/1.1", "Host: x", f"Content-Length: {len(data)}"]
+    head += [f"Authorization: Bearer {key}", "", ""]
+    connection.sendall("\r\n".join(head).encode() + data)
     return connection
 
 
