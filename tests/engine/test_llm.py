@@ -539,11 +539,11 @@ def test_names_of_tokens_say_nothing_where_there_is_no_vocabulary(
     directory = tmp_path / "m"
     shutil.copytree(model_path("llama_tiny"), directory)
     (directory / "tokenizer.json").unlink()
-    (directory / "tokenizer.model").write_bytes(b"\n\x0e")
+    (directory / "tiktoken.model").write_bytes(b"\n\x0e")
     (directory / "generation_config.json").write_text('{"eos_token_id": [7, 100000]}')
     llm = LLM(str(directory), show_progress=True)
     said = capsys.readouterr().err
-    assert "m: this model came without a tokenizer that is read: tokenizer.model alone" in said
+    assert "m: this model came without a tokenizer that is read: tiktoken.model alone" in said
     assert "prompts are token ids" in said
     assert llm.tokenizer.eos_token_ids[0] == 7
     assert 100000 not in llm.tokenizer.eos_token_ids
