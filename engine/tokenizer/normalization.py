@@ -15,7 +15,8 @@ from unicodedata import combining, normalize
 
 import regex
 
-# After Unicode 9: combining marks, then the letters of composed characters.
+# After Unicode 9: combining marks, then what is compatible with other characters, and the letters of composed
+# ones.
 _UNKNOWN_TO_THE_LIBRARY = re.compile(
     "(["
     "\u05c8\u05c9\u07fd\u0897-\u089f\u08ca-\u08d3\u09fe\u0c3c\u0d3b\u0d3c\u0eba\u1715\u1abf-\u1af0"
@@ -26,6 +27,7 @@ _UNKNOWN_TO_THE_LIBRARY = re.compile(
     "\U00016ff1\U0001d127\U0001d128\U0001d250-\U0001d252\U0001d25b\U0001d25c\U0001d25f\U0001d280\U0001d281"
     "\U0001e08f\U0001e130-\U0001e136\U0001e2ae\U0001e2ec-\U0001e2ef\U0001e4ec-\U0001e4ef\U0001e5ee\U0001e5ef"
     "\U0001e6e3\U0001e6e6\U0001e6ee\U0001e6ef\U0001e6f5"
+    "\u32ff\ua7f2-\ua7f4\uab69\U00010781-\U000107ba\U0001f16c\U0001fbf0-\U0001fbf9"
     "\U000105c0-\U000105ff\U00011380-\U000113ff\U00011930-\U00011938\U00016100-\U0001613f\U00016d40-\U00016d7f"
     "]+)"
 )

@@ -22,7 +22,7 @@ from pagellm.engine.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
 from pagellm.engine.tokenizer.bpe import Bpe, MergeTable
 from pagellm.engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
 from pagellm.engine.tokenizer.families import GGUF_PRETOKENIZERS, PATTERNS
-from pagellm.engine.tokenizer.normalization import to_nfc
+from pagellm.engine.tokenizer.normalization import to_nfc, to_nfd, to_nfkc, to_nfkd
 from pagellm.engine.tokenizer.pretokenizers import Pretokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -198,6 +198,14 @@ COMBINING = [chr(code) for code in range(0x110000) if unicodedata.combining(chr(
 def test_nfc_is_that_of_the_unicode_standard(text: str) -> None:
     known = text.replace("\u05c8", "").replace("\u05c9", "")
     assert to_nfc(known) == unicodedata.normalize("NFC", known)
+
+
+def test_the_other_forms_know_the_characters_that_the_reference_library_knows() -> None:
+    assert to_nfkc("\ufb01\u00bd\uff21\u1e9b\u0323") == "fi1\u20442A\u1e69"
+    assert to_nfd("\u1e69") == to_nfkd("\u1e69") == "s\u0323\u0307"
+    assert to_nfkd("\u3392\u00e9") == "MHze\u0301"
+    # Of Unicode 12, 14 and 13.
+    assert to_nfkc("\u32ff\ua7f2\U0001fbf5") == "\u32ff\ua7f2\U0001fbf5"
 
 
 def test_nfc_knows_the_marks_that_the_reference_library_knows() -> None:
