@@ -10,7 +10,7 @@ from heapq import heappop, heappush
 from itertools import chain, pairwise
 
 from pagellm.engine.errors import CheckpointError, found
-from pagellm.engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
+from pagellm.engine.tokenizer.byte_alphabet import CHAR_OF_BYTE, token_to_bytes
 from pagellm.engine.tokenizer.fallback import Fallback
 from pagellm.engine.tokenizer.segments import Segments
 from pagellm.engine.tokenizer.word_cache import WordCache
@@ -28,7 +28,8 @@ class Bpe:
 
     `merges` are written in the byte-level alphabet, best first. A byte that has no entry in
     `vocab` (some vocabularies leave out bytes that their training text never had) becomes `unk_token`, or is
-    dropped where there is none: what the reference implementations do.
+    dropped where there is none: what the reference implementations do. in_alphabet: whether words come in the
+    byte-level alphabet, too.
 
     Raises `CheckpointError` if a merge is not a pair of tokens of `vocab`, or makes a token that `vocab`
     lacks.
@@ -41,10 +42,12 @@ class Bpe:
         *,
         ignore_merges: bool = False,
         unk_token: str | None = None,
+        in_alphabet: bool = False,
     ) -> None:
         self._vocab = vocab
         self._merges = MergeTable(vocab, merges)
         self._ignore_merges = ignore_merges
+        self._in_alphabet = in_alphabet
         symbols = [char if char in vocab else unk_token for char in CHAR_OF_BYTE]
         self._id_of_byte = [None if symbol is None else vocab[symbol] for symbol in symbols]
 
@@ -56,7 +59,7 @@ class Bpe:
 
         Raises `UnicodeEncodeError` if the word has a lone surrogate, which no UTF-8 can express.
         """
-        data = word.encode("utf-8")
+        data = token_to_bytes(word) if self._in_alphabet else word.encode("utf-8")
         if self._ignore_merges:
             whole = self._vocab.get("".join([CHAR_OF_BYTE[byte] for byte in data]))
             if whole is not None:

@@ -11,6 +11,7 @@ from pagellm.engine.tokenizer.oniguruma import PatternError, Translation, transl
 from pagellm.engine.tokenizer.pretokenizers import (
     DIGIT,
     DIGIT_RUN,
+    Alphabet,
     Behavior,
     Metaspace,
     Pretokenizer,
@@ -33,10 +34,17 @@ def is_byte_level(section: object) -> bool:
     )
 
 
+def sees_alphabet(section: Mapping[str, Any]) -> bool:
+    """Whether the words come out in the byte-level alphabet: where steps follow `ByteLevel`."""
+    listed = section.get("pretokenizers") if section.get("type") == "Sequence" else []
+    steps_behind = listed[:-1] if isinstance(listed, list) else []
+    return any(isinstance(step, dict) and step.get("type") == "ByteLevel" for step in steps_behind)
+
+
 def read_pretokenizer(section: object, where: str) -> Pretokenizer:
     """The pre-tokenizer that the section describes.
 
-    For a byte-level vocabulary it ends with `ByteLevel`.
+    For a byte-level vocabulary there is a `ByteLevel`, mostly at the end.
 
     Raises `CheckpointError` for another type, or a setting or pattern that is not supported.
     """
@@ -44,9 +52,11 @@ def read_pretokenizer(section: object, where: str) -> Pretokenizer:
     read: list[Step] = []
     try:
         for index, (step, name) in enumerate(listed):
-            if step.get("type") == "ByteLevel" and index < len(listed) - 1:
-                raise CheckpointError(f"{name}: found ByteLevel before other steps, expected it at the end")
+            if step.get("type") == "ByteLevel" and any(isinstance(earlier, Alphabet) for earlier in read):
+                raise CheckpointError(f"{name}: found ByteLevel again, expected it once")
             read += _read_step(step, name)
+            if step.get("type") == "ByteLevel" and index < len(listed) - 1:
+                read.append(Alphabet())
         return Pretokenizer(read)
     except PatternError as error:
         raise CheckpointError(f"{where}: {error}") from error

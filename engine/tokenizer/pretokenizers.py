@@ -16,6 +16,7 @@ import regex
 
 from pagellm.engine.errors import CheckpointError, RequestError, found
 from pagellm.engine.tokenizer.added_tokens import AddedToken, Finder
+from pagellm.engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
 from pagellm.engine.tokenizer.character_sets import NEWER_CHARACTERS
 from pagellm.engine.tokenizer.families import (
     BETWEEN_THREES,
@@ -99,9 +100,13 @@ class Literals(NamedTuple):
     texts: tuple[str, ...]
 
 
+class Alphabet(NamedTuple):
+    """Writes pieces in the byte-level alphabet, which the steps behind it then see."""
+
+
 # A translated pattern makes pieces of its matches; None puts a space before each piece that begins with
 # another character.
-Step = Translation | Split | Metaspace | Literals | None
+Step = Translation | Split | Metaspace | Literals | Alphabet | None
 
 
 class Pretokenizer:
@@ -186,6 +191,8 @@ def _stage_of(step: Step, *, exact: bool) -> Stage | Metaspace:
         return step
     if isinstance(step, Literals):
         return _finding(step.texts)
+    if isinstance(step, Alphabet):
+        return lambda text, _give_up_at: ["".join([CHAR_OF_BYTE[byte] for byte in text.encode()])]
     pattern = step.pattern if isinstance(step, Split) else step
     source = pattern.exact if exact else pattern.quick
     if isinstance(step, Split):

@@ -19,7 +19,7 @@ from pagellm.engine.tokenizer.decoder_json import read_decoder
 from pagellm.engine.tokenizer.fallback import NO_BYTES, Fallback, byte_ids_of
 from pagellm.engine.tokenizer.normalizer_json import read_normalizer
 from pagellm.engine.tokenizer.post_processor_json import read_ends
-from pagellm.engine.tokenizer.pretokenizer_json import is_byte_level, read_pretokenizer
+from pagellm.engine.tokenizer.pretokenizer_json import is_byte_level, read_pretokenizer, sees_alphabet
 from pagellm.engine.tokenizer.spec import MAX_ID, TokenizerSpec, WordModel
 from pagellm.engine.tokenizer.unigram import Unigram, unk_score
 
@@ -51,7 +51,7 @@ def read_tokenizer_json(path: Path) -> TokenizerSpec:
         table.add(token, where)
     prefix_ids, suffix_ids = read_ends(data.get("post_processor"), table.tokens, f"{path}: post_processor")
     model = (
-        _read_bpe(section, vocab, byte_level, f"{path}: model")
+        _read_bpe(section, vocab, byte_level, data.get("pre_tokenizer"), f"{path}: model")
         if kind == "BPE"
         else _read_unigram(section, vocab, scores, table.tokens, f"{path}: model")
     )
@@ -68,7 +68,9 @@ def read_tokenizer_json(path: Path) -> TokenizerSpec:
     )
 
 
-def _read_bpe(section: Mapping[str, Any], vocab: dict[str, int], byte_level: bool, where: str) -> WordModel:
+def _read_bpe(
+    section: Mapping[str, Any], vocab: dict[str, int], byte_level: bool, pretokenizer: Any, where: str
+) -> WordModel:
     for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if section.get(field):
             raise CheckpointError(f"{where}.{field}: found {found(section[field])}, expected none")
@@ -89,7 +91,13 @@ def _read_bpe(section: Mapping[str, Any], vocab: dict[str, int], byte_level: boo
             raise CheckpointError(
                 "byte_fallback: found true with a byte-level vocabulary that lacks bytes, expected false"
             )
-        return Bpe(vocab, merges, ignore_merges=flags["ignore_merges"], unk_token=unk_token)
+        return Bpe(
+            vocab,
+            merges,
+            ignore_merges=flags["ignore_merges"],
+            unk_token=unk_token,
+            in_alphabet=sees_alphabet(pretokenizer),
+        )
     except CheckpointError as error:
         raise CheckpointError(f"{where}.{error}") from error
 

@@ -504,7 +504,7 @@ TEMPLATE = {
         (edit("pre_tokenizer", to=None), "decoder: found none, expected Replace"),
         (
             edit("pre_tokenizer", to={"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}] * 2}),
-            r"pretokenizers\[0\]: found ByteLevel before other steps, expected it at the end",
+            r"pretokenizers\[1\]: found ByteLevel again, expected it once",
         ),
         (
             edit("pre_tokenizer", to={"type": "Sequence", "pretokenizers": [{"type": "BertPreTokenizer"}]}),
