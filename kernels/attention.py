@@ -246,15 +246,17 @@ def _softmax(
     greatest score behind its state.
     """
     group_size = heads.num_heads // heads.num_kv_heads
+    if heads.softcap > 0.0:
+        softcap(scratch, scores, rows * KEY_TILE, heads.softcap)
+    if heads.window > 0:
+        for row in range(rows):
+            begin = position + (first_row + row) // group_size + 1 - heads.window
+            for j in range(min(begin, count)):
+                scratch[scores + row * KEY_TILE + j] = _UNSEEN
     for row in range(rows):
         row_scores, greatest_at = scores + row * KEY_TILE, states + row * row_words + size
-        end = position + (first_row + row) // group_size + 1
-        if heads.softcap > 0.0:
-            softcap(scratch, row_scores, count, heads.softcap)
-        if heads.window > 0:
-            for j in range(min(end - heads.window, count)):
-                scratch[row_scores + j] = _UNSEEN
-        for j in range(max(min(end, count), 0), -(-count // LANES) * LANES):
+        visible = min(position + (first_row + row) // group_size + 1, count)
+        for j in range(max(visible, 0), -(-count // LANES) * LANES):
             scratch[row_scores + j] = _UNSEEN
         greatest = load(scratch, row_scores)
         for j in range(LANES, count, LANES):
@@ -353,9 +355,10 @@ def _attend_chunk(heads, cache, block_table, item, first_key, end_key, scratch, 
             for first in range(0, num_rows, GROUP):
                 height = min(GROUP, num_rows - first)
                 # Its first row sees the first keys that the group sees, its last row the last ones.
-                position = item.first_position + first // group_size
-                if first_seen(position, heads.window) >= tile_start + count:
-                    continue
+                if heads.window > 0:
+                    position = item.first_position + first // group_size
+                    if first_seen(position, heads.window) >= tile_start + count:
+                        continue
                 if item.first_position + (first + height - 1) // group_size < tile_start:
                     continue
                 score_keys(
@@ -443,11 +446,13 @@ def attention(
             source = total + (head - first_head) * rows_per_head * row_words
             for row in range(num_rows):
                 token, query_head = first_token + row // group_size, head * group_size + row % group_size
-                position = first_position + row // group_size
-                first_chunk = first_seen(position, heads.window) // KEY_CHUNK
-                if chunk >= 0 and (chunk < first_chunk or chunk > position // KEY_CHUNK):
-                    continue  # the token has no state of a chunk that it does not see
-                state = tiles.state_start[token] + max(chunk - first_chunk, 0)
+                state = tiles.state_start[token]
+                if chunk >= 0:  # a token has a state of each chunk that it sees
+                    position = first_position + row // group_size
+                    first_chunk = first_seen(position, heads.window) // KEY_CHUNK
+                    if chunk < first_chunk or chunk > position // KEY_CHUNK:
+                        continue
+                    state += chunk - first_chunk
                 state = state * heads.num_heads + query_head
                 for d in range(0, row_words, LANES):
                     store(states, state * row_words + d, load(scratch, source + row * row_words + d))
