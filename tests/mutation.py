@@ -416,7 +416,7 @@ BUGS = (
         "what follows an evicted block is remembered",
         CACHE,
         "PrefixCache.forget",
-        "rest.extend(self._followers.of(block))",
+        "rest.extend(self.followers(block))",
     ),
     Bug(
         "a block that was forgotten is still listed as a follower",

@@ -3,6 +3,7 @@
 Reads the block manager's own state, because it is what that state must be.
 """
 
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from pagellm.engine.scheduling.prefix_cache import ROOT
@@ -59,7 +60,11 @@ def _check_cache(manager: "BlockManager", free_place: dict[int, int]) -> None:
         assert manager._hash_block(seed, tokens) == cache.hash_of(block), "a hash is not of the content"
         found = cache.find(cache.hash_of(block), before, tokens, cache.salt_of(block))
         assert found == block, "two blocks hold the same prefix, or one cannot be found"
-        if before in free_place and not manager.window:
+        if manager.window:
+            listed = sorted(islice(cache.followers(block), len(cache)))
+            expected = [other for other in cache if cache.before(other) == block]
+            assert listed == expected, "the blocks that follow one are not those that are listed"
+        elif before in free_place:
             outlives = block not in free_place or free_place[block] > free_place[before]
             assert not outlives, "a block would outlive the one it follows"
     for sequence in manager._holders.values():

@@ -70,14 +70,18 @@ class PrefixCache:
 
     def forget(self, block: int) -> list[int]:
         """Forgets a known block and all that follow it, which nobody could find any more; returns them."""
-        assert self._followers is not None
         forgotten, rest = [], [block]
         while rest:
             block = rest.pop()
-            rest.extend(self._followers.of(block))
+            rest.extend(self.followers(block))
             self.remove(block)
             forgotten.append(block)
         return forgotten
+
+    def followers(self, block: int) -> Iterator[int]:
+        """The known blocks that follow one."""
+        assert self._followers is not None
+        return self._followers.of(block)
 
     def remove(self, block: int) -> None:
         """Forgets a known block. Those that follow it must be forgotten, too."""

@@ -211,10 +211,10 @@ def test_logits_of_a_scaled_model_are_those_of_transformers(name: str, tmp_path:
     assert np.abs(logits[-8:] - expected[f"{name}_logits"]).max() < 1e-4
 
 
-@pytest.mark.parametrize("name", [name for name in GGUF if name != "query_scale"])
+@pytest.mark.parametrize("name", GGUF)
 def test_logits_of_a_gguf_file_are_those_of_llama_cpp(name: str, tmp_path: Path) -> None:
     case, path = GGUF[name], tmp_path / "model.gguf"
-    write_model(path, model_weights(), case, "llama")
+    write_model(path, model_weights(), case)
     llm = LLM(
         str(path), max_model_len=case.n_ctx, num_blocks=16, num_threads=2, quantization="none",
         show_progress=False,
@@ -225,7 +225,7 @@ def test_logits_of_a_gguf_file_are_those_of_llama_cpp(name: str, tmp_path: Path)
 
 
 def gguf_table(directory: Path, name: str) -> RopeTable:
-    write_model(directory / "model.gguf", model_weights(), GGUF[name], "llama")
+    write_model(directory / "model.gguf", model_weights(), GGUF[name])
     with open_checkpoint(directory / "model.gguf") as checkpoint:
         [table] = read_spec(checkpoint).rope_tables
     return table
