@@ -58,10 +58,10 @@ def test_a_long_context_runs_in_few_blocks() -> None:
         most = max(most, scheduler.block_manager.usage().used)
         scheduler.commit(batch, [[7]] * len(batch.sampled))
         num_steps += 1
-        if num_steps % 64 == 0:
+        if num_steps < 20 or num_steps % 64 == 0:  # the first blocks are used again soon
             scheduler.check()
             table = sequence.block_table
-            behind = sequence.num_computed_tokens // 16 - 256  # 4,095 tokens behind the next one
+            behind = max(0, sequence.num_computed_tokens // 16 - 256)  # 4,095 tokens are seen
             assert table[:behind] == [GIVEN_BACK] * behind
             assert min(table[behind:]) >= 0
     assert (sequence.num_tokens, num_steps) == (131_072, 256 + 71)
