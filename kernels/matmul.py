@@ -2,7 +2,10 @@
 
 Every output element is one chain of additions over k = 0 .. K-1 that starts from its bias, whatever tile it
 falls into, so its bits depend neither on M nor on its neighbours nor on who computes it (batch invariance).
-In the integer formats the chain goes block by block: a block's sum is an exact int32, then scaled and added.
+In the integer formats the chain goes block by block, or half by half where the halves have scales of their
+own: the sum of the products is an exact int32 and becomes a float32, times the product of both scales in
+one multiply-add; then, where the format has minima, the minimum times the scaled sum of the activations in
+another.
 Only M and N are ever split; a tile keeps all of its accumulators in registers.
 """
 
@@ -447,11 +450,11 @@ def matmul(
 ):  # fmt: skip
     """One thread's share of `out[m, n] (+)= bias[n] + sum over k of x[m, k] * w[n, k]`.
 
-    x: packed activations of M rows for this format; weights: the buffer that holds the panels, each from word
-    `panels[panel, 0]` on in format `panels[panel, 1]`, and the bias (floats, padded to whole panels) at
-    `bias_start`; out: flat, its rows `padded(N)` apart, `padded_rows(M)` of them; scratch: `scratch_size`
-    words of this thread's own. All panels have float formats, the same, or all integer formats. All threads
-    of the team call it; a barrier must follow.
+    x: packed activations of M rows for the panels' formats; weights: the buffer that holds the panels, each
+    from word `panels[panel, 0]` on in format `panels[panel, 1]`, and the bias (floats, padded to whole
+    panels) at `bias_start`; out: flat, its rows `padded(N)` apart, `padded_rows(M)` of them; scratch:
+    `scratch_size` words of this thread's own. All panels have the same float format, or all have integer
+    formats. All threads of the team call it; a barrier must follow.
     """
     num_panels, format = padded(N) // PANEL, panels[0, 1]
     out_stride, row_words = num_panels * PANEL, activation_words(format, K)
