@@ -4,9 +4,11 @@ All models share one compiled step, because its signature depends on no model; s
 model, run through the ordinary runner, compiles everything.
 """
 
+import gc
 import hashlib
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ def compile_kernels(show: bool = True) -> Path | None:
     store = _open_store()
     if store is not None:
         cache_compiled(store.cache_of)
-    with _CompilationProgress(show):
+    with _CompilationProgress(show), _rare_collections():
         _run_tiny_model()
     _directory = store.directory if store is not None and store.is_complete else None
     _ready = True
@@ -78,6 +80,20 @@ def _sources_key() -> str:
     for path in sorted(Path(kernels.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Has Python look for cyclic garbage rarely: else that is a seventh of what compilation takes.
+
+    A compiler makes many objects that stay. Collections are not turned off, which would cost 200 MiB.
+    """
+    thresholds = gc.get_threshold()
+    gc.set_threshold(100_000, 1000, 1000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 def _run_tiny_model() -> None:

@@ -1,6 +1,7 @@
 """Compiled kernels on disk: what is damaged is compiled again, and what cannot be kept is compiled anyhow."""
 
 import errno
+import gc
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 import numba
 import pytest
 
+from pagellm.engine.execution import compilation
 from pagellm.engine.execution.compilation import compile_kernels
 from pagellm.engine.execution.kernel_cache import KernelStore
 
@@ -149,6 +151,21 @@ def test_something_else_in_the_place_of_a_file(
     assert "Is a directory" in capsys.readouterr().err
     again = compiled(store, square)
     assert (again(4), is_loaded(again)) == (16, False)
+
+
+def test_compilation_leaves_the_garbage_collector_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    during = []
+
+    def fail() -> None:
+        during.append(gc.get_threshold())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compilation, "_ready", False)
+    monkeypatch.setattr(compilation, "_run_tiny_model", fail)
+    before = gc.get_threshold()
+    with pytest.raises(KeyboardInterrupt):
+        compile_kernels(show=False)
+    assert gc.get_threshold() == before != during[0]
 
 
 # The whole cache, in processes of their own
