@@ -28,7 +28,6 @@ from pagellm.engine.config import EngineConfig
 from pagellm.sim import CostModel, Simulator, Trace, Workload, synthesise
 
 CONFIG = EngineConfig(block_size=64, max_num_seqs=256, max_num_batched_tokens=8192)
-EFFICIENCY = 0.6  # of the peak rates: about what serving engines reach
 NUM_RUNS = 7  # of each kind, for the ratios
 SHORT = {"prompt_len": "lognormal:64,0.7", "output_len": "lognormal:16,0.5"}
 
@@ -85,7 +84,7 @@ def load(source: str | Workload) -> tuple[str, Trace]:
 
 def costs() -> CostModel:
     """Where step times come from."""
-    return CostModel.roofline("h100-sxm", "llama-3.1-8b", efficiency=EFFICIENCY)
+    return CostModel.roofline("h100-sxm", "llama-3.1-8b")
 
 
 def overhead(source: str | Workload) -> dict:

@@ -167,7 +167,8 @@ class Checkpoint:
 
     `config` is the parsed config.json of a Hugging Face directory, or the metadata of a GGUF file, where
     arrays of strings are lists and arrays of numbers are NumPy arrays. `headers_only`: no weights are to be
-    read, and what only their values could tell is taken for granted.
+    read, and what only their values could tell is taken for granted. `config_only`: there are no tensors
+    either, and those that the configuration asks for are taken for granted.
     """
 
     path: Path
@@ -176,6 +177,7 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     files: tuple[WeightFile, ...] = field(repr=False, default=())
     headers_only: bool = False
+    config_only: bool = False
 
     def close(self) -> None:
         """Closes the files; no tensor can be read afterwards."""

@@ -140,7 +140,8 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
         if str(error).startswith(str(checkpoint.path)):
             raise
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
-    _check_tensors(checkpoint, spec, redundant)
+    if not checkpoint.config_only:
+        _check_tensors(checkpoint, spec, redundant)
     return spec
 
 

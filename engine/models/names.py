@@ -74,7 +74,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def count_layers(fields: Fields, name: str, checkpoint: Checkpoint, default: Any = REQUIRED) -> int:
     """The number of layers, each of which takes some tensors: a hostile one cannot ask for endless work."""
     num_layers = fields.integer(name, default, _MAX_LAYERS)
-    if num_layers > len(checkpoint.tensors):
+    if num_layers > len(checkpoint.tensors) and not checkpoint.config_only:
         raise fields.error(
             name, num_layers, f"tensors for so many layers, but there are only {names_of(checkpoint)}"
         )

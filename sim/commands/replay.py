@@ -11,7 +11,7 @@ from pagellm.engine.commands.cli import add_model_options, engine_config, given_
 from pagellm.engine.commands.flags import Flag, add_flags
 from pagellm.engine.config import DEFAULT_MODEL, EngineConfig
 from pagellm.engine.errors import ConfigError, TraceError
-from pagellm.sim.commands.sweep import add_accept_profile_error, parse_roofline
+from pagellm.sim.commands.sweep import add_accept_profile_error, add_roofline, cost_source
 from pagellm.sim.commands.trace import PROGRESS_INTERVAL_S, add_trace_input, list_skipped, load_trace
 from pagellm.sim.costs.cost_model import CostModel
 from pagellm.sim.costs.profile import ProfileCostModel
@@ -20,7 +20,6 @@ from pagellm.sim.report.report import compare, compare_json, to_html, to_text
 from pagellm.sim.report.schema import Report, load_report
 from pagellm.sim.router import ROUTERS
 from pagellm.sim.simulator import Simulator
-from pagellm.sim.sweep.sweep import CostSource
 from pagellm.sim.traces.trace import Trace
 
 
@@ -34,9 +33,7 @@ def add_replay(commands: "argparse._SubParsersAction[Any]") -> None:
     )  # fmt: skip
     times = replay.add_argument_group("what step times come from")
     times.add_argument("--profile", metavar="FILE", help="a measured profile, or the step log of a run")
-    times.add_argument(
-        "--roofline", metavar="HARDWARE,MODEL[,N]", help="the limits of N known devices for a known model"
-    )
+    add_roofline(times, times)
     add_accept_profile_error(times)
     times.add_argument("--real", action="store_true", help="the clock: serve the trace on the real engine")
     load = replay.add_argument_group("load")
@@ -138,8 +135,7 @@ def _cost_model(options: argparse.Namespace) -> CostModel:
         raise ConfigError(
             "--profile, --roofline, --real: expected one of them, for what step times come from"
         )
-    roofline = None if options.roofline is None else parse_roofline(options.roofline)
-    costs = CostSource(options.profile, roofline).load()
+    costs = cost_source(options).load()
     if isinstance(costs, ProfileCostModel):
         if options.model not in (None, costs.model):
             raise ConfigError(f"--model: found {options.model!r}, expected the profile's, {costs.model!r}")
@@ -151,7 +147,7 @@ def _cost_model(options: argparse.Namespace) -> CostModel:
 
 
 def _replay_for_real(trace: Trace, options: argparse.Namespace) -> Report:
-    for name in ("profile", "roofline", "clients", "timeout_s", "accept_profile_error"):
+    for name in ("profile", "roofline", "set_cost", "clients", "timeout_s", "accept_profile_error"):
         if getattr(options, name):
             raise ConfigError(
                 f"{_flag(name)}: not with --real, which serves at arrival times on this machine"

@@ -9,6 +9,7 @@ from typing import Any
 from pagellm.engine.errors import ConfigError, PagellmError
 from pagellm.engine.user_policy import import_policy
 from pagellm.sim.commands.trace import add_trace_input
+from pagellm.sim.costs.constants import CONSTANTS, FORMATS, parse_constants
 from pagellm.sim.costs.cost_model import MAX_PROFILE_ERROR
 from pagellm.sim.sweep.file import Point
 from pagellm.sim.sweep.grid import REPLAY_SETTINGS, SLO_LATENCIES, SLO_STATISTICS, Grid, Slo
@@ -27,9 +28,7 @@ def add_sweep(commands: "argparse._SubParsersAction[Any]") -> None:
     )  # fmt: skip
     costs = sweep.add_mutually_exclusive_group(required=True)
     costs.add_argument("--profile", metavar="FILE", help="step times: a profile or a step log")
-    costs.add_argument(
-        "--roofline", metavar="HARDWARE,MODEL[,N]", help="step times: what N known devices can do at most"
-    )
+    add_roofline(costs, sweep)
     add_accept_profile_error(sweep)
     sweep.add_argument(
         "--slo", metavar="NAME=SECONDS,...",
@@ -68,7 +67,7 @@ def _sweep(options: argparse.Namespace) -> None:
     progress = _Progress()
     sweep = Sweep(
         TraceFile(options.trace, options.limit, options.format, options.skip_bad, options.sort),
-        CostSource(options.profile, None if options.roofline is None else parse_roofline(options.roofline)),
+        cost_source(options),
         grid,
         None if options.slo is None else Slo.parse(options.slo),
         None if options.output is None else Path(options.output),
@@ -84,6 +83,26 @@ def _sweep(options: argparse.Namespace) -> None:
         to_html(result, options.report)
     print(to_json(result) if options.json else to_text(result))
     _check_any(result)
+
+
+def add_roofline(choice: "argparse._ActionsContainer", parser: "argparse._ActionsContainer") -> None:
+    """Adds --roofline, which may be one of a choice, and --set-cost."""
+    choice.add_argument(
+        "--roofline", metavar="HARDWARE,MODEL[,N]",
+        help="estimated step times of N devices: HARDWARE is a name in hardware.json or a file of that form; "
+        "MODEL a name there, a config.json or a GGUF file",
+    )  # fmt: skip
+    parser.add_argument(
+        "--set-cost", action="append", default=[], metavar="KEY=VALUE",
+        help=f"a constant of --roofline; may be given repeatedly: weights and kv ({', '.join(FORMATS)}), or "
+        f"one of {', '.join(CONSTANTS)}",
+    )  # fmt: skip
+
+
+def cost_source(options: argparse.Namespace) -> CostSource:
+    """What step times come from, of the options of a command. Raises `ConfigError`."""
+    roofline = None if options.roofline is None else parse_roofline(options.roofline)
+    return CostSource(options.profile, roofline, tuple(parse_constants(options.set_cost).items()))
 
 
 def parse_roofline(text: str) -> tuple[str, str, int]:

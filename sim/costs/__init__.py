@@ -1,1 +1,1 @@
-"""What a step costs: recorded, measured, or by the limits of known hardware."""
+"""What a step costs: recorded, measured, or estimated by the rates of known hardware."""

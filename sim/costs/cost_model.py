@@ -1,6 +1,6 @@
 """What a step costs: seconds from the shape of a scheduled batch, without computing anything.
 
-Three models: a profile of measured tables (profile.py), the limits of a machine (roofline.py), and the
+Three models: a profile of measured tables (profile.py), the rates of a machine (roofline.py), and the
 steps of a recorded run (recorded.py). All are plain Python, because they are asked once for each step.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import repeat
 from operator import attrgetter
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypedDict
 
 from pagellm.engine import checks
 from pagellm.engine.checks import JsonError, flag, parse_json
@@ -42,6 +42,19 @@ class StepTimeError(TypedDict):
     p90: float
     mean_signed: Signed
     num_steps: int
+
+
+class CostConstant(TypedDict):
+    """A constant of estimated step times.
+
+    origin: assumed for every device and model, known of the device, or given. source: where what was assumed
+    is from; else empty.
+    """
+
+    name: str
+    value: float
+    origin: Literal["assumed", "device", "given"]
+    source: str
 
 
 class CostModel(ABC):
@@ -81,15 +94,19 @@ class CostModel(ABC):
         return RecordedCostModel(path) if is_step_log else ProfileCostModel.from_file(path)
 
     @staticmethod
-    def roofline(hardware: str, model: str, num_devices: int = 1, **options: float) -> "RooflineCostModel":
-        """The limits of a known accelerator for a known model, by their names in hardware.json.
+    def roofline(
+        hardware: str, model: str, num_devices: int = 1, **constants: float | str
+    ) -> "RooflineCostModel":
+        """The estimate of a model on so many devices, by the rates of the hardware.
 
-        options: those of `RooflineCostModel`: efficiency, step_overhead_s, sequence_overhead_s.
-        Raises `ConfigError`.
+        hardware: a name in hardware.json, or a JSON file like an entry of it. model: a name there, a
+        config.json, a directory that has one, or a GGUF file. constants: any of `constants.CONSTANTS`, and
+        the formats of weights and kv. Raises `ConfigError`, and `CheckpointError` for a model that the
+        engine refuses.
         """
         from pagellm.sim.costs.roofline import RooflineCostModel
 
-        return RooflineCostModel.of_names(hardware, model, num_devices, **options)
+        return RooflineCostModel.of_names(hardware, model, num_devices, **constants)
 
     def settings(self, given: Mapping[str, Any]) -> EngineConfig:
         """The engine's settings: those given, else those of the run that was recorded, else the defaults.
@@ -103,7 +120,7 @@ class CostModel(ABC):
 
         Raises `ConfigError` where num_blocks stays open, and for what the model does not take.
         """
-        num_blocks = config.num_blocks or self.num_blocks(config.block_size)
+        num_blocks = config.num_blocks or self.num_blocks(config)
         if num_blocks is None:
             raise ConfigError(
                 f"num_blocks: found nothing, expected a number (--num-blocks): {self.name} does not say what "
@@ -153,9 +170,13 @@ class CostModel(ABC):
         """Bytes of a KV block of so many tokens, if they are known."""
         return None
 
-    def num_blocks(self, block_size: int) -> int | None:
-        """KV blocks of so many tokens that the machine holds, if that is known."""
+    def num_blocks(self, config: EngineConfig) -> int | None:
+        """KV blocks that the machine holds with these settings, if that is known. Raises `ConfigError`."""
         return None
+
+    def constants_table(self) -> list[CostConstant]:
+        """The constants of estimated times, for reports; none of measured ones."""
+        return []
 
 
 class BatchShape(NamedTuple):

@@ -163,8 +163,10 @@ class ProfileCostModel(CostModel):
     def block_bytes(self, block_size: int) -> int:
         return self._measured_block_bytes * block_size // self.block_size
 
-    def num_blocks(self, block_size: int) -> int | None:
-        return None if self._num_blocks is None else max(1, self._num_blocks * self.block_size // block_size)
+    def num_blocks(self, config: EngineConfig) -> int | None:
+        if self._num_blocks is None:
+            return None
+        return max(1, self._num_blocks * self.block_size // config.block_size)
 
     def step_time(self, batch: ScheduledBatch) -> float:
         num_decodes, context, prefills = shape_of(batch, self._window)

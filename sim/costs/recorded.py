@@ -84,8 +84,8 @@ class RecordedCostModel(CostModel):
                 del recorded[name]
         return EngineConfig(**(recorded | dict(given)))
 
-    def num_blocks(self, block_size: int) -> int | None:
-        return None if self._config is None else max(1, self._config.capacity_tokens // block_size)
+    def num_blocks(self, config: EngineConfig) -> int | None:
+        return None if self._config is None else max(1, self._config.capacity_tokens // config.block_size)
 
     def begin(self, config: EngineConfig, num_replicas: int = 1) -> None:
         if num_replicas != 1:

@@ -1,78 +1,43 @@
-"""Step times from what a machine can do at most: the longer of its arithmetic and its memory traffic."""
+"""Step times from the rates of a machine: of each operator the longer of its arithmetic and its traffic.
+
+A step is a sequence of operators, and none hides another's traffic behind its own arithmetic. So a step that
+computes a prompt and decodes beside it takes the time of both, as on a device.
+"""
 
 import json
-from dataclasses import dataclass, fields
-from importlib.resources import files
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-from pagellm.engine.checks import SMALLEST, integer, number
+from pagellm.engine.checks import integer
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError
 from pagellm.engine.scheduling.batch import PreemptionCosts, ScheduledBatch
-from pagellm.sim.costs.cost_model import CostModel, shape_of
+from pagellm.sim.costs.constants import AUTO, FORMATS, Constants
+from pagellm.sim.costs.cost_model import CostConstant, CostModel, shape_of
+from pagellm.sim.costs.decoder import Layers, Model, load_model
+from pagellm.sim.costs.devices import Hardware, load_hardware
 
-# Of a device's memory, what weights and KV blocks may take; the rest is for activations.
-_USABLE_MEMORY = 0.9
-_OPTIONS = ("efficiency", "step_overhead_s", "sequence_overhead_s")
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """One device: peak rates of dense bfloat16 arithmetic, of its memory and of its links.
-
-    link_bytes_per_s: to the other devices, host_bytes_per_s: to the host's memory; in one direction.
-    """
-
-    flops_per_s: float
-    memory_bytes: float
-    memory_bytes_per_s: float
-    link_bytes_per_s: float
-    host_bytes_per_s: float
-
-
-@dataclass(frozen=True)
-class Model:
-    """What of a decoder's shape matters for its time; weights and KV take so many bytes a number.
-
-    vocab_size: rows of the embedding and of the output head; 0 takes both for a part of the layers.
-    tied_embeddings: whether the two are one matrix. max_model_len: tokens that it takes, None for no limit.
-    """
-
-    num_parameters: int
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    weight_bytes: float
-    kv_bytes: float
-    vocab_size: int = 0
-    tied_embeddings: bool = True
-    max_model_len: int | None = None
-
-    @property
-    def head_parameters(self) -> int:
-        """Numbers of the output head, which multiplies only what is sampled from."""
-        return self.vocab_size * self.hidden_size
-
-    @property
-    def read_parameters(self) -> int:
-        """Numbers that a step reads: of an embedding of its own it looks a few rows up."""
-        return self.num_parameters - (0 if self.tied_embeddings else self.head_parameters)
-
-    @property
-    def kv_token_bytes(self) -> float:
-        """Bytes of a token's keys and values in all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.kv_bytes
+# Hidden states, logits that are exchanged, and norms are in 16 bits; so are embedding and head, which
+# quantizers leave alone.
+_STATE_BYTES = 2
+# Logits are read and written so often on the way to a token, in float32.
+_LOGIT_PASSES = 3
 
 
 class RooflineCostModel(CostModel):
-    """A lower bound of step times for a model spread over devices by tensor parallelism.
+    """Estimated step times of a model whose layers are spread over devices by tensor parallelism.
 
-    Each step reads all weights that multiply and the context of every sequence once. The output head
-    multiplies one state of each sequence that gets a token. Devices exchange two sums of all hidden states a
-    layer (a ring all-reduce), after the arithmetic. efficiency: the share of the peak rates that is reached.
-    step_overhead_s, sequence_overhead_s: what scheduling, launching and sampling add.
+    The operators are these, each at its own achieved shares of the peak rates (`constants.CONSTANTS`):
+
+        products            a step's tokens times the matrices of all layers, which are read once
+        head                a state of each sequence that gets a token times the output head; none, no time
+        prefill attention   of the sequences of which several tokens are computed, their contexts read once
+        decode attention    of the others
+        vectors             norms, rotation, activation and sampling: traffic alone
+        communication       a ring all-reduce after attention and after the feed-forward, and of the logits
+
+    and an overhead a step, a layer and a sequence. given: constants by name, of `Constants`.
     Raises `ConfigError`.
     """
 
@@ -82,85 +47,195 @@ class RooflineCostModel(CostModel):
         model: Model,
         num_devices: int = 1,
         *,
-        efficiency: float = 1.0,
-        step_overhead_s: float = 0.0,
-        sequence_overhead_s: float = 0.0,
         name: str = "roofline",
+        **given: float | str,
     ) -> None:
         integer("num_devices", num_devices, 1, error=ConfigError)
-        above = "a number above 0 and up to 1"
-        number("efficiency", efficiency, SMALLEST, 1, error=ConfigError, expected=above)
-        for option, value in (("step", step_overhead_s), ("sequence", sequence_overhead_s)):
-            number(f"{option}_overhead_s", value, 0, error=ConfigError, expected="seconds from 0")
-        self.name = name
-        self.max_model_len = model.max_model_len
+        model.check_devices(num_devices)
+        self.constants = c = Constants(given, hardware.constants)
+        self.name = name + _words(c)
+        self.max_model_len, self.window = model.max_model_len, model.window or None
         self._hardware, self._model, self._num_devices = hardware, model, num_devices
-        self._step_overhead_s, self._sequence_overhead_s = step_overhead_s, sequence_overhead_s
-        flops_per_s = hardware.flops_per_s * num_devices * efficiency
-        self._bytes_per_s = hardware.memory_bytes_per_s * num_devices * efficiency
-        attention_size = model.num_heads * model.head_dim
-        self._token_s = 2 * (model.read_parameters - model.head_parameters) / flops_per_s
-        self._sample_s = 2 * model.head_parameters / flops_per_s
-        self._pair_s = 4 * model.num_layers * attention_size / flops_per_s
-        self._weights_s = model.read_parameters * model.weight_bytes / self._bytes_per_s
-        self._kv_token_s = model.kv_token_bytes / self._bytes_per_s
-        exchanged = 2 * model.num_layers * model.hidden_size * model.weight_bytes
-        ring = 2 * (num_devices - 1) / num_devices
-        self._exchange_s = exchanged * ring / (hardware.link_bytes_per_s * efficiency)
+        self._choose_formats()
+        flops, bytes_per_s, n = hardware.flops_per_s, hardware.memory_bytes_per_s, num_devices
+
+        product_flops = hardware.flops_of(c.formats["weights"]) * c["product_flops"] * n
+        self._product_token_s = 2 * model.product_parameters / product_flops
+        self._fill_tokens = c["product_fill_tokens"]
+        self._products_s = (
+            model.product_parameters * self._layer_bytes / (bytes_per_s * c["product_bytes"] * n)
+        )
+        self._head_token_s = 2 * model.head_parameters / (flops * c["head_flops"] * n)
+        self._head_s = model.head_parameters * self._head_bytes / (bytes_per_s * c["head_bytes"] * n)
+        vector_rate = bytes_per_s * c["vector_bytes"]
+        vectors = sum(layer.count * _vector_numbers(layer, model.hidden_size, n) for layer in model.layers)
+        self._vector_token_s = vectors * _STATE_BYTES / vector_rate
+        self._sample_s = _LOGIT_PASSES * 4 * model.vocab_size / vector_rate
+        self._exchange_s = self._exchange_token_s = self._exchange_sample_s = 0.0
+        if n > 1:
+            link = hardware.link_bytes_per_s * c["link_bytes"]
+            ring = 2 * (n - 1) / n
+            state = model.hidden_size * _STATE_BYTES
+            self._exchange_s = 2 * model.num_layers * hardware.link_latency_s
+            self._exchange_token_s = 2 * model.num_layers * state * ring / link
+            self._exchange_sample_s = model.vocab_size * _STATE_BYTES * (n - 1) / n / link
+        self._overhead_s = c["step_overhead_s"] + model.num_layers * c["layer_overhead_s"]
+        self._sequence_overhead_s = c["sequence_overhead_s"]
         self._copy_block_s = 0.0
-        self._window = 0
-        if self.num_blocks(1) < 1:
-            needed = model.num_parameters * model.weight_bytes
+        self._attention: list[tuple[int, float, float, float]] = []
+        self._set_windows(0)
+        if self._free_bytes(EngineConfig()) < self._kv_token_bytes:
             raise ConfigError(
-                f"num_devices: found {num_devices} for {needed / 1e9:.1f} GB of weights, expected more: one "
-                f"has {hardware.memory_bytes / 1e9:.1f} GB"
+                f"num_devices: found {n} for {self._weight_bytes / 1e9:.1f} GB of weights, expected more: "
+                f"one has {hardware.memory_bytes / 1e9:.1f} GB"
             )
 
     @classmethod
     def of_names(
-        cls, hardware: str, model: str, num_devices: int = 1, **options: float
+        cls, hardware: str, model: str, num_devices: int = 1, **given: float | str
     ) -> "RooflineCostModel":
-        """The model of a known device and a known decoder. Raises `ConfigError`."""
-        known = json.loads(files("pagellm.sim.costs").joinpath("hardware.json").read_text("utf-8"))
-        device = Hardware(**_entry(known, "hardware", hardware, Hardware))
-        decoder = Model(**_entry(known, "models", model, Model))
-        name = f"{model} on {num_devices} x {hardware}, roofline"
-        for option in options:
-            if option not in _OPTIONS:
-                raise ConfigError(f"roofline: found {option!r}, expected one of {', '.join(_OPTIONS)}")
-        return cls(device, decoder, num_devices, name=name, **options)
+        """The estimate of a device and a decoder by their names or files. Raises as those that load them."""
+        Constants(given)
+        device, decoder = load_hardware(hardware), load_model(model)
+        return cls(device, decoder, num_devices, name=name_of(hardware, model, num_devices), **given)
+
+    def _choose_formats(self) -> None:
+        """Bytes of weights and KV, by the formats asked for."""
+        model, formats = self._model, self.constants.formats
+        sixteen_bits = FORMATS["bf16"]
+        layer, head = model.layer_bytes or sixteen_bits, model.head_bytes or sixteen_bits
+        if formats["weights"] != AUTO:
+            layer, head = FORMATS[formats["weights"]], sixteen_bits
+        kv = sixteen_bits if formats["kv"] == AUTO else FORMATS[formats["kv"]]
+        self._layer_bytes, self._head_bytes, self._kv_bytes = layer, head, kv
+        others = model.num_parameters - model.product_parameters
+        heads = model.head_parameters
+        self._weight_bytes = model.product_parameters * layer + heads * head + (others - heads) * sixteen_bits
+        # Of one device; where it has a copy of a KV head that another has, too, that is a whole one.
+        self._kv_token_bytes = kv * sum(
+            layers.count * layers.kv_numbers / min(self._num_devices, layers.num_kv_heads)
+            for layers in model.layers
+        )
+
+    def _set_windows(self, window: int) -> None:
+        """Prepares attention for layers that see so many tokens at most; 0: as many as each layer does.
+
+        For each window: seconds of a pair of query and key in a decode; of one in a prefill by arithmetic,
+        and of a token of its context by traffic.
+        """
+        c, hardware = self.constants, self._hardware
+        by_window: dict[int, list[float]] = {}
+        for layer in self._model.layers:
+            seen = min(filter(None, (layer.window, window)), default=0)
+            heads = layer.num_heads / self._num_devices
+            kv_heads = layer.num_kv_heads / min(self._num_devices, layer.num_kv_heads)
+            flops = 4 * layer.count * heads * layer.head_dim / hardware.flops_per_s
+            traffic = (
+                2 * layer.count * kv_heads * layer.head_dim * self._kv_bytes / hardware.memory_bytes_per_s
+            )
+            sums = by_window.setdefault(seen, [0.0, 0.0, 0.0])
+            sums[0] += max(flops / c["decode_flops"], traffic / c["decode_bytes"])
+            sums[1] += flops / c["prefill_flops"]
+            sums[2] += traffic / c["prefill_bytes"]
+        self._attention = [(seen, *sums) for seen, sums in by_window.items()]  # type: ignore[misc]
+
+    def settings(self, given: Mapping[str, Any]) -> EngineConfig:
+        """The settings with those of an engine on this hardware in the place of the defaults."""
+        hardware = self._hardware
+        of_hardware = {
+            "max_num_batched_tokens": hardware.max_num_batched_tokens,
+            "max_num_seqs": hardware.max_num_seqs,
+        }
+        return EngineConfig(**(of_hardware | dict(given)))
 
     def begin(self, config: EngineConfig, num_replicas: int = 1) -> None:
-        self._window = config.window or 0
-        block_bytes = self.block_bytes(config.block_size)
-        self._copy_block_s = 2 * block_bytes / self._bytes_per_s
-        swap_block_s = block_bytes / (self._hardware.host_bytes_per_s * self._num_devices)
-        self.costs = PreemptionCosts(self._token_s, swap_block_s)
+        self._set_windows(config.window or 0)
+        block_bytes = self._kv_token_bytes * config.block_size
+        copy_rate = self._hardware.memory_bytes_per_s * self.constants["vector_bytes"]
+        self._copy_block_s = 2 * block_bytes / copy_rate
+        swap_block_s = block_bytes / self._hardware.host_bytes_per_s
+        self.costs = PreemptionCosts(self._product_token_s + self._vector_token_s, swap_block_s)
 
     def step_time(self, batch: ScheduledBatch) -> float:
-        num_decodes, context, prefills = shape_of(batch, self._window)
-        num_tokens, pairs = num_decodes, context + num_decodes
-        for count, before in prefills:
-            num_tokens += count
-            context += before
-            pairs += count * before + count * (count + 1) // 2
-        compute_s = num_tokens * self._token_s + pairs * self._pair_s + sum(batch.samples) * self._sample_s
-        memory_s = self._weights_s + (context + num_tokens) * self._kv_token_s
-        total = self._step_overhead_s + len(batch.sequences) * self._sequence_overhead_s
+        num_sequences, num_samples = len(batch.sequences), sum(batch.samples)
+        num_tokens = sum(batch.num_new_tokens)
+        total = self._overhead_s + num_sequences * self._sequence_overhead_s
+        total += max((num_tokens + self._fill_tokens) * self._product_token_s, self._products_s)
+        if num_samples:
+            total += max(num_samples * self._head_token_s, self._head_s)
+        for window, decode_s, pair_s, token_s in self._attention:
+            num_decodes, context, prefills = shape_of(batch, window)
+            total += (context + num_decodes) * decode_s
+            if prefills:
+                pairs = sum(count * before + count * (count + 1) // 2 for count, before in prefills)
+                read = sum(count + before for count, before in prefills)
+                total += max(pairs * pair_s, read * token_s)
+        total += num_tokens * (self._vector_token_s + self._exchange_token_s) + self._exchange_s
+        total += num_samples * (self._sample_s + self._exchange_sample_s)
         if batch.transfers:
             total += self.transfer_time(batch, self._copy_block_s)
-        return total + max(compute_s, memory_s) + num_tokens * self._exchange_s
+        return total
 
     def block_bytes(self, block_size: int) -> int:
-        return int(self._model.kv_token_bytes * block_size)
+        return int(self._kv_token_bytes * block_size * self._num_devices)
 
-    def num_blocks(self, block_size: int) -> int:
-        memory = _USABLE_MEMORY * self._hardware.memory_bytes * self._num_devices
-        weights = self._model.num_parameters * self._model.weight_bytes
-        return int((memory - weights) // self.block_bytes(block_size))
+    def num_blocks(self, config: EngineConfig) -> int:
+        num_blocks = int(self._free_bytes(config) // (self._kv_token_bytes * config.block_size))
+        if num_blocks < 1:
+            raise ConfigError(
+                f"num_devices: found {self._num_devices}, whose memory has no room for a KV block beside "
+                f"weights and steps of {config.max_num_batched_tokens} tokens and {config.max_num_seqs} "
+                "sequences, expected more devices, or smaller steps"
+            )
+        return num_blocks
+
+    def constants_table(self) -> list[CostConstant]:
+        return self.constants.table()
+
+    def identity(self) -> str:
+        """All that its times follow from, as JSON."""
+        parts = asdict(self._hardware), asdict(self._model), self._num_devices, self.constants.formats
+        return json.dumps([*parts, self.constants_table()])
+
+    def _free_bytes(self, config: EngineConfig) -> float:
+        """Of one device: what weights, libraries and the largest step leave for KV blocks.
+
+        The largest step has its hidden states thrice, and the feed-forward's inner states thrice; or it
+        samples for all sequences.
+        """
+        c, model, n = self.constants, self._model, self._num_devices
+        inner = max(layer.intermediate_size for layer in model.layers) / n
+        states = 3 * config.max_num_batched_tokens * (inner + model.hidden_size) * _STATE_BYTES
+        logits = config.max_num_seqs * model.vocab_size * c["sampler_bytes"]
+        reserved = c["runtime_bytes"] + c["graph_bytes"] + (c["exchange_bytes"] if n > 1 else 0.0)
+        usable = c["memory_utilization"] * (self._hardware.memory_bytes - c["driver_bytes"])
+        return usable - reserved - max(states, logits) - self._weight_bytes / n
 
 
-def _entry(known: dict[str, Any], kind: str, name: str, form: type) -> dict[str, Any]:
-    if name not in known[kind]:
-        raise ConfigError(f"{kind}: found {name!r}, expected one of {', '.join(known[kind])}")
-    return {field.name: known[kind][name][field.name] for field in fields(form)}
+def name_of(hardware: str, model: str, num_devices: int) -> str:
+    """What an estimate is of, by the names of files where they are files."""
+    return f"{_short(model)} on {num_devices} x {_short(hardware)}, roofline"
+
+
+def _short(name: str) -> str:
+    """The last parts of a path: config.json says nothing without its directory."""
+    parts = name.replace("\\", "/").rstrip("/").split("/")
+    return "/".join(parts[-2:]) if parts[-1] == "config.json" else parts[-1]
+
+
+def _words(constants: Constants) -> str:
+    """What a name says of constants: whether they were assumed, and those that were given."""
+    given = [f"{name}={value}" for name, value in constants.given.items()]
+    assumed = " of assumed constants" if constants.assumed else " of given constants"
+    return assumed + (f", with {', '.join(given)}" if given else "")
+
+
+def _vector_numbers(layer: Layers, hidden_size: int, num_devices: int) -> float:
+    """Numbers that the operators without products read and write for a token in one layer, on each device.
+
+    A norm with the sum before it reads and writes two states, a rotation queries and keys, an activation its
+    inputs and outputs.
+    """
+    heads = 2 * (layer.num_heads + layer.num_kv_heads) * layer.head_dim
+    inner = layer.intermediate_size * (3 if layer.gated else 2)
+    return 4 * layer.num_norms * hidden_size + (heads + inner) / num_devices

@@ -1,7 +1,7 @@
 """What a run was like: latencies, throughput, memory and the cache, made of what its listeners have seen."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Literal
 
@@ -11,7 +11,7 @@ from pagellm.engine.errors import ConfigError, found
 from pagellm.engine.scheduling.batch import Preemption
 from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.step_loop import StepListener
-from pagellm.sim.costs.cost_model import StepTimeError
+from pagellm.sim.costs.cost_model import CostConstant, StepTimeError
 from pagellm.sim.quantiles import Exact, LogHistogram
 from pagellm.sim.report.collected import Collected, ReplicaListener
 from pagellm.sim.report.schema import (
@@ -83,6 +83,7 @@ class MetricsCollector:
         wall_s: float,
         extrapolated: int = 0,
         profile_error: StepTimeError | None = None,
+        constants: Iterable[CostConstant] = (),
     ) -> Report:
         """What the replay of a trace gave, when it is over; see schema.py for what is what."""
         return Report(
@@ -94,6 +95,7 @@ class MetricsCollector:
                 "model": model,
                 "extrapolated": extrapolated,
                 "profile_error": profile_error,
+                "constants": list(constants),
                 "config": asdict(config),
                 "load": load,
                 "summary": self.summary(wall_s, trace.num_skipped, trace.num_dropped),

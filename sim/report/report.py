@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from pagellm.engine import checks
 from pagellm.engine.errors import ReportError
-from pagellm.sim.costs.cost_model import StepTimeError
+from pagellm.sim.costs.cost_model import CostConstant, StepTimeError
 from pagellm.sim.report.schema import Goodput, Load, Report, Summary, check_report
 
 # What a replay returned, or the JSON of one.
@@ -90,6 +90,7 @@ def to_text(report: AnyReport) -> str:
         ("", _name(report["trace"], _WIDTH)),
         ("", f"{report['kind']} on {_name(report['model'], _WIDTH - 13)}"),
         *(("step times", words) for words in profile_error_text(report.profile_error)),
+        *(("step times", words) for words in constants_text(report.get("constants", []))),
         *_extrapolated(report.get("extrapolated", 0), summary["num_steps"]),
         ("load", _load(load)),
         ("requests", f"{summary['num_requests']:,}: {counts}"),
@@ -123,6 +124,13 @@ def profile_error_text(error: StepTimeError | None) -> Iterator[str]:
         way = "short" if error["mean_signed"] < 0 else "long"
         bias = f"too {way} by {_share(abs(error['mean_signed']))}"
         yield f"off by {_share(error['mean'])} on average, 9 of 10 within {_share(error['p90'])}; {bias}"
+
+
+def constants_text(constants: Sequence[CostConstant]) -> Iterator[str]:
+    """How many constants of estimated times were assumed, in words; nothing of measured times."""
+    if constants:
+        num_assumed = sum(constant["origin"] == "assumed" for constant in constants)
+        yield f"estimated; {num_assumed} of {len(constants)} constants are assumed, not measured"
 
 
 def _extrapolated(count: int, num_steps: int) -> Iterator[tuple[str, str]]:

@@ -22,7 +22,7 @@ from typing import (
 
 from pagellm.engine import checks
 from pagellm.engine.errors import ReportError
-from pagellm.sim.costs.cost_model import Signed, StepTimeError
+from pagellm.sim.costs.cost_model import CostConstant, Signed, StepTimeError
 from pagellm.sim.fields import read_json
 from pagellm.sim.quantiles import Distribution
 
@@ -157,8 +157,9 @@ class ReportData(TypedDict):
     """A report as JSON.
 
     trace: its name. skipped: line and message of its first bad records, which were left out. model: what step
-    times come from. profile_error: null where nothing is known of it. extrapolated: look-ups of step times
-    outside of what was measured. config: every field of `EngineConfig`.
+    times come from. profile_error: null where nothing is known of it. constants: of estimated step times;
+    none of measured ones. extrapolated: look-ups of step times outside of what was measured. config: every
+    field of `EngineConfig`.
     """
 
     version: Literal[1]
@@ -168,6 +169,7 @@ class ReportData(TypedDict):
     model: str
     extrapolated: NotRequired[int]
     profile_error: NotRequired[StepTimeError | None]
+    constants: NotRequired[list[CostConstant]]
     config: dict[str, str | bool | float | None]
     load: Load
     summary: Summary
@@ -252,6 +254,12 @@ _SHOWN = 60
 
 def _check(source: str, place: str, value: Any, hint: Any) -> None:
     """Raises `ReportError` for a value that is not of a type; each field of an object is checked in turn."""
+    if get_origin(hint) is list and is_typeddict(get_args(hint)[0]):
+        if not isinstance(value, list):
+            raise _found(source, place, value, "a list")
+        for index, item in enumerate(value):
+            _check(source, f"{place}[{index}]", item, get_args(hint)[0])
+        return
     choices = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     shape = next(filter(is_typeddict, choices), None)
     if shape is None:

@@ -13,9 +13,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from hashlib import sha256
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +23,7 @@ from pagellm.engine.config import usable_cores
 from pagellm.engine.errors import ConfigError, PagellmError
 from pagellm.engine.user_policy import import_policy
 from pagellm.sim.costs.cost_model import CostModel, StepTimeError
+from pagellm.sim.costs.roofline import RooflineCostModel
 from pagellm.sim.sweep.capacity import Bracket, search
 from pagellm.sim.sweep.file import Identity, Point, ResultsFile
 from pagellm.sim.sweep.grid import Grid, Settings, Slo, simulator
@@ -74,29 +74,41 @@ class TraceFile:
 
 @dataclass(frozen=True)
 class CostSource:
-    """Step times by where they come from: the file of a profile or step log, or names of hardware.json."""
+    """Step times by where they come from: the file of a profile or step log, or an estimate.
+
+    roofline: hardware, model and number of devices as in `CostModel.roofline`. constants: those that are
+    given to it, names and values.
+    """
 
     profile: str | None = None
     roofline: tuple[str, str, int] | None = None
+    constants: tuple[tuple[str, float | str], ...] = ()
 
     def __post_init__(self) -> None:
         if (self.profile is None) == (self.roofline is None):
             found = "neither" if self.profile is None else "both"
             raise ConfigError(f"cost model: found {found} of profile and roofline, expected one")
+        if self.constants and self.roofline is None:
+            raise ConfigError(f"set-cost: found {self.constants[0][0]} without --roofline, expected none")
 
     def load(self) -> CostModel:
         """Raises `ProfileError` and `ConfigError`."""
         if self.profile is not None:
             return CostModel.load(self.profile)
+        return self._estimate
+
+    @cached_property
+    def _estimate(self) -> RooflineCostModel:
+        """Kept, and taken along to other processes: to read a model's shape takes a second."""
         assert self.roofline is not None
-        return CostModel.roofline(*self.roofline)
+        hardware, model, num_devices = self.roofline
+        return CostModel.roofline(hardware, model, num_devices, **dict(self.constants))
 
     def hash(self) -> str:
-        """SHA-256 of the file, or of the names and all that is known of them."""
+        """SHA-256 of the file, or of all that an estimate follows from."""
         if self.profile is not None:
             return _hash_of(self.profile)
-        known = files("pagellm.sim.costs").joinpath("hardware.json").read_bytes()
-        return sha256(json.dumps(self.roofline).encode() + known).hexdigest()
+        return sha256(self._estimate.identity().encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,17 @@ from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.engine.scheduling.step_loop import StepEnd
 from pagellm.sim import MetricsCollector, Report, Simulator, Workload, synthesise
-from pagellm.sim.costs.roofline import Hardware, Model, RooflineCostModel
+from pagellm.sim.costs.decoder import Layers, Model
+from pagellm.sim.costs.devices import Hardware
+from pagellm.sim.costs.roofline import RooflineCostModel
 from pagellm.sim.simulator import _Replay
 from tests.conftest import at_most
 
 # A toy of which steps differ much in their length.
 COSTS = RooflineCostModel(
-    Hardware(1e9, 1e9, 1e8, 1e9, 1e7), Model(100_000, 2, 64, 4, 2, 16, 2, 2), step_overhead_s=1e-4
-)
+    Hardware(1e9, 1e12, 1e8, 1e9, 1e7), Model(100_000, 64, (Layers(2, 4, 2, 16, 256, 50_000),)),
+    step_overhead_s=1e-4, layer_overhead_s=0,
+)  # fmt: skip
 BLOCK_SIZE = 4
 SLO = {"ttft_s": 0.05, "tpot_s": 0.01}
 
@@ -211,7 +214,7 @@ def test_the_report_has_the_fields_that_it_says(tmp_path: Path) -> None:
     report = Simulator(config, COSTS).replay(synthesise(Workload(num_requests=5, prompt_len="fixed:9")))
     data = json.loads(report.to_json(tmp_path / "report.json"))
     assert json.loads((tmp_path / "report.json").read_text()) == data == report.data
-    assert (data["version"], data["kind"], data["model"]) == (1, "simulated", "roofline")
+    assert (data["version"], data["kind"], data["model"]) == (1, "simulated", COSTS.name)
     assert data["trace"] == "synthetic, seed 0"
     assert data["config"]["num_blocks"] == 40
     assert data["summary"]["goodput"] is None

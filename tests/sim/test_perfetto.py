@@ -131,7 +131,7 @@ def test_time_begins_at_zero_in_microseconds(log: Path, events: Events) -> None:
 
 def simulator(perfetto: Path, **options: Any) -> Simulator:
     config = EngineConfig(num_blocks=30, block_size=4, preemption="swap")
-    costs = CostModel.roofline("l4", "smollm2-135m", efficiency=1e-3)
+    costs = CostModel.roofline("l4", "smollm2-135m", product_flops=1e-3, product_bytes=1e-3)
     return Simulator(config, costs, perfetto=perfetto, skip_bad=True, **options)
 
 

@@ -12,8 +12,10 @@ from pagellm.__main__ import main
 from pagellm.engine import ConfigError, EngineConfig, LLMEngine, ProfileError
 from pagellm.sim import CostModel, PromptTokens, Simulator, Trace, TraceRequest
 from pagellm.sim.calibration.calibrate import calibrate
+from pagellm.sim.costs.decoder import Layers, Model
+from pagellm.sim.costs.devices import Hardware
 from pagellm.sim.costs.profile import ProfileCostModel
-from pagellm.sim.costs.roofline import Hardware, Model, RooflineCostModel
+from pagellm.sim.costs.roofline import RooflineCostModel
 from tests.conftest import model_path
 from tests.sim.test_calibrate import Clock
 
@@ -201,11 +203,8 @@ def test_a_run_is_cut_at_the_models_context_by_every_kind_of_step_times(tmp_path
     replay(trace, log, "--profile", str(real_log))
     assert decisions(log) == decisions(real_log)
 
-    tiny = Model(
-        num_parameters=10**6, num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16,
-        weight_bytes=2, kv_bytes=2, max_model_len=256,
-    )  # fmt: skip
-    device = Hardware(1e12, 1e9, 1e10, 1e9, 1e9)
+    tiny = Model(10**6, 64, (Layers(2, 4, 2, 16, 256, 50_000),), max_model_len=256)
+    device = Hardware(1e12, 4e9, 1e10, 1e9, 1e9)
     engine = LLMEngine(TINY, EngineConfig(max_num_seqs=2))
     profile = calibrate(engine, seconds=2.0, clock=Clock())
     engine.close()
@@ -235,7 +234,8 @@ def test_code_that_a_log_names_is_not_run(tmp_path: Path, capsys: pytest.Capture
 
 def test_other_settings_than_the_recorded_ones_are_said(tmp_path: Path) -> None:
     trace, log = write_trace(tmp_path / "t.jsonl", LONG), tmp_path / "run.jsonl"
-    replay(trace, log, "--roofline", "l4,smollm2-135m", "--num-blocks", "64")
+    step = "--max-num-seqs", "128", "--max-num-batched-tokens", "512"
+    replay(trace, log, "--roofline", "l4,smollm2-135m", "--num-blocks", "64", *step)
     costs = CostModel.load(log)
     with pytest.warns(UserWarning, match="recorded with max_num_seqs 128, replayed with max_num_seqs 4: dec"):
         Simulator(EngineConfig(max_num_seqs=4), costs).replay(Trace.load(trace))

@@ -19,7 +19,9 @@ function begin() {
       section("Over time", "drag to zoom, double-click for everything", timeline.element),
       section("Latency", "share of requests within a time; ITL: of gaps between tokens", distributions.element,
         several ? null : latencyTable(reports[0])),
-      section("Configuration", several ? "what differs comes first" : null, settings(entries))));
+      section("Configuration", several ? "what differs comes first" : null, settings(entries)),
+      ...entries.filter(({ report }) => report.constants?.length).map((entry) => section("Step times",
+        `estimated, not measured${several ? `; of ${entry.letter}` : ""}`, constantsTable(entry.report)))));
   const draw = () => {
     timeline.draw();
     distributions.draw();

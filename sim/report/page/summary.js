@@ -131,6 +131,14 @@ function settings(reports) {
   return [different.length ? list(different) : null, list(rows.filter((row) => !differs(row)))];
 }
 
+// The constants of estimated step times, each with whether it was assumed and where that is from.
+function constantsTable(report) {
+  const origins = { assumed: "assumed", device: "of this device", given: "given" };
+  const row = ({ name, value, origin, source }) => html("div", {}, html("dt", {}, name),
+    html("dd", {}, `${value} ${origins[origin]}${source ? `: ${source}` : ""}`));
+  return html("dl", { class: "constants" }, report.constants.map(row));
+}
+
 // A report's letter in its colour.
 const marker = (entry) =>
   html("span", { class: "marker", style: `--colour:${colour(entry.index)}`, title: entry.name }, entry.letter);

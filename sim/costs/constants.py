@@ -1,0 +1,146 @@
+"""The constants of estimated step times: what of the peak rates is reached, and what a step costs beside.
+
+Each has a default that was assumed for every device and model, and where that is from. They are the same for
+all, so where one is known better, of a device or of a server, it is better given.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from pagellm.engine.checks import LARGEST, SMALLEST, number
+from pagellm.engine.errors import ConfigError, found
+from pagellm.sim.costs.cost_model import CostConstant
+
+# Bytes of a number in each format, with the scales of a group: of 128 numbers (2 bytes and a zero point of
+# 4 bits) in int4, of 16 numbers (1 byte) in fp4.
+FORMATS = {"fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5 + 2.5 / 128, "fp4": 0.5 + 1 / 16}
+AUTO = "auto"
+_GIB = 2**30
+
+
+class Constant(NamedTuple):
+    """A number with its limits, and where its default is from."""
+
+    default: float
+    low: float
+    high: float
+    source: str
+
+
+def _share(default: float, source: str) -> Constant:
+    return Constant(default, SMALLEST, 1.0, source)
+
+
+def _amount(default: float, source: str) -> Constant:
+    return Constant(default, 0.0, LARGEST, source)
+
+
+CONSTANTS = {
+    "product_flops": _share(
+        0.8, "of the peak arithmetic, in products with weights: fits vLLM 0.15 on H100 and 0.19 on RTX 4090"
+    ),
+    "product_bytes": _share(
+        0.82, "of the memory's rate, in products with weights: BLIS measured it on H100; InferSim takes 0.8"
+    ),
+    "product_fill_tokens": _amount(
+        64, "whose arithmetic a product takes beside a step's own, to fill its pipelines and last tiles"
+    ),
+    "head_flops": _share(0.8, "as product_flops"),
+    "head_bytes": _share(0.82, "as product_bytes"),
+    "prefill_flops": _share(
+        0.5, "of the peak arithmetic, in attention of prefills: FlashAttention-2 50 to 73 % on A100 and 35 % "
+        "on H100, FlashAttention-3 up to 75 % on H100"
+    ),
+    "prefill_bytes": _share(0.82, "as product_bytes"),
+    "decode_flops": _share(0.5, "as prefill_flops"),
+    "decode_bytes": _share(0.8, "of the memory's rate, in attention of decodes: KV blocks lie apart"),
+    "vector_bytes": _share(0.82, "of the memory's rate, in norms, activation and sampling: as product_bytes"),
+    "link_bytes": _share(0.7, "of the links' rate, in exchanges among devices: large NCCL all-reduces"),
+    "step_overhead_s": _amount(
+        5e-4, "scheduling, launching and fetching tokens of a step: fits vLLM 0.15 on H100, 0.19 on RTX 4090"
+    ),
+    "layer_overhead_s": _amount(
+        1.2e-5, "starting the kernels of a layer from a CUDA graph, about ten: fits the same runs"
+    ),
+    "sequence_overhead_s": _amount(2e-6, "scheduling and sampling of a sequence: fits the same runs"),
+    "memory_utilization": _share(0.9, "of what a device's memory holds: vLLM's gpu_memory_utilization"),
+    "driver_bytes": _amount(
+        0.45 * _GIB, "of a device's memory that processes do not see: 79.6 GiB of an H100 are 79.2 to CUDA"
+    ),
+    "runtime_bytes": _amount(0.44 * _GIB, "of libraries and contexts on a device: vLLM 0.15 and 0.19"),
+    "exchange_bytes": _amount(
+        0.36 * _GIB, "of buffers on each of several devices: vLLM 0.15"
+    ),
+    "graph_bytes": _amount(0.0, "of CUDA graphs: vLLM before 0.21 has them outside of its share"),
+    "sampler_bytes": _amount(
+        24.0, "of a logit of each sequence, with its copies, sorted values and indices: vLLM's profiling run"
+    ),
+}  # fmt: skip
+
+
+class Constants:
+    """All constants of an estimate, some of them given, and the formats of weights and KV.
+
+    weights, kv: of `FORMATS`, or "auto": as a model's file has them, else bf16. given: names and values of
+    those that were given; of_device: the same of those which the hardware's entry has.
+    Raises `ConfigError` for what is none, or beyond its limits.
+    """
+
+    def __init__(
+        self, given: Mapping[str, Any] | None = None, of_device: Mapping[str, Any] | None = None
+    ) -> None:
+        self.given, self.of_device = dict(given or {}), dict(of_device or {})
+        self.formats = {"weights": AUTO, "kv": AUTO}
+        self._values = {name: constant.default for name, constant in CONSTANTS.items()}
+        for name, value in {**self.of_device, **self.given}.items():
+            if name in self.formats:
+                if value != AUTO and value not in FORMATS:
+                    raise ConfigError(f"{name}: found {found(value)}, expected {AUTO}, {', '.join(FORMATS)}")
+                self.formats[name] = value
+                continue
+            if name not in CONSTANTS:
+                expected = f"one of {', '.join((*self.formats, *CONSTANTS))}"
+                raise ConfigError(f"roofline: found {found(name)}, expected {expected}")
+            _, low, high, _ = CONSTANTS[name]
+            words = "a number above 0 and up to 1" if high == 1 else "a finite number from 0"
+            self._values[name] = number(name, value, low, high, error=ConfigError, expected=words)
+
+    def __getitem__(self, name: str) -> float:
+        return self._values[name]
+
+    @property
+    def assumed(self) -> list[str]:
+        """The names of those that neither was given nor is known of the device."""
+        return [name for name in CONSTANTS if name not in self.given and name not in self.of_device]
+
+    def _origin(self, name: str) -> Literal["assumed", "device", "given"]:
+        return "given" if name in self.given else "device" if name in self.of_device else "assumed"
+
+    def table(self) -> list[CostConstant]:
+        """Every constant with what is to be said of it."""
+        return [
+            {
+                "name": name,
+                "value": self._values[name],
+                "origin": self._origin(name),
+                "source": constant.source if name in self.assumed else "",
+            }
+            for name, constant in CONSTANTS.items()
+        ]
+
+
+def parse_constants(texts: Iterable[str]) -> dict[str, float | str]:
+    """Constants from texts such as "product_flops=0.6". Raises `ConfigError`."""
+    values: dict[str, float | str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"set-cost: found {found(text)}, expected key=value")
+        if name in values:
+            raise ConfigError(f"set-cost: {name}: found twice, expected one value")
+        try:
+            values[name] = float(value)
+        except ValueError:
+            values[name] = value
+    Constants(values)
+    return values

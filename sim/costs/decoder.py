@@ -1,0 +1,125 @@
+"""A decoder whose step times are estimated: its shape, by its name in hardware.json or from the model itself.
+
+A config.json or a GGUF file is read by the engine's own readers in a process of its own, because these load
+the compiler and a replay does not.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pagellm.engine import checks
+from pagellm.engine.errors import CheckpointError, ConfigError, found
+from pagellm.sim.costs.devices import known
+
+_MAX_MESSAGE = 600
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Layers of one kind, and how many there are of them.
+
+    window: tokens that a token sees, itself included; 0: all before it. num_norms: of whole hidden states.
+    product_parameters: numbers of the matrices of one layer.
+    """
+
+    count: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    product_parameters: int
+    gated: bool = True
+    window: int = 0
+    num_norms: int = 2
+
+    @property
+    def kv_numbers(self) -> int:
+        """Numbers of a token's keys and values in one layer."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Model:
+    """What of a decoder's shape matters for its time.
+
+    num_parameters: all numbers. vocab_size: rows of the embedding and of the output head. tied_embeddings:
+    whether the two are one matrix. max_model_len: tokens that it takes, None for no limit. layer_bytes,
+    head_bytes: of a number of the layers' matrices and of the head, where a file of weights says.
+    """
+
+    num_parameters: int
+    hidden_size: int
+    layers: tuple[Layers, ...]
+    vocab_size: int = 0
+    tied_embeddings: bool = True
+    max_model_len: int | None = None
+    layer_bytes: float | None = None
+    head_bytes: float | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """How many there are of all kinds."""
+        return sum(layer.count for layer in self.layers)
+
+    @property
+    def product_parameters(self) -> int:
+        """Numbers of the matrices of all layers."""
+        return sum(layer.count * layer.product_parameters for layer in self.layers)
+
+    @property
+    def head_parameters(self) -> int:
+        """Numbers of the output head, which multiplies only what is sampled from."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def window(self) -> int:
+        """Tokens that a token sees in the layer that sees the most, itself included; 0: all before it."""
+        windows = [layer.window for layer in self.layers]
+        return max(windows) if all(windows) else 0
+
+    def check_devices(self, num_devices: int) -> None:
+        """Raises `ConfigError` where so many devices cannot share each layer alike.
+
+        Each has whole heads, and whole KV heads or, where there are fewer of these, a copy of one.
+        """
+        for layer in self.layers:
+            heads, kv_heads = layer.num_heads, layer.num_kv_heads
+            if heads % num_devices or (kv_heads % num_devices and num_devices % kv_heads):
+                raise ConfigError(
+                    f"num_devices: found {num_devices} for {heads} heads and {kv_heads} KV heads, expected a "
+                    "number that divides the heads, and divides the KV heads or is a multiple of them"
+                )
+            if layer.intermediate_size % num_devices:
+                raise ConfigError(
+                    f"num_devices: found {num_devices}, expected a number that divides the "
+                    f"{layer.intermediate_size} columns of the feed-forward"
+                )
+
+
+def load_model(name: str) -> Model:
+    """A model by its name, or of a config.json, a directory that has one, or a GGUF file.
+
+    Raises `ConfigError` for what is none of them, and `CheckpointError` for what the engine's readers refuse.
+    """
+    models = known()["models"]
+    if name in models:
+        return _model(models[name])
+    if not checks.is_path(name) or not Path(name).exists():
+        expected = f"one of {', '.join(models)}, or the path of a config.json or a GGUF file"
+        raise ConfigError(f"models: found {found(name)}, expected {expected}")
+    command = [sys.executable, "-m", "pagellm.engine.models.shape", name]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        message = (done.stderr.strip().splitlines() or ["its shape cannot be read"])[-1]
+        raise CheckpointError(message[:_MAX_MESSAGE])
+    return _model(json.loads(done.stdout))
+
+
+def _model(shape: Mapping[str, Any]) -> Model:
+    values = {name: shape[name] for name in Model.__dataclass_fields__ if name in shape}
+    return Model(**values | {"layers": tuple(Layers(**layer) for layer in shape["layers"])})
