@@ -357,7 +357,7 @@ def test_a_configuration_that_the_engine_refuses_is_one_error(tmp_path: Path) ->
     with pytest.raises(CheckpointError, match=r"model_type: found 'mystery', expected an architecture"):
         CostModel.roofline("l4", written(tmp_path / "config.json", model_type="mystery"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"empty: no weights, expected model.safetensors or model"):
+    with pytest.raises(CheckpointError, match=r"config.json: not found; expected a Hugging"):
         CostModel.roofline("l4", str(tmp_path / "empty"))
 
 
