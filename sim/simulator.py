@@ -236,19 +236,22 @@ class _Replay:
                 yield self._arrival(0.0, request)
 
     def _arrival(self, now: float, request: TraceRequest) -> Event:
+        """A client sends a request; the front end has it for a while."""
         self._num_arrivals += 1
-        return (now, EventKind.ARRIVAL, self._num_arrivals, request)
+        reached_s = now + self._cost_model.frontend_s
+        return (reached_s, EventKind.ARRIVAL, self._num_arrivals, (now, request))
 
-    def _arrive(self, now: float, request: TraceRequest) -> Event | None:
-        """A request reaches the replica that the router chooses."""
+    def _arrive(self, now: float, subject: tuple[float, TraceRequest]) -> Event | None:
+        """A request reaches the replica that the router chooses; it counts as arrived since it was sent."""
+        sent_s, request = subject
         sequence = self._new_sequence(request)
         replica = self._replicas[0]
         if len(self._replicas) > 1:
             replica = self._replicas[self._router.choose(sequence, self._replicas)]
-        replica.inbox.append((now, sequence, request))
+        replica.inbox.append((sent_s, sequence, request))
         replica.unfinished.add(sequence)
         if self._simulator.timeout_s is not None:
-            timeout = now + self._simulator.timeout_s
+            timeout = max(now, sent_s + self._simulator.timeout_s)
             heappush(self._events, (timeout, EventKind.TIMEOUT, sequence.seq_id, (replica, sequence)))
         if self._simulator.clients is None:
             upcoming = next(self._requests, None)

@@ -63,6 +63,7 @@ CONSTANTS = {
         1.2e-5, "starting the kernels of a layer from a CUDA graph, about ten: fits the same runs"
     ),
     "sequence_overhead_s": _amount(2e-6, "scheduling and sampling of a sequence: fits the same runs"),
+    "frontend_s": _amount(0.0, "HTTP and tokenizer before the engine: none, as where an engine is measured"),
     "memory_utilization": _share(0.9, "of what a device's memory holds: vLLM's gpu_memory_utilization"),
     "driver_bytes": _amount(
         0.45 * _GIB, "of a device's memory that processes do not see: 79.6 GiB of an H100 are 79.2 to CUDA"

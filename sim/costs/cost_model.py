@@ -62,13 +62,15 @@ class CostModel(ABC):
 
     name: what the times come from, for reports. costs: what preemption is expected to cost in the step to
     come, for the scheduler. error: of a profile's times, None where nothing was held against them.
-    place: the file that it is from. max_model_len: tokens that the model takes, if that is known. window: of
-    the model, if that is known: see `EngineConfig`.
+    frontend_s: seconds from a client's sending to an engine's having a request. place: the file that it is
+    from. max_model_len: tokens that the model takes, if that is known. window: of the model, if that is
+    known: see `EngineConfig`.
     """
 
     name: str
     costs = PreemptionCosts()
     error: StepTimeError | None = None
+    frontend_s: float = 0.0
     place: str | None = None
     max_model_len: int | None = None
     window: int | None = None

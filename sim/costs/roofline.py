@@ -81,6 +81,7 @@ class RooflineCostModel(CostModel):
             self._exchange_sample_s = model.vocab_size * _STATE_BYTES * (n - 1) / n / link
         self._overhead_s = c["step_overhead_s"] + model.num_layers * c["layer_overhead_s"]
         self._sequence_overhead_s = c["sequence_overhead_s"]
+        self.frontend_s = c["frontend_s"]
         self._copy_block_s = 0.0
         self._attention: list[tuple[int, float, float, float]] = []
         self._set_windows(0)

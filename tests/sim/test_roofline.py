@@ -16,7 +16,7 @@ from pagellm.engine.checkpoints import open_checkpoint
 from pagellm.engine.models import read_spec
 from pagellm.engine.scheduling.batch import PreemptionCosts
 from pagellm.engine.scheduling.block_manager import Transfer, TransferKind
-from pagellm.sim import CostModel, Simulator, Trace, load_report
+from pagellm.sim import CostModel, Simulator, Trace, TraceRequest, load_report
 from pagellm.sim.costs.constants import CONSTANTS, FORMATS
 from pagellm.sim.costs.decoder import Layers, Model, load_model
 from pagellm.sim.costs.devices import Hardware, known, load_hardware
@@ -210,6 +210,26 @@ def test_a_small_chunk_is_no_better_for_the_first_token() -> None:
     assert times[0] > times[2]
 
 
+@pytest.mark.parametrize("clients", [None, 1])
+def test_a_front_end_delays_what_a_client_sees_of_the_first_token(clients: int | None) -> None:
+    # Each alone: they neither wait for each other nor share a step.
+    requests = [TraceRequest(arrival_time=100.0 * n, output_len=3, prompt_len=50 + n) for n in range(3)]
+    trace = Trace(lambda: iter(requests))
+    plain, delayed = (
+        Simulator(
+            EngineConfig(), CostModel.roofline("l4", "smollm2-135m", frontend_s=seconds), clients=clients
+        )
+        .replay(trace)
+        .summary
+        for seconds in (0.0, 0.25)
+    )
+    for name in ("ttft_s", "queue_s", "e2e_s"):
+        assert delayed[name]["mean"] == pytest.approx(plain[name]["mean"] + 0.25)  # type: ignore[literal-required]
+    assert delayed["tpot_s"]["mean"] == pytest.approx(plain["tpot_s"]["mean"])
+    waits = 1 if clients is None else 3
+    assert delayed["duration_s"] == pytest.approx(plain["duration_s"] + waits * 0.25)
+
+
 def test_the_known_machines_and_models_have_sources() -> None:
     data = known()
     assert all(entry["source"] for kind in data.values() for entry in kind.values())
@@ -370,7 +390,7 @@ def test_the_command_takes_files_and_constants_and_says_which_are_assumed(
     command += ["--set-cost", "step_overhead_s=0.25", "--report", str(page), "-o", str(report)]
     assert main(command) == 0
     shown = capsys.readouterr().out
-    assert "step times    estimated; 19 of 20 constants are assumed, not measured" in shown
+    assert "step times    estimated; 20 of 21 constants are assumed, not measured" in shown
     data = load_report(report).data
     assert data["model"].endswith(
         "config.json on 2 x l4, roofline of assumed constants, with kv=fp8, step_overhead_s=0.25"
