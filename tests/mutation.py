@@ -419,13 +419,6 @@ BUGS = (
         "rest.extend(self.followers(block))",
     ),
     Bug(
-        "a block that was forgotten is still listed as a follower",
-        CACHE,
-        "PrefixCache.remove",
-        "self._followers.remove(block, self._before[block])",
-        "pass",
-    ),
-    Bug(
         "forgotten blocks are taken last",
         MANAGER,
         "BlockManager._evict",
