@@ -95,7 +95,7 @@ class Constants:
         self._values = {name: constant.default for name, constant in CONSTANTS.items()}
         for name, value in {**self.of_device, **self.given}.items():
             if name in self.formats:
-                if value != AUTO and value not in FORMATS:
+                if not isinstance(value, str) or value not in (AUTO, *FORMATS):
                     raise ConfigError(f"{name}: found {found(value)}, expected {AUTO}, {', '.join(FORMATS)}")
                 self.formats[name] = value
                 continue

@@ -329,6 +329,7 @@ def test_an_estimate_that_cannot_be_is_refused(arguments: tuple[Any, ...], messa
         ({"efficency": 0.5}, "roofline: found 'efficency', expected one of weights, kv, product_flops"),
         ({"weights": "fp6"}, "weights: found 'fp6', expected auto, fp16, bf16, fp8, int8, int4, fp4"),
         ({"kv": 8.0}, "kv: found 8.0, expected auto, fp16"),
+        ({"kv": ["fp8"]}, r"kv: found \['fp8'\], expected auto, fp16"),
     ],
 )
 def test_a_bad_constant_is_refused_by_name(given: dict[str, Any], message: str) -> None:
