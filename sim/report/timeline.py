@@ -80,7 +80,8 @@ class Timeline:
         last = int(end / width)
         for index in range(int(start / width), last + 1):
             begin = max(start, index * width)
-            yield self.buckets[index], (end if index == last else (index + 1) * width) - begin
+            seconds = (end if index == last else (index + 1) * width) - begin
+            yield self.buckets[index], max(seconds, 0.0)  # a border may round to before the start
 
     def sampled(self, sums: str) -> list[float]:
         """The mean of the samples that a field of each bucket sums up, or of those of a bucket before."""
