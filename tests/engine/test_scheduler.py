@@ -10,7 +10,7 @@ from pagellm.engine.errors import RequestError
 from pagellm.engine.requests.outputs import FinishReason
 from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.scheduling.batch import Admitted, Preempted, Preemption, PreemptionCosts, ScheduledBatch
-from pagellm.engine.scheduling.block_manager import BlockManager, Transfer, TransferKind
+from pagellm.engine.scheduling.block_manager import Transfer, TransferKind
 from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
 from tests.conftest import output_of
@@ -23,11 +23,7 @@ _ids = iter(range(10**9))
 def scheduler(**settings: Any) -> Scheduler:
     """Blocks of 4 tokens, 16 of them, 16 tokens a step, unless the test says otherwise."""
     defaults = {"block_size": 4, "num_blocks": 16, "max_num_batched_tokens": 16}
-    config = EngineConfig(**defaults | settings).complete()
-    manager = BlockManager(
-        config.num_blocks, config.block_size, config.enable_prefix_caching, config.num_swap_blocks
-    )
-    return Scheduler(config, manager)
+    return Scheduler.with_blocks(EngineConfig(**defaults | settings).complete())
 
 
 def prompt(num_tokens: int, first: int = 0) -> list[int]:
@@ -820,6 +816,17 @@ def test_auto_does_what_was_measured_to_be_cheaper(
     costs = PreemptionCosts(recompute_token_s, swap_block_s)
     recompute_s, swap_s = 8 * recompute_token_s, 4 * swap_block_s
     assert s.schedule(costs=costs).preempted == [Preempted(b, by, b, 8, recompute_s, swap_s)]
+
+
+def test_a_swap_costs_what_the_blocks_cost_that_a_window_still_holds() -> None:
+    s = scheduler(num_blocks=5, window=4, policy="priority", preemption="auto", num_swap_blocks=4)
+    a, b = add(s, prompt(8)), add(s, prompt(8, 20), priority=5)
+    step(s)
+    c = add(s, prompt(4, 40))
+    assert step(s) == [(a, 1, True), (b, 1, True), (c, 4, True)]
+    # The first of the victim's three blocks has been given back: two go out and in.
+    batch = s.schedule(costs=PreemptionCosts(recompute_token_s=1.0, swap_block_s=1.0))
+    assert batch.preempted == [Preempted(b, Preemption.SWAP, c, 9, recompute_s=9.0, swap_s=4.0)]
 
 
 def test_aborting_one_that_is_swapped_out_gives_back_its_blocks_there() -> None:
