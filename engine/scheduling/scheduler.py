@@ -300,7 +300,8 @@ class Scheduler:
             self.running.append(sequence)
             num_cached = len(prefix) * self.block_manager.block_size
             if not sequence.was_admitted:
-                sequence.was_admitted, sequence.num_cached_tokens = True, num_cached
+                sequence.was_admitted = True
+                sequence.num_cached_tokens = min(num_cached, sequence.num_prompt_tokens)
             batch.admitted.append(Admitted(sequence, was, num_cached))
             budget -= self._schedule_chunk(sequence, batch, budget, limits)
 

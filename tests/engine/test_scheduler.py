@@ -691,6 +691,19 @@ def test_what_a_fork_had_of_the_cache_is_no_more_than_it_shares() -> None:
     assert (b.num_cached_tokens, c.num_cached_tokens) == (3, 8)
 
 
+def test_what_a_completion_had_of_the_cache_is_no_more_than_its_prompt() -> None:
+    """It first comes in with outputs of its own, which another that drew the same left in the cache."""
+    s = scheduler(max_num_seqs=1)
+    a, b = add_with_forks(s, prompt(3), 1)
+    s.commit(schedule(s), [[50, 50], [50, 50]])
+    assert (a.num_tokens, b.num_tokens) == (5, 5)
+    while a.finish_reason is None:
+        step(s, EOS if a.num_tokens > 5 else 50)
+    [admitted] = schedule(s).admitted
+    assert (admitted.sequence, admitted.num_cached_tokens) == (b, 4)
+    assert b.num_cached_tokens == 3
+
+
 @pytest.mark.parametrize(
     ("tokens", "params"),
     [

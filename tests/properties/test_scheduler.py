@@ -619,7 +619,7 @@ class Driver:
             in_order = (rules.may_be_next(s, waiting[i:], status) for i, s in enumerate(waiting))
             assert all(in_order), "the queue is out of order"
         for sequence in alive:
-            assert sequence.num_cached_tokens <= sequence.num_tokens
+            assert sequence.num_cached_tokens <= sequence.num_prompt_tokens
             parent = rules.begins_like.get(sequence.seq_id)
             assert parent is None or sequence in self.main.sequences[parent].forks
         is_sound = rules.is_known or rules.policy.rpartition(":")[2].startswith("Whimsical")
