@@ -143,6 +143,7 @@ class Simulator:
             model=self.cost_model.name,
             extrapolated=self.cost_model.extrapolated,
             profile_error=self.cost_model.error,
+            fit=self.cost_model.fit,
             constants=self.cost_model.constants_table(),
             config=self.config,
             load={

@@ -147,7 +147,7 @@ def _cost_model(options: argparse.Namespace) -> CostModel:
 
 
 def _replay_for_real(trace: Trace, options: argparse.Namespace) -> Report:
-    for name in ("profile", "roofline", "set_cost", "clients", "timeout_s", "accept_profile_error"):
+    for name in ("profile", "roofline", "set_cost", "costs", "clients", "timeout_s", "accept_profile_error"):
         if getattr(options, name):
             raise ConfigError(
                 f"{_flag(name)}: not with --real, which serves at arrival times on this machine"

@@ -86,7 +86,7 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def add_roofline(choice: "argparse._ActionsContainer", parser: "argparse._ActionsContainer") -> None:
-    """Adds --roofline, which may be one of a choice, and --set-cost."""
+    """Adds --roofline, which may be one of a choice, --set-cost and --costs."""
     choice.add_argument(
         "--roofline", metavar="HARDWARE,MODEL[,N]",
         help="estimated step times of N devices: HARDWARE is a name in hardware.json or a file of that form; "
@@ -97,12 +97,16 @@ def add_roofline(choice: "argparse._ActionsContainer", parser: "argparse._Action
         help=f"a constant of --roofline; may be given repeatedly: weights and kv ({', '.join(FORMATS)}), or "
         f"one of {', '.join(CONSTANTS)}",
     )  # fmt: skip
+    parser.add_argument(
+        "--costs", metavar="FILE", help="constants of --roofline that `pagellm fit` has written"
+    )
 
 
 def cost_source(options: argparse.Namespace) -> CostSource:
     """What step times come from, of the options of a command. Raises `ConfigError`."""
     roofline = None if options.roofline is None else parse_roofline(options.roofline)
-    return CostSource(options.profile, roofline, tuple(parse_constants(options.set_cost).items()))
+    constants = tuple(parse_constants(options.set_cost).items())
+    return CostSource(options.profile, roofline, constants, options.costs)
 
 
 def parse_roofline(text: str) -> tuple[str, str, int]:

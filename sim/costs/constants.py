@@ -83,17 +83,21 @@ class Constants:
     """All constants of an estimate, some of them given, and the formats of weights and KV.
 
     weights, kv: of `FORMATS`, or "auto": as a model's file has them, else bf16. given: names and values of
-    those that were given; of_device: the same of those which the hardware's entry has.
+    those that were given; fitted: of those that were fitted to a recorded run; of_device: of those which the
+    hardware's entry has. The former go before the latter.
     Raises `ConfigError` for what is none, or beyond its limits.
     """
 
     def __init__(
-        self, given: Mapping[str, Any] | None = None, of_device: Mapping[str, Any] | None = None
+        self,
+        given: Mapping[str, Any] | None = None,
+        of_device: Mapping[str, Any] | None = None,
+        fitted: Mapping[str, Any] | None = None,
     ) -> None:
-        self.given, self.of_device = dict(given or {}), dict(of_device or {})
+        self.given, self.fitted, self.of_device = dict(given or {}), dict(fitted or {}), dict(of_device or {})
         self.formats = {"weights": AUTO, "kv": AUTO}
         self._values = {name: constant.default for name, constant in CONSTANTS.items()}
-        for name, value in {**self.of_device, **self.given}.items():
+        for name, value in {**self.of_device, **self.fitted, **self.given}.items():
             if name in self.formats:
                 if not isinstance(value, str) or value not in (AUTO, *FORMATS):
                     raise ConfigError(f"{name}: found {found(value)}, expected {AUTO}, {', '.join(FORMATS)}")
@@ -111,11 +115,15 @@ class Constants:
 
     @property
     def assumed(self) -> list[str]:
-        """The names of those that neither was given nor is known of the device."""
-        return [name for name in CONSTANTS if name not in self.given and name not in self.of_device]
+        """The names of those that were neither given nor fitted, and are not known of the device."""
+        return [name for name in CONSTANTS if self._origin(name) == "assumed"]
 
-    def _origin(self, name: str) -> Literal["assumed", "device", "given"]:
-        return "given" if name in self.given else "device" if name in self.of_device else "assumed"
+    def _origin(self, name: str) -> Literal["assumed", "device", "fitted", "given"]:
+        if name in self.given:
+            return "given"
+        if name in self.fitted:
+            return "fitted"
+        return "device" if name in self.of_device else "assumed"
 
     def table(self) -> list[CostConstant]:
         """Every constant with what is to be said of it."""
@@ -124,7 +132,7 @@ class Constants:
                 "name": name,
                 "value": self._values[name],
                 "origin": self._origin(name),
-                "source": constant.source if name in self.assumed else "",
+                "source": constant.source if self._origin(name) == "assumed" else "",
             }
             for name, constant in CONSTANTS.items()
         ]

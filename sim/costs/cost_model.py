@@ -44,16 +44,35 @@ class StepTimeError(TypedDict):
     num_steps: int
 
 
+FIT_METRICS = ("throughput", "ttft", "tpot", "e2e")
+
+
+class FitError(TypedDict):
+    """How far replays with fitted constants are from a recorded run, on the part that was not fitted to.
+
+    run: its name. num_fitted, num_scored: requests. The others: simulated / measured - 1, of means; None
+    where the run does not say.
+    """
+
+    run: str
+    num_fitted: int
+    num_scored: int
+    throughput: Signed | None
+    ttft: Signed | None
+    tpot: Signed | None
+    e2e: Signed | None
+
+
 class CostConstant(TypedDict):
     """A constant of estimated step times.
 
-    origin: assumed for every device and model, known of the device, or given. source: where what was assumed
-    is from; else empty.
+    origin: assumed for every device and model, known of the device, fitted to a recorded run, or given.
+    source: where what was assumed is from; else empty.
     """
 
     name: str
     value: float
-    origin: Literal["assumed", "device", "given"]
+    origin: Literal["assumed", "device", "fitted", "given"]
     source: str
 
 
@@ -61,7 +80,8 @@ class CostModel(ABC):
     """Prices steps.
 
     name: what the times come from, for reports. costs: what preemption is expected to cost in the step to
-    come, for the scheduler. error: of a profile's times, None where nothing was held against them.
+    come, for the scheduler. error: of a profile's times, None where nothing was held against them. fit: of
+    constants that were fitted to a recorded run.
     frontend_s: seconds from a client's sending to an engine's having a request. place: the file that it is
     from. max_model_len: tokens that the model takes, if that is known. window: of the model, if that is
     known: see `EngineConfig`.
@@ -70,6 +90,7 @@ class CostModel(ABC):
     name: str
     costs = PreemptionCosts()
     error: StepTimeError | None = None
+    fit: FitError | None = None
     frontend_s: float = 0.0
     place: str | None = None
     max_model_len: int | None = None
@@ -97,18 +118,24 @@ class CostModel(ABC):
 
     @staticmethod
     def roofline(
-        hardware: str, model: str, num_devices: int = 1, **constants: float | str
+        hardware: str,
+        model: str,
+        num_devices: int = 1,
+        *,
+        costs: str | os.PathLike[str] | None = None,
+        **constants: float | str,
     ) -> "RooflineCostModel":
         """The estimate of a model on so many devices, by the rates of the hardware.
 
         hardware: a name in hardware.json, or a JSON file like an entry of it. model: a name there, a
-        config.json, a directory that has one, or a GGUF file. constants: any of `constants.CONSTANTS`, and
-        the formats of weights and kv. Raises `ConfigError`, and `CheckpointError` for a model that the
+        config.json, a directory that has one, or a GGUF file. costs: a file of fitted constants, see
+        fitted.py. constants: any of `constants.CONSTANTS`, and the formats of weights and kv; they go before
+        fitted ones. Raises `ConfigError`, and `CheckpointError` for a model that the
         engine refuses.
         """
         from pagellm.sim.costs.roofline import RooflineCostModel
 
-        return RooflineCostModel.of_names(hardware, model, num_devices, **constants)
+        return RooflineCostModel.of_names(hardware, model, num_devices, costs=costs, **constants)
 
     def settings(self, given: Mapping[str, Any]) -> EngineConfig:
         """The engine's settings: those given, else those of the run that was recorded, else the defaults.

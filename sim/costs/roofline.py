@@ -5,6 +5,7 @@ computes a prompt and decodes beside it takes the time of both, as on a device.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -17,6 +18,7 @@ from pagellm.sim.costs.constants import AUTO, FORMATS, Constants
 from pagellm.sim.costs.cost_model import CostConstant, CostModel, shape_of
 from pagellm.sim.costs.decoder import Layers, Model, load_model
 from pagellm.sim.costs.devices import Hardware, load_hardware
+from pagellm.sim.costs.fitted import FittedCosts, read_costs
 
 # Hidden states, logits that are exchanged, and norms are in 16 bits; so are embedding and head, which
 # quantizers leave alone.
@@ -37,7 +39,8 @@ class RooflineCostModel(CostModel):
         vectors             norms, rotation, activation and sampling: traffic alone
         communication       a ring all-reduce after attention and after the feed-forward, and of the logits
 
-    and an overhead a step, a layer and a sequence. given: constants by name, of `Constants`.
+    and an overhead a step, a layer and a sequence. fitted: constants with how far they are off. given:
+    constants by name, of `Constants`.
     Raises `ConfigError`.
     """
 
@@ -48,12 +51,15 @@ class RooflineCostModel(CostModel):
         num_devices: int = 1,
         *,
         name: str = "roofline",
+        fitted: FittedCosts | None = None,
         **given: float | str,
     ) -> None:
         integer("num_devices", num_devices, 1, error=ConfigError)
         model.check_devices(num_devices)
-        self.constants = c = Constants(given, hardware.constants)
+        self.constants = c = Constants(given, hardware.constants, fitted and fitted.constants)
         self.name = name + _words(c)
+        if fitted is not None:
+            self.fit = fitted.error
         self.max_model_len, self.window = model.max_model_len, model.window or None
         self._hardware, self._model, self._num_devices = hardware, model, num_devices
         self._choose_formats()
@@ -93,12 +99,20 @@ class RooflineCostModel(CostModel):
 
     @classmethod
     def of_names(
-        cls, hardware: str, model: str, num_devices: int = 1, **given: float | str
+        cls,
+        hardware: str,
+        model: str,
+        num_devices: int = 1,
+        *,
+        costs: str | os.PathLike[str] | None = None,
+        **given: float | str,
     ) -> "RooflineCostModel":
         """The estimate of a device and a decoder by their names or files. Raises as those that load them."""
         Constants(given)
+        fitted = None if costs is None else read_costs(costs)
         device, decoder = load_hardware(hardware), load_model(model)
-        return cls(device, decoder, num_devices, name=name_of(hardware, model, num_devices), **given)
+        name = name_of(hardware, model, num_devices)
+        return cls(device, decoder, num_devices, name=name, fitted=fitted, **given)
 
     def _choose_formats(self) -> None:
         """Bytes of weights and KV, by the formats asked for."""
@@ -196,7 +210,7 @@ class RooflineCostModel(CostModel):
     def identity(self) -> str:
         """All that its times follow from, as JSON."""
         parts = asdict(self._hardware), asdict(self._model), self._num_devices, self.constants.formats
-        return json.dumps([*parts, self.constants_table()])
+        return json.dumps([*parts, self.constants_table(), self.fit])
 
     def _free_bytes(self, config: EngineConfig) -> float:
         """Of one device: what weights, libraries and the largest step leave for KV blocks.
@@ -227,8 +241,10 @@ def _short(name: str) -> str:
 def _words(constants: Constants) -> str:
     """What a name says of constants: whether they were assumed, and those that were given."""
     given = [f"{name}={value}" for name, value in constants.given.items()]
-    assumed = " of assumed constants" if constants.assumed else " of given constants"
-    return assumed + (f", with {', '.join(given)}" if given else "")
+    origin = " of assumed constants" if constants.assumed else " of given constants"
+    if constants.fitted:
+        origin = f" of {len(constants.fitted)} fitted constants"
+    return origin + (f", with {', '.join(given)}" if given else "")
 
 
 def _vector_numbers(layer: Layers, hidden_size: int, num_devices: int) -> float:

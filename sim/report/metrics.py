@@ -11,7 +11,7 @@ from pagellm.engine.errors import ConfigError, found
 from pagellm.engine.scheduling.batch import Preemption
 from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.step_loop import StepListener
-from pagellm.sim.costs.cost_model import CostConstant, StepTimeError
+from pagellm.sim.costs.cost_model import CostConstant, FitError, StepTimeError
 from pagellm.sim.quantiles import Exact, LogHistogram
 from pagellm.sim.report.collected import Collected, ReplicaListener
 from pagellm.sim.report.schema import (
@@ -83,6 +83,7 @@ class MetricsCollector:
         wall_s: float,
         extrapolated: int = 0,
         profile_error: StepTimeError | None = None,
+        fit: FitError | None = None,
         constants: Iterable[CostConstant] = (),
     ) -> Report:
         """What the replay of a trace gave, when it is over; see schema.py for what is what."""
@@ -95,6 +96,7 @@ class MetricsCollector:
                 "model": model,
                 "extrapolated": extrapolated,
                 "profile_error": profile_error,
+                "fit": fit,
                 "constants": list(constants),
                 "config": asdict(config),
                 "load": load,

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from pagellm.engine import checks
 from pagellm.engine.errors import ReportError
-from pagellm.sim.costs.cost_model import CostConstant, StepTimeError
+from pagellm.sim.costs.cost_model import FIT_METRICS, CostConstant, FitError, StepTimeError
 from pagellm.sim.report.schema import Goodput, Load, Report, Summary, check_report
 
 # What a replay returned, or the JSON of one.
@@ -91,6 +91,7 @@ def to_text(report: AnyReport) -> str:
         ("", f"{report['kind']} on {_name(report['model'], _WIDTH - 13)}"),
         *(("step times", words) for words in profile_error_text(report.profile_error)),
         *(("step times", words) for words in constants_text(report.get("constants", []))),
+        *(("", words) for words in fit_text(report.fit)),
         *_extrapolated(report.get("extrapolated", 0), summary["num_steps"]),
         ("load", _load(load)),
         ("requests", f"{summary['num_requests']:,}: {counts}"),
@@ -131,6 +132,20 @@ def constants_text(constants: Sequence[CostConstant]) -> Iterator[str]:
     if constants:
         num_assumed = sum(constant["origin"] == "assumed" for constant in constants)
         yield f"estimated; {num_assumed} of {len(constants)} constants are assumed, not measured"
+
+
+def fit_text(fit: FitError | None) -> Iterator[str]:
+    """How far fitted constants are off on the part of a run that was held out, in words."""
+    if fit is not None:
+        shown = {name: fit[name] for name in FIT_METRICS}  # type: ignore[literal-required]
+        errors = (
+            f"{_NAMES.get(f'{name}_s', name)} {100 * value:+.1f} %"
+            for name, value in shown.items()
+            if value is not None
+        )
+        run = _name(fit["run"].replace("\\", "/").rsplit("/", 1)[-1], 30)
+        yield f"fitted to {fit['num_fitted']:,} requests of {run}; error on the"
+        yield f"{fit['num_scored']:,} others: {', '.join(errors) or 'not known'}"
 
 
 def _extrapolated(count: int, num_steps: int) -> Iterator[tuple[str, str]]:
@@ -190,6 +205,7 @@ def compare(a: AnyReport, b: AnyReport) -> str:
     lines = [f"{name}: {_name(report.title, _WIDTH - 3)}" for name, report in (("a", a), ("b", b))]
     for name, report in (("a", a), ("b", b)):
         lines += [f"{name}: step times {words}" for words in profile_error_text(report.profile_error)]
+        lines += [f"{name}: {' '.join(words)}" for words in [list(fit_text(report.fit))] if words]
     lines += ["", f"{'':<24}{'a':>16}{'b':>16}   b is"]
     for group, metrics in groupby(METRICS, lambda metric: metric.group):
         rows = [(metric, metric.value(a), metric.value(b)) for metric in metrics]
@@ -224,7 +240,7 @@ def compare_json(a: AnyReport, b: AnyReport) -> str:
         for metric in METRICS
     ]
     names = {
-        side: {name: report.get(name) for name in ("trace", "model", "kind", "profile_error")}
+        side: {name: report.get(name) for name in ("trace", "model", "kind", "profile_error", "fit")}
         for side, report in (("a", a), ("b", b))
     }
     return json.dumps({"version": 1, **names, "metrics": metrics}, allow_nan=False)

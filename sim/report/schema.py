@@ -13,6 +13,7 @@ from typing import (
     Literal,
     NotRequired,
     TypedDict,
+    Union,
     cast,
     get_args,
     get_origin,
@@ -22,7 +23,7 @@ from typing import (
 
 from pagellm.engine import checks
 from pagellm.engine.errors import ReportError
-from pagellm.sim.costs.cost_model import CostConstant, Signed, StepTimeError
+from pagellm.sim.costs.cost_model import CostConstant, FitError, Signed, StepTimeError
 from pagellm.sim.fields import read_json
 from pagellm.sim.quantiles import Distribution
 
@@ -157,9 +158,9 @@ class ReportData(TypedDict):
     """A report as JSON.
 
     trace: its name. skipped: line and message of its first bad records, which were left out. model: what step
-    times come from. profile_error: null where nothing is known of it. constants: of estimated step times;
-    none of measured ones. extrapolated: look-ups of step times outside of what was measured. config: every
-    field of `EngineConfig`.
+    times come from. profile_error, fit: null where nothing is known of it. constants: of estimated step
+    times; none of measured ones. extrapolated: look-ups of step times outside of what was measured. config:
+    every field of `EngineConfig`.
     """
 
     version: Literal[1]
@@ -169,6 +170,7 @@ class ReportData(TypedDict):
     model: str
     extrapolated: NotRequired[int]
     profile_error: NotRequired[StepTimeError | None]
+    fit: NotRequired[FitError | None]
     constants: NotRequired[list[CostConstant]]
     config: dict[str, str | bool | float | None]
     load: Load
@@ -204,6 +206,11 @@ class Report(Mapping[str, Any]):
     def profile_error(self) -> StepTimeError | None:
         """How far the profile's step times were from measured ones, None where that is not known."""
         return self.data.get("profile_error")
+
+    @property
+    def fit(self) -> FitError | None:
+        """How far constants that were fitted to a recorded run are off, None where none were."""
+        return self.data.get("fit")
 
     @property
     def title(self) -> str:
@@ -260,7 +267,7 @@ def _check(source: str, place: str, value: Any, hint: Any) -> None:
         for index, item in enumerate(value):
             _check(source, f"{place}[{index}]", item, get_args(hint)[0])
         return
-    choices = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    choices = get_args(hint) if _is_union(hint) else (hint,)
     shape = next(filter(is_typeddict, choices), None)
     if shape is None:
         if not _is(value, hint):
@@ -278,6 +285,11 @@ def _check(source: str, place: str, value: Any, hint: Any) -> None:
         _check(source, f"{place}.{name}" if place else name, value.get(name, _MISSING), inner)
 
 
+def _is_union(hint: Any) -> bool:
+    """Whether a type is one of several; one of annotated types is of another kind."""
+    return isinstance(hint, UnionType) or get_origin(hint) is Union
+
+
 def _is(value: Any, hint: Any) -> bool:
     """Whether a value of JSON is of a type."""
     origin, arguments = get_origin(hint), get_args(hint)
@@ -288,7 +300,7 @@ def _is(value: Any, hint: Any) -> bool:
         return _is(value, list[float]) and len(value) in lengths and value == sorted(value)
     if origin is Literal:
         return any(type(value) is type(choice) and value == choice for choice in arguments)
-    if isinstance(hint, UnionType):
+    if _is_union(hint):
         return any(_is(value, choice) for choice in arguments)
     if origin is list:
         return isinstance(value, list) and all(_is(item, arguments[0]) for item in value)
@@ -312,7 +324,7 @@ def _words(hint: Any) -> str:
         return "a finite number"
     if origin is Literal:
         return " or ".join(map(json.dumps, arguments))
-    if isinstance(hint, UnionType):
+    if _is_union(hint):
         *others, last = [names[choice] if choice in names else _words(choice) for choice in arguments]
         return f"{', '.join(others)}, or {last}"
     if origin is list:

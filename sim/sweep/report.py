@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pagellm.sim.report.report import METRICS, number_text, profile_error_text, seconds_text, write_page
+from pagellm.sim.report.report import (
+    METRICS,
+    fit_text,
+    number_text,
+    profile_error_text,
+    seconds_text,
+    write_page,
+)
 from pagellm.sim.sweep.capacity import HIGHEST, LOWEST
 from pagellm.sim.sweep.file import Point
 from pagellm.sim.sweep.grid import Limit, Settings
@@ -27,6 +34,7 @@ def to_text(result: SweepResult) -> str:
     """Tables for the terminal: the grid, and the capacities where they were searched."""
     lines = [_printable(result.trace), f"simulated on {_printable(result.cost_model)}"]
     lines += [f"step times: {words}" for words in profile_error_text(result.profile_error)]
+    lines += fit_text(result.fit)
     lines += _left_out(result.points)
     if result.slo is not None:
         limits = (f"{limit.name} {seconds_text(limit.seconds)}" for limit in result.slo.limits)
@@ -40,8 +48,8 @@ def to_text(result: SweepResult) -> str:
 def to_json(result: SweepResult) -> str:
     """The whole result as one JSON object.
 
-    version, trace, cost_model, profile_error (as in a report), slo (seconds by name, or null), grid (values
-      by key)
+    version, trace, cost_model, profile_error and fit (as in a report), slo (seconds by name, or null), grid
+      (values by key)
     points: settings, summary, extrapolated, error, slo_holds; null where there is none
     capacities: null, or for each point settings, status, error, rate_factor (the highest at which the SLO
       holds), fails_at (the lowest at which it does not), requests_per_s, range and probes, which are points
@@ -102,6 +110,7 @@ def _to_dict(result: SweepResult) -> dict[str, Any]:
         "trace": result.trace,
         "cost_model": result.cost_model,
         "profile_error": result.profile_error,
+        "fit": result.fit,
         "slo": None if result.slo is None else result.slo.to_dict(),
         "grid": result.grid.axes,
         "points": [point(p) for p in result.points],

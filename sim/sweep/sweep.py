@@ -22,7 +22,7 @@ from pagellm.engine.checks import integer
 from pagellm.engine.config import usable_cores
 from pagellm.engine.errors import ConfigError, PagellmError
 from pagellm.engine.user_policy import import_policy
-from pagellm.sim.costs.cost_model import CostModel, StepTimeError
+from pagellm.sim.costs.cost_model import CostModel, FitError, StepTimeError
 from pagellm.sim.costs.roofline import RooflineCostModel
 from pagellm.sim.sweep.capacity import Bracket, search
 from pagellm.sim.sweep.file import Identity, Point, ResultsFile
@@ -77,12 +77,13 @@ class CostSource:
     """Step times by where they come from: the file of a profile or step log, or an estimate.
 
     roofline: hardware, model and number of devices as in `CostModel.roofline`. constants: those that are
-    given to it, names and values.
+    given to it, names and values. costs: a file of fitted ones.
     """
 
     profile: str | None = None
     roofline: tuple[str, str, int] | None = None
     constants: tuple[tuple[str, float | str], ...] = ()
+    costs: str | None = None
 
     def __post_init__(self) -> None:
         if (self.profile is None) == (self.roofline is None):
@@ -90,6 +91,8 @@ class CostSource:
             raise ConfigError(f"cost model: found {found} of profile and roofline, expected one")
         if self.constants and self.roofline is None:
             raise ConfigError(f"set-cost: found {self.constants[0][0]} without --roofline, expected none")
+        if self.costs is not None and self.roofline is None:
+            raise ConfigError(f"costs: found {self.costs} without --roofline, expected none")
 
     def load(self) -> CostModel:
         """Raises `ProfileError` and `ConfigError`."""
@@ -102,7 +105,7 @@ class CostSource:
         """Kept, and taken along to other processes: to read a model's shape takes a second."""
         assert self.roofline is not None
         hardware, model, num_devices = self.roofline
-        return CostModel.roofline(hardware, model, num_devices, **dict(self.constants))
+        return CostModel.roofline(hardware, model, num_devices, costs=self.costs, **dict(self.constants))
 
     def hash(self) -> str:
         """SHA-256 of the file, or of all that an estimate follows from."""
@@ -139,7 +142,8 @@ class Capacity:
 class SweepResult:
     """All points of a grid in its order; capacities likewise, None if they were not asked for.
 
-    profile_error: how far the profile's step times were from measured ones; None where that is not known.
+    profile_error: how far the profile's step times were from measured ones; fit: the same of constants that
+    were fitted; None where that is not known.
     """
 
     trace: str
@@ -149,6 +153,7 @@ class SweepResult:
     points: list[Point]
     capacities: list[Capacity] | None = None
     profile_error: StepTimeError | None = None
+    fit: FitError | None = None
 
 
 @dataclass(frozen=True)
@@ -204,7 +209,7 @@ class Sweep:
     def _result(
         self, identity: Identity, points: list[Point], capacities: list[Capacity] | None = None
     ) -> SweepResult:
-        error = _load_costs(self.costs).error
+        costs = _load_costs(self.costs)
         return SweepResult(
             identity.trace,
             identity.cost_model,
@@ -212,7 +217,8 @@ class Sweep:
             self.slo,
             points,
             capacities,
-            error,
+            costs.error,
+            costs.fit,
         )
 
     def _checked(self) -> Identity:

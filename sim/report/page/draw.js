@@ -62,6 +62,15 @@ function profileErrorWords(error) {
   return `step times off by ${FORMATS.share(error.mean)} on average, 9 of 10 within ${FORMATS.share(error.p90)}; ${bias}`;
 }
 
+// How far constants that were fitted to a recorded run are off on the rest of it.
+function fitWords(fit) {
+  if (!fit) return null;
+  const errors = [["throughput", "throughput"], ["ttft", "TTFT"], ["tpot", "TPOT"], ["e2e", "E2E"]]
+    .filter(([name]) => fit[name] !== null)
+    .map(([name, label]) => `${label} ${signedPercent(100 * fit[name])}`);
+  return `fitted to ${fit.num_fitted} requests of ${fit.run.split("/").pop()}; error on the ${fit.num_scored} others: ${errors.join(", ") || "not known"}`;
+}
+
 // A moment on the time axis, as exact as a step of so many seconds needs.
 function clock(time, step) {
   const digits = step < 1 ? Math.min(6, Math.ceil(-Math.log10(step) - 1e-9)) : 0;

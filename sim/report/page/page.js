@@ -49,7 +49,7 @@ function header(report) {
     html("p", { class: "kind" }, `pagellm · ${report.kind} replay`),
     html("h1", {}, report.trace),
     html("p", { class: "subtitle" },
-      [report.model, profileErrorWords(report.profile_error), loadWords(load),
+      [report.model, profileErrorWords(report.profile_error), fitWords(report.fit), loadWords(load),
         `policy ${report.config.policy ?? NONE}`].filter(Boolean).join(" · ")));
 }
 
@@ -61,7 +61,7 @@ function comparisonHeader(entries) {
     html("h1", {}, traces.length === 1 ? traces[0] : `${traces.length} traces`),
     html("ul", { class: "reports" }, entries.map((entry) => html("li", {}, marker(entry),
       html("span", {}, [distinction(entry.report, reports) || "no setting differs",
-        profileErrorWords(entry.report.profile_error)].filter(Boolean).join(" · "))))));
+        profileErrorWords(entry.report.profile_error), fitWords(entry.report.fit)].filter(Boolean).join(" · "))))));
 }
 
 function loadWords(load) {

@@ -133,7 +133,7 @@ function settings(reports) {
 
 // The constants of estimated step times, each with whether it was assumed and where that is from.
 function constantsTable(report) {
-  const origins = { assumed: "assumed", device: "of this device", given: "given" };
+  const origins = { assumed: "assumed", device: "of this device", fitted: "fitted", given: "given" };
   const row = ({ name, value, origin, source }) => html("div", {}, html("dt", {}, name),
     html("dd", {}, `${value} ${origins[origin]}${source ? `: ${source}` : ""}`));
   return html("dl", { class: "constants" }, report.constants.map(row));

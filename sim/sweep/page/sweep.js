@@ -187,7 +187,7 @@ function begin() {
     html("header", {},
       html("p", { class: "kind" }, `pagellm · sweep of ${grouped(data.points.length)} points`),
       html("h1", {}, data.trace),
-      html("p", { class: "subtitle" }, [data.cost_model, profileErrorWords(data.profile_error),
+      html("p", { class: "subtitle" }, [data.cost_model, profileErrorWords(data.profile_error), fitWords(data.fit),
         limits.length ? `SLO ${limits.join(", ")}` : null]
         .filter(Boolean).join(" · "))),
     html("main", {},

@@ -1,0 +1,1 @@
+"""Constants of estimated step times, fitted to a recorded run of a server, and how far they are off."""

@@ -1,0 +1,269 @@
+"""Constants fitted to a recorded run: the run is replayed with them, and they are moved until it agrees.
+
+What is held against each other are the figures of one half of the run: the logarithms of simulated over
+measured, each weighed by how well a simulation can hit it. A constant is moved in logarithms as well, and
+held to its default by a weak spring, so that one of which a run says nothing stays where it was. The search
+is Levenberg's and Marquardt's, with derivatives by differences, from the defaults and from slower constants:
+a derivative does not see beyond the point where arithmetic takes over from traffic. Nothing in it is random.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pagellm.engine.errors import ConfigError, found
+from pagellm.sim.costs.constants import CONSTANTS, Constants
+from pagellm.sim.costs.cost_model import FIT_METRICS, FitError
+from pagellm.sim.costs.decoder import Model, load_model
+from pagellm.sim.costs.devices import Hardware, load_hardware
+from pagellm.sim.costs.fitted import FittedCosts
+from pagellm.sim.costs.roofline import RooflineCostModel
+from pagellm.sim.fit.recorded_run import Experiment, Half, RecordedRun, Served, figures
+from pagellm.sim.simulator import Simulator
+from pagellm.sim.traces.trace import Trace
+
+MIN_CONSTANTS, MAX_CONSTANTS = 2, 6
+# The error of a figure that weighs as much as a constant that is off by a factor of e.
+# A half's throughput is decided by whichever request ends last, and of a quantile by a few.
+_TOLERANCES = {"throughput": 0.03, "ttft": 0.04, "tpot": 0.01, "e2e": 0.03}
+_QUANTILE_TOLERANCE = 4.0  # times that of the mean
+_SPRING = 2.0  # how many factors of e a constant may be off before it weighs
+_STEP = 0.05  # of a logarithm, for derivatives: steps of a replay are too coarse for a small one
+_MAX_ROUNDS = 6
+_SLOWER = 0.5  # of a logarithm, where the second search begins
+_ENOUGH = 1e-2  # of the sum of squares: no round that brings less is followed by another
+
+
+class Fit:
+    """Constants for a run, found by `search`.
+
+    hardware, model: names or files, as in `CostModel.roofline`. constants: names of those that are fitted;
+    none: as fits the run. given: constants that are held. settings: of the engine, beside those that the run
+    has. progress: called with the number of replays so far. Raises `ConfigError` and `CheckpointError`.
+    """
+
+    def __init__(
+        self,
+        run: RecordedRun,
+        hardware: str,
+        model: str,
+        num_devices: int = 1,
+        *,
+        constants: Sequence[str] = (),
+        given: Mapping[str, float | str] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self._run, self._given, self._settings = run, dict(given or {}), dict(settings or {})
+        self._names = hardware, model, num_devices
+        self._hardware, self._model = load_hardware(hardware), load_model(model)
+        self.constants = tuple(constants) or tuple(
+            name for name in _default_constants(run, num_devices) if name not in self._given
+        )
+        _check_constants(self.constants, self._given)
+        self._progress = progress
+        self._num_replays = 0
+        self._start = Constants(self._given, self._hardware.constants)
+
+    def search(self) -> FittedCosts:
+        """The constants, and their error on what was held out. Raises `ConfigError` and `TraceError`."""
+        fitted = [one for one in self._run.experiments if one.fitted is not None]
+        if not fitted:
+            raise ConfigError(f"{self._run.path}: found one stage, expected two or more: one is to be scored")
+
+        def residuals(point: Sequence[float]) -> list[float]:
+            values = self._values(point)
+            off: list[float] = []
+            for one in fitted:
+                off += _differences(self.replay(one, values), one.fitted)
+            return off + [x / _SPRING for x in point]
+
+        slower = [-_SLOWER if CONSTANTS[name].high == 1 else _SLOWER for name in self.constants]
+        starts = [0.0] * len(slower), slower
+        point, _ = min(
+            (_levenberg_marquardt(residuals, start) for start in starts), key=lambda found: found[1]
+        )
+        values = self._values(point)
+        return FittedCosts(values, self.score(values), *self._names)
+
+    def score(self, values: Mapping[str, float | str]) -> FitError:
+        """The error of constants on the half that is scored, each figure the mean over experiments."""
+        off: dict[str, list[float]] = {name: [] for name in FIT_METRICS}
+        for one in self._run.experiments:
+            if one.scored is not None:
+                errors = relative_errors(self.replay(one, values), one.scored)
+                for name, error in errors.items():
+                    if name in off:
+                        off[name].append(error)
+        means = {name: sum(errors) / len(errors) if errors else None for name, errors in off.items()}
+        return {
+            "run": self._run.path,
+            "num_fitted": self._run.num_fitted,
+            "num_scored": self._run.num_scored,
+            **means,  # type: ignore[typeddict-item]
+        }
+
+    def replay(self, experiment: Experiment, values: Mapping[str, float | str]) -> list[Served]:
+        """An experiment simulated with constants."""
+        costs = cost_model(self._hardware, self._model, self._names[2], {**values, **self._given})
+        served = replayed(experiment, costs, self._settings)
+        self._num_replays += 1
+        if self._progress is not None:
+            self._progress(self._num_replays)
+        return served
+
+    def _values(self, point: Sequence[float]) -> dict[str, float | str]:
+        """Constants at a point: factors of their defaults, within their limits."""
+        values: dict[str, float | str] = {}
+        for name, x in zip(self.constants, point, strict=True):
+            limits = CONSTANTS[name]
+            start = self._start[name] or _TYPICAL.get(name, 1.0)
+            values[name] = min(max(start * math.exp(x), limits.low), limits.high)
+        return values
+
+
+# Where a search begins of a constant whose default is 0.
+_TYPICAL = {"frontend_s": 0.005, "graph_bytes": 2.0**30}
+
+
+def cost_model(
+    hardware: Hardware, model: Model, num_devices: int, values: Mapping[str, float | str]
+) -> RooflineCostModel:
+    """The estimate with constants."""
+    return RooflineCostModel(hardware, model, num_devices, name="fit", fitted=None, **values)
+
+
+def replayed(
+    experiment: Experiment, costs: RooflineCostModel, settings: Mapping[str, Any] | None = None
+) -> list[Served]:
+    """An experiment simulated, its requests in order. settings: of the engine, before those of the run."""
+    requests = experiment.requests
+    config = costs.settings({**experiment.settings, **(settings or {})})
+    if config.max_model_len is None and costs.max_model_len is not None:
+        longest = max((one.prompt_len or 0) + one.output_len for one in requests)
+        if longest > costs.max_model_len:
+            raise ConfigError(
+                f"{experiment.name}: found a request of {longest} tokens, expected at most "
+                f"{costs.max_model_len}, the context of this model"
+            )
+    served: dict[int, Served] = {}
+    with TemporaryDirectory() as folder:
+        results = Path(folder) / "results.jsonl"
+        Simulator(config, costs, results=results).replay(Trace(lambda: iter(requests), experiment.name))
+        with results.open(encoding="utf-8") as lines:
+            for line in lines:
+                record = json.loads(line)
+                position = int(record["id"])
+                served[position] = Served(
+                    record["arrival_s"],
+                    record["prompt_tokens"],
+                    record["output_tokens"],
+                    record["first_token_s"],
+                    record["last_token_s"],
+                )
+    return [served[position] for position in range(len(requests))]
+
+
+def relative_errors(simulated: Sequence[Served], half: Half) -> dict[str, float]:
+    """Simulated / measured - 1 of each figure that was measured."""
+    found_ = figures([simulated[position] for position in half.positions])
+    return {
+        name: found_[name] / measured - 1
+        for name, measured in half.measured.items()
+        if name in found_ and measured > 0
+    }
+
+
+def _differences(simulated: Sequence[Served], half: Half | None) -> list[float]:
+    """Logarithms of simulated over measured, weighed."""
+    assert half is not None
+    off = []
+    for name, error in relative_errors(simulated, half).items():
+        metric, _, quantile = name.partition("_")
+        tolerance = _TOLERANCES[metric] * (_QUANTILE_TOLERANCE if quantile else 1.0)
+        off.append(math.log(max(1 + error, 1e-9)) / tolerance)
+    return off
+
+
+def _default_constants(run: RecordedRun, num_devices: int) -> list[str]:
+    """What a run says most of: products by arithmetic and traffic, attention's traffic, what a step costs.
+
+    Where a client took the times also what was before the engine, and of several devices their links.
+    """
+    names = ["product_flops", "product_bytes", "decode_bytes", "step_overhead_s"]
+    if num_devices > 1:
+        names.append("link_bytes")
+    if run.at_client:
+        names.append("frontend_s")
+    return names
+
+
+def _check_constants(names: Sequence[str], given: Mapping[str, float | str]) -> None:
+    for name in names:
+        if name not in CONSTANTS:
+            raise ConfigError(f"constants: found {found(name)}, expected some of {', '.join(CONSTANTS)}")
+        if name in given:
+            raise ConfigError(f"constants: found {name}, which is given, expected one that is to be fitted")
+    if len(set(names)) != len(names) or not MIN_CONSTANTS <= len(names) <= MAX_CONSTANTS:
+        raise ConfigError(
+            f"constants: found {', '.join(names) or 'none'}, expected {MIN_CONSTANTS} to {MAX_CONSTANTS} "
+            "different ones"
+        )
+
+
+_Residuals = Callable[[Sequence[float]], list[float]]
+
+
+def _levenberg_marquardt(residuals: _Residuals, start: Sequence[float]) -> tuple[list[float], float]:
+    """The nearest such point, and the sum there."""
+    size = len(start)
+    point, off = list(start), residuals(start)
+    best, damping = _square(off), 1e-2
+    for _ in range(_MAX_ROUNDS):
+        columns = []
+        for place in range(size):
+            moved = list(point)
+            moved[place] += _STEP
+            columns.append([(b - a) / _STEP for a, b in zip(off, residuals(moved), strict=True)])
+        before = best
+        for _ in range(4):
+            step = _solve(columns, off, damping)
+            length = max(map(abs, step))
+            shorten = min(1.0, 1.0 / length) if length else 1.0
+            moved = [x + shorten * dx for x, dx in zip(point, step, strict=True)]
+            tried = residuals(moved)
+            if _square(tried) < best:
+                point, off, best = moved, tried, _square(tried)
+                damping = max(damping / 4, 1e-6)
+                break
+            damping *= 8
+        if before - best <= _ENOUGH * before:
+            break
+    return point, best
+
+
+def _square(values: Iterable[float]) -> float:
+    return sum(value * value for value in values)
+
+
+def _solve(columns: Sequence[Sequence[float]], off: Sequence[float], damping: float) -> list[float]:
+    """The step of least squares, by Gauss's elimination of the damped normal equations."""
+    size = len(columns)
+    rows = []
+    for i, column in enumerate(columns):
+        row = [sum(a * b for a, b in zip(column, other, strict=True)) for other in columns]
+        row[i] *= 1 + damping
+        rows.append([*row, -sum(a * b for a, b in zip(column, off, strict=True))])
+    for i in range(size):
+        pivot = max(range(i, size), key=lambda r: abs(rows[r][i]))
+        rows[i], rows[pivot] = rows[pivot], rows[i]
+        if not rows[i][i]:
+            continue  # nothing depends on it
+        for r in range(size):
+            if r != i:
+                factor = rows[r][i] / rows[i][i]
+                rows[r] = [a - factor * b for a, b in zip(rows[r], rows[i], strict=True)]
+    return [row[-1] / row[i] if row[i] else 0.0 for i, row in enumerate(rows)]
