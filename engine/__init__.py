@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pagellm.engine.llm_engine import LLMEngine
     from pagellm.engine.requests.outputs import CompletionOutput, FinishReason, Metrics, RequestOutput
     from pagellm.engine.requests.sampling_params import SamplingParams
+    from pagellm.engine.requests.structured import StructuredOutputs
     from pagellm.engine.scheduling.policies import SchedulingPolicy
 
 _MODULES = {
@@ -30,6 +31,7 @@ _MODULES = {
     "LLMEngine": "llm_engine",
     "EngineConfig": "config",
     "SamplingParams": "requests.sampling_params",
+    "StructuredOutputs": "requests.structured",
     "BeamSearchParams": "beam_search",
     "SchedulingPolicy": "scheduling.policies",
     "RequestOutput": "requests.outputs",
@@ -66,6 +68,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "SchedulingPolicy",
+    "StructuredOutputs",
     "TraceError",
 ]
 

@@ -1,6 +1,6 @@
 """A request under way: the sequence of each of its completions, and the output that grows with it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pagellm.engine.grammar.state import GrammarState
 from pagellm.engine.requests.outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprob
 from pagellm.engine.requests.reasoning import Piece
 from pagellm.engine.requests.stopping import StopChecker
@@ -23,7 +24,8 @@ class Completion:
     `take_back` takes away, to be computed and taken over again.
 
     special_texts: what the special tokens say, which may be left out of the text. arrival_s: on the clock of
-    all times here. thinking: None where nobody asks which of it is a thought.
+        all times here. thinking: None where nobody asks which of it is a thought. new_grammar: gives the state in
+    which an output, or where thoughts are told apart an answer, begins; None where it has no form.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Completion:
         special_texts: Mapping[int, str],
         arrival_s: float,
         thinking: Thinking | None = None,
+        new_grammar: Callable[[], GrammarState] | None = None,
     ) -> None:
         params = sequence.sampling_params
         self.sequence = sequence
@@ -42,13 +45,42 @@ class Completion:
         self._hidden_texts = special_texts if params.skip_special_tokens else {}
         self._arrival_s = arrival_s
         self._thinking = thinking
+        self._new_grammar = new_grammar
         self._num_tokens = 0
         self._begin_text()
 
     @property
     def forced_token(self) -> int | None:
         """The token that comes next, whatever would be sampled; None if that is free."""
-        return None if self._thoughts is None else self._thoughts.forced_token
+        forced = None if self._thoughts is None else self._thoughts.forced_token
+        grammar = self.grammar
+        if forced is None and grammar is not None and grammar.forced:
+            return grammar.forced[0]
+        return forced
+
+    @property
+    def grammar(self) -> GrammarState | None:
+        """What the next token must obey; None where it is free."""
+        grammar = self._grammar
+        if grammar is None or grammar.has_begun or self._thoughts is None or not self._thoughts.is_thinking:
+            return grammar
+        return None
+
+    def with_forced(self, token_id: int) -> list[int]:
+        """The token that the sequence gets in a step, and those behind it that no others can take the place of.
+
+        Where log-probabilities are wanted each takes a step of its own, for they are the model's.
+        """
+        grammar = self.grammar
+        if grammar is None or self.output.logprobs is not None:
+            return [token_id]
+        token_ids = [token_id]
+        grammar.append(token_id)
+        while grammar.forced and not (self._thoughts is not None and not grammar.has_begun):
+            token_ids.append(grammar.forced[0])
+            grammar.append(grammar.forced[0])
+        self._num_ahead = len(token_ids)
+        return token_ids
 
     def admitted(self, num_cached_tokens: int, time_s: float) -> None:
         """Takes note that its first chunk enters a step, on the engine's clock."""
@@ -79,7 +111,10 @@ class Completion:
         output = self.output
         finish_reason = self.sequence.finish_reason if is_last else None
         output.token_ids.append(token_id)
-        stop_string = self._add_text(token_id, len(output.token_ids), finish_reason is not None)
+        is_complete = self._follow(token_id)
+        stop_string = self._add_text(
+            token_id, len(output.token_ids), finish_reason is not None or is_complete
+        )
         if stop_string is not None:
             output.stop_reason = stop_string
             return FinishReason.STOP
@@ -87,6 +122,8 @@ class Completion:
             if finish_reason is FinishReason.STOP:
                 output.stop_reason = token_id
             return finish_reason
+        if is_complete:
+            return FinishReason.STOP
         output.text = self._stop.safe_text
         self._tell_thoughts()
         self._num_tokens = len(output.token_ids)
@@ -115,6 +152,7 @@ class Completion:
         self._drop_tokens()
         self._begin_text()
         for number, token_id in enumerate(self.output.token_ids, 1):
+            self._follow(token_id)
             self._add_text(token_id, number)
         return self.sequence.num_prompt_tokens + self._num_tokens
 
@@ -132,9 +170,22 @@ class Completion:
             self._tokenizer, skip_special_tokens=params.skip_special_tokens, continues=True
         )
         self._stop = StopChecker(params)
-        self._thoughts = None
+        self._grammar = None if self._new_grammar is None else self._new_grammar()
+        self._num_ahead = 0  # tokens that the grammar's state has taken already
+        self._thoughts: ThoughtTracker | None = None
         if self._thinking is not None:
             self._thoughts = ThoughtTracker(self._thinking, params.thinking_token_budget)
+
+    def _follow(self, token_id: int) -> bool:
+        """Takes the grammar's state behind a token; returns whether nothing can follow it."""
+        grammar = self.grammar
+        if grammar is None:
+            return False
+        if self._num_ahead:
+            self._num_ahead -= 1
+        else:
+            grammar.append(token_id)
+        return grammar.is_complete and not self._num_ahead
 
     def _add_text(self, token_id: int, number: int, is_last: bool = False) -> str | None:
         """Adds what a token gives to the text; returns the stop string that this completed, if any."""

@@ -3,10 +3,12 @@
 Whether there is room for it is the scheduler's business.
 """
 
+import math
 import random
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from typing import Any
 
@@ -16,6 +18,8 @@ from pagellm.engine import checks
 from pagellm.engine.checks import flag
 from pagellm.engine.completion import Completion, Request
 from pagellm.engine.errors import RequestError, found
+from pagellm.engine.grammar.compiler import Grammar, GrammarCompiler
+from pagellm.engine.grammar.state import GrammarState
 from pagellm.engine.requests.outputs import RequestOutput
 from pagellm.engine.requests.prompts import Prompt, read_prompt
 from pagellm.engine.requests.sampling_params import SamplingParams
@@ -27,13 +31,17 @@ from pagellm.engine.tokenizer import Tokenizer
 class Intake:
     """Takes in requests for one model.
 
-    vocab_size: the ids that the model takes. reasoning_markers: as in `EngineConfig`.
+    vocab_size: the ids that the model takes. reasoning_markers: as in `EngineConfig`. grammars: compiles the
+    forms that requests ask for.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, reasoning_markers: str) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, reasoning_markers: str, grammars: GrammarCompiler
+    ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._reasoning_markers = reasoning_markers
+        self._grammars = grammars
         self._eos_token_ids = frozenset(tokenizer.eos_token_ids)
         self._special_texts = {
             token_id: tokenizer.decode([token_id], continues=True) for token_id in tokenizer.special_ids
@@ -71,13 +79,16 @@ class Intake:
         if params.seed is None:
             params = replace(params, seed=random.getrandbits(63))
         thinking = self._thinking(params, token_ids, is_separate, in_thought)
+        new_grammar = None
+        if params.form is not None:
+            new_grammar = self._new_grammar(self._grammars.compile(params.form), params, thinking)
         output = RequestOutput(request_id, text, token_ids, [], params)
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None] * len(token_ids)
         request = Request(output, arrival_s)
         for index in range(params.n):
             own_params = params.of_completion(index)
-            request.add(self._new_completion(request, index, own_params, wants_logits, thinking))
+            request.add(self._new_completion(request, index, own_params, wants_logits, thinking, new_grammar))
         if wants_logits:
             request.logits = np.zeros((len(token_ids), self._vocab_size), np.float32)
         return request
@@ -109,6 +120,7 @@ class Intake:
         params: SamplingParams,
         wants_logits: bool,
         thinking: Thinking | None,
+        new_grammar: Callable[[], GrammarState] | None,
     ) -> Completion:
         sequence = Sequence(
             next(self._seq_ids),
@@ -118,7 +130,19 @@ class Intake:
             reads_cache=not wants_logits and params.prompt_logprobs is None,
             request_id=request.output.request_id,
         )
-        return Completion(index, sequence, self._tokenizer, self._special_texts, request.arrival_s, thinking)
+        return Completion(
+            index, sequence, self._tokenizer, self._special_texts, request.arrival_s, thinking, new_grammar
+        )
+
+    def _new_grammar(
+        self, grammar: Grammar, params: SamplingParams, thinking: Thinking | None
+    ) -> Callable[[], GrammarState]:
+        """What gives the state in which an output of this form begins."""
+        never = [token_id for token_id in self._eos_token_ids if params.ignore_eos]
+        banned = frozenset(token_id for token_id, bias in params.bias.items() if bias == -math.inf)
+        may_think = thinking is not None and thinking.is_separate and not thinking.in_thought
+        opening = thinking.thoughts.opening_ids if thinking is not None and may_think else []
+        return partial(GrammarState, grammar, never, banned, opening)
 
     def _thinking(
         self, params: SamplingParams, token_ids: list[int], is_separate: bool, in_thought: bool | None

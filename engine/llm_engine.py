@@ -20,6 +20,8 @@ from pagellm.engine.completion import Completion, Request
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import EngineError, RequestError, found, is_from_outside
 from pagellm.engine.execution.model_runner import RunnerOutput, Wishes
+from pagellm.engine.grammar.compiler import GrammarCompiler
+from pagellm.engine.grammar.state import GrammarError, GrammarState, begin_masks
 from pagellm.engine.intake import Intake
 from pagellm.engine.loading import EngineParts, load_engine
 from pagellm.engine.measured_costs import MeasuredCosts
@@ -27,6 +29,7 @@ from pagellm.engine.progress import say
 from pagellm.engine.requests.outputs import FinishReason, RequestOutput
 from pagellm.engine.requests.prompts import Prompt
 from pagellm.engine.requests.sampling_params import SamplingParams
+from pagellm.engine.requests.structured import StructuredOutputs
 from pagellm.engine.scheduling.batch import Preemption, PreemptionCosts, ScheduledBatch
 from pagellm.engine.scheduling.block_manager import TransferKind
 from pagellm.engine.scheduling.sequence import Sequence, SequenceError
@@ -83,7 +86,10 @@ class LLMEngine:
         if parts.step_log is not None:
             self._step_log = LiveStepLog(self.loop, parts.step_log, parts.config)
         self._costs = MeasuredCosts(parts.costs)
-        self._intake = Intake(parts.tokenizer, parts.spec.vocab_size, parts.config.reasoning_markers)
+        self._grammars = GrammarCompiler(parts.tokenizer, parts.spec.vocab_size, parts.config.num_threads)
+        self._intake = Intake(
+            parts.tokenizer, parts.spec.vocab_size, parts.config.reasoning_markers, self._grammars
+        )
         self.generation_defaults = dict(parts.generation_defaults)
         self.default_sampling_params = SamplingParams(**self.generation_defaults)
         shared = [name for name in ("step_log", "swap_dir") if getattr(self.config, name) is not None]
@@ -100,6 +106,14 @@ class LLMEngine:
     def thoughts(self) -> Thoughts | None:
         """How the model's thoughts are written; None if none are known."""
         return self._intake.thoughts
+
+    def compile_form(self, form: StructuredOutputs) -> None:
+        """Compiles the form of a request to come, which takes a while at first, and remembers it.
+
+        Raises `RequestError` for one that cannot be had. Does not wait for calls of other threads.
+        """
+        self._check_usable("compile_form")
+        self._grammars.compile(form)
 
     @property
     def costs(self) -> PreemptionCosts:
@@ -230,6 +244,7 @@ class LLMEngine:
                 self._abort(request_id)
             self.turns.refusal = "is closed"
         self.runner.close()
+        self._grammars.close()
         if self._step_log is not None:
             self._step_log.close()
 
@@ -295,6 +310,7 @@ class LLMEngine:
         for sequence, token_ids in zip(sampled, result.token_ids, strict=True):
             if not token_ids:
                 self.loop.abort(sequence, FinishReason.ERROR)
+        self._add_forced(sampled, result)
         self.loop.end(batch, result.token_ids, self.now(), transfer_s=transfer_s)
         outputs = self._outputs(batch.sequences, sampled, result)
         self.changing = False
@@ -354,13 +370,29 @@ class LLMEngine:
         wishes = {}
         for sequence in chain(batch.sequences, *batch.forks.values()):
             request, completion = self._by_seq_id[sequence.seq_id]
-            forced = completion.forced_token
-            if request.logits is not None or forced is not None:
-                wishes[sequence.seq_id] = Wishes(logits=request.logits is not None, forced=forced)
+            forced, grammar = completion.forced_token, completion.grammar
+            mask = None
+            if grammar is not None and forced is None:
+                try:
+                    mask = grammar.mask()
+                except GrammarError as error:
+                    raise SequenceError(sequence) from error
+            if request.logits is not None or forced is not None or mask is not None:
+                wishes[sequence.seq_id] = Wishes(request.logits is not None, mask, forced)
         start = time.perf_counter()
         result = self.runner.run(batch, wishes)
         self._costs.note_step(batch.num_tokens, len(batch.sequences), time.perf_counter() - start)
         return result
+
+    def _add_forced(self, sampled: list[Sequence], result: RunnerOutput) -> None:
+        """Gives constrained sequences the tokens that must follow the ones they got."""
+        for index, sequence in enumerate(sampled):
+            under_way = self._by_seq_id.get(sequence.seq_id)
+            if under_way is not None and sequence.sampling_params.structured and result.token_ids[index]:
+                try:
+                    result.token_ids[index] = under_way[1].with_forced(result.token_ids[index][0])
+                except GrammarError as error:
+                    raise SequenceError(sequence) from error
 
     def _note_admissions(self, batch: ScheduledBatch) -> None:
         now = self.now()
@@ -374,6 +406,7 @@ class LLMEngine:
     ) -> list[RequestOutput]:
         now = self.now()
         changed: dict[str, RequestOutput] = {}
+        constrained: list[GrammarState] = []
         if result.prompt_logprobs or result.logits:
             for sequence in computed:
                 request, _ = self._by_seq_id[sequence.seq_id]
@@ -406,6 +439,9 @@ class LLMEngine:
             if reason is not None:
                 self.loop.abort(sequence, reason)  # unless its tokens have ended it
                 self._finish(request, completion, reason)
+            elif completion.grammar is not None:
+                constrained.append(completion.grammar)
+        begin_masks(self._grammars.masks, constrained)
         return list(changed.values())
 
     def _end_failed(self, sequence: Sequence, error: BaseException) -> RequestOutput:

@@ -63,6 +63,14 @@ class Thoughts:
             self._ids_of_text[text] = self._spelled(text)
         return self._ids_of_text[text]
 
+    @cached_property
+    def opening_ids(self) -> list[int]:
+        """The tokens that open a thought, where that is said; none where no tokens spell it."""
+        try:
+            return self._spelled(self._markers.start) if self._markers.start else []
+        except RequestError:
+            return []
+
     def begin_at_end_of(self, token_ids: Sequence[int]) -> bool:
         """Whether a prompt from a chat template opens a thought: it ends with the start marker."""
         text = self._tokenizer.decode(token_ids[-_MOST_TOKENS_OF_MARKER:]).rstrip()
@@ -127,6 +135,11 @@ class ThoughtTracker:
     def forced_token(self) -> int | None:
         """The token that comes next, whatever would be sampled; None if that is free."""
         return self._forced[0] if self._forced else None
+
+    @property
+    def is_thinking(self) -> bool:
+        """Whether a thought is open."""
+        return self._parser.is_thinking
 
     @property
     def reasoning(self) -> str | None:

@@ -4,7 +4,7 @@ import numpy as np
 
 from pagellm.kernels.activation import softcap
 from pagellm.kernels.jit import kernel
-from pagellm.kernels.sampling import has_softmax, log_sum_exp, penalize, sample, top_tokens
+from pagellm.kernels.sampling import apply_mask, has_softmax, log_sum_exp, penalize, sample, top_tokens
 
 
 @kernel
@@ -50,6 +50,8 @@ def answer_row(arch, outputs, row, logits, scratch, counts):
         )  # fmt: skip
     for i in range(outputs.bias_start[row], outputs.bias_start[row + 1]):
         logits[outputs.bias_ids[i]] += outputs.bias_values[i]
+    if wanted.mask_row >= 0:
+        apply_mask(logits, size, outputs.masks[wanted.mask_row])
     token = sample(
         logits, size, np.float32(wanted.temperature), wanted.top_k, wanted.top_p, np.float32(wanted.min_p),
         np.uint64(wanted.seed), np.uint64(wanted.position), scratch[0], scratch[1],

@@ -67,6 +67,7 @@ class WantedRow(NamedTuple):
     target: int  # the token that follows, or -1 to sample it
     num_logprobs: int  # top tokens that are wanted, or -1 for no log-probabilities
     logits_row: int  # of `Outputs.logits`, or -1
+    mask_row: int  # of `Outputs.masks`, or -1
     top_k: int
     seed: int
     position: int  # of the token that is sampled
@@ -94,6 +95,9 @@ class Outputs(NamedTuple):
     bias_ids: NDArray[np.int32]  # all rows' biased tokens
     bias_values: NDArray[np.float32]
     bias_start: NDArray[np.int32]  # [R + 1]
+    masks: NDArray[
+        np.uint32
+    ]  # [at most R, (vocab_size + 31) // 32], a bit for each token that may be sampled
     tokens: NDArray[np.int32]  # [R], out: sampled, or -1 where the logits name no token
     logprobs: NDArray[np.float32]  # [R], out: of the token or target
     top_ids: NDArray[np.int32]  # [R, max(num_logprobs)], out

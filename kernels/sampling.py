@@ -1,8 +1,8 @@
 """From one row of logits to one token id: penalties, filters, a counter-based draw, and log-probabilities.
 
-The order is: repetition, frequency and presence penalties, logit bias, temperature, top-k, top-p (over what
-top-k left), min-p. Log-probabilities are the model's own, before any of these. The draw is a function of
-(seed, position) alone, so what a row samples never depends on the other rows.
+The order is: repetition, frequency and presence penalties, logit bias, a mask of allowed tokens, temperature,
+top-k, top-p (over what top-k left), min-p. Log-probabilities are the model's own, before any of these. The
+draw is a function of (seed, position) alone, so what a row samples never depends on the other rows.
 
 Nothing is sorted. Tokens rank by logit, the lower id first among equals, and every filter keeps a beginning
 of that ranking: the logits above a cut and the first few ("ties") that equal it. So a filter is a cut, which
@@ -127,6 +127,22 @@ def penalize(logits, tokens, prompt_len, repetition, frequency, presence, counts
                 logit -= presence
             logits[token] = logit
             counts[token] = 0
+
+
+@kernel
+def apply_mask(logits, size, mask):
+    """Leaves tokens whose bits are 0 no chance: minus infinity.
+
+    mask: uint32 [(size + 31) // 32], the bit of token t is bit t % 32 of word t // 32.
+    """
+    everything, one = np.uint32(0xFFFFFFFF), np.uint32(1)
+    for w in range(mask.size):
+        word = mask[w]
+        if word != everything:
+            for i in range(32 * w, min(32 * w + 32, size)):
+                if word & one == 0:
+                    logits[i] = -np.inf
+                word = word >> one
 
 
 @kernel

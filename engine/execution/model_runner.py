@@ -54,12 +54,13 @@ class RunnerOutput:
 class Wishes:
     """What a sequence wants of its logits beside what its sampling parameters say.
 
-    logits: those of each token that is computed. mask: [vocab_size], whether each token may be sampled.
+    logits: those of each token that is computed. mask: a bit a token, whether it may be sampled: bit t % 32 of
+    word t // 32, [(vocab_size + 31) // 32].
     forced: the token that it gets in the place of a sampled one.
     """
 
     logits: bool = False
-    mask: NDArray[np.bool_] | None = None
+    mask: NDArray[np.uint32] | None = None
     forced: int | None = None
 
 
@@ -76,7 +77,7 @@ class _Row:
     target: int = -1  # the next token where that is given, or -1 to sample it
     num_logprobs: int = -1  # beside the target's own or the sampled token's; -1 for none at all
     logits: bool = False  # whether they are given out themselves
-    mask: NDArray[np.bool_] | None = None  # [vocab_size], whether each token may be sampled
+    mask: NDArray[np.uint32] | None = None  # as in `Wishes`
     is_output: bool = False  # whether the next token belongs to the output, not to the prompt
 
 
@@ -293,6 +294,7 @@ def _outputs(rows: list[_Row], vocab_size: int, biases: _Biases) -> tuple[Output
     wanted: list[WantedRow] = []
     history, history_start = array("i"), array("i", [0])
     biases_of_rows: list[tuple[LogitBias, list[int]]] = []
+    masks: list[NDArray[np.uint32]] = []
     num_wanted, most_logprobs = 0, 0
     try:
         for row in rows:
@@ -305,6 +307,7 @@ def _outputs(rows: list[_Row], vocab_size: int, biases: _Biases) -> tuple[Output
                     target=row.target,
                     num_logprobs=row.num_logprobs,
                     logits_row=num_wanted if row.logits else -1,
+                    mask_row=-1 if row.mask is None else len(masks),
                     top_k=min(max(p.top_k, 0), vocab_size),
                     seed=_as_int64(p.seed or 0),
                     position=row.position + 1,
@@ -325,7 +328,7 @@ def _outputs(rows: list[_Row], vocab_size: int, biases: _Biases) -> tuple[Output
             if samples and sequence.num_output_tokens < p.min_tokens:
                 forbidden += [t for t in sequence.stop_token_ids if t < vocab_size]
             if row.mask is not None:
-                forbidden += np.flatnonzero(~row.mask).tolist()
+                masks.append(row.mask)
             biases_of_rows.append((p.bias if samples else NO_BIAS, forbidden))
     except Exception as error:
         raise SequenceError(row.sequence) from error
@@ -338,6 +341,7 @@ def _outputs(rows: list[_Row], vocab_size: int, biases: _Biases) -> tuple[Output
         bias_ids=biases.ids,
         bias_values=biases.values,
         bias_start=biases.start,
+        masks=np.array(masks, np.uint32).reshape(len(masks), (vocab_size + 31) // 32),
         tokens=np.zeros(len(rows), np.int32),
         logprobs=np.zeros(len(rows), np.float32),
         top_ids=np.zeros((len(rows), most_logprobs), np.int32),

@@ -8,6 +8,7 @@ from typing import Any
 
 from pagellm.engine.checks import flag, integer, integers, number, text
 from pagellm.engine.errors import RequestError, found
+from pagellm.engine.requests.structured import StructuredOutputs
 
 MAX_LOGPROBS = 100
 # Stop strings are looked for with an automaton of a node for each of their characters.
@@ -92,6 +93,12 @@ class SamplingParams:
     thinking_token_budget: tokens of thoughts at most; when they are spent, the thought is closed as the
     model's own template closes one, with tokens that are taken as if they had been sampled. Markers, and the
     tokens that close a thought so, are not counted. None: as many as the model likes.
+    structured: the form that the output must have, `StructuredOutputs` or a mapping of its fields. Where
+    thoughts are told apart it is the form of the answer. A token that it does not allow has no chance,
+    whatever the other parameters; the end of text is allowed where the form is complete, and comes by itself
+    where nothing else can follow, also before min_tokens and with ignore_eos, which keep the end of text away
+    only where more may follow. Tokens that no other can take the place of are taken at once; their
+    log-probabilities are the model's own. Stop strings and tokens and max_tokens end the output anywhere.
     """
 
     n: int = 1
@@ -118,6 +125,7 @@ class SamplingParams:
     tenant: str = ""
     deadline_s: float | None = None
     thinking_token_budget: int | None = None
+    structured: StructuredOutputs | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self._take("n", integer, 1, 1024)
@@ -142,6 +150,7 @@ class SamplingParams:
         self._take("priority", number, -_LARGEST, _LARGEST)
         self._take("deadline_s", number, 0.0, _LARGEST, optional=True)
         self._take("thinking_token_budget", integer, 0, None, optional=True)
+        self._take("structured", StructuredOutputs.read, optional=True)
         for name, check in (("stop", _stops), ("stop_token_ids", _stop_token_ids), ("logit_bias", _bias)):
             self._take(name, check)
 
@@ -156,6 +165,12 @@ class SamplingParams:
         """`logit_bias` as what it is kept as."""
         assert isinstance(self.logit_bias, LogitBias)
         return self.logit_bias
+
+    @property
+    def form(self) -> StructuredOutputs | None:
+        """`structured` as what it is kept as."""
+        assert not isinstance(self.structured, Mapping)
+        return self.structured
 
     @property
     def has_penalties(self) -> bool:

@@ -106,6 +106,13 @@ class Tokenizer:
         ids = self._encode(text, Start.TEXT, parse_special=parse_special)
         return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special_tokens else ids
 
+    def encode_within(self, text: str) -> list[int]:
+        """The ids of a text that stands in the midst of another one: nothing is put before or behind it.
+
+        Special tokens that are written out in it are plain text. Raises `RequestError` as `encode`.
+        """
+        return self._encode(text, Start.WITHIN, parse_special=False)
+
     def _encode(self, text: str, start: Start, *, parse_special: bool = True) -> list[int]:
         """The ids of a text that begins at `start`."""
         ids: list[int] = []

@@ -22,12 +22,21 @@ def engine() -> Iterator[LLMEngine]:
     engine.close()
 
 
+def bits(mask: np.ndarray) -> np.ndarray:
+    """The words of a mask that has a bool a token."""
+    words = np.zeros((mask.size + 31) // 32, np.uint32)
+    for token in np.flatnonzero(mask):
+        words[token // 32] |= np.uint32(1 << (token % 32))
+    return words
+
+
 def run(engine: LLMEngine, *masks: np.ndarray | None) -> RunnerOutput:
     """One step of requests that begin alike, each with its mask."""
     for number in range(len(masks)):
         engine.add_request(str(number), [5, 6, 7, number], GREEDY)
     batch = engine.loop.begin(0.0)
-    return engine.runner.run(batch, {seq_id: Wishes(mask=mask) for seq_id, mask in enumerate(masks)})
+    wishes = {number: Wishes(mask=bits(mask)) for number, mask in enumerate(masks) if mask is not None}
+    return engine.runner.run(batch, wishes)
 
 
 def test_a_mask_says_what_may_be_sampled_in_its_own_row_alone(engine: LLMEngine) -> None:
@@ -40,7 +49,7 @@ def test_a_mask_says_what_may_be_sampled_in_its_own_row_alone(engine: LLMEngine)
     for number in range(3):
         engine.add_request(f"again-{number}", [5, 6, 7, number], GREEDY)
     batch = engine.loop.begin(0.0)
-    result = engine.runner.run(batch, {batch.sequences[1].seq_id: Wishes(mask=mask)})
+    result = engine.runner.run(batch, {batch.sequences[1].seq_id: Wishes(mask=bits(mask))})
     assert [result.token_ids[0], result.token_ids[2]] == [free[0], free[2]]
     [token] = result.token_ids[1]
     logprobs = {t: logprob_of(t, behind=[5, 6, 7, 1]) for t in allowed}

@@ -261,13 +261,16 @@ def computed(
 
 def wanted(num_rows: int) -> Outputs:
     """The logits of every token of a step."""
-    rows = [WantedRow(row, 0, -1, row, 0, 0, 0, 0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0) for row in range(num_rows)]
+    rows = [
+        WantedRow(row, 0, -1, row, -1, 0, 0, 0, 0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0) for row in range(num_rows)
+    ]
     return Outputs(
         wanted=np.array(rows, WANTED),
         logits=np.zeros((num_rows, VOCAB), np.float32),
         history=np.zeros(0, np.int32), history_start=np.zeros(num_rows + 1, np.int32),
         bias_ids=np.zeros(0, np.int32), bias_values=np.zeros(0, np.float32),
-        bias_start=np.zeros(num_rows + 1, np.int32), tokens=np.zeros(num_rows, np.int32),
+        bias_start=np.zeros(num_rows + 1, np.int32), masks=np.zeros((0, (VOCAB + 31) // 32), np.uint32),
+        tokens=np.zeros(num_rows, np.int32),
         logprobs=np.zeros(num_rows, np.float32), top_ids=np.zeros((num_rows, 0), np.int32),
         top_logprobs=np.zeros((num_rows, 0), np.float32),
     )  # fmt: skip

@@ -1,0 +1,127 @@
+"""How far one completion has come in its grammar: what may follow, what must, and whether it is complete.
+
+All of it follows from the completion's tokens: whoever begins again with the same ones comes to the same state.
+"""
+
+from collections import deque
+from collections.abc import Container, Iterable, Sequence
+from typing import Any
+
+from pagellm.engine.errors import PagellmError
+from pagellm.engine.grammar.compiler import Grammar
+from pagellm.engine.grammar.masks import Mask, MaskJob, MaskWorker, mask_of
+from pagellm.engine.grammar.trial import first_line
+
+
+class GrammarError(PagellmError):
+    """A grammar that cannot be followed any further, because of what it costs."""
+
+
+class GrammarState:
+    """The state of one completion, which `append` takes further.
+
+    never: tokens that do not come although the grammar allows them: end-of-text tokens, say. banned: tokens
+    that the request itself forbids, for which the grammar does not force them.
+    opening: tokens that may come before everything else, all of them or none.
+
+    forced: the tokens that come next whatever would be sampled, because no others can; they are found when
+    the ones before are spent, so it does not matter how many of them are taken at a time.
+    """
+
+    def __init__(
+        self, grammar: Grammar, never: Iterable[int] = (), banned: Container[int] = (),
+        opening: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        self._grammar = grammar
+        self._matcher: Any = grammar.new_matcher()
+        self._never = tuple(never)
+        self._opening = tuple(opening)
+        self._mask: Mask | None = self._restricted(grammar.first_mask)
+        if opening and not _has(self._mask, opening[0]):
+            self._mask[opening[0] >> 5] |= 1 << (opening[0] & 31)
+        else:
+            self._opening = ()
+        self._banned = banned
+        self.forced: deque[int] = deque()
+        if not self._opening:
+            self._force(grammar.first_forced)
+        self._num_opening = 0  # tokens of the opening that are to come
+        self._job: tuple[MaskJob, int] | None = None
+        self.has_begun = False
+        self.is_complete = False
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether the next token is sampled, from tokens that have not been looked for yet."""
+        return not self.forced and not self.is_complete and self._mask is None and self._job is None
+
+    def mask(self) -> Mask:
+        """The tokens that may come next. Raises `GrammarError`."""
+        if self._mask is None:
+            mask = None if self._job is None else self._job[0].wait(self._job[1])
+            if mask is None:
+                mask = mask_of(self._matcher, self._grammar.vocab_size)
+            self._check()
+            self._mask = self._restricted(mask)
+            self._job = None
+        return self._mask
+
+    def append(self, token_id: int) -> None:
+        """Takes the next token. Raises `GrammarError` for one that cannot come."""
+        self.has_begun = True
+        if self._num_opening:
+            self._num_opening -= 1
+            self.forced.popleft()
+            self._after_opening()
+            return
+        if self._opening and token_id == self._opening[0]:
+            self._num_opening = len(self._opening) - 1
+            self.forced.extend(self._opening[1:])
+            self._after_opening()
+            return
+        self._opening = ()
+        self._mask = self._job = None
+        if self.forced:
+            self.forced.popleft()
+        if not self._matcher.consume_token(token_id):
+            self._check()
+            raise GrammarError(f"structured: found token {token_id}, which cannot come here")
+        if not self.forced:
+            self.is_complete = self._matcher.is_stopped()
+            self._check()
+            if not self.is_complete:
+                self._force(self._matcher.compute_ff_tokens())
+
+    def _after_opening(self) -> None:
+        if not self._num_opening:
+            self._opening = ()
+            self.has_begun = False
+            self._mask = self._restricted(self._grammar.first_mask)
+            self._force(self._grammar.first_forced)
+
+    def _force(self, token_ids: Sequence[int]) -> None:
+        if not any(token_id in self._banned for token_id in token_ids):
+            self.forced.extend(token_ids)
+
+    def _restricted(self, mask: Mask) -> Mask:
+        mask = mask.copy()
+        for token_id in self._never:
+            mask[token_id >> 5] &= ~(1 << (token_id & 31)) & 0xFFFFFFFF
+        return mask
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarError(f"structured: {first_line(self._matcher.get_error())}")
+
+
+def begin_masks(worker: MaskWorker, states: Sequence[GrammarState]) -> None:
+    """Begins to look for what may come next in each of these, where that is to be known."""
+    needing = [state for state in states if state.needs_mask]
+    if needing:
+        job = worker.begin([state._matcher for state in needing])
+        for row, state in enumerate(needing):
+            state._job = job, row
+
+
+def _has(mask: Mask, token_id: int) -> bool:
+    return bool(mask[token_id >> 5] >> (token_id & 31) & 1)

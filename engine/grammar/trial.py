@@ -1,0 +1,177 @@
+"""Grammars are tried out in a process of their own, before they come into the one that serves.
+
+A grammar may take llguidance minutes, all memory, or more stack than there is, which ends a process; here it
+costs this process alone, and whoever sent it a second. Run as a module it is that process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
+
+from pagellm.engine.errors import EngineError, RequestError
+from pagellm.engine.requests.structured import StructuredOutputs
+
+_TRIAL_S = 0.8
+_START_S = 60.0
+_MEMORY_BYTES = 2 << 30
+# Less than the stacks of the threads that compile what passes here.
+_STACK_BYTES = 2 << 20
+_LONGEST_MESSAGE = 300
+
+
+class Trial:
+    """The process, begun when it is needed. Safe to use from several threads.
+
+    tokens: the bytes of each token. special_ids, eos_ids: which of them are no text, and end one.
+    """
+
+    def __init__(self, tokens: Sequence[bytes], special_ids: Sequence[int], eos_ids: Sequence[int]) -> None:
+        self._vocabulary = [[token.hex() for token in tokens], list(special_ids), list(eos_ids)]
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._owner = 0  # the process that began it: a fork of that begins one of its own
+
+    def grammar_of(self, form: StructuredOutputs) -> str:
+        """The grammar of a form, which llguidance has compiled there. Raises `RequestError`."""
+        with self._lock:
+            try:
+                connection = self._started()
+                connection.send_bytes(json.dumps(asdict(form)).encode())
+                answer = connection.recv_bytes() if connection.poll(_TRIAL_S) else None
+            except (EOFError, OSError):  # it has ended
+                answer = b""
+            except BaseException:
+                self._end()
+                raise
+            if not answer:
+                self._end()
+                why = "more memory or depth than it may have" if answer == b"" else f"more than {_TRIAL_S} s"
+                raise RequestError(f"structured.{form.form}: found one that takes {why} to compile")
+        grammar, error = json.loads(answer)
+        if error is not None:
+            raise RequestError(f"structured.{form.form}: {error}")
+        return str(grammar)
+
+    def close(self) -> None:
+        """Ends the process."""
+        with self._lock:
+            self._end()
+
+    def _started(self) -> Connection:
+        if self._owner != os.getpid():
+            self._process = self._connection = None
+        elif self._process is not None and self._process.poll() is not None:
+            self._end()
+        if self._connection is not None:
+            return self._connection
+        ours, theirs = Pipe()
+        self._owner = os.getpid()
+        self._connection = ours
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", __name__, str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                    start_new_session=True,  # the terminal's Ctrl-C is not for it
+                )
+            ours.send_bytes(json.dumps(self._vocabulary).encode())
+            is_ready = ours.poll(_START_S) and ours.recv_bytes() == b"ready"
+        except (EOFError, OSError):
+            is_ready = False
+        if not is_ready:
+            self._end()
+            raise EngineError("structured: the process that tries grammars does not start")
+        return ours
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+        if process is not None and self._owner == os.getpid():
+            process.kill()
+            process.wait()
+
+
+def parser_limits() -> Any:
+    """What llguidance may use for one grammar, and one mask."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(verbose_errors=False)
+
+
+def first_line(message: str) -> str:
+    """An error of llguidance's without the grammar and what else it adds."""
+    return message.strip().partition("\n")[0][:_LONGEST_MESSAGE]
+
+
+def _compiled(tokenizer: Any, form: dict[str, Any]) -> tuple[str | None, str | None]:
+    """A form's grammar, or why there is none."""
+    from llguidance import LLMatcher
+
+    from pagellm.engine.grammar.forms import to_grammar
+
+    try:
+        grammar = to_grammar(form)
+    except (ValueError, RecursionError) as bad:
+        return None, first_line(str(bad)) or "it cannot be read"
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=parser_limits())
+    if not matcher.is_error():
+        matcher.compute_bitmask()
+    if matcher.is_error():
+        return None, first_line(matcher.get_error())
+    return grammar, None
+
+
+def _encoder(tokens: Sequence[bytes]) -> Callable[[str], list[int]]:
+    """Cuts a text into the longest tokens: the tokens of a tokenizer, near enough for a trial."""
+    ids = {token: token_id for token_id, token in enumerate(tokens)}
+    longest = max(map(len, tokens), default=0)
+
+    def encode(text: str) -> list[int]:
+        data, at, found = text.encode(), 0, []
+        while at < len(data):
+            size = next((n for n in range(longest, 0, -1) if data[at : at + n] in ids), 0)
+            found += [ids[data[at : at + size]]] if size else []
+            at += size or 1
+        return found
+
+    return encode
+
+
+def _serve(connection: Connection) -> None:
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    from pagellm.engine.grammar.vocabulary import ll_tokenizer
+
+    hexes, special_ids, eos_ids = json.loads(connection.recv_bytes())
+    tokens = list(map(bytes.fromhex, hexes))
+    tokenizer = ll_tokenizer(tokens, special_ids, eos_ids, _encoder(tokens))
+    connection.send_bytes(b"ready")
+    with suppress(EOFError, OSError):
+        while True:
+            connection.send_bytes(
+                json.dumps(_compiled(tokenizer, json.loads(connection.recv_bytes()))).encode()
+            )
+
+
+if __name__ == "__main__":
+    threading.stack_size(_STACK_BYTES)
+    thread = threading.Thread(target=_serve, args=(Connection(int(sys.argv[1])),))
+    thread.start()
+    thread.join()
