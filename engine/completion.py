@@ -24,8 +24,8 @@ class Completion:
     `take_back` takes away, to be computed and taken over again.
 
     special_texts: what the special tokens say, which may be left out of the text. arrival_s: on the clock of
-        all times here. thinking: None where nobody asks which of it is a thought. new_grammar: gives the state in
-    which an output, or where thoughts are told apart an answer, begins; None where it has no form.
+    all times here. thinking: None where nobody asks which of it is a thought. new_grammar: gives the state in
+    which what comes after the thoughts begins; None where that has no form.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Completion:
         return None
 
     def with_forced(self, token_id: int) -> list[int]:
-        """The token that the sequence gets in a step, and those behind it that no others can take the place of.
+        """The token that a sequence gets in a step, and those behind it in the place of which no other can be.
 
         Where log-probabilities are wanted each takes a step of its own, for they are the model's.
         """

@@ -54,8 +54,8 @@ class RunnerOutput:
 class Wishes:
     """What a sequence wants of its logits beside what its sampling parameters say.
 
-    logits: those of each token that is computed. mask: a bit a token, whether it may be sampled: bit t % 32 of
-    word t // 32, [(vocab_size + 31) // 32].
+    logits: those of each token that is computed. mask: whether each token may be sampled, as bit t % 32 of
+    word t // 32 for token t, [(vocab_size + 31) // 32].
     forced: the token that it gets in the place of a sampled one.
     """
 

@@ -1,6 +1,7 @@
 """How far one completion has come in its grammar: what may follow, what must, and whether it is complete.
 
-All of it follows from the completion's tokens: whoever begins again with the same ones comes to the same state.
+All of it follows from the completion's tokens: whoever begins again with the same ones comes to the same
+state.
 """
 
 from collections import deque

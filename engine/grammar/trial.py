@@ -18,7 +18,7 @@ from typing import Any
 from pagellm.engine.errors import EngineError, RequestError
 from pagellm.engine.requests.structured import StructuredOutputs
 
-_TRIAL_S = 0.8
+_TRIAL_S = 0.6
 _START_S = 60.0
 _MEMORY_BYTES = 2 << 30
 # Less than the stacks of the threads that compile what passes here.
@@ -114,7 +114,8 @@ def parser_limits() -> Any:
 
 def first_line(message: str) -> str:
     """An error of llguidance's without the grammar and what else it adds."""
-    return message.strip().partition("\n")[0][:_LONGEST_MESSAGE]
+    line = message.strip().partition("\n")[0]
+    return "found one that no text has" if line.startswith("NoExtension") else line[:_LONGEST_MESSAGE]
 
 
 def _compiled(tokenizer: Any, form: dict[str, Any]) -> tuple[str | None, str | None]:
