@@ -67,7 +67,7 @@ class Completion:
         return None
 
     def with_forced(self, token_id: int) -> list[int]:
-        """The token that a sequence gets in a step, and those behind it in the place of which no other can be.
+        """The token that a sequence gets in a step, and those that must follow it.
 
         Where log-probabilities are wanted each takes a step of its own, for they are the model's.
         """
