@@ -18,6 +18,7 @@ from typing import Any
 from pagellm.engine.checks import SMALLEST, integer, number
 from pagellm.engine.config import CompleteConfig, EngineConfig
 from pagellm.engine.errors import ConfigError, PagellmError, RequestError, TraceError
+from pagellm.engine.requests.outputs import FinishReason
 from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.scheduling.batch import ScheduledBatch
 from pagellm.engine.scheduling.scheduler import Scheduler
@@ -31,6 +32,7 @@ from pagellm.sim.report.schema import Report
 from pagellm.sim.router import ROUTERS, Router
 from pagellm.sim.traces.prompt_tokens import PromptTokens
 from pagellm.sim.traces.request import MAX_LEN, TraceRequest
+from pagellm.sim.traces.sessions import Sessions
 from pagellm.sim.traces.trace import SKIP_BAD, Trace
 
 
@@ -80,7 +82,8 @@ class Simulator:
     prompt_tokens: what prompts are made of, with a tokenizer for a trace of texts.
 
     rate_factor: lets requests arrive so many times as often. clients: leaves the arrival times aside; so many
-    clients ask at once, and each again, with the trace's next request, when its request has ended.
+    clients ask at once, and each again, with the trace's next request, when its request has ended; with its
+    next conversation, when all of one has.
     replicas, router: how many engines serve, and who gets a request: see router.py. timeout_s: when a client
     gives up; its engine hears of that between two steps, and a request that the step before ended has ended.
 
@@ -127,8 +130,10 @@ class Simulator:
         """Simulates a whole trace.
 
         Output tokens are no tokens of any prompt. So equal prompts have equal answers, as with greedy
-        decoding; but the part of a later prompt that is an answer is not found in the cache. An answer that
-        max_model_len or the KV cache cannot hold is cut, as the engine cuts it.
+        decoding. A request of a session is sent when what it waits for has ended (see `TraceRequest`), and
+        the answers that its prompt goes on with are those of the replay; after one that was not served it is
+        as the trace has it. An answer that max_model_len or the KV cache cannot hold is cut, as the
+        engine cuts it.
 
         Raises `TraceError` for a request that can never be computed, `PolicyError` for a policy that fails.
         """
@@ -166,7 +171,10 @@ class _Replay:
         self._simulator = simulator
         self._cost_model = simulator.cost_model
         self._trace = trace
-        self._requests = iter(trace if simulator.rate_factor == 1 else trace.scaled(simulator.rate_factor))
+        scaled = trace if simulator.rate_factor == 1 else trace.scaled(simulator.rate_factor)
+        self._sessions = Sessions(scaled, keeps_times=simulator.clients is None)
+        self._requests = self._sessions.openers()
+        self._requests_of: dict[Sequence, TraceRequest] = {}  # where there are sessions
         self._replicas = [Replica(number, config) for number in range(simulator.replicas)]
         self._router: Router = ROUTERS[simulator.router]()
         self.metrics = MetricsCollector(
@@ -230,8 +238,8 @@ class _Replay:
     def _first_arrivals(self) -> Iterator[Event]:
         clients = self._simulator.clients
         if clients is None:
-            request = next(self._requests)
-            yield self._arrival(request.arrival_time, request)
+            for request in islice(self._requests, 1):
+                yield self._arrival(request.arrival_time, request)
         else:
             for request in islice(self._requests, clients):
                 yield self._arrival(0.0, request)
@@ -240,12 +248,16 @@ class _Replay:
         """A client sends a request; the front end has it for a while."""
         self._num_arrivals += 1
         reached_s = now + self._cost_model.frontend_s
-        return (reached_s, EventKind.ARRIVAL, self._num_arrivals, (now, request))
+        # Of those that arrive together the first in the trace is first.
+        number = request.index << 32 | self._num_arrivals
+        return (reached_s, EventKind.ARRIVAL, number, (now, request))
 
     def _arrive(self, now: float, subject: tuple[float, TraceRequest]) -> Event | None:
         """A request reaches the replica that the router chooses; it counts as arrived since it was sent."""
         sent_s, request = subject
         sequence = self._new_sequence(request)
+        if self._sessions:
+            self._requests_of[sequence] = request
         replica = self._replicas[0]
         if len(self._replicas) > 1:
             replica = self._replicas[self._router.choose(sequence, self._replicas)]
@@ -254,7 +266,7 @@ class _Replay:
         if self._simulator.timeout_s is not None:
             timeout = max(now, sent_s + self._simulator.timeout_s)
             heappush(self._events, (timeout, EventKind.TIMEOUT, sequence.seq_id, (replica, sequence)))
-        if self._simulator.clients is None:
+        if self._simulator.clients is None and not self._sessions.waits(request):
             upcoming = next(self._requests, None)
             if upcoming is not None:
                 heappush(self._events, self._arrival(upcoming.arrival_time, upcoming))
@@ -262,7 +274,7 @@ class _Replay:
 
     def _new_sequence(self, request: TraceRequest) -> Sequence:
         try:
-            prompt = self._simulator.prompt_tokens(request)
+            prompt = self._sessions.prompt(request, self._simulator.prompt_tokens)
         except TraceError as error:
             raise self._error(request, error) from None
         key = (request.output_len, request.priority, request.tenant, request.deadline_s)
@@ -340,10 +352,25 @@ class _Replay:
         self._num_ended += 1
         if self._simulator.progress is not None:
             self._simulator.progress(self._num_ended, now)
-        if self._simulator.clients is not None:
-            request = next(self._requests, None)
-            if request is not None:
-                heappush(self._events, self._arrival(now, request))
+        if self._sessions:
+            self._go_on(now, sequence)
+        elif self._simulator.clients is not None:
+            self._ask_next(now)
+
+    def _go_on(self, now: float, sequence: Sequence) -> None:
+        """Whoever waited for an answer asks again."""
+        ended = self._requests_of.pop(sequence)
+        is_answered = sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        for sent_s, request in self._sessions.ended(ended, sequence.token_ids, now, is_answered):
+            heappush(self._events, self._arrival(sent_s, request))
+        if self._simulator.clients is not None and self._sessions.is_over(ended):
+            self._ask_next(now)
+
+    def _ask_next(self, now: float) -> None:
+        """A client has its turn again."""
+        request = next(self._requests, None)
+        if request is not None:
+            heappush(self._events, self._arrival(now, request))
 
     def _error(self, request: TraceRequest, error: object) -> TraceError:
         return TraceError(f"{self._trace.name}: request {request.id!r}: {error}")

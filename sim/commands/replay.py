@@ -147,11 +147,9 @@ def _cost_model(options: argparse.Namespace) -> CostModel:
 
 
 def _replay_for_real(trace: Trace, options: argparse.Namespace) -> Report:
-    for name in ("profile", "roofline", "set_cost", "costs", "clients", "timeout_s", "accept_profile_error"):
+    for name in ("profile", "roofline", "set_cost", "costs", "timeout_s", "accept_profile_error"):
         if getattr(options, name):
-            raise ConfigError(
-                f"{_flag(name)}: not with --real, which serves at arrival times on this machine"
-            )
+            raise ConfigError(f"{_flag(name)}: not with --real, which serves on this machine")
     if options.replicas != 1:
         raise ConfigError(f"--replicas: found {options.replicas} with --real, expected 1")
     config = engine_config(options)
@@ -166,6 +164,7 @@ def _replay_for_real(trace: Trace, options: argparse.Namespace) -> Report:
             trace,
             model=model,
             rate_factor=options.rate_factor,
+            clients=options.clients,
             skip_bad=options.skip_bad,
             slo=options.slo,
             results=options.results,

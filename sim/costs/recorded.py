@@ -60,12 +60,14 @@ class RecordedCostModel(CostModel):
     def _start_before(self, arrivals: "array[float]") -> None:
         """Lets steps start before those requests came which they did not take in.
 
-        A real engine looks for requests a few microseconds before it schedules.
+        A real engine looks for requests a few microseconds before it schedules. The steps end when they did,
+        because requests may come some time after that.
         """
         upcoming = math.inf
         for step in reversed(range(len(arrivals))):
-            if self._start_s[step] >= upcoming:
+            if (start_s := self._start_s[step]) >= upcoming:
                 self._start_s[step] = math.nextafter(upcoming, 0.0)
+                self._duration_s[step] += start_s - self._start_s[step]
             upcoming = min(upcoming, arrivals[step])
 
     def settings(self, given: Mapping[str, Any]) -> EngineConfig:

@@ -17,6 +17,7 @@ from xxhash import xxh3_64_intdigest
 from pagellm.sim.quantiles import quantiles
 from pagellm.sim.traces.formats import format_text
 from pagellm.sim.traces.request import BYTES_PER_TOKEN, TraceRequest, bad_value
+from pagellm.sim.traces.sessions import expected_len, goes_on
 from pagellm.sim.traces.trace import Trace
 
 _MAX_REMEMBERED = 2**19
@@ -44,9 +45,10 @@ class Description:
     rate_per_s: requests a second from the first arrival to the last; None where all arrive at once.
     gap_cv: coefficient of variation of the gaps between arrivals, 1 for Poisson.
     num_estimated: requests whose prompt is a text, its tokens estimated from its bytes.
-    shared_prefix_share: of all prompt tokens, those in a prefix that an earlier prompt began with as well:
-    what a prefix cache of unlimited size finds of prompts alone.
-    num_sessions: conversations that requests name.
+    shared_prefix_share: of all prompt tokens, those in a prefix that an earlier prompt began with as well, or
+    an earlier prompt and its answer without the last token, which is never computed: what a prefix cache of
+    unlimited size finds.
+    num_sessions: conversations that requests name. num_waiting: requests that wait for others to end.
     is_exact: whether these two are; else the share is at least so large, the number at most.
     num_skipped, num_dropped: as in `Trace`. format: of the file, None for a trace that is from none.
     """
@@ -62,6 +64,7 @@ class Description:
     num_estimated: int
     shared_prefix_share: float
     num_sessions: int
+    num_waiting: int
     is_exact: bool
     num_skipped: int
     num_dropped: int
@@ -84,7 +87,8 @@ class Description:
             f"duration       {self.duration_s:,.1f} s",
             f"rate           {rate}{gaps}",
             f"shared prefix  {at_least}{self.shared_prefix_share:.1%} of prompt tokens",
-            f"sessions       {at_most}{self.num_sessions:,}",
+            f"sessions       {at_most}{self.num_sessions:,}"
+            + f"{f'; {self.num_waiting:,} requests wait for an answer' if self.num_waiting else ''}",
             f"{'tokens':<14} {'total':>15} {'mean':>10} {'P50':>10} {'P90':>10} {'P99':>10} {'max':>10}",
         ]
         for name, n in (("prompt", self.prompt_len), ("output", self.output_len)):
@@ -101,14 +105,20 @@ def describe(trace: Trace) -> Description:
     prompt_lens, output_lens = array("i"), array("i")
     gaps = _Gaps()
     prefixes, sessions = _Recent(), _Recent()
-    num_estimated = num_shared = num_sessions = 0
+    num_estimated = num_shared = num_sessions = num_waiting = 0
+    turns = _Turns()
     for request in trace:
-        prompt_lens.append(request.expected_prompt_len)
+        context, is_waiting = turns.context(request)
+        num_waiting += is_waiting
+        prompt_lens.append(request.expected_prompt_len + context.num_before)
         output_lens.append(request.output_len)
         gaps.add(request.arrival_time)
         num_estimated += request.prompt is not None
-        for prefix, num_tokens in _prefixes(request):
-            num_shared += min(num_tokens, prefixes.meet(prefix, num_tokens))
+        found = max(0, context.num_before - 1)
+        for prefix, num_tokens in _prefixes(request, context.key):
+            found += min(num_tokens, prefixes.meet(prefix, num_tokens))
+        num_shared += max(found, min(context.num_known - 1, prompt_lens[-1]))
+        turns.take(request, prompt_lens[-1])
         if request.session is not None:
             num_sessions += sessions.meet(xxh3_64_intdigest(request.session.encode()), 1) == 0
     if not prompt_lens:
@@ -125,6 +135,7 @@ def describe(trace: Trace) -> Description:
         num_estimated=num_estimated,
         shared_prefix_share=num_shared / sum(prompt_lens),
         num_sessions=num_sessions,
+        num_waiting=num_waiting,
         is_exact=prefixes.num_forgotten == sessions.num_forgotten == 0,
         num_skipped=trace.num_skipped,
         num_dropped=trace.num_dropped,
@@ -174,10 +185,53 @@ class _Recent:
         return before
 
 
-def _prefixes(request: TraceRequest) -> Iterator[tuple[int, int]]:
+@dataclass(frozen=True)
+class _Context:
+    """What a prompt goes on with: a key of it, and its tokens where the request's own fields leave them out.
+
+    num_known: tokens of its prompt and answer, where these have them.
+    """
+
+    key: int = 0
+    num_before: int = 0
+    num_known: int = 0
+
+
+class _Turns:
+    """The requests that later ones may wait for and go on with, those met last."""
+
+    def __init__(self) -> None:
+        self._before: OrderedDict[str, TraceRequest] = OrderedDict()  # by session
+        self._totals: OrderedDict[str, int] = OrderedDict()  # tokens of prompt and answer, by id
+
+    def context(self, request: TraceRequest) -> tuple[_Context, bool]:
+        """What a request goes on with, and whether it waits for any other."""
+        before = None if request.session is None else self._before.get(request.session)
+        if request.continues is not None:
+            key = xxh3_64_intdigest(request.continues.encode())
+            return _Context(key, self._totals.get(request.continues, 0)), True
+        is_waiting = bool(request.after) or (request.after is None and before is not None)
+        if before is not None and is_waiting and goes_on(request, before):
+            return _Context(num_known=expected_len(before)), True
+        return _Context(), is_waiting
+
+    def take(self, request: TraceRequest, prompt_len: int) -> None:
+        """Takes note of a request."""
+        entries: list[tuple[OrderedDict[str, Any], str, Any]]
+        entries = [(self._totals, request.id, prompt_len + request.output_len)]
+        if request.session is not None:
+            entries.append((self._before, request.session, request))
+        for table, name, value in entries:
+            table[name] = value
+            table.move_to_end(name)
+            if len(table) > _MAX_REMEMBERED // 8:
+                table.popitem(last=False)
+
+
+def _prefixes(request: TraceRequest, key: int) -> Iterator[tuple[int, int]]:
     """For each piece of a prompt: a hash of the prompt up to its end, and the piece's tokens."""
     pieces, size = _pieces(request)
-    prefix = size
+    prefix = hash((size, key)) if key else size
     left = request.expected_prompt_len
     for piece in pieces:
         # Python's hash of integers is the same in every process.

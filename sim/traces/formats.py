@@ -49,6 +49,7 @@ _AZURE_TIME = re.compile(r"([0-9-]{10}[ T][0-9:]{8})(?:\.([0-9]{1,7}))?(Z|[+-][0
 _AZURE_EPOCH = datetime(2020, 1, 1, tzinfo=UTC)
 # Chats that a later turn can be told to belong to; the oldest are forgotten, so that memory does not grow.
 _MAX_CHATS = 2**20
+_WAITING = (b'"session"', b'"after"', b'"continues"')
 _HUMANS = ("human", "user")
 _MODELS = ("gpt", "chatgpt", "assistant", "bing", "bard")
 _OTHERS = ("system", "tool")
@@ -66,6 +67,7 @@ class Format:
     time_field: what the format calls the time. ticks_per_s: of its clock.
     is_shifted: whether the first request's time becomes 0.
     is_document: whether the file is one document, whose requests may stand in any order.
+    session_names: some of these are in any file in which a request waits for another; none: there is none.
     """
 
     name: str
@@ -75,18 +77,24 @@ class Format:
     ticks_per_s: int = 1
     is_shifted: bool = True
     is_document: bool = False
+    session_names: tuple[bytes, ...] = ()
 
 
 def _native(_: Encoder | None) -> Parse:
-    names = [name for name in TraceRequest.__dataclass_fields__ if name != "index"]
+    names = [name for name in TraceRequest.__dataclass_fields__ if name not in ("index", "class_")]
 
     def parse(record: Mapping[str, Any]) -> Iterator[Fields]:
         check_seconds("arrival_time", record.get("arrival_time"))
         check_integer("output_len", record.get("output_len"), 0)
         fields = {name: record[name] for name in names if record.get(name) is not None}
-        for name in ("id", "session", "tenant"):
+        if record.get("class") is not None:
+            fields["class_"] = record["class"]
+        for name in ("id", "session", "tenant", "class_", "continues"):
             if type(fields.get(name)) is int:
                 fields[name] = str(fields[name])
+        if "after" in fields:
+            after = fields["after"] if isinstance(fields["after"], list) else [fields["after"]]
+            fields["after"] = [str(name) if type(name) is int else name for name in after]
         yield fields
 
     return parse
@@ -170,15 +178,23 @@ def _sharegpt(tokenizer: Encoder | None) -> Parse:
             name = check_text("id", str(name) if type(name) is int else name)
         texts: list[str] = []
         before = None
-        requests = []
+        requests: list[Fields] = []
+        num_answered = 0  # characters up to the end of the last answer that is a request
         for place, turn in enumerate(turns):
             speaker, text = _turn(f"{key}[{place}]", turn)
             if speaker in _MODELS and before in _HUMANS:
                 output_len = estimated_tokens(text) if tokenizer is None else len(tokenizer.encode(text))
                 if output_len > 0 and any(texts):
-                    requests.append({"prompt": "\n".join(texts), "output_len": output_len, "session": name})
+                    prompt = "\n".join(texts)
+                    requests.append({"prompt": prompt, "output_len": output_len, "session": name})
+                    if num_answered:
+                        requests[-1]["num_context_chars"] = num_answered
+                    num_answered = len(prompt) + 1 + len(text)
             texts.append(text)
             before = speaker
+        if name is None and len(requests) > 1:
+            name = f"conversation {num_requests}"
+            requests = [fields | {"session": name} for fields in requests]
         for fields in requests:
             yield fields | {"arrival_time": num_requests}
             num_requests += 1
@@ -203,13 +219,13 @@ FORMATS = {
             is_shifted=False,
             is_document=True,
         ),
-        Format("jsonl", json_lines, _native, "arrival_time", is_shifted=False),
+        Format("jsonl", json_lines, _native, "arrival_time", is_shifted=False, session_names=_WAITING),
         Format("mooncake", json_lines, _mooncake, ticks_per_s=1000),
         Format("mooncake-s", json_lines, _mooncake_seconds),
-        Format("bailian", json_lines, _bailian),
+        Format("bailian", json_lines, _bailian, session_names=(b"chat_id",)),
         Format("azure", csv_rows, _azure, "TIMESTAMP", ticks_per_s=AZURE_TICKS),
-        Format("burstgpt", csv_rows, _burstgpt, "Timestamp"),
-        Format("sharegpt", _items_or_lines, _sharegpt, is_shifted=False),
+        Format("burstgpt", csv_rows, _burstgpt, "Timestamp", session_names=(b"Session ID",)),
+        Format("sharegpt", _items_or_lines, _sharegpt, is_shifted=False, session_names=(b"",)),
     )
 }
 

@@ -52,9 +52,7 @@ class PromptTokens:
         Raises `TraceError` for a text without a tokenizer and for ids outside the vocabulary.
         """
         if request.prompt is not None:
-            if self._tokenizer is None:
-                raise bad_value("prompt", request.prompt, "a tokenizer for it, or prompts as ids or lengths")
-            return self._checked(array("i", self._tokenizer.encode(request.prompt)))
+            return self._checked(self.encode(request.prompt))
         if request.prompt_token_ids is not None:
             return self._checked(array("i", request.prompt_token_ids))
         assert request.prompt_len is not None
@@ -67,6 +65,17 @@ class PromptTokens:
             tokens.extend(self._piece(content, size))
         del tokens[request.prompt_len :]
         return tokens
+
+    def encode(self, text: str, is_begin: bool = True) -> "array[int]":
+        """The tokens of a text that begins a prompt, or goes on with one.
+
+        Raises `TraceError` without a tokenizer.
+        """
+        if self._tokenizer is None:
+            raise bad_value("prompt", text, "a tokenizer for it, or prompts as ids or lengths")
+        tokens = array("i", self._tokenizer.encode(text))
+        begin = array("i") if is_begin else array("i", self._tokenizer.encode(""))
+        return tokens[len(begin) :] if begin and tokens[: len(begin)] == begin else tokens
 
     def _piece(self, content: int, size: int) -> "array[int]":
         digits = []

@@ -32,7 +32,15 @@ class TraceRequest:
     output_len: tokens to generate.
     id: a name, by default the request's position. Names need not be unique.
     priority: as the scheduling policy reads it. session, tenant: whose conversation, whose request.
-    deadline_s: seconds from arrival within which the answer is wanted.
+    deadline_s: seconds from arrival within which the answer is wanted. class_: a name for its kind, for
+    figures by class; "class" in files.
+
+    A request of a session waits for the one before it there to end; after: for those with these ids instead,
+    none of them if it is empty. delay_s: from the end of the last of them to its being sent, whatever
+    arrival_time says; without it, it is sent at arrival_time, or at that end if that is later. continues: the
+    id of a request that it waits for, too, and whose prompt and answer its prompt begins with: its own fields
+    say only what comes behind these. num_context_chars: with a text that begins with the prompt and answer of
+    the request before it in the session, so many characters are these.
     index: position in the trace, from 0, set by the trace; it tells prompts apart that are only a length.
     """
 
@@ -48,6 +56,11 @@ class TraceRequest:
     session: str | None = None
     tenant: str | None = None
     deadline_s: float | None = None
+    class_: str | None = None
+    after: Sequence[str] | None = None
+    delay_s: float | None = None
+    continues: str | None = None
+    num_context_chars: int | None = None
     index: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
@@ -55,11 +68,21 @@ class TraceRequest:
         object.__setattr__(self, "output_len", check_integer("output_len", self.output_len, 1))
         object.__setattr__(self, "priority", check_integer("priority", self.priority, -MAX_LEN))
         check_text("id", self.id, empty=True)
-        for name in ("session", "tenant"):
+        for name in ("session", "tenant", "class_", "continues"):
             if getattr(self, name) is not None:
-                check_text(name, getattr(self, name))
-        if self.deadline_s is not None:
-            object.__setattr__(self, "deadline_s", check_seconds("deadline_s", self.deadline_s))
+                check_text(name.removesuffix("_"), getattr(self, name))
+        for name in ("deadline_s", "delay_s"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, check_seconds(name, getattr(self, name)))
+        if self.after is not None:
+            object.__setattr__(self, "after", _texts("after", self.after))
+        if self.num_context_chars is not None:
+            num_chars = len(self.prompt or "")
+            check_integer("num_context_chars", self.num_context_chars, 1, max(1, num_chars - 1))
+            if self.prompt is None:
+                raise bad_value(
+                    "num_context_chars", self.num_context_chars, "a prompt that is a text with it"
+                )
         self._check_prompt()
         if self.hash_ids is not None:
             self._check_hash_ids()
@@ -124,6 +147,10 @@ class TraceRequest:
         fields |= {name: getattr(self, name) for name in ("hash_ids", "hash_block_size", "output_len")}
         fields["priority"] = self.priority or None
         fields |= {name: getattr(self, name) for name in ("session", "tenant", "deadline_s")}
+        fields["class"] = self.class_
+        fields |= {
+            name: getattr(self, name) for name in ("after", "delay_s", "continues", "num_context_chars")
+        }
         return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -169,6 +196,15 @@ def check_text(name: str, value: Any, empty: bool = False) -> str:
     if value == "" and not empty:
         raise bad_value(name, value, "text that is not empty")
     return checks.text(name, NOTHING if value is None else value, TraceError)
+
+
+def _texts(name: str, values: Any) -> tuple[str, ...]:
+    """The values as a tuple, if all are texts; a single text is one value."""
+    if isinstance(values, str):
+        values = (values,)
+    if not isinstance(values, Sequence):
+        raise bad_value(name, values, "a list of ids")
+    return tuple(check_text(f"{name}[{place}]", value) for place, value in enumerate(values))
 
 
 def _integers(name: str, values: Any, high: int) -> tuple[int, ...]:

@@ -34,8 +34,8 @@ class Workload:
     num_system_prompts, system_prompt_len: so many texts of so many tokens, one of which every conversation
     begins with; the n-th is chosen with a probability in proportion to n ** -system_prompt_skew.
     turns: requests of a conversation. The prompt of each begins with all prompts and answers before it.
-    think_time_s: from one request's arrival to that of the next one in its conversation, so it has to cover
-    the time that the answer takes.
+    think_time_s: from an answer's end to the next request of its conversation. The trace gives that request
+    the time at which it would arrive if answers took none.
     """
 
     num_requests: int = 1000
@@ -68,7 +68,11 @@ def synthesise(workload: Workload) -> Trace:
     """
     synthesis = _Synthesis(workload)
     name = f"synthetic, seed {workload.seed}"
-    return Trace(lambda: islice(synthesis.requests(), workload.num_requests), name)
+    return Trace(
+        lambda: islice(synthesis.requests(), workload.num_requests),
+        name,
+        has_sessions=lambda: workload.turns != "fixed:1",
+    )
 
 
 @dataclass(slots=True)
@@ -79,6 +83,7 @@ class _Conversation:
     turns_left: int
     hash_ids: list[int]
     num_tokens: int
+    delay_s: float | None = None  # of the next request
 
 
 class _Synthesis:
@@ -115,7 +120,8 @@ class _Synthesis:
                 num_conversations += 1
             yield self._turn(conversation, index, time, lengths, piece_ids)
             if conversation.turns_left > 0:
-                heappush(going_on, (time + self._think_time(shapes), index, conversation))
+                conversation.delay_s = self._think_time(shapes)
+                heappush(going_on, (time + conversation.delay_s, index, conversation))
 
     def _begin(self, session: str, random: Random) -> _Conversation:
         has_system_prompt = self._workload.num_system_prompts > 0
@@ -143,6 +149,7 @@ class _Synthesis:
             output_len=output_len,
             id=str(index),
             session=conversation.session,
+            delay_s=conversation.delay_s,
             index=index,
             **contents,
         )

@@ -16,7 +16,7 @@ from typing import IO, Any, cast
 
 from pagellm.engine import checks
 from pagellm.engine.errors import TraceError
-from pagellm.sim.traces.files import Record
+from pagellm.sim.traces.files import Record, read_lines
 from pagellm.sim.traces.formats import Fields, Format, detect
 from pagellm.sim.traces.prompt_tokens import Encoder
 from pagellm.sim.traces.request import TraceRequest, bad_value, check_integer, check_number
@@ -53,6 +53,7 @@ class Trace:
     whose requests may stand in any order and are sorted.) An error ends the iteration that meets it.
 
     requests: begins a new iteration, in order of arrival. format: of the file that they are from.
+    has_sessions: whether any may wait for the answer of another. Then a replay reads them twice.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class Trace:
         name: str = "trace",
         left_out: LeftOut | None = None,
         format: str | None = None,
+        has_sessions: Callable[[], bool] = lambda: False,
     ) -> None:
         self._requests = requests
+        self.has_sessions = has_sessions
         self.name = name
         self.format = format
         self._left_out = left_out or LeftOut()
@@ -117,9 +120,15 @@ class Trace:
         path = checks.path("trace", path, TraceError)
         reader = _Reader(path, detect(path, format), skip_bad, tokenizer)
         if not (sort or reader.form.is_document):
-            return cls(reader.stream, str(path), reader.left_out, reader.form.name)
+            return cls(reader.stream, str(path), reader.left_out, reader.form.name, reader.has_sessions)
         requests = reader.read_sorted()
-        return cls(lambda: iter(requests), str(path), reader.left_out, reader.form.name)
+        return cls(
+            lambda: iter(requests),
+            str(path),
+            reader.left_out,
+            reader.form.name,
+            lambda: any(map(_may_wait, requests)),
+        )
 
     @classmethod
     def from_requests(cls, requests: Iterable[TraceRequest], name: str = "trace") -> "Trace":
@@ -128,7 +137,7 @@ class Trace:
         if not in_order:
             raise _no_requests(name, LeftOut())
         placed = [replace(r, index=index, id=r.id or str(index)) for index, r in enumerate(in_order)]
-        return cls(lambda: iter(placed), name)
+        return cls(lambda: iter(placed), name, has_sessions=lambda: any(map(_may_wait, placed)))
 
     def scaled(self, rate_factor: float) -> "Trace":
         """The same requests, arriving rate_factor times as often."""
@@ -152,7 +161,7 @@ class Trace:
 
     def through(self, step: Callable[[Iterator[TraceRequest]], Iterator[TraceRequest]]) -> "Trace":
         """What a step makes of the requests one by one; it has to keep them in the order of arrival."""
-        return Trace(lambda: step(iter(self)), self.name, self._left_out, self.format)
+        return Trace(lambda: step(iter(self)), self.name, self._left_out, self.format, self.has_sessions)
 
     def save(self, path: str | os.PathLike[str]) -> int:
         """Writes JSON Lines, compressed if the name ends in .gz; returns the number of requests.
@@ -194,6 +203,11 @@ class _Reader:
     def read_sorted(self) -> list[TraceRequest]:
         """All requests by arrival; those that arrive together keep the file's order."""
         return list(self._placed(sorted(self._parsed(), key=lambda parsed: parsed[1]["arrival_time"])))
+
+    def has_sessions(self) -> bool:
+        """Whether any request may wait for another, at a glance."""
+        names = self.form.session_names
+        return any(name in line for _, line in read_lines(self._path) for name in names)
 
     def _parsed(self) -> Iterator[tuple[Record, Fields]]:
         """The fields of each request and the record that they stand in."""
@@ -239,6 +253,10 @@ class _Reader:
         if not self._skip_bad:
             raise TraceError(f"{self._path}:{record.line}: {record.place}{error}; {SKIP_BAD}") from None
         self.left_out.skip(record.line, f"{record.place}{error}")
+
+
+def _may_wait(request: TraceRequest) -> bool:
+    return not (request.session is None and request.after is None and request.continues is None)
 
 
 def _value(record: Record) -> dict[str, object]:

@@ -16,6 +16,7 @@ from pagellm.sim.costs.decoder import Layers, Model
 from pagellm.sim.costs.devices import Hardware
 from pagellm.sim.costs.profile import ProfileCostModel
 from pagellm.sim.costs.roofline import RooflineCostModel
+from pagellm.sim.real_replay import replay_for_real
 from tests.conftest import model_path
 from tests.sim.test_calibrate import Clock
 
@@ -251,3 +252,50 @@ def test_settings_of_a_log_that_are_none_are_refused(tmp_path: Path, config: Any
         ProfileError, match=r"steps.jsonl:1: config: found .*, expected an object of block_size"
     ):
         CostModel.load(path)
+
+
+@pytest.mark.parametrize("clients", [None, 2])
+def test_sessions_on_the_real_engine_and_simulated_take_the_same_decisions(
+    clients: int | None, tmp_path: Path
+) -> None:
+    """Turns wait for the engine's answers and go on with them; so do those of the simulation."""
+    random = Random(3)
+    trace = []
+    for number in range(8):
+        tokens = [random.randrange(2, VOCAB_SIZE) for _ in range(random.randint(4, 20))]
+        common: dict[str, Any] = {"arrival_time": 0.001 * number, "output_len": random.randint(2, 9)}
+        trace.append(TraceRequest(id=f"{number}", prompt_token_ids=tokens, **common))
+        for turn in range(random.randint(0, 3)):
+            before = f"{number}" if turn == 0 else f"{number}.{turn - 1}"
+            new = [random.randrange(2, VOCAB_SIZE) for _ in range(random.randint(1, 6))]
+            delay = random.choice([0.0, 0.001, None])
+            name = f"{number}.{turn}"
+            trace.append(
+                TraceRequest(id=name, prompt_token_ids=new, continues=before, delay_s=delay, **common)
+            )
+    real, simulated = tmp_path / "real.jsonl", tmp_path / "simulated.jsonl"
+    config = EngineConfig(block_size=4, num_blocks=60, max_num_seqs=4, max_num_batched_tokens=24)
+    engine = LLMEngine(str(model_path("llama_gqa")), replace(config, step_log=str(real)))
+    try:
+        requests = Trace.from_requests(trace)
+        report = replay_for_real(engine, requests, model="tiny", clients=clients)
+        config = engine.config
+    finally:
+        engine.close()
+    again = Simulator(
+        replace(config, step_log=str(simulated)),
+        CostModel.load(real),
+        prompt_tokens=PromptTokens(VOCAB_SIZE),
+        clients=clients,
+    ).replay(requests)
+    times = (*MEASURED, "start_s")
+    happened, came = (
+        [{k: v for k, v in step.items() if k not in times} for step in steps(path)]
+        for path in (real, simulated)
+    )
+    for step in (*happened, *came):
+        for added in step["added"]:
+            del added["arrival_s"]
+    assert came == happened
+    assert again.summary["cache"] == report.summary["cache"]
+    assert again.summary["cache"]["hit_tokens"] > 0
