@@ -5,6 +5,7 @@ Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units" (
 text was cut into words.
 """
 
+from array import array
 from collections.abc import Collection, Mapping, Sequence
 from heapq import heappop, heappush
 from itertools import chain, pairwise
@@ -19,6 +20,7 @@ from pagellm.engine.tokenizer.word_cache import WordCache
 Merges = Sequence[str] | Sequence[Sequence[str]]
 
 _SHORT = 48
+_AT_ONCE = 1 << 16  # so many at once, so that other threads wait for a millisecond at most
 _NO_MERGE = -1
 _MERGED_AWAY = -1
 
@@ -193,8 +195,7 @@ class MergeTable:
         size = len(ids)
         rank_at.append(_NO_MERGE)
         ids = ids.copy()
-        next_of = list(range(1, size + 1))
-        previous_of = list(range(-1, size - 1))
+        next_of, previous_of = _numbers(1, size), _numbers(-1, size)
         # Ranks that had to give way to a lower one that their own merge made: their positions are a heap.
         # A merge never makes its own pair again, so that all other lists are whole when their turn comes.
         resumed: set[int] = set()
@@ -243,3 +244,11 @@ class MergeTable:
                 positions.reverse()
                 resumed.add(rank)
         return [id_ for id_ in ids if id_ != _MERGED_AWAY]
+
+
+def _numbers(first: int, count: int) -> "array[int]":
+    """The integers from `first` on."""
+    numbers = array("i")
+    for start in range(first, first + count, _AT_ONCE):
+        numbers.extend(range(start, min(start + _AT_ONCE, first + count)))
+    return numbers

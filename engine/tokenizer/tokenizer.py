@@ -8,7 +8,7 @@ readers' business, and what becomes of a word that of its model (`bpe`, `sentenc
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from pagellm.engine.checks import flag
@@ -24,6 +24,7 @@ from pagellm.engine.tokenizer.thinking import effort_variables, switch_variables
 from pagellm.engine.tokenizer.word_cache import WordCache
 
 _MARK_ATTEMPTS = 8
+_AT_ONCE = 1 << 15  # ids that are gathered without giving other threads a turn
 
 
 class Tokenizer:
@@ -121,7 +122,9 @@ class Tokenizer:
                 if isinstance(piece, AddedToken):
                     ids.append(piece.id)
                 else:
-                    ids += self._encode_words(*piece)
+                    words = iter(self._encode_words(*piece))
+                    while more := list(islice(words, _AT_ONCE)):
+                        ids += more
         except UnicodeEncodeError:
             at, char = next((at, char) for at, char in enumerate(text) if "\ud800" <= char <= "\udfff")
             raise RequestError(
