@@ -12,8 +12,15 @@ from pagellm.engine.errors import ConfigError
 if TYPE_CHECKING:
     from pagellm.engine.llm import LLM
 
-_LONGEST_DRAIN_S = 1e6
+_LONGEST_S = 1e6
 _KEYS_VARIABLE = "PAGELLM_API_KEYS"
+_LIMITS: list[tuple[str, int | float, str, str]] = [
+    ("max-body-bytes", 64 << 20, "N", "bytes of a request"),
+    ("max-n", 128, "N", "completions that a request may ask for of a prompt"),
+    ("max-logprobs", 100, "N", "log-probabilities that it may ask for of a token"),
+    ("max-stop-strings", 256, "N", "stop strings that it may have"),
+    ("keep-alive", 15.0, "S", "seconds after which a stream without news says that it is alive"),
+]
 
 
 def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -43,6 +50,19 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
         "--max-queued-tokens", type=int, metavar="N", dest="max_queued_tokens",
         help="the same for the tokens of these prompts (default: no limit)",
     )  # fmt: skip
+    for name, default, shown, text in _LIMITS:
+        group.add_argument(
+            f"--{name}", type=type(default), default=default, metavar=shown, dest=name.replace("-", "_"),
+            help=f"{text} (default: %(default)s)",
+        )  # fmt: skip
+    group.add_argument(
+        "--request-timeout", type=float, metavar="S", dest="request_timeout",
+        help="seconds from its arrival after which a request is given up (default: no limit)",
+    )  # fmt: skip
+    group.add_argument(
+        "--allowed-origins", nargs="+", default=[], metavar="ORIGIN", dest="allowed_origins",
+        help="origins whose pages may ask, such as https://example.org, or * (default: none)",
+    )  # fmt: skip
     group.add_argument(
         "--api-key-file", metavar="FILE", dest="api_key_file",
         help=f"keys, one a line, of which requests must have one; also in {_KEYS_VARIABLE}, with commas",
@@ -60,12 +80,19 @@ def _serve(options: argparse.Namespace) -> None:
     from pagellm.engine.commands.cli import engine_config
 
     integer("port", options.port, 0, 65535, error=ConfigError)
-    number("shutdown_timeout", options.shutdown_timeout, 0.0, _LONGEST_DRAIN_S, error=ConfigError)
+    number("shutdown_timeout", options.shutdown_timeout, 0.0, _LONGEST_S, error=ConfigError)
     if options.ssl_keyfile is not None and options.ssl_certfile is None:
         raise ConfigError("ssl_keyfile: found one without a certificate, expected --ssl-certfile with it")
     integer("max_queued_requests", options.max_queued_requests, 1, None, error=ConfigError)
     if options.max_queued_tokens is not None:
         integer("max_queued_tokens", options.max_queued_tokens, 1, None, error=ConfigError)
+    integer("max_body_bytes", options.max_body_bytes, 1, None, error=ConfigError)
+    integer("max_n", options.max_n, 1, None, error=ConfigError)
+    integer("max_logprobs", options.max_logprobs, 0, None, error=ConfigError)
+    integer("max_stop_strings", options.max_stop_strings, 0, None, error=ConfigError)
+    number("keep_alive", options.keep_alive, 0.001, _LONGEST_S, error=ConfigError)
+    if options.request_timeout is not None:
+        number("request_timeout", options.request_timeout, 0.001, _LONGEST_S, error=ConfigError)
     keys = _api_keys(options.api_key_file)
     config = engine_config(options)
     try:
@@ -81,10 +108,14 @@ def _serve(options: argparse.Namespace) -> None:
 
         return LLM(options.model, config=config)
 
+    limits = Limits(
+        options.max_queued_requests, options.max_queued_tokens, options.max_body_bytes, options.max_n,
+        options.max_logprobs, options.max_stop_strings, options.request_timeout, options.keep_alive,
+    )  # fmt: skip
     run_server(
         load, options.served_model_name or [options.model], options.host, options.port,
-        options.shutdown_timeout, Limits(options.max_queued_requests, options.max_queued_tokens), keys,
-        options.ssl_certfile, options.ssl_keyfile,
+        options.shutdown_timeout, limits, keys, options.ssl_certfile, options.ssl_keyfile,
+        options.allowed_origins,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pagellm import __version__
 from pagellm.engine.requests.outputs import FinishReason, TokenLogprob
 from pagellm.engine.server.engine_thread import Generation, LiveRequest, State
-from pagellm.engine.server.errors import ApiError
+from pagellm.engine.server.errors import ApiError, too_late
 from pagellm.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
@@ -56,6 +56,8 @@ class Reader:
             return None
         if new.finish_reason is FinishReason.ERROR:
             raise ApiError(500, new.error or "the completion could not be computed")
+        if new.finish_reason is FinishReason.ABORT and self.live.generation.expired_s is not None:
+            raise too_late(self.live.generation.expired_s)
         if new.finish_reason is FinishReason.ABORT:
             raise ApiError(503, "the server shut down before the completion had ended")
         self._seen = new

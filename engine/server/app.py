@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -27,10 +28,11 @@ from pagellm.engine.server.service import AnyEndpoint, Service
 _SCHEMA_PLACE = "#/components/schemas/{model}"
 
 
-def make_app(service: Service, keys: Sequence[str] = ()) -> Any:
+def make_app(service: Service, keys: Sequence[str] = (), allowed_origins: Sequence[str] = ()) -> Any:
     """The ASGI application of a service, whose model begins to load when it starts.
 
     keys: those of which clients must send one, as `Authorization: Bearer`; none: everybody is served.
+    allowed_origins: whose pages browsers let ask; "*" is all, and nobody's where there is none.
     """
 
     @asynccontextmanager
@@ -126,7 +128,13 @@ def make_app(service: Service, keys: Sequence[str] = ()) -> Any:
         return document
 
     app.openapi = openapi
-    return Door(app, service, keys)
+    door = Door(app, service, keys)
+    if not allowed_origins:
+        return door
+    return CORSMiddleware(
+        door, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"],
+        expose_headers=["x-request-id"],
+    )  # fmt: skip
 
 
 _ANSWERS: dict[int | str, str] = {

@@ -1,5 +1,6 @@
 """`/v1/completions` and `/v1/chat/completions`: from the body to the answer, whole or as a stream."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 from uuid import uuid4
@@ -22,8 +23,16 @@ from pagellm.engine.server.answers import (
     usage_of,
 )
 from pagellm.engine.server.engine_thread import Generation
-from pagellm.engine.server.errors import ApiError
-from pagellm.engine.server.http import EventStream, event, json_response, read_body, unless_gone
+from pagellm.engine.server.errors import ApiError, too_late
+from pagellm.engine.server.http import (
+    KEEP_ALIVE,
+    EventStream,
+    KeepAlive,
+    event,
+    json_response,
+    read_body,
+    unless_gone,
+)
 from pagellm.engine.server.prepare import (
     Headers,
     Prepared,
@@ -37,7 +46,7 @@ from pagellm.engine.server.protocol import (
     StreamOptions,
     read_request,
 )
-from pagellm.engine.server.service import Service
+from pagellm.engine.server.service import Limits, Service
 
 
 async def complete(service: Service, request: Request) -> Response:
@@ -82,15 +91,16 @@ async def _generate(
         raise ApiError(
             400, "prompt_logprobs: found some with stream true, expected one of them", "prompt_logprobs"
         )
+    check_bounds(body, service.limits)
     prepared = await service.prepare(prepare, service.llm, body, headers_of(request), arrival_s)
     request_id = body.request_id or request.state.request_id
     if body.stream:
-        generation = await service.thread.submit(prepared.entries)
+        generation = await submit(service, request, prepared)
         answer = answer_kind(service, body, prepared, generation, request_id)
         return EventStream(_stream(service, generation, answer), generation.close)
 
     async def whole() -> Response:
-        generation = await service.thread.submit(prepared.entries)
+        generation = await submit(service, request, prepared)
         service.num_serving += 1
         try:
             await generation.wait_for_end()
@@ -103,13 +113,46 @@ async def _generate(
     return await unless_gone(request, whole())
 
 
+def check_bounds(body: GenerationRequest, limits: Limits) -> None:
+    """Raises `ApiError` for a request that asks for more than is given."""
+    num_stops = 0 if body.stop is None or isinstance(body.stop, str) else len(body.stop)
+    for name, value, most in [
+        ("n", body.n, limits.n),
+        ("logprobs", getattr(body, "logprobs", None), limits.logprobs),
+        ("top_logprobs", getattr(body, "top_logprobs", None), limits.logprobs),
+        ("prompt_logprobs", body.prompt_logprobs, limits.logprobs),
+    ]:
+        if type(value) is int and value > most:
+            raise ApiError(400, f"{name}: found {value}, expected {most} at most", name)
+    if num_stops > limits.stop_strings:
+        raise ApiError(400, f"stop: found {num_stops}, expected {limits.stop_strings} at most", "stop")
+
+
+async def submit(service: Service, request: Request, prepared: Prepared) -> Generation:
+    """Gives what was prepared to the engine. Raises `ApiError` where too many wait."""
+    service.check_queue(sum(len(entry.token_ids) for entry in prepared.entries))
+    most_s = service.limits.request_s
+    try:
+        async with asyncio.timeout(most_s):
+            generation = await service.thread.submit(prepared.entries)
+    except TimeoutError:  # a step is under way
+        raise too_late(most_s) from None
+    request.state.generation = generation
+    if most_s is not None:
+        generation.expire_after(most_s)
+    return generation
+
+
 async def _stream(service: Service, generation: Generation, answer: "Answer") -> AsyncIterator[bytes]:
     """The chunks of an answer; what has come together is sent together."""
     service.num_serving += 1
+    keep_alive = KeepAlive(generation.changed.set, service.limits.keep_alive_s)
     try:
         under_way = answer.readers
         while under_way:
             await generation.wait()
+            if keep_alive.is_due():
+                yield KEEP_ALIVE
             events = []
             for reader in under_way:
                 delta = reader.take()
@@ -121,6 +164,7 @@ async def _stream(service: Service, generation: Generation, answer: "Answer") ->
         if answer.options.include_usage:
             yield event(answer.last_chunk())
     finally:
+        keep_alive.stop()
         service.num_serving -= 1
 
 

@@ -63,6 +63,8 @@ class Generation:
     def __init__(self, thread: "EngineThread", request_ids: list[str]) -> None:
         self.requests: list[LiveRequest] = []
         self.changed = asyncio.Event()
+        self.expired_s: float | None = None  # after how long it was given up, if it was
+        self._timer: asyncio.TimerHandle | None = None
         self._thread = thread
         self.request_ids = request_ids
 
@@ -83,8 +85,19 @@ class Generation:
 
     def close(self) -> None:
         """Gives up what has not ended; blocks are free before the next step."""
+        if self._timer is not None:
+            self._timer.cancel()
         if not self.requests or not self.finished:
             self._thread.abort(self.request_ids)
+
+    def expire_after(self, seconds: float) -> None:
+        """Gives it up if it takes longer."""
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._expire, seconds)
+
+    def _expire(self, seconds: float) -> None:
+        if not self.finished:
+            self.expired_s = seconds
+            self.close()
 
 
 class StepObserver(Protocol):

@@ -8,7 +8,8 @@ from pagellm.engine.errors import EngineError, PagellmError, RequestError
 
 _TYPES = {
     400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 405: "MethodNotAllowedError",
-    413: "RequestTooLargeError", 500: "InternalServerError", 503: "ServiceUnavailableError",
+    408: "RequestTimeoutError", 413: "RequestTooLargeError", 500: "InternalServerError",
+    503: "ServiceUnavailableError", 504: "TimeoutError",
 }  # fmt: skip
 _FIELD = re.compile(r"(?:request \d+: )?([a-z_]+)(?:[.\[][^:]*)?:")
 
@@ -35,6 +36,11 @@ def bad_request(message: str) -> ApiError:
 def not_ready(message: str) -> ApiError:
     """A 503 that invites to come again."""
     return ApiError(503, message, headers={"retry-after": "1"})
+
+
+def too_late(seconds: float | None) -> ApiError:
+    """A 504 for what took longer than that."""
+    return ApiError(504, f"the request took more than {seconds or 0:g} s")
 
 
 def as_api_error(error: Exception) -> ApiError:

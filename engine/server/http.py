@@ -18,7 +18,7 @@ from starlette.responses import Response
 from pagellm.engine.progress import say
 from pagellm.engine.server.errors import ApiError, as_api_error, error_body
 
-MAX_BODY_BYTES = 64 << 20
+_BODY_PAUSE_S = 60.0  # that a client may take between two parts of a body
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _OPEN = frozenset({"/health", "/metrics", "/version"})
 _NO_KEY = ApiError(
@@ -27,6 +27,7 @@ _NO_KEY = ApiError(
     headers={"www-authenticate": "Bearer"},
 )
 _DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _Result = TypeVar("_Result")
 
@@ -36,17 +37,28 @@ class ClientGoneError(Exception):
 
 
 async def read_body(request: Request) -> bytes:
-    """The body. Raises `ApiError` for one that is too large, before all of it has come."""
-    parts, size = [], 0
+    """The body. Raises `ApiError` for one that is too large or too slow, before all of it has come."""
+    parts: list[bytes] = []
+    size, most = 0, request.state.max_body_bytes
+    too_large = ApiError(413, f"body: found more than {most} bytes, expected as many at most")
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > most:
+        raise too_large
+    stream = aiter(request.stream())
     try:
-        async for part in request.stream():
+        while True:
+            async with asyncio.timeout(_BODY_PAUSE_S):
+                part = await anext(stream, None)
+            if part is None:
+                return b"".join(parts)
             parts.append(part)
             size += len(part)
-            if size > MAX_BODY_BYTES:
-                raise ApiError(413, f"body: found more than {MAX_BODY_BYTES} bytes, expected less")
+            if size > most:
+                raise too_large
+    except TimeoutError:
+        raise ApiError(408, f"body: nothing more came for {_BODY_PAUSE_S:g} s") from None
     except ClientDisconnect:
         raise ClientGoneError from None
-    return b"".join(parts)
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -83,6 +95,40 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, _Result]) -> _
 async def _gone(receive: Any) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+class KeepAlive:
+    """Wakes a stream that has nothing to say, every so many seconds, so that nobody takes it for dead."""
+
+    def __init__(self, wake: Callable[[], None], interval_s: float) -> None:
+        self._wake = wake
+        self._interval_s = interval_s
+        self._loop = asyncio.get_running_loop()
+        self._said_something = False  # since the timer was set
+        self._is_due = False
+        self._set()
+
+    def is_due(self) -> bool:
+        """Whether the stream was woken for this; else it was because there is news."""
+        if self._is_due:
+            self._is_due = False
+            return True
+        self._said_something = True
+        return False
+
+    def stop(self) -> None:
+        """Wakes it no more."""
+        self._timer.cancel()
+
+    def _set(self) -> None:
+        self._timer = self._loop.call_later(self._interval_s, self._tick)
+
+    def _tick(self) -> None:
+        if not self._said_something:
+            self._is_due = True
+            self._wake()
+        self._said_something = False
+        self._set()
 
 
 class EventStream(Response):
@@ -145,7 +191,9 @@ class Door:
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        state["max_body_bytes"] = self._service.limits.body_bytes
         status = 0
 
         async def send_on(message: Any) -> None:

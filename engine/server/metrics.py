@@ -45,6 +45,17 @@ class ServerMetrics(StepListener):
             registry=self.registry,
         )  # fmt: skip
 
+        self._rejections = Counter(
+            "vllm:admission_rejections", "Requests that found the queue full.", ["model_name", "reason"],
+            registry=self.registry,
+        )  # fmt: skip
+        for reason in ("max_num_queued_reqs", "max_num_queued_tokens"):
+            self._rejections.labels(model_name, reason)
+
+    def rejected(self, reason: str) -> None:
+        """The queue was full, of requests or of tokens, as vLLM's settings are called."""
+        self._rejections.labels(self._labels["model_name"], reason).inc()
+
     def text(self) -> bytes:
         """All of it in Prometheus's text form."""
         text: bytes = generate_latest(self.registry)

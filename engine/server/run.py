@@ -14,7 +14,8 @@ from pagellm.engine.server.app import make_app
 from pagellm.engine.server.service import Limits, Service
 
 _BACKLOG = 2048
-_LAST_WORDS_S = 3.0  # for streams to end after their requests were given up
+_IDLE_S = 75  # that a connection without a request is kept: longer than clients keep one
+_LAST_WORDS_S = 2.0  # for streams to end after their requests were given up
 
 
 class _Server(uvicorn.Server):
@@ -69,13 +70,14 @@ def run_server(
     keys: Sequence[str] = (),
     ssl_certfile: str | None = None,
     ssl_keyfile: str | None = None,
+    allowed_origins: Sequence[str] = (),
 ) -> None:
     """Serves until it is told to end.
 
     load: makes the LLM, after the server has begun to answer. names: what clients may call the model.
     drain_s: seconds that requests under way have after the first signal. keys: one of them must be in each
-    request, where there are any. Raises `PagellmError` if the model
-    cannot be loaded or the address cannot be had.
+    request, where there are any. allowed_origins: whose pages browsers let ask. Raises `PagellmError` if the
+    model cannot be loaded or the address cannot be had.
     """
     listener = _listen(host, port)
     server: _Server
@@ -85,7 +87,8 @@ def run_server(
 
     service = Service(load, names, give_up, limits)
     config = uvicorn.Config(
-        make_app(service, keys), log_config=None, access_log=False, lifespan="on", server_header=False,
+        make_app(service, keys, allowed_origins), log_config=None, access_log=False, lifespan="on",
+        server_header=False, timeout_keep_alive=_IDLE_S,
         ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile,
     )  # fmt: skip
     server = _Server(config, service, drain_s)

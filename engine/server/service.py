@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from pagellm.engine.errors import PagellmError
 from pagellm.engine.llm import LLM
 from pagellm.engine.progress import say
+from pagellm.engine.requests.sampling_params import MAX_LOGPROBS
 from pagellm.engine.server.answers import now
 from pagellm.engine.server.engine_thread import EngineThread
 from pagellm.engine.server.errors import ApiError, not_ready
@@ -23,13 +24,22 @@ _Result = TypeVar("_Result")
 
 
 class Limits(NamedTuple):
-    """How much may wait. What more comes is refused at once, for it would wait longer than anybody does.
+    """What a server takes. None: no limit.
 
-    queued_requests: prompts that have no token yet. queued_tokens: of these prompts together. None: no limit.
+    queued_requests: prompts that have no token yet; queued_tokens: of these prompts together. What more comes
+    is refused at once, for it would wait longer than anybody does.
+    body_bytes: of a request. n, logprobs, stop_strings: that it may ask for. request_s: seconds from its
+    arrival after which it is given up. keep_alive_s: a stream that has nothing to say says so, so often.
     """
 
     queued_requests: int | None = 1024
     queued_tokens: int | None = None
+    body_bytes: int = 64 << 20
+    n: int = 128
+    logprobs: int = MAX_LOGPROBS
+    stop_strings: int = 256
+    request_s: float | None = None
+    keep_alive_s: float = 15.0
 
 
 class Service:
@@ -50,7 +60,7 @@ class Service:
         self.metrics = ServerMetrics(self.names[0])
         self.num_serving = 0  # generation requests under way
         self.load_error: BaseException | None = None
-        self._limits = limits or Limits()
+        self.limits = limits or Limits()
         self._num_preparing = 0  # requests whose prompts are being made
         self._load = load
         self._when_failed = when_failed
@@ -105,17 +115,27 @@ class Service:
 
     async def prepare(self, call: Callable[..., _Result], *arguments: Any) -> _Result:
         """Makes a request's prompts in a worker. Raises `ApiError`, before that, where too many wait."""
-        thread, limits = self.thread, self._limits
-        num_queued = thread.num_queued + self._num_preparing
-        if limits.queued_requests is not None and num_queued >= limits.queued_requests:
-            raise not_ready(f"the queue is full: {num_queued} requests wait for their first token")
-        if limits.queued_tokens is not None and thread.num_queued_tokens >= limits.queued_tokens:
-            raise not_ready(f"the queue is full: prompts of {thread.num_queued_tokens} tokens wait")
+        self.check_queue(0, self._num_preparing)
         self._num_preparing += 1
         try:
             return await self.work(call, *arguments)
         finally:
             self._num_preparing -= 1
+
+    def check_queue(self, num_tokens: int, num_preparing: int = 0) -> None:
+        """Raises `ApiError` where too many wait for prompts of so many tokens to wait, too.
+
+        Prompts that would wait for nobody are let in, however long they are.
+        """
+        thread, limits = self.thread, self.limits
+        num_queued = thread.num_queued + num_preparing
+        if limits.queued_requests is not None and num_queued >= limits.queued_requests:
+            self.metrics.rejected("max_num_queued_reqs")
+            raise not_ready(f"the queue is full: {num_queued} requests wait for their first token")
+        waiting = thread.num_queued_tokens
+        if limits.queued_tokens is not None and waiting and waiting + num_tokens >= limits.queued_tokens:
+            self.metrics.rejected("max_num_queued_tokens")
+            raise not_ready(f"the queue is full: prompts of {waiting} tokens wait")
 
     def check_model(self, name: str | None) -> None:
         """Raises `ApiError` for a model that is not served here."""

@@ -18,7 +18,9 @@ THOUGHTS = "<think>...</think>"
 
 
 @contextmanager
-def serving(load: Callable[[], LLM], *names: str, keys: Any = (), limits: Any = None) -> Iterator[Any]:
+def serving(
+    load: Callable[[], LLM], *names: str, keys: Any = (), limits: Any = None, **settings: Any
+) -> Iterator[Any]:
     """A server in a thread of this process; yields its service, whose `url` is where it listens."""
     import uvicorn
 
@@ -26,7 +28,9 @@ def serving(load: Callable[[], LLM], *names: str, keys: Any = (), limits: Any = 
     from pagellm.engine.server.service import Service
 
     service: Any = Service(load, names or ("tiny",), limits=limits)
-    server = uvicorn.Server(uvicorn.Config(make_app(service, keys), log_config=None, lifespan="on"))
+    server = uvicorn.Server(
+        uvicorn.Config(make_app(service, keys, **settings), log_config=None, lifespan="on")
+    )
     with socket.create_server(("127.0.0.1", 0)) as listener:
         service.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

@@ -29,7 +29,7 @@ def open_stream(url: str, body: Any, key: str = "") -> socket.socket:
     """A connection that has asked for something and has read nothing."""
     host, port = url.removeprefix("http://").split(":")
     data = json.dumps(body).encode()
-    connection = socket.create_connection((host, int(port)))
+    connection = socket.create_connection((host, int(port)), timeout=60)
     head = ["POST /v1/completions HTTP/1.1", "Host: x", f"Content-Length: {len(data)}"]
     head += [f"Authorization: Bearer {key}", "", ""]
     connection.sendall("\r\n".join(head).encode() + data)
@@ -126,22 +126,29 @@ def test_before_the_model_is_loaded_and_after_it_failed_the_answer_is_503() -> N
         assert str(service.failure()) == "no such model"
 
 
-@pytest.fixture
-def command(tmp_path: Path) -> Iterator[Any]:
+@contextmanager
+def start_command(*more: str, **environment: str) -> Iterator[Any]:
     """`pagellm serve` as a process; its `url` is where it listens."""
     flags = ["--model", str(model_path("llama_tiny")), "--port", "0", "--num-blocks", "64"]
     process: Any = subprocess.Popen(
-        [sys.executable, "-m", "pagellm", "serve", *flags, "--served-model-name", "tiny"],
-        cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "pagellm", "serve", *flags, "--served-model-name", "tiny", *more],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | environment,
     )  # fmt: skip
     try:
         process.url = process.stderr.readline().split()[-1]
         process.stderr.readline()
-        wait_until_ready(process)
         yield process
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture
+def command() -> Iterator[Any]:
+    """`pagellm serve` as a process that is ready."""
+    with start_command() as process:
+        wait_until_ready(process)
+        yield process
 
 
 def test_the_first_signal_lets_streams_end_whole(command: Any) -> None:
