@@ -290,10 +290,24 @@ BUGS = (
     ),
     Bug(
         "a reset leaves something in the cache",
-        MANAGER,
-        "BlockManager.reset_cache",
-        "list(self._cache)",
-        "list(self._cache)[1:]",
+        CACHE,
+        "PrefixCache.clear",
+        "list(self)",
+        "list(self)[1:]",
+    ),
+    Bug(
+        "who observes the cache is told that a block follows none",
+        CACHE,
+        "PrefixCache.add",
+        "self._hashes[before]",
+        "None",
+    ),
+    Bug(
+        "who observes the cache does not hear of what is forgotten",
+        CACHE,
+        "PrefixCache.remove",
+        "self.observer.removed(self._hashes[block])",
+        "pass",
     ),
     Bug(
         "after a reset, chains are continued behind blocks that nobody can find",

@@ -67,6 +67,18 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
         "--api-key-file", metavar="FILE", dest="api_key_file",
         help=f"keys, one a line, of which requests must have one; also in {_KEYS_VARIABLE}, with commas",
     )  # fmt: skip
+    group.add_argument(
+        "--kv-events", metavar="ENDPOINT", dest="kv_events",
+        help="publish what the prefix cache knows over ZMQ, as vLLM does, e.g. tcp://*:5557",
+    )  # fmt: skip
+    group.add_argument(
+        "--kv-events-replay", metavar="ENDPOINT", dest="kv_events_replay",
+        help="and again what was published, to who asks here",
+    )  # fmt: skip
+    group.add_argument(
+        "--kv-events-topic", default="", metavar="TEXT", dest="kv_events_topic",
+        help="the topic under which it is published (default: none)",
+    )  # fmt: skip
     group.add_argument("--ssl-certfile", metavar="FILE", help="serve over TLS with this certificate")
     group.add_argument("--ssl-keyfile", metavar="FILE", help="and its key")
     serve.set_defaults(command=_serve)
@@ -93,9 +105,14 @@ def _serve(options: argparse.Namespace) -> None:
     number("keep_alive", options.keep_alive, 0.001, _LONGEST_S, error=ConfigError)
     if options.request_timeout is not None:
         number("request_timeout", options.request_timeout, 0.001, _LONGEST_S, error=ConfigError)
+    if options.kv_events is None and (options.kv_events_replay is not None or options.kv_events_topic):
+        raise ConfigError("kv_events: found none beside its replay or topic, expected --kv-events with them")
     keys = _api_keys(options.api_key_file)
     config = engine_config(options)
+    if options.kv_events is not None and not config.enable_prefix_caching:
+        raise ConfigError("kv_events: found one with --no-prefix-caching, expected a cache to tell of")
     try:
+        from pagellm.engine.server.kv_events import KvEvents
         from pagellm.engine.server.run import run_server
         from pagellm.engine.server.service import Limits
     except ModuleNotFoundError as error:
@@ -112,10 +129,13 @@ def _serve(options: argparse.Namespace) -> None:
         options.max_queued_requests, options.max_queued_tokens, options.max_body_bytes, options.max_n,
         options.max_logprobs, options.max_stop_strings, options.request_timeout, options.keep_alive,
     )  # fmt: skip
+    events = None
+    if options.kv_events is not None:
+        events = KvEvents(options.kv_events, options.kv_events_replay, options.kv_events_topic)
     run_server(
         load, options.served_model_name or [options.model], options.host, options.port,
         options.shutdown_timeout, limits, keys, options.ssl_certfile, options.ssl_keyfile,
-        options.allowed_origins,
+        options.allowed_origins, events,
     )  # fmt: skip
 
 

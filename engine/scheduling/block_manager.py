@@ -33,7 +33,7 @@ import xxhash
 from pagellm.engine.scheduling.block_checks import check_blocks
 from pagellm.engine.scheduling.block_window import BlockWindow
 from pagellm.engine.scheduling.free_list import FreeList
-from pagellm.engine.scheduling.prefix_cache import ROOT, PrefixCache
+from pagellm.engine.scheduling.prefix_cache import ROOT, CacheObserver, PrefixCache
 from pagellm.engine.scheduling.sequence import GIVEN_BACK, Sequence
 
 _num_computed = attrgetter("num_computed_tokens")
@@ -342,8 +342,11 @@ class BlockManager:
 
     def reset_cache(self) -> None:
         """Forgets every cached prefix; sequences keep their blocks."""
-        for block in list(self._cache):
-            self._cache.remove(block)
+        self._cache.clear()
+
+    def observe_cache(self, observer: CacheObserver) -> None:
+        """Lets somebody hear of what becomes known from now on and of what is forgotten."""
+        self._cache.observer = observer
 
     def recover(self) -> None:
         """Begins anew after an operation that did not end: all blocks are free and nothing is cached.
@@ -359,6 +362,10 @@ class BlockManager:
             self.window.tokens,
         )
         new.stats = self.stats
+        observer = self._cache.observer
+        if observer is not None:
+            new.observe_cache(observer)
+            observer.cleared()
         vars(self).update(vars(new))
 
     def usage(self) -> BlockUsage:

@@ -5,17 +5,37 @@ Knows numbers, hashes and bytes; which blocks are known, and for how long, is th
 
 from array import array
 from collections.abc import Iterator
+from typing import Protocol
 
 ROOT = -2  # stands before a sequence's first block
 _UNKNOWN = -3  # stands before a block that is not known
 _NONE = -1
 
 
+class CacheObserver(Protocol):
+    """Hears of each block that becomes known and of each that is forgotten, in that order.
+
+    A hash stands for a whole prefix. What it does must not fail, and changes nothing here.
+    """
+
+    def stored(self, block_hash: int, parent_hash: int | None, tokens: bytes, salt: str) -> None:
+        """A block is known. parent_hash: of the block that it follows; None for a first block.
+
+        tokens: as int32. salt: of a first block.
+        """
+
+    def removed(self, block_hash: int) -> None:
+        """A block is forgotten."""
+
+    def cleared(self) -> None:
+        """All blocks are forgotten."""
+
+
 class PrefixCache:
     """What each known block holds, and a hash map to find it; equal hashes are told apart by content.
 
     The map is chained through arrays, a fifth of the memory of a dictionary of integers. knows_followers:
-    whether `forget` can be called.
+    whether `forget` can be called. observer: hears of what happens from when it is set; None: nobody does.
     """
 
     def __init__(self, num_blocks: int, block_size: int, knows_followers: bool = False) -> None:
@@ -30,6 +50,7 @@ class PrefixCache:
         self._salts: dict[int, str] = {}  # of first blocks that have one
         self._num_known = 0
         self._followers = _Followers(num_blocks) if knows_followers else None
+        self.observer: CacheObserver | None = None
 
     def __len__(self) -> int:
         return self._num_known
@@ -67,6 +88,9 @@ class PrefixCache:
             self._salts[block] = salt
         if self._followers is not None and before != ROOT:
             self._followers.add(block, before)
+        if self.observer is not None:
+            parent_hash = None if before == ROOT else self._hashes[before]
+            self.observer.stored(block_hash, parent_hash, tokens, salt if before == ROOT else "")
 
     def forget(self, block: int) -> list[int]:
         """Forgets a known block and all that follow it, which nobody could find any more; returns them."""
@@ -98,6 +122,17 @@ class PrefixCache:
         self._before[block] = _UNKNOWN
         self._num_known -= 1
         self._salts.pop(block, None)
+        if self.observer is not None:
+            self.observer.removed(self._hashes[block])
+
+    def clear(self) -> None:
+        """Forgets all."""
+        observer, self.observer = self.observer, None
+        for block in list(self):
+            self.remove(block)
+        self.observer = observer
+        if observer is not None:
+            observer.cleared()
 
     def tokens(self, block: int) -> bytearray:
         """The tokens that a known block holds, as int32."""

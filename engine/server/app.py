@@ -117,6 +117,8 @@ def make_app(service: Service, keys: Sequence[str] = (), allowed_origins: Sequen
     serve("/health", _health, media=())
     serve("/version", _version)
     serve("/load", _load)
+    serve("/kv_event_sources", _kv_event_sources)
+    serve("/get_server_info", _server_info)
     serve("/metrics", _metrics, media=("text/plain",))
     take("/reset_prefix_cache", _reset_prefix_cache, media=())
     app.add_exception_handler(HTTPException, _refused)
@@ -191,6 +193,26 @@ async def _version(service: Service, request: Request) -> Response:
 async def _load(service: Service, request: Request) -> Response:
     """How many generation requests are being served."""
     return json_response({"server_load": service.num_serving})
+
+
+async def _server_info(service: Service, request: Request) -> Response:
+    """What routers tell servers apart by, and whether two have the same model cut into the same blocks."""
+    config = service.llm.engine.config
+    return json_response(
+        {
+            "model_id": service.names[0],
+            "model_path": service.names[0],
+            "instance_id": service.instance_id,
+            "kv_block_size": config.block_size,
+            "max_model_len": config.max_model_len,
+            "version": __version__,
+        }
+    )
+
+
+async def _kv_event_sources(service: Service, request: Request) -> Response:
+    """Where KV events are published, by rank; empty where they are not."""
+    return json_response(service.kv_event_sources)
 
 
 async def _metrics(service: Service, request: Request) -> Response:

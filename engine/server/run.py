@@ -11,6 +11,7 @@ from pagellm.engine.errors import ConfigError
 from pagellm.engine.llm import LLM
 from pagellm.engine.progress import say
 from pagellm.engine.server.app import make_app
+from pagellm.engine.server.kv_events import KvEvents
 from pagellm.engine.server.service import Limits, Service
 
 _BACKLOG = 2048
@@ -71,13 +72,15 @@ def run_server(
     ssl_certfile: str | None = None,
     ssl_keyfile: str | None = None,
     allowed_origins: Sequence[str] = (),
+    events: KvEvents | None = None,
 ) -> None:
     """Serves until it is told to end.
 
     load: makes the LLM, after the server has begun to answer. names: what clients may call the model.
     drain_s: seconds that requests under way have after the first signal. keys: one of them must be in each
-    request, where there are any. allowed_origins: whose pages browsers let ask. Raises `PagellmError` if the
-    model cannot be loaded or the address cannot be had.
+    request, where there are any. allowed_origins: whose pages browsers let ask. events: publishes what
+    becomes of the prefix cache. Raises `PagellmError` if the model cannot be loaded or the address cannot be
+    had.
     """
     listener = _listen(host, port)
     server: _Server
@@ -85,7 +88,9 @@ def run_server(
     def give_up() -> None:
         server.should_exit = True
 
-    service = Service(load, names, give_up, limits)
+    service = Service(load if events is None else events.of(load), names, give_up, limits)
+    if events is not None:
+        service.kv_event_sources = events.sources
     config = uvicorn.Config(
         make_app(service, keys, allowed_origins), log_config=None, access_log=False, lifespan="on",
         server_header=False, timeout_keep_alive=_IDLE_S,
@@ -99,6 +104,8 @@ def run_server(
         server.run(sockets=[listener])
     service.close()
     service.join(_LAST_WORDS_S)
+    if events is not None:
+        events.close()
     failure = service.failure()
     if failure is not None:
         raise failure

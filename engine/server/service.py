@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
+from uuid import uuid4
 
 from pagellm.engine.errors import PagellmError
 from pagellm.engine.llm import LLM
@@ -57,8 +58,10 @@ class Service:
     ) -> None:
         self.names = list(names)
         self.created = now()
+        self.instance_id = uuid4().hex
         self.metrics = ServerMetrics(self.names[0])
         self.num_serving = 0  # generation requests under way
+        self.kv_event_sources: dict[str, Any] = {}  # where KV events are published, by rank, as vLLM says it
         self.load_error: BaseException | None = None
         self.limits = limits or Limits()
         self._num_preparing = 0  # requests whose prompts are being made

@@ -1,5 +1,6 @@
 """What the block manager does in each case that has a name: exact tables, exact counts."""
 
+from array import array
 from collections.abc import Callable
 
 import pytest
@@ -627,6 +628,51 @@ def test_a_reset_forgets_every_prefix_and_takes_no_block_from_anybody() -> None:
     assert hit(manager, 1, 2, 3, 4, 5) == [], "what comes after something forgotten cannot be found"
     again = serve(manager, 1, 2, 3, 4)
     assert hit(manager, 1, 2, 3, 4, 5) == again.block_table
+
+
+# Telling others what the cache knows
+
+
+class Heard:
+    """All that an observer of the cache is told, in order."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[object, ...]] = []
+
+    def stored(self, block_hash: int, parent_hash: int | None, tokens: bytes, salt: str) -> None:
+        self.events.append(("stored", block_hash, parent_hash, list(memoryview(tokens).cast("i")), salt))
+
+    def removed(self, block_hash: int) -> None:
+        self.events.append(("removed", block_hash))
+
+    def cleared(self) -> None:
+        self.events.append(("cleared",))
+
+
+def test_an_observer_hears_of_each_block_that_becomes_known_and_of_each_that_is_forgotten() -> None:
+    manager, heard = BlockManager(num_blocks=3, block_size=2), Heard()
+    manager.observe_cache(heard)
+    first = chained_hash(0, array("i", [1, 2]).tobytes())
+    second = chained_hash(first, array("i", [3, 4]).tobytes())
+    manager.free(serve(manager, 1, 2, 3, 4, 5))
+    assert heard.events == [("stored", first, None, [1, 2], ""), ("stored", second, first, [3, 4], "")]
+    manager.free(serve(manager, 1, 2, 3, 4, 5))
+    assert len(heard.events) == 2, "what is known already is not told again"
+    serve(manager, 7, 8, 9)
+    other = chained_hash(0, array("i", [7, 8]).tobytes())
+    assert heard.events[2:] == [("removed", second), ("stored", other, None, [7, 8], "")]
+    manager.reset_cache()
+    assert heard.events[4:] == [("cleared",)]
+
+
+def test_an_observer_hears_of_a_recovery_and_of_what_comes_after_it() -> None:
+    manager, heard = BlockManager(num_blocks=3, block_size=2), Heard()
+    manager.observe_cache(heard)
+    serve(manager, 1, 2)
+    manager.recover()
+    serve(manager, 1, 2)
+    stored = ("stored", chained_hash(0, array("i", [1, 2]).tobytes()), None, [1, 2], "")
+    assert heard.events == [stored, ("cleared",), stored]
 
 
 # Reports

@@ -23,6 +23,7 @@ from pagellm.engine.scheduling.block_manager import (
     TransferKind,
     chained_hash,
 )
+from pagellm.engine.scheduling.prefix_cache import ROOT
 from pagellm.engine.scheduling.sequence import GIVEN_BACK, Sequence, SequenceStatus
 from tests.properties.covered import covered, rule
 from tests.properties.memory import Memory, constant, names_of_cached_blocks, two_bits
@@ -229,6 +230,26 @@ picks = st.integers(0, 10**6)
 mostly = st.sampled_from([True, True, False])
 
 
+class Mirror:
+    """What somebody knows who observes the cache from its beginning: each hash, and what was said of it."""
+
+    def __init__(self) -> None:
+        self.known: Counter[int] = Counter()
+        self.said: dict[int, tuple[int | None, bytes, str]] = {}
+
+    def stored(self, block_hash: int, parent_hash: int | None, tokens: bytes, salt: str) -> None:
+        assert parent_hash is None or self.known[parent_hash]
+        self.known[block_hash] += 1
+        self.said[block_hash] = parent_hash, tokens, salt
+
+    def removed(self, block_hash: int) -> None:
+        assert self.known[block_hash] > 0
+        self.known[block_hash] -= 1
+
+    def cleared(self) -> None:
+        self.known.clear()
+
+
 class BlockManagerMachine(RuleBasedStateMachine):
     """Sequences come, are computed in pieces, grow, fork, are preempted or swapped out, come back and go.
 
@@ -264,6 +285,8 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.manager = BlockManager(num_blocks, block_size, caches, num_swap_blocks, hash_block, window)
         self.model = NaiveManager(num_blocks, block_size, caches, num_swap_blocks, window)
         self.memory = Memory(num_blocks, block_size, num_swap_blocks, window)
+        self.mirror = Mirror()
+        self.manager.observe_cache(self.mirror)
         self.collides = hash_block is not chained_hash
 
     @precondition(lambda self: len(self.waiting) + len(self.running) < MOST_ALIVE)
@@ -467,6 +490,17 @@ class BlockManagerMachine(RuleBasedStateMachine):
         assert len(set(names.values())) == len(names)
         assert {Cached(*name) for name in names.values()} == self.model.cached
         assert self.memory.holds_what_the_cache_says(self.manager)
+
+    @invariant()
+    def who_observes_the_cache_knows_what_it_knows(self) -> None:
+        cache = self.manager._cache
+        assert self.mirror.known == Counter(cache.hash_of(block) for block in cache)
+        if not self.collides:
+            for block in cache:
+                before = cache.before(block)
+                parent = None if before == ROOT else cache.hash_of(before)
+                said = parent, bytes(cache.tokens(block)), cache.salt_of(block)
+                assert self.mirror.said[cache.hash_of(block)] == said
 
     @invariant()
     def every_hit_is_right_and_what_can_be_hit_is_hit(self) -> None:
