@@ -37,16 +37,17 @@ def _amount(default: float, source: str) -> Constant:
 
 CONSTANTS = {
     "product_flops": _share(
-        0.8, "of the peak arithmetic, in products with weights: fits vLLM 0.15 on H100 and 0.19 on RTX 4090"
+        0.82, "of the peak arithmetic, in products of many tokens with weights: fits vLLM 0.15 on H100"
     ),
     "product_bytes": _share(
-        0.82, "of the memory's rate, in products with weights: BLIS measured it on H100; InferSim takes 0.8"
+        0.83, "of the memory's rate, in products with weights: BLIS measured 0.82 on H100; InferSim takes 0.8"
     ),
     "product_fill_tokens": _amount(
-        64, "whose arithmetic a product takes beside a step's own, to fill its pipelines and last tiles"
+        256, "of which a product takes half as long again as its share says: fewer do not fill the device's "
+        "tiles. Fits vLLM 0.15 on H100; chunks of 512 are slower, as AISimulate has it of measured kernels"
     ),
-    "head_flops": _share(0.8, "as product_flops"),
-    "head_bytes": _share(0.82, "as product_bytes"),
+    "head_flops": _share(0.82, "as product_flops"),
+    "head_bytes": _share(0.83, "as product_bytes"),
     "prefill_flops": _share(
         0.5, "of the peak arithmetic, in attention of prefills: FlashAttention-2 50 to 73 % on A100 and 35 % "
         "on H100, FlashAttention-3 up to 75 % on H100"
@@ -55,9 +56,9 @@ CONSTANTS = {
     "decode_flops": _share(0.5, "as prefill_flops"),
     "decode_bytes": _share(0.8, "of the memory's rate, in attention of decodes: KV blocks lie apart"),
     "vector_bytes": _share(0.82, "of the memory's rate, in norms, activation and sampling: as product_bytes"),
-    "link_bytes": _share(0.7, "of the links' rate, in exchanges among devices: large NCCL all-reduces"),
+    "link_bytes": _share(0.8, "of the links' rate, in exchanges among devices: fits vLLM 0.15 on 4 x H100"),
     "step_overhead_s": _amount(
-        5e-4, "scheduling, launching and fetching tokens of a step: fits vLLM 0.15 on H100, 0.19 on RTX 4090"
+        3e-4, "scheduling, launching and fetching tokens of a step: fits vLLM 0.15 on H100, 0.19 on RTX 4090"
     ),
     "layer_overhead_s": _amount(
         1.2e-5, "starting the kernels of a layer from a CUDA graph, about ten: fits the same runs"

@@ -175,7 +175,9 @@ class RooflineCostModel(CostModel):
         num_sequences, num_samples = len(batch.sequences), sum(batch.samples)
         num_tokens = sum(batch.num_new_tokens)
         total = self._overhead_s + num_sequences * self._sequence_overhead_s
-        total += max((num_tokens + self._fill_tokens) * self._product_token_s, self._products_s)
+        # Fewer tokens than fill the device leave much of it idle.
+        filled = 1 + self._fill_tokens / (num_tokens + self._fill_tokens)
+        total += max(num_tokens * filled * self._product_token_s, self._products_s)
         if num_samples:
             total += max(num_samples * self._head_token_s, self._head_s)
         for window, decode_s, pair_s, token_s in self._attention:

@@ -56,10 +56,13 @@ def _stage(name: str, stage: Fields, is_scored: bool) -> Experiment:
     system_len, question_len = stage.integer("system_len", 0), stage.integer("question_len")
     output_len = stage.integer("output_len")
     random, now, served = Random(0), 0.0, []
+    # The rate is met exactly: what is left to chance is who comes close to whom.
     for _ in range(max(_NUM_REQUESTS, round(rate * _SECONDS))):
         prefix = (f"system prompt {random.randrange(num_prompts)}", system_len) if num_prompts else ("", 0)
         served.append(Served(now, prefix[1] + question_len, output_len, 0.0, 0.0, prefix))
         now += random.expovariate(rate)
+    stretch = len(served) / rate / now
+    served = [one._replace(arrival_s=stretch * one.arrival_s) for one in served]
     half = Half(range(len(served)), _seconds(stage.section("measured_ms"), output_len))
     published = Fields(stage.get("predicted_ms") or {}, stage.place, TraceError, "predicted_ms.")
     return Experiment(

@@ -101,10 +101,12 @@ def test_overheads_are_of_a_step_a_layer_and_a_sequence() -> None:
     batch = batch_of((1, 49), (1, 49))
     told = bare(step_overhead_s=3, layer_overhead_s=0.5, sequence_overhead_s=0.25)
     assert told.step_time(batch) == pytest.approx(bare().step_time(batch) + 3 + 2 * 0.5 + 2 * 0.25)
-    # 300 tokens more in the products of a prompt, whose arithmetic is the longer side.
-    prompt = batch_of((1000, 0))
-    filled = bare(product_fill_tokens=300).step_time(prompt)
-    assert filled == pytest.approx(bare().step_time(prompt) + 300 * 2 * 800 / 1e6)
+    # In the products of a prompt, whose arithmetic is the longer side: half as long again with 300 tokens.
+    for count in (300, 1000):
+        prompt = batch_of((count, 0))
+        filled = bare(product_fill_tokens=300).step_time(prompt)
+        longer = 300 / (count + 300) * count * 2 * 800 / 1e6
+        assert filled == pytest.approx(bare().step_time(prompt) + longer)
 
 
 def test_devices_share_products_and_heads_and_exchange_what_they_have() -> None:
@@ -199,15 +201,17 @@ def test_settings_follow_the_hardware_where_none_are_given() -> None:
     assert small.settings({"max_num_seqs": 9}) == EngineConfig(max_num_batched_tokens=2048, max_num_seqs=9)
 
 
-def test_a_small_chunk_is_no_better_for_the_first_token() -> None:
+def test_larger_chunks_are_better_as_on_servers() -> None:
+    # AISimulate of kernels measured on H100, the whole of this trace, chunks of 512, 2,048 and 8,192: 322,
+    # 366 and 366 output tokens a second, the first token after 76, 59 and 58 s.
     trace = Trace.load(TRACE).limited(60)
     costs = CostModel.roofline("h100-sxm", "llama-3.1-8b")
     times = []
     for tokens in (512, 2048, 8192):
         config = costs.settings({"max_num_batched_tokens": tokens, "block_size": 64})
         times.append(Simulator(config, costs, rate_factor=8).replay(trace).summary["ttft_s"]["mean"])
-    assert times[0] > times[1]
-    assert times[0] > times[2]
+    assert times[0] > 1.05 * times[1]
+    assert times[1] > times[2]
 
 
 @pytest.mark.parametrize("clients", [None, 1])

@@ -1,0 +1,223 @@
+"""A ledger: recorded runs of real servers, and how far simulators are from each, ours and others'.
+
+Each run under --runs, of any format that `pagellm fit` reads, is replayed three ways:
+
+    assumed    with the constants that are assumed for every device: nothing is fitted
+    fitted     with constants fitted to the earlier half of its requests, scored by the later half
+    others     what has been published of the same run, in its own file or in published_runs.json
+
+Errors are simulated / measured - 1 of the mean. Which device and model a run is of is read from the run
+itself (meta.json, the stages), else from its path. --chunks TRACE shows instead how chunk sizes rank.
+
+Run: python bench/against_servers.py --runs DIR [--json], or --chunks TRACE [--json].
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from pagellm.engine.errors import PagellmError
+from pagellm.sim import CostModel, Simulator, Trace
+from pagellm.sim.costs.devices import known
+from pagellm.sim.fit.fit import Fit, relative_errors
+from pagellm.sim.fit.formats import load_runs
+from pagellm.sim.fit.recorded_run import Experiment, Half, RecordedRun
+
+PUBLISHED = json.loads(Path(__file__).with_name("published_runs.json").read_text())
+METRICS = ("throughput", "ttft", "tpot", "e2e")
+CHUNKS = (512, 1024, 2048, 4096, 8192)
+
+
+def main() -> None:
+    """Prints the ledger."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--runs", metavar="DIR", help="recorded runs")
+    what.add_argument("--chunks", metavar="TRACE", help="a trace on which chunk sizes are ranked")
+    parser.add_argument("--no-fit", action="store_true", help="assumed constants only")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N requests of the trace")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    if options.chunks:
+        rows = list(chunks(options.chunks, options.limit))
+    else:
+        rows = [row for run in find(Path(options.runs)) for row in ledger(run, not options.no_fit)]
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    elif options.chunks:
+        print_chunks(rows)
+    else:
+        print_ledger(rows)
+
+
+def find(folder: Path) -> Iterator[RecordedRun]:
+    """The runs under a folder; files that are none are passed over, but for those that almost are."""
+    if not folder.exists():
+        sys.exit(f"{folder}: not found, expected recorded runs")
+    paths = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
+    for path in paths:
+        if path.suffix not in (".json", ".jsonl", ".csv") or path.name in ("meta.json", "config.json"):
+            continue
+        try:
+            yield from load_runs(path)
+        except PagellmError as error:
+            print(f"passed over: {error}", file=sys.stderr)
+
+
+def ledger(run: RecordedRun, with_fit: bool) -> Iterator[dict[str, Any]]:
+    """The rows of a run."""
+    hardware, model, num_devices = identify(run)
+    about = {"run": run.path, "hardware": hardware, "model": model, "num_devices": num_devices}
+    entry = next(
+        (
+            entry
+            for entry in PUBLISHED["runs"]
+            if (entry["hardware"], entry["model"], entry["num_devices"]) == (hardware, model, num_devices)
+        ),
+        {},
+    )
+    unsaid = entry.get("settings", {}) if run.format != "stages" else {}
+    try:
+        if hardware is None or model is None:
+            missing = "device" if hardware is None else "model"
+            raise PagellmError(f"{run.path}: found no {missing} that is known, in the run or in its path")
+        fit = Fit(run, hardware, model, num_devices, settings=None)
+        for experiment in run.experiments:
+            experiment = described(experiment, unsaid)
+            yield about | {"what": experiment.name, "simulator": "pagellm, assumed"} | scored(fit, experiment)
+            for simulator, figures in experiment.published.items():
+                half = whole(experiment)
+                errors = {
+                    name: figures[name] / half.measured[name] - 1 for name in METRICS if name in figures
+                }
+                yield about | {"what": experiment.name, "simulator": simulator} | errors
+        if with_fit:
+            run = RecordedRun(
+                **vars(run) | {"experiments": [described(one, unsaid) for one in run.experiments]}
+            )
+            if run.num_fitted and run.num_scored:
+                fit = Fit(run, hardware, model, num_devices)
+                costs = fit.search()
+                errors = {name: costs.error[name] for name in METRICS}
+                what = f"{run.num_scored} requests that were not fitted to"
+                row = about | {
+                    "what": what,
+                    "simulator": "pagellm, fitted",
+                    "constants": dict(costs.constants),
+                }
+                yield row | errors
+    except PagellmError as error:
+        yield about | {"what": "", "simulator": "pagellm", "refused": str(error)}
+    for simulator, errors in entry.get("published", {}).items():
+        yield about | {"what": f"as published: {entry['source']}", "simulator": simulator} | errors
+
+
+def described(experiment: Experiment, settings: dict[str, Any]) -> Experiment:
+    """The experiment with what is known of the server beside the run."""
+    return Experiment(**vars(experiment) | {"settings": {**settings, **experiment.settings}})
+
+
+def whole(experiment: Experiment) -> Half:
+    """All requests of an experiment, with what was measured of them."""
+    return experiment.scored or experiment.fitted
+
+
+def scored(fit: Fit, experiment: Experiment) -> dict[str, float]:
+    """The errors of the assumed constants on an experiment: of both halves alike, where there are two."""
+    simulated = fit.replay(experiment, {})
+    halves = [half for half in (experiment.fitted, experiment.scored) if half is not None]
+    errors = [relative_errors(simulated, half) for half in halves]
+    return {name: sum(one[name] for one in errors) / len(errors) for name in METRICS if name in errors[0]}
+
+
+def identify(run: RecordedRun) -> tuple[str | None, str | None, int]:
+    """Device, model and number of devices, by the names of hardware.json."""
+    where = run.path.replace("\\", "/")
+    hardware = match(run.hardware or where, known()["hardware"], HARDWARE)
+    model = match(run.model or where, known()["models"], {})
+    tensor = re.search(r"tp[-_]?(\d+)", where.lower())
+    return hardware, model, run.num_devices or int(tensor[1] if tensor else 1)
+
+
+# What devices are called elsewhere.
+HARDWARE = {"h100": "h100-sxm", "h200": "h200-sxm", "a100": "a100-80gb", "rtxpro6000": "rtx-pro-6000"}
+
+
+def match(text: str, names: dict[str, Any], others: dict[str, str]) -> str | None:
+    """The longest known name that a text has in it, whatever its punctuation."""
+    plain = {re.sub(r"[^a-z0-9]", "", name): name for name in names} | others
+    lowered = text.lower().replace("meta-", "")
+
+    def is_in(alias: str) -> bool:
+        # A model of another size begins alike: 7b is no 70b.
+        spelled = "[^a-z0-9]*".join(map(re.escape, alias))
+        return re.search(rf"(?<![a-z0-9]){spelled}(?![0-9])", lowered) is not None
+
+    found = [alias for alias in plain if is_in(alias)]
+    return plain[max(found, key=len)] if found else None
+
+
+def print_ledger(rows: list[dict[str, Any]]) -> None:
+    """Tables, one a run, and what is reached on average."""
+    for run in dict.fromkeys((row["run"], row["model"], row["hardware"], row["num_devices"]) for row in rows):
+        path, model, hardware, num_devices = run
+        print(f"\n{path}: {model} on {num_devices} x {hardware}")
+        print(f"{'':<28}" + "".join(f"{name:>12}" for name in METRICS))
+        shown = None
+        for row in rows:
+            if (row["run"], row["model"], row["hardware"], row["num_devices"]) != run:
+                continue
+            if row["what"] != shown:
+                shown = row["what"]
+                print(f"  {shown}")
+            if "refused" in row:
+                print(f"  {row['refused']}")
+            else:
+                print(f"    {row['simulator']:<24}" + "".join(percent(row.get(name)) for name in METRICS))
+    print("\nmean of the absolute errors")
+    for simulator in dict.fromkeys(row["simulator"] for row in rows if "refused" not in row):
+        own = [row for row in rows if row["simulator"] == simulator and "refused" not in row]
+        print(f"    {simulator:<24}" + "".join(percent(mean(own, name), "") for name in METRICS))
+
+
+def mean(rows: list[dict[str, Any]], name: str) -> float | None:
+    """Of the absolute errors of a metric."""
+    values = [abs(row[name]) for row in rows if row.get(name) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def percent(value: float | None, sign: str = "+") -> str:
+    """A cell."""
+    return f"{'-':>12}" if value is None else f"{100 * value:{sign}.1f} %".rjust(12)
+
+
+def chunks(path: str, limit: int | None) -> Iterator[dict[str, Any]]:
+    """Throughput and mean TTFT with each chunk size, ours and those published of the Mooncake trace."""
+    about = PUBLISHED["chunks"]
+    trace = Trace.load(path) if limit is None else Trace.load(path).limited(limit)
+    costs = CostModel.roofline(about["hardware"], about["model"], about["num_devices"])
+    for size in CHUNKS:
+        config = costs.settings({"max_num_batched_tokens": size, "block_size": about["block_size"]})
+        summary = Simulator(config, costs).replay(trace).summary
+        ours = {"throughput": summary["output_tokens_per_s"], "ttft": summary["ttft_s"]["mean"]}
+        yield {"chunk": size, "simulator": "pagellm"} | ours
+        for simulator, figures in about["published"].items():
+            if str(size) in figures:
+                yield {"chunk": size, "simulator": simulator} | figures[str(size)]
+
+
+def print_chunks(rows: list[dict[str, Any]]) -> None:
+    """A table of `chunks`."""
+    print(f"{'chunk':>6}  {'':<46}{'output tokens/s':>16}{'mean TTFT, s':>14}")
+    for row in rows:
+        print(f"{row['chunk']:>6}  {row['simulator']:<46}{row['throughput']:>16,.0f}{row['ttft']:>14,.1f}")
+
+
+if __name__ == "__main__":
+    main()

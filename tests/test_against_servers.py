@@ -1,0 +1,62 @@
+"""The ledger of recorded runs: which run is of what, and that everybody's error is counted alike."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import against_servers
+from tests.sim.test_fit import as_ones, busy_run, plain, stages
+
+
+@pytest.mark.parametrize(
+    ("path", "named", "expected"),
+    [
+        ("vllm-0.19_rtx4090_llama-3.1-8b.jsonl", {}, ("rtx-4090", "llama-3.1-8b", 1)),
+        ("RTXPRO6000/Llama-3.1-8B/vllm/requests.jsonl", {}, ("rtx-pro-6000", "llama-3.1-8b", 1)),
+        ("a.jsonl", {"hardware": "NVIDIA H100 80GB HBM3", "model": "meta-llama/Meta-Llama-3.1-70B-Instruct",
+                     "num_devices": 4}, ("h100-sxm", "llama-3.1-70b", 4)),
+        ("a.json", {"hardware": "L40S", "model": "Qwen/Qwen2.5-7B-Instruct"}, ("l40s", "qwen2.5-7b", 1)),
+        ("tp2/a100/qwen3-8b.csv", {}, ("a100-80gb", "qwen3-8b", 2)),
+        ("somewhere/else.json", {}, (None, None, 1)),
+    ],
+)  # fmt: skip
+def test_a_run_is_told_by_what_it_says_else_by_its_path(
+    path: str, named: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
+    run = against_servers.RecordedRun(path, "any", False, [], **named)
+    assert against_servers.identify(run) == expected
+
+
+def test_everybody_is_held_against_the_same_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "stages.json").write_text(stages(2, 3))
+    (tmp_path / "l4_qwen2.5-0.5b.jsonl").write_text(plain(as_ones(busy_run())))
+    (tmp_path / "unknown.jsonl").write_text(plain(as_ones(busy_run())))
+    (tmp_path / "other.json").write_text("{}")
+    arguments = ["against_servers.py", "--runs", str(tmp_path), "--no-fit"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--json"])
+    against_servers.main()
+    out, err = capsys.readouterr()
+    assert "other.json: found {}, expected a recorded run" in err
+    rows = json.loads(out)
+    # 20 of 30, 120 of 230 and 5 of 10 milliseconds.
+    theirs = [row for row in rows if row["simulator"] == "other"]
+    assert len(theirs) == 2
+    for row in theirs:
+        assert [row[name] for name in ("ttft", "e2e", "tpot")] == pytest.approx([-1 / 3, -11 / 23, -0.5])
+    ours = [row for row in rows if row["simulator"] == "pagellm, assumed"]
+    assert len(ours) == 3
+    [refused] = [row for row in rows if "refused" in row]
+    assert "found no device that is known" in refused["refused"]
+    monkeypatch.setattr("sys.argv", arguments)
+    against_servers.main()
+    assert "-33.3 %" in capsys.readouterr().out
+
+
+def test_published_figures_have_their_source() -> None:
+    for entry in against_servers.PUBLISHED["runs"]:
+        assert entry["source"]
+        assert entry["published"]
