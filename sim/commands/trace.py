@@ -71,6 +71,9 @@ def add_trace_input(parser: argparse.ArgumentParser, nargs: str | None = None) -
     parser.add_argument(
         "--format", metavar="NAME", help=f"{', '.join(FORMATS)} (default: as the content shows)"
     )
+    parser.add_argument(
+        "--output-len", type=int, metavar="N", help="tokens to generate where the trace does not say it"
+    )
     parser.add_argument("--skip-bad", action="store_true", help="leave bad records out and count them")
     parser.add_argument("--sort", action="store_true", help="sort by arrival, in memory")
 
@@ -106,7 +109,13 @@ def _synth(options: argparse.Namespace) -> None:
 
 def load_trace(options: argparse.Namespace) -> Trace:
     """The trace that the options of `add_trace_input` tell of. Raises `TraceError`."""
-    return Trace.load(options.trace, format=options.format, skip_bad=options.skip_bad, sort=options.sort)
+    return Trace.load(
+        options.trace,
+        format=options.format,
+        skip_bad=options.skip_bad,
+        sort=options.sort,
+        output_len=options.output_len,
+    )
 
 
 def _write(trace: Trace, options: argparse.Namespace) -> None:

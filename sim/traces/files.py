@@ -88,6 +88,20 @@ def json_lines(path: Path) -> Iterator[Record]:
             yield Record(number, "", error)
 
 
+def json_values(path: Path) -> Iterator[Record]:
+    """One JSON value a line, or one over many lines."""
+    lines = [(number, line) for number, line in read_lines(path) if line.strip()]
+    try:
+        json.loads(lines[0][1] if lines else b"null")
+    except ValueError:
+        try:
+            yield Record(1, "", parse_json(decode_line(b"".join(line for _, line in lines))))
+        except TraceError as error:
+            yield Record(1, "", error)
+        return
+    yield from json_lines(path)
+
+
 def csv_rows(path: Path) -> Iterator[Record]:
     """The rows below the header, as {column: value}; what looks like a number is one."""
     header: list[str] = []

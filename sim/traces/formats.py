@@ -8,8 +8,7 @@ fields than those that are named here are ignored.
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import islice
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pagellm.engine.errors import TraceError
+from pagellm.sim.traces import agents, datasets
 from pagellm.sim.traces.files import (
     Record,
     csv_rows,
@@ -27,6 +27,7 @@ from pagellm.sim.traces.files import (
     parse_row,
     read_lines,
 )
+from pagellm.sim.traces.parsing import Fields, Format, Parse, integer, lengths, with_hash_ids
 from pagellm.sim.traces.prompt_tokens import Encoder
 from pagellm.sim.traces.request import (
     TraceRequest,
@@ -38,10 +39,6 @@ from pagellm.sim.traces.request import (
     estimated_tokens,
 )
 
-Fields = dict[str, Any]
-# The requests of a record as fields of TraceRequest, arrival_time in ticks of the format's clock.
-Parse = Callable[[Any], Iterator[Fields]]
-
 MOONCAKE_BLOCK_SIZE = 512
 BAILIAN_BLOCK_SIZE = 16
 AZURE_TICKS = 10**7
@@ -50,34 +47,13 @@ _AZURE_EPOCH = datetime(2020, 1, 1, tzinfo=UTC)
 # Chats that a later turn can be told to belong to; the oldest are forgotten, so that memory does not grow.
 _MAX_CHATS = 2**20
 _WAITING = (b'"session"', b'"after"', b'"continues"')
+_NATIVE_NAMES = {"arrival_time", "prompt_token_ids", "prompt_len", "output_len"}
+_AGENTIC_NAMES = {"wait_for", "tool_wait_ms", "prefix_reset", "branches", "session_id"}
 _HUMANS = ("human", "user")
 _MODELS = ("gpt", "chatgpt", "assistant", "bing", "bard")
-_OTHERS = ("system", "tool")
-# What is said of a clock that was told from the content.
-CLOCKS = {"mooncake": "times in milliseconds", "mooncake-s": "times in seconds, as they have fractions"}
+_OTHERS = ("system", "tool", "developer")
 # The first lines, in which a format must show itself.
 _DETECTION_LINES = 100
-
-
-@dataclass(frozen=True)
-class Format:
-    """How a format is read.
-
-    parser: makes a function from a record's value to fields; it may remember what it saw.
-    time_field: what the format calls the time. ticks_per_s: of its clock.
-    is_shifted: whether the first request's time becomes 0.
-    is_document: whether the file is one document, whose requests may stand in any order.
-    session_names: some of these are in any file in which a request waits for another; none: there is none.
-    """
-
-    name: str
-    records: Callable[[Path], Iterator[Record]]
-    parser: Callable[[Encoder | None], Parse]
-    time_field: str = "timestamp"
-    ticks_per_s: int = 1
-    is_shifted: bool = True
-    is_document: bool = False
-    session_names: tuple[bytes, ...] = ()
 
 
 def _native(_: Encoder | None) -> Parse:
@@ -102,7 +78,7 @@ def _native(_: Encoder | None) -> Parse:
 
 def _mooncake(_: Encoder | None) -> Parse:
     def parse(record: Mapping[str, Any]) -> Iterator[Fields]:
-        fields = _with_hash_ids(record, MOONCAKE_BLOCK_SIZE)
+        fields = with_hash_ids(record, MOONCAKE_BLOCK_SIZE)
         if fields["arrival_time"] != int(fields["arrival_time"]):
             expected = "whole milliseconds, as in the lines before; the format mooncake-s is of seconds"
             raise bad_value("timestamp", fields["arrival_time"], expected)
@@ -113,7 +89,7 @@ def _mooncake(_: Encoder | None) -> Parse:
 
 def _mooncake_seconds(_: Encoder | None) -> Parse:
     def parse(record: Mapping[str, Any]) -> Iterator[Fields]:
-        yield _with_hash_ids(record, MOONCAKE_BLOCK_SIZE)
+        yield with_hash_ids(record, MOONCAKE_BLOCK_SIZE)
 
     return parse
 
@@ -122,12 +98,14 @@ def _bailian(_: Encoder | None) -> Parse:
     sessions: OrderedDict[int, int] = OrderedDict()
 
     def parse(record: Mapping[str, Any]) -> Iterator[Fields]:
-        chat, parent = _integer(record, "chat_id", 0), _integer(record, "parent_chat_id", -1)
-        fields = _with_hash_ids(record, BAILIAN_BLOCK_SIZE)
+        chat, parent = integer(record, "chat_id", 0), integer(record, "parent_chat_id", -1)
+        fields = with_hash_ids(record, BAILIAN_BLOCK_SIZE)
         session = chat if parent == -1 else sessions.get(parent, parent)
         sessions[chat] = session
         if len(sessions) > _MAX_CHATS:
             sessions.popitem(last=False)
+        if record.get("type") is not None:
+            fields["class_"] = str(record["type"])
         yield fields | {"id": str(chat), "session": str(session)}
 
     return parse
@@ -137,7 +115,7 @@ def _azure(_: Encoder | None) -> Parse:
     def parse(record: Mapping[str, Any]) -> Iterator[Fields]:
         yield {
             "arrival_time": _azure_ticks(record.get("TIMESTAMP")),
-            **_lengths(record, "ContextTokens", "GeneratedTokens"),
+            **lengths(record, "ContextTokens", "GeneratedTokens"),
         }
 
     return parse
@@ -147,8 +125,10 @@ def _burstgpt(_: Encoder | None) -> Parse:
     def parse(record: Mapping[str, Any]) -> Iterator[Fields]:
         fields: Fields = {
             "arrival_time": check_number("Timestamp", record.get("Timestamp")),
-            **_lengths(record, "Request tokens", "Response tokens"),
+            **lengths(record, "Request tokens", "Response tokens"),
         }
+        if record.get("Log Type") is not None:
+            fields["class_"] = str(record["Log Type"])
         if record.get("Session ID") is not None:
             fields["session"] = str(record["Session ID"])
         yield fields
@@ -169,7 +149,8 @@ def _sharegpt(tokenizer: Encoder | None) -> Parse:
 
     def parse(record: Mapping[str, Any]) -> Iterator[Fields]:
         nonlocal num_requests
-        key = "items" if "conversations" not in record and "items" in record else "conversations"
+        keys = ("conversations", "items", "messages")
+        key = next((key for key in keys if key in record), "conversations")
         turns = record.get(key)
         if not isinstance(turns, list):
             raise bad_value(key, turns, "a list of turns")
@@ -208,24 +189,81 @@ def _items_or_lines(path: Path) -> Iterator[Record]:
     return json_items(path, None) if first.lstrip().startswith(b"[") else json_lines(path)
 
 
+_AT_ONCE = "no times: all requests are there at once"
+_VIDUR_CLOCK = "times in seconds; without arrived_at, one request a second"
+_NO_TIMES = "no times: one request a second, in the file's order"
+_MILLISECONDS = "times in milliseconds"
+_NATIVE = partial(Format, parser=_native, time_field="arrival_time", is_shifted=False, session_names=_WAITING)
 FORMATS = {
     form.name: form
     for form in (
+        _NATIVE("json", partial(json_items, key="requests"), is_document=True),
+        _NATIVE("jsonl", json_lines),
+        Format("mooncake", json_lines, _mooncake, ticks_per_s=1000, clock=_MILLISECONDS),
+        Format("mooncake-s", json_lines, _mooncake_seconds, clock="times in seconds, as they have fractions"),
         Format(
-            "json",
-            partial(json_items, key="requests"),
-            _native,
-            "arrival_time",
+            "agentic-mooncake",
+            agents.agentic_mooncake_records,
+            agents.agentic_mooncake,
+            ticks_per_s=agents.MS,
+            session_names=(b'"wait_for"',),
+            clock="times, delays and waits for tools in milliseconds",
+        ),
+        Format("bailian", json_lines, _bailian, session_names=(b"chat_id",)),
+        Format("azure", csv_rows, _azure, "TIMESTAMP", ticks_per_s=AZURE_TICKS, clock="dates and times"),
+        Format("burstgpt", csv_rows, _burstgpt, "Timestamp", session_names=(b"Session ID",)),
+        Format(
+            "sharegpt", _items_or_lines, _sharegpt, is_shifted=False, session_names=(b"",), clock=_NO_TIMES
+        ),
+        Format(
+            "aiperf",
+            json_lines,
+            agents.aiperf,
+            ticks_per_s=agents.MS,
+            session_names=(b'"session_id"', b'"turns"'),
+            clock="times and delays in milliseconds; without any, one request a second",
+        ),
+        Format(
+            "llmservingsim",
+            json_lines,
+            agents.llmservingsim,
+            "arrival_time_ns",
+            ticks_per_s=agents.NS,
             is_shifted=False,
             is_document=True,
+            clock="times and tools in nanoseconds",
         ),
-        Format("jsonl", json_lines, _native, "arrival_time", is_shifted=False, session_names=_WAITING),
-        Format("mooncake", json_lines, _mooncake, ticks_per_s=1000),
-        Format("mooncake-s", json_lines, _mooncake_seconds),
-        Format("bailian", json_lines, _bailian, session_names=(b"chat_id",)),
-        Format("azure", csv_rows, _azure, "TIMESTAMP", ticks_per_s=AZURE_TICKS),
-        Format("burstgpt", csv_rows, _burstgpt, "Timestamp", session_names=(b"Session ID",)),
-        Format("sharegpt", _items_or_lines, _sharegpt, is_shifted=False, session_names=(b"",)),
+        Format(
+            "dynamo",
+            agents.dynamo_records,
+            agents.dynamo,
+            "arrival_time",
+            ticks_per_s=agents.MS,
+            session_names=(b'"agent_context"',),
+            clock="times in milliseconds; where no arrival was recorded, the end is taken for it",
+        ),
+        Format(
+            "weka",
+            agents.weka_records,
+            agents.weka,
+            "t",
+            is_shifted=False,
+            is_document=True,
+            clock="times in seconds; every conversation begins at 0",
+        ),
+        Format("vidur", csv_rows, datasets.vidur, "arrived_at", is_shifted=False, clock=_VIDUR_CLOCK),
+        Format("servegen", csv_rows, datasets.servegen, is_shifted=False),
+        Format("servegen-jsonl", json_lines, datasets.servegen, is_shifted=False),
+        Format("servegen-batch", json_lines, datasets.servegen, is_shifted=False, clock=_AT_ONCE),
+        Format("openai-batch", json_lines, datasets.openai_batch, is_shifted=False, clock=_AT_ONCE),
+        Format(
+            "inference-perf",
+            datasets.inference_perf_records,
+            datasets.inference_perf,
+            "start_time",
+            is_document=True,
+        ),
+        Format("vllm-custom", json_lines, datasets.vllm_custom, is_shifted=False, clock=_NO_TIMES),
     )
 }
 
@@ -249,8 +287,8 @@ def detect(path: Path, name: str | None = None) -> Format:
 
 
 def format_text(name: str) -> str:
-    """A format for people: its name, and what its clock counts where that was told from the content."""
-    return f"{name}, {CLOCKS[name]}" if name in CLOCKS else name
+    """A format for people: its name, and what its clock counts."""
+    return f"{name}, {FORMATS[name].clock}"
 
 
 def _has_fractions(path: Path) -> bool:
@@ -276,19 +314,37 @@ def _detect(path: Path) -> Format:
         except TraceError as bad:
             error = error or TraceError(f"{path}:{number}: {bad}")
             continue
+        if name == "array":
+            return FORMATS[_format_of_array(path)]
+        if name == "json" and _is_weka(path):
+            return FORMATS["weka"]
         if name:
             return FORMATS[name]
     if first is None:
         raise error or TraceError(f"{path}: found an empty file, expected at least one request")
     if error and first[1].startswith("{"):
-        return FORMATS["json"]  # a document over many lines, or damaged, and then it says where
+        return FORMATS[
+            "weka" if _is_weka(path) else "json"
+        ]  # a document over many lines, or damaged, and then it says where
     raise bad_value(f"{path}:{first[0]}: format", first[1], f"one of {', '.join(FORMATS)}")
+
+
+def _is_weka(path: Path) -> bool:
+    """Whether a document with requests is one of Weka's."""
+    return any(b'"hash_id_scope"' in line for _, line in islice(read_lines(path), _DETECTION_LINES))
+
+
+def _format_of_array(path: Path) -> str:
+    """The format whose names the first item of a JSON array uses."""
+    item = next(json_items(path, None), None)
+    names = item.value.keys() if item is not None and isinstance(item.value, dict) else set()
+    return "inference-perf" if names & {"start_time", "info"} else "sharegpt"
 
 
 def _format_of_first_line(text: str) -> str | None:
     """The format, if the file's first line is no single record."""
     if text.startswith("["):
-        return "sharegpt"
+        return "array"
     if re.match(r'\{\s*("requests"|$)', text):
         return "json"
     if text.startswith("{"):
@@ -298,6 +354,10 @@ def _format_of_first_line(text: str) -> str | None:
         return "azure"
     if columns & {"Timestamp", "Request tokens", "Response tokens"}:
         return "burstgpt"
+    if columns & {"num_prefill_tokens", "num_decode_tokens", "arrived_at"}:
+        return "vidur"
+    if {"timestamp", "output_tokens"} <= columns:
+        return "servegen"
     return None
 
 
@@ -305,40 +365,42 @@ def _format_of_fields(record: Any) -> str | None:
     """The format whose names a JSON line uses."""
     names = record.keys() if isinstance(record, dict) else set()
     if "requests" in names:
-        return "json"
-    if names & {"arrival_time", "prompt", "prompt_token_ids", "prompt_len", "output_len"}:
+        return "weka" if names & {"block_size", "hash_id_scope"} else "json"
+    if names & {"event", "event_type"}:
+        return "dynamo"
+    if names & {"input_toks", "sub_requests", "arrival_time_ns"}:
+        return "llmservingsim"
+    if "custom_id" in names:
+        return "openai-batch"
+    if "prompt" in names and not names & _NATIVE_NAMES:
+        return "vllm-custom"
+    if names & (_NATIVE_NAMES | {"prompt"}):
         return "jsonl"
     if names & {"conversations", "items"}:
         return "sharegpt"
     if names & {"chat_id", "parent_chat_id"}:
         return "bailian"
+    if "request_id" in names and names & {
+        "wait_for",
+        "tool_wait_ms",
+        "prefix_reset",
+        "branches",
+        "session_id",
+    }:
+        return "agentic-mooncake"
+    if {"timestamp", "data"} <= names:
+        return "servegen-jsonl"
+    if {"request_id", "type", "input_length"} <= names:
+        return "servegen-batch"
+    if names & {"turns", "text", "texts", "text_input", "delay"}:
+        return "aiperf"
+    if "messages" in names:
+        return "aiperf" if names & {"output_length", "timestamp", "session_id"} else "sharegpt"
+    if "input_length" in names and ("hash_ids" not in names or "timestamp" not in names):
+        return "aiperf"
     if names & {"timestamp", "input_length", "output_length"}:
         return "mooncake"
     return None
-
-
-def _with_hash_ids(record: Mapping[str, Any], block_size: int) -> Fields:
-    if record.get("hash_ids") is None:
-        raise bad_value("hash_ids", None, f"one id for each {block_size} tokens")
-    return {
-        "arrival_time": check_number("timestamp", record.get("timestamp")),
-        **_lengths(record, "input_length", "output_length"),
-        "hash_ids": record["hash_ids"],
-        "hash_block_size": block_size,
-    }
-
-
-def _lengths(record: Mapping[str, Any], prompt: str, output: str) -> Fields:
-    """The two lengths, by their names in the format.
-
-    A request that failed has no output; it may have been refused before its prompt was counted.
-    """
-    output_len = _integer(record, output, 0)
-    return {"prompt_len": _integer(record, prompt, min(output_len, 1)), "output_len": output_len}
-
-
-def _integer(record: Mapping[str, Any], name: str, low: int) -> int:
-    return check_integer(name, record.get(name), low)
 
 
 def _azure_ticks(value: Any) -> int:
@@ -356,9 +418,11 @@ def _azure_ticks(value: Any) -> int:
 
 
 def _turn(place: str, turn: Any) -> tuple[str, str]:
+    """Who said what: "from" and "value", or "role" and "content" as OpenAI writes it."""
     if not isinstance(turn, dict):
         raise bad_value(place, turn, 'an object with "from" and "value"')
-    speaker = turn.get("from")
+    who, what = ("role", "content") if "role" in turn and "from" not in turn else ("from", "value")
+    speaker = turn.get(who)
     if speaker not in _HUMANS + _MODELS + _OTHERS:
-        raise bad_value(f"{place}.from", speaker, f"one of {', '.join(_HUMANS + _MODELS + _OTHERS)}")
-    return speaker, check_text(f"{place}.value", turn.get("value"), empty=True)
+        raise bad_value(f"{place}.{who}", speaker, f"one of {', '.join(_HUMANS + _MODELS + _OTHERS)}")
+    return speaker, check_text(f"{place}.{what}", turn.get(what), empty=True)

@@ -17,7 +17,8 @@ from typing import IO, Any, cast
 from pagellm.engine import checks
 from pagellm.engine.errors import TraceError
 from pagellm.sim.traces.files import Record, read_lines
-from pagellm.sim.traces.formats import Fields, Format, detect
+from pagellm.sim.traces.formats import detect
+from pagellm.sim.traces.parsing import Fields, Format
 from pagellm.sim.traces.prompt_tokens import Encoder
 from pagellm.sim.traces.request import TraceRequest, bad_value, check_integer, check_number
 
@@ -104,21 +105,25 @@ class Trace:
         skip_bad: bool = False,
         sort: bool = False,
         tokenizer: Encoder | None = None,
+        output_len: int | None = None,
     ) -> "Trace":
         """A trace from a file, gzip or not.
 
-        format: json, jsonl, mooncake, mooncake-s, bailian, azure, burstgpt or sharegpt; None tells it from
-        the content. Mooncake's timestamps are milliseconds, and seconds if they have fractions (mooncake-s).
+        format: one of `FORMATS`; None tells it from the content. Mooncake's timestamps are milliseconds, and
+        seconds if they have fractions (mooncake-s).
         A record with 0 tokens of output is dropped and counted, in every format.
         skip_bad: leave bad records out and count them, instead of ending with an error. Damage to the file
         itself is always an error. sort: read all requests into memory and sort them by arrival.
+        output_len: tokens to generate for requests of which the trace does not say it.
         tokenizer: counts the tokens of ShareGPT's answers, which are estimated from their bytes without one.
 
         Raises `TraceError`, with file, line and field: from here for what shows at once (in a JSON document
         and with sort that is everything), else from the iteration.
         """
         path = checks.path("trace", path, TraceError)
-        reader = _Reader(path, detect(path, format), skip_bad, tokenizer)
+        if output_len is not None:
+            check_integer("output_len", output_len, 1)
+        reader = _Reader(path, detect(path, format), skip_bad, tokenizer, output_len)
         if not (sort or reader.form.is_document):
             return cls(reader.stream, str(path), reader.left_out, reader.form.name, reader.has_sessions)
         requests = reader.read_sorted()
@@ -188,12 +193,20 @@ class Trace:
 class _Reader:
     """Reads a file's requests; what is bad is an error, or counted and left out."""
 
-    def __init__(self, path: Path, form: Format, skip_bad: bool, tokenizer: Encoder | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        form: Format,
+        skip_bad: bool,
+        tokenizer: Encoder | None,
+        output_len: int | None,
+    ) -> None:
         self.form = form
         self.left_out = LeftOut()
         self._path = path
         self._skip_bad = skip_bad
         self._tokenizer = tokenizer
+        self._output_len = output_len
 
     def stream(self) -> Iterator[TraceRequest]:
         """The requests in the file's order, which must be that of their arrival."""
@@ -214,7 +227,7 @@ class _Reader:
         parse = self.form.parser(self._tokenizer)
         for record in self.form.records(self._path):
             try:
-                requests = list(parse(_value(record)))
+                requests = [self._with_output_len(fields) for fields in parse(_value(record))]
             except TraceError as error:
                 self._refuse(record, error)
                 continue
@@ -222,6 +235,14 @@ class _Reader:
             self.left_out.num_dropped += not requests
             for fields in requests:
                 yield record, fields
+
+    def _with_output_len(self, fields: Fields) -> Fields:
+        if fields["output_len"] is not None:
+            return fields
+        if self._output_len is None:
+            expected = "the tokens to generate, or --output-len for requests that do not say it"
+            raise bad_value("output length", None, expected)
+        return fields | {"output_len": self._output_len}
 
     def _placed(self, parsed: Iterable[tuple[Record, Fields]]) -> Iterator[TraceRequest]:
         """The requests with their time and place in the trace."""
