@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from pagellm.engine.checks import JsonError, parse_json
-from pagellm.engine.commands import inspect, serve
+from pagellm.engine.commands import batch, inspect, serve
 from pagellm.engine.commands.flags import Flag, add_flags, given
 from pagellm.engine.config import DEFAULT_MODEL, GENERATION_CONFIGS, PREEMPTIONS, QUANTIZATIONS, EngineConfig
 from pagellm.engine.errors import RequestError
@@ -86,7 +86,7 @@ SAMPLING_FLAGS = {
 
 
 def add_commands(commands: "argparse._SubParsersAction[Any]") -> None:
-    """Adds `generate`, `chat`, `bench`, `inspect`, `serve` and `warmup`.
+    """Adds `generate`, `chat`, `bench`, `inspect`, `serve`, `batch` and `warmup`.
 
     After parsing, `options.command(options)` runs the chosen one, which raises `PagellmError` for bad input.
     """
@@ -118,6 +118,7 @@ def add_commands(commands: "argparse._SubParsersAction[Any]") -> None:
 
     inspect.add_command(commands)
     serve.add_command(commands)
+    batch.add_command(commands)
 
     warmup = commands.add_parser(
         "warmup", help="compile the kernels ahead of time", description=_warmup.__doc__
@@ -367,12 +368,12 @@ def _bench(options: argparse.Namespace) -> None:
     if not options.json:
         print(f"{options.model}, {llm.engine.config.num_threads} threads, tokens a second")
         print(f"{'batch':>6} {f'prefill {options.prefill}':>16} {f'decode {options.decode}':>16}")
-    for batch in options.batch:
-        result = measure(llm.engine, batch, options.prefill, options.decode, options.repeat)
+    for size in options.batch:
+        result = measure(llm.engine, size, options.prefill, options.decode, options.repeat)
         results.append(asdict(result))
         if not options.json:
             print(
-                f"{batch:>6} {result.prefill_tokens_per_s:>16.1f} {result.decode_tokens_per_s:>16.1f}",
+                f"{size:>6} {result.prefill_tokens_per_s:>16.1f} {result.decode_tokens_per_s:>16.1f}",
                 flush=True,
             )
     if options.json:

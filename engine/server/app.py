@@ -29,11 +29,22 @@ _SCHEMA_PLACE = "#/components/schemas/{model}"
 
 
 def make_app(service: Service, keys: Sequence[str] = (), allowed_origins: Sequence[str] = ()) -> Any:
-    """The ASGI application of a service, whose model begins to load when it starts.
+    """The ASGI application of a service behind its door; the model begins to load when it starts.
 
     keys: those of which clients must send one, as `Authorization: Bearer`; none: everybody is served.
     allowed_origins: whose pages browsers let ask; "*" is all, and nobody's where there is none.
     """
+    door = Door(routes(service), service, keys)
+    if not allowed_origins:
+        return door
+    return CORSMiddleware(
+        door, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"],
+        expose_headers=["x-request-id"],
+    )  # fmt: skip
+
+
+def routes(service: Service) -> Any:
+    """The application without its door: all paths, for everybody."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -130,13 +141,7 @@ def make_app(service: Service, keys: Sequence[str] = (), allowed_origins: Sequen
         return document
 
     app.openapi = openapi
-    door = Door(app, service, keys)
-    if not allowed_origins:
-        return door
-    return CORSMiddleware(
-        door, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"],
-        expose_headers=["x-request-id"],
-    )  # fmt: skip
+    return app
 
 
 _ANSWERS: dict[int | str, str] = {

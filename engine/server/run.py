@@ -85,10 +85,13 @@ def run_server(
     listener = _listen(host, port)
     server: _Server
 
-    def give_up() -> None:
-        server.should_exit = True
+    def tell() -> None:
+        if service.load_error is None:
+            say(f"serving {names[0]}")
+        else:
+            server.should_exit = True
 
-    service = Service(load if events is None else events.of(load), names, give_up, limits)
+    service = Service(load if events is None else events.of(load), names, tell, limits)
     if events is not None:
         service.kv_event_sources = events.sources
     config = uvicorn.Config(

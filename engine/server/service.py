@@ -46,14 +46,14 @@ class Limits(NamedTuple):
 class Service:
     """One model, served. names: what clients may call it; the first is what answers call it.
 
-    load: makes the LLM, on the engine's thread. when_failed: called when it cannot, on the event loop.
+    load: makes the LLM, on the engine's thread. when_ready: called on the event loop when it has, or cannot.
     """
 
     def __init__(
         self,
         load: Callable[[], LLM],
         names: Sequence[str],
-        when_failed: Callable[[], None] = lambda: None,
+        when_ready: Callable[[], None] = lambda: None,
         limits: Limits | None = None,
     ) -> None:
         self.names = list(names)
@@ -66,7 +66,7 @@ class Service:
         self.limits = limits or Limits()
         self._num_preparing = 0  # requests whose prompts are being made
         self._load = load
-        self._when_failed = when_failed
+        self._when_ready = when_ready
         self._workers = ThreadPoolExecutor(_NUM_WORKERS, "pagellm-worker")
         self._thread: EngineThread | None = None
         self._named_fields: set[str] = set()
@@ -89,10 +89,7 @@ class Service:
 
     def _ready(self, error: BaseException | None) -> None:
         self.load_error = error
-        if error is None:
-            say(f"serving {self.names[0]}")
-        else:
-            self._when_failed()
+        self._when_ready()
 
     @property
     def thread(self) -> EngineThread:
