@@ -23,15 +23,9 @@ def line(custom_id: Any, body: Any, url: str = "/v1/completions", method: str = 
 
 def command(model: Path, source: Path, target: Path, *flags: str) -> list[str]:
     settings = [
-        "--num-blocks",
-        "64",
-        "--block-size",
-        "8",
-        "--max-num-seqs",
-        "8",
-        "--served-model-name",
-        "tiny",
-    ]
+        "--num-blocks", "64", "--block-size", "8", "--max-num-seqs", "8", "--served-model-name", "tiny",
+        "--reasoning-markers", THOUGHTS,
+    ]  # fmt: skip
     return [
         sys.executable, "-m", "pagellm", "batch", str(source), str(target), "--model", str(model), *settings,
         *flags,
