@@ -78,8 +78,13 @@ _INT_HEIGHTS = tuple(height for height in (1, 2, 3, 4, 6) if height <= max(1, GR
 # Rows for which so many blocks are prepared and multiplied at once.
 _FUSED_ROWS = min(4, _INT_HEIGHTS[-1])
 _FUSED_BLOCKS = 4
-# Rows that meet a panel while it is in the nearest cache.
-_ROWS_PER_ITEM = 8 * GROUP
+# Rows that meet a panel: at least so many, and at most as many as have so many words, which the second cache
+# holds, or so many where prepared blocks wait for them in the nearest one.
+_LEAST_ROWS = 8 * GROUP
+_WORDS_OF_ROWS = 150_000
+_MOST_ROWS = 43 * GROUP
+# Fewer items than so many for each thread are made more by cutting the rows.
+_ITEMS_PER_THREAD = 32
 # Words of weights of a work item at least where there is little to compute.
 _WORDS_PER_ITEM = 16384
 # Blocks of a panel that are prepared at a time: together with what they are made of they fit into the nearest
@@ -98,7 +103,7 @@ def _heights(*heights: int) -> tuple[int, ...]:
 @shared
 def scratch_size() -> int:
     """Words of scratch memory that a thread needs."""
-    return _SUMS + _ROWS_PER_ITEM * PANEL
+    return _SUMS + _MOST_ROWS * PANEL
 
 
 @kernel
@@ -228,10 +233,11 @@ def _prepared_tile(halves: int, minima: bool, height: int) -> Any:
 
     Adds a run of them to the sums at `start`, rows `start_stride` apart, and writes these to `out`.
     """
+    words = 8 // halves
 
     @kernel
     def multiply(
-        groups, group_words, x, x_at, w, blocks, words, start, start_at, start_stride, out, out_at,
+        groups, group_words, x, x_at, w, blocks, start, start_at, start_stride, out, out_at,
         out_stride, accumulate
     ):  # fmt: skip
         first_start, first_sum = (START_FIRST, SCALED_FIRST) if halves > 1 else (START_INT8, SCALED_SUM)
@@ -360,27 +366,25 @@ def _multiply_prepared(
     out_stride, accumulate
 ):  # fmt: skip
     """The rows of some groups times the blocks that `prepare_blocks` wrote to `w`: see `_prepared_tile`."""
-    words, minima = 8, has_minima(format)
-    if has_halves_apart(format):
-        words = 4
+    minima = has_minima(format)
     if has_halves_apart(format) and minima:
         _multiply_halves_min(
-            rows, groups, group_words, x, x_at, w, blocks, words, start, start_at, start_stride, out, out_at,
+            rows, groups, group_words, x, x_at, w, blocks, start, start_at, start_stride, out, out_at,
             out_stride, accumulate,
         )  # fmt: skip
     elif has_halves_apart(format):
         _multiply_halves(
-            rows, groups, group_words, x, x_at, w, blocks, words, start, start_at, start_stride, out, out_at,
+            rows, groups, group_words, x, x_at, w, blocks, start, start_at, start_stride, out, out_at,
             out_stride, accumulate,
         )  # fmt: skip
     elif minima:
         _multiply_blocks_min(
-            rows, groups, group_words, x, x_at, w, blocks, words, start, start_at, start_stride, out, out_at,
+            rows, groups, group_words, x, x_at, w, blocks, start, start_at, start_stride, out, out_at,
             out_stride, accumulate,
         )  # fmt: skip
     else:
         _multiply_blocks(
-            rows, groups, group_words, x, x_at, w, blocks, words, start, start_at, start_stride, out, out_at,
+            rows, groups, group_words, x, x_at, w, blocks, start, start_at, start_stride, out, out_at,
             out_stride, accumulate,
         )  # fmt: skip
 
@@ -445,6 +449,18 @@ def _run_of_panels(item, num_panels, num_threads, shortest):
 
 
 @kernel
+def _rows_of_item(format, M, K, num_panels, num_threads):
+    """Rows of activations of a work item, whole groups: about equal parts of all `M`."""
+    most = _LEAST_ROWS
+    if is_expanded(format, M):
+        most = _MOST_ROWS
+    elif format > BFLOAT16:
+        most = min(max(_WORDS_OF_ROWS // activation_words(format, K), most), _MOST_ROWS)
+    cut = min(-(-M // _LEAST_ROWS), _ITEMS_PER_THREAD * num_threads // num_panels)
+    return padded_rows(-(-M // max(-(-M // most), cut)))
+
+
+@kernel
 def matmul(
     counters, num_threads, panels, x, M, K, weights, bias_start, N, out, accumulate, scratch
 ):  # fmt: skip
@@ -459,7 +475,8 @@ def matmul(
     num_panels, format = padded(N) // PANEL, panels[0, 1]
     out_stride, row_words = num_panels * PANEL, activation_words(format, K)
     size = panel_words(format, K)
-    few_rows = M <= _ROWS_PER_ITEM
+    rows_per_item = _rows_of_item(format, M, K, num_panels, num_threads)
+    few_rows = rows_per_item >= M
     shortest = max(1, min(_WORDS_PER_ITEM // size, num_panels // (4 * num_threads)))
     # The words ahead are asked for by the first group. But where it would wait for them while the memory has
     # nothing to do for the others, as in float formats, all groups ask for an equal part of the next panel.
@@ -472,11 +489,11 @@ def matmul(
             first_row = 0
             first_panel, end_panel = _run_of_panels(item, num_panels, num_threads, shortest)
         else:
-            first_row = item // num_panels * _ROWS_PER_ITEM
+            first_row = item // num_panels * rows_per_item
             first_panel, end_panel = item % num_panels, item % num_panels + 1
         if first_row >= M or first_panel >= num_panels:
             return
-        end_row = min(first_row + _ROWS_PER_ITEM, M)
+        end_row = min(first_row + rows_per_item, M)
         for panel in range(first_panel, end_panel):
             start, format = panels[panel, 0], panels[panel, 1]
             if is_expanded(format, M):

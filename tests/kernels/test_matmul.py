@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pagellm.kernels.matmul import _run_of_panels, matmul, scratch_size
+from pagellm.kernels.matmul import _rows_of_item, _run_of_panels, matmul, scratch_size
 from pagellm.kernels.packing import (
     BFLOAT16,
     BLOCK,
@@ -268,6 +268,27 @@ def test_a_column_has_the_bits_of_that_column_alone(format: int, M: int, N: int,
 def test_few_rows_take_many_panels_at_a_time(format: int, M: int) -> None:
     """More columns than one work item of a decode has."""
     x, weights, bias = operands(M, 40 * PANEL + 1, BLOCK)
+    assert_agrees(format, x, weights, bias)
+
+
+@given(
+    format=FORMAT, M=st.integers(1, 5000), K=st.integers(1, 20_000), panels=st.integers(1, 5000),
+    threads=st.integers(1, 64),
+)  # fmt: skip
+def test_items_are_whole_groups_of_rows_and_as_few_as_they_may_be(
+    format: int, M: int, K: int, panels: int, threads: int
+) -> None:
+    rows = _rows_of_item(format, M, K, panels, threads)
+    assert rows % GROUP == 0
+    assert 0 < rows <= 43 * GROUP  # what there is room for
+    items = panels * -(-M // rows)
+    if format > BFLOAT16 and items < threads:
+        assert rows <= 8 * GROUP  # then they are as small as they get
+
+
+@integer_formats
+def test_more_rows_than_an_item_has_agree_with_the_oracle(format: int) -> None:
+    x, weights, bias = operands(44 * GROUP + 1, PANEL + 1, 20 * BLOCK)
     assert_agrees(format, x, weights, bias)
 
 
