@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pagellm import __version__
-from pagellm.engine.server import completions, tokens
+from pagellm.engine.server import completions, responses, tokens
 from pagellm.engine.server.errors import ApiError, as_api_error
 from pagellm.engine.server.http import ClientGoneError, Door, error_response, json_response
 from pagellm.engine.server.metrics import CONTENT_TYPE
@@ -23,6 +23,7 @@ from pagellm.engine.server.protocol import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from pagellm.engine.server.response_input import ResponseRequest
 from pagellm.engine.server.service import AnyEndpoint, Service
 
 _SCHEMA_PLACE = "#/components/schemas/{model}"
@@ -118,6 +119,7 @@ def routes(service: Service) -> Any:
             shown=bool(prefix),
             media=either,
         )
+        take(f"{prefix}/responses", responses.respond, ResponseRequest, shown=bool(prefix), media=either)
     take("/v1/completions/render", tokens.render_completion, CompletionRequest)
     take("/v1/chat/completions/render", tokens.render_chat, ChatCompletionRequest)
     serve("/v1/models", _models)

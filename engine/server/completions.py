@@ -1,7 +1,9 @@
 """`/v1/completions` and `/v1/chat/completions`: from the body to the answer, whole or as a stream."""
 
 import asyncio
+import traceback
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -23,8 +25,9 @@ from pagellm.engine.server.answers import (
     usage_of,
 )
 from pagellm.engine.server.engine_thread import Generation
-from pagellm.engine.server.errors import ApiError, too_late
+from pagellm.engine.server.errors import ApiError, as_api_error, too_late
 from pagellm.engine.server.http import (
+    DONE,
     KEEP_ALIVE,
     EventStream,
     KeepAlive,
@@ -51,12 +54,14 @@ from pagellm.engine.server.service import Limits, Service
 
 async def complete(service: Service, request: Request) -> Response:
     """`POST /v1/completions`."""
-    return await _generate(service, request, CompletionRequest, prepare_completion, CompletionAnswer)
+    read = partial(read_request, CompletionRequest)
+    return await generate(service, request, read, prepare_completion, CompletionAnswer)
 
 
 async def chat(service: Service, request: Request) -> Response:
     """`POST /v1/chat/completions`."""
-    return await _generate(service, request, ChatCompletionRequest, prepare_chat, ChatAnswer)
+    read = partial(read_request, ChatCompletionRequest)
+    return await generate(service, request, read, prepare_chat, ChatAnswer)
 
 
 def headers_of(request: Request) -> Headers:
@@ -68,16 +73,17 @@ def headers_of(request: Request) -> Headers:
         raise RequestError(f"x-deadline-s: found {deadline!r}, expected a number of seconds") from None
 
 
-async def _generate(
+async def generate(
     service: Service,
     request: Request,
-    kind: type[Any],
+    read: Callable[[bytes], Any],
     prepare: Callable[..., Prepared],
     answer_kind: "type[Answer]",
 ) -> Response:
+    """An answer, whole or as a stream. read: takes a request from its JSON."""
     engine = service.llm.engine
     arrival_s = engine.now()
-    body = await service.work(read_request, kind, await read_body(request))
+    body = await service.work(read, await read_body(request))
     service.check_model(body.model)
     service.note_unknown_fields(body.unknown_fields)
     options = body.stream_options
@@ -97,7 +103,7 @@ async def _generate(
     if body.stream:
         generation = await submit(service, request, prepared)
         answer = answer_kind(service, body, prepared, generation, request_id)
-        return EventStream(_stream(service, generation, answer), generation.close)
+        return EventStream(_stream(service, generation, answer), generation.close, answer.done)
 
     async def whole() -> Response:
         generation = await submit(service, request, prepared)
@@ -148,6 +154,9 @@ async def _stream(service: Service, generation: Generation, answer: "Answer") ->
     service.num_serving += 1
     keep_alive = KeepAlive(generation.changed.set, service.limits.keep_alive_s)
     try:
+        opening = answer.opening()
+        if opening:
+            yield b"".join(map(answer.encode, opening))
         under_way = answer.readers
         while under_way:
             await generation.wait()
@@ -157,12 +166,19 @@ async def _stream(service: Service, generation: Generation, answer: "Answer") ->
             for reader in under_way:
                 delta = reader.take()
                 if delta is not None:
-                    events += [event(chunk) for chunk in answer.chunks(reader, delta)]
+                    events += [answer.encode(chunk) for chunk in answer.chunks(reader, delta)]
             under_way = [reader for reader in under_way if not reader.ended]
             if events:
                 yield b"".join(events)
         if answer.options.include_usage:
             yield event(answer.last_chunk())
+    except Exception as error:
+        failure = answer.failure(as_api_error(error))
+        if not failure:
+            raise
+        if not isinstance(error, ApiError):
+            traceback.print_exception(error)
+        yield b"".join(map(answer.encode, failure))
     finally:
         keep_alive.stop()
         service.num_serving -= 1
@@ -174,6 +190,7 @@ class Answer:
     object_name = ""
     chunk_name = ""
     prefix = ""
+    done = DONE  # what its stream ends with
 
     def __init__(
         self,
@@ -202,6 +219,18 @@ class Answer:
             choices.append(self.choice(reader, delta))
         answer = frame(self._id, self.object_name, self._model, self._created)
         return {**answer, "choices": choices, "usage": usage_of(self.readers)}
+
+    def encode(self, chunk: dict[str, Any]) -> bytes:
+        """A chunk as an event of a stream."""
+        return event(chunk)
+
+    def opening(self) -> list[dict[str, Any]]:
+        """What a stream says before there is anything."""
+        return []
+
+    def failure(self, error: ApiError) -> list[dict[str, Any]]:
+        """What a stream that cannot go on says; nothing: the error as such."""
+        return []
 
     def last_chunk(self) -> dict[str, Any]:
         """The chunk that has the usage alone."""

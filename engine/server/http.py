@@ -26,7 +26,7 @@ _NO_KEY = ApiError(
     "the key is missing or wrong, expected Authorization: Bearer KEY",
     headers={"www-authenticate": "Bearer"},
 )
-_DONE = b"data: [DONE]\n\n"
+DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _Result = TypeVar("_Result")
@@ -69,6 +69,11 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
 def error_response(error: ApiError) -> Response:
     """An error as a response."""
     return json_response(error_body(error), error.status, error.headers)
+
+
+def named_event(name: str, value: Any) -> bytes:
+    """One event of a stream whose events have names."""
+    return b"event: " + name.encode() + b"\n" + event(value)
 
 
 def event(value: Any) -> bytes:
@@ -134,18 +139,19 @@ class KeepAlive:
 class EventStream(Response):
     """A response of server-sent events, which ends early if the client goes away.
 
-    on_end: called at the end, however it comes.
+    on_end: called at the end, however it comes. done: what is said last.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncIterator[bytes], on_end: Callable[[], None], done: bytes = DONE) -> None:
         super().__init__(None)
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-cache"
         self.headers["x-accel-buffering"] = "no"
         self._events = events
         self._on_end = on_end
+        self._done = done
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Sends the events."""
@@ -168,7 +174,7 @@ class EventStream(Response):
                 traceback.print_exception(error)
         finally:
             await self._events.aclose()  # type: ignore[attr-defined]
-        await send({"type": "http.response.body", "body": _DONE, "more_body": False})
+        await send({"type": "http.response.body", "body": self._done, "more_body": False})
 
 
 class Door:

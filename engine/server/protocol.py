@@ -5,6 +5,7 @@ not known passes: clients and routers send fields of their own. Null is what is 
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
@@ -204,15 +205,16 @@ class DetokenizeRequest(Request):
     tokens: list[Integer]
 
 
-_UNSUPPORTED = {
-    kind: {
+@lru_cache
+def _unsupported(kind: type[Request]) -> dict[str, tuple[Any, ...]]:
+    """The fields that are known and not supported, and the values that ask for nothing."""
+    return {
         name: one.values
         for name, field in kind.model_fields.items()
         for one in field.metadata
         if isinstance(one, Neutral)
     }
-    for kind in (CompletionRequest, ChatCompletionRequest, TokenizeRequest)
-}
+
 
 _Kind = TypeVar("_Kind", bound=Request)
 
@@ -223,7 +225,7 @@ def read_request(kind: type[_Kind], body: bytes) -> _Kind:
         request: _Kind = kind.model_validate_json(body)
     except ValidationError as error:
         raise _refused(error, body) from None
-    for name, neutral in _UNSUPPORTED.get(kind, {}).items():
+    for name, neutral in _unsupported(kind).items():  # type: ignore[arg-type]
         value = getattr(request, name)
         if value is None or value in neutral:
             continue

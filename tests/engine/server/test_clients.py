@@ -289,7 +289,6 @@ def test_what_is_no_request_is_refused(server: Any) -> None:
     refusal(server, "/v1/completions", b"")
     assert refusal(server, "/v1/completions", {"prompt": "x", "model": "gpt-5"}, 404)["param"] == "model"
     assert refusal(server, "/v1/embeddings", {}, 404)["type"] == "NotFoundError"
-    assert refusal(server, "/v1/responses", {}, 404)["type"] == "NotFoundError"
     status, headers, text = request(server, "/v1/completions")
     assert (status, headers["allow"]) == (405, "POST")
     assert json.loads(text)["error"]["type"] == "MethodNotAllowedError"
