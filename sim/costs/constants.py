@@ -15,6 +15,13 @@ from pagellm.sim.costs.cost_model import CostConstant
 # 4 bits) in int4, of 16 numbers (1 byte) in fp4.
 FORMATS = {"fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5 + 2.5 / 128, "fp4": 0.5 + 1 / 16}
 AUTO = "auto"
+# What is chosen by name beside AUTO. Experts are split over devices as other matrices are, or each has some
+# of them whole and tokens are sent to those.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "weights": tuple(FORMATS),
+    "kv": tuple(FORMATS),
+    "experts": ("tensor", "expert"),
+}
 _GIB = 2**30
 
 
@@ -83,7 +90,8 @@ CONSTANTS = {
 class Constants:
     """All constants of an estimate, some of them given, and the formats of weights and KV.
 
-    weights, kv: of `FORMATS`, or "auto": as a model's file has them, else bf16. given: names and values of
+    weights, kv: of `FORMATS`, or "auto": as a model's file has them, else bf16. experts: how devices share
+    them, "tensor" or "expert" parallel; "auto": tensor. given: names and values of
     those that were given; fitted: of those that were fitted to a recorded run; of_device: of those which the
     hardware's entry has. The former go before the latter.
     Raises `ConfigError` for what is none, or beyond its limits.
@@ -96,12 +104,13 @@ class Constants:
         fitted: Mapping[str, Any] | None = None,
     ) -> None:
         self.given, self.fitted, self.of_device = dict(given or {}), dict(fitted or {}), dict(of_device or {})
-        self.formats = {"weights": AUTO, "kv": AUTO}
+        self.formats = dict.fromkeys(CHOICES, AUTO)
         self._values = {name: constant.default for name, constant in CONSTANTS.items()}
         for name, value in {**self.of_device, **self.fitted, **self.given}.items():
             if name in self.formats:
-                if not isinstance(value, str) or value not in (AUTO, *FORMATS):
-                    raise ConfigError(f"{name}: found {found(value)}, expected {AUTO}, {', '.join(FORMATS)}")
+                choices = (AUTO, *CHOICES[name])
+                if not isinstance(value, str) or value not in choices:
+                    raise ConfigError(f"{name}: found {found(value)}, expected {', '.join(choices)}")
                 self.formats[name] = value
                 continue
             if name not in CONSTANTS:

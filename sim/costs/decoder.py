@@ -1,7 +1,7 @@
 """A decoder whose step times are estimated: its shape, by its name in hardware.json or from the model itself.
 
-A config.json or a GGUF file is read by the engine's own readers in a process of its own, because these load
-the compiler and a replay does not.
+A config.json of a mixture of experts is read by mixtures.py. Another one, or a GGUF file, is read by the
+engine's own readers in a process of its own, because these load the compiler and a replay does not.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 from pagellm.engine import checks
 from pagellm.engine.errors import CheckpointError, ConfigError, found
 from pagellm.sim.costs.devices import known
+from pagellm.sim.costs.mixtures import read_mixture
 
 _MAX_MESSAGE = 600
 
@@ -24,7 +25,12 @@ class Layers:
     """Layers of one kind, and how many there are of them.
 
     window: tokens that a token sees, itself included; 0: all before it. num_norms: of whole hidden states.
-    product_parameters: numbers of the matrices of one layer.
+    product_parameters: numbers of the matrices of one layer that every token meets. intermediate_size: of all
+    feed-forwards that a token passes.
+
+    num_experts, experts_per_token, expert_parameters: of a mixture, each expert's matrices; 0 of others.
+    latent_dim, rope_dim: of latent attention, numbers that are kept of a token in the place of keys and
+    values; head_dim and value_dim are then what they are widened to. 0 of others.
     """
 
     count: int
@@ -36,11 +42,38 @@ class Layers:
     gated: bool = True
     window: int = 0
     num_norms: int = 2
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_parameters: int = 0
+    latent_dim: int = 0
+    rope_dim: int = 0
+    value_dim: int = 0
 
     @property
     def kv_numbers(self) -> int:
         """Numbers of a token's keys and values in one layer."""
-        return 2 * self.num_kv_heads * self.head_dim
+        return (self.latent_dim + self.rope_dim) or 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def decode_operations(self) -> int:
+        """Of a query and a key with its value, for all heads; latent ones are met as they are kept."""
+        per_head = 2 * self.latent_dim + self.rope_dim if self.latent_dim else 2 * self.head_dim
+        return 2 * self.num_heads * per_head
+
+    @property
+    def prefill_operations(self) -> int:
+        """The same where several tokens are computed, for which latent keys and values are widened."""
+        return 2 * self.num_heads * (self.head_dim + (self.value_dim or self.head_dim))
+
+    @property
+    def widening_operations(self) -> int:
+        """Of a token of the context, to widen what is kept of it."""
+        return 2 * self.latent_dim * self.num_heads * (self.head_dim - self.rope_dim + self.value_dim)
+
+    def touched_experts(self, num_tokens: int) -> float:
+        """How many different experts so many tokens meet, if each chooses at random."""
+        share = self.experts_per_token / self.num_experts
+        return self.num_experts * float(1 - (1 - share) ** num_tokens)
 
 
 @dataclass(frozen=True)
@@ -68,8 +101,13 @@ class Model:
 
     @property
     def product_parameters(self) -> int:
-        """Numbers of the matrices of all layers."""
+        """Numbers of the matrices of all layers that every token meets."""
         return sum(layer.count * layer.product_parameters for layer in self.layers)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Numbers of the matrices of all experts."""
+        return sum(layer.count * layer.num_experts * layer.expert_parameters for layer in self.layers)
 
     @property
     def head_parameters(self) -> int:
@@ -112,6 +150,9 @@ def load_model(name: str) -> Model:
     if not checks.is_path(name) or not Path(name).exists():
         expected = f"one of {', '.join(models)}, or the path of a config.json or a GGUF file"
         raise ConfigError(f"models: found {found(name)}, expected {expected}")
+    mixture = read_mixture(Path(name))
+    if mixture is not None:
+        return _model(mixture)
     command = [sys.executable, "-m", "pagellm.engine.models.shape", name]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode:

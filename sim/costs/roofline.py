@@ -33,11 +33,13 @@ class RooflineCostModel(CostModel):
     The operators are these, each at its own achieved shares of the peak rates (`constants.CONSTANTS`):
 
         products            a step's tokens times the matrices of all layers, which are read once
+        experts             of a mixture: a step's tokens times those that they choose, each of them read once
         head                a state of each sequence that gets a token times the output head; none, no time
         prefill attention   of the sequences of which several tokens are computed, their contexts read once
         decode attention    of the others
         vectors             norms, rotation, activation and sampling: traffic alone
-        communication       a ring all-reduce after attention and after the feed-forward, and of the logits
+        communication       a ring all-reduce after attention and after the feed-forward, and of the logits;
+                            where devices have whole experts, an all-to-all to them and one back
 
     and an overhead a step, a layer and a sequence. fitted: constants with how far they are off. given:
     constants by name, of `Constants`.
@@ -71,6 +73,18 @@ class RooflineCostModel(CostModel):
         self._products_s = (
             model.product_parameters * self._layer_bytes / (bytes_per_s * c["product_bytes"] * n)
         )
+        # Of each kind of expert layers: the kind, seconds of a token and an expert by arithmetic, and of an
+        # expert by traffic.
+        expert_rate = bytes_per_s * c["product_bytes"] * n
+        self._experts = [
+            (
+                layer,
+                2 * layer.count * layer.expert_parameters / product_flops,
+                layer.count * layer.expert_parameters * self._layer_bytes / expert_rate,
+            )
+            for layer in model.layers
+            if layer.num_experts
+        ]
         self._head_token_s = 2 * model.head_parameters / (flops * c["head_flops"] * n)
         self._head_s = model.head_parameters * self._head_bytes / (bytes_per_s * c["head_bytes"] * n)
         vector_rate = bytes_per_s * c["vector_bytes"]
@@ -82,14 +96,27 @@ class RooflineCostModel(CostModel):
             link = hardware.link_bytes_per_s * c["link_bytes"]
             ring = 2 * (n - 1) / n
             state = model.hidden_size * _STATE_BYTES
-            self._exchange_s = 2 * model.num_layers * hardware.link_latency_s
-            self._exchange_token_s = 2 * model.num_layers * state * ring / link
+            reductions, sent = 2 * model.num_layers, 0.0
+            if c.formats["experts"] == "expert":
+                for layer in model.layers:
+                    if layer.num_experts % n:
+                        raise ConfigError(
+                            f"num_devices: found {n} for {layer.num_experts} experts, expected a number that "
+                            "divides them"
+                        )
+                    if layer.num_experts:
+                        reductions -= layer.count
+                        sent += 2 * layer.count * layer.experts_per_token * (n - 1) / n**2
+            # An all-reduce in whose place two all-to-alls stand.
+            num_exchanges = reductions + 2 * (2 * model.num_layers - reductions)
+            self._exchange_s = num_exchanges * hardware.link_latency_s
+            self._exchange_token_s = (reductions * ring + sent) * state / link
             self._exchange_sample_s = model.vocab_size * _STATE_BYTES * (n - 1) / n / link
         self._overhead_s = c["step_overhead_s"] + model.num_layers * c["layer_overhead_s"]
         self._sequence_overhead_s = c["sequence_overhead_s"]
         self.frontend_s = c["frontend_s"]
         self._copy_block_s = 0.0
-        self._attention: list[tuple[int, float, float, float]] = []
+        self._attention: list[tuple[int, float, float, float, float]] = []
         self._set_windows(0)
         if self._free_bytes(EngineConfig()) < self._kv_token_bytes:
             raise ConfigError(
@@ -123,9 +150,9 @@ class RooflineCostModel(CostModel):
             layer, head = FORMATS[formats["weights"]], sixteen_bits
         kv = sixteen_bits if formats["kv"] == AUTO else FORMATS[formats["kv"]]
         self._layer_bytes, self._head_bytes, self._kv_bytes = layer, head, kv
-        others = model.num_parameters - model.product_parameters
-        heads = model.head_parameters
-        self._weight_bytes = model.product_parameters * layer + heads * head + (others - heads) * sixteen_bits
+        matrices, heads = model.product_parameters + model.expert_parameters, model.head_parameters
+        others = model.num_parameters - matrices - heads
+        self._weight_bytes = matrices * layer + heads * head + others * sixteen_bits
         # Of one device; where it has a copy of a KV head that another has, too, that is a whole one.
         self._kv_token_bytes = kv * sum(
             layers.count * layers.kv_numbers / min(self._num_devices, layers.num_kv_heads)
@@ -136,22 +163,21 @@ class RooflineCostModel(CostModel):
         """Prepares attention for layers that see so many tokens at most; 0: as many as each layer does.
 
         For each window: seconds of a pair of query and key in a decode; of one in a prefill by arithmetic,
-        and of a token of its context by traffic.
+        of a token of its context by traffic, and of widening one.
         """
         c, hardware = self.constants, self._hardware
         by_window: dict[int, list[float]] = {}
         for layer in self._model.layers:
             seen = min(filter(None, (layer.window, window)), default=0)
-            heads = layer.num_heads / self._num_devices
-            kv_heads = layer.num_kv_heads / min(self._num_devices, layer.num_kv_heads)
-            flops = 4 * layer.count * heads * layer.head_dim / hardware.flops_per_s
-            traffic = (
-                2 * layer.count * kv_heads * layer.head_dim * self._kv_bytes / hardware.memory_bytes_per_s
-            )
-            sums = by_window.setdefault(seen, [0.0, 0.0, 0.0])
-            sums[0] += max(flops / c["decode_flops"], traffic / c["decode_bytes"])
-            sums[1] += flops / c["prefill_flops"]
+            operation_s = layer.count / self._num_devices / hardware.flops_per_s
+            numbers = layer.kv_numbers / min(self._num_devices, layer.num_kv_heads)
+            traffic = layer.count * numbers * self._kv_bytes / hardware.memory_bytes_per_s
+            decode_s = layer.decode_operations * operation_s / c["decode_flops"]
+            sums = by_window.setdefault(seen, [0.0, 0.0, 0.0, 0.0])
+            sums[0] += max(decode_s, traffic / c["decode_bytes"])
+            sums[1] += layer.prefill_operations * operation_s / c["prefill_flops"]
             sums[2] += traffic / c["prefill_bytes"]
+            sums[3] += layer.widening_operations * operation_s / c["product_flops"]
         self._attention = [(seen, *sums) for seen, sums in by_window.items()]  # type: ignore[misc]
 
     def settings(self, given: Mapping[str, Any]) -> EngineConfig:
@@ -169,7 +195,9 @@ class RooflineCostModel(CostModel):
         copy_rate = self._hardware.memory_bytes_per_s * self.constants["vector_bytes"]
         self._copy_block_s = 2 * block_bytes / copy_rate
         swap_block_s = block_bytes / self._hardware.host_bytes_per_s
-        self.costs = PreemptionCosts(self._product_token_s + self._vector_token_s, swap_block_s)
+        experts_s = sum(layer.experts_per_token * token_s for layer, token_s, _ in self._experts)
+        token_s = self._product_token_s + experts_s + self._vector_token_s
+        self.costs = PreemptionCosts(token_s, swap_block_s)
 
     def step_time(self, batch: ScheduledBatch) -> float:
         num_sequences, num_samples = len(batch.sequences), sum(batch.samples)
@@ -180,13 +208,19 @@ class RooflineCostModel(CostModel):
         total += max(num_tokens * filled * self._product_token_s, self._products_s)
         if num_samples:
             total += max(num_samples * self._head_token_s, self._head_s)
-        for window, decode_s, pair_s, token_s in self._attention:
+        for layer, token_s, expert_s in self._experts:
+            touched, chosen = layer.touched_experts(num_tokens), num_tokens * layer.experts_per_token
+            filled = 1 + self._fill_tokens / (chosen / touched + self._fill_tokens)
+            total += max(chosen * filled * token_s, touched * expert_s)
+        for window, decode_s, pair_s, token_s, widen_s in self._attention:
             num_decodes, context, prefills = shape_of(batch, window)
             total += (context + num_decodes) * decode_s
             if prefills:
                 pairs = sum(count * before + count * (count + 1) // 2 for count, before in prefills)
                 read = sum(count + before for count, before in prefills)
                 total += max(pairs * pair_s, read * token_s)
+                if widen_s:
+                    total += sum(before for _, before in prefills) * widen_s
         total += num_tokens * (self._vector_token_s + self._exchange_token_s) + self._exchange_s
         total += num_samples * (self._sample_s + self._exchange_sample_s)
         if batch.transfers:
@@ -217,12 +251,14 @@ class RooflineCostModel(CostModel):
     def _free_bytes(self, config: EngineConfig) -> float:
         """Of one device: what weights, libraries and the largest step leave for KV blocks.
 
-        The largest step has its hidden states thrice, and the feed-forward's inner states thrice; or it
-        samples for all sequences.
+        The largest step has its hidden states thrice, and the feed-forward's inner states thrice, and of a
+        mixture what each expert that a token meets makes of it; or it samples for all sequences.
         """
         c, model, n = self.constants, self._model, self._num_devices
         inner = max(layer.intermediate_size for layer in model.layers) / n
-        states = 3 * config.max_num_batched_tokens * (inner + model.hidden_size) * _STATE_BYTES
+        chosen = max(layer.experts_per_token for layer in model.layers)
+        numbers = 3 * (inner + model.hidden_size) + chosen * model.hidden_size
+        states = config.max_num_batched_tokens * numbers * _STATE_BYTES
         logits = config.max_num_seqs * model.vocab_size * c["sampler_bytes"]
         reserved = c["runtime_bytes"] + c["graph_bytes"] + (c["exchange_bytes"] if n > 1 else 0.0)
         usable = c["memory_utilization"] * (self._hardware.memory_bytes - c["driver_bytes"])

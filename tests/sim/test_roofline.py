@@ -330,7 +330,10 @@ def test_an_estimate_that_cannot_be_is_refused(arguments: tuple[Any, ...], messa
         ({"product_flops": 1.01}, "product_flops: found 1.01, expected a number above 0 and up to 1"),
         ({"product_flops": "half"}, "product_flops: found 'half', expected a number above 0 and up to 1"),
         ({"step_overhead_s": -1}, "step_overhead_s: found -1, expected a finite number from 0"),
-        ({"efficency": 0.5}, "roofline: found 'efficency', expected one of weights, kv, product_flops"),
+        (
+            {"efficency": 0.5},
+            "roofline: found 'efficency', expected one of weights, kv, experts, product_flops",
+        ),
         ({"weights": "fp6"}, "weights: found 'fp6', expected auto, fp16, bf16, fp8, int8, int4, fp4"),
         ({"kv": 8.0}, "kv: found 8.0, expected auto, fp16"),
         ({"kv": ["fp8"]}, r"kv: found \['fp8'\], expected auto, fp16"),

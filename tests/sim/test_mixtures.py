@@ -1,0 +1,222 @@
+"""Mixtures of experts and latent attention: sizes against published counts, and each operator by hand."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pagellm.engine import CheckpointError, ConfigError, EngineConfig
+from pagellm.engine.scheduling.batch import PreemptionCosts
+from pagellm.sim import CostModel
+from pagellm.sim.costs.decoder import Layers, Model, load_model
+from tests.sim.batches import batch_of
+from tests.sim.test_roofline import bare
+
+# config.json of the models that they are named after, what of it is a size.
+COMMON = {"tie_word_embeddings": False}
+MIXTRAL = COMMON | {
+    "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
+    "vocab_size": 32000, "max_position_embeddings": 32768, "sliding_window": None,
+}  # fmt: skip
+QWEN3 = COMMON | {
+    "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+    "num_experts_per_tok": 8, "moe_intermediate_size": 768, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    "vocab_size": 151936, "max_position_embeddings": 40960, "sliding_window": None,
+}  # fmt: skip
+QWEN2 = COMMON | {
+    "model_type": "qwen2_moe", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "num_experts": 64, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2560, "shared_expert_intermediate_size": 20480, "vocab_size": 151936,
+    "max_position_embeddings": 131072, "sliding_window": 65536, "use_sliding_window": False,
+}  # fmt: skip
+DEEPSEEK = COMMON | {
+    "model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432, "num_hidden_layers": 61,
+    "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536, "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 256,
+    "n_shared_experts": 1, "num_experts_per_tok": 8, "moe_intermediate_size": 2048,
+    "first_k_dense_replace": 3, "moe_layer_freq": 1, "vocab_size": 129280, "max_position_embeddings": 163840,
+    "quantization_config": {"quant_method": "fp8"},
+}  # fmt: skip
+GPT_OSS = COMMON | {
+    "model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 36,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 128,
+    "num_experts_per_tok": 4, "vocab_size": 201088, "max_position_embeddings": 131072, "sliding_window": 128,
+    "layer_types": ["sliding_attention", "full_attention"] * 18,
+    "quantization_config": {"quant_method": "mxfp4"},
+}  # fmt: skip
+SCOUT = {
+    "model_type": "llama4",
+    "text_config": COMMON | {
+        "model_type": "llama4_text", "hidden_size": 5120, "intermediate_size": 8192,
+        "intermediate_size_mlp": 16384, "num_hidden_layers": 48, "num_attention_heads": 40,
+        "num_key_value_heads": 8, "head_dim": 128, "num_local_experts": 16, "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 1, "attention_chunk_size": 8192, "vocab_size": 202048,
+        "max_position_embeddings": 10485760,
+    },
+}  # fmt: skip
+
+
+def model_of(config: dict[str, Any], tmp_path: Path) -> Model:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return load_model(str(tmp_path / "config.json"))
+
+
+@pytest.mark.parametrize(
+    ("config", "num_parameters", "active"),
+    [  # as the models' pages have them
+        (MIXTRAL, 46.7028e9, 12.88e9),
+        (QWEN3, 30.5321e9, 3.35e9),
+        (QWEN2, 57.409e9, 14.25e9),
+        (DEEPSEEK, 671.026e9, 37.55e9),
+        (GPT_OSS, 116.83e9, 5.13e9 + 0.58e9),  # whose page leaves the embedding out of what is active
+        (SCOUT, 107.77e9, 17.17e9),
+    ],
+)
+def test_sizes_are_those_that_are_published(
+    config: dict[str, Any], num_parameters: float, active: float, tmp_path: Path
+) -> None:
+    model = model_of(config, tmp_path)
+    assert model.num_parameters == pytest.approx(num_parameters, rel=2e-3)
+    resting = sum(
+        layer.count * (layer.num_experts - layer.experts_per_token) * layer.expert_parameters
+        for layer in model.layers
+    )
+    assert model.num_parameters - resting == pytest.approx(active, rel=5e-3)
+
+
+def test_layers_that_differ_are_told_apart(tmp_path: Path) -> None:
+    dense, sparse = model_of(DEEPSEEK, tmp_path).layers
+    assert (dense.count, dense.num_experts, sparse.count, sparse.num_experts) == (3, 0, 58, 256)
+    assert sparse.intermediate_size == 9 * 2048
+    assert model_of(DEEPSEEK, tmp_path).layer_bytes == 1.0
+    assert [(kind.count, kind.window) for kind in model_of(GPT_OSS, tmp_path).layers] == [(18, 128), (18, 0)]
+    assert [(kind.count, kind.window) for kind in model_of(SCOUT, tmp_path).layers] == [(36, 8192), (12, 0)]
+    assert [kind.window for kind in model_of(QWEN2, tmp_path).layers] == [0]
+    # Of 4.25 bits a number of an expert, and 16 of the others.
+    oss = model_of(GPT_OSS, tmp_path)
+    size = 0.53125 * oss.expert_parameters + 2 * oss.product_parameters
+    assert oss.layer_bytes == pytest.approx(size / (oss.expert_parameters + oss.product_parameters))
+    some = model_of(QWEN3 | {"mlp_only_layers": [0, 2], "decoder_sparse_step": 2}, tmp_path)
+    assert {(kind.count, kind.num_experts) for kind in some.layers} == {(24, 0), (24, 128)}
+
+
+def test_what_is_kept_of_a_token_is_latent_and_each_device_has_all_of_it(tmp_path: Path) -> None:
+    model_of(DEEPSEEK, tmp_path)
+    name = str(tmp_path / "config.json")
+    numbers = 61 * (512 + 64)
+    assert CostModel.roofline("h200-sxm", name, 8).block_bytes(64) == 8 * 64 * 2 * numbers
+    # Of 135 GB that are used of each, weights take 84, and the logits of 1,024 sequences 3.
+    costs = CostModel.roofline("h200-sxm", name, 8)
+    free = costs.num_blocks(costs.settings({"block_size": 64})) * 64 * 2 * numbers
+    assert 135e9 - 84e9 - 6e9 < free < 135e9 - 84e9 - 3e9
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"index_topk": 2048}, "index_topk: found 2048, expected attention over all or the latest tokens"),
+        (
+            {"layer_types": ["linear_attention"] * 48},
+            "layer_types: found 'linear_attention', expected full_at",
+        ),
+        (
+            {"layer_types": ["full_attention"]},
+            r"layer_types: found \['full_attention'\], expected 48 of them",
+        ),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            "quant_method: found 'awq', expected fp8 or mxfp4",
+        ),
+        ({"num_experts_per_tok": None}, "num_experts_per_tok: found nothing, expected a number"),
+        ({"hidden_size": "big"}, "hidden_size: found 'big', expected a positive integer"),
+    ],
+)
+def test_what_would_change_the_work_is_refused_by_name(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        model_of(QWEN3 | change, tmp_path)
+
+
+# 2 layers of 400 numbers that all tokens meet and 8 experts of 100, of which each token meets 2.
+MIXED = Model(
+    num_parameters=2560, hidden_size=4, vocab_size=40,
+    layers=(Layers(2, num_heads=2, num_kv_heads=2, head_dim=5, intermediate_size=6, product_parameters=400,
+                   num_experts=8, experts_per_token=2, expert_parameters=100),),
+)  # fmt: skip
+PLAIN = replace(
+    MIXED, num_parameters=960,
+    layers=(replace(MIXED.layers[0], num_experts=0, experts_per_token=0, expert_parameters=0),),
+)  # fmt: skip
+
+
+def test_experts_are_read_that_a_batch_meets() -> None:
+    for num_sequences, met in ((1, 2.0), (2, 8 * (1 - (6 / 8) ** 2)), (30, 8 * (1 - (6 / 8) ** 30))):
+        batch = batch_of(*[(1, 49)] * num_sequences)
+        more = bare(model=MIXED).step_time(batch) - bare(model=PLAIN).step_time(batch)
+        assert more == pytest.approx(2 * met * 100 * 2 / 1e4)
+    # 10,000 tokens with 2 experts each: 2 operations a number, in 2 layers.
+    prompt = batch_of((10_000, 0))
+    more = bare(model=MIXED).step_time(prompt) - bare(model=PLAIN).step_time(prompt)
+    assert more == pytest.approx(10_000 * 2 * 2 * 100 * 2 / 1e6)
+    # As long again as their share says, where an expert gets as few tokens as do not fill the device.
+    slow = bare(model=MIXED, product_fill_tokens=1e9).step_time(prompt)
+    assert slow == pytest.approx(
+        bare(model=PLAIN, product_fill_tokens=1e9).step_time(prompt) + 2 * more, rel=1e-4
+    )
+
+
+def test_experts_weigh_in_memory_and_in_what_a_recomputed_token_costs() -> None:
+    config = EngineConfig(block_size=10, max_num_batched_tokens=1, max_num_seqs=1)
+    fewer = bare(model=PLAIN).num_blocks(config) - bare(model=MIXED).num_blocks(config)
+    assert fewer == pytest.approx(1600 * 2 / (10 * 80), abs=1)
+    model = bare(model=MIXED)
+    model.begin(config)
+    plain = bare(model=PLAIN)
+    plain.begin(config)
+    assert model.costs == PreemptionCosts(
+        pytest.approx(plain.costs.recompute_token_s + 2 * 2 * 2 * 100 / 1e6), plain.costs.swap_block_s
+    )
+
+
+def test_whole_experts_on_each_device_take_exchanges_of_their_own() -> None:
+    batch = batch_of((1, 49))
+    tensor = bare(model=MIXED, num_devices=2).step_time(batch)
+    expert = bare(model=MIXED, num_devices=2, experts="expert").step_time(batch)
+    # In the place of an all-reduce of 4 numbers of 2 bytes in 2 layers, of which a ring of 2 sends each once,
+    # 2 copies of a state go to their experts and come back: half of the tokens' stay where they are, and
+    # each of the 2 devices sends half of them. Two exchanges begin where one did.
+    saved, sent = 2 * 8 / 1e3, 2 * 2 * 2 * 8 * 0.5 / 2 / 1e3
+    assert expert - tensor == pytest.approx(sent - saved + 2 * 0.25)
+    odd = replace(MIXED, layers=(replace(MIXED.layers[0], num_experts=7),))
+    with pytest.raises(
+        ConfigError, match="num_devices: found 2 for 7 experts, expected a number that divides"
+    ):
+        bare(model=odd, num_devices=2, experts="expert")
+    with pytest.raises(ConfigError, match="experts: found 'data', expected auto, tensor, expert"):
+        bare(model=MIXED, experts="data")
+
+
+def test_latent_attention_meets_what_is_kept_or_widens_it() -> None:
+    layer = Layers(
+        2, num_heads=2, num_kv_heads=1, head_dim=7, intermediate_size=6, product_parameters=400,
+        latent_dim=10, rope_dim=3, value_dim=4,
+    )  # fmt: skip
+    model = replace(PLAIN, layers=(layer,))
+    without = bare(
+        model=replace(model, layers=(replace(layer, latent_dim=0, rope_dim=0, head_dim=0, num_heads=0),))
+    )
+    vectors = 2 * 2 * 2 * (2 + 1) * 7 / 1e4
+    # 50 tokens: 13 numbers of 2 bytes each in 2 layers, which 2 x 2 x 23 operations do not outlast.
+    decode = bare(model=model).step_time(batch_of((1, 49))) - without.step_time(batch_of((1, 49)))
+    assert decode == pytest.approx(50 * 2 * 13 * 2 / 1e4 + vectors)
+    # 300 tokens after 100: pairs of 2 heads of 7 and 4 numbers; the 100 are widened to 4 + 4 a head.
+    batch = batch_of((300, 100))
+    prefill = bare(model=model).step_time(batch) - without.step_time(batch)
+    pairs = 300 * 100 + 300 * 301 // 2
+    widened = 100 * 2 * 2 * 10 * 2 * (4 + 4) / 1e6
+    assert prefill == pytest.approx(pairs * 2 * 2 * 2 * (7 + 4) / 1e6 + widened + 300 * vectors)
