@@ -12,7 +12,14 @@ from pagellm.sim.commands.trace import add_trace_input
 from pagellm.sim.costs.constants import CONSTANTS, FORMATS, parse_constants
 from pagellm.sim.costs.cost_model import MAX_PROFILE_ERROR
 from pagellm.sim.sweep.file import Point
-from pagellm.sim.sweep.grid import REPLAY_SETTINGS, SLO_LATENCIES, SLO_STATISTICS, Grid, Slo
+from pagellm.sim.sweep.grid import (
+    REPLAY_SETTINGS,
+    SLO_LATENCIES,
+    SLO_STATISTICS,
+    SWEEP_SETTINGS,
+    Grid,
+    Slo,
+)
 from pagellm.sim.sweep.report import to_html, to_json, to_text, words
 from pagellm.sim.sweep.sweep import CostSource, Sweep, SweepResult, TraceFile
 
@@ -23,8 +30,9 @@ def add_sweep(commands: "argparse._SubParsersAction[Any]") -> None:
     add_trace_input(sweep)
     sweep.add_argument(
         "--set", action="append", default=[], metavar="KEY=V1,V2,...", dest="grid",
-        help=f"values of a setting: any of the engine's, or {', '.join(REPLAY_SETTINGS)}; may be given "
-        "repeatedly, every combination is replayed",
+        help="values of a setting: any of the engine's, or "
+        f"{', '.join(REPLAY_SETTINGS + SWEEP_SETTINGS)}; may be "
+        "given repeatedly, every combination is replayed",
     )  # fmt: skip
     costs = sweep.add_mutually_exclusive_group(required=True)
     costs.add_argument("--profile", metavar="FILE", help="step times: a profile or a step log")
@@ -33,8 +41,10 @@ def add_sweep(commands: "argparse._SubParsersAction[Any]") -> None:
     sweep.add_argument(
         "--slo", metavar="NAME=SECONDS,...",
         help=f"limits that a good point keeps, such as ttft_p99=1.0,tpot_p99=0.1; of "
-        f"{', '.join(SLO_LATENCIES)}, each as {', '.join(SLO_STATISTICS)}",
+        f"{', '.join(SLO_LATENCIES)}, each as {', '.join(SLO_STATISTICS)}; or ttft=1.0,tpot=0.05, see "
+        "--attainment",
     )  # fmt: skip
+    add_attainment(sweep)
     sweep.add_argument(
         "--capacity", action="store_true", help="search the highest load at which the SLO holds"
     )
@@ -43,12 +53,36 @@ def add_sweep(commands: "argparse._SubParsersAction[Any]") -> None:
     )
     sweep.add_argument("--limit", type=int, metavar="N", help="only the first N requests")
     sweep.add_argument("--jobs", type=int, metavar="N", help="processes (default: one for each core)")
+    add_ray(sweep)
     sweep.add_argument(
         "-o", "--output", metavar="FILE", help="results as JSON Lines; what they have is not replayed again"
     )
     sweep.add_argument("--report", metavar="FILE", help="write a page with plots")
     sweep.add_argument("--json", action="store_true", help="print JSON for machines")
     sweep.set_defaults(command=_sweep)
+
+
+def add_ray(parser: argparse.ArgumentParser) -> None:
+    """Adds --ray."""
+    parser.add_argument(
+        "--ray", metavar="ADDRESS",
+        help="replay on a Ray cluster, auto or HOST:PORT, where pagellm is installed and files are shared",
+    )  # fmt: skip
+
+
+def add_attainment(parser: argparse.ArgumentParser) -> None:
+    """Adds --attainment."""
+    parser.add_argument(
+        "--attainment", type=float, metavar="X",
+        help="the share of requests that keep limits of each, such as --slo ttft=1,tpot=0.05",
+    )  # fmt: skip
+
+
+def trace_file(options: argparse.Namespace) -> TraceFile:
+    """The trace that the options of `add_trace_input` and --limit tell of."""
+    return TraceFile(
+        options.trace, options.limit, options.format, options.skip_bad, options.sort, options.output_len
+    )
 
 
 def add_accept_profile_error(parser: "argparse._ActionsContainer") -> None:
@@ -64,16 +98,17 @@ def _sweep(options: argparse.Namespace) -> None:
     grid = Grid.parse(options.grid)
     for policy in grid.axes.get("policy", ()):
         import_policy(policy)
-    progress = _Progress()
+    progress = Progress()
     sweep = Sweep(
-        TraceFile(options.trace, options.limit, options.format, options.skip_bad, options.sort),
+        trace_file(options),
         cost_source(options),
         grid,
-        None if options.slo is None else Slo.parse(options.slo),
+        None if options.slo is None else Slo.parse(options.slo, options.attainment),
         None if options.output is None else Path(options.output),
         options.jobs,
         progress,
         options.accept_profile_error,
+        options.ray,
     )
     try:
         result = sweep.run_capacity(options.tolerance) if options.capacity else sweep.run()
@@ -128,7 +163,7 @@ def _check_any(result: SweepResult) -> None:
         raise PagellmError(f"sweep: every point failed; the first: {errors[0]}")
 
 
-class _Progress:
+class Progress:
     """A line on standard error for each replay; on a terminal one that is written over."""
 
     def __init__(self) -> None:

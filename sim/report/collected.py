@@ -218,8 +218,13 @@ class ReplicaListener(StepListener):
             measured["tpot_s"] = (time_s - request.first_token_s) / (sequence.num_output_tokens - 1)
             run.latencies["tpot"].add(measured["tpot_s"])
         run.counts["finished"] += 1
-        run.counts["good"] += all(measured.get(name, 0.0) <= most for name, most in run.slo.items())
-        run.timeline.at(time_s).finished += 1
+        is_good = all(measured.get(name, 0.0) <= most for name, most in run.slo.items())
+        run.counts["good"] += is_good
+        bucket = run.timeline.at(time_s)
+        bucket.finished += 1
+        if is_good:
+            bucket.good += 1
+            run.timeline.at(request.arrival_s).good_arrived += 1
         self._end(sequence, request, "finished", time_s)
 
     def _end(self, sequence: Sequence, request: _Request, outcome: str, last_token_s: float | None) -> None:

@@ -25,6 +25,7 @@ from pagellm.sim.report.schema import (
     Summary,
     TimelineData,
 )
+from pagellm.sim.report.steady import WARM_UP, steady_state
 from pagellm.sim.traces.trace import Trace
 
 SLO_NAMES = ("ttft_s", "tpot_s", "e2e_s", "queue_s")
@@ -36,7 +37,7 @@ class MetricsCollector:
 
     schedulers: one for each replica, before they are used. slo: the most seconds of a good request, by the
     names in `SLO_NAMES`. results: a file that gets a line of JSON for each request when it ends.
-    block_bytes: of a KV block, where that is known. Raises `ConfigError`.
+    block_bytes: of a KV block, where that is known. warm_up: see steady.py. Raises `ConfigError`.
 
     The shares of unwritten slots and of cached blocks are sampled, once for each bucket of the timeline.
     """
@@ -47,12 +48,14 @@ class MetricsCollector:
         slo: Mapping[str, float] | None = None,
         results: str | os.PathLike[str] | None = None,
         block_bytes: int | None = None,
+        warm_up: float = WARM_UP,
     ) -> None:
         for name, value in (slo or {}).items():
             if name not in SLO_NAMES:
                 raise ConfigError(f"slo: found {found(name)}, expected one of {', '.join(SLO_NAMES)}")
             number(f"slo: {name}", value, SMALLEST, error=ConfigError, expected="seconds above 0")
         self._block_bytes = block_bytes
+        self._warm_up = warm_up
         self._run = run = Collected(slo or {}, results)
         run.replicas += (ReplicaListener(index, scheduler, run) for index, scheduler in enumerate(schedulers))
 
@@ -148,6 +151,7 @@ class MetricsCollector:
                 "most_of_one_request": run.most_preemptions,
             },
             "kv": self._kv(duration_s),
+            "steady": steady_state(run.timeline, has_slo=bool(run.slo), warm_up=self._warm_up),
             "wall_s": wall_s,
         }
 
@@ -155,7 +159,7 @@ class MetricsCollector:
         """The report's timeline so far."""
         run = self._run
         has_cache = any(seen.manager.enable_prefix_caching for seen in run.replicas)
-        return run.timeline.to_dict(has_cache)
+        return run.timeline.to_dict(has_cache, bool(run.slo))
 
     def latencies(self) -> Latencies:
         """Of each latency the values at 0, 0.5, 1, ... 100 percent; empty where none was measured."""

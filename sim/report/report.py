@@ -13,12 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, cast
 
 from pagellm.engine import checks
 from pagellm.engine.errors import ReportError
 from pagellm.sim.costs.cost_model import FIT_METRICS, CostConstant, FitError, StepTimeError
-from pagellm.sim.report.schema import Goodput, Load, Report, Summary, check_report
+from pagellm.sim.report.schema import Goodput, Load, Report, Steady, Summary, check_report
 
 # What a replay returned, or the JSON of one.
 AnyReport = Report | Mapping[str, Any]
@@ -102,6 +103,7 @@ def to_text(report: AnyReport) -> str:
         ("", f"{number_text(summary['output_tokens_per_s'])} output tokens/s"),
         ("", f"{number_text(summary['total_tokens_per_s'])} tokens/s with prompts"),
         *_goodput(summary["goodput"]),
+        *_steady(summary.get("steady")),
         ("prefix cache", f"{_share(cache['hit_rate'])} hit of {cache['query_tokens']:,} prompt tokens"),
         ("", f"{cache['evicted_tokens']:,} tokens evicted"),
         ("preemptions", f"{preemptions['recompute']:,} by recompute, {preemptions['swap']:,} by swap"),
@@ -179,6 +181,14 @@ def _left_out(summary: Summary) -> Iterator[tuple[str, str]]:
     skipped, dropped = summary["num_skipped"], summary["num_dropped"]
     if skipped or dropped:
         yield "left out", f"{skipped:,} bad records, {dropped:,} without a request"
+
+
+def _steady(steady: Steady | None) -> Iterator[tuple[str, str]]:
+    if steady is not None:
+        yield "offered", f"{number_text(steady['offered_per_s'])} requests/s after a warm-up"
+        verdict = "too short to say" if steady["verdict"] == "short" else steady["verdict"]
+        for line in wrap(f"{verdict}: {steady['reason']}", _WIDTH - 14):
+            yield "", line
 
 
 def _goodput(goodput: Goodput | None) -> Iterator[tuple[str, str]]:

@@ -72,6 +72,27 @@ class KvCache(TypedDict):
     mean_unwritten_share: float | None
 
 
+class Steady(TypedDict):
+    """Whether the run was at a steady state, from its warm-up to the last arrival, and what was then.
+
+    verdict: "overloaded" where requests were served more slowly than they came, "short" where that cannot be
+    told; reason: why. offered_per_s, served_per_s: requests that came, and that ended. warm_up_s, window_s:
+    how long the part that is left out and the part that is looked at were. num_measured: requests that came
+    in it; attainment: the share of them that kept the SLO, null without one. in_system: requests that waited
+    and ran, on average in the window's first half and in its second.
+    """
+
+    verdict: Literal["steady", "overloaded", "short"]
+    reason: str
+    offered_per_s: float
+    served_per_s: float
+    warm_up_s: float
+    window_s: float
+    num_measured: int
+    attainment: float | None
+    in_system: list[float]
+
+
 class Summary(TypedDict):
     """The figures of the whole run.
 
@@ -104,6 +125,7 @@ class Summary(TypedDict):
     cache: Cache
     preemptions: Preemptions
     kv: KvCache
+    steady: NotRequired[Steady]
     wall_s: float
 
 
@@ -112,7 +134,8 @@ class TimelineData(TypedDict):
 
     time_s: where each begins. running, waiting, swapped, batch_tokens, used_blocks: means weighted by time.
     unwritten_share, of the slots of used blocks, and cached_share, of all blocks those that hold a known
-    prefix: sampled. hit_rate: null where nothing was looked up. The others are counts and sums.
+    prefix: sampled. good: finished requests within the SLO. hit_rate: null where nothing was looked up. The
+    others are counts and sums.
     """
 
     bucket_s: float
@@ -131,6 +154,7 @@ class TimelineData(TypedDict):
     finished: list[float]
     prefill_tokens: list[float]
     decode_tokens: list[float]
+    good: NotRequired[list[float]]
 
 
 class Latencies(TypedDict):

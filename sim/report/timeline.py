@@ -21,6 +21,8 @@ class Bucket:
         "cached_shares",
         "decode_tokens",
         "finished",
+        "good",
+        "good_arrived",
         "hit_tokens",
         "num_samples",
         "peak_blocks",
@@ -39,6 +41,8 @@ class Bucket:
         self.batch_tokens_time = self.used_blocks_time = 0.0
         self.peak_blocks = 0
         self.arrivals = self.finished = self.preemptions = 0
+        # Requests that keep the SLO: those that ended here, and those that came here.
+        self.good = self.good_arrived = 0
         self.prefill_tokens = self.decode_tokens = 0
         self.query_tokens = self.hit_tokens = 0  # of prompts that the prefix cache was asked for, and found
         self.unwritten_shares = self.cached_shares = 0.0  # sums of samples
@@ -92,7 +96,7 @@ class Timeline:
             means.append(last)
         return means
 
-    def to_dict(self, has_cache: bool) -> TimelineData:
+    def to_dict(self, has_cache: bool, has_slo: bool = False) -> TimelineData:
         """The report's timeline; the last bucket is as wide as there is something to say of it."""
         start_s, width = self.start_s or 0.0, self.width_s
         begins = [start_s + index * width for index in range(len(self.buckets))]
@@ -101,7 +105,8 @@ class Timeline:
         for name in ("running", "waiting", "swapped", "batch_tokens", "used_blocks"):
             integrals = (getattr(bucket, f"{name}_time") for bucket in self.buckets)
             series[name] = [i / span if span else 0.0 for i, span in zip(integrals, spans, strict=True)]
-        counts = ("peak_blocks", "preemptions", "arrivals", "finished", "prefill_tokens", "decode_tokens")
+        counts = ["peak_blocks", "preemptions", "arrivals", "finished", "prefill_tokens", "decode_tokens"]
+        counts += ["good"] if has_slo else []
         for name in counts:
             series[name] = [getattr(bucket, name) for bucket in self.buckets]
         for name in ("unwritten_share", "cached_share"):

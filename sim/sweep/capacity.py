@@ -23,27 +23,31 @@ class Bracket(NamedTuple):
     fails: float | None
 
 
-def search(tolerance: float) -> Generator[float, bool, Bracket]:
+def search(tolerance: float) -> Generator[float, bool | None, Bracket]:
     """Yields factors, is sent whether it holds at each, and returns a bracket no wider than the tolerance.
 
     From 1 on the factor is doubled or halved until the answer changes; then the bracket is bisected, in
     proportion, until `fails <= holds * (1 + tolerance)`. Where what holds at a load holds at every lower one,
     the answer is exact to that; where it does not, it is one load of several at which the answer changes.
+    None is sent where it does not hold, nor would at any lower load.
 
     Raises `ConfigError` for a tolerance that is not between 0.0001 and 1.
     """
     if not 1e-4 <= tolerance <= 1:
         raise ConfigError(f"tolerance: found {tolerance!r}, expected a number from 0.0001 to 1")
     holds = fails = 1.0
-    if (yield 1.0):
+    answer = yield 1.0
+    if answer is None:
+        return Bracket(None, fails)
+    if answer:
         while (yield (fails := 2 * holds)):
             holds = fails
             if holds >= HIGHEST:
                 return Bracket(holds, None)
     else:
-        while not (yield (holds := fails / 2)):
+        while not (answer := (yield (holds := fails / 2))):
             fails = holds
-            if fails <= LOWEST:
+            if answer is None or fails <= LOWEST:
                 return Bracket(None, fails)
     while fails > holds * (1 + tolerance):
         middle = math.sqrt(holds * fails)

@@ -10,16 +10,20 @@ from itertools import product
 from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
+from pagellm.engine.checks import SMALLEST, number
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError
 from pagellm.engine.scheduling.policies import load_policy
 from pagellm.sim.costs.cost_model import CostModel
+from pagellm.sim.report.metrics import SLO_NAMES
 from pagellm.sim.simulator import Simulator
 
 Value = int | float | bool | str | None
 Settings = Mapping[str, Value]
 
 REPLAY_SETTINGS = ("rate_factor", "clients", "replicas", "router", "timeout_s")
+# Of a sweep itself: the device, as NAME or NAME*N; and the order of the gaps between arrivals, 0 as they are.
+SWEEP_SETTINGS = ("hardware", "seed")
 SLO_LATENCIES = ("ttft", "tpot", "itl", "e2e", "queue")
 SLO_STATISTICS = ("mean", "p50", "p90", "p95", "p99")
 
@@ -30,7 +34,7 @@ _CONFIG_TYPES = {
     for name, kind in get_type_hints(EngineConfig).items()
     if name not in ("step_log", "generation_config", "reasoning_markers")
 }
-_TYPES: dict[str, Any] = _CONFIG_TYPES | _REPLAY_TYPES
+_TYPES: dict[str, Any] = _CONFIG_TYPES | {"hardware": str, "seed": int} | _REPLAY_TYPES
 _EXPECTED = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text"}
 
 
@@ -70,22 +74,29 @@ class Grid:
 
     def check(self, cost_model: CostModel) -> None:
         """Raises `ConfigError` for a value that is bad whatever the others are."""
-        if "num_blocks" not in self.axes:
+        if not {"num_blocks", "hardware"} & self.axes.keys():
             simulator({}, cost_model)
         for name, values in self.axes.items():
-            for value in values:
+            for value in values if name not in SWEEP_SETTINGS else ():
                 simulator({"num_blocks": 1, name: value}, cost_model)
                 if name == "policy":
                     load_policy(str(value))
 
 
-def simulator(settings: Settings, cost_model: CostModel, skip_bad: bool = False) -> Simulator:
-    """What replays with these settings. Raises `ConfigError`."""
+def simulator(
+    settings: Settings, cost_model: CostModel, skip_bad: bool = False, slo: Mapping[str, float] | None = None
+) -> Simulator:
+    """What replays with these settings. slo: as in `Simulator`. Raises `ConfigError`."""
     config = {name: value for name, value in settings.items() if name in _CONFIG_TYPES}
     replay: dict[str, Any] = {name: value for name, value in settings.items() if name in _REPLAY_TYPES}
     # Whether a profile's error is accepted was asked once, for the whole sweep.
     return Simulator(
-        cost_model.settings(config), cost_model, skip_bad=skip_bad, accept_profile_error=True, **replay
+        cost_model.settings(config),
+        cost_model,
+        skip_bad=skip_bad,
+        slo=slo,
+        accept_profile_error=True,
+        **replay,
     )
 
 
@@ -96,6 +107,7 @@ def full_settings(settings: Settings, defaults: EngineConfig) -> dict[str, Value
         for kind, names in ((defaults, _CONFIG_TYPES), (Simulator, _REPLAY_TYPES))
         for name in names
     }
+    given |= {name: settings[name] for name in SWEEP_SETTINGS if settings.get(name)}
     return dict(sorted(given.items()))
 
 
@@ -109,8 +121,8 @@ class Limit:
 
     @property
     def name(self) -> str:
-        """As it is written: ttft_p99."""
-        return f"{self.latency}_{self.statistic}"
+        """As it is written: ttft_p99, or ttft where it is of each request."""
+        return f"{self.latency}_{self.statistic}" if self.statistic else self.latency
 
     def value(self, summary: Mapping[str, Any]) -> float | None:
         """What a report's summary has for it, in seconds; None if nothing was measured."""
@@ -120,33 +132,70 @@ class Limit:
 
 @dataclass(frozen=True)
 class Slo:
-    """Limits that are to be kept together."""
+    """Limits that are to be kept together: on statistics of all requests, and by a share of requests.
+
+    joint: the most seconds of one request by latency; attainment: the share of requests that keep all of
+    these, of those that came after the warm-up.
+    """
 
     limits: tuple[Limit, ...]
+    joint: tuple[tuple[str, float], ...] = ()
+    attainment: float = 1.0
+
+    @property
+    def each(self) -> dict[str, float]:
+        """The limits of one request, as `Simulator` has them."""
+        return {f"{latency}_s": seconds for latency, seconds in self.joint}
 
     @classmethod
-    def parse(cls, text: str) -> "Slo":
-        """An SLO from a text such as "ttft_p99=1.0,tpot_p99=0.1". Raises `ConfigError`."""
-        limits = [_parse_limit(part) for part in text.split(",")]
+    def parse(cls, text: str, attainment: float | None = None) -> "Slo":
+        """An SLO from a text such as "ttft_p99=1.0,tpot_p99=0.1" or "ttft=1.0,tpot=0.05".
+
+        Those without a statistic are kept together by a share of requests, the attainment, which is needed
+        for them. Raises `ConfigError`.
+        """
+        if attainment is not None:
+            number("attainment", attainment, SMALLEST, 1, ConfigError, "a share above 0, up to 1")
+        limits = [_parse_limit(part, attainment is not None) for part in text.split(",")]
         names = [limit.name for limit in limits]
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"slo: {name}: found twice, expected one limit")
-        return cls(tuple(limits))
+        joint = tuple((limit.latency, limit.seconds) for limit in limits if not limit.statistic)
+        if attainment is not None and not joint:
+            raise ConfigError(
+                f"attainment: found {attainment:g}, expected none without limits such as ttft=1"
+            )
+        return cls(tuple(limit for limit in limits if limit.statistic), joint, attainment or 1.0)
 
     def holds(self, summary: Mapping[str, Any]) -> bool:
         """Whether a replay kept it. It did not if anybody gave up, whatever the others' latencies are.
 
+        A share of requests counts those that gave up; it is not kept where more came than was served.
+
         Nothing to measure, such as the TPOT of answers of one token, keeps every limit.
         """
-        if summary["num_timed_out"] or summary["num_rejected"]:
+        steady = summary.get("steady") or {}
+        attained = steady.get("attainment") or 0.0
+        if self.joint and (steady.get("verdict") == "overloaded" or attained < self.attainment):
+            return False
+        if self.limits and (summary["num_timed_out"] or summary["num_rejected"]):
             return False
         values = ((limit.value(summary), limit.seconds) for limit in self.limits)
         return all(value is None or value <= seconds for value, seconds in values)
 
     def to_dict(self) -> dict[str, float]:
         """Seconds by name."""
-        return {limit.name: limit.seconds for limit in self.limits}
+        joint = {"attainment": self.attainment} | dict(self.joint) if self.joint else {}
+        return {limit.name: limit.seconds for limit in self.limits} | joint
+
+    def words(self) -> str:
+        """The same for people."""
+        parts = [f"{limit.name} {limit.seconds:g} s" for limit in self.limits]
+        if self.joint:
+            each = " and ".join(f"{latency} {seconds:g} s" for latency, seconds in self.joint)
+            parts.append(f"{self.attainment:.4g} of requests within {each}")
+        return ", ".join(parts)
 
 
 def _type_of(name: str) -> Any:
@@ -189,19 +238,20 @@ _PARSERS: dict[type, Any] = {
 }
 
 
-def _parse_limit(text: str) -> Limit:
-    name, _, number = text.partition("=")
+def _parse_limit(text: str, may_be_joint: bool) -> Limit:
+    name, _, given = text.partition("=")
     latency, _, statistic = name.partition("_")
-    if latency not in SLO_LATENCIES or statistic not in SLO_STATISTICS:
+    is_each = may_be_joint and not statistic and f"{latency}_s" in SLO_NAMES
+    if not is_each and (latency not in SLO_LATENCIES or statistic not in SLO_STATISTICS):
         expected = (
             f"a statistic of all requests such as ttft_p99 and =seconds: one of {', '.join(SLO_LATENCIES)}, "
-            f"then _ and one of {', '.join(SLO_STATISTICS)}"
+            f"then _ and one of {', '.join(SLO_STATISTICS)}; or, with an attainment, of each request: ttft=1"
         )
         raise ConfigError(f"slo: found {text!r}, expected {expected}")
     try:
-        seconds = _finite(number)
+        seconds = _finite(given)
     except ValueError:
         seconds = 0.0
     if not seconds > 0:
-        raise ConfigError(f"slo: {name}: found {number!r}, expected seconds above 0")
+        raise ConfigError(f"slo: {name}: found {given!r}, expected seconds above 0")
     return Limit(latency, statistic, seconds)

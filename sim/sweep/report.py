@@ -6,7 +6,7 @@ that data is only ever shown as text.
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,7 @@ def to_text(result: SweepResult) -> str:
     lines += fit_text(result.fit)
     lines += _left_out(result.points)
     if result.slo is not None:
-        limits = (f"{limit.name} {seconds_text(limit.seconds)}" for limit in result.slo.limits)
-        lines.append(f"SLO: {', '.join(limits)}")
+        lines.append(f"SLO: {result.slo.words()}")
     lines += ["", *_grid_table(result)]
     if result.capacities is not None:
         lines += ["", *_capacity_table(result, result.capacities)]
@@ -54,7 +53,8 @@ def to_json(result: SweepResult) -> str:
     capacities: null, or for each point settings, status, error, rate_factor (the highest at which the SLO
       holds), fails_at (the lowest at which it does not), requests_per_s, range and probes, which are points
 
-    status: found, never, always or failed. range: the lowest and the highest rate factor that is tried.
+    status: found, never, always, transient or failed. transient: why the highest load is no answer, which
+    is null then. offered_per_s: what came at it. range: the lowest and the highest rate factor that is tried.
     """
     return json.dumps(_to_dict(result), allow_nan=False)
 
@@ -78,11 +78,13 @@ def words(settings: Settings) -> str:
 
 
 def status_of(capacity: Capacity) -> str:
-    """found, never (nowhere down to the lowest factor), always (up to the highest) or failed."""
+    """found, never (nowhere down to the lowest factor), always (up to the highest), transient or failed."""
     if capacity.bracket is None:
         return "failed"
     if capacity.bracket.holds is None:
         return "never"
+    if capacity.transient is not None:
+        return "transient"
     return "always" if capacity.bracket.fails is None else "found"
 
 
@@ -92,11 +94,13 @@ def _to_dict(result: SweepResult) -> dict[str, Any]:
         return vars(point) | {"slo_holds": holds}
 
     def capacity(capacity: Capacity) -> dict[str, Any]:
-        at = capacity.at
+        at = None if capacity.transient is not None else capacity.at
         return {
             "settings": capacity.settings,
             "status": status_of(capacity),
             "error": capacity.error,
+            "transient": capacity.transient,
+            "offered_per_s": None if at is None or at.summary is None else _offered(at.summary),
             "rate_factor": None if at is None else at.settings["rate_factor"],
             "fails_at": None if capacity.bracket is None else capacity.bracket.fails,
             "requests_per_s": None if at is None or at.summary is None else at.summary["requests_per_s"],
@@ -116,6 +120,11 @@ def _to_dict(result: SweepResult) -> dict[str, Any]:
         "points": [point(p) for p in result.points],
         "capacities": None if capacities is None else [capacity(c) for c in capacities],
     }
+
+
+def _offered(summary: Mapping[str, Any]) -> float | None:
+    steady = summary.get("steady")
+    return None if steady is None else steady["offered_per_s"]
 
 
 def _left_out(points: Sequence[Point]) -> Iterator[str]:
@@ -148,11 +157,12 @@ def _grid_table(result: SweepResult) -> Iterator[str]:
 
 def _capacity_table(result: SweepResult, capacities: list[Capacity]) -> Iterator[str]:
     columns: list[_Column] = [("rate factor", lambda p: _value(p.settings["rate_factor"]))]
+    columns.append(("offered/s", lambda p: number_text(_offered(p.summary)) if p.summary else ""))
     columns += [_rate("requests/s", "requests_per_s"), *_limits(result)]
     axes = _axes(result)
     rows, notes = [], []
     for capacity in capacities:
-        at = capacity.at
+        at = None if capacity.transient is not None else capacity.at
         settings = Point(capacity.settings)
         rows.append(
             [cell(settings) for _, cell in axes]
@@ -160,14 +170,19 @@ def _capacity_table(result: SweepResult, capacities: list[Capacity]) -> Iterator
             + [str(len(capacity.probes))]
         )
         said = {
-            "never": f"never holds, down to {LOWEST:g}",
+            "never": f"never holds, down to {_lowest(capacity):g}",
             "always": f"holds up to {HIGHEST:g}, the highest tried",
             "failed": _note(capacity.error),
+            "transient": _printable(f"refused: {capacity.transient}"),
             "found": "",
         }
         notes.append(said[status_of(capacity)])
     yield "the highest load at which the SLO holds"
     yield from _table([*(name for name, _ in axes), *(name for name, _ in columns), "probes"], rows, notes)
+
+
+def _lowest(capacity: Capacity) -> float:
+    return capacity.bracket.fails if capacity.bracket and capacity.bracket.fails else LOWEST
 
 
 def _table(names: Sequence[str], rows: list[list[str]], notes: list[str]) -> Iterator[str]:
@@ -198,7 +213,16 @@ def _limits(result: SweepResult) -> list[_Column]:
 
         return limit.name, cell
 
-    return [column(limit) for limit in (_LATENCIES if result.slo is None else result.slo.limits)]
+    slo = result.slo
+    columns = [column(limit) for limit in (_LATENCIES if slo is None else slo.limits)]
+    if slo is not None and slo.joint:
+        columns.append(("within", lambda p: _attained(p.summary)))
+    return columns
+
+
+def _attained(summary: Mapping[str, Any] | None) -> str:
+    share = ((summary or {}).get("steady") or {}).get("attainment")
+    return "-" if share is None else f"{share:.1%}".replace("%", " %")
 
 
 def _note(error: str | None) -> str:

@@ -8,14 +8,16 @@ times themselves; a program that sweeps needs `if __name__ == "__main__":` aroun
 import json
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from hashlib import sha256
+from itertools import accumulate, pairwise
 from pathlib import Path
+from random import Random
 from typing import Any, TypeVar
 
 from pagellm.engine.checks import integer
@@ -27,9 +29,12 @@ from pagellm.sim.costs.roofline import RooflineCostModel
 from pagellm.sim.sweep.capacity import Bracket, search
 from pagellm.sim.sweep.file import Identity, Point, ResultsFile
 from pagellm.sim.sweep.grid import Grid, Settings, Slo, simulator
+from pagellm.sim.sweep.ray_workers import start_ray_workers
 from pagellm.sim.sweep.workers import Worker, start_workers
 from pagellm.sim.traces.trace import Trace
 
+# Requests in the system, on average, from which on nearly all are alone there.
+_ALONE = 0.02
 # Between two looks at whether there was an interrupt.
 _PATIENCE_S = 0.1
 
@@ -51,10 +56,17 @@ class TraceFile:
     format: str | None = None
     skip_bad: bool = False
     sort: bool = False
+    output_len: int | None = None
 
     def load(self) -> Trace:
         """Raises `TraceError`."""
-        trace = Trace.load(self.path, format=self.format, skip_bad=self.skip_bad, sort=self.sort)
+        trace = Trace.load(
+            self.path,
+            format=self.format,
+            skip_bad=self.skip_bad,
+            sort=self.sort,
+            output_len=self.output_len,
+        )
         return trace if self.limit is None else trace.limited(self.limit)
 
     def hash(self) -> str:
@@ -68,6 +80,7 @@ class TraceFile:
             "" if self.format is None else f"read as {self.format}",
             "sorted" if self.sort else "",
             "without bad ones" if self.skip_bad else "",
+            "" if self.output_len is None else f"{self.output_len} tokens where none are said",
         ]
         return ", ".join(filter(None, parts))
 
@@ -93,6 +106,17 @@ class CostSource:
             raise ConfigError(f"set-cost: found {self.constants[0][0]} without --roofline, expected none")
         if self.costs is not None and self.roofline is None:
             raise ConfigError(f"costs: found {self.costs} without --roofline, expected none")
+
+    def on(self, hardware: str) -> "CostSource":
+        """The same on another device, NAME or NAME*N. Raises `ConfigError`."""
+        if self.roofline is None:
+            raise ConfigError(f"hardware: found {hardware!r} with a profile, expected --roofline")
+        name, times, number = hardware.partition("*")
+        if times and not number.isdecimal():
+            raise ConfigError(f"hardware: found {hardware!r}, expected NAME or NAME*N devices")
+        _, model, num_devices = self.roofline
+        devices = int(number) if times else num_devices
+        return replace(self, roofline=(name, model, devices))
 
     def load(self) -> CostModel:
         """Raises `ProfileError` and `ConfigError`."""
@@ -133,6 +157,17 @@ class Capacity:
         return next((probe for probe in self.probes if probe.settings["rate_factor"] == factor), None)
 
     @property
+    def transient(self) -> str | None:
+        """Why the highest load at which the SLO holds is no answer: the replay there had no steady state."""
+        highest = self.at
+        if highest is None or highest.summary is None or "steady" not in highest.summary:
+            return None
+        steady = highest.summary["steady"]
+        if steady["verdict"] == "steady":
+            return None
+        return f"{steady['offered_per_s']:.4g} requests/s offered are no steady state: {steady['reason']}"
+
+    @property
     def error(self) -> str | None:
         """Why there is no bracket."""
         return self.probes[-1].error
@@ -163,6 +198,7 @@ class Sweep:
     slo: what a good point keeps. results: the file of finished replays, which is read first. jobs: processes;
     1 replays in this one, None takes a process for each usable core. progress: called with each point, as it
     is finished or found in the file. accept_profile_error: as in `Simulator`.
+    ray: the address of a Ray cluster, on whose cores replays run then; they read the files themselves.
     """
 
     trace: TraceFile
@@ -173,6 +209,7 @@ class Sweep:
     jobs: int | None = None
     progress: Callable[[Point], None] | None = field(default=None, compare=False)
     accept_profile_error: bool = False
+    ray: str | None = None
 
     def run(self) -> SweepResult:
         """Replays every point. A point that fails has its error, and the others go on.
@@ -188,23 +225,52 @@ class Sweep:
 
         Each search begins at 1, so the grid itself is replayed as well. Raises as `run` does.
         """
-        if self.slo is None:
-            raise ConfigError("slo: found none, expected limits that the capacity is to keep")
-        if "rate_factor" in self.grid.axes:
-            raise ConfigError("rate_factor: found values, expected none where the capacity is searched")
-        for clients in self.grid.axes.get("clients", ()):
-            if clients is not None:
-                raise ConfigError(f"clients: found {clients}, expected none where the capacity is searched")
+        self.needed_slo()
+        self._check_searched()
         next(search(tolerance))
         identity = self._checked()
-        tasks = [_searched(settings, self.slo, tolerance) for settings in self.grid]
-        capacities = self._drive(identity, tasks)
+        capacities = self._drive(identity, self._searches(list(self.grid), tolerance))
         points = [
             Point(capacity.settings, first.summary, first.extrapolated, first.error)
             for capacity in capacities
             for first in capacity.probes[:1]
         ]
         return self._result(identity, points, capacities)
+
+    def run_searches(self, points: list[dict[str, Any]], tolerance: float = 0.02) -> list[Capacity]:
+        """The same for some points, whatever the grid's are. Raises as `run` does."""
+        self._check_searched()
+        next(search(tolerance))
+        return self._drive(self._checked(), self._searches(points, tolerance))
+
+    def run_tasks(self, tasks: list[_Task[_Result]]) -> list[_Result]:
+        """Drives tasks of one's own, which yield the settings of replays. Raises as `run` does."""
+        self._check_searched()
+        return self._drive(self._checked(), tasks)
+
+    def needed_slo(self) -> Slo:
+        """The SLO. Raises `ConfigError` where there is none."""
+        if self.slo is None:
+            raise ConfigError("slo: found none, expected limits that the capacity is to keep")
+        return self.slo
+
+    def trace_rate(self) -> float:
+        """Requests a second of the trace as it is. Raises `TraceError` and `ConfigError`."""
+        times = [request.arrival_time for request in self.trace.load()]
+        if times[-1] <= times[0]:
+            raise ConfigError(f"rate: found {self.trace.path}, whose requests come at once, expected times")
+        return (len(times) - 1) / (times[-1] - times[0])
+
+    def _searches(self, points: list[dict[str, Any]], tolerance: float) -> list[_Task[Capacity]]:
+        slo = self.needed_slo()
+        return [_searched(settings, slo, tolerance) for settings in points]
+
+    def _check_searched(self) -> None:
+        if "rate_factor" in self.grid.axes:
+            raise ConfigError("rate_factor: found values, expected none where the capacity is searched")
+        for clients in self.grid.axes.get("clients", ()):
+            if clients is not None:
+                raise ConfigError(f"clients: found {clients}, expected none where the capacity is searched")
 
     def _result(
         self, identity: Identity, points: list[Point], capacities: list[Capacity] | None = None
@@ -231,9 +297,15 @@ class Sweep:
         next(iter(trace))
         cost_model.check_error(self.accept_profile_error)
         self.grid.check(cost_model)
-        return Identity(
-            trace.name, self.trace.hash(), self.trace.reading(), cost_model.name, self.costs.hash()
-        )
+        others = [self.costs.on(str(name)).hash() for name in self.grid.axes.get("hardware", ())]
+        costs = self.costs.hash()
+        if others:
+            costs = sha256(" ".join([costs, *others]).encode()).hexdigest()
+        reading = self.trace.reading()
+        if self.slo is not None and self.slo.joint:
+            each = " and ".join(f"{name} {seconds:g} s" for name, seconds in self.slo.joint)
+            reading += f", each within {each}"
+        return Identity(trace.name, self.trace.hash(), reading, cost_model.name, costs)
 
     def _drive(self, identity: Identity, tasks: list[_Task[_Result]]) -> list[_Result]:
         """Runs tasks side by side, each a replay at a time, as many as there are workers."""
@@ -253,7 +325,11 @@ class Sweep:
         with ExitStack() as stack:
             file = ResultsFile(self.results, identity, _load_costs(self.costs).settings({}))
             stack.callback(file.close)
-            workers, check_interrupts = stack.enter_context(start_workers(self.jobs or usable_cores()))
+            if self.ray is not None:
+                started = start_ray_workers(self.ray, self.jobs)
+            else:
+                started = start_workers(self.jobs or usable_cores())
+            workers, check_interrupts = stack.enter_context(started)
             while ready or running:
                 while ready:
                     number, settings = ready[0]
@@ -265,7 +341,8 @@ class Sweep:
                         advance(number, known)
                         continue
                     worker = workers.pop()
-                    future = worker.submit(_replay, self.trace, self.costs, settings)
+                    each = None if self.slo is None else self.slo.each
+                    future = worker.submit(_replay, self.trace, self.costs, settings, each)
                     running[future] = number, settings, worker
                 for future in wait(running, _PATIENCE_S, return_when=FIRST_COMPLETED).done:
                     number, settings, worker = running.pop(future)
@@ -292,9 +369,17 @@ def _searched(settings: dict[str, Any], slo: Slo, tolerance: float) -> _Task[Cap
         if probe.summary is None:
             return Capacity(settings, probes, None)
         try:
-            factor = steps.send(slo.holds(probe.summary))
+            factor = steps.send(_answer(slo, probe.summary))
         except StopIteration as end:
             return Capacity(settings, probes, end.value)
+
+
+def _answer(slo: Slo, summary: Mapping[str, Any]) -> bool | None:
+    """Whether a load can be served; None: neither can any lower one."""
+    if slo.holds(summary):
+        return True
+    steady = summary.get("steady")
+    return None if steady is not None and max(steady["in_system"]) < _ALONE else False
 
 
 def _point_of(future: "Future[Point]", settings: Settings) -> Point:
@@ -310,14 +395,18 @@ _load_trace = cache(TraceFile.load)
 _load_costs = cache(CostSource.load)
 
 
-def _replay(trace: TraceFile, costs: CostSource, settings: dict[str, Any]) -> Point:
+def _replay(
+    trace: TraceFile, costs: CostSource, settings: dict[str, Any], slo: Mapping[str, float] | None
+) -> Point:
     """A replay; whatever goes wrong in it is the point's error."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # extrapolation is counted
             import_policy(settings.get("policy"))
-            replayer = simulator(settings, _load_costs(costs), trace.skip_bad)
-            report = replayer.replay(_load_trace(trace))
+            hardware = settings.get("hardware")
+            source = costs if hardware is None else costs.on(hardware)
+            replayer = simulator(settings, _load_costs(source), trace.skip_bad, slo)
+            report = replayer.replay(_reordered(_load_trace(trace), settings.get("seed") or 0))
     except PagellmError as error:
         return Point(settings, error=" ".join(str(error).split()))
     except Exception as error:  # a policy of the user's may do anything
@@ -326,6 +415,16 @@ def _replay(trace: TraceFile, costs: CostSource, settings: dict[str, Any]) -> Po
     summary = json.loads(json.dumps(report.summary))
     del summary["wall_s"]
     return Point(settings, summary, report.data["extrapolated"])
+
+
+def _reordered(trace: Trace, seed: int) -> Trace:
+    """The same requests; with a seed the gaps between their arrivals come in another order."""
+    if seed == 0:
+        return trace
+    times = [request.arrival_time for request in trace]
+    gaps = [after - before for before, after in pairwise(times)]
+    Random(seed).shuffle(gaps)
+    return trace.retimed(lambda: accumulate(gaps, initial=times[0]))
 
 
 def _hash_of(path: str) -> str:

@@ -1,0 +1,140 @@
+"""The command `pagellm capacity`: the highest load, the fewest replicas, the cheapest hardware."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pagellm.engine.errors import ConfigError
+from pagellm.engine.user_policy import import_policy
+from pagellm.sim.commands.sweep import (
+    Progress,
+    add_accept_profile_error,
+    add_ray,
+    add_roofline,
+    cost_source,
+    trace_file,
+)
+from pagellm.sim.commands.trace import add_trace_input
+from pagellm.sim.report.report import number_text
+from pagellm.sim.sweep.grid import Grid, Slo
+from pagellm.sim.sweep.plan import Answer, check_any, plan
+from pagellm.sim.sweep.report import words
+from pagellm.sim.sweep.sweep import Sweep
+
+
+def add_capacity(commands: "argparse._SubParsersAction[Any]") -> None:
+    """Adds `capacity`. After parsing, `options.command(options)` runs it; bad input is a `PagellmError`."""
+    capacity = commands.add_parser(
+        "capacity", help="the highest load, the fewest replicas, the cheapest hardware",
+        description=_capacity.__doc__,
+    )  # fmt: skip
+    add_trace_input(capacity)
+    costs = capacity.add_mutually_exclusive_group(required=True)
+    costs.add_argument("--profile", metavar="FILE", help="step times: a profile or a step log")
+    add_roofline(costs, capacity)
+    add_accept_profile_error(capacity)
+    capacity.add_argument(
+        "--slo", required=True, metavar="NAME=SECONDS,...",
+        help="of each request, ttft=1,tpot=0.05, kept by --attainment of them; or of all, ttft_p99=1",
+    )  # fmt: skip
+    capacity.add_argument(
+        "--attainment", type=float, default=0.9, metavar="X", help="that share (default: %(default)s)"
+    )
+    capacity.add_argument(
+        "--rate", type=float, metavar="X", help="requests a second: seek the fewest replicas that serve them"
+    )
+    capacity.add_argument(
+        "--hardware",
+        metavar="NAME,NAME*N,...",
+        help="several kinds, or N devices of one, for --roofline's",
+    )
+    capacity.add_argument(
+        "--price", action="append", default=[], metavar="NAME=X",
+        help="of a device of that hardware an hour, in any unit; the cheapest comes first",
+    )  # fmt: skip
+    capacity.add_argument(
+        "--set", action="append", default=[], metavar="KEY=V1,V2,...", dest="grid", help="as in sweep"
+    )
+    capacity.add_argument(
+        "--seeds", type=int, default=3, metavar="N",
+        help="orders of the gaps between arrivals; the first is the trace's own (default: %(default)s)",
+    )  # fmt: skip
+    capacity.add_argument(
+        "--tolerance", type=float, default=0.02, metavar="X", help="of the load (default: %(default)s)"
+    )
+    capacity.add_argument("--limit", type=int, metavar="N", help="only the first N requests")
+    capacity.add_argument("--jobs", type=int, metavar="N", help="processes (default: one for each core)")
+    add_ray(capacity)
+    capacity.add_argument(
+        "-o", "--output", metavar="FILE", help="replays as JSON Lines; what they have is not replayed again"
+    )
+    capacity.add_argument("--json", action="store_true", help="print JSON for machines")
+    capacity.set_defaults(command=_capacity)
+
+
+def _capacity(options: argparse.Namespace) -> None:
+    """Search the highest load under an SLO at a steady state, or the fewest replicas for a load."""
+    texts = [*options.grid] + ([] if options.hardware is None else [f"hardware={options.hardware}"])
+    grid = Grid.parse(texts)
+    for policy in grid.axes.get("policy", ()):
+        import_policy(policy)
+    is_joint = any("_" not in part.partition("=")[0] for part in options.slo.split(","))
+    slo = Slo.parse(options.slo, options.attainment if is_joint else None)
+    progress = Progress()
+    sweep = Sweep(
+        trace_file(options),
+        cost_source(options),
+        grid,
+        slo,
+        None if options.output is None else Path(options.output),
+        options.jobs,
+        progress,
+        options.accept_profile_error,
+        options.ray,
+    )
+    try:
+        answers = plan(
+            sweep,
+            rate=options.rate,
+            seeds=options.seeds,
+            tolerance=options.tolerance,
+            prices=_prices(options.price),
+        )
+    finally:
+        progress.end()
+    if options.json:
+        result = {"version": 1, "slo": slo.to_dict(), "rate": options.rate, "seeds": options.seeds}
+        print(json.dumps(result | {"answers": [asdict(answer) for answer in answers]}, allow_nan=False))
+    else:
+        print("\n".join([f"SLO: {slo.words()}; {options.seeds} seeds", *map(_line, answers)]))
+    check_any(answers)
+
+
+def _prices(texts: list[str]) -> dict[str, float]:
+    prices: dict[str, float] = {}
+    for text in texts:
+        name, _, price = text.partition("=")
+        try:
+            prices[name] = float(price)
+        except ValueError:
+            prices[name] = 0.0
+        if not 0 < prices[name] < 1e9:
+            raise ConfigError(f"price: found {text!r}, expected NAME=X, an hour of a device, above 0")
+    return prices
+
+
+def _line(answer: Answer) -> str:
+    if answer.refused is not None:
+        return f"{words(answer.settings)}: refused: {answer.refused}"
+    assert answer.offered_per_s is not None
+    interval = "" if answer.interval is None else f" +- {number_text(answer.interval)} (95 %)"
+    parts = [f"{answer.replicas} replica{'s' if answer.replicas != 1 else ''}"]
+    parts.append(f"{number_text(answer.offered_per_s)}{interval} requests/s offered")
+    if answer.attainment is not None:
+        parts.append(f"at least {100 * answer.attainment:.1f} % within the SLO")
+    if answer.cost_per_h is not None:
+        per_million = number_text(answer.cost_per_m)
+        parts.append(f"{number_text(answer.cost_per_h)} an hour, {per_million} a million output tokens")
+    return f"{words(answer.settings)}: {', '.join(parts)}"
