@@ -42,8 +42,10 @@ PROMPT_WORDS = 100  # a token each, or a little more
 LIMIT_S = 240  # of one level of one server
 # Its tokenizer is loaded by AIPerf, and then not used: the servers count the tokens.
 TOKENIZER = Path(__file__).parents[1] / "tests/fixtures/models/llama_tiny"
-WORDS = """time year people way day man thing woman life child world school state family student group country
-problem hand part place case week company system program question work government number night""".split()
+WORDS = [
+    "time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school",
+    "state", "family", "student", "group", "country", "problem", "hand", "part", "place", "case", "week", "company",
+]  # fmt: skip
 
 
 @dataclass
@@ -109,7 +111,7 @@ def llama_server() -> Path:
             ["cmake", "-S", str(place), "-B", str(build), *settings], check=True, stdout=sys.stderr
         )
         jobs = str(os.cpu_count() or 1)
-        built = ["cmake", "--build", build, "--target", "llama-server", "-j", jobs]
+        built: list[str] = ["cmake", "--build", str(build), "--target", "llama-server", "-j", jobs]
         subprocess.run(built, check=True, stdout=sys.stderr)
         shutil.copy(build / "bin" / "llama-server", target)
     return target
