@@ -73,20 +73,26 @@ def find(folder: Path) -> Iterator[RecordedRun]:
 def ledger(run: RecordedRun, with_fit: bool) -> Iterator[dict[str, Any]]:
     """The rows of a run."""
     hardware, model, num_devices = identify(run)
-    about = {"run": run.path, "hardware": hardware, "model": model, "num_devices": num_devices}
     entry = next(
         (
             entry
             for entry in PUBLISHED["runs"]
-            if (entry["hardware"], entry["model"], entry["num_devices"]) == (hardware, model, num_devices)
+            if (entry["hardware"], entry["model"]) == (hardware, model)
+            and num_devices in (None, entry["num_devices"])
         ),
         {},
     )
+    num_devices = num_devices or entry.get("num_devices", 1)
+    about = {"run": run.path, "hardware": hardware, "model": model, "num_devices": num_devices}
     unsaid = entry.get("settings", {}) if run.format != "stages" else {}
     try:
         if hardware is None or model is None:
             missing = "device" if hardware is None else "model"
             raise PagellmError(f"{run.path}: found no {missing} that is known, in the run or in its path")
+        if entry.get("engines", 1) > 1:
+            raise PagellmError(
+                f"{run.path}: found {entry['engines']} engines that share experts, expected one"
+            )
         fit = Fit(run, hardware, model, num_devices, settings=None)
         for experiment in run.experiments:
             experiment = described(experiment, unsaid)
@@ -136,21 +142,30 @@ def scored(fit: Fit, experiment: Experiment) -> dict[str, float]:
     return {name: sum(one[name] for one in errors) / len(errors) for name in METRICS if name in errors[0]}
 
 
-def identify(run: RecordedRun) -> tuple[str | None, str | None, int]:
-    """Device, model and number of devices, by the names of hardware.json."""
+def identify(run: RecordedRun) -> tuple[str | None, str | None, int | None]:
+    """Device, model and number of devices, by the names of hardware.json; None for what is not said."""
     where = run.path.replace("\\", "/")
     hardware = match(run.hardware or where, known()["hardware"], HARDWARE)
     model = match(run.model or where, known()["models"], {})
     tensor = re.search(r"tp[-_]?(\d+)", where.lower())
-    return hardware, model, run.num_devices or int(tensor[1] if tensor else 1)
+    return hardware, model, run.num_devices or (int(tensor[1]) if tensor else None)
 
 
 # What devices are called elsewhere.
-HARDWARE = {"h100": "h100-sxm", "h200": "h200-sxm", "a100": "a100-80gb", "rtxpro6000": "rtx-pro-6000"}
+HARDWARE = {
+    "h100": "h100-sxm",
+    "h200": "h200-sxm",
+    "a100": "a100-80gb",
+    # LLMServingSim's is the Server Edition, as its meta.json has it.
+    "rtxpro6000": "rtx-pro-6000-server",
+    "rtxpro6000blackwellserveredition": "rtx-pro-6000-server",
+    "rtxpro6000blackwellworkstationedition": "rtx-pro-6000",
+}
 
 
 def match(text: str, names: dict[str, Any], others: dict[str, str]) -> str | None:
     """The longest known name that a text has in it, whatever its punctuation."""
+    # An alias goes before a known name that is spelled alike.
     plain = {re.sub(r"[^a-z0-9]", "", name): name for name in names} | others
     lowered = text.lower().replace("meta-", "")
 

@@ -13,13 +13,15 @@ from tests.sim.test_fit import as_ones, busy_run, plain, stages
 @pytest.mark.parametrize(
     ("path", "named", "expected"),
     [
-        ("vllm-0.19_rtx4090_llama-3.1-8b.jsonl", {}, ("rtx-4090", "llama-3.1-8b", 1)),
-        ("RTXPRO6000/Llama-3.1-8B/vllm/requests.jsonl", {}, ("rtx-pro-6000", "llama-3.1-8b", 1)),
+        ("vllm-0.19_rtx4090_llama-3.1-8b.jsonl", {}, ("rtx-4090", "llama-3.1-8b", None)),
+        ("RTXPRO6000/Llama-3.1-8B/vllm/requests.jsonl", {}, ("rtx-pro-6000-server", "llama-3.1-8b", None)),
+        ("a.json", {"hardware": "NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "model": "Qwen3-32B"},
+         ("rtx-pro-6000", "qwen3-32b", None)),
         ("a.jsonl", {"hardware": "NVIDIA H100 80GB HBM3", "model": "meta-llama/Meta-Llama-3.1-70B-Instruct",
                      "num_devices": 4}, ("h100-sxm", "llama-3.1-70b", 4)),
-        ("a.json", {"hardware": "L40S", "model": "Qwen/Qwen2.5-7B-Instruct"}, ("l40s", "qwen2.5-7b", 1)),
+        ("a.json", {"hardware": "L40S", "model": "Qwen/Qwen2.5-7B-Instruct"}, ("l40s", "qwen2.5-7b", None)),
         ("tp2/a100/qwen3-8b.csv", {}, ("a100-80gb", "qwen3-8b", 2)),
-        ("somewhere/else.json", {}, (None, None, 1)),
+        ("somewhere/else.json", {}, (None, None, None)),
     ],
 )  # fmt: skip
 def test_a_run_is_told_by_what_it_says_else_by_its_path(
@@ -60,3 +62,17 @@ def test_published_figures_have_their_source() -> None:
     for entry in against_servers.PUBLISHED["runs"]:
         assert entry["source"]
         assert entry["published"]
+
+
+def test_what_a_published_run_was_served_by_is_known_where_it_does_not_say(tmp_path: Path) -> None:
+    path = tmp_path / "rtxpro6000_qwen3-32b.jsonl"
+    path.write_text(plain(as_ones(busy_run())))
+    [run] = against_servers.load_runs(path)
+    rows = list(against_servers.ledger(run, with_fit=False))
+    assert [row["num_devices"] for row in rows] == [2, 2]
+    assert rows[1]["simulator"] == "LLMServingSim"
+    path = path.rename(tmp_path / "rtxpro6000_qwen3-30b-a3b.jsonl")
+    [run] = against_servers.load_runs(path)
+    assert (
+        "found 2 engines that share experts" in next(against_servers.ledger(run, with_fit=False))["refused"]
+    )

@@ -80,7 +80,10 @@ CONSTANTS = {
     "exchange_bytes": _amount(
         0.36 * _GIB, "of buffers on each of several devices: vLLM 0.15"
     ),
-    "graph_bytes": _amount(0.0, "of CUDA graphs: vLLM before 0.21 has them outside of its share"),
+    "graph_bytes": _amount(
+        0.0, "of CUDA graphs: vLLM before 0.21 has them outside of its share; later ones have them within a "
+        "share of 0.92, which leaves as many blocks"
+    ),
     "sampler_bytes": _amount(
         24.0, "of a logit of each sequence, with its copies, sorted values and indices: vLLM's profiling run"
     ),

@@ -282,6 +282,10 @@ def _llmservingsim(path: Path, records: Iterable[Fields]) -> RecordedRun:
             Fields(meta.get(name) or empty, meta.place, TraceError, f"{name}.")
             for name in ("engine_kwargs", "kv_cache", "hardware")
         )
+        if engine.get("data_parallel_size") not in (None, 1):
+            raise engine.bad(
+                "data_parallel_size", engine.get("data_parallel_size"), "the requests of one engine"
+            )
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
             if engine.has(name):
                 settings[name] = engine.integer(name)

@@ -223,6 +223,15 @@ def test_what_a_server_was_set_to_is_read_beside_its_requests(tmp_path: Path) ->
         }  # fmt: skip
 
 
+def test_a_run_of_several_engines_is_no_run_of_one(tmp_path: Path) -> None:
+    (tmp_path / "requests.jsonl").write_text(llmservingsim(ones()))
+    (tmp_path / "meta.json").write_text('{"engine_kwargs": {"data_parallel_size": 2}}')
+    with pytest.raises(
+        TraceError, match=r"engine_kwargs.data_parallel_size: found 2, expected the requests of"
+    ):
+        load_run(tmp_path)
+
+
 def without(text: str, name: str) -> str:
     """Records without a field, or a list without it."""
     return text.replace(f'"{name}"', '"something_else"')

@@ -171,7 +171,14 @@ def test_transfers_are_priced_by_the_block() -> None:
 
 @pytest.mark.parametrize(
     ("hardware", "model", "num_devices", "given", "num_blocks"),
-    [  # what two recorded runs of vLLM, 0.19 and 0.15.1, had
+    [  # what recorded runs of vLLM, 0.19, 0.15.1 and 0.28, had
+        (
+            "rtx-pro-6000-server",
+            "llama-3.1-8b",
+            1,
+            {"max_num_batched_tokens": 2048, "max_num_seqs": 128},
+            35913,
+        ),
         ("rtx-4090", "llama-3.1-8b", 1, {"max_num_batched_tokens": 2048, "max_num_seqs": 256}, 2588),
         ("h100-sxm", "llama-3.1-70b", 4, {"max_num_batched_tokens": 8192, "max_num_seqs": 128}, 30251),
     ],
