@@ -14,6 +14,7 @@ MAX_THREADS = 1024
 QUANTIZATIONS = ("auto", "none", "bf16", "int8", "int4")
 GENERATION_CONFIGS = ("auto", "none")
 PREEMPTIONS = ("auto", "recompute", "swap")
+SCHEDULER_POLICIES = ("policy", "victim", "admission", "eviction", "budget")
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,11 @@ class EngineConfig:
     window: tokens that a token sees, itself included, in the layer that sees the most; 0 where one sees all.
     Blocks behind it are given back. None: the model's own, which is the only one that an engine takes.
     max_prefill_chunk: tokens of one prompt computed in one step at most. None: as many as the step has.
-    policy: who goes first and who makes way: fcfs, prefill_first, priority, shortest_job, fair, slo, or a
-    SchedulingPolicy of your own as module:Class.
+    policy: who goes first, and who makes way: fcfs, prefill_first, priority, shortest_job, fair, slo, or a
+    SchedulingPolicy of your own as module:Class or path/file.py:Class, as all that follow. victim: who makes
+    way, where that is not as `policy` says: youngest, or a VictimPolicy. admission: who is let in at all:
+    accept, or an AdmissionPolicy. eviction: which cached block is given up first: lru, or an EvictionPolicy.
+    budget: how many tokens a step and a chunk have: full, or a BudgetPolicy.
     preemption: what happens to the KV of a sequence that makes way: "recompute" gives it up, "swap" moves it
     to a second tier of blocks while that has room, "auto" does whichever was measured to be cheaper.
     num_swap_blocks: blocks of the second tier. None: as many as num_blocks with "swap" or with a swap_dir,
@@ -65,6 +69,10 @@ class EngineConfig:
     max_prefill_chunk: int | None = None
     window: int | None = None
     policy: str = "fcfs"
+    victim: str | None = None
+    admission: str = "accept"
+    eviction: str = "lru"
+    budget: str = "full"
     preemption: str = "auto"
     num_swap_blocks: int | None = None
     swap_dir: str | None = None
@@ -101,9 +109,10 @@ class EngineConfig:
                 raise ConfigError(
                     f"{name}: found {found(getattr(self, name))}, expected one of {', '.join(choices)}"
                 )
-        for name in ("policy", "swap_dir", "step_log"):
+        for name in (*SCHEDULER_POLICIES, "swap_dir", "step_log"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, str) and value):
+            optional = name in ("victim", "swap_dir", "step_log")
+            if not (optional and value is None) and not (isinstance(value, str) and value):
                 raise ConfigError(f"{name}: found {found(value)}, expected a non-empty string")
             if value is not None and not is_path(value):
                 raise ConfigError(f"{name}: found {found(value)}, expected what a file's name may consist of")

@@ -66,7 +66,14 @@ class EngineError(PagellmError):
 
 
 class PolicyError(PagellmError):
-    """A scheduling policy that raised, or answered with what is no answer."""
+    """A policy that raised, or answered with what is no answer.
+
+    failure: what it did. then: what happens now.
+    """
+
+    def __init__(self, failure: str, then: str) -> None:
+        super().__init__(f"{failure}; {then}")
+        self.failure = failure
 
 
 class TraceError(PagellmError, ValueError):

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from pagellm.engine.beam_search import BeamSearch, BeamSearchParams
 from pagellm.engine.config import DEFAULT_MODEL, EngineConfig
-from pagellm.engine.errors import EngineError, PagellmError, RequestError, found
+from pagellm.engine.errors import ConfigError, EngineError, PagellmError, RequestError, found
 from pagellm.engine.llm_engine import LLMEngine
 from pagellm.engine.requests.outputs import CompletionOutput, FinishReason, RequestOutput
 from pagellm.engine.requests.prompts import Prompt, as_prompts, params_for_each
 from pagellm.engine.requests.sampling_params import SamplingParams
+from pagellm.engine.scheduling.policies.load import load_policy
 from pagellm.engine.tokenizer import Tokenizer
 from pagellm.engine.tokenizer.chat_template import as_mapping
 
@@ -49,7 +50,13 @@ class LLM:
     ) -> None:
         if config is not None and settings:
             raise TypeError(f"config and {', '.join(settings)} were both given, expected one or the other")
-        self.engine = LLMEngine(model, config or EngineConfig(**settings), show_progress)
+        config = config or EngineConfig(**settings)
+        if getattr(load_policy(config.eviction, "eviction"), "needs_future", False):
+            raise ConfigError(
+                f"eviction: found {config.eviction!r}, which needs to know the requests to come, expected it "
+                "in the replay of a trace, which alone does"
+            )
+        self.engine = LLMEngine(model, config, show_progress)
         self._numbers = count()
 
     def __enter__(self) -> "LLM":

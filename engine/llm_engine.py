@@ -208,8 +208,8 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Computes one batch; returns the requests that it gave a token to or finished.
 
-        Raises `PolicyError`, after the step, if the scheduling policy failed in it: the outputs have what the
-        step gave, and the next steps are scheduled first come first served.
+        Raises `PolicyError`, after the step, if a policy failed in it: the outputs have what the step gave,
+        and from then on what is built in stands in that policy's place.
         """
         self._check_usable("step")
         try:
@@ -301,6 +301,11 @@ class LLMEngine:
             return []
         self.changing = True
         batch = self.loop.begin(self.now(), self.costs)
+        shed = {}
+        for sequence in batch.shed:
+            request, completion = self._by_seq_id[sequence.seq_id]
+            self._finish(request, completion, FinishReason.SHED)
+            shed[request.output.request_id] = request.output
         self.changing = False
         transfer_s = self._move_blocks(batch)
         self._note_admissions(batch)
@@ -314,8 +319,8 @@ class LLMEngine:
         self.loop.end(batch, result.token_ids, self.now(), transfer_s=transfer_s)
         outputs = self._outputs(batch.sequences, sampled, result)
         self.changing = False
-        self.scheduler.policy.raise_error()
-        return outputs
+        self.scheduler.policies.raise_error()
+        return [*shed.values(), *outputs]
 
     def _recover(self) -> None:
         """Rebuilds everything else from what is known of the requests."""

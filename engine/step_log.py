@@ -49,7 +49,7 @@ class PreemptedRecord(TypedDict):
 
     sequence: int
     by: str
-    needed_by: int
+    needed_by: int | None  # None: a policy wanted it
     num_computed_tokens: int
     recompute_s: float
     swap_s: float
@@ -179,7 +179,7 @@ class StepRecorder(StepListener):
             self._quiet["costs"] = record["costs"] = _costs(scheduler.costs)
         num_swapped = manager.num_swapped
         record["running"] = len(scheduler.running)
-        record["waiting"] = len(scheduler.waiting) - num_swapped
+        record["waiting"] = scheduler.num_waiting - num_swapped
         record["swapped"] = num_swapped
         self._note_blocks(record, batch)
         if self._num_steps == 0 and self._config is not None:
@@ -260,7 +260,7 @@ def _preempted(preempted: Preempted) -> PreemptedRecord:
     return {
         "sequence": preempted.sequence.seq_id,
         "by": preempted.by.value,
-        "needed_by": preempted.needed_by.seq_id,
+        "needed_by": None if preempted.needed_by is None else preempted.needed_by.seq_id,
         "num_computed_tokens": preempted.num_computed_tokens,
         "recompute_s": preempted.recompute_s,
         "swap_s": preempted.swap_s,

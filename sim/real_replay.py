@@ -8,13 +8,14 @@ from itertools import islice
 from os import PathLike
 from typing import TYPE_CHECKING
 
-from pagellm.engine.errors import RequestError, TraceError
-from pagellm.engine.requests.outputs import FinishReason
+from pagellm.engine.errors import PolicyError, RequestError, TraceError
+from pagellm.engine.requests.outputs import FinishReason, RequestOutput
 from pagellm.engine.scheduling.batch import ScheduledBatch
 from pagellm.engine.scheduling.step_loop import StepEnd, StepListener
 from pagellm.sim.report.metrics import MetricsCollector
 from pagellm.sim.report.perfetto import PerfettoTrace
 from pagellm.sim.report.schema import Report
+from pagellm.sim.simulator import foresee
 from pagellm.sim.traces.prompt_tokens import PromptTokens
 from pagellm.sim.traces.request import TraceRequest
 from pagellm.sim.traces.sessions import Sessions
@@ -134,6 +135,13 @@ class _Requests:
                 heappush(self._followers, (now, other.index, other))
 
 
+def _step(engine: "LLMEngine") -> list[RequestOutput]:
+    try:
+        return engine.step()
+    except PolicyError as error:  # a report of two policies would be one of neither
+        raise PolicyError(error.failure, "the replay ends here") from error
+
+
 def _serve(
     engine: "LLMEngine",
     trace: Trace,
@@ -145,6 +153,7 @@ def _serve(
 ) -> None:
     """Serves the requests; `under_way` has those that are in the engine by their ids, also if it raises."""
     prompt_tokens = PromptTokens(engine.spec.vocab_size, engine.tokenizer)
+    foresee([engine.scheduler], trace, prompt_tokens)
     requests, ends = _Requests(trace, clients), _StepEnds()
     engine.restart_clock()  # it shows the time of the trace, as a simulation's does
     engine.loop.listen(ends)
@@ -172,14 +181,15 @@ def _serve(
                 if sent_s is not None:
                     time.sleep(max(0.0, sent_s - engine.now()))
                 continue
-            for output in engine.step():
+            for output in _step(engine):
                 if output.finished:
                     request = under_way.pop(output.request_id)
                     num_ended += 1
                     if output.finish_reason is FinishReason.ERROR:
                         raise TraceError(f"{output.request_id}: {output.outputs[0].error}")
                     tokens = [*output.prompt_token_ids, *output.outputs[0].token_ids]
-                    requests.ended(request, tokens, ends.end_s)
+                    is_answered = output.finish_reason is not FinishReason.SHED
+                    requests.ended(request, tokens, ends.end_s, is_answered)
                     if progress is not None:
                         progress(num_ended, engine.now())
     finally:

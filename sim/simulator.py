@@ -29,7 +29,7 @@ from pagellm.sim.costs.cost_model import CostModel
 from pagellm.sim.report.metrics import MetricsCollector
 from pagellm.sim.report.perfetto import PerfettoTrace
 from pagellm.sim.report.schema import Report
-from pagellm.sim.router import ROUTERS, Router
+from pagellm.sim.router import CheckedRouter, load_router
 from pagellm.sim.traces.prompt_tokens import PromptTokens
 from pagellm.sim.traces.request import MAX_LEN, TraceRequest
 from pagellm.sim.traces.sessions import Sessions
@@ -50,6 +50,24 @@ _MAX_PARAMS = 2**16
 
 # Time, kind, a number that is unique among events of the kind, and what it is about.
 Event = tuple[float, EventKind, int, Any]
+
+
+def foresee(schedulers: list[Scheduler], trace: Trace, prompt_tokens: PromptTokens) -> None:
+    """Tells a policy that needs it which prompts are to come, in the trace's order.
+
+    Raises `ConfigError` where that is not known: which of several engines gets a request depends on the run,
+    and so does a turn that goes on with an answer.
+    """
+    if not schedulers[0].policies.needs_future:
+        return
+    if len(schedulers) > 1 or trace.has_sessions():
+        why = f"{len(schedulers)} replicas" if len(schedulers) > 1 else "a trace whose turns wait for answers"
+        raise ConfigError(
+            f"eviction: found a policy that needs to know the requests to come with {why}, expected one "
+            "engine and prompts that are known"
+        )
+    requests = enumerate(trace)
+    schedulers[0].foresee(Sequence(i, prompt_tokens(one), one.sampling_params()) for i, one in requests)
 
 
 class Replica:
@@ -84,7 +102,8 @@ class Simulator:
     rate_factor: lets requests arrive so many times as often. clients: leaves the arrival times aside; so many
     clients ask at once, and each again, with the trace's next request, when its request has ended; with its
     next conversation, when all of one has.
-    replicas, router: how many engines serve, and who gets a request: see router.py. timeout_s: when a client
+    replicas, router: how many engines serve, and who gets a request: round_robin, least_loaded, prefix_aware
+    or a Router of your own as module:Class or path/file.py:Class. timeout_s: when a client
     gives up; its engine hears of that between two steps, and a request that the step before ended has ended.
 
     skip_bad: count requests that can never be computed as rejected, instead of ending with an error.
@@ -121,8 +140,7 @@ class Simulator:
             value = getattr(self, name)
             if value is not None:
                 number(name, value, SMALLEST, error=ConfigError, expected="a number above 0")
-        if self.router not in ROUTERS:
-            raise ConfigError(f"router: found {self.router!r}, expected one of {', '.join(ROUTERS)}")
+        load_router(self.router)
         object.__setattr__(self, "config", self.cost_model.fill(self.config))
         self.cost_model.check_error(self.accept_profile_error)
 
@@ -176,7 +194,7 @@ class _Replay:
         self._requests = self._sessions.openers()
         self._requests_of: dict[Sequence, TraceRequest] = {}  # where there are sessions
         self._replicas = [Replica(number, config) for number in range(simulator.replicas)]
-        self._router: Router = ROUTERS[simulator.router]()
+        self._router = CheckedRouter(simulator.router, self._replicas)
         self.metrics = MetricsCollector(
             [replica.scheduler for replica in self._replicas],
             simulator.slo,
@@ -196,6 +214,7 @@ class _Replay:
         self._params: dict[tuple[Any, ...], SamplingParams] = {}
         self._events: list[Event] = []
         self._num_arrivals = self._num_sequences = self._num_ended = 0
+        foresee([replica.scheduler for replica in self._replicas], trace, simulator.prompt_tokens)
 
     def run(self) -> None:
         """Lets everything happen, in order."""
@@ -260,7 +279,7 @@ class _Replay:
             self._requests_of[sequence] = request
         replica = self._replicas[0]
         if len(self._replicas) > 1:
-            replica = self._replicas[self._router.choose(sequence, self._replicas)]
+            replica = self._replicas[self._router.choose(sequence)]
         replica.inbox.append((sent_s, sequence, request))
         replica.unfinished.add(sequence)
         if self._simulator.timeout_s is not None:
@@ -308,9 +327,12 @@ class _Replay:
             replica.is_busy = False
             return None
         batch = replica.loop.begin(now, self._cost_model.costs)
-        if not batch.sequences:
+        for sequence in batch.shed:
+            self._note_end(now, replica, sequence)
+        if not batch.sequences and not batch.shed:
             raise PagellmError(f"the scheduler has {scheduler.stats.num_waiting} requests and computes none")
-        duration_s = self._cost_model.step_time(batch)
+        costs = self._cost_model
+        duration_s = costs.step_time(batch) if batch.sequences else costs.empty_step_time()
         if not duration_s >= 0:
             name = self._cost_model.name
             raise ConfigError(
@@ -340,7 +362,7 @@ class _Replay:
         replica, batch, duration_s = step
         token_ids = [self._output_tokens] * len(batch.sampled)
         finished = replica.loop.end(batch, token_ids, now, duration_s=duration_s)
-        replica.scheduler.policy.raise_error()
+        replica.scheduler.policies.raise_error("the replay ends here")
         for sequence in finished:
             self._note_end(now, replica, sequence)
         replica.is_busy = bool(replica.inbox) or replica.scheduler.has_unfinished

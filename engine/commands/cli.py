@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 from pagellm.engine.checks import JsonError, parse_json
 from pagellm.engine.commands import batch, inspect, serve
 from pagellm.engine.commands.flags import Flag, add_flags, given
-from pagellm.engine.config import DEFAULT_MODEL, GENERATION_CONFIGS, PREEMPTIONS, QUANTIZATIONS, EngineConfig
+from pagellm.engine.config import (
+    DEFAULT_MODEL,
+    GENERATION_CONFIGS,
+    PREEMPTIONS,
+    QUANTIZATIONS,
+    SCHEDULER_POLICIES,
+    EngineConfig,
+)
 from pagellm.engine.errors import RequestError
 from pagellm.engine.progress import say, say_piece
 from pagellm.engine.requests.outputs import RequestOutput
@@ -30,7 +37,15 @@ ENGINE_FLAGS = {
     "max_num_batched_tokens": Flag("tokens of one step"),
     "max_model_len": Flag("tokens of prompt and output (default: the model's context)"),
     "max_prefill_chunk": Flag("tokens of one prompt in one step (default: as many as the step has)"),
-    "policy": Flag(f"{', '.join(POLICIES)} or module:Class, a SchedulingPolicy of your own", "NAME"),
+    "policy": Flag(
+        f"who goes first: {', '.join(POLICIES)}, or a SchedulingPolicy of your own as module:Class or "
+        "path/file.py:Class, as those below",
+        "NAME",
+    ),
+    "victim": Flag("who makes way: youngest or a VictimPolicy (default: as --policy says)", "NAME"),
+    "admission": Flag("who is let in: accept or an AdmissionPolicy", "NAME"),
+    "eviction": Flag("which cached block is given up first: lru or an EvictionPolicy", "NAME"),
+    "budget": Flag("tokens of a step and of a chunk: full or a BudgetPolicy", "NAME"),
     "preemption": Flag(
         "what happens to the KV of a sequence that makes way; auto: the cheaper as measured",
         choices=PREEMPTIONS,
@@ -171,7 +186,8 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given, by the names of `EngineConfig`. Raises `ConfigError`."""
     settings = given(options, EngineConfig)
-    import_policy(settings.get("policy"))
+    for setting in SCHEDULER_POLICIES:
+        import_policy(settings.get(setting), setting)
     return settings
 
 

@@ -20,6 +20,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"  # max_tokens or max_model_len
     ABORT = "abort"  # the caller gave it up
     ERROR = "error"  # it cannot be computed; the output says why
+    SHED = "shed"  # the admission policy did not let it in
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Preempted:
 
     sequence: Sequence
     by: Preemption  # recompute or swap
-    needed_by: Sequence  # the one that needed a block; it may be the same
+    needed_by: Sequence | None  # the one that needed a block; it may be the same. None: a policy wants it
     num_computed_tokens: int  # what it had
     recompute_s: float  # what either way was expected to cost
     swap_s: float
@@ -72,6 +72,7 @@ class ScheduledBatch:
     transfers: list[Transfer] = field(default_factory=list)
     admitted: list[Admitted] = field(default_factory=list)
     preempted: list[Preempted] = field(default_factory=list)
+    shed: list[Sequence] = field(default_factory=list)  # those that the admission policy has just ended
     # Block tables that are not what they were in the batch before, and the first index that changed.
     changed_tables: dict[Sequence, int] = field(default_factory=dict)
     token_ids: Items[Items[int]] = ()  # for each of `sampled`, once it is committed

@@ -39,6 +39,8 @@ def check_blocks(manager: "BlockManager") -> None:
     assert sum(counts) == manager._num_references, "the number of references differs from their counts"
     assert {block for block in range(manager.num_blocks) if counts[block] == 0} == set(free)
     assert sorted(swapped) == list(range(manager.num_swap_blocks)), "a swap block is lost or held twice"
+    if manager._ranked is not None:
+        manager._ranked.check()
     _check_cache(manager, {block: place for place, block in enumerate(free)})
 
 
@@ -64,7 +66,7 @@ def _check_cache(manager: "BlockManager", free_place: dict[int, int]) -> None:
             listed = sorted(islice(cache.followers(block), len(cache)))
             expected = [other for other in cache if cache.before(other) == block]
             assert listed == expected, "the blocks that follow one are not those that are listed"
-        elif before in free_place:
+        elif before in free_place and manager._ranked is None:
             outlives = block not in free_place or free_place[block] > free_place[before]
             assert not outlives, "a block would outlive the one it follows"
     for sequence in manager._holders.values():

@@ -7,8 +7,9 @@ which must be done in that order before anything is computed. Every operation on
 The prefix cache is a hash map from a full block's tokens to the block. A block's hash is chained to that of
 the block before it, so it stands for the whole prefix. A hit counts only if the block holds exactly these
 tokens and follows the very block that was hit before; so a collision is never a wrong answer. Free blocks
-keep their content until they are taken for something else, least recently used first. A sequence releases its
-blocks last to first, hence a block is always evicted before the one it follows.
+keep their content until they are taken for something else, least recently used first or as an eviction policy
+says. A sequence releases its blocks last to first, hence the least recently used one is never followed by
+another: a block is always evicted before the one it follows.
 
 A model whose layers all have a sliding window never reads again what lies behind the widest one. Such blocks
 are given back as a sequence goes on; its table keeps its indices, with `GIVEN_BACK` in their places. They can
@@ -33,7 +34,9 @@ import xxhash
 from pagellm.engine.scheduling.block_checks import check_blocks
 from pagellm.engine.scheduling.block_window import BlockWindow
 from pagellm.engine.scheduling.free_list import FreeList
+from pagellm.engine.scheduling.policies import CheckedPolicies
 from pagellm.engine.scheduling.prefix_cache import ROOT, CacheObserver, PrefixCache
+from pagellm.engine.scheduling.ranked_blocks import RankedBlocks
 from pagellm.engine.scheduling.sequence import GIVEN_BACK, Sequence
 
 _num_computed = attrgetter("num_computed_tokens")
@@ -107,7 +110,10 @@ class BlockManager:
         self.stats = PrefixCacheStats()
         self.num_releases = 0  # how often a block became free: what did not fit before may fit after
         self._hash_block = hash_block
-        self._free = FreeList(num_blocks)
+        self.num_changes = 0  # how often the cache came to know a block, or forgot one
+        self._free: FreeList | RankedBlocks = FreeList(num_blocks)
+        self._ranked: RankedBlocks | None = None  # the same, where an eviction policy is asked
+        self._policies: CheckedPolicies | None = None
         self._reference_counts = array("i", [0]) * num_blocks
         self._cache = PrefixCache(num_blocks if enable_prefix_caching else 0, block_size, window > 0)
         self._free_swap = array("i", range(num_swap_blocks - 1, -1, -1))  # a stack
@@ -118,6 +124,15 @@ class BlockManager:
         self._changed_tables: dict[Sequence, int] = {}  # the first index that changed
         self._num_references = 0
         self._partly_shared: set[int] = set()  # blocks of which a fork took over fewer slots than all
+
+    def evict_by(self, policies: CheckedPolicies) -> None:
+        """Lets the eviction policy of several say which blocks are given up first, before any is used."""
+        self._policies = policies
+        if policies.ranks_blocks and self.enable_prefix_caching:
+            assert len(self._free) == self.num_blocks, "blocks are in use"
+            self._cache = PrefixCache(self.num_blocks, self.block_size, knows_followers=True)
+            self._ranked = RankedBlocks(self.num_blocks, self._cache, policies, self.window.tokens > 0)
+            self._free = self._ranked
 
     @property
     def num_free_blocks(self) -> int:
@@ -170,6 +185,32 @@ class BlockManager:
             blocks.append(block)
             before = block
         return blocks
+
+    def num_cached_tokens(self, sequence: Sequence) -> int:
+        """Tokens that the cache has of a sequence without blocks.
+
+        What was found last is remembered with the block that it ended with. As long as the cache knows that
+        block, it knows all that come before it, so only what follows is looked for.
+        """
+        if not self.enable_prefix_caching or not (sequence.reads_cache or sequence.swap_table):
+            return 0
+        num_tokens = sequence.num_computed_tokens if sequence.swap_table else sequence.num_tokens - 1
+        most = num_tokens // self.block_size
+        count, block, known_as = sequence.cached_hint
+        if count > most or (count and self._cache.addition_of(block) != known_as):
+            count, block = 0, ROOT
+        while count < most:
+            following = self._find(sequence, count, block)
+            if following is None:
+                break
+            count, block = count + 1, following
+        sequence.cached_hint = count, block, self._cache.addition_of(block) if count else 0
+        return count * self.block_size
+
+    def prompt_hashes(self, sequence: Sequence) -> list[int]:
+        """The hashes of the blocks that a sequence could begin with if the cache knew all of them."""
+        count = (sequence.num_prompt_tokens - 1) // self.block_size
+        return [self._block_hash(sequence, index) for index in range(count)]
 
     def prefix_grew(self, sequence: Sequence, prefix: list[int]) -> bool:
         """Whether `cached_prefix` may find more than the prefix that it found before."""
@@ -279,6 +320,9 @@ class BlockManager:
             if known is None:
                 tokens, salt = self._tokens(sequence, index), sequence.sampling_params.cache_salt
                 self._cache.add(block, sequence.block_hashes[index], before, tokens, salt)
+                self.num_changes += 1
+                if self._ranked is not None:
+                    self._ranked.became_known(block)
             elif known != block:
                 self._reference(known)
                 table[index] = known
@@ -343,6 +387,9 @@ class BlockManager:
     def reset_cache(self) -> None:
         """Forgets every cached prefix; sequences keep their blocks."""
         self._cache.clear()
+        self.num_changes += 1
+        if self._ranked is not None:
+            self._ranked.forget_all()
 
     def observe_cache(self, observer: CacheObserver) -> None:
         """Lets somebody hear of what becomes known from now on and of what is forgotten."""
@@ -362,6 +409,9 @@ class BlockManager:
             self.window.tokens,
         )
         new.stats = self.stats
+        new.num_changes = self.num_changes + 1
+        if self._policies is not None:
+            new.evict_by(self._policies)
         observer = self._cache.observer
         if observer is not None:
             new.observe_cache(observer)
@@ -392,6 +442,9 @@ class BlockManager:
         table = sequence.block_table
         table.extend([GIVEN_BACK] * behind)
         table.extend(prefix[behind:])
+        if self._ranked is not None:
+            for block in prefix:
+                self._ranked.hit(block)
         for block in prefix[behind:]:
             self._reference(block)
         for block in reversed(prefix[:behind]):
@@ -482,11 +535,19 @@ class BlockManager:
 
     def _evict(self, block: int) -> None:
         """Forgets a known block that is free. A transfer that saved its content would be entered here."""
+        self.num_changes += 1
         if not self.window:
+            before = self._cache.before(block)
             self._cache.remove(block)
             self.stats.evictions += self.block_size
+            if self._ranked is not None:
+                self._ranked.evicted(block)
+                self._ranked.lost_follower(before)
             return
         forgotten = self._cache.forget(block)
+        if self._ranked is not None:
+            for other in forgotten:
+                self._ranked.evicted(other)
         self.stats.evictions += self.block_size * len(forgotten)
         for other in forgotten[1:]:
             if self._reference_counts[other] == 0:  # free blocks that hold nothing known are taken first

@@ -49,6 +49,8 @@ class PrefixCache:
         self._tokens = bytearray(num_blocks * self._block_bytes)
         self._salts: dict[int, str] = {}  # of first blocks that have one
         self._num_known = 0
+        self._additions = array("I", [0]) * num_blocks  # which addition made each block known
+        self._num_added = 0
         self._followers = _Followers(num_blocks) if knows_followers else None
         self.observer: CacheObserver | None = None
 
@@ -82,6 +84,8 @@ class PrefixCache:
         self._hashes[block] = block_hash
         self._before[block] = before
         self._num_known += 1
+        self._num_added = self._num_added % 0xFFFFFFFF + 1
+        self._additions[block] = self._num_added
         start = block * self._block_bytes
         self._tokens[start : start + self._block_bytes] = tokens
         if before == ROOT and salt:
@@ -121,6 +125,7 @@ class PrefixCache:
             self._followers.remove(block, self._before[block])
         self._before[block] = _UNKNOWN
         self._num_known -= 1
+        self._additions[block] = 0
         self._salts.pop(block, None)
         if self.observer is not None:
             self.observer.removed(self._hashes[block])
@@ -146,6 +151,10 @@ class PrefixCache:
     def hash_of(self, block: int) -> int:
         """The hash of a known block's prefix."""
         return self._hashes[block]
+
+    def addition_of(self, block: int) -> int:
+        """Which addition made a block known; 0: it is not. One that is known anew has another."""
+        return self._additions[block]
 
     def salt_of(self, block: int) -> str:
         """The salt of a known first block."""

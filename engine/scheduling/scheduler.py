@@ -1,5 +1,8 @@
 """Which tokens run in the next step: one budget for decodes and prefill chunks, in a policy's order.
 
+Who goes first, who makes way, who is let in at all, which cached blocks are given up and how large a step is
+are questions to policies (`policies/`), within the laws that are kept here.
+
 A pure state machine, driven by a `StepLoop` alone, through `add`, `fork`, `schedule`, `commit` and `abort`.
 It knows no clock, no text and no arrays; times and measured costs are arguments. A sequence is admitted when
 all of its tokens fit into free blocks, or with a window as many as it holds at once. When a running one needs
@@ -11,7 +14,7 @@ decode gets its token in every step. One that was preempted `max_preemptions` ti
 others, with every block that it can ever need, and is not preempted again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
 
 from pagellm.engine.config import CompleteConfig
@@ -26,7 +29,8 @@ from pagellm.engine.scheduling.batch import (
     StepLimits,
 )
 from pagellm.engine.scheduling.block_manager import BlockManager, Transfer
-from pagellm.engine.scheduling.policies import CheckedPolicy, SchedulerStats, load_policy
+from pagellm.engine.scheduling.policies import Admission, CheckedPolicies, SchedulerStats
+from pagellm.engine.scheduling.policies.future import Future
 from pagellm.engine.scheduling.sequence import GIVEN_BACK, Sequence, SequenceError, SequenceStatus
 from pagellm.engine.scheduling.waiting_queue import WaitingQueue
 
@@ -43,9 +47,12 @@ class Scheduler:
         self.max_len = config.max_model_len
         self.preemption = Preemption(config.preemption)
         self.costs = PreemptionCosts()  # as `schedule` was told last
-        self.policy = CheckedPolicy(load_policy(config.policy))
+        self.policies = CheckedPolicies.load(config, block_manager)
+        block_manager.evict_by(self.policies)
         self.stats = SchedulerStats(num_blocks=block_manager.num_blocks)
-        self.waiting = WaitingQueue(self.policy)
+        self.waiting = WaitingQueue(self.policies)
+        self._held: dict[int, Sequence] = {}  # by seq_id: those that are not let in yet, in order of arrival
+        self._num_changes = 0  # of the cache, when the order was asked for last
         self.running: list[Sequence] = []
         self._watermark = int(config.watermark * block_manager.num_blocks)
         self._num_arrived = 0
@@ -65,9 +72,20 @@ class Scheduler:
         return cls(config, manager)
 
     @property
+    def num_waiting(self) -> int:
+        """Sequences that wait, swapped ones and those held back included."""
+        return len(self.waiting) + len(self._held)
+
+    @property
     def has_unfinished(self) -> bool:
-        """Whether anything waits or runs."""
-        return bool(self.waiting or self.running)
+        """Whether anything waits, runs or is held back."""
+        return bool(self.waiting or self.running or self._held)
+
+    def foresee(self, sequences: Iterable[Sequence]) -> None:
+        """Tells policies that need it of all that will be added, in order; not one has been yet."""
+        if self.policies.needs_future:
+            fitting = (s for s in sequences if 0 < s.num_tokens <= self.max_len)
+            self.policies.future = Future(map(self.block_manager.prompt_hashes, fitting))
 
     def add(self, sequence: Sequence, now: float = 0.0, forks: Items[Sequence] = ()) -> None:
         """Takes a new sequence in, and other completions of its prompt that take their first tokens from it.
@@ -75,7 +93,10 @@ class Scheduler:
         Raises `RequestError`, and takes nothing in, if it could never be computed.
         """
         self._accept(sequence, now, forks)
-        self.waiting.push(sequence, self.stats)
+        if self.policies.admits:
+            self._held[sequence.seq_id] = sequence
+        else:
+            self.waiting.push(sequence, self.stats)
 
     def fork(self, parent: Sequence, child: Sequence, now: float = 0.0, forks: Items[Sequence] = ()) -> None:
         """Takes a new sequence in that begins like a running one, to share the blocks of what they share.
@@ -99,20 +120,24 @@ class Scheduler:
         """
         self._update_stats(now)
         self.costs = costs or self.costs
-        limits = limits or self.limits
         batch = ScheduledBatch()
+        if self._held:
+            self._let_in(batch)
+        if self.policies.makes_way and self.running and self.waiting:
+            self._make_way(batch)
         decodes = [s for s in self.running if len(s.token_ids) - s.num_computed_tokens == 1]
         prefills: list[Sequence] = []
         if len(decodes) < len(self.running):
             prefills = [s for s in self.running if len(s.token_ids) - s.num_computed_tokens > 1]
-        prefills_alone = self.policy.prefills_alone  # a policy that goes wrong in this step changes it
+        limits = limits or (self._budget(decodes, prefills) if self.policies.has_budget else self.limits)
+        prefills_alone = self.policies.prefills_alone  # a policy that goes wrong in this step changes it
         if not prefills_alone:
             self._make_room(decodes, batch)
         self._make_room(prefills, batch)  # for those that got several tokens at once
         if not prefills_alone:
             batch.add_decodes([s for s in decodes if s.block_table] if batch.preempted else decodes)
         budget = self._schedule_prefills(prefills, batch, limits)
-        if not batch.preempted:
+        if not batch.preempted or all(preempted.needed_by is None for preempted in batch.preempted):
             self._admit(batch, budget, limits)
         if prefills_alone and not batch.sequences:
             self._make_room(decodes, batch)
@@ -131,8 +156,8 @@ class Scheduler:
         """
         self.block_manager.transfers.clear()
         batch.token_ids = token_ids
-        if self.policy.counts_batches:
-            self.policy.on_commit(batch, self.stats)
+        if self.policies.counts_batches:
+            self.policies.on_commit(batch, self.stats)
         finished: list[Sequence] = []
         manager = self.block_manager
         registers, block_size = manager.enable_prefix_caching or bool(manager.window), manager.block_size
@@ -169,17 +194,22 @@ class Scheduler:
         if sequence.status is SequenceStatus.FINISHED:
             return
         group = sequence.group
+        is_held = self._held.pop(sequence.seq_id, None) is not None
         if group is not None and group[0] is not sequence:
             _leave_group(sequence)
         elif sequence.status is SequenceStatus.RUNNING:
             self.running.remove(sequence)
-        else:
+        elif not is_held:
             self.waiting.remove(sequence)
         self._finish(sequence, reason)
         if sequence.group is not None:
             _, successor, *_ = sequence.group
             _leave_group(sequence)
-            self.waiting.push(successor, self.stats)
+            if is_held:
+                self._held[successor.seq_id] = successor
+                self._held = dict(sorted(self._held.items(), key=lambda held: held[1].arrival_index))
+            else:
+                self.waiting.push(successor, self.stats)
 
     def transfer_failed(self, transfer: Transfer, batch: ScheduledBatch) -> None:
         """Takes note that a transfer could not be done: its sequence is computed again.
@@ -206,13 +236,17 @@ class Scheduler:
         called again if it did not end itself.
         """
         self.block_manager.recover()
-        self.policy.restart()
-        self.waiting, self.running = WaitingQueue(self.policy), []
+        self.policies.restart()
+        self.waiting, self.running = WaitingQueue(self.policies), []
         self._blocked = None
+        held, self._held = self._held, {}
         for sequence in sorted(num_known, key=lambda sequence: sequence.arrival_index):
             sequence.restart(num_known[sequence])
-            self.policy.on_add(sequence, self.stats)
-            self.waiting.push(sequence, self.stats, guaranteed=self._is_guaranteed(sequence))
+            self.policies.on_add(sequence, self.stats)
+            if sequence.seq_id in held:
+                self._held[sequence.seq_id] = sequence
+            else:
+                self.waiting.push(sequence, self.stats, guaranteed=self._is_guaranteed(sequence))
 
     def check(self) -> None:
         """Asserts that queues, states and blocks agree."""
@@ -224,7 +258,9 @@ class Scheduler:
         swapped = [s for s in waiting if s.status is SequenceStatus.SWAPPED]
         assert all(s.status in (SequenceStatus.WAITING, SequenceStatus.SWAPPED) for s in waiting)
         assert len(swapped) == self.block_manager.num_swapped
-        for sequence in (*self.running, *waiting):
+        assert all(s.status is SequenceStatus.WAITING for s in self._held.values())
+        assert not self._held.keys() & {s.seq_id for s in waiting}, "one that waits is held back"
+        for sequence in (*self.running, *waiting, *self._held.values()):
             group = sequence.group
             assert group is None or group[0] is sequence, "one that is to take its first token from another"
             assert all(s.group is group and s.status is SequenceStatus.WAITING for s in sequence.forks)
@@ -235,6 +271,11 @@ class Scheduler:
     def _accept(self, sequence: Sequence, now: float, forks: Items[Sequence]) -> None:
         """Checks a new sequence and gives it and its forks their places in the order of arrival."""
         length = sequence.num_tokens
+        if self.policies.needs_future and self.policies.future is None:
+            raise RequestError(
+                "eviction: found a policy that needs to know the requests to come, expected the replay of a "
+                "trace, which alone does"
+            )
         if length == 0:
             raise RequestError("prompt: found no tokens, expected at least one")
         if length > self.max_len:
@@ -251,13 +292,55 @@ class Scheduler:
             max_tokens = new.sampling_params.max_tokens
             new.max_len = self.max_len if max_tokens is None else min(length + max_tokens, self.max_len)
             new.group = group if forks else None
-            self.policy.on_add(new, self.stats)
+            self.policies.on_add(new, self.stats)
 
     def _update_stats(self, now: float) -> None:
         stats = self.stats
         stats.now = now
-        stats.num_waiting, stats.num_running = len(self.waiting), len(self.running)
+        stats.num_waiting, stats.num_running = self.num_waiting, len(self.running)
         stats.num_free_blocks = self.block_manager.num_free_blocks
+
+    def _let_in(self, batch: ScheduledBatch) -> None:
+        """Asks about those that are held back; the first goes on where there is nothing else to do."""
+        for sequence in list(self._held.values()):
+            decision = self.policies.admit(sequence, self.stats)
+            if decision is Admission.QUEUE:
+                continue
+            if decision is Admission.ACCEPT:
+                del self._held[sequence.seq_id]
+                self.waiting.push(sequence, self.stats)
+                continue
+            for one in [*sequence.forks, sequence]:
+                batch.shed.append(one)
+                self.abort(one, FinishReason.SHED)
+        if self._held and not (self.waiting or self.running):
+            first = next(iter(self._held))
+            self.waiting.push(self._held.pop(first), self.stats)
+
+    def _make_way(self, batch: ScheduledBatch) -> None:
+        """Lets those that run make way whom the policy wants to."""
+        candidates = [s for s in self.running if not self._is_guaranteed(s)]
+        if not candidates:
+            return
+        self._ask_for_order()
+        first = self.waiting.first(self.stats)
+        for victim in self.policies.make_way(candidates, first, self.stats):
+            self._preempt(victim, None, batch)
+
+    def _ask_for_order(self) -> None:
+        """Asks for the order of those that wait where it may have changed."""
+        changes, num_changes = self.policies.order_changes, self.block_manager.num_changes
+        if changes == "always" or (changes == "cache" and num_changes != self._num_changes):
+            self._num_changes = num_changes
+            self.waiting.ask_again(self.stats)
+
+    def _budget(self, decodes: list[Sequence], prefills: list[Sequence]) -> StepLimits:
+        """The tokens of this step as the policy has them, within the settings."""
+        most = self.limits.max_num_batched_tokens, self.limits.max_prefill_chunk
+        budget, chunk = self.policies.budget(most, decodes, prefills, self.stats)
+        if not decodes or self.policies.prefills_alone:
+            budget = max(1, budget)
+        return StepLimits(budget, max(1, chunk))
 
     def _make_room(self, sequences: list[Sequence], batch: ScheduledBatch) -> None:
         """Gives running sequences slots for their next tokens; where blocks run out, somebody makes way.
@@ -287,8 +370,12 @@ class Scheduler:
 
     def _admit(self, batch: ScheduledBatch, budget: int, limits: StepLimits) -> None:
         """Lets those in that wait, first come what the policy puts first, until one does not fit."""
+        if budget > 0 and self.waiting and len(self.running) < self.max_num_running:
+            self._ask_for_order()
         while budget > 0 and self.waiting and len(self.running) < self.max_num_running:
             sequence = self.waiting.first(self.stats)
+            if batch.preempted and batch.sequences and sequence in _made_way(batch):
+                return  # it has just made way for others
             was = sequence.status
             try:
                 prefix = self._give_blocks(sequence)
@@ -301,6 +388,7 @@ class Scheduler:
             num_cached = len(prefix) * self.block_manager.block_size
             if not sequence.was_admitted:
                 sequence.was_admitted = True
+                self._no_longer_to_come(sequence)
                 sequence.num_cached_tokens = min(num_cached, sequence.num_prompt_tokens)
             batch.admitted.append(Admitted(sequence, was, num_cached))
             budget -= self._schedule_chunk(sequence, batch, budget, limits)
@@ -366,13 +454,13 @@ class Scheduler:
             num_tokens = min(num_tokens, sequence.num_computed_tokens + self._max_chunk)
         while not manager.can_grow(sequence, num_tokens):
             candidates = [s for s in self.running if not self._is_guaranteed(s)]
-            victim = self.policy.victim(candidates, self.stats)
+            victim = self.policies.victim(candidates, self.stats)
             self._preempt(victim, sequence, batch)
             if victim is sequence:
                 return
         manager.grow(sequence, num_tokens)
 
-    def _preempt(self, victim: Sequence, needed_by: Sequence, batch: ScheduledBatch) -> None:
+    def _preempt(self, victim: Sequence, needed_by: Sequence | None, batch: ScheduledBatch) -> None:
         self.running.remove(victim)
         computed, manager = victim.num_computed_tokens, self.block_manager
         recompute_s = computed * self.costs.recompute_token_s
@@ -389,7 +477,8 @@ class Scheduler:
             manager.swap_out(victim)
         else:
             manager.free(victim)
-        self.waiting.push(victim, self.stats, guaranteed=self._is_guaranteed(victim))
+        guaranteed = self._is_guaranteed(victim)
+        self.waiting.push(victim, self.stats, guaranteed, by_choice=needed_by is None)
 
     def _share(self, parent: Sequence, child: Sequence, num_shared: int) -> bool:
         """Lets a new sequence run on a running one's blocks, if they hold so many of its tokens."""
@@ -447,7 +536,17 @@ class Scheduler:
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         self.block_manager.free(sequence)
         sequence.finish_reason = reason
-        self.policy.on_finish(sequence, self.stats)
+        if not sequence.was_admitted:
+            self._no_longer_to_come(sequence)
+        self.policies.on_finish(sequence, self.stats)
+
+    def _no_longer_to_come(self, sequence: Sequence) -> None:
+        if self.policies.future is not None:
+            self.policies.future.began(self.block_manager.prompt_hashes(sequence))
+
+
+def _made_way(batch: ScheduledBatch) -> list[Sequence]:
+    return [preempted.sequence for preempted in batch.preempted]
 
 
 def _leave_group(sequence: Sequence) -> None:

@@ -6,9 +6,13 @@ Only the scheduler and the block manager change a sequence. It knows no text, no
 from array import array
 from collections.abc import Iterable
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from pagellm.engine.requests.outputs import FinishReason
 from pagellm.engine.requests.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from pagellm.engine.scheduling.policies.views import SequenceView
 
 # Stands in a block table for a block behind all windows, which was given back. Nothing reads such an entry.
 GIVEN_BACK = -1
@@ -47,6 +51,7 @@ class Sequence:
         "arrival_time",
         "block_hashes",
         "block_table",
+        "cached_hint",
         "finish_reason",
         "group",
         "max_len",
@@ -63,6 +68,7 @@ class Sequence:
         "stop_token_ids",
         "swap_table",
         "token_ids",
+        "view",
         "was_admitted",
     )
 
@@ -100,6 +106,10 @@ class Sequence:
         self.was_admitted = False
         self.num_cached_tokens = 0  # of the prompt, found in the prefix cache when it was first admitted
         self.num_preemptions = 0
+        # Of the block manager: blocks found in the cache when it was asked last, the last of them, and which
+        # addition to the cache that was.
+        self.cached_hint = 0, 0, 0
+        self.view: SequenceView | None = None  # what policies see of it, once one has been asked
 
     @property
     def status(self) -> SequenceStatus:
@@ -136,6 +146,7 @@ class Sequence:
         self.swap_table = []
         self.block_hashes = []
         self.num_slots = self.num_computed_tokens = self.num_registered_blocks = 0
+        self.cached_hint = 0, 0, 0
 
     def __repr__(self) -> str:
         return f"Sequence({self.seq_id}, {self.status.value}, {self.num_computed_tokens}/{self.num_tokens})"

@@ -43,7 +43,7 @@ class StepListener:
         """A step has ended."""
 
     def ended(self, sequence: Sequence) -> None:
-        """A sequence has ended otherwise: it was aborted, or its text had a stop string."""
+        """A sequence has ended otherwise: it was aborted or shed, or its text had a stop string."""
 
 
 class StepLoop:
@@ -93,6 +93,9 @@ class StepLoop:
         self._aborted.clear()
         self._start_s = now
         batch = self.scheduler.schedule(now, costs, limits)
+        for sequence in batch.shed:
+            for listener in self.listeners:
+                listener.ended(sequence)
         for listener in self.listeners:
             listener.scheduled(batch, now)
         return batch

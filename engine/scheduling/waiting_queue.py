@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterator
 from heapq import heapify, heappop, heappush
 from typing import Any
 
-from pagellm.engine.scheduling.policies import CheckedPolicy, SchedulerStats
+from pagellm.engine.scheduling.policies import CheckedPolicies, SchedulerStats
 from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
 
 # Which of those that wait are served before the policy is asked: those whose turn must come now, those that
@@ -23,12 +23,13 @@ class WaitingQueue:
     until half of the heap is such entries; so adding and removing cost O(log n).
     """
 
-    def __init__(self, policy: CheckedPolicy) -> None:
+    def __init__(self, policy: CheckedPolicies) -> None:
         self._policy = policy
         self._entries: dict[int, list[Any]] = {}  # by seq_id: [key, number, sequence or None, queue]
         self._heaps: dict[tuple[int, Hashable], list[list[Any]]] = {}
         self._num_live: Counter[tuple[int, Hashable]] = Counter()  # entries of each heap that still wait
         self._num_pushed = 0
+        self._num_replaced = policy.num_replaced
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -39,9 +40,11 @@ class WaitingQueue:
         for queue in sorted(self._heaps, key=lambda queue: self._queue_key(queue, stats)):
             yield from (entry[2] for entry in sorted(self._heaps[queue]) if entry[2] is not None)
 
-    def push(self, sequence: Sequence, stats: SchedulerStats, guaranteed: bool = False) -> None:
-        """Adds one that does not wait yet."""
-        swapped = sequence.status is SequenceStatus.SWAPPED
+    def push(
+        self, sequence: Sequence, stats: SchedulerStats, guaranteed: bool = False, by_choice: bool = False
+    ) -> None:
+        """Adds one that does not wait yet. by_choice: a policy wants it to wait, so it has no precedence."""
+        swapped = sequence.status is SequenceStatus.SWAPPED and not by_choice
         rank = _GUARANTEED if guaranteed else _SWAPPED if swapped else _ORDINARY
         queue = (rank, self._policy.queue_of(sequence) if rank == _ORDINARY else None)
         key = (*self._policy.order(sequence, stats), sequence.arrival_index)
@@ -51,8 +54,28 @@ class WaitingQueue:
         self._num_live[queue] += 1
         heappush(self._heaps.setdefault(queue, []), entry)
 
+    def ask_again(self, stats: SchedulerStats) -> None:
+        """Asks for all keys anew, and for the queues if another policy answers; O(n log n)."""
+        if self._policy.num_replaced != self._num_replaced:
+            entries = [entry for heap in self._heaps.values() for entry in heap if entry[2] is not None]
+            self._entries, self._heaps, self._num_live = {}, {}, Counter()
+            for _, _, sequence, (rank, _) in sorted(entries, key=lambda entry: entry[1]):
+                self.push(sequence, stats, rank == _GUARANTEED, rank == _ORDINARY)
+            # Read at the end: the policy in its place may have failed, and then all is asked once more.
+            self._num_replaced = self._policy.num_replaced
+            return
+        for heap in self._heaps.values():
+            heap[:] = [entry for entry in heap if entry[2] is not None]
+            for entry in heap:
+                entry[0] = (*self._policy.order(entry[2], stats), entry[2].arrival_index)
+            heapify(heap)
+        if self._policy.num_replaced != self._num_replaced:
+            self.ask_again(stats)
+
     def first(self, stats: SchedulerStats) -> Sequence:
         """The one to be admitted next; there must be one."""
+        if self._policy.num_replaced != self._num_replaced:
+            self.ask_again(stats)
         queue = next(iter(self._heaps))
         if len(self._heaps) > 1:
             queue = min(self._heaps, key=lambda queue: self._queue_key(queue, stats))

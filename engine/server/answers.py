@@ -60,6 +60,8 @@ class Reader:
             raise too_late(self.live.generation.expired_s)
         if new.finish_reason is FinishReason.ABORT:
             raise ApiError(503, "the server shut down before the completion had ended")
+        if new.finish_reason is FinishReason.SHED:
+            raise ApiError(503, "the admission policy of this server does not let the request in now")
         self._seen = new
         number, self._number = self._number, self._number + 1
         if self._hides:

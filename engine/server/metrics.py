@@ -65,7 +65,7 @@ class ServerMetrics(StepListener):
         """The engine is ready; nothing has been computed yet."""
         scheduler, manager, config = engine.scheduler, engine.block_manager, engine.config
         self._gauge("num_requests_running", "Requests that run.", lambda: len(scheduler.running))
-        self._gauge("num_requests_waiting", "Requests that wait.", lambda: len(scheduler.waiting))
+        self._gauge("num_requests_waiting", "Requests that wait.", lambda: scheduler.num_waiting)
         self._gauge(
             "kv_cache_usage_perc", "Share of the KV cache's blocks that requests hold; 1 is all of them.",
             lambda: 1 - manager.num_free_blocks / manager.num_blocks,

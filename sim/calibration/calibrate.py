@@ -144,7 +144,7 @@ def _check(engine: "LLMEngine", seconds: float) -> None:
     if type(seconds) not in (int, float) or not 0 < seconds < 1e6:
         raise ConfigError(f"seconds: found {seconds!r}, expected a number above 0")
     config, scheduler = engine.config, engine.scheduler
-    if scheduler.policy.prefills_alone:
+    if scheduler.policies.prefills_alone:
         raise ConfigError(f"policy: found {config.policy}, expected one whose steps mix prompts and decodes")
     for name, found, least in (
         ("max_num_seqs", config.max_num_seqs, 2),

@@ -11,6 +11,7 @@ from pagellm.engine.commands.cli import add_model_options, engine_config, given_
 from pagellm.engine.commands.flags import Flag, add_flags
 from pagellm.engine.config import DEFAULT_MODEL, EngineConfig
 from pagellm.engine.errors import ConfigError, TraceError
+from pagellm.engine.user_policy import import_policy
 from pagellm.sim.commands.sweep import add_accept_profile_error, add_roofline, cost_source
 from pagellm.sim.commands.trace import PROGRESS_INTERVAL_S, add_trace_input, list_skipped, load_trace
 from pagellm.sim.costs.cost_model import CostModel
@@ -41,7 +42,10 @@ def add_replay(commands: "argparse._SubParsersAction[Any]") -> None:
     load.add_argument("--rate-factor", type=float, default=1.0, metavar="X", help="arrive X times as often")
     load.add_argument("--clients", type=int, metavar="N", help="closed loop: N clients in the place of times")
     load.add_argument("--replicas", type=int, default=1, metavar="N", help="engines behind a router")
-    load.add_argument("--router", choices=list(ROUTERS), default="round_robin")
+    load.add_argument(
+        "--router", default="round_robin", metavar="NAME",
+        help=f"{', '.join(ROUTERS)}, or a Router of your own as module:Class or path/file.py:Class",
+    )  # fmt: skip
     load.add_argument("--timeout-s", type=float, metavar="S", help="seconds after which a client gives up")
     results = replay.add_argument_group("results")
     results.add_argument(
@@ -113,6 +117,7 @@ def _compare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> No
 
 def _simulate(trace: Trace, options: argparse.Namespace) -> Report:
     costs = _cost_model(options)
+    import_policy(options.router, "router")
     return Simulator(
         costs.settings(given_settings(options)),
         costs,

@@ -13,6 +13,7 @@ from pagellm.sim.costs.constants import CONSTANTS, FORMATS, parse_constants
 from pagellm.sim.costs.cost_model import MAX_PROFILE_ERROR
 from pagellm.sim.sweep.file import Point
 from pagellm.sim.sweep.grid import (
+    POLICY_SETTINGS,
     REPLAY_SETTINGS,
     SLO_LATENCIES,
     SLO_STATISTICS,
@@ -96,8 +97,9 @@ def add_accept_profile_error(parser: "argparse._ActionsContainer") -> None:
 def _sweep(options: argparse.Namespace) -> None:
     """Replay a trace with every combination of some settings, or search the highest load of each."""
     grid = Grid.parse(options.grid)
-    for policy in grid.axes.get("policy", ()):
-        import_policy(policy)
+    for setting in POLICY_SETTINGS:
+        for policy in grid.axes.get(setting, ()):
+            import_policy(policy, setting)
     progress = Progress()
     sweep = Sweep(
         trace_file(options),

@@ -189,6 +189,10 @@ class CostModel(ABC):
     def step_time(self, batch: ScheduledBatch) -> float:
         """Seconds from scheduling a batch, as `schedule` returned it, to having its tokens."""
 
+    def empty_step_time(self) -> float:
+        """Seconds of a step that computes nothing, because all that waited has been shed."""
+        return 0.0
+
     def transfer_time(self, batch: ScheduledBatch, copy_block_s: float) -> float:
         """Seconds of the batch's transfers, where a copy of a block takes so long."""
         num_copies = sum(transfer.kind is TransferKind.COPY for transfer in batch.transfers)

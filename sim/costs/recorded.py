@@ -9,7 +9,7 @@ from typing import Any
 
 from pagellm.engine import checks
 from pagellm.engine.checks import JsonError, parse_json
-from pagellm.engine.config import CompleteConfig, EngineConfig
+from pagellm.engine.config import SCHEDULER_POLICIES, CompleteConfig, EngineConfig
 from pagellm.engine.errors import ConfigError, ProfileError
 from pagellm.engine.scheduling.batch import PreemptionCosts, ScheduledBatch
 from pagellm.engine.step_log import NO_DECISIONS
@@ -74,11 +74,12 @@ class RecordedCostModel(CostModel):
         if self._config is None:
             return super().settings(given)
         recorded = {name: getattr(self._config, name) for name in _DECISIONS}
-        if ":" in recorded["policy"] and "policy" not in given:
-            raise ConfigError(
-                f"policy: found nothing, expected {recorded['policy']!r}, with which {self._path} was "
-                "recorded: code that a file names is not run"
-            )
+        for name in SCHEDULER_POLICIES:
+            if ":" in (recorded[name] or "") and name not in given:
+                raise ConfigError(
+                    f"{name}: found nothing, expected {recorded[name]!r}, with which {self._path} was "
+                    "recorded: code that a file names is not run"
+                )
         # What follows from other settings follows from those given: blocks from their size, say.
         del recorded["num_blocks"], recorded["max_model_len"]
         for name, others in _FOLLOWS.items():
@@ -111,6 +112,10 @@ class RecordedCostModel(CostModel):
         costs = self._recompute_token_s[self._next], self._swap_block_s[self._next]
         self.costs = PreemptionCosts(*costs)
         return max(now, self._start_s[self._next])
+
+    def empty_step_time(self) -> float:
+        self._next += 1
+        return self._duration_s[self._next - 1]
 
     def step_time(self, batch: ScheduledBatch) -> float:
         self._next += 1

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pagellm.engine.requests.outputs import FinishReason
 from pagellm.engine.scheduling.batch import Preemption, ScheduledBatch
 from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
@@ -109,7 +110,7 @@ class ReplicaListener(StepListener):
             self.swapped.update(p.sequence for p in batch.preempted if p.by is Preemption.SWAP)
         self._start_s = now
         self._running = len(self.scheduler.running)
-        self._waiting = len(self.scheduler.waiting) - len(self.swapped)
+        self._waiting = self.scheduler.num_waiting - len(self.swapped)
         self._note_used()
         if run.used_blocks > bucket.peak_blocks:
             bucket.peak_blocks = run.used_blocks
@@ -142,8 +143,9 @@ class ReplicaListener(StepListener):
             self.last_sampled.remove(sequence)
         last_s = None if request.first_token_s is None else self._last_token_s
         last_token_s = run.last_token_s.pop(sequence, last_s)
-        run.counts["timed_out"] += 1
-        self._end(sequence, request, "timed_out", last_token_s)
+        outcome = "shed" if sequence.finish_reason is FinishReason.SHED else "timed_out"
+        run.counts[outcome] += 1
+        self._end(sequence, request, outcome, last_token_s)
         self._note_used()
 
     def _note_admissions(self, batch: ScheduledBatch, time_s: float) -> None:

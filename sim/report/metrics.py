@@ -127,7 +127,7 @@ class MetricsCollector:
             "num_requests": counts["requests"],
             "num_finished": counts["finished"],
             "num_timed_out": counts["timed_out"],
-            "num_rejected": counts["rejected"],
+            "num_rejected": counts["rejected"] + counts["shed"],
             "num_skipped": num_skipped,
             "num_dropped": num_dropped,
             "duration_s": duration_s,

@@ -244,7 +244,7 @@ class _Listener(StepListener):
     def _preempt(self, preempted: Preempted, start: int) -> None:
         args = {
             "by": preempted.by.value,
-            "needed_by": preempted.needed_by.seq_id,
+            "needed_by": None if preempted.needed_by is None else preempted.needed_by.seq_id,
             "num_computed_tokens": preempted.num_computed_tokens,
             "recompute_s": preempted.recompute_s,
             "swap_s": preempted.swap_s,
@@ -265,7 +265,7 @@ class _Listener(StepListener):
     def _count(self) -> None:
         scheduler, manager = self._scheduler, self._scheduler.block_manager
         num_swapped = manager.num_swapped
-        states = len(scheduler.running), len(scheduler.waiting) - num_swapped, num_swapped
+        states = len(scheduler.running), scheduler.num_waiting - num_swapped, num_swapped
         self._count_states(states, self._at)
         blocks = manager.num_blocks - manager.num_free_blocks, manager.num_shared
         if blocks != self._blocks:

@@ -17,6 +17,7 @@ from textwrap import wrap
 from typing import Any, cast
 
 from pagellm.engine import checks
+from pagellm.engine.config import SCHEDULER_POLICIES, EngineConfig
 from pagellm.engine.errors import ReportError
 from pagellm.sim.costs.cost_model import FIT_METRICS, CostConstant, FitError, StepTimeError
 from pagellm.sim.report.schema import Goodput, Load, Report, Steady, Summary, check_report
@@ -114,7 +115,7 @@ def to_text(report: AnyReport) -> str:
         ("KV blocks", f"{kv['peak_blocks']:,} of {kv['num_blocks']:,} at the peak{_bytes(kv['peak_bytes'])}"),
         ("", f"{kv['mean_blocks']:,.1f} on average{_bytes(kv['mean_bytes'])}"),
         ("", f"{_share(kv['mean_unwritten_share'])} of their slots unwritten"),
-        ("scheduling", _settings(config, "policy", "preemption")),
+        ("scheduling", _settings(config, "policy", *_policies_given(config), "preemption")),
         ("", _settings(config, "block_size", "max_num_seqs", "max_num_batched_tokens")),
     ]
     table = [f"{label:<14}{value}" if label or i > 1 else value for i, (label, value) in enumerate(lines)]
@@ -200,6 +201,16 @@ def _goodput(goodput: Goodput | None) -> Iterator[tuple[str, str]]:
         )
         rate = f"{number_text(goodput['requests_per_s'])} requests/s"
         yield "goodput", f"{rate}, {_share(goodput['share'])} within {_name(slo, 32)}"
+
+
+def _policies_given(config: dict[str, Any]) -> list[str]:
+    """The policies beside the scheduling policy that are not the default ones."""
+    others = SCHEDULER_POLICIES[1:]
+    return [
+        name
+        for name in others
+        if config.get(name, getattr(EngineConfig, name)) != getattr(EngineConfig, name)
+    ]
 
 
 def _settings(config: dict[str, Any], *names: str) -> str:

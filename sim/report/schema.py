@@ -96,6 +96,7 @@ class Steady(TypedDict):
 class Summary(TypedDict):
     """The figures of the whole run.
 
+    num_rejected: requests that could never be computed, or that the admission policy shed.
     num_skipped, num_dropped: of the trace's records those that gave no request: bad ones, and ones with
     nothing to generate. duration_s: from the first arrival to the last token. wall_s: what the replay took.
     ttft_s: first token - arrival. e2e_s: last token - arrival. queue_s: first chunk scheduled - arrival.

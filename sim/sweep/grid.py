@@ -11,9 +11,9 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
 from pagellm.engine.checks import SMALLEST, number
-from pagellm.engine.config import EngineConfig
+from pagellm.engine.config import SCHEDULER_POLICIES, EngineConfig
 from pagellm.engine.errors import ConfigError
-from pagellm.engine.scheduling.policies import load_policy
+from pagellm.engine.scheduling.policies import KINDS, load_policy
 from pagellm.sim.costs.cost_model import CostModel
 from pagellm.sim.report.metrics import SLO_NAMES
 from pagellm.sim.simulator import Simulator
@@ -21,6 +21,7 @@ from pagellm.sim.simulator import Simulator
 Value = int | float | bool | str | None
 Settings = Mapping[str, Value]
 
+POLICY_SETTINGS = (*SCHEDULER_POLICIES, "router")
 REPLAY_SETTINGS = ("rate_factor", "clients", "replicas", "router", "timeout_s")
 # Of a sweep itself: the device, as NAME or NAME*N; and the order of the gaps between arrivals, 0 as they are.
 SWEEP_SETTINGS = ("hardware", "seed")
@@ -79,8 +80,8 @@ class Grid:
         for name, values in self.axes.items():
             for value in values if name not in SWEEP_SETTINGS else ():
                 simulator({"num_blocks": 1, name: value}, cost_model)
-                if name == "policy":
-                    load_policy(str(value))
+                if name in KINDS and value is not None:
+                    load_policy(str(value), name)
 
 
 def simulator(

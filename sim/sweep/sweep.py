@@ -28,7 +28,7 @@ from pagellm.sim.costs.cost_model import CostModel, FitError, StepTimeError
 from pagellm.sim.costs.roofline import RooflineCostModel
 from pagellm.sim.sweep.capacity import Bracket, search
 from pagellm.sim.sweep.file import Identity, Point, ResultsFile
-from pagellm.sim.sweep.grid import Grid, Settings, Slo, simulator
+from pagellm.sim.sweep.grid import POLICY_SETTINGS, Grid, Settings, Slo, simulator
 from pagellm.sim.sweep.ray_workers import start_ray_workers
 from pagellm.sim.sweep.workers import Worker, start_workers
 from pagellm.sim.traces.trace import Trace
@@ -402,7 +402,8 @@ def _replay(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # extrapolation is counted
-            import_policy(settings.get("policy"))
+            for name in POLICY_SETTINGS:
+                import_policy(settings.get(name), name)
             hardware = settings.get("hardware")
             source = costs if hardware is None else costs.on(hardware)
             replayer = simulator(settings, _load_costs(source), trace.skip_bad, slo)

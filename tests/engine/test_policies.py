@@ -13,7 +13,7 @@ from pagellm.engine.scheduling.batch import ScheduledBatch
 from pagellm.engine.scheduling.block_manager import BlockManager
 from pagellm.engine.scheduling.policies import (
     POLICIES,
-    CheckedPolicy,
+    CheckedPolicies,
     EarliestDeadline,
     Fair,
     Priority,
@@ -42,8 +42,8 @@ def scheduler(policy: str | SchedulingPolicy, **settings: Any) -> Scheduler:
     manager = BlockManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
     s = Scheduler(config, manager)
     if isinstance(policy, SchedulingPolicy):
-        s.policy = CheckedPolicy(policy)
-        s.waiting = WaitingQueue(s.policy)
+        s.policies = CheckedPolicies(manager, policy)
+        s.waiting = WaitingQueue(s.policies)
     return s
 
 
@@ -272,7 +272,7 @@ def test_a_policy_is_loaded_by_module_and_class() -> None:
     s = scheduler(f"{__name__}:LastComeFirstServed", max_num_seqs=1)
     a, b, c = (add(s, max_tokens=1) for _ in range(3))
     assert order_of_service(s) == [c, b, a]
-    s.policy.raise_error()
+    s.policies.raise_error()
 
 
 def test_a_policy_is_loaded_by_its_name() -> None:
@@ -296,14 +296,14 @@ class NoPolicy:
     [
         (
             "lifo",
-            "policy: found 'lifo', expected fcfs, prefill_first, priority, shortest_job, fair, slo or "
-            "module:Class",
+            "policy: found 'lifo', expected fcfs, prefill_first, priority, shortest_job, fair, slo, "
+            "module:Class or path/file.py:Class",
         ),
         (
             "nowhere.at_all:Policy",
             "policy: 'nowhere.at_all:Policy' cannot be loaded: ModuleNotFoundError: .*",
         ),
-        (":Policy", "policy: ':Policy' cannot be loaded: ValueError: .*"),
+        (":Policy", "policy: found ':Policy', expected fcfs, .*"),
         (f"{__name__}:Missing", f"policy: '{__name__}:Missing' cannot be loaded: AttributeError: .*"),
         (f"{__name__}:Raises", f"policy: '{__name__}:Raises' cannot be loaded: RuntimeError: not today"),
         (f"{__name__}:NoPolicy", f"policy: found '{__name__}:NoPolicy', expected a subclass of .*"),
@@ -361,7 +361,7 @@ def test_a_policy_that_goes_wrong_is_reported_once_and_all_that_was_accepted_is_
     for _ in range(60):
         step(s)
         try:
-            s.policy.raise_error()
+            s.policies.raise_error()
         except PolicyError as error:
             errors.append(error)
     assert [sequence.num_tokens for sequence in sequences] == [16] * 3
@@ -378,7 +378,7 @@ def test_the_order_of_queues_is_checked_as_well(answer: Any) -> None:
     sequences = [add(s, max_tokens=1) for _ in range(4)]
     assert set(order_of_service(s)) == set(sequences)
     with pytest.raises(PolicyError, match=r"^policy Wrong: queue_order\(\): "):
-        s.policy.raise_error()
+        s.policies.raise_error()
 
 
 def test_after_its_first_mistake_a_policy_is_not_asked_again() -> None:
@@ -386,8 +386,8 @@ def test_after_its_first_mistake_a_policy_is_not_asked_again() -> None:
     a, b = add(s, max_tokens=1), add(s, max_tokens=1)
     assert order_of_service(s) == [a, b], "first come, first served"
     with pytest.raises(PolicyError):
-        s.policy.raise_error()
-    s.policy.raise_error()
+        s.policies.raise_error()
+    s.policies.raise_error()
 
 
 def test_a_policy_of_two_phases_that_goes_wrong_leaves_no_step_without_work() -> None:
@@ -439,7 +439,7 @@ def test_a_policy_is_told_the_time_and_how_things_stand() -> None:
 
 
 def waiting_queue(policy: SchedulingPolicy | None = None) -> WaitingQueue:
-    return WaitingQueue(CheckedPolicy(policy or SchedulingPolicy()))
+    return WaitingQueue(CheckedPolicies(BlockManager(4, 4), policy or SchedulingPolicy()))
 
 
 def waiter(index: int, priority: float = 0, tenant: str = "") -> Sequence:

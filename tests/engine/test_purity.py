@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STATE_MACHINES = sorted((ROOT / "engine" / "scheduling").glob("*.py"))
+STATE_MACHINES = sorted((ROOT / "engine" / "scheduling").rglob("*.py"))
 IMPURE = {
     *("asyncio", "concurrent", "datetime", "io", "multiprocessing", "os", "pathlib", "queue", "random"),
     *("secrets", "socket", "subprocess", "sys", "threading", "time", "uuid"),

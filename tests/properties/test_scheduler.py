@@ -71,7 +71,7 @@ class Side:
         self.scheduler.check()
         self.waiting = list(self.scheduler.waiting)  # which asks the policy, hence on both sides alike
         try:
-            self.scheduler.policy.raise_error()
+            self.scheduler.policies.raise_error()
         except PolicyError:
             self.num_policy_errors += 1
 
@@ -665,7 +665,7 @@ class Driver:
             {s: s.num_preemptions for s in alive},
             set(self.manager._cache),
             self.manager.num_free_swap_blocks,
-            self.scheduler.policy.prefills_alone,
+            self.scheduler.policies.prefills_alone,
         )
 
     def _check_schedule(self, batch: ScheduledBatch, before: Before) -> None:

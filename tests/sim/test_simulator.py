@@ -311,7 +311,11 @@ def test_a_policy_that_fails_ends_the_replay() -> None:
         ({"replicas": True}, "replicas: found True, expected a positive integer"),
         ({"rate_factor": 0}, "rate_factor: found 0, expected a number above 0"),
         ({"timeout_s": -1}, "timeout_s: found -1, expected a number above 0"),
-        ({"router": "best"}, "router: found 'best', expected one of round_robin, least_loaded, prefix_aware"),
+        (
+            {"router": "best"},
+            "router: found 'best', expected round_robin, least_loaded, prefix_aware, module:Class or "
+            "path/file.py:Class",
+        ),
         ({"slo": {"ttft": 1}}, "slo: found 'ttft', expected one of ttft_s, tpot_s, e2e_s, queue_s"),
         ({"results": "/"}, "results: /: Is a directory, expected a file to write to"),
         ({"config": EngineConfig()}, "num_blocks: found nothing, expected a number"),

@@ -71,7 +71,7 @@ def test_a_grid_is_the_product_of_its_values() -> None:
         ("policy=fcfs,", "policy: found '', expected a text"),
         ("block_size=16,0", "block_size: found 0, expected a positive integer"),
         ("policy=fastest", "policy: found 'fastest', expected fcfs, .*"),
-        ("router=best", "router: found 'best', expected one of .*"),
+        ("router=best", "router: found 'best', expected round_robin, .*"),
         ("rate_factor=0", "rate_factor: found 0.0, expected a number above 0"),
     ],
 )
