@@ -3,7 +3,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test check lowest soak mutation lint bench clean
+.PHONY: demo test check lowest clients soak mutation lint bench clean
 
 # The environment is rebuilt when the project's dependencies change.
 .venv/ready: pyproject.toml
@@ -34,6 +34,12 @@ lowest: .venv/ready
 	.venv-lowest/bin/pip install --quiet --disable-pip-version-check --editable '.[test]' 'numba==$(LOWEST_NUMBA).*'
 	.venv-lowest/bin/python -m pytest tests/kernels/test_jit.py tests/engine/test_numerics.py
 
+# Clients and suites of others against the server, in an environment of their own.
+clients: .venv/ready
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install --quiet --disable-pip-version-check llm 'lm_eval[api]' schemathesis
+	PAGELLM_CLIENTS=.venv-clients/bin $(BIN)/python -m pytest tests/engine/server/test_suites.py
+
 # More of the property-based tests, with fresh seeds: make soak SECONDS=3600
 SECONDS ?= 60
 soak: .venv/ready
@@ -52,4 +58,4 @@ bench: .venv/ready
 	$(BIN)/pagellm bench --prefill 512 --decode 64 --batch 1,16
 
 clean:
-	rm -rf .venv .venv-lowest build *.egg-info
+	rm -rf .venv .venv-clients .venv-lowest build *.egg-info
