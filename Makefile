@@ -37,8 +37,8 @@ lowest: .venv/ready
 # Clients and suites of others against the server, in an environment of their own.
 clients: .venv/ready
 	$(PYTHON) -m venv .venv-clients
-	.venv-clients/bin/pip install --quiet --disable-pip-version-check llm 'lm_eval[api]' schemathesis
-	PAGELLM_CLIENTS=.venv-clients/bin $(BIN)/python -m pytest tests/engine/server/test_suites.py
+	.venv-clients/bin/pip install --quiet --disable-pip-version-check llm 'lm_eval[api]' schemathesis vllm-router
+	PAGELLM_CLIENTS=.venv-clients/bin $(BIN)/python -m pytest tests/engine/server/test_suites.py tests/engine/server/test_routing.py
 
 # More of the property-based tests, with fresh seeds: make soak SECONDS=3600
 SECONDS ?= 60

@@ -3,9 +3,9 @@
     pip install 'pagellm[serve]' 'ray[serve]'
     python examples/ray_serve.py --replicas 2        # then: base_url="http://localhost:8000/v1"
 
-On one machine it starts a cluster of its own; with `RAY_ADDRESS` it joins the one that is there. Ray chooses a
-replica by how many requests it has, which knows nothing of prefixes: where prompts begin alike, the router of
-`examples/router.py` finds more in the caches.
+On one machine it starts a cluster of its own; with `RAY_ADDRESS` it joins the one that is there. Ray chooses
+a replica by how many requests it has, which knows nothing of prefixes: where prompts begin alike, the router
+of `examples/router.py` finds more in the caches.
 """
 
 import argparse
