@@ -433,6 +433,13 @@ class BlockManager:
         swap_used = self.num_swap_blocks - len(self._free_swap)
         return BlockUsage(used, free, shared, used * self.block_size - written, swap_used)
 
+    def states(self) -> bytes:
+        """A byte for each block: 0 free, 1 referenced, 2 shared, and 4 more where it holds a known prefix."""
+        states = bytearray(min(count, 2) for count in self._reference_counts)
+        for block in self._cache:
+            states[block] += 4
+        return bytes(states)
+
     def check(self) -> None:
         """Asserts conservation and that the prefix cache names no block that holds anything else."""
         check_blocks(self)

@@ -15,7 +15,8 @@ from starlette.responses import Response
 from pagellm import __version__
 from pagellm.engine.server import completions, responses, tokens
 from pagellm.engine.server.errors import ApiError, as_api_error
-from pagellm.engine.server.http import ClientGoneError, Door, error_response, json_response
+from pagellm.engine.server.http import ClientGoneError, Door, EventStream, error_response, json_response
+from pagellm.engine.server.live import PAGE
 from pagellm.engine.server.metrics import CONTENT_TYPE
 from pagellm.engine.server.protocol import (
     ChatCompletionRequest,
@@ -127,6 +128,8 @@ def routes(service: Service) -> Any:
     take("/tokenize", tokens.tokenize, TokenizeRequest)
     take("/detokenize", tokens.detokenize, DetokenizeRequest)
     serve("/tokenizer_info", tokens.tokenizer_info)
+    serve("/", _page, media=("text/html",))
+    serve("/live", _live, media=("text/event-stream",))
     serve("/health", _health, media=())
     serve("/version", _version)
     serve("/load", _load)
@@ -146,6 +149,11 @@ def routes(service: Service) -> Any:
     return app
 
 
+# Nothing comes from elsewhere, and nothing goes there.
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self';"
+    " img-src data:"
+)
 _ANSWERS: dict[int | str, str] = {
     400: "A field is wrong, or not supported.", 404: "No such path or model.",
     503: "Not ready, or no more.",
@@ -190,6 +198,20 @@ async def _health(service: Service, request: Request) -> Response:
     """Whether requests are served: 200, or 503 before the model is loaded and after the engine's end."""
     _ = service.thread
     return Response(status_code=200)
+
+
+async def _page(service: Service, request: Request) -> Response:
+    """A page that shows the engine live, and has a box to chat in."""
+    return Response(PAGE.read_bytes(), headers={"content-security-policy": _POLICY}, media_type="text/html")
+
+
+async def _live(service: Service, request: Request) -> Response:
+    """The engine as it is, twice a second, as a stream of events."""
+    _ = service.thread
+    feed = service.feed
+    if feed is None or request.method == "HEAD":
+        return Response(status_code=200)
+    return EventStream(feed.watch(), lambda: None)
 
 
 async def _version(service: Service, request: Request) -> Response:

@@ -169,9 +169,13 @@ class EngineThread:
             raise
         return generation
 
+    async def between_steps(self, work: Callable[[], Any]) -> Any:
+        """Does something on the thread, while no step is under way."""
+        return await self._call(work)
+
     async def reset_prefix_cache(self) -> None:
         """Forgets every cached prefix."""
-        await self._call(lambda: self._engine.reset_prefix_cache())
+        await self._call(lambda: self.engine.reset_prefix_cache())
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Gives requests up, before the next step; ones that have ended are passed over."""
@@ -208,7 +212,8 @@ class EngineThread:
         return await future
 
     @property
-    def _engine(self) -> LLMEngine:
+    def engine(self) -> LLMEngine:
+        """The engine, for its own thread. Raises `EngineError` if there is none."""
         if self.llm is None or self.failure is not None:
             raise EngineError(self.failure or "the model is not loaded yet")
         return self.llm.engine
@@ -270,7 +275,7 @@ class EngineThread:
             command()
 
     def _add(self, generation: Generation, entries: Sequence[Entry]) -> None:
-        engine = self._engine
+        engine = self.engine
         added: list[LiveRequest] = []
         try:
             for request_id, entry in zip(generation.request_ids, entries, strict=True):

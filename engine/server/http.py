@@ -20,7 +20,7 @@ from pagellm.engine.server.errors import ApiError, as_api_error, error_body
 
 _BODY_PAUSE_S = 60.0  # that a client may take between two parts of a body
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_OPEN = frozenset({"/health", "/metrics", "/version"})
+_OPEN = frozenset({"/", "/health", "/metrics", "/version"})
 _NO_KEY = ApiError(
     401,
     "the key is missing or wrong, expected Authorization: Bearer KEY",

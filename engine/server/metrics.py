@@ -4,6 +4,7 @@ Counters and histograms are told on the engine's thread, after each step; gauges
 when somebody asks. Times are in seconds, from a request's arrival at the server's door.
 """
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from pagellm.engine.scheduling.batch import ScheduledBatch
 from pagellm.engine.scheduling.step_loop import StepEnd, StepListener
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+_NUM_RECENT = 512
 _TTFT_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
     80.0, 160.0, 640.0, 2560.0,
@@ -36,6 +38,10 @@ class ServerMetrics(StepListener):
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self._labels = {"model_name": model_name, "engine": "0"}
+        self.num_generated = self.num_computed = 0  # tokens
+        self.last_step = 0, 0  # its sequences and tokens
+        self.recent_ttft_s: deque[float] = deque(maxlen=_NUM_RECENT)
+        self.recent_itl_s: deque[float] = deque(maxlen=_NUM_RECENT)
         self._last_token_s: dict[tuple[str, int], float] = {}  # of each completion under way
         self.unknown_fields = Counter(
             "pagellm:unknown_request_fields", "Fields of requests that meant nothing.", registry=self.registry
@@ -141,6 +147,9 @@ class ServerMetrics(StepListener):
 
     def committed(self, end: StepEnd) -> None:
         """A step has ended."""
+        self.num_generated += end.batch.num_output_tokens
+        self.num_computed += end.batch.num_tokens
+        self.last_step = len(end.batch.sequences), end.batch.num_tokens
         self._step_tokens.observe(end.batch.num_tokens)
         self._generation_tokens.inc(end.batch.num_output_tokens)
 
@@ -153,10 +162,12 @@ class ServerMetrics(StepListener):
             if last_s is None:
                 if metrics.first_token_s is not None:
                     self._ttft.observe(metrics.first_token_s)
+                    self.recent_ttft_s.append(metrics.first_token_s)
                 if completion.index == 0:
                     self._prompt_tokens.inc(len(output.prompt_token_ids))
             else:
                 self._itl.observe((now - last_s) / num_new)
+                self.recent_itl_s.append((now - last_s) / num_new)
             self._last_token_s[name] = now
         if completion.finish_reason is None:
             return

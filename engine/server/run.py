@@ -47,6 +47,7 @@ class _Server(uvicorn.Server):
     def _end(self) -> None:
         assert self._loop is not None
         if self._num_signals == 1:
+            self._service.end_feed()
             say("no new requests; those under way are finished. Once more to give them up")
             self._loop.call_later(self._drain_s, self._give_up)
         else:

@@ -17,6 +17,7 @@ from pagellm.engine.requests.sampling_params import MAX_LOGPROBS
 from pagellm.engine.server.answers import now
 from pagellm.engine.server.engine_thread import EngineThread
 from pagellm.engine.server.errors import ApiError, not_ready
+from pagellm.engine.server.live import LiveFeed
 from pagellm.engine.server.metrics import ServerMetrics
 
 _NUM_WORKERS = 8
@@ -69,18 +70,26 @@ class Service:
         self._when_ready = when_ready
         self._workers = ThreadPoolExecutor(_NUM_WORKERS, "pagellm-worker")
         self._thread: EngineThread | None = None
+        self.feed: LiveFeed | None = None
         self._named_fields: set[str] = set()
 
     def start(self) -> None:
         """Begins to load the model. To be called on the event loop."""
         self._thread = EngineThread(self._load, self.metrics, self._ready)
+        self.feed = LiveFeed(self._thread, self.metrics)
         self._thread.start()
 
     def close(self) -> None:
         """Gives up what is under way and ends the engine's thread."""
         self._workers.shutdown(wait=False, cancel_futures=True)
+        self.end_feed()
         if self._thread is not None:
             self._thread.close()
+
+    def end_feed(self) -> None:
+        """Lets those who watch the engine go."""
+        if self.feed is not None:
+            self.feed.close()
 
     def join(self, timeout_s: float) -> None:
         """Waits for the end of the engine's thread, which `close` has asked for."""

@@ -79,7 +79,12 @@ class _Parser(HTMLParser):
 
 
 def browse(path: Path) -> tuple[Element, list[str]]:
-    """A page after its scripts have run, and what the browser's console said.
+    """A page after its scripts have run, and what the browser's console said."""
+    return browse_address(path.as_uri(), path.parent / "browser")
+
+
+def browse_address(address: str, profile: Path, *more: str) -> tuple[Element, list[str]]:
+    """What is at an address after its scripts have run, and what the browser's console said.
 
     Without a browser the test is skipped; where `PAGELLM_BROWSER` names one, as in CI, that has to work.
     """
@@ -87,7 +92,7 @@ def browse(path: Path) -> tuple[Element, list[str]]:
     if not browser:
         pytest.skip("no browser is installed: none of " + ", ".join(NAMES))
     done = subprocess.run(
-        [browser, *OPTIONS, f"--user-data-dir={path.parent / 'browser'}", path.as_uri()],
+        [browser, *OPTIONS, *more, f"--user-data-dir={profile}", address],
         capture_output=True,
         text=True,
         timeout=120,
