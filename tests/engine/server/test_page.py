@@ -102,5 +102,5 @@ def test_nothing_of_the_page_comes_from_elsewhere(server: Any) -> None:
     status, headers, text = request(server, "/")
     assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
     assert "default-src 'none'" in headers["content-security-policy"]
-    assert "//" not in text.replace("http-equiv", "")
+    assert "://" not in text
     assert request(server, "/live", method="HEAD")[0] == 200
