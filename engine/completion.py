@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pagellm.engine.grammar.masks import Mask
 from pagellm.engine.grammar.state import GrammarState
 from pagellm.engine.requests.outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprob
 from pagellm.engine.requests.reasoning import Piece
@@ -61,10 +62,18 @@ class Completion:
     @property
     def grammar(self) -> GrammarState | None:
         """What the next token must obey; None where it is free."""
-        grammar = self._grammar
-        if grammar is None or grammar.has_begun or self._thoughts is None or not self._thoughts.is_thinking:
+        grammar, thoughts = self._grammar, self._thoughts
+        if grammar is None or grammar.has_begun or thoughts is None:
             return grammar
-        return None
+        # What closes a thought may go on behind its marker.
+        return None if thoughts.is_thinking or thoughts.forced_token is not None else grammar
+
+    def mask(self) -> Mask | None:
+        """The tokens that may be sampled next; None where all may. Raises `GrammarError`."""
+        if self._grammar is None:
+            return None
+        # A thought that comes before a form does not end the output.
+        return self._grammar.all_but_end if self.grammar is None else self.grammar.mask()
 
     def with_forced(self, token_id: int) -> list[int]:
         """The token that a sequence gets in a step, and those that must follow it.

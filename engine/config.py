@@ -7,6 +7,7 @@ from typing import Any
 from pagellm.engine.checks import flag, integer, is_path, number
 from pagellm.engine.errors import ConfigError, found
 from pagellm.engine.requests.reasoning import AUTO, NO_MARKERS, Markers
+from pagellm.engine.requests.tool_calls import PARSERS
 from pagellm.engine.scheduling.block_window import BlockWindow
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -58,6 +59,8 @@ class EngineConfig:
     reasoning_markers: what stands around a thought of the model, "<think>...</think>" for example;
     "...</think>" if it thinks from the first token on, without a start. "auto": as its chat template or its
     tokens say; "none": it has no thoughts.
+    tool_call_parser: how the model writes calls of tools, one of "hermes" (of Qwen, too), "llama3_json",
+    "mistral" and "gpt_oss"; "auto": as its chat template says.
     """
 
     block_size: int = 16
@@ -83,6 +86,7 @@ class EngineConfig:
     quantization: str = "auto"
     generation_config: str = "auto"
     reasoning_markers: str = AUTO
+    tool_call_parser: str = AUTO
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_preemptions"):
@@ -104,6 +108,7 @@ class EngineConfig:
             ("quantization", QUANTIZATIONS),
             ("preemption", PREEMPTIONS),
             ("generation_config", GENERATION_CONFIGS),
+            ("tool_call_parser", (AUTO, *PARSERS)),
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(

@@ -81,7 +81,7 @@ class Intake:
         thinking = self._thinking(params, token_ids, is_separate, in_thought)
         new_grammar = None
         if params.form is not None:
-            new_grammar = self._new_grammar(self._grammars.compile(params.form), params, thinking)
+            new_grammar = self._new_grammar(self._grammars.compile(params.form), params, thinking, token_ids)
         output = RequestOutput(request_id, text, token_ids, [], params)
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None] * len(token_ids)
@@ -135,13 +135,14 @@ class Intake:
         )
 
     def _new_grammar(
-        self, grammar: Grammar, params: SamplingParams, thinking: Thinking | None
+        self, grammar: Grammar, params: SamplingParams, thinking: Thinking | None, prompt: list[int]
     ) -> Callable[[], GrammarState]:
         """What gives the state in which an output of this form begins."""
         never = [token_id for token_id in self._eos_token_ids if params.ignore_eos]
         banned = frozenset(token_id for token_id, bias in params.bias.items() if bias == -math.inf)
-        may_think = thinking is not None and thinking.is_separate and not thinking.in_thought
-        opening = thinking.thoughts.opening_ids if thinking is not None and may_think else []
+        opening: list[int] = []
+        if thinking is not None and thinking.is_separate and not thinking.in_thought:
+            opening = thinking.thoughts.opening_ids if thinking.thoughts.may_open_after(prompt) else []
         return partial(GrammarState, grammar, never, banned, opening)
 
     def _thinking(

@@ -375,11 +375,10 @@ class LLMEngine:
         wishes = {}
         for sequence in chain(batch.sequences, *batch.forks.values()):
             request, completion = self._by_seq_id[sequence.seq_id]
-            forced, grammar = completion.forced_token, completion.grammar
-            mask = None
-            if grammar is not None and forced is None:
+            forced, mask = completion.forced_token, None
+            if forced is None:
                 try:
-                    mask = grammar.mask()
+                    mask = completion.mask()
                 except GrammarError as error:
                     raise SequenceError(sequence) from error
             if request.logits is not None or forced is not None or mask is not None:

@@ -27,6 +27,7 @@ NO_DECISIONS = (
     "quantization",
     "generation_config",
     "reasoning_markers",
+    "tool_call_parser",
 )
 
 _BUFFER_BYTES = 2**17  # of a file's lines that are written together

@@ -22,6 +22,7 @@ from pagellm.engine.tokenizer.thinking import (
     ThoughtFormat,
     markers_of_template,
     markers_of_tokens,
+    opens_thoughts,
     thought_format,
 )
 
@@ -71,6 +72,16 @@ class Thoughts:
         except RequestError:
             return []
 
+    def may_open_after(self, token_ids: Sequence[int]) -> bool:
+        """Whether the model may open a thought itself, where a prompt has not done so.
+
+        Not where its last turn has had one, empty perhaps, nor where the template would have opened it.
+        """
+        template = self._tokenizer.chat_template
+        if template is not None and opens_thoughts(template, self._markers):
+            return False
+        return self._markers.end not in self._last_turn(token_ids)
+
     def begin_at_end_of(self, token_ids: Sequence[int]) -> bool:
         """Whether a prompt from a chat template opens a thought: it ends with the start marker."""
         text = self._tokenizer.decode(token_ids[-_MOST_TOKENS_OF_MARKER:]).rstrip()
@@ -80,13 +91,15 @@ class Thoughts:
 
     def are_open_in(self, token_ids: Sequence[int]) -> bool:
         """Whether a prompt ends within a thought of its last turn."""
-        ends = [at for at, token_id in enumerate(token_ids) if token_id in self._tokenizer.eos_token_ids]
-        turn = token_ids[ends[-1] + 1 :] if ends else token_ids
-        text = self._tokenizer.decode(turn)
+        text = self._last_turn(token_ids)
         start, end = self._markers
         if not start:
             return end not in text
         return text.rfind(start) > text.rfind(end)
+
+    def _last_turn(self, token_ids: Sequence[int]) -> str:
+        ends = [at for at, token_id in enumerate(token_ids) if token_id in self._tokenizer.eos_token_ids]
+        return self._tokenizer.decode(token_ids[ends[-1] + 1 :] if ends else token_ids)
 
     def are_open_after(self, answer: str) -> bool:
         """Whether an answer that is to be continued, so far, ends within a thought."""

@@ -24,6 +24,7 @@ from pagellm.engine.errors import RequestError
 from pagellm.engine.progress import say, say_piece
 from pagellm.engine.requests.outputs import RequestOutput
 from pagellm.engine.requests.sampling_params import SamplingParams
+from pagellm.engine.requests.tool_calls import PARSERS
 from pagellm.engine.scheduling.policies import POLICIES
 from pagellm.engine.user_policy import import_policy
 
@@ -75,6 +76,11 @@ CHAT_FLAGS = {
     "reasoning_markers": Flag(
         "what stands around the model's thoughts; auto: what its chat template says, none: it has none",
         "START...END",
+    )
+}
+TOOL_FLAG = {
+    "tool_call_parser": Flag(
+        "how the model writes calls of tools; auto: as its chat template says", choices=("auto", *PARSERS)
     )
 }
 # Not here is what tells requests apart that share an engine: a command's requests are all of one user.

@@ -25,12 +25,12 @@ _LIMITS: list[tuple[str, int | float, str, str]] = [
 
 def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
     """Adds `serve`."""
-    from pagellm.engine.commands.cli import CHAT_FLAGS, GENERATION_FLAG, add_model_options
+    from pagellm.engine.commands.cli import CHAT_FLAGS, GENERATION_FLAG, TOOL_FLAG, add_model_options
 
     serve = commands.add_parser("serve", help="serve the model over HTTP", description=_serve.__doc__)
     add_model_options(serve)
     add_flags(serve.add_argument_group("sampling"), EngineConfig, GENERATION_FLAG)
-    add_flags(serve.add_argument_group("chat"), EngineConfig, CHAT_FLAGS)
+    add_flags(serve.add_argument_group("chat"), EngineConfig, CHAT_FLAGS | TOOL_FLAG)
     group = serve.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s)")
     group.add_argument("--port", type=int, default=8000, metavar="N", help="0: any (default: %(default)s)")

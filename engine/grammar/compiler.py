@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from pagellm.engine.errors import RequestError
 from pagellm.engine.grammar.masks import MaskWorker, mask_of
 from pagellm.engine.grammar.trial import Trial, first_line, parser_limits
@@ -17,15 +19,21 @@ _MOST_REMEMBERED = 128  # forms
 
 
 class Grammar:
-    """A compiled form. first_mask: the tokens that an output may begin with; not to be changed."""
+    """A compiled form. No array here is to be changed.
+
+    first_mask, first_forced: the tokens that an output may begin with, and those that it must.
+    all_but_end: the mask of all tokens but those that end a text.
+    """
 
     def __init__(self, matcher: Any, vocab_size: int, eos_ids: Sequence[int]) -> None:
         self._matcher = matcher
         self.vocab_size = vocab_size
-        self.eos_ids = eos_ids
         self.first_mask = mask_of(matcher, vocab_size)
         self.first_forced = tuple(matcher.compute_ff_tokens())
-        self.first_mask.flags.writeable = False
+        self.all_but_end = np.full_like(self.first_mask, 0xFFFFFFFF)
+        for token_id in eos_ids:
+            self.all_but_end[token_id >> 5] &= np.uint32(~(1 << (token_id & 31)) & 0xFFFFFFFF)
+        self.first_mask.flags.writeable = self.all_but_end.flags.writeable = False
 
     def new_matcher(self) -> Any:
         """Where an output begins, for one completion alone."""

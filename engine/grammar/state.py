@@ -52,6 +52,11 @@ class GrammarState:
         self.is_complete = False
 
     @property
+    def all_but_end(self) -> Mask:
+        """The mask of all tokens but those that end a text."""
+        return self._grammar.all_but_end
+
+    @property
     def needs_mask(self) -> bool:
         """Whether the next token is sampled, from tokens that have not been looked for yet."""
         return not self.forced and not self.is_complete and self._mask is None and self._job is None

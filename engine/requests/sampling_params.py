@@ -94,11 +94,12 @@ class SamplingParams:
     model's own template closes one, with tokens that are taken as if they had been sampled. Markers, and the
     tokens that close a thought so, are not counted. None: as many as the model likes.
     structured: the form that the output must have, `StructuredOutputs` or a mapping of its fields. Where
-    thoughts are told apart it is the form of the answer. A token that it does not allow has no chance,
-    whatever the other parameters; the end of text is allowed where the form is complete, and comes by itself
-    where nothing else can follow, also before min_tokens and with ignore_eos, which keep the end of text away
-    only where more may follow. Tokens that no other can take the place of are taken at once; their
-    log-probabilities are the model's own. Stop strings and tokens and max_tokens end the output anywhere.
+    thoughts are told apart it is the form of the answer, and no end of text comes before that. A token that
+    it does not allow has no chance, whatever the other parameters; the end of text is allowed where the form
+    is complete. Where nothing else can follow the output ends by itself, also before min_tokens and with
+    ignore_eos, which keep the end away only where more may follow. Tokens that no other can take the place
+    of are taken without a step each, unless the request forbids one; their log-probabilities are the model's
+    own. Stop strings, stop tokens and max_tokens end the output anywhere.
     """
 
     n: int = 1

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from pagellm.engine.errors import RequestError
 from pagellm.engine.requests.outputs import FinishReason
+from pagellm.engine.requests.tool_calls import Thought, ToolCall, ToolParser
 from pagellm.engine.server.answers import (
     CompletionLogprobs,
     Delta,
@@ -50,6 +51,7 @@ from pagellm.engine.server.protocol import (
     read_request,
 )
 from pagellm.engine.server.service import Limits, Service
+from pagellm.engine.server.tools import new_call_id
 
 
 async def complete(service: Service, request: Request) -> Response:
@@ -344,6 +346,11 @@ class ChatAnswer(Answer):
         self._has_logprobs = bool(body.logprobs)
         self._tells_reasoning = body.include_reasoning is not False
         self._wants_prompt_logprobs = body.prompt_logprobs is not None
+        self._parsers: list[ToolParser] | None = None
+        if prepared.new_parser is not None:
+            self._parsers = [prepared.new_parser() for _ in self.readers]
+        self._thought_parsers = [prepared.new_thought_parser() for _ in self.readers]
+        self._num_calls = [0] * len(self.readers)
 
     def whole(self) -> dict[str, Any]:
         """The answer after its end."""
@@ -357,13 +364,46 @@ class ChatAnswer(Answer):
 
     def choice(self, reader: Reader, delta: Delta) -> dict[str, Any]:
         """One completion as the whole answer has it."""
-        message = {"role": self._role, "content": self._said + delta.text, "refusal": None}
+        delta, calls = self._told_apart(reader, delta)
+        message: dict[str, Any] = {"role": self._role, "content": self._said + delta.text, "refusal": None}
         message |= self._reasoning(delta)
+        if calls:
+            message["tool_calls"] = [
+                {name: call[name] for name in ("id", "type", "function")} for call in calls
+            ]
+            message["content"] = message["content"] or None
         choice = {"index": reader.index, "message": message, "logprobs": self._logprobs(delta)}
         choice |= self._end(reader, delta)
         if self._returns_ids:
             choice["token_ids"] = delta.token_ids
         return choice
+
+    def _end(self, reader: Reader, delta: Delta) -> dict[str, Any]:
+        end = super()._end(reader, delta)
+        if delta.finish_reason is FinishReason.STOP and self._num_calls[reader.index]:
+            end["finish_reason"] = "tool_calls"
+        return end
+
+    def _told_apart(self, reader: Reader, delta: Delta) -> tuple[Delta, list[dict[str, Any]]]:
+        """What is new without the calls of tools in it, and those."""
+        if self._parsers is None:
+            return delta, []
+        parser, thought_parser = self._parsers[reader.index], self._thought_parsers[reader.index]
+        parts, thought = parser.append(delta.text), thought_parser.append(delta.reasoning)
+        if delta.finish_reason is not None:
+            parts += parser.finish()
+            thought += thought_parser.finish()
+        calls = []
+        for part in parts:
+            if isinstance(part, ToolCall):
+                function = {"name": part.name, "arguments": part.arguments}
+                index = self._num_calls[reader.index]
+                calls.append({"index": index, "id": new_call_id(), "type": "function", "function": function})
+                self._num_calls[reader.index] += 1
+        text = "".join(part for part in parts if isinstance(part, str))
+        thoughts = [part.text for part in parts if isinstance(part, Thought)]
+        reasoning = "".join([part for part in thought if isinstance(part, str)] + thoughts)
+        return delta._replace(text=text, reasoning=reasoning), calls
 
     def chunks(self, reader: Reader, delta: Delta) -> list[dict[str, Any]]:
         """What is new of a completion as chunks of a stream, after one that says whose words they are."""
@@ -377,9 +417,12 @@ class ChatAnswer(Answer):
             if self._returns_ids:
                 chunk["prompt_token_ids"] = reader.live.output.prompt_token_ids
             chunks.append(chunk)
+        delta, calls = self._told_apart(reader, delta)
         new: dict[str, Any] = self._reasoning(delta)
         if delta.text:
             new["content"] = delta.text
+        if calls:
+            new["tool_calls"] = calls
         if new or delta.finish_reason or self._has_logprobs or self._returns_ids:
             choice = {"index": reader.index, "delta": new, "logprobs": self._logprobs(delta)}
             choice |= self._end(reader, delta)

@@ -4,7 +4,9 @@ What takes long with long texts, and so runs in a worker. Raises `RequestError` 
 """
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,6 +14,8 @@ from pagellm.engine.checks import JsonError, integer, integers, parse_json, text
 from pagellm.engine.errors import RequestError, found
 from pagellm.engine.llm import LLM
 from pagellm.engine.requests.sampling_params import SamplingParams
+from pagellm.engine.requests.structured import StructuredOutputs
+from pagellm.engine.requests.tool_calls import PlainText, ToolParser
 from pagellm.engine.server.engine_thread import Entry
 from pagellm.engine.server.protocol import (
     ChatCompletionRequest,
@@ -19,9 +23,12 @@ from pagellm.engine.server.protocol import (
     CompletionRequest,
     GenerationRequest,
 )
+from pagellm.engine.server.tools import plan_tools, tell_tools
 
 MAX_COMPLETIONS = 1024  # of one request, over all its prompts
 _DEFAULT_MAX_TOKENS = 16  # of /v1/completions
+# Of vLLM's fields those that choose among ways to the same form.
+_NO_FORMS = ("disable_fallback", "_backend", "_backend_was_auto")
 _SAME_NAMES = (
     "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "min_tokens",
@@ -33,13 +40,16 @@ class Prepared(NamedTuple):
     """What goes to the engine, and what the answer needs to know beside it.
 
     texts: what `echo` says before each prompt's completions. hides_output: no tokens were asked for; the
-    engine computes one, which nobody sees. role: whose words the model writes.
+    engine computes one, which nobody sees. role: whose words the model writes. new_parser: reads the calls of
+    tools in one completion; None where there are none. new_thought_parser: what its thoughts go through then.
     """
 
     entries: list[Entry]
     texts: list[str]
     hides_output: bool
     role: str = "assistant"
+    new_parser: Callable[[], ToolParser] | None = None
+    new_thought_parser: Callable[[], ToolParser] = PlainText
 
 
 class Headers(NamedTuple):
@@ -56,6 +66,10 @@ def prepare_completion(llm: LLM, request: CompletionRequest, headers: Headers, a
         llm, request, headers, _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens,
         logprobs, given_max_tokens="max_tokens" in request.model_fields_set,
     )  # fmt: skip
+    form = answer_form(request)
+    if form is not None:
+        compile_form(llm, request, form)
+        params = replace(params, structured=form)
     if request.echo and logprobs is not None and params.prompt_logprobs is None:
         params = replace(params, prompt_logprobs=logprobs)
     prompts = _prompts(request.prompt)
@@ -102,13 +116,81 @@ def prepare_chat(llm: LLM, request: ChatCompletionRequest, headers: Headers, arr
     params, hides_output = _sampling_params(
         llm, request, headers, max_tokens, logprobs, given_max_tokens=max_tokens is not None
     )
+    hides_special = params.skip_special_tokens
+    plan = plan_tools(
+        llm, request.tools, request.tool_choice, request.parallel_tool_calls, answer_form(request),
+        request.chat_template, hides_special,
+    )  # fmt: skip
+    if plan.form is not None:
+        compile_form(llm, request, plan.form)
+    params = replace(params, structured=plan.form, skip_special_tokens=hides_special and plan.parser is None)
     messages = messages_of(llm, request)
     ids, in_thought = chat_prompt(llm, request, messages)
     kept = _truncated(llm, request, ids)
     texts, role = [], _answer_role(request, messages)
     if request.echo:
         texts.append(_content_of(messages[-1]) if messages[-1].get("role") == role else "")
-    return Prepared([Entry(kept, params, arrival_s, True, in_thought)], texts, hides_output, role)
+    entry = Entry(kept, params, arrival_s, plan.separates_reasoning, in_thought)
+    return Prepared([entry], texts, hides_output, role, plan.parser, plan.thought_parser)
+
+
+def answer_form(request: GenerationRequest) -> StructuredOutputs | None:
+    """The form that a request asks for, whichever field says it. Raises `RequestError`, which names that."""
+    given: dict[str, Any] = {}
+    if request.response_format is not None:
+        form = _form_of_response(request.response_format)
+        given |= {} if form is None else {"response_format": form}
+    if request.structured_outputs is not None:
+        fields = {name: value for name, value in request.structured_outputs.items() if name not in _NO_FORMS}
+        given["structured_outputs"] = fields
+    for name in ("json", "regex", "choice", "grammar"):
+        value = getattr(request, f"guided_{name}")
+        if value is not None:
+            given[f"guided_{name}"] = {name: value}
+    if len(given) > 1:
+        raise RequestError(f"{list(given)[1]}: found a form, expected none beside {next(iter(given))}")
+    for name, fields in given.items():
+        with _naming(name):
+            return StructuredOutputs.read("structured", fields)
+    return None
+
+
+def _form_of_response(response_format: dict[str, Any]) -> dict[str, Any] | None:
+    kind = response_format.get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"json_object": True}
+    if kind == "structural_tag":
+        return {"structural_tag": response_format}
+    described = response_format.get("json_schema")
+    if kind != "json_schema":
+        raise RequestError(
+            f"response_format.type: found {found(kind)}, expected text, json_object, json_schema or "
+            "structural_tag"
+        )
+    if not isinstance(described, dict) or not isinstance(described.get("schema", {}), dict | bool):
+        raise RequestError(
+            f"response_format.json_schema: found {found(described)}, expected an object with a schema"
+        )
+    return {"json": described.get("schema", {"type": "object"})}
+
+
+def compile_form(llm: LLM, request: GenerationRequest, form: StructuredOutputs) -> None:
+    """Compiles a request's form, which is not the engine's thread's business. Raises `RequestError`."""
+    names = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice")
+    name = next((name for name in names if getattr(request, name) is not None), "guided_grammar")
+    with _naming(name):
+        llm.engine.compile_form(form)
+
+
+@contextmanager
+def _naming(field: str) -> Iterator[None]:
+    """Says of a form that is refused in which field of the request it is."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(re.sub("^structured(?=[.:])", field, str(error))) from None
 
 
 def _answer_role(request: ChatInput, messages: list[dict[str, Any]]) -> str:
@@ -166,8 +248,9 @@ def chat_prompt(llm: LLM, request: ChatInput, messages: list[dict[str, Any]]) ->
     thinking, effort = request.thinking, request.reasoning_effort
     if effort == "none" and thinking is not True:  # a model without thoughts has none anyway
         effort, thinking = None, None if llm.engine.thoughts is None else False
+    messages, tools = tell_tools(llm, messages, request.tools or None, request.chat_template)
     options: dict[str, Any] = {
-        "tools": request.tools or None,
+        "tools": tools,
         "add_generation_prompt": request.add_generation_prompt,
         "continue_final_message": bool(request.continue_final_message),
         "chat_template": request.chat_template,

@@ -44,6 +44,10 @@ Tools = Annotated[
 ]
 
 
+_SCHEMA = {"anyOf": [{"type": "object"}, {"type": "string"}, {"type": "null"}]}
+_CHOICE = {"anyOf": [{"enum": [None, "none", "auto", "required"]}, {"type": "object"}]}
+
+
 class Neutral:
     """Marks a field that is known and not supported: values that ask for what happens anyway, beside null."""
 
@@ -132,6 +136,17 @@ class GenerationRequest(Request):
     tenant: str | None = None
     deadline_s: float | None = Field(None, ge=0)
     thinking_token_budget: Integer | None = Field(None, ge=-1)
+    response_format: dict[str, Any] | None = Field(
+        None, description="The form of the answer: of type text, json_object, json_schema or structural_tag."
+    )
+    structured_outputs: dict[str, Any] | None = Field(
+        None,
+        description="The same in vLLM's form: json, regex, choice, grammar, json_object or structural_tag.",
+    )
+    guided_json: Annotated[Any, WithJsonSchema(_SCHEMA)] = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     request_id: str | None = None
     # What names a request for others, and changes nothing here.
     user: str | None = None
@@ -145,12 +160,6 @@ class GenerationRequest(Request):
     use_beam_search: Annotated[Any, Neutral(False)] = None
     length_penalty: Annotated[Any, Neutral(1)] = None
     logprob_token_ids: Annotated[Any, Neutral()] = None
-    response_format: Annotated[Any, Neutral({"type": "text"})] = None
-    structured_outputs: Annotated[Any, Neutral()] = None
-    guided_json: Annotated[Any, Neutral()] = None
-    guided_regex: Annotated[Any, Neutral()] = None
-    guided_choice: Annotated[Any, Neutral()] = None
-    guided_grammar: Annotated[Any, Neutral()] = None
     stream_interval: Annotated[Any, Neutral(1)] = None
     repetition_detection: Annotated[Any, Neutral()] = None
     watermarking: Annotated[Any, Neutral(False)] = None
@@ -178,7 +187,7 @@ class ChatCompletionRequest(GenerationRequest, ChatInput):
     logprobs: bool | None = None
     top_logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
     include_reasoning: bool | None = None
-    tool_choice: Annotated[Any, WithJsonSchema({"enum": [None, "none", "auto"]})] = None
+    tool_choice: Annotated[Any, WithJsonSchema(_CHOICE)] = None
     parallel_tool_calls: bool | None = None
     functions: Annotated[Any, Neutral([])] = None
     function_call: Annotated[Any, Neutral("none")] = None
@@ -231,26 +240,7 @@ def read_request(kind: type[_Kind], body: bytes) -> _Kind:
             continue
         expected = " or ".join(map(repr, neutral)) or "nothing"
         raise ApiError(400, f"{name}: found {found(value)}, expected {expected}: it is not supported", name)
-    _check_tools(request)
     return request
-
-
-def _check_tools(request: Request) -> None:
-    """A model may be told of tools; that it calls them is not supported."""
-    if not isinstance(request, ChatCompletionRequest):
-        return
-    choice = request.tool_choice
-    if request.tools and choice != "none":
-        shown = "nothing" if choice is None else found(choice)
-        raise ApiError(
-            400,
-            f"tool_choice: found {shown} beside tools, expected 'none': calls are not supported",
-            "tool_choice",
-        )
-    if choice not in (None, "none", "auto"):
-        raise ApiError(
-            400, f"tool_choice: found {found(choice)} without tools, expected 'none' or 'auto'", "tool_choice"
-        )
 
 
 def _refused(error: ValidationError, body: bytes) -> ApiError:

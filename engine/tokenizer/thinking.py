@@ -115,6 +115,11 @@ def _thought_format(markers: Markers, template: ChatTemplate | None) -> ThoughtF
     return usual
 
 
+def opens_thoughts(template: ChatTemplate, markers: Markers) -> bool:
+    """Whether the template opens a thought itself where one is wanted, so that the model need not."""
+    return _generation_prompt(template, is_on=True).rstrip().endswith(markers.start)
+
+
 def switch_variables(template: ChatTemplate, name: str | None, is_on: bool) -> dict[str, Any]:
     """The variables that switch thoughts on or off in a template.
 

@@ -1,0 +1,440 @@
+"""What a model writes, told apart into what it says and the tools it calls, as its text grows.
+
+Four ways to write a call are known. However a text is cut into pieces, the parts are the same: each decision
+follows from the text alone, and waits until enough of it is there. A call is given out when it is complete;
+what begins like one and is none is said, and so nothing is lost.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+HERMES, LLAMA3_JSON, MISTRAL, GPT_OSS = "hermes", "llama3_json", "mistral", "gpt_oss"
+PARSERS = (HERMES, LLAMA3_JSON, MISTRAL, GPT_OSS)
+
+
+class ToolCall(NamedTuple):
+    """A call. arguments: the JSON text of an object, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class Thought(NamedTuple):
+    """A piece of what the model thinks, where its answer has that, too."""
+
+    text: str
+
+
+Part = str | ToolCall | Thought  # a text is a piece of what the model says
+
+
+class ToolParser:
+    """The parts of one answer. Whitespace around calls is no part.
+
+    names: of the tools there are. unsaid: special tokens, which are no part of what is said; the text that
+    is given to `append` has them.
+    """
+
+    def __init__(self, names: Sequence[str] = (), unsaid: Sequence[str] = ()) -> None:
+        self._names = frozenset(names)
+        self._unsaid = [one for one in unsaid if one]
+        self._text = ""  # what has come and is not dealt with
+        self._space = ""  # whitespace that is said if more is
+        self._is_behind_call = False
+        self._has_said = False
+        self._json = _JsonEnd()
+
+    def append(self, text: str) -> list[Part]:
+        """The parts that a piece of the text completes."""
+        self._text += text
+        return self._advance(is_end=False)
+
+    def finish(self) -> list[Part]:
+        """The parts that are left where the text ends."""
+        parts = self._advance(is_end=True)
+        if self._space and not self._is_behind_call:
+            parts.append(self._space)
+        self._space = ""
+        return parts
+
+    def _advance(self, is_end: bool) -> list[Part]:
+        parts: list[Part] = []
+        while self._step(parts, is_end):
+            pass
+        return parts
+
+    def _step(self, parts: list[Part], is_end: bool) -> bool:
+        """Deals with some of the text, if enough is there; whether to go on."""
+        raise NotImplementedError
+
+    def _say(self, text: str, parts: list[Part]) -> None:
+        text = self._space + text
+        self._space = ""
+        if self._is_behind_call:
+            text = text.lstrip()
+        kept = text.rstrip()
+        self._space = text[len(kept) :]
+        if kept:
+            parts.append(kept)
+            self._is_behind_call = False
+            self._has_said = True
+
+    def _call(self, call: ToolCall, parts: list[Part]) -> None:
+        self._space = ""
+        self._is_behind_call = True
+        parts.append(call)
+
+    def _say_up_to(self, markers: Sequence[str], parts: list[Part], is_end: bool) -> str | None:
+        """Says what stands before the first of the markers, and takes that away; None: none is there yet.
+
+        Special tokens are left out of what is said.
+        """
+        while True:
+            at, marker, is_sure = _first_of((*markers, *self._unsaid), self._text)
+            self._say(self._text[:at], parts)
+            self._text = self._text[at:]
+            if marker is None or not (is_sure or is_end):
+                if is_end and self._text:  # the beginning of a marker, and no more
+                    self._say(self._text, parts)
+                    self._text = ""
+                return None
+            self._text = self._text[len(marker) :]
+            if marker in markers:
+                self._json = _JsonEnd()
+                return marker
+
+
+class PlainText(ToolParser):
+    """Text without calls: a thought, say. Special tokens are left out."""
+
+    def _step(self, parts: list[Part], is_end: bool) -> bool:
+        return self._say_up_to([], parts, is_end) is not None
+
+
+class HermesParser(ToolParser):
+    """<tool_call>{"name": ..., "arguments": {...}}</tool_call>, of Hermes, Qwen, Granite 4 and others."""
+
+    _START, _END = "<tool_call>", "</tool_call>"
+    _is_in_call = False
+
+    def _step(self, parts: list[Part], is_end: bool) -> bool:
+        if not self._is_in_call:
+            self._is_in_call = self._say_up_to([self._START], parts, is_end) is not None
+            return self._is_in_call
+        size = self._json.of_object(self._text)
+        if size is None and not is_end:
+            return False
+        call = None
+        if size:
+            behind = self._text[size:].lstrip()
+            if not (behind.startswith(self._END) or is_end) and self._END.startswith(behind):
+                return False
+            if not behind or behind.startswith(self._END):
+                call = _call_of(self._text[:size])
+        self._is_in_call = False
+        if call is None:
+            self._say(self._START, parts)
+        else:
+            self._call(call, parts)
+            self._text = behind.removeprefix(self._END)
+        return True
+
+
+class Llama3JsonParser(ToolParser):
+    """{"name": ..., "parameters": {...}} at the beginning of an answer, "; " between several. Of Llama 3."""
+
+    _TAG = "<|python_tag|>"
+
+    def __init__(self, names: Sequence[str] = (), unsaid: Sequence[str] = ()) -> None:
+        super().__init__(names, [*unsaid, self._TAG])
+        self._is_calling = True
+        self._skipped = ""  # whitespace and a semicolon, before what may be a call
+
+    def _step(self, parts: list[Part], is_end: bool) -> bool:
+        if not self._is_calling:
+            return self._say_up_to([], parts, is_end) is not None
+        words = self._text.lstrip()
+        self._skipped += self._text[: len(self._text) - len(words)]
+        self._text = words
+        if not words:
+            if is_end:
+                self._is_calling = False
+                self._text, self._skipped = self._skipped, ""
+            return is_end
+        if words[0] == ";" and self._is_behind_call and ";" not in self._skipped:
+            self._skipped += ";"
+            self._text = words[1:]
+            return True
+        if words[0] != "{":
+            at, marker, is_sure = _first_of(self._unsaid, words)
+            if at == 0:
+                if not (is_sure and marker) and not is_end:
+                    return False
+                if marker:
+                    self._text = words[len(marker) :]
+                    return True
+        size = self._json.of_object(words)
+        if size is None and not is_end:
+            return False
+        call = _call_of(words[:size]) if size else None
+        self._json = _JsonEnd()
+        if call is None or call.name not in self._names:
+            self._is_calling = False
+            self._text, self._skipped = self._skipped + words, ""
+        else:
+            self._call(call, parts)
+            self._text, self._skipped = words[size:], ""
+        return True
+
+
+class MistralParser(ToolParser):
+    """[TOOL_CALLS][{"name": ..., "arguments": {...}}] or, later, [TOOL_CALLS]name[ARGS]{...}. Of Mistral."""
+
+    _START = "[TOOL_CALLS]"
+    _NAME = re.compile(r"\s*([\w.:/-]+)\s*(?:\[CALL_ID\]\s*[\w-]*\s*)?(?:\[ARGS\])?\s*(?=\{)")
+    _MOST_BEFORE_ARGUMENTS = 512
+    _is_in_call = False
+
+    def _step(self, parts: list[Part], is_end: bool) -> bool:
+        if not self._is_in_call:
+            self._is_in_call = self._say_up_to([self._START], parts, is_end) is not None
+            return self._is_in_call
+        words = self._text.lstrip()
+        if not words and not is_end:
+            return False
+        calls, size = self._list(words, is_end) if words[:1] == "[" else self._named(words, is_end)
+        if size is None:
+            return False
+        self._is_in_call = False
+        if calls:
+            for call in calls:
+                self._call(call, parts)
+            self._text = words[size:]
+        else:
+            self._say(self._START, parts)
+        return True
+
+    def _list(self, words: str, is_end: bool) -> tuple[list[ToolCall], int | None]:
+        """Calls in a list, and where it ends; no calls if it is none, and no end if that is not known yet."""
+        size = self._json.of_array(words)
+        if not size:
+            return [], None if size is None and not is_end else 0
+        with_none = [_call_of(one) for one in _elements(words[:size])]
+        calls = [call for call in with_none if call is not None]
+        return (calls if len(calls) == len(with_none) else []), size
+
+    def _named(self, words: str, is_end: bool) -> tuple[list[ToolCall], int | None]:
+        """The same for a call whose name comes first."""
+        header = self._NAME.match(words)
+        if header is None:
+            brace = words.find("{")
+            is_over = is_end or brace >= 0 or len(words) > self._MOST_BEFORE_ARGUMENTS
+            return [], 0 if is_over else None
+        arguments = words[header.end() :]
+        size = self._json.of_object(arguments)
+        if size is None and not is_end:
+            return [], None
+        if not size or _object(arguments[:size]) is None:
+            return [], 0
+        return [ToolCall(header[1], arguments[:size])], header.end() + size
+
+
+class GptOssParser(ToolParser):
+    """<|channel|>commentary to=functions.name <|constrain|>json<|message|>{...}<|call|>, of gpt-oss.
+
+    What is said to the channel `analysis` is a thought.
+    """
+
+    _HEADER = ("<|start|>", "<|channel|>")
+    _MESSAGE = "<|message|>"
+    _ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
+    _TO = re.compile(r"to=functions\.([\w.:/-]+)")
+
+    def __init__(self, names: Sequence[str] = (), unsaid: Sequence[str] = ()) -> None:
+        super().__init__(names, unsaid)
+        self._header: str | None = None  # of the message that is being read
+        self._body = ""  # of a call
+
+    def _step(self, parts: list[Part], is_end: bool) -> bool:
+        if self._header is None:
+            return self._begin(parts, is_end)
+        call = self._TO.search(self._header)
+        at, end, _ = _first_of(self._ENDS, self._text)
+        body, self._text = self._text[:at], self._text[at:]
+        if end is None and is_end:
+            body, self._text = body + self._text, ""
+        if call is not None:
+            self._body += body
+        elif "analysis" in self._header:
+            parts += [Thought(body)] if body else []
+        elif body:
+            self._say(body, parts)
+        if end is None and not is_end:
+            return False
+        if call is not None and (end is not None or self._body):
+            if _object(self._body) is None:
+                self._say(f"{self._header}{self._MESSAGE}{self._body}", parts)
+            else:
+                self._call(ToolCall(call[1], self._body.strip()), parts)
+        self._header, self._body = None, ""
+        if end is not None and end != "<|start|>":
+            self._text = self._text[len(end) :]
+        return bool(self._text)
+
+    def _begin(self, parts: list[Part], is_end: bool) -> bool:
+        """Reads a message's header, or what is said without one."""
+        at, marker, _ = _first_of(self._HEADER, self._text)
+        if marker is None:
+            self._say_up_to([], parts, is_end)
+            return False
+        end = self._text.find(self._MESSAGE, at)
+        if end < 0 and not is_end:
+            return False
+        said, rest = self._text[:at], self._text[at:]
+        self._text = said
+        if said:
+            self._say_up_to([], parts, is_end=True)
+        if end < 0:
+            self._text = ""
+            self._say(rest, parts)
+            return False
+        self._header = rest[: end - at]
+        self._text = rest[end - at + len(self._MESSAGE) :]
+        return True
+
+
+_KINDS: dict[str, type[ToolParser]] = {
+    HERMES: HermesParser,
+    LLAMA3_JSON: Llama3JsonParser,
+    MISTRAL: MistralParser,
+    GPT_OSS: GptOssParser,
+}
+
+
+def new_parser(kind: str, names: Sequence[str], unsaid: Sequence[str]) -> ToolParser:
+    """A parser of one of `PARSERS`, for one answer."""
+    return _KINDS[kind](names, unsaid)
+
+
+def _first_of(markers: Sequence[str], text: str) -> tuple[int, str | None, bool]:
+    """Where the first of the markers is, which it is, and whether a longer one is out of the question.
+
+    Where there is none: the place from which on the text may be the beginning of one.
+    """
+    best, found = len(text), ""
+    for marker in markers:
+        at = text.find(marker, 0, best + len(marker))
+        if at >= 0 and (at < best or (at == best and len(marker) > len(found))):
+            best, found = at, marker
+    for marker in markers:
+        for at in range(max(0, len(text) - len(marker) + 1), min(best + 1, len(text))):
+            if marker.startswith(text[at:]) and len(marker) > len(text) - at:
+                if at == best and found:
+                    return best, found, False
+                if at < best:
+                    best, found = at, ""
+                break
+    return best, found or None, True
+
+
+class _JsonEnd:
+    """Finds where a JSON value ends in a text that grows; what has been read is not read again."""
+
+    def __init__(self) -> None:
+        self._at = self._depth = 0
+        self._is_in_text = self._is_escaped = False
+
+    def of_object(self, text: str) -> int | None:
+        """Where the object ends that a text begins with; 0: it begins with none, None: it goes on."""
+        return self._end(text, "{")
+
+    def of_array(self, text: str) -> int | None:
+        """The same of an array."""
+        return self._end(text, "[")
+
+    _STRUCTURE = re.compile(r'[{}\[\]"]')
+    _TEXT = re.compile(r'["\\]')
+
+    def _end(self, text: str, opening: str) -> int | None:
+        if not self._depth:
+            begin = len(text) - len(text.lstrip())
+            if begin == len(text):
+                return None
+            if text[begin] != opening:
+                return 0
+            self._at, self._depth = begin + 1, 1
+        while True:
+            if self._is_escaped:
+                if self._at >= len(text):
+                    return None
+                self._at, self._is_escaped = self._at + 1, False
+            match = (self._TEXT if self._is_in_text else self._STRUCTURE).search(text, self._at)
+            if match is None:
+                self._at = len(text)
+                return None
+            self._at = match.end()
+            if match[0] == "\\":
+                self._is_escaped = True
+            elif match[0] == '"':
+                self._is_in_text = not self._is_in_text
+            else:
+                self._depth += 1 if match[0] in "{[" else -1
+                if not self._depth:
+                    return self._at
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    """The JSON object that a text is; None if it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _elements(text: str) -> list[str]:
+    """The texts of the elements of a JSON array; none if it is no array."""
+    decoder, at, elements = json.JSONDecoder(), 1, list[str]()
+    try:
+        json.loads(text)
+        while True:
+            at += len(text[at:]) - len(text[at:].lstrip(" \t\r\n,"))
+            if text[at] == "]":
+                return elements
+            _, end = decoder.raw_decode(text, at)
+            elements.append(text[at:end])
+            at = end
+    except (ValueError, RecursionError):
+        return []
+
+
+def _call_of(text: str) -> ToolCall | None:
+    """The call that a JSON object says, with its arguments as they are written; None if it says none."""
+    value = _object(text)
+    if value is None or not isinstance(value.get("name"), str) or not value["name"]:
+        return None
+    key = "arguments" if "arguments" in value else "parameters"
+    arguments = value.get(key, {})
+    if isinstance(arguments, str):  # an object that was written as a text
+        return None if _object(arguments) is None else ToolCall(value["name"], arguments)
+    if not isinstance(arguments, dict):
+        return None
+    return ToolCall(value["name"], _written(text, key) or json.dumps(arguments, ensure_ascii=False))
+
+
+def _written(text: str, key: str) -> str | None:
+    """How the value of a key of a JSON object is written; None if it stands there twice."""
+    decoder, at, found = json.JSONDecoder(), text.index("{") + 1, list[str]()
+    while True:
+        at += len(text[at:]) - len(text[at:].lstrip(" \t\r\n,"))
+        if text[at] == "}":
+            return found[0] if len(found) == 1 else None
+        name, at = decoder.raw_decode(text, at)
+        at = text.index(":", at) + 1
+        at += len(text[at:]) - len(text[at:].lstrip())
+        _, end = decoder.raw_decode(text, at)
+        if name == key:
+            found.append(text[at:end])
+        at = end
