@@ -33,7 +33,7 @@ _REPLAY_TYPES = {name: kind for name, kind in get_type_hints(Simulator).items() 
 _CONFIG_TYPES = {
     name: kind
     for name, kind in get_type_hints(EngineConfig).items()
-    if name not in ("step_log", "generation_config", "reasoning_markers")
+    if name not in ("step_log", "generation_config", "reasoning_markers", "tool_call_parser")
 }
 _TYPES: dict[str, Any] = _CONFIG_TYPES | {"hardware": str, "seed": int} | _REPLAY_TYPES
 _EXPECTED = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text"}

@@ -8,7 +8,7 @@ import pytest
 
 from pagellm.__main__ import main
 from pagellm.engine import EngineConfig, SamplingParams
-from pagellm.engine.commands.cli import CHAT_FLAGS, ENGINE_FLAGS, GENERATION_FLAG, SAMPLING_FLAGS
+from pagellm.engine.commands.cli import CHAT_FLAGS, ENGINE_FLAGS, GENERATION_FLAG, SAMPLING_FLAGS, TOOL_FLAG
 from pagellm.engine.commands.flags import Flag, add_flags, given
 from tests.conftest import model_path
 
@@ -57,13 +57,13 @@ def test_the_defaults_of_a_command_are_in_its_help() -> None:
 
 
 def test_every_setting_of_the_engine_has_a_flag() -> None:
-    flags = ENGINE_FLAGS | GENERATION_FLAG | CHAT_FLAGS
+    flags = ENGINE_FLAGS | GENERATION_FLAG | CHAT_FLAGS | TOOL_FLAG
     # An engine takes its model's own window alone; the simulator's flag sets another.
     assert flags.keys() == {field.name for field in fields(EngineConfig)} - {"window"}
 
 
-def test_every_sampling_parameter_has_a_flag_unless_it_tells_users_or_prompts_apart() -> None:
-    others = {"logit_bias", "prompt_logprobs", "cache_salt", "priority", "tenant", "deadline_s"}
+def test_every_sampling_parameter_has_a_flag_unless_it_is_of_one_user_or_prompt() -> None:
+    others = {"logit_bias", "prompt_logprobs", "cache_salt", "priority", "tenant", "deadline_s", "structured"}
     assert SAMPLING_FLAGS.keys() | others == {field.name for field in fields(SamplingParams)}
     assert not SAMPLING_FLAGS.keys() & others
 
