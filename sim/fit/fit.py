@@ -33,7 +33,7 @@ _QUANTILE_TOLERANCE = 4.0  # times that of the mean
 _SPRING = 2.0  # how many factors of e a constant may be off before it weighs
 _STEP = 0.05  # of a logarithm, for derivatives: steps of a replay are too coarse for a small one
 _MAX_ROUNDS = 6
-_SLOWER = 0.5  # of a logarithm, where the second search begins
+_SLOWER = (0.5, 1.0, 2.0, 3.0)  # of a logarithm: of these the second search begins at the best
 _ENOUGH = 1e-2  # of the sum of squares: no round that brings less is followed by another
 
 
@@ -81,8 +81,9 @@ class Fit:
                 off += _differences(self.replay(one, values), one.fitted)
             return off + [x / _SPRING for x in point]
 
-        slower = [-_SLOWER if CONSTANTS[name].high == 1 else _SLOWER for name in self.constants]
-        starts = [0.0] * len(slower), slower
+        ways = [-1.0 if CONSTANTS[name].high == 1 else 1.0 for name in self.constants]
+        slower = ([slow * way for way in ways] for slow in _SLOWER)
+        starts = [0.0] * len(ways), min(slower, key=lambda start: _square(residuals(start)))
         point, _ = min(
             (_levenberg_marquardt(residuals, start) for start in starts), key=lambda found: found[1]
         )

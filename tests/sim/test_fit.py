@@ -364,6 +364,22 @@ def test_what_a_run_followed_from_is_found_again(tmp_path: Path) -> None:
         assert abs(costs.error[name]) < most  # type: ignore[literal-required]
 
 
+def test_constants_that_are_far_away_are_found_too(tmp_path: Path) -> None:
+    # Of a processor of which a few cores serve, where 96 are assumed.
+    true = {"product_flops": 0.02, "product_bytes": 0.06, "decode_bytes": 0.05, "step_overhead_s": 1e-3}
+    asked = [one._replace(arrival_s=8 * one.arrival_s, prompt_len=one.prompt_len // 2) for one in busy_run()]
+    experiment = Experiment("run", requests_of(asked), None, None, SETTINGS)
+    path = tmp_path / "run.jsonl"
+    path.write_text(
+        plain(as_ones(replayed(experiment, CostModel.roofline("epyc-9654", "smollm2-135m", **true))))
+    )
+    fit = Fit(load_run(path), "epyc-9654", "smollm2-135m", settings=SETTINGS)
+    before, error = fit.score({}), fit.search().error
+    for name in ("ttft", "tpot", "e2e"):
+        assert abs(before[name]) > 0.8  # type: ignore[literal-required]
+        assert abs(error[name]) < 0.03  # type: ignore[literal-required]
+
+
 def test_the_front_end_is_fitted_where_a_client_took_the_times(tmp_path: Path) -> None:
     late = [
         one._replace(first_token_s=one.first_token_s + 0.03, last_token_s=one.last_token_s + 0.03)
