@@ -22,7 +22,6 @@ MODEL_SETTINGS = {"num_blocks": 160, "block_size": 8, "max_num_seqs": 24}
 _GROWTH_BYTES = 48 << 20  # of a process whose allocator keeps some of what it had
 _CHAT = [{"role": "user", "content": "hello there"}]
 _NAME = {"type": "object", "properties": {"name": {"enum": ["a", "b"]}}, "required": ["name"]}
-FORM = "/v1/completions", {"prompt": "a", "max_tokens": 1, "structured_outputs": {"json": _NAME}}
 
 
 def requests(number: int = 40) -> list[tuple[str, dict[str, Any]]]:
@@ -150,8 +149,6 @@ def soak(service: Any, seconds: float, clients: int, seed: int) -> Crowd:
     from tests.engine.server.test_clients import request
 
     crowd = Crowd(service.url, seed)
-    if request(service, *FORM)[0] != 200:  # not every server takes forms
-        crowd.asked = [one for one in crowd.asked if "structured_outputs" not in one[1]]
     threads = crowd.run(clients)
     time.sleep(seconds / 10)
     early_bytes = resident_bytes()
