@@ -79,6 +79,14 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
         "--kv-events-topic", default="", metavar="TEXT", dest="kv_events_topic",
         help="the topic under which it is published (default: none)",
     )  # fmt: skip
+    group.add_argument(
+        "--log-format", choices=("text", "json"), default="text", dest="log_format",
+        help="what the log says of each request: a line of text, or of JSON (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--otlp-traces-endpoint", metavar="URL", dest="otlp_traces_endpoint",
+        help="send a span of each request there, over OTLP and HTTP, such as http://localhost:4318/v1/traces",
+    )  # fmt: skip
     group.add_argument("--ssl-certfile", metavar="FILE", help="serve over TLS with this certificate")
     group.add_argument("--ssl-keyfile", metavar="FILE", help="and its key")
     serve.set_defaults(command=_serve)
@@ -135,7 +143,7 @@ def _serve(options: argparse.Namespace) -> None:
     run_server(
         load, options.served_model_name or [options.model], options.host, options.port,
         options.shutdown_timeout, limits, keys, options.ssl_certfile, options.ssl_keyfile,
-        options.allowed_origins, events,
+        options.allowed_origins, events, options.log_format, options.otlp_traces_endpoint,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from pagellm import __version__
 from pagellm.engine.server import completions, responses, tokens
+from pagellm.engine.server.access_log import AccessLog
 from pagellm.engine.server.errors import ApiError, as_api_error
 from pagellm.engine.server.http import ClientGoneError, Door, EventStream, error_response, json_response
 from pagellm.engine.server.live import PAGE
@@ -30,13 +31,18 @@ from pagellm.engine.server.service import AnyEndpoint, Service
 _SCHEMA_PLACE = "#/components/schemas/{model}"
 
 
-def make_app(service: Service, keys: Sequence[str] = (), allowed_origins: Sequence[str] = ()) -> Any:
+def make_app(
+    service: Service,
+    keys: Sequence[str] = (),
+    allowed_origins: Sequence[str] = (),
+    log: AccessLog | None = None,
+) -> Any:
     """The ASGI application of a service behind its door; the model begins to load when it starts.
 
     keys: those of which clients must send one, as `Authorization: Bearer`; none: everybody is served.
     allowed_origins: whose pages browsers let ask; "*" is all, and nobody's where there is none.
     """
-    door = Door(routes(service), service, keys)
+    door = Door(routes(service), service, keys, log)
     if not allowed_origins:
         return door
     return CORSMiddleware(

@@ -15,7 +15,7 @@ import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from pagellm.engine.progress import say
+from pagellm.engine.server.access_log import AccessLog, Ended
 from pagellm.engine.server.errors import ApiError, as_api_error, error_body
 
 _BODY_PAUSE_S = 60.0  # that a client may take between two parts of a body
@@ -28,6 +28,7 @@ _NO_KEY = ApiError(
 )
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
+_TRACE = b"traceparent", b"tracestate"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _Result = TypeVar("_Result")
 
@@ -183,8 +184,11 @@ class Door:
     keys: those of which a request must have one, where there are any; `_OPEN` are for everybody.
     """
 
-    def __init__(self, app: Any, service: Any, keys: Sequence[str] = ()) -> None:
+    def __init__(
+        self, app: Any, service: Any, keys: Sequence[str] = (), log: AccessLog | None = None
+    ) -> None:
         self._app = app
+        self._log = log or AccessLog()
         self._service = service
         self._keys = [_digest(key.encode()) for key in keys]
 
@@ -193,7 +197,7 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start = time.perf_counter()
+        start, start_s = time.perf_counter(), time.time()
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid4().hex
@@ -216,18 +220,23 @@ class Door:
             else:
                 await error_response(_NO_KEY)(scope, receive, send_on)
             if scope["state"].get("client_gone"):
-                outcome = ", the client went away"
+                outcome = "the client went away"
         except Exception as error:
-            outcome = f", {type(error).__name__}"
+            outcome = type(error).__name__
             raise
         finally:
             route = getattr(scope.get("route"), "path", "none")
             method = scope["method"] if scope["method"] in _METHODS else "OTHER"
-            self._service.metrics.http_requests.labels(method, str(status), route).inc()
-            if route not in ("/health", "/metrics"):
-                seconds = time.perf_counter() - start
-                path = scope["path"][:200].encode("unicode_escape").decode()
-                say(f"{request_id} {method} {path} {status}{outcome} {seconds:.3f} s")
+            seconds = time.perf_counter() - start
+            self._service.metrics.answered(method, status, route, seconds)
+            path = scope["path"][:200].encode("unicode_escape").decode()
+            client = (scope.get("client") or ("",))[0]
+            traced = {name.decode(): headers[name].decode("latin-1") for name in _TRACE if name in headers}
+            ended = Ended(
+                request_id, client, method, path, route, status, outcome, start_s, seconds, traced,
+                state.get("generation"),
+            )  # fmt: skip
+            self._log.write(ended)
 
     def _admits(self, authorization: bytes) -> bool:
         """Whether there is one of the keys; how long that takes says nothing of them."""

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from pagellm.engine.llm_engine import LLMEngine
@@ -29,6 +29,7 @@ _REQUEST_S = (
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0,
     960.0, 1920.0, 7680.0,
 )  # fmt: skip
+_PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
 _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
@@ -46,10 +47,15 @@ class ServerMetrics(StepListener):
         self.unknown_fields = Counter(
             "pagellm:unknown_request_fields", "Fields of requests that meant nothing.", registry=self.registry
         )
-        self.http_requests = Counter(
+        self._http_requests = Counter(
             "http_requests", "HTTP requests that were answered.", ["method", "status", "handler"],
             registry=self.registry,
         )  # fmt: skip
+        self._http_seconds = Histogram(
+            "http_request_duration_seconds", "Time from a request to the end of its answer.",
+            ["method", "handler"], buckets=(0.1, 0.5, 1), registry=self.registry,
+        )  # fmt: skip
+        ProcessCollector(registry=self.registry)
 
         self._rejections = Counter(
             "vllm:admission_rejections", "Requests that found the queue full.", ["model_name", "reason"],
@@ -57,6 +63,11 @@ class ServerMetrics(StepListener):
         )  # fmt: skip
         for reason in ("max_num_queued_reqs", "max_num_queued_tokens"):
             self._rejections.labels(model_name, reason)
+
+    def answered(self, method: str, status: int, handler: str, seconds: float) -> None:
+        """An HTTP request has ended. Answers are counted by hundreds of status, as vLLM counts them."""
+        self._http_requests.labels(method, f"{status // 100}xx", handler).inc()
+        self._http_seconds.labels(method, handler).observe(seconds)
 
     def rejected(self, reason: str) -> None:
         """The queue was full, of requests or of tokens, as vLLM's settings are called."""
@@ -76,6 +87,12 @@ class ServerMetrics(StepListener):
             "kv_cache_usage_perc", "Share of the KV cache's blocks that requests hold; 1 is all of them.",
             lambda: 1 - manager.num_free_blocks / manager.num_blocks,
         )  # fmt: skip
+        by_reason = Gauge(
+            "vllm:num_requests_waiting_by_reason", "Requests that wait, by what for.",
+            [*self._labels, "reason"], registry=self.registry,
+        )  # fmt: skip
+        by_reason.labels(**self._labels, reason="capacity").set_function(lambda: scheduler.num_waiting)
+        by_reason.labels(**self._labels, reason="deferred").set(0)  # nobody waits for anything else
         info = {
             "block_size": config.block_size,
             "num_gpu_blocks": config.num_blocks,
@@ -90,6 +107,18 @@ class ServerMetrics(StepListener):
         self._hits = self._new(Counter, "prefix_cache_hits", "Tokens that the prefix cache had.")
         self._preemptions = self._new(Counter, "num_preemptions", "Times that a request made way.")
         self._prompt_tokens = self._new(Counter, "prompt_tokens", "Tokens of prompts.")
+        by_source = Counter(
+            "vllm:prompt_tokens_by_source", "Tokens of prompts, computed or found.",
+            [*self._labels, "source"], registry=self.registry,
+        )  # fmt: skip
+        self._computed = by_source.labels(**self._labels, source="local_compute")
+        self._found = by_source.labels(**self._labels, source="local_cache_hit")
+        self._cached = self._new(Counter, "prompt_tokens_cached", "Tokens of prompts that were found.")
+        cached_by_source = Counter(
+            "vllm:prompt_tokens_cached_by_source", "The prefix cache's hits, by where they lay.",
+            [*self._labels, "source"], registry=self.registry,
+        )  # fmt: skip
+        self._device_hits = cached_by_source.labels(**self._labels, source="device")
         self._generation_tokens = self._new(Counter, "generation_tokens", "Tokens that were generated.")
         success = Counter(
             "vllm:request_success", "Requests that have ended.", [*self._labels, "finished_reason"],
@@ -103,6 +132,15 @@ class ServerMetrics(StepListener):
         self._request_prompt_tokens = self._histogram("request_prompt_tokens", "Tokens of a prompt.", lengths)
         self._request_tokens = self._histogram(
             "request_generation_tokens", "Tokens that a request got.", lengths
+        )
+        self._most_tokens = self._histogram(
+            "request_max_num_generation_tokens", "Tokens of a request's longest completion.", lengths
+        )
+        self._kv_computed = self._histogram(
+            "request_prefill_kv_computed_tokens", "Tokens of a prompt that were computed.", lengths
+        )
+        self._request_preemptions = self._histogram(
+            "request_num_preemptions", "Times that a request made way.", _PREEMPTIONS
         )
         self._max_tokens = self._histogram(
             "request_params_max_tokens", "Tokens that a request asked for at most.", lengths
@@ -143,6 +181,7 @@ class ServerMetrics(StepListener):
         if stats.queries != seen[0]:
             self._queries.inc(stats.queries - seen[0])
             self._hits.inc(stats.hits - seen[1])
+            self._device_hits.inc(stats.hits - seen[1])
             self._cache_seen = [stats.queries, stats.hits]
 
     def committed(self, end: StepEnd) -> None:
@@ -164,7 +203,11 @@ class ServerMetrics(StepListener):
                     self._ttft.observe(metrics.first_token_s)
                     self.recent_ttft_s.append(metrics.first_token_s)
                 if completion.index == 0:
-                    self._prompt_tokens.inc(len(output.prompt_token_ids))
+                    num_prompt, num_cached = len(output.prompt_token_ids), metrics.num_cached_tokens
+                    self._prompt_tokens.inc(num_prompt)
+                    self._computed.inc(num_prompt - num_cached)
+                    self._found.inc(num_cached)
+                    self._cached.inc(num_cached)
             else:
                 self._itl.observe((now - last_s) / num_new)
                 self.recent_itl_s.append((now - last_s) / num_new)
@@ -174,6 +217,12 @@ class ServerMetrics(StepListener):
         self._last_token_s.pop(name, None)
         self._ended[completion.finish_reason].inc()
         self._request_prompt_tokens.observe(len(output.prompt_token_ids))
+        self._kv_computed.observe(len(output.prompt_token_ids) - metrics.num_cached_tokens)
+        self._request_preemptions.observe(metrics.num_preemptions)
+        if output.finished and not any(
+            (output.request_id, one.index) in self._last_token_s for one in output.outputs
+        ):
+            self._most_tokens.observe(max(len(one.token_ids) for one in output.outputs))
         num_tokens = len(completion.token_ids)
         self._request_tokens.observe(num_tokens)
         queue_s, first_s, end_s = metrics.first_scheduled_s, metrics.first_token_s, metrics.finished_s

@@ -10,6 +10,7 @@ import uvicorn
 from pagellm.engine.errors import ConfigError
 from pagellm.engine.llm import LLM
 from pagellm.engine.progress import say
+from pagellm.engine.server.access_log import AccessLog, batched_tracer
 from pagellm.engine.server.app import make_app
 from pagellm.engine.server.kv_events import KvEvents
 from pagellm.engine.server.service import Limits, Service
@@ -74,15 +75,19 @@ def run_server(
     ssl_keyfile: str | None = None,
     allowed_origins: Sequence[str] = (),
     events: KvEvents | None = None,
+    log_format: str = "text",
+    otlp_traces_endpoint: str | None = None,
 ) -> None:
     """Serves until it is told to end.
 
     load: makes the LLM, after the server has begun to answer. names: what clients may call the model.
     drain_s: seconds that requests under way have after the first signal. keys: one of them must be in each
     request, where there are any. allowed_origins: whose pages browsers let ask. events: publishes what
-    becomes of the prefix cache. Raises `PagellmError` if the model cannot be loaded or the address cannot be
-    had.
+    becomes of the prefix cache. log_format: "text" or "json". otlp_traces_endpoint: where spans are sent.
+    Raises `PagellmError` if the model cannot be loaded or the address cannot be had.
     """
+    tracer = None if otlp_traces_endpoint is None else batched_tracer(otlp_traces_endpoint)
+    log = AccessLog(log_format == "json", tracer)
     listener = _listen(host, port)
     server: _Server
 
@@ -96,7 +101,7 @@ def run_server(
     if events is not None:
         service.kv_event_sources = events.sources
     config = uvicorn.Config(
-        make_app(service, keys, allowed_origins), log_config=None, access_log=False, lifespan="on",
+        make_app(service, keys, allowed_origins, log), log_config=None, access_log=False, lifespan="on",
         server_header=False, timeout_keep_alive=_IDLE_S,
         ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile,
     )  # fmt: skip
@@ -110,6 +115,8 @@ def run_server(
     service.join(_LAST_WORDS_S)
     if events is not None:
         events.close()
+    if tracer is not None:
+        tracer.close()
     failure = service.failure()
     if failure is not None:
         raise failure
