@@ -167,13 +167,14 @@ def _serve(
                 tokens: list[int] = []
                 try:
                     tokens = requests.sessions.prompt(request, prompt_tokens).tolist()
+                    metrics.note_class(request_id, request.class_)
                     engine.add_request(request_id, tokens, request.sampling_params(), arrival_time=sent_s)
                     under_way[request_id] = request
                 except (RequestError, TraceError) as error:
                     if not skip_bad:
                         name = f"{trace.name}: request {request.id!r}"
                         raise TraceError(f"{name}: {error}; {SKIP_BAD}") from None
-                    metrics.rejected(str(request.id), sent_s)
+                    metrics.rejected(str(request.id), sent_s, tenant=request.tenant, class_=request.class_)
                     requests.ended(request, tokens, engine.now(), is_answered=False)
                     num_ended += 1
                 sent_s = requests.next_s()

@@ -348,12 +348,13 @@ class _Replay:
                     replica.loop.abort(sequence)
                     self._note_end(now, replica, sequence)
                 continue
+            self.metrics.note_class(sequence, request.class_)
             try:
                 replica.loop.add(sequence, time_s)
             except RequestError as error:
                 if not self._simulator.skip_bad:
                     raise self._error(request, f"{error}; {SKIP_BAD}") from None
-                self.metrics.rejected(request.id, time_s)
+                self.metrics.rejected(request.id, time_s, tenant=request.tenant, class_=request.class_)
                 self._note_end(now, replica, sequence)
         replica.inbox.clear()
 

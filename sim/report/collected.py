@@ -8,7 +8,7 @@ of requests alone, four numbers each.
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pagellm.engine.requests.outputs import FinishReason
 from pagellm.engine.scheduling.batch import Preemption, ScheduledBatch
@@ -16,6 +16,7 @@ from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.engine.scheduling.step_loop import StepEnd, StepListener
 from pagellm.sim.quantiles import Exact, LogHistogram
+from pagellm.sim.report.groups import GroupFigures, Groups
 from pagellm.sim.report.results_file import ResultsFile
 from pagellm.sim.report.timeline import Timeline
 
@@ -27,6 +28,7 @@ class _Request:
     arrival_s: float
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
+    groups: list[GroupFigures] = field(default_factory=list)
 
 
 class Collected:
@@ -46,6 +48,9 @@ class Collected:
         self.itl = LogHistogram()
         self.timeline = Timeline()
         self.counts: Counter[str] = Counter()
+        self.groups = Groups(0)  # of as many replicas as there are, when that is known
+        # Of requests whose class is known, until they are added: by sequence, or by request_id.
+        self.classes: dict[Sequence | str, str] = {}
         self.preempted: Counter[str] = Counter()
         self.used_blocks = self.peak_blocks = self.most_preemptions = 0
         self.first_arrival_s: float | None = None
@@ -91,8 +96,13 @@ class ReplicaListener(StepListener):
         self._last_token_s = 0.0
 
     def added(self, sequence: Sequence) -> None:
-        self._run.arrive(sequence.arrival_time)
-        self._run.requests[sequence] = _Request(sequence.arrival_time)
+        run = self._run
+        run.arrive(sequence.arrival_time)
+        class_ = run.classes.pop(sequence, None) or run.classes.pop(sequence.request_id, None)
+        request = run.requests[sequence] = _Request(sequence.arrival_time)
+        request.groups = run.groups.of(self._number, sequence.sampling_params.tenant, class_)
+        for group in request.groups:
+            group.counts["requests"] += 1
 
     def scheduled(self, batch: ScheduledBatch, now: float) -> None:
         run = self._run
@@ -203,6 +213,8 @@ class ReplicaListener(StepListener):
         request = self._run.requests[sequence]
         request.first_token_s = time_s
         self._run.latencies["ttft"].add(time_s - request.arrival_s)
+        for group in request.groups:
+            group.latencies["ttft_s"].add(time_s - request.arrival_s)
         self._run.counts["prompt_tokens"] += sequence.num_prompt_tokens
 
     def _finish(self, sequence: Sequence, time_s: float) -> None:
@@ -220,6 +232,11 @@ class ReplicaListener(StepListener):
             measured["tpot_s"] = (time_s - request.first_token_s) / (sequence.num_output_tokens - 1)
             run.latencies["tpot"].add(measured["tpot_s"])
         run.counts["finished"] += 1
+        for group in request.groups:
+            group.counts["finished"] += 1
+            for name in ("tpot_s", "e2e_s"):
+                if name in measured:
+                    group.latencies[name].add(measured[name])
         is_good = all(measured.get(name, 0.0) <= most for name, most in run.slo.items())
         run.counts["good"] += is_good
         bucket = run.timeline.at(time_s)
@@ -227,10 +244,16 @@ class ReplicaListener(StepListener):
         if is_good:
             bucket.good += 1
             run.timeline.at(request.arrival_s).good_arrived += 1
+            for group in request.groups:
+                group.counts["good"] += 1
         self._end(sequence, request, "finished", time_s)
 
     def _end(self, sequence: Sequence, request: _Request, outcome: str, last_token_s: float | None) -> None:
         run = self._run
+        for group in request.groups:
+            group.counts["prompt_tokens"] += sequence.num_prompt_tokens
+            group.counts["cached_tokens"] += sequence.num_cached_tokens
+            group.counts["output_tokens"] += sequence.num_output_tokens
         if sequence.num_preemptions:
             run.counts["preempted"] += 1
             run.most_preemptions = max(run.most_preemptions, sequence.num_preemptions)

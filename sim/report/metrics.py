@@ -10,14 +10,17 @@ from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError, found
 from pagellm.engine.scheduling.batch import Preemption
 from pagellm.engine.scheduling.scheduler import Scheduler
+from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.engine.scheduling.step_loop import StepListener
 from pagellm.sim.costs.cost_model import CostConstant, FitError, StepTimeError
 from pagellm.sim.quantiles import Exact, LogHistogram
 from pagellm.sim.report.collected import Collected, ReplicaListener
+from pagellm.sim.report.groups import Groups
 from pagellm.sim.report.schema import (
     VERSION,
     Cache,
     Goodput,
+    Group,
     KvCache,
     Latencies,
     Load,
@@ -57,15 +60,25 @@ class MetricsCollector:
         self._block_bytes = block_bytes
         self._warm_up = warm_up
         self._run = run = Collected(slo or {}, results)
+        run.groups = Groups(len(schedulers))
         run.replicas += (ReplicaListener(index, scheduler, run) for index, scheduler in enumerate(schedulers))
 
     def listener(self, replica: int = 0) -> StepListener:
         """What is to listen to the step loop of one of the replicas; of several completions each is one."""
         return self._run.replicas[replica]
 
-    def rejected(self, request_id: str, time_s: float) -> None:
+    def note_class(self, request: Sequence | str, class_: str | None) -> None:
+        """The class of a request that comes, a sequence or a request_id."""
+        if class_ is not None:
+            self._run.classes[request] = class_
+
+    def rejected(
+        self, request_id: str, time_s: float, *, tenant: str | None = None, class_: str | None = None
+    ) -> None:
         """A request came that can never be computed."""
         self._run.arrive(time_s)
+        for group in self._run.groups.of(None, tenant, class_):
+            group.counts["requests"] += 1
         self._run.counts["rejected"] += 1
         if self._run.results is not None:
             self._run.results.write(id=request_id, outcome="rejected", arrival_s=time_s)
@@ -104,6 +117,7 @@ class MetricsCollector:
                 "config": asdict(config),
                 "load": load,
                 "summary": self.summary(wall_s, trace.num_skipped, trace.num_dropped),
+                "groups": self.groups(),
                 "timeline": self.timeline(),
                 "latencies": self.latencies(),
             }
@@ -154,6 +168,12 @@ class MetricsCollector:
             "steady": steady_state(run.timeline, has_slo=bool(run.slo), warm_up=self._warm_up),
             "wall_s": wall_s,
         }
+
+    def groups(self) -> list[Group]:
+        """The report's figures by replica, tenant and class so far."""
+        run = self._run
+        duration_s = max(0.0, run.last_token_at_s - (run.first_arrival_s or 0.0))
+        return run.groups.to_list(duration_s, bool(run.slo))
 
     def timeline(self) -> TimelineData:
         """The report's timeline so far."""

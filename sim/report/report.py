@@ -20,7 +20,7 @@ from pagellm.engine import checks
 from pagellm.engine.config import SCHEDULER_POLICIES, EngineConfig
 from pagellm.engine.errors import ReportError
 from pagellm.sim.costs.cost_model import FIT_METRICS, CostConstant, FitError, StepTimeError
-from pagellm.sim.report.schema import Goodput, Load, Report, Steady, Summary, check_report
+from pagellm.sim.report.schema import Goodput, Group, Load, Report, Steady, Summary, check_report
 
 # What a replay returned, or the JSON of one.
 AnyReport = Report | Mapping[str, Any]
@@ -119,7 +119,7 @@ def to_text(report: AnyReport) -> str:
         ("", _settings(config, "block_size", "max_num_seqs", "max_num_batched_tokens")),
     ]
     table = [f"{label:<14}{value}" if label or i > 1 else value for i, (label, value) in enumerate(lines)]
-    return "\n".join([*table, "", *_latency_table(summary)])
+    return "\n".join([*table, "", *_latency_table(summary), *_group_tables(report.get("groups", []))])
 
 
 def profile_error_text(error: StepTimeError | None) -> Iterator[str]:
@@ -166,6 +166,27 @@ def _latency_table(summary: Summary) -> Iterator[str]:
         unit, factor = _seconds_unit(values, 10.0)
         cells = "".join(f"{number_text(value and value * factor):>10}" for value in values)
         yield f"{name:<7}{unit:<4}{cells}{_short(found['count']):>9}"
+
+
+def _group_tables(groups: Sequence[Group]) -> Iterator[str]:
+    """The figures by replica, tenant and class: a table of each kind."""
+    names = ("TTFT P50", "TTFT P99", "TPOT P99", "E2E P99")
+    for kind, found in groupby(groups, lambda group: group["by"]):
+        yield ""
+        head = f"{f'by {kind}':<14}{'requests':>9}{'tokens/s':>9}{'in SLO':>8}"
+        yield head + "".join(f"{name:>10}" for name in names)
+        for group in found:
+            times = (
+                group["ttft_s"]["p50"],
+                group["ttft_s"]["p99"],
+                group["tpot_s"]["p99"],
+                group["e2e_s"]["p99"],
+            )
+            cells = "".join(f"{'-' if time is None else seconds_text(time):>10}" for time in times)
+            share = _share(group["goodput_share"])
+            rate = number_text(group["output_tokens_per_s"])
+            name = _name(group["name"], 13)
+            yield f"{name:<14}{group['num_requests']:>9,}{rate:>9}{share:>8}{cells}".rstrip()
 
 
 def _load(load: Load) -> str:

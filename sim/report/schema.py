@@ -5,6 +5,7 @@ A number is finite and not negative, unless its type says otherwise. Fields beyo
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from types import NoneType, UnionType
 from typing import (
@@ -70,6 +71,23 @@ class KvCache(TypedDict):
     peak_bytes: float | None
     mean_bytes: float | None
     mean_unwritten_share: float | None
+
+
+class Group(TypedDict):
+    """The figures of one replica, tenant or class: by and name say which. cached_tokens: of prompts."""
+
+    by: Literal["replica", "tenant", "class"]
+    name: str
+    num_requests: int
+    num_finished: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    output_tokens_per_s: float | None
+    goodput_share: float | None
+    ttft_s: Distribution
+    tpot_s: Distribution
+    e2e_s: Distribution
 
 
 class Steady(TypedDict):
@@ -200,11 +218,17 @@ class ReportData(TypedDict):
     config: dict[str, str | bool | float | None]
     load: Load
     summary: Summary
+    groups: NotRequired[list[Group]]
     timeline: TimelineData
     latencies: Latencies
 
 
 DISTRIBUTIONS = tuple(Latencies.__annotations__)
+
+
+def short_name(text: str) -> str:
+    """A name in which each path is the file's name alone."""
+    return re.sub(r"(?<!\S)[^\s]*/(?=[^\s/]+)", "", text)
 
 
 class Report(Mapping[str, Any]):
@@ -240,7 +264,8 @@ class Report(Mapping[str, Any]):
     @property
     def title(self) -> str:
         """What was replayed, how and on what."""
-        return f"{self.data['trace']}, {self.data['kind']} on {self.data['model']}"
+        trace, model = short_name(self.data["trace"]), short_name(self.data["model"])
+        return f"{trace}, {self.data['kind']} on {model}"
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Writes it as one page that needs nothing else. Raises `ReportError`."""

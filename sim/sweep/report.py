@@ -18,6 +18,7 @@ from pagellm.sim.report.report import (
     seconds_text,
     write_page,
 )
+from pagellm.sim.report.schema import short_name
 from pagellm.sim.sweep.capacity import HIGHEST, LOWEST
 from pagellm.sim.sweep.file import Point
 from pagellm.sim.sweep.grid import Limit, Settings
@@ -64,7 +65,7 @@ def to_html(result: SweepResult, path: str | os.PathLike[str]) -> None:
     metrics = [vars(metric) for metric in METRICS if not metric.path.startswith("goodput.")]
     write_page(
         path,
-        title=f"{result.trace}, a sweep on {result.cost_model}",
+        title=f"{short_name(result.trace)}, a sweep on {short_name(result.cost_model)}",
         text=to_text(result),
         data=_to_dict(result) | {"metrics": metrics},
         scripts=["draw.js", _PAGE / "plots.js", _PAGE / "sweep.js"],

@@ -15,6 +15,7 @@ from pagellm.sim import (
     Simulator,
     Slo,
     Sweep,
+    Trace,
     TraceFile,
     Workload,
     synthesise,
@@ -33,7 +34,7 @@ SERIES = {
     "Batch": ["batch"],
     "KV blocks": ["used", "peak"],
     "Prefix cache and waste": ["hit rate", "cached share", "unwritten share"],
-    "Requests a second": ["arrived", "finished"],
+    "Requests a second": ["arrived", "finished", "within the SLO"],
     "Preemptions": ["preemptions"],
 }
 
@@ -127,7 +128,7 @@ def test_the_charts_of_a_report_hold_its_timeline_and_distributions(tmp_path: Pa
         for image in figure.all("svg", role="img"):
             title, _, said = image.attributes["aria-label"].partition(". ")
             values = re.findall(
-                r"([a-z ]+): mean (\S+ ?%?), highest (\S+ ?%?)(?:; |$)", said.replace("\u202f", " ")
+                r"([a-zA-Z ]+): mean (\S+ ?%?), highest (\S+ ?%?)(?:; |$)", said.replace("\u202f", " ")
             )
             charts[title] = {name.strip(): (mean, most) for name, mean, most in values}
             assert len(image.all("path", _class="line")) == len(values)
@@ -219,11 +220,90 @@ def test_a_sweep_is_shown_as_it_is(tmp_path: Path) -> None:
     for row, capacity in zip(capacities[1:], result.capacities, strict=True):
         cells = dict(zip(capacities[0], row, strict=True))
         assert_shows(
-            cells["rate factor"], None if capacity.at is None else float(capacity.at.settings["rate_factor"])
+            cells["rate factor"],
+            None if capacity.at is None or capacity.transient else float(capacity.at.settings["rate_factor"]),
         )
+        assert ("refused: " in row[-1]) is (capacity.transient is not None)
         assert cells["probes"] == str(len(capacity.probes))
 
     plots = [document.one("section", aria_label=name).one("figure") for name in ("Capacity", "Grid")]
     probes = [p for c in result.capacities for p in c.probes if p.summary is not None]
     assert len(plots[0].all("circle")) == len(probes)
     assert len(plots[1].all("circle")) == sum(point.summary is not None for point in result.points)
+
+
+def test_titles_are_names_and_no_paths(tmp_path: Path) -> None:
+    synthesise(Workload(num_requests=9, seed=1)).save(tmp_path / "trace.jsonl")
+    report = Simulator(
+        EngineConfig(num_blocks=200, step_log=str(tmp_path / "steps.jsonl")),
+        CostModel.roofline("l4", "smollm2-135m"),
+    ).replay(Trace.load(tmp_path / "trace.jsonl"))
+    document = page(tmp_path, report)
+    assert document.one("h1").text == "trace.jsonl"
+    assert document.one("title").text.startswith("trace.jsonl, simulated on smollm2-135m")
+    assert report["trace"] == str(tmp_path / "trace.jsonl")
+    settings = {name.text for name in document.one("dl", _class="settings").all("dt")}
+    assert "block_size" in settings
+    assert not settings & {"num_threads", "quantization", "step_log", "swap_dir"}  # of this machine, or gone
+
+
+def test_better_and_worse_differ_in_more_than_a_sign(tmp_path: Path) -> None:
+    slow = sample_report(1, speed=0.8)
+    document = page(tmp_path, [sample_report(0), slow])
+    kinds = {
+        row.all("th")[0].text: [e.attributes["class"] for e in row.all("span") if "title" in e.attributes]
+        for table in document.all("table", _class="comparison")
+        for row in table.all("tr")
+        if row.all("td")
+    }
+    worse, better = kinds["output tokens/s"][-1:], kinds["duration"][-1:]
+    assert {name.split()[-1] for name in worse + better} <= {"better", "worse"}
+    styles = document.one("style").text
+    assert ".difference.better { color: var(--better); }" in styles
+    assert ".difference.worse { color: var(--worse); }" in styles
+
+
+def test_ticks_of_a_sweep_are_its_values(tmp_path: Path) -> None:
+    synthesise(Workload(num_requests=20, seed=1)).save(tmp_path / "trace.jsonl")
+    sweep = Sweep(
+        TraceFile(str(tmp_path / "trace.jsonl")),
+        CostSource(roofline=("l4", "smollm2-135m", 1)),
+        Grid.parse(["max_num_batched_tokens=128,512,2048"]),
+        Slo.parse("ttft_p99=1"),
+        jobs=1,
+    )
+    sweep_report.to_html(sweep.run(), tmp_path / "sweep.html")
+    document, console = browse(tmp_path / "sweep.html")
+    assert console == []
+    labels = [
+        e.text for e in document.one("figure").all("text") if e.attributes.get("text-anchor") == "middle"
+    ]
+    assert labels == ["128", "512", "2,048"]
+    head = document.one("section", aria_label="Grid").one("table").rows()[0]
+    assert head[:2] == ["max_num_batched_tokens", "SLO"]  # seen without scrolling
+
+
+def test_a_wide_table_says_that_it_is_cut(tmp_path: Path) -> None:
+    document = page(tmp_path, replayed())
+    hints = document.all("p", _class="more")
+    assert hints
+    assert {hint.text for hint in hints} == {"Scroll sideways for more columns →"}
+    assert all("hidden" in hint.attributes for hint in hints)  # at this width nothing is cut
+
+
+def test_what_itl_means_is_said(tmp_path: Path) -> None:
+    text = page(tmp_path, replayed()).text
+    assert "which AIPerf calls ITL" in text
+
+
+def test_settings_are_written_without_zeros(tmp_path: Path) -> None:
+    synthesise(Workload(num_requests=20, seed=1)).save(tmp_path / "trace.jsonl")
+    sweep = Sweep(
+        TraceFile(str(tmp_path / "trace.jsonl")),
+        CostSource(roofline=("l4", "smollm2-135m", 1)),
+        Grid.parse(["rate_factor=0.5,1"]),
+        jobs=1,
+    )
+    sweep_report.to_html(sweep.run(), tmp_path / "sweep.html")
+    rows = browse(tmp_path / "sweep.html")[0].one("section", aria_label="Grid").one("table").rows()
+    assert [row[0] for row in rows[1:]] == ["0.5", "1"]

@@ -85,6 +85,19 @@ function clock(time, step) {
 const signedPercent = (value) =>
   `${value > 0 ? "+" : value < 0 ? "−" : ""}${grouped(Math.abs(value), Math.abs(value) < 1000 ? 1 : 0)}${NARROW}%`;
 
+// A name in which each path is the file's name alone.
+const shortName = (text) => text.replace(/(^|\s)\S*\/(?=[^\s/])/g, "$1");
+
+// A table that may be wider than the page: where it is, that is said, and its first column stays.
+function wideTable(table) {
+  const hint = html("p", { class: "more", hidden: true }, "Scroll sideways for more columns →");
+  const frame = html("div", { class: "wide", tabindex: "0" }, table);
+  new ResizeObserver(() => {
+    hint.hidden = frame.scrollWidth <= frame.clientWidth + 1;
+  }).observe(frame);
+  return html("div", { class: "framed" }, hint, frame);
+}
+
 // Scales
 
 const linear = (from, to, left, right) => {

@@ -6,8 +6,11 @@ function begin() {
   const entries = reports.map((report, index) => ({
     report, index,
     letter: String.fromCharCode(65 + (index % 26)) + (index >= 26 ? Math.floor(index / 26) : ""),
-    name: `${report.trace}, ${report.kind} on ${report.model}`,
+    name: shortName(`${report.trace}, ${report.kind} on ${report.model}`),
   }));
+  for (const panel of PANELS) { // goodput is known with an SLO alone
+    panel.series = panel.series.filter(({ needs }) => !needs || reports.every((report) => report.timeline[needs]));
+  }
   const timeline = new Timeline(entries);
   const distributions = new Distributions(entries);
   const several = entries.length > 1;
@@ -17,8 +20,10 @@ function begin() {
       several ? section("Comparison", "differences are from A", comparison(metrics, entries))
         : section(null, null, keyFigures(reports[0])),
       section("Over time", "drag to zoom, double-click for everything", timeline.element),
-      section("Latency", "share of requests within a time; ITL: of gaps between tokens", distributions.element,
+      section("Latency", "share of requests within a time; ITL: of all gaps between tokens, TPOT: of each request's mean gap, which AIPerf calls ITL", distributions.element,
         several ? null : latencyTable(reports[0])),
+      ...entries.filter(({ report }) => report.groups?.length).map((entry) => section("By replica, tenant and class",
+        several ? `of ${entry.letter}` : null, groupTables(entry.report))),
       section("Configuration", several ? "what differs comes first" : null, settings(entries)),
       ...entries.filter(({ report }) => report.constants?.length).map((entry) => section("Step times",
         `estimated, not measured${several ? `; of ${entry.letter}` : ""}`, constantsTable(entry.report)))));
@@ -47,10 +52,17 @@ function header(report) {
   const { load } = report;
   return html("header", {},
     html("p", { class: "kind" }, `pagellm · ${report.kind} replay`),
-    html("h1", {}, report.trace),
+    html("h1", { title: report.trace }, shortName(report.trace)),
     html("p", { class: "subtitle" },
-      [report.model, profileErrorWords(report.profile_error), fitWords(report.fit), loadWords(load),
+      [shortName(report.model), stateWords(report.summary.steady), profileErrorWords(report.profile_error), fitWords(report.fit), loadWords(load),
         `policy ${report.config.policy ?? NONE}`].filter(Boolean).join(" · ")));
+}
+
+function stateWords(steady) {
+  if (!steady) return null;
+  const offered = `${significant(steady.offered_per_s)} requests/s offered`;
+  return steady.verdict === "steady" ? `steady, ${offered}`
+    : `${offered}, ${steady.verdict === "short" ? "too short a run to be steady" : "overloaded"}`;
 }
 
 function comparisonHeader(entries) {
@@ -58,7 +70,7 @@ function comparisonHeader(entries) {
   const traces = [...new Set(reports.map(({ trace }) => trace))];
   return html("header", {},
     html("p", { class: "kind" }, `pagellm · comparison of ${entries.length} replays`),
-    html("h1", {}, traces.length === 1 ? traces[0] : `${traces.length} traces`),
+    html("h1", {}, traces.length === 1 ? shortName(traces[0]) : `${traces.length} traces`),
     html("ul", { class: "reports" }, entries.map((entry) => html("li", {}, marker(entry),
       html("span", {}, [distinction(entry.report, reports) || "no setting differs",
         profileErrorWords(entry.report.profile_error), fitWords(entry.report.fit)].filter(Boolean).join(" · "))))));

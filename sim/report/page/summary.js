@@ -4,7 +4,7 @@
 const DISTRIBUTIONS = [
   ["ttft_s", "TTFT", "Time to first token"],
   ["tpot_s", "TPOT", "Time per output token"],
-  ["itl_s", "ITL", "Inter-token latency"],
+  ["itl_s", "ITL", "Inter-token latency: every gap between tokens, of all requests together; what AIPerf calls so is TPOT here"],
   ["e2e_s", "E2E", "End to end"],
   ["queue_s", "Queue", "Time in the queue"],
 ];
@@ -71,8 +71,7 @@ function latencyTable(report) {
       STATISTICS.map(([name]) => html("td", { class: name }, FORMATS.s(found[name]))),
       html("td", { class: "count" }, grouped(found.count)));
   });
-  return html("div", { class: "wide" },
-    html("table", { class: "latencies" }, html("thead", {}, head), html("tbody", {}, rows)));
+  return wideTable(html("table", { class: "latencies" }, html("thead", {}, head), html("tbody", {}, rows)));
 }
 
 // The comparison: each group of metrics is a table; a column for each report, differences from the first.
@@ -85,7 +84,7 @@ function comparison(metrics, reports) {
       .filter(([, values]) => values.some((value) => value !== null));
     if (!rows.length) return null;
     const title = DISTRIBUTIONS.find(([, short]) => short.toLowerCase() === group.toLowerCase())?.[2];
-    return html("div", { class: "wide" }, html("table", { class: "comparison" },
+    return wideTable(html("table", { class: "comparison" },
       html("thead", {}, html("tr", {},
         html("th", { scope: "col" }, title ?? group[0].toUpperCase() + group.slice(1)),
         reports.map((entry) => html("th", { scope: "col" }, marker(entry))))),
@@ -98,28 +97,68 @@ function comparisonRow(metric, values) {
   const [base, ...others] = values;
   return html("tr", {}, html("th", { scope: "row" }, metric.label),
     html("td", {}, FORMATS[metric.unit](base)),
-    others.map((value) => html("td", {}, FORMATS[metric.unit](value), difference(base, value))));
+    others.map((value) => html("td", {}, FORMATS[metric.unit](value), difference(metric, base, value))));
 }
 
 // A signed percentage over a bar that grows from the middle, full at half as much again or half as much less.
-function difference(base, value) {
+// Where it is better or worse, its colour and its mark say so.
+function difference(metric, base, value) {
   if (base === null || value === null || (base === 0 && value !== 0)) {
     return html("span", { class: "difference" }, NONE);
   }
   const percent = value === base ? 0 : (100 * (value - base)) / base;
   const length = Math.min(50, Math.abs(percent));
-  return html("span", { class: Math.abs(percent) >= 5 ? "difference large" : "difference" },
+  const sense = percent * goodDirection(metric);
+  const kind = sense > 0 ? "better" : sense < 0 ? "worse" : null;
+  const size = Math.abs(percent) >= 5 ? "difference large" : "difference";
+  return html("span", { class: kind ? `${size} ${kind}` : size, title: kind },
     signedPercent(percent),
     html("span", { class: "bar", "aria-hidden": "true" },
       html("span", { style: `width:${length}%;${percent < 0 ? "right" : "left"}:50%` })));
 }
+
+// 1 where more is better, -1 where less is, 0 where neither is.
+function goodDirection({ group, unit, path }) {
+  if (group === "throughput") return path === "duration_s" ? -1 : 1;
+  if (unit === "s" || group === "preemptions") return -1;
+  if (path === "cache.hit_rate") return 1;
+  return ["num_timed_out", "num_rejected", "kv.mean_unwritten_share", "cache.evicted_tokens"].includes(path) ? -1 : 0;
+}
+
+// The figures by replica, tenant and class
+
+function groupTables(report) {
+  const kinds = [...new Set(report.groups.map(({ by }) => by))];
+  const hasSlo = report.groups.some(({ goodput_share: share }) => share !== null);
+  const columns = [
+    ["requests", (g) => grouped(g.num_requests)], ["finished", (g) => grouped(g.num_finished)],
+    ["tokens/s", (g) => significant(g.output_tokens_per_s)],
+    ["cached", (g) => FORMATS.share(g.prompt_tokens ? g.cached_tokens / g.prompt_tokens : null)],
+    ...(hasSlo ? [["in SLO", (g) => FORMATS.share(g.goodput_share)]] : []),
+    ["TTFT P50", (g) => FORMATS.s(g.ttft_s.p50)], ["TTFT P99", (g) => FORMATS.s(g.ttft_s.p99)],
+    ["TPOT P50", (g) => FORMATS.s(g.tpot_s.p50)], ["TPOT P99", (g) => FORMATS.s(g.tpot_s.p99)],
+    ["E2E P99", (g) => FORMATS.s(g.e2e_s.p99)],
+  ];
+  return kinds.map((kind) => wideTable(html("table", { class: "comparison groups" },
+    html("thead", {}, html("tr", {}, [kind, ...columns.map(([name]) => name)].map((name) =>
+      html("th", { scope: "col" }, name)))),
+    html("tbody", {}, report.groups.filter(({ by }) => by === kind).map((group) => html("tr", {},
+      html("th", { scope: "row" }, group.name), columns.map(([, cell]) => html("td", {}, cell(group)))))))));
+}
+
+// Settings of this machine, which say nothing of an estimate for another one, and files that may be gone.
+const OF_THIS_MACHINE = ["num_threads", "quantization"];
+const OF_FILES = ["step_log", "swap_dir", "generation_config", "reasoning_markers"];
+const applies = (part, name, report) => part !== "config"
+  || !(OF_FILES.includes(name) || (report.kind === "simulated" && report.constants?.length && OF_THIS_MACHINE.includes(name)));
 
 // The settings, those that differ between the reports first
 
 function settings(reports) {
   const shown = (value) => String(value ?? NONE);
   const rows = ["load", "config"].flatMap((part) => {
-    const names = [...new Set(reports.flatMap(({ report }) => Object.keys(report[part])))];
+    const names = [...new Set(reports.flatMap(({ report }) =>
+      Object.keys(report[part]).filter((name) => applies(part, name, report))))];
     return names.map((name) => [name, reports.map(({ report }) => shown(report[part][name]))]);
   });
   const differs = ([, values]) => values.some((value) => value !== values[0]);
@@ -147,11 +186,11 @@ const marker = (entry) =>
 function distinction(report, reports) {
   const found = [];
   for (const name of ["trace", "model", "kind"]) {
-    if (reports.some((other) => other[name] !== report[name])) found.push(report[name]);
+    if (reports.some((other) => other[name] !== report[name])) found.push(shortName(report[name]));
   }
   for (const part of ["load", "config"]) {
     for (const [name, value] of Object.entries(report[part])) {
-      if (reports.some((other) => other[part][name] !== value)) found.push(`${name} ${value ?? NONE}`);
+      if (applies(part, name, report) && reports.some((other) => other[part][name] !== value)) found.push(`${name} ${value ?? NONE}`);
     }
   }
   return found.join(" · ");

@@ -25,7 +25,8 @@ const PANELS = [
     { name: "unwritten share", values: (t) => t.unwritten_share }] },
   { title: "Requests a second", unit: "", suffix: "/s", format: "1/s", series: [
     { name: "arrived", values: (t) => perSecond(t.arrivals, t), fill: true },
-    { name: "finished", values: (t) => perSecond(t.finished, t) }] },
+    { name: "finished", values: (t) => perSecond(t.finished, t) },
+    { name: "within the SLO", needs: "good", values: (t) => perSecond(t.good, t) }] },
   { title: "Preemptions", unit: "most in a bucket", format: "count", whole: true, series: [
     { name: "preemptions", values: (t) => t.preemptions, fill: true, combine: highestOf }] },
 ];

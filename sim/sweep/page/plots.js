@@ -4,7 +4,8 @@
 const HEIGHT = 320;
 
 // An axis of values between two positions: `at` is where one lies, `marks` are [value, label].
-function axisOf(values, left, right, format, room) {
+// isExact: the marks are the values themselves, as many as have room.
+function axisOf(values, left, right, format, room, isExact = false) {
   const known = values.filter((value) => value !== null);
   if (!known.every((value) => typeof value === "number") || known.length < values.length) {
     const names = [...new Set(values)];
@@ -13,18 +14,30 @@ function axisOf(values, left, right, format, room) {
   }
   const [low, high] = [Math.min(...known), Math.max(...known)];
   const label = (value) => [value, trimmed(format(value))];
+  const exact = (at) => {
+    const marks = [];
+    for (const [value, text] of [...new Set(known)].sort((a, b) => a - b).map(label)) {
+      const needed = 7 * text.length + 10;
+      if (!marks.length || Math.abs(at(value) - at(marks.at(-1)[0])) >= needed) {
+        marks.push([value, text]);
+      }
+    }
+    return marks;
+  };
   if (low > 0 && high / low >= 8) {
     const ends = [low / 1.1, high * 1.1];
-    return { at: logarithmic(...ends, left, right), marks: logTicks(...ends, room).map(label), isNumeric: true };
+    const at = logarithmic(...ends, left, right);
+    return { at, marks: isExact ? exact(at) : logTicks(...ends, room).map(label), isNumeric: true };
   }
   const margin = (high - low) * 0.05 || Math.abs(high) * 0.5 || 1;
   const ends = [low >= 0 ? Math.max(0, low - margin) : low - margin, high + margin];
   const step = roundStep((ends[1] - ends[0]) / room);
-  return { at: linear(...ends, left, right), marks: ticks(...ends, step).map(label), isNumeric: true };
+  const at = linear(...ends, left, right);
+  return { at, marks: isExact ? exact(at) : ticks(...ends, step).map(label), isNumeric: true };
 }
 
 const settingText = (value) =>
-  value === null ? "none" : typeof value === "number" ? FORMATS.count(value) : String(value);
+  value === null ? "none" : typeof value === "number" ? trimmed(FORMATS.count(value)) : String(value);
 
 // series: [{name, points: [{x, y, hollow, title}], mark}]; a y of null is no point, a mark a vertical line at an x.
 // limit: where a horizontal line is drawn, or null.
@@ -39,7 +52,7 @@ function linePlot(image, { series, xs, xFormat, yFormat, limit = null, descripti
       "Nothing was measured"));
     return;
   }
-  const x = axisOf(xs, left, right, xFormat, Math.max(2, Math.floor((right - left) / 80)));
+  const x = axisOf(xs, left, right, xFormat, Math.max(2, Math.floor((right - left) / 80)), true);
   const y = axisOf(limit === null ? ys : [...ys, limit], bottom, top, yFormat, 6);
   image.replaceChildren(
     ...y.marks.flatMap(([value, label]) => [

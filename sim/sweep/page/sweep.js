@@ -140,7 +140,7 @@ class CapacityPlot {
 // Tables
 
 function table(names, rows) {
-  return html("div", { class: "wide" }, html("table", { class: "comparison" },
+  return wideTable(html("table", { class: "comparison" },
     html("thead", {}, html("tr", {}, names.map((name) => html("th", { scope: "col" }, name)))),
     html("tbody", {}, rows.map((cells) => html("tr", {}, cells)))));
 }
@@ -151,12 +151,13 @@ function gridTable() {
   const paths = ["requests_per_s", "output_tokens_per_s", "ttft_s.p50", "ttft_s.p99", "tpot_s.p99", "e2e_s.p99"];
   const wanted = new Set([...paths, ...Object.keys(data.slo ?? {}).map(limitPath)]);
   const shown = data.metrics.filter(({ path }) => wanted.has(path));
-  return table([...keys, ...shown.map(metricName), ...(data.slo ? ["SLO"] : [])], data.points.map((point) => [
+  const slo = (point) => html("td", { class: point.slo_holds ? "better" : "worse" }, point.slo_holds ? "holds" : "broken");
+  return table([...keys, ...(data.slo ? ["SLO"] : []), ...shown.map(metricName)], data.points.map((point) => [
     ...settingCells(point.settings),
     ...(point.error !== null
       ? [html("td", { class: "error", colspan: shown.length + (data.slo ? 1 : 0) }, point.error)]
-      : [...shown.map((metric) => html("td", {}, FORMATS[metric.unit](valueOf(metric, point)))),
-        data.slo ? html("td", {}, point.slo_holds ? "holds" : "broken") : null]),
+      : [data.slo ? slo(point) : null,
+        ...shown.map((metric) => html("td", {}, FORMATS[metric.unit](valueOf(metric, point))))]),
   ]));
 }
 
@@ -166,10 +167,11 @@ function capacityTable() {
     never: ({ range }) => `never holds, down to × ${significant(range[0])}`,
     always: ({ range }) => `holds up to × ${significant(range[1])}, the highest tried`,
     failed: ({ error }) => error,
+    transient: ({ transient }) => `refused: ${transient}`,
   };
-  return table([...keys, "rate factor", "requests/s", "probes", ""], data.capacities.map((capacity) => [
+  return table([...keys, "rate factor", "offered/s", "requests/s", "probes", ""], data.capacities.map((capacity) => [
     ...settingCells(capacity.settings),
-    html("td", {}, significant(capacity.rate_factor, 4)), html("td", {}, significant(capacity.requests_per_s, 4)),
+    html("td", {}, capacity.rate_factor === null ? NONE : settingText(capacity.rate_factor)), html("td", {}, significant(capacity.offered_per_s ?? null, 4)), html("td", {}, significant(capacity.requests_per_s, 4)),
     html("td", {}, String(capacity.probes.length)), html("td", { class: "error" }, said[capacity.status](capacity)),
   ]));
 }
@@ -186,8 +188,8 @@ function begin() {
   document.getElementById("page").replaceChildren(
     html("header", {},
       html("p", { class: "kind" }, `pagellm · sweep of ${grouped(data.points.length)} points`),
-      html("h1", {}, data.trace),
-      html("p", { class: "subtitle" }, [data.cost_model, profileErrorWords(data.profile_error), fitWords(data.fit),
+      html("h1", { title: data.trace }, shortName(data.trace)),
+      html("p", { class: "subtitle" }, [shortName(data.cost_model), profileErrorWords(data.profile_error), fitWords(data.fit),
         limits.length ? `SLO ${limits.join(", ")}` : null]
         .filter(Boolean).join(" · "))),
     html("main", {},
