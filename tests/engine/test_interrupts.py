@@ -44,6 +44,7 @@ DRIVING = [
     "model_runner.py",
 ]
 THINKING = [*DRIVING, "thoughts.py", "reasoning.py"]
+CONSTRAINING = [*DRIVING, "state.py", "masks.py"]
 SCHEDULING = [path.name for path in (ENGINE / "scheduling").glob("*.py")]
 PLAIN = SamplingParams(temperature=0.9, seed=5, n=2, max_tokens=4, ignore_eos=True, stop=["zq"], logprobs=1)
 OTHER = SamplingParams(
@@ -97,13 +98,21 @@ def chat(llm: LLM) -> object:
     return llm.chat([{"role": "user", "content": "hi"}], OTHER)[0].token_ids
 
 
+def constrain(llm: LLM) -> object:
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"a": {"enum": ["bc", "d"]}}, "required": ["a"]}
+    forms = [{"json": schema}, {"regex": "[a-c]{3,9}"}, {"choice": ["yes", "no"]}]
+    params = [replace(PLAIN, max_tokens=12, logprobs=None, structured=form) for form in forms]
+    return [[(c.token_ids, c.text) for c in output.outputs] for output in llm.generate(PROMPTS, params)]
+
+
 def think(llm: LLM) -> object:
     params = replace(PLAIN, max_tokens=9, thinking_token_budget=2)
     streams = llm.chat_stream_all([THOUGHT], params, continue_final_message=True)
     return [["".join(part) for part in zip(*stream, strict=True)] for stream in streams[0]]
 
 
-CALLS = [generate, stream, beam_search, logits, chat, think]
+CALLS = [generate, stream, beam_search, logits, chat, think, constrain]
 
 
 def assert_nothing_is_left(llm: LLM) -> None:
@@ -147,6 +156,7 @@ def traced(call: Callable[[], object], at_line: Callable[[Place], None], files: 
         (DRIVING, stream),
         (DRIVING, beam_search),
         (THINKING, think),
+        (CONSTRAINING, constrain),
     ],
     ids=lambda value: value.__name__ if callable(value) else "driving" if value is DRIVING else "scheduling",
 )
