@@ -454,3 +454,21 @@ def test_a_real_model_calls_a_tool_with_the_clients_own_helpers(real: Any) -> No
         ]
         last = client.chat.completions.create(**{**body, "messages": again, "tool_choice": "none"})
         assert last.choices[0].message.content
+
+
+def test_responses_have_the_same_calls_as_a_chat(client: Any) -> None:
+    chatted = chat(client, tools=[ADD], tool_choice="required", parallel_tool_calls=False)
+    [expected] = chatted.choices[0].message.tool_calls
+    flat = {"type": "function", **ADD["function"], "strict": None}
+    body: dict[str, Any] = {
+        "model": "tiny", "input": "hello there", "max_output_tokens": 150, "tools": [flat],
+        "tool_choice": "required", "parallel_tool_calls": False, "extra_body": {**QUIET, "seed": 1},
+    }  # fmt: skip
+    [call] = [item for item in client.responses.create(**body).output if item.type == "function_call"]
+    assert (call.name, call.arguments) == ("add", expected.function.arguments)
+    pieces = [
+        event.delta
+        for event in client.responses.create(**body, stream=True)
+        if event.type == "response.function_call_arguments.delta"
+    ]
+    assert "".join(pieces) == call.arguments
