@@ -40,13 +40,13 @@ from pagellm.kernels.simd import (
     load_low_nibbles,
     prefetch,
     store,
-    table_expansion,
+    table_intrinsics,
 )
 
 SCALES, MINIMA = 8 * PANEL, 10 * PANEL
 PREPARED_WORDS = 12 * PANEL
 _VECTORS = PANEL // LANES
-_expand_table = table_expansion(TABLE)
+_expand_table, dot_table = table_intrinsics(TABLE)
 
 
 @shared

@@ -16,6 +16,7 @@ from pagellm.kernels.expansion import (
     MINIMA,
     PREPARED_WORDS,
     SCALES,
+    dot_table,
     has_halves_apart,
     is_expanded,
     prepare_blocks,
@@ -28,27 +29,38 @@ from pagellm.kernels.packing import (
     CHUNK,
     FLOAT32,
     GROUP,
+    INT2,
+    INT3_K,
     INT4,
     INT4_K,
     INT4_MIN,
+    INT5,
+    INT5_K,
+    INT6_K,
     INT8,
     INT_CHUNK,
     PANEL,
     SCALE,
     SCALED_FIRST,
+    SCALED_SECOND,
     SCALED_SUM,
     START_FIRST,
     START_INT4,
     START_INT8,
+    START_SECOND,
+    TABLE4,
+    TABLE4_K,
     activation_place,
     activation_words,
     block_place,
     block_words,
     halves_place,
     has_minima,
+    level_of_zero,
     num_blocks,
     padded,
     padded_rows,
+    panel_block_words,
     panel_words,
 )
 from pagellm.kernels.simd import (
@@ -59,6 +71,7 @@ from pagellm.kernels.simd import (
     dot_bfloat16,
     dot_int4,
     dot_int8,
+    dot_levels,
     int4_sums,
     load_tile,
     outer_product,
@@ -75,9 +88,8 @@ _VECTORS = PANEL // LANES
 # Rows of a tile of 32-bit sums; the integer formats keep two sums an element, so theirs has half as many.
 _HEIGHTS = tuple(height for height in (1, 2, 3, 4, 6, 8, 12) if height <= GROUP)
 _INT_HEIGHTS = tuple(height for height in (1, 2, 3, 4, 6) if height <= max(1, GROUP // 2))
-# Rows for which so many blocks are prepared and multiplied at once.
-_FUSED_ROWS = min(4, _INT_HEIGHTS[-1])
-_FUSED_BLOCKS = 4
+# Rows for which preparing blocks costs more than making bytes of their levels again for each tile.
+_LEVEL_ROWS = min(4, _INT_HEIGHTS[-1])
 # Rows that meet a panel: at least so many, and at most as many as have so many words, which the second cache
 # holds, or so many where prepared blocks wait for them in the nearest one.
 _LEAST_ROWS = 8 * GROUP
@@ -265,39 +277,60 @@ def _prepared_tile(halves: int, minima: bool, height: int) -> Any:
     return multiply
 
 
-def _fused_tile(height: int) -> Any:
-    """For few rows of any expanded format: a few blocks are prepared in `scratch` and multiplied at once.
-
-    So the memory has something to do all the time, as it has where the panel is multiplied as it is.
-    """
+def _level_tile(height: int) -> Any:
+    """For few rows of any expanded format, whose levels become bytes in registers: see `_float_tile`."""
 
     @kernel
     def multiply(
         format, x, x_at, w, w_at, ahead, blocks, bias_at, out, out_at, out_stride, accumulate, scratch
     ):  # fmt: skip
-        minima, halves, words = has_minima(format), 1, 8
-        first_start, first_sum = START_INT8, SCALED_SUM
-        if has_halves_apart(format):
-            halves, words, first_start, first_sum = 2, 4, START_FIRST, SCALED_FIRST
+        minima, size = has_minima(format), panel_block_words(format)
+        zero = level_of_zero(format)
         tile = start_tile(height, _VECTORS, w, bias_at)
         for block in range(blocks):
-            place = block % _FUSED_BLOCKS * PREPARED_WORDS
-            if place == 0:
-                count = min(_FUSED_BLOCKS, blocks - block)
-                prepare_blocks(format, w, w_at, block, count, ahead, scratch, plain(0))
-            at, column = x_at + block * (GROUP * INT_CHUNK), place
-            scale, word_at = place + SCALES, at
-            for half in range(halves):
-                ints = start_int_tile(height, _VECTORS, x, at + first_start + half, INT_CHUNK)
-                for _ in range(words):
-                    ints = dot_int8(ints, height, x, word_at, INT_CHUNK, scratch, column)
-                    column += PANEL
-                    word_at += 1
-                tile = add_scaled(tile, ints, height, x, at + SCALE, INT_CHUNK, scratch, scale)
+            at, column = x_at + block * (GROUP * INT_CHUNK), w_at + block_place(format, block)
+            for i in range(0, size, LANES):
+                prefetch(w, column + ahead + i)
+            halves = w_at + halves_place(format, block)
+            # Scales are made in half the time where the format is known when this is compiled.
+            if format == INT6_K:
+                prepare_scales(INT6_K, w, column, halves, scratch, 0)
+            elif format == INT5_K:
+                prepare_scales(INT5_K, w, column, halves, scratch, 0)
+            elif format in (INT5, TABLE4, INT2):  # they are halves in all of these
+                prepare_scales(INT5, w, column, halves, scratch, 0)
+            else:
+                prepare_scales(format, w, column, halves, scratch, 0)
+            if has_halves_apart(format):
+                ints = start_int_tile(height, _VECTORS, x, at + START_FIRST, INT_CHUNK)
+                more = start_int_tile(height, _VECTORS, x, at + START_SECOND, INT_CHUNK)
+                if format == INT6_K:
+                    ints = dot_levels(ints, height, x, at, INT_CHUNK, w, column, 4, 2, zero, 0, 4)
+                    more = dot_levels(more, height, x, at, INT_CHUNK, w, column, 4, 2, zero, 4, 4)
+                elif format == INT3_K:
+                    ints = dot_levels(ints, height, x, at, INT_CHUNK, w, column, 2, 1, zero, 0, 4)
+                    more = dot_levels(more, height, x, at, INT_CHUNK, w, column, 2, 1, zero, 4, 4)
+                else:
+                    ints = dot_levels(ints, height, x, at, INT_CHUNK, w, column, 2, 0, zero, 0, 4)
+                    more = dot_levels(more, height, x, at, INT_CHUNK, w, column, 2, 0, zero, 4, 4)
+                tile = add_scaled(tile, ints, height, x, at + SCALE, INT_CHUNK, scratch, SCALES)
                 if minima:
-                    row = scale + MINIMA - SCALES
-                    tile = outer_product(tile, height, x, at + first_sum + half, INT_CHUNK, scratch, row)
-                scale += PANEL
+                    tile = outer_product(tile, height, x, at + SCALED_FIRST, INT_CHUNK, scratch, MINIMA)
+                tile = add_scaled(tile, more, height, x, at + SCALE, INT_CHUNK, scratch, SCALES + PANEL)
+                if minima:
+                    row = MINIMA + PANEL
+                    tile = outer_product(tile, height, x, at + SCALED_SECOND, INT_CHUNK, scratch, row)
+            else:
+                ints = start_int_tile(height, _VECTORS, x, at + START_INT8, INT_CHUNK)
+                if format in (TABLE4, TABLE4_K):
+                    ints = dot_table(ints, height, x, at, INT_CHUNK, w, column)
+                elif format == INT2:
+                    ints = dot_levels(ints, height, x, at, INT_CHUNK, w, column, 2, 0, zero, 0, 8)
+                else:
+                    ints = dot_levels(ints, height, x, at, INT_CHUNK, w, column, 4, 1, zero, 0, 8)
+                tile = add_scaled(tile, ints, height, x, at + SCALE, INT_CHUNK, scratch, SCALES)
+                if minima:
+                    tile = outer_product(tile, height, x, at + SCALED_SUM, INT_CHUNK, scratch, MINIMA)
         write_tile(tile, height, out, out_at, out_stride, accumulate)
 
     return multiply
@@ -308,7 +341,7 @@ _multiply_bfloat16 = by_height(_HEIGHTS, partial(_float_tile, dot_bfloat16, PAIR
 _multiply_int8 = by_height(_INT_HEIGHTS, _int8_tile)
 _multiply_int4 = by_height(_INT_HEIGHTS, _int4_tile)
 _multiply_int4_k = by_height(_heights(1, 4, 6), _int4_k_tile)
-_multiply_fused = by_height(_heights(1, _FUSED_ROWS), _fused_tile)
+_multiply_levels = by_height(_heights(1, _LEVEL_ROWS), _level_tile)
 _multiply_blocks = by_height(_heights(4, 6), partial(_prepared_tile, 1, False))
 _multiply_blocks_min = by_height(_heights(4, 6), partial(_prepared_tile, 1, True))
 _multiply_halves = by_height(_heights(4, 6), partial(_prepared_tile, 2, False))
@@ -400,8 +433,8 @@ def _multiply_expanded(
     is in `w`.
     """
     blocks, group_words = num_blocks(K), GROUP * activation_words(format, K)
-    if rows <= _FUSED_ROWS:
-        _multiply_fused(
+    if rows <= _LEVEL_ROWS:
+        _multiply_levels(
             rows, format, x, x_start, w, w_start, ahead, blocks, bias_start, out, out_start, out_stride,
             accumulate, scratch,
         )  # fmt: skip

@@ -169,6 +169,12 @@ def has_minima(format: int) -> bool:
 
 
 @shared
+def level_of_zero(format: int) -> int:
+    """The level of a weight of zero, if the format has no minima."""
+    return _ZEROS[format]
+
+
+@shared
 def has_scale_bytes(format: int) -> bool:
     """Whether scales are bytes times a half."""
     return _NUM_BYTES[format] > 0

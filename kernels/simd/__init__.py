@@ -37,12 +37,13 @@ from pagellm.kernels.simd.byte_tiles import (
 from pagellm.kernels.simd.calls import call_again, this_call
 from pagellm.kernels.simd.llvm import LANES, REGISTERS_PER_VECTOR, host_has
 from pagellm.kernels.simd.planes import (
+    dot_levels,
     expand_levels,
     load_float16,
     load_high_nibbles,
     load_int8,
     load_low_nibbles,
-    table_expansion,
+    table_intrinsics,
 )
 from pagellm.kernels.simd.tiles import (
     PAIR_WORDS,
@@ -96,6 +97,7 @@ __all__ = [
     "dot_bfloat16",
     "dot_int4",
     "dot_int8",
+    "dot_levels",
     "exp",
     "expand_levels",
     "first_lane",
@@ -126,7 +128,7 @@ __all__ = [
     "store_int8",
     "store_int32",
     "store_within",
-    "table_expansion",
+    "table_intrinsics",
     "this_call",
     "vector",
     "where_at_least",

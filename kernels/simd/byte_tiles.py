@@ -168,6 +168,26 @@ def _int_row(builder: Any, pointer: Any) -> Any:
     return splat(builder, load_at(builder, pointer, I32))
 
 
+def int8_weights(builder: Any, words: Any) -> Any:
+    """Words of weights as `add_int8_products` takes them: uint8, or int8 if `INT8_OFFSET` is 0."""
+    if not _MULTIPLIES_MAGNITUDES:
+        return words
+    bytes = builder.bitcast(words, ir.VectorType(I8, 4 * LANES))
+    negative = builder.icmp_signed("<", bytes, ir.Constant(bytes.type, [0] * 4 * LANES))
+    return builder.select(negative, builder.neg(bytes), bytes), bytes
+
+
+def add_int8_products(builder: Any, row: Any, weights: Any, accumulator: Any) -> Any:
+    """accumulator + the four products of each lane's int8 of `row`, never -128, and of `int8_weights`."""
+    if not _MULTIPLIES_MAGNITUDES:
+        return _dot_bytes(builder, weights, row, accumulator)
+    # |w| * (x with the sign of w): at most 2 * 128 * 127 for two neighbours, which an int16 holds.
+    magnitudes, bytes = weights
+    assert _MOVE_SIGNS is not None
+    signed = _byte_instruction(builder, _MOVE_SIGNS, bytes.type, row, bytes)
+    return _add_short_pairs(builder, accumulator, _add_byte_pairs(builder, magnitudes, signed))
+
+
 @intrinsic(prefer_literal=True)
 def dot_int8(
     typing: Any, tile: Any, rows: Any, x: Any, x_index: Any, x_stride: Any, w: Any, w_index: Any
@@ -177,31 +197,10 @@ def dot_int8(
     `x` is int8 and never -128; `w` is uint8, or int8 if `INT8_OFFSET` is 0.
     """
 
-    def load_words(builder: Any, pointer: Any, v: int) -> Any:
-        return load_at(builder, pointer, INT_VECTOR, v * LANES)
+    def load_weights(builder: Any, pointer: Any, v: int) -> Any:
+        return int8_weights(builder, load_at(builder, pointer, INT_VECTOR, v * LANES))
 
-    def load_magnitudes(builder: Any, pointer: Any, v: int) -> Any:
-        bytes = builder.bitcast(load_words(builder, pointer, v), ir.VectorType(I8, 4 * LANES))
-        negative = builder.icmp_signed("<", bytes, ir.Constant(bytes.type, [0] * 4 * LANES))
-        return builder.select(negative, builder.neg(bytes), bytes), bytes
-
-    def add_products(builder: Any, row: Any, column: Any, accumulator: Any) -> Any:
-        # |w| * (x with the sign of w): at most 2 * 128 * 127 for two neighbours, which an int16 holds.
-        magnitudes, weights = column
-        assert _MOVE_SIGNS is not None
-        signed = _byte_instruction(builder, _MOVE_SIGNS, weights.type, row, weights)
-        return _add_short_pairs(builder, accumulator, _add_byte_pairs(builder, magnitudes, signed))
-
-    if _MULTIPLIES_MAGNITUDES:
-        update = tile_update(Step(_int_row, load_magnitudes, add_products))
-    else:
-        update = tile_update(
-            Step(
-                _int_row,
-                load_words,
-                lambda b, row, column, accumulator: _dot_bytes(b, column, row, accumulator),
-            )
-        )
+    update = tile_update(Step(_int_row, load_weights, add_int8_products))
     return update(typing, tile, rows, x, x_index, x_stride, w, w_index)
 
 

@@ -7,7 +7,13 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pagellm.kernels.simd.byte_tiles import INT8_OFFSET, first_known, split_call
+from pagellm.kernels.simd.byte_tiles import (
+    INT8_OFFSET,
+    add_int8_products,
+    first_known,
+    int8_weights,
+    split_call,
+)
 from pagellm.kernels.simd.llvm import (
     HALF_VECTOR,
     I8,
@@ -95,23 +101,98 @@ def _plane_bits(builder: Any, words: list[Any], num_bits: int, word: int, positi
     return builder.and_(value, int_splat(mask))
 
 
+def _load_planes(builder: Any, source: Any, num_planes: int, num_vectors: int, v: int) -> list[Any]:
+    """The rows of a block's planes, for the v-th vector of columns."""
+    return [
+        load_at(builder, source, INT_VECTOR, (row * num_vectors + v) * LANES) for row in range(num_planes)
+    ]
+
+
+def _levels(builder: Any, planes: list[Any], low_bits: int, high_bits: int, word: int) -> Any:
+    """The levels of input word `word`, a byte each."""
+    levels = _plane_bits(builder, planes[:low_bits], low_bits, word, 0)
+    if high_bits:
+        levels = builder.or_(levels, _plane_bits(builder, planes[low_bits:], high_bits, word, low_bits))
+    return levels
+
+
+def _less(builder: Any, zero: Any) -> Any:
+    """What makes of levels the bytes that `dot_int8` multiplies, less the int64 `zero` each."""
+    added = builder.and_(builder.sub(I32(INT8_OFFSET), builder.trunc(zero, I32)), I32(0xFF))
+    added = builder.bitcast(splat(builder, builder.mul(added, I32(0x01010101))), _BYTES)
+
+    def convert(builder: Any, levels: Any) -> Any:
+        return builder.bitcast(builder.add(builder.bitcast(levels, _BYTES), added), INT_VECTOR)
+
+    return convert
+
+
 def _expand(low_bits: int, high_bits: int, num_vectors: int, convert: Any) -> Any:
     """Emits a block of `num_vectors` vectors of columns: `convert(builder, levels)` of each of its words."""
 
     def emit(builder: Any, source: Any, target: Any) -> None:
         for v in range(num_vectors):
-            rows = [
-                load_at(builder, source, INT_VECTOR, (row * num_vectors + v) * LANES)
-                for row in range(low_bits + high_bits)
-            ]
+            planes = _load_planes(builder, source, low_bits + high_bits, num_vectors, v)
             for word in range(_BLOCK_WORDS):
-                levels = _plane_bits(builder, rows[:low_bits], low_bits, word, 0)
-                if high_bits:
-                    upper = _plane_bits(builder, rows[low_bits:], high_bits, word, low_bits)
-                    levels = builder.or_(levels, upper)
+                levels = _levels(builder, planes, low_bits, high_bits, word)
                 store_at(builder, target, convert(builder, levels), (word * num_vectors + v) * LANES)
 
     return emit
+
+
+def _dot(low_bits: int, high_bits: int, convert: Any, tile: Any, literals: tuple[Any, ...]) -> Any:
+    """Emits the products of some words of a block: `convert(builder, levels)` of each, times those of `x`.
+
+    literals: the rows of the tile, the words between rows of `x`, the first word and their number.
+    """
+    num_rows, stride, first_word, num_words = (literal(value) for value in literals)
+    num_vectors, num_planes = tile.count // num_rows, low_bits + high_bits
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        tile_value, x_value, x_at, w_value, w_at = arguments
+        x_words = (num_rows - 1) * stride + first_word + num_words
+        x_pointer = element_pointer(context, builder, signature.args[2], x_value, x_at, count=x_words)
+        w_words = num_planes * num_vectors * LANES
+        source = element_pointer(context, builder, signature.args[5], w_value, w_at, count=w_words)
+        planes = [_load_planes(builder, source, num_planes, num_vectors, v) for v in range(num_vectors)]
+        sums = [builder.extract_value(tile_value, i) for i in range(tile.count)]
+        for word in range(first_word, first_word + num_words):
+            weights = []
+            for v in range(num_vectors):
+                levels = _levels(builder, planes[v], low_bits, high_bits, word)
+                weights.append(int8_weights(builder, convert(builder, levels)))
+            for row in range(num_rows):
+                inputs = splat(builder, load_at(builder, x_pointer, I32, row * stride + word))
+                for v in range(num_vectors):
+                    i = row * num_vectors + v
+                    sums[i] = add_int8_products(builder, inputs, weights[v], sums[i])
+        return context.make_tuple(builder, signature.return_type, sums)
+
+    return emit
+
+
+@intrinsic(prefer_literal=True)
+def dot_levels(
+    _typing: Any, tile: Any, rows: Any, x: Any, x_index: Any, x_stride: Any, w: Any, w_index: Any,
+    low_bits: Any, high_bits: Any, zero: Any, first: Any, words: Any
+) -> Any:  # fmt: skip
+    """Like `dot_int8` for `words` of the eight words of a block, from word `first` on, in planes.
+
+    x: the block's words begin at `x_index`; w: its planes begin at `w_index`, as kernels.packing has them,
+    levels which all hold `zero` too much; low_bits, high_bits (or 0), first and words are compile-time
+    constants, as `rows` and `x_stride` are.
+    """
+    low, high = literal(low_bits), literal(high_bits)
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        convert = _less(builder, arguments[9])
+        emit_dot = _dot(low, high, convert, tile, (rows, x_stride, first, words))
+        return emit_dot(context, builder, signature, (arguments[0], *arguments[2:4], *arguments[5:7]))
+
+    signature = tile(
+        tile, rows, x, types.intp, x_stride, w, types.intp, low_bits, high_bits, types.int64, first, words
+    )  # fmt: skip
+    return signature, emit
 
 
 @intrinsic(prefer_literal=True)
@@ -128,13 +209,7 @@ def expand_levels(
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         w_value, w_index, zero_value, out_value, out_index = arguments[3:]
-        added = builder.sub(I32(INT8_OFFSET), builder.trunc(zero_value, I32))
-        added = builder.and_(added, I32(0xFF))
-        added = builder.bitcast(splat(builder, builder.mul(added, I32(0x01010101))), _BYTES)
-
-        def convert(builder: Any, levels: Any) -> Any:
-            return builder.bitcast(builder.add(builder.bitcast(levels, _BYTES), added), INT_VECTOR)
-
+        convert = _less(builder, zero_value)
         words = (low + high) * num_vectors * LANES
         source = element_pointer(context, builder, signature.args[3], w_value, w_index, count=words)
         words = _BLOCK_WORDS * num_vectors * LANES
@@ -197,12 +272,16 @@ def _look_up_by_sixteen(builder: Any, table: list[int], indices: Any) -> Any:
     return pieces[0]
 
 
-def table_expansion(values: tuple[int, ...]) -> Any:
-    """An intrinsic `(vectors, w, w_at, out, out_at)` like `expand_levels`, for levels of a table's values.
+def table_intrinsics(values: tuple[int, ...]) -> tuple[Any, Any]:
+    """Intrinsics like `expand_levels` and `dot_levels` for levels that stand for a table's values.
 
-    values: 16 of them, from -127 to 127; w: the rows of one plane of four bits.
+    values: 16 of them, from -127 to 127. The first is `(vectors, w, w_at, out, out_at)`, the second `(tile,
+    rows, x, x_index, x_stride, w, w_index)` for all words of a block; w: the rows of one plane of four bits.
     """
     table = [(value + INT8_OFFSET) % 256 for value in values]
+
+    def convert(builder: Any, levels: Any) -> Any:
+        return _look_up(builder, table, levels)
 
     @intrinsic(prefer_literal=True)
     def expand(_typing: Any, vectors: Any, w: Any, w_at: Any, out: Any, out_at: Any) -> Any:
@@ -215,11 +294,21 @@ def table_expansion(values: tuple[int, ...]) -> Any:
             target = element_pointer(
                 context, builder, signature.args[3], out_value, out_index, count=2 * words
             )
-            _expand(4, 0, num_vectors, lambda builder, levels: _look_up(builder, table, levels))(
-                builder, source, target
-            )
+            _expand(4, 0, num_vectors, convert)(builder, source, target)
             return context.get_dummy_value()
 
         return types.void(vectors, w, types.intp, out, types.intp), emit
 
-    return expand
+    @intrinsic(prefer_literal=True)
+    def dot(
+        _typing: Any, tile: Any, rows: Any, x: Any, x_index: Any, x_stride: Any, w: Any, w_index: Any
+    ) -> Any:
+        all_words = types.IntegerLiteral(0), types.IntegerLiteral(_BLOCK_WORDS)
+
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            emit_dot = _dot(4, 0, convert, tile, (rows, x_stride, *all_words))
+            return emit_dot(context, builder, signature, (arguments[0], *arguments[2:4], *arguments[5:7]))
+
+        return tile(tile, rows, x, types.intp, x_stride, w, types.intp), emit
+
+    return expand, dot
