@@ -24,7 +24,13 @@ if TYPE_CHECKING:
     from pagellm.engine.requests.outputs import CompletionOutput, FinishReason, Metrics, RequestOutput
     from pagellm.engine.requests.sampling_params import SamplingParams
     from pagellm.engine.requests.structured import StructuredOutputs
-    from pagellm.engine.scheduling.policies import SchedulingPolicy
+    from pagellm.engine.scheduling.policies import (
+        AdmissionPolicy,
+        BudgetPolicy,
+        EvictionPolicy,
+        SchedulingPolicy,
+        VictimPolicy,
+    )
 
 _MODULES = {
     "LLM": "llm",
@@ -34,6 +40,10 @@ _MODULES = {
     "StructuredOutputs": "requests.structured",
     "BeamSearchParams": "beam_search",
     "SchedulingPolicy": "scheduling.policies",
+    "VictimPolicy": "scheduling.policies",
+    "AdmissionPolicy": "scheduling.policies",
+    "EvictionPolicy": "scheduling.policies",
+    "BudgetPolicy": "scheduling.policies",
     "RequestOutput": "requests.outputs",
     "CompletionOutput": "requests.outputs",
     "FinishReason": "requests.outputs",
@@ -51,12 +61,15 @@ _MODULES = {
 
 __all__ = [
     "LLM",
+    "AdmissionPolicy",
     "BeamSearchParams",
+    "BudgetPolicy",
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",
     "EngineConfig",
     "EngineError",
+    "EvictionPolicy",
     "FinishReason",
     "LLMEngine",
     "Metrics",
@@ -70,6 +83,7 @@ __all__ = [
     "SchedulingPolicy",
     "StructuredOutputs",
     "TraceError",
+    "VictimPolicy",
 ]
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pagellm.sim.report.metrics import MetricsCollector
     from pagellm.sim.report.report import compare, to_html
     from pagellm.sim.report.schema import Report, load_report
+    from pagellm.sim.router import Router
     from pagellm.sim.simulator import Simulator
     from pagellm.sim.sweep.grid import Grid, Slo
     from pagellm.sim.sweep.sweep import CostSource, Sweep, SweepResult, TraceFile
@@ -25,6 +26,7 @@ _MODULES = {
     "MetricsCollector": "report.metrics",
     "PromptTokens": "traces.prompt_tokens",
     "Report": "report.schema",
+    "Router": "router",
     "Simulator": "simulator",
     "Slo": "sweep.grid",
     "Sweep": "sweep.sweep",
@@ -46,6 +48,7 @@ __all__ = [
     "MetricsCollector",
     "PromptTokens",
     "Report",
+    "Router",
     "Simulator",
     "Slo",
     "Sweep",

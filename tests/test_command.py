@@ -191,7 +191,7 @@ def trap(tmp_path: Path) -> Path:
     for name in [*sys.stdlib_module_names, *others.split(), "kernels", "sim", "sitecustomize"]:
         planted = f"open({str(tmp_path / 'executed')!r}, 'a').write('{name} ')\n"
         (tmp_path / f"{name}.py").write_text(planted)
-    policy = (ROOT / "examples" / "chats_and_jobs.py").read_text()
+    policy = (ROOT / "examples" / "policies" / "chats_and_jobs.py").read_text()
     (tmp_path / "mine.py").write_text(f"import my_helper\n{policy}")
     (tmp_path / "my_helper.py").write_text("")
     return tmp_path

@@ -49,7 +49,7 @@ class Scheduler:
         self.costs = PreemptionCosts()  # as `schedule` was told last
         self.policies = CheckedPolicies.load(config, block_manager)
         block_manager.evict_by(self.policies)
-        self.stats = SchedulerStats(num_blocks=block_manager.num_blocks)
+        self.stats = SchedulerStats(num_blocks=block_manager.num_blocks, block_size=block_manager.block_size)
         self.waiting = WaitingQueue(self.policies)
         self._held: dict[int, Sequence] = {}  # by seq_id: those that are not let in yet, in order of arrival
         self._num_changes = 0  # of the cache, when the order was asked for last

@@ -6,13 +6,14 @@ from typing import Any
 from pagellm.sim.commands.calibrate import add_calibrate
 from pagellm.sim.commands.capacity import add_capacity
 from pagellm.sim.commands.fit import add_fit
+from pagellm.sim.commands.lab import add_lab
 from pagellm.sim.commands.replay import add_replay
 from pagellm.sim.commands.sweep import add_sweep
 from pagellm.sim.commands.trace import add_trace
 
 
 def add_commands(commands: "argparse._SubParsersAction[Any]") -> None:
-    """Adds `replay`, `calibrate`, `fit`, `sweep`, `capacity` and `trace`.
+    """Adds `replay`, `calibrate`, `fit`, `sweep`, `capacity`, `lab` and `trace`.
 
     After parsing, `options.command(options)` runs the chosen one, which raises `PagellmError` for bad input.
     """
@@ -21,4 +22,5 @@ def add_commands(commands: "argparse._SubParsersAction[Any]") -> None:
     add_fit(commands)
     add_sweep(commands)
     add_capacity(commands)
+    add_lab(commands)
     add_trace(commands)

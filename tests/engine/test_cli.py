@@ -252,7 +252,7 @@ def test_settings_that_cannot_be_served_are_one_line(
 
 
 def test_the_example_of_a_policy_is_found_beside_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    examples = Path(__file__).parents[2] / "examples"
+    examples = Path(__file__).parents[2] / "examples" / "policies"
     assert len((examples / "chats_and_jobs.py").read_text().splitlines()) < 40
     monkeypatch.chdir(examples)
     done = subprocess.run(

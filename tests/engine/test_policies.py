@@ -432,7 +432,7 @@ def test_a_policy_is_told_the_time_and_how_things_stand() -> None:
     add(s, 4, now=1.5)
     step(s, now=2.0)
     step(s, now=3.0)
-    assert told == [SchedulerStats(2.0, 2, 0, 16, 16), SchedulerStats(3.0, 1, 1, 15, 16)]
+    assert told == [SchedulerStats(2.0, 2, 0, 16, 16, 4), SchedulerStats(3.0, 1, 1, 15, 16, 4)]
 
 
 # The queue of those that wait

@@ -21,6 +21,7 @@ class SchedulerStats:
     num_running: int = 0
     num_free_blocks: int = 0
     num_blocks: int = 0
+    block_size: int = 0  # tokens of a block
 
 
 class View:

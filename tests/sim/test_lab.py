@@ -1,0 +1,53 @@
+"""The gallery, replayed in one table, and each of its policies confirmed on the real engine."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pagellm.__main__ import main
+from pagellm.engine import ConfigError
+from pagellm.sim import Trace
+from pagellm.sim.lab import Confirmation, entries, small
+from tests.conftest import model_path
+
+ROOT = Path(__file__).parents[2]
+GALLERY = sorted(map(str, (ROOT / "examples" / "policies").glob("*.py")))
+TRACE = str(ROOT / "examples" / "traces" / "mooncake_conversation.jsonl")
+
+
+@pytest.fixture(scope="module")
+def confirm() -> Confirmation:
+    return Confirmation(str(model_path("llama_gqa")), small(Trace.load(TRACE), 8))
+
+
+@pytest.mark.parametrize("path", GALLERY, ids=lambda path: Path(path).stem)
+def test_each_policy_is_short_and_its_decisions_and_bits_are_the_engines(
+    path: str, confirm: Confirmation
+) -> None:
+    assert len(Path(path).read_text("utf-8").splitlines()) < 40
+    for entry in entries([path]):
+        if entry.setting != "router":
+            steps, _ = confirm(entry)
+            assert steps > 8
+
+
+def test_the_laboratory_prints_a_row_for_each(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = tmp_path / "lab.html"
+    files = [path for path in GALLERY if Path(path).stem in ("lru", "belady", "kv_router")]
+    arguments = ["--trace", TRACE, "--limit", "30", "--roofline", "h100-sxm,llama-3.1-8b"]
+    arguments += ["--set", "num_blocks=10000", "--replicas", "2", "--report", str(page), "--json"]
+    assert main(["lab", *files, *arguments]) == 0
+    rows = {row["policy"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert list(rows) == ["built in", "Belady", "KvRouter", "LRU", "round robin"]
+    same = [name for name in rows["LRU"] if name not in ("policy", "kind")]
+    assert [rows["LRU"][name] for name in same] == [rows["built in"][name] for name in same]
+    assert rows["Belady"]["hit_rate"] >= rows["LRU"]["hit_rate"]
+    assert page.stat().st_size > 10_000
+
+
+def test_a_file_without_a_policy_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "none.py"
+    path.write_text("x = 1")
+    with pytest.raises(ConfigError, match="found no policy, expected a class that is one"):
+        list(entries([str(path)]))
