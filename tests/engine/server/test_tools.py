@@ -472,3 +472,26 @@ def test_responses_have_the_same_calls_as_a_chat(client: Any) -> None:
         if event.type == "response.function_call_arguments.delta"
     ]
     assert "".join(pieces) == call.arguments
+
+
+def test_a_call_is_an_item_of_a_response_whole_and_streamed(client: Any) -> None:
+    parameters = {
+        "type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"],
+        "additionalProperties": False,
+    }  # fmt: skip
+    tool = {"type": "function", "name": "flip", "parameters": parameters, "strict": True}
+    asked = {"model": "tiny", "input": "flip it", "temperature": 0, "max_output_tokens": 150}
+    asked |= {"tools": [tool], "tool_choice": "required", "extra_body": QUIET}
+    whole = client.responses.create(**asked)
+    events = list(client.responses.create(**asked, stream=True))
+    calls = [item for item in whole.output if item.type == "function_call"]
+    assert calls
+    assert all(call.name == "flip" and set(json.loads(call.arguments)) == {"a"} for call in calls[:1])
+    last = events[-1].response
+    streamed = [item for item in last.output if item.type == "function_call"]
+    assert [(one.name, one.arguments) for one in streamed] == [(one.name, one.arguments) for one in calls]
+    for call in streamed:
+        mine = [event for event in events if getattr(event, "item_id", None) == call.id]
+        deltas = [event.delta for event in mine if event.type == "response.function_call_arguments.delta"]
+        [done] = [event for event in mine if event.type == "response.function_call_arguments.done"]
+        assert "".join(deltas) == done.arguments == call.arguments
