@@ -72,7 +72,7 @@ def test_every_sampling_parameter_has_a_flag_unless_it_is_of_one_user_or_prompt(
     ("arguments", "message"),
     [
         (["--block-size", "0"], "block_size: found 0, expected a positive integer (--block-size)"),
-        (["--policy", "lottery"], "or module:Class (--policy)"),
+        (["--policy", "lottery"], "or path/file.py:Class (--policy)"),
         (["--preemption", "swap", "--swap-blocks", "0"], "expected at least 1 (--swap-blocks)"),
         (["--top-p", "2"], "(--top-p)"),
         (["--model", "nowhere"], "hub id (org/name)"),
