@@ -27,10 +27,11 @@ SUITE = (
     "tests/engine/test_scheduler.py",
     "tests/engine/test_step_loop.py",
     "tests/engine/test_policies.py",
+    "tests/properties/test_extension_points.py",
     "tests/properties/test_block_manager.py",
     "tests/properties/test_scheduler.py",
 )
-MANAGER, CACHE, WINDOW, SCHEDULER, BATCH, POLICIES, QUEUE = (
+MANAGER, CACHE, WINDOW, SCHEDULER, BATCH, POLICIES, QUEUE, CHECKED, RANKED = (
     f"engine/scheduling/{name}.py"
     for name in (
         "block_manager",
@@ -38,8 +39,10 @@ MANAGER, CACHE, WINDOW, SCHEDULER, BATCH, POLICIES, QUEUE = (
         "block_window",
         "scheduler",
         "batch",
-        "policies",
+        "policies/order",
         "waiting_queue",
+        "policies/checked",
+        "ranked_blocks",
     )
 )
 TIMEOUT_S = 300
@@ -505,20 +508,21 @@ BUGS = (
         "blocks that were taken from one are given to a later one in the same step",
         SCHEDULER,
         "Scheduler.schedule",
-        "if not batch.preempted:\n    self._admit(batch, budget, limits)",
-        "self._admit(batch, budget, limits)",
+        "not batch.preempted or all(preempted.needed_by is None for preempted in batch.preempted)",
+        "True",
     ),
     Bug(
         "a new sequence is admitted past one that does not fit",
         SCHEDULER,
         "Scheduler._admit",
-        "return",
-        "self.waiting.remove(sequence)\n"
-        "self.waiting.push(sequence, self.stats)\n"
-        "others = [s for s in self.waiting if s is not sequence]\n"
-        "if not others or (prefix := self._give_blocks(others[0])) is None:\n"
-        "    return\n"
-        "sequence, was = others[0], others[0].status",
+        "if prefix is None:\n    return",
+        "if prefix is None:\n"
+        "    self.waiting.remove(sequence)\n"
+        "    self.waiting.push(sequence, self.stats)\n"
+        "    others = [s for s in self.waiting if s is not sequence]\n"
+        "    if not others or (prefix := self._give_blocks(others[0])) is None:\n"
+        "        return\n"
+        "    sequence, was = others[0], others[0].status",
     ),
     Bug(
         "the watermark is ignored",
@@ -706,12 +710,44 @@ BUGS = (
     ),
     Bug(
         "a policy's mistake is raised in every step",
-        POLICIES,
-        "CheckedPolicy.raise_error",
-        "error, self._error = (self._error, None)",
-        "error = self._error",
+        CHECKED,
+        "CheckedPolicies.raise_error",
+        "self._errors.pop(0)",
+        "self._errors[0]",
     ),
-    Bug("not a number is taken for an order", POLICIES, "_as_key", "part == part"),
+    Bug("not a number is taken for an order", CHECKED, "_as_key", "part == part"),
+    Bug(
+        "a block that others follow may be given up before them",
+        RANKED,
+        "RankedBlocks._may_go",
+        "self._all_are_candidates or next(self._cache.followers(block), None) is None",
+        "True",
+    ),
+    Bug(
+        "a block is not offered when the last one that followed it is forgotten",
+        RANKED,
+        "RankedBlocks.lost_follower",
+        "self._offer(block)",
+    ),
+    Bug(
+        "one that is shed goes on to wait",
+        SCHEDULER,
+        "Scheduler._let_in",
+        "self.abort(one, FinishReason.SHED)",
+    ),
+    Bug(
+        "those that are held back wait for ever where nothing else is to be done",
+        SCHEDULER,
+        "Scheduler._let_in",
+        "self.waiting.push(self._held.pop(first), self.stats)",
+    ),
+    Bug(
+        "a budget beyond the settings is kept to",
+        CHECKED,
+        "CheckedPolicies.budget",
+        "min(parts[0], most[0])",
+        "parts[0]",
+    ),
     Bug(
         "a reference that is given back is still counted",
         MANAGER,
