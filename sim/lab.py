@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pagellm.engine.llm_engine import LLMEngine
 
 _LONGEST_PROMPT, _LONGEST_ANSWER = 48, 12  # tokens of a request that is served to confirm
-_GAP_S = 0.002  # between two of them
+_PIECE, _MOST_PIECES = 8, 6  # tokens of one piece of a prompt whose pieces the trace tells apart, and pieces
 # What of a step is a measurement and no decision.
 _MEASURED = ("transfer_s", "duration_s")
 
@@ -83,25 +83,25 @@ def replay(entry: Entry, trace: Trace, costs: CostModel, given: Mapping[str, Any
 
 
 def small(trace: Trace, num_requests: int) -> list[TraceRequest]:
-    """The first requests, so much smaller that a small model serves them: what they share stays."""
-    first = list(islice(trace, num_requests))
-    longest = max((request.prompt_len or 1 for request in first), default=1)
-    scale = max(1, -(-longest // _LONGEST_PROMPT))
+    """The first requests, cut so that a small model serves them, all at once, which makes a crowd.
+
+    Of a prompt its first pieces stay and its last one, each of `_PIECE` tokens: so those that begin alike do
+    so here, and those that are equal are.
+    """
     made = []
-    for number, request in enumerate(first):
-        ids, size = request.hash_ids, request.hash_block_size
-        length = max(1, (request.prompt_len or scale) // scale)
-        if ids is not None and size is not None:
-            size = max(1, size // scale)
-            length = min(length, size * len(ids))
-            ids = ids[: -(-length // size)]
+    for number, request in enumerate(islice(trace, num_requests)):
+        ids = request.hash_ids
+        length = max(1, min(_LONGEST_PROMPT, request.prompt_len or _LONGEST_PROMPT))
+        if ids is not None:
+            ids = ids if len(ids) <= _MOST_PIECES else (*ids[: _MOST_PIECES - 1], ids[-1])
+            length = min(length, _PIECE * len(ids))
         made.append(
             TraceRequest(
-                arrival_time=_GAP_S * number,
+                arrival_time=0.0,
                 prompt_len=length,
-                output_len=max(1, min(_LONGEST_ANSWER, request.output_len)),
+                output_len=min(_LONGEST_ANSWER, request.output_len),
                 hash_ids=ids,
-                hash_block_size=size,
+                hash_block_size=None if ids is None else _PIECE,
                 priority=request.priority,
                 tenant=request.tenant,
                 deadline_s=request.deadline_s,
@@ -123,7 +123,7 @@ class Confirmation:
         self._requests = requests
         most = max(-(-((request.prompt_len or 1) + request.output_len) // 8) for request in requests)
         self._config = config or EngineConfig(
-            block_size=8, num_blocks=3 * most, max_num_seqs=4, max_num_batched_tokens=64, max_preemptions=2
+            block_size=8, num_blocks=2 * most, max_num_seqs=4, max_num_batched_tokens=64, max_preemptions=2
         )
         engine = self._engine(self._config)
         try:

@@ -730,6 +730,16 @@ BUGS = (
         "self._offer(block)",
     ),
     Bug(
+        "a policy sees the cached prefix as it was when it asked first",
+        MANAGER,
+        "BlockManager.num_cached_tokens",
+        "while count < most:\n"
+        "    following = self._find(sequence, count, block)\n"
+        "    if following is None:\n"
+        "        break\n"
+        "    count, block = (count + 1, following)",
+    ),
+    Bug(
         "one that is shed goes on to wait",
         SCHEDULER,
         "Scheduler._let_in",

@@ -197,7 +197,7 @@ class BlockManager:
         num_tokens = sequence.num_computed_tokens if sequence.swap_table else sequence.num_tokens - 1
         most = num_tokens // self.block_size
         count, block, known_as = sequence.cached_hint
-        if count > most or (count and self._cache.addition_of(block) != known_as):
+        if not 0 < count <= most or self._cache.addition_of(block) != known_as:
             count, block = 0, ROOT
         while count < most:
             following = self._find(sequence, count, block)

@@ -19,6 +19,7 @@ from pagellm.engine.scheduling.policies import (
     Priority,
     SchedulerStats,
     SchedulingPolicy,
+    SequenceView,
     ShortestJob,
     load_policy,
 )
@@ -548,3 +549,23 @@ def test_a_new_tenant_starts_where_the_last_one_left_off() -> None:
     policy.on_add(new, stats)
     policy.on_add(old, stats)
     assert policy.counters == {"old": 12.0, "new": 12.0}
+
+
+@pytest.mark.parametrize("changes", ["cache", "always"])
+def test_an_order_by_the_cached_prefix_changes_when_the_cache_does(changes: str) -> None:
+    class LongestPrefix(SchedulingPolicy):
+        order_changes = changes
+
+        def order(self, sequence: SequenceView, stats: SchedulerStats) -> float:
+            return -sequence.num_cached_tokens
+
+    s = scheduler(LongestPrefix(), max_num_seqs=1, enable_prefix_caching=True)
+    prompts = [[1] * 9, [2] * 9, [3] * 9, [1] * 8 + [4], [2] * 8 + [5]]
+    added = []
+    for prompt in prompts:
+        added.append(Sequence(next(_ids), prompt, SamplingParams(max_tokens=1)))
+        s.add(added[-1])
+    a, b, c, like_a, like_b = added
+    assert order_of_service(s) == [a, like_a, b, like_b, c]
+    assert [like_a.num_cached_tokens, like_b.num_cached_tokens] == [8, 8]
+    s.policies.raise_error()

@@ -98,6 +98,9 @@ class Side:
         places = [*waiting, *running, *held]
         to_begin = [fork for sequence in places for fork in sequence.forks]
         assert sorted(s.seq_id for s in [*places, *to_begin]) == sorted(s.seq_id for s in self.alive())
+        for sequence in waiting:
+            cached = len(self.manager.cached_prefix(sequence)) * self.config.block_size
+            assert self.manager.num_cached_tokens(sequence) == cached, "a policy sees another prefix"
         for _ in extensions.NAMES:
             try:
                 self.scheduler.policies.raise_error()

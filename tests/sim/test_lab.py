@@ -7,7 +7,7 @@ import pytest
 
 from pagellm.__main__ import main
 from pagellm.engine import ConfigError
-from pagellm.sim import Trace
+from pagellm.sim import Trace, TraceRequest
 from pagellm.sim.lab import Confirmation, entries, small
 from tests.conftest import model_path
 
@@ -16,9 +16,29 @@ GALLERY = sorted(map(str, (ROOT / "examples" / "policies").glob("*.py")))
 TRACE = str(ROOT / "examples" / "traces" / "mooncake_conversation.jsonl")
 
 
+def crowd() -> list[TraceRequest]:
+    """Prompts of five beginnings that come more and less often, of two tenants and lengths, all at once."""
+    beginnings = [0, 1, 0, 2, 3, 0, 1, 4, 2, 0, 3, 1, 0, 4, 2, 0, 1, 3, 0, 2, 4, 1, 0, 3]
+    return [
+        TraceRequest(
+            arrival_time=0.0,
+            prompt_len=41 if number % 3 else 33,
+            output_len=4 + number % 9,
+            hash_ids=(10 * group, 10 * group + 1, 10 * group + 2, 100 + number, 200 + number, 300 + number)[
+                : 6 if number % 3 else 5
+            ],
+            hash_block_size=8,
+            tenant="ab"[number % 5 == 0],
+            id=str(number),
+            index=number,
+        )
+        for number, group in enumerate(beginnings)
+    ]
+
+
 @pytest.fixture(scope="module")
 def confirm() -> Confirmation:
-    return Confirmation(str(model_path("llama_gqa")), small(Trace.load(TRACE), 8))
+    return Confirmation(str(model_path("llama_gqa")), crowd())
 
 
 @pytest.mark.parametrize("path", GALLERY, ids=lambda path: Path(path).stem)
@@ -29,7 +49,7 @@ def test_each_policy_is_short_and_its_decisions_and_bits_are_the_engines(
     for entry in entries([path]):
         if entry.setting != "router":
             steps, _ = confirm(entry)
-            assert steps > 8
+            assert steps > 60
 
 
 def test_the_laboratory_prints_a_row_for_each(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -51,3 +71,12 @@ def test_a_file_without_a_policy_is_refused(tmp_path: Path) -> None:
     path.write_text("x = 1")
     with pytest.raises(ConfigError, match="found no policy, expected a class that is one"):
         list(entries([str(path)]))
+
+
+def test_what_is_confirmed_is_a_crowd_that_shares_prompts() -> None:
+    requests = small(Trace.load(TRACE), 24)
+    assert {request.arrival_time for request in requests} == {0.0}
+    assert max(request.prompt_len or 0 for request in requests) == 48
+    ids = [request.hash_ids or () for request in requests]
+    assert len({first for first, *_ in ids}) < len(requests)
+    assert [request.index for request in requests] == list(range(24))
