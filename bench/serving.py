@@ -16,6 +16,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -232,6 +233,7 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="pagellm only")
     parser.add_argument("--json", action="store_true", help="print JSON for machines")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the servers are ended, too
     levels = [int(level) for level in options.levels.split(",")]
     model = options.model or model_file("Q4_1")
     generator = options.aiperf or aiperf()
