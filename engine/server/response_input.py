@@ -69,6 +69,7 @@ class ResponseRequest(GenerationRequest):
     echo: Annotated[Any, Neutral(False)] = None
     prompt_logprobs: Annotated[Any, Neutral()] = None
     return_token_ids: Annotated[Any, Neutral(False)] = None
+    response_format: Annotated[Any, Neutral({"type": "text"})] = None  # here it is text.format
 
 
 class ResponseChat(ChatCompletionRequest):
