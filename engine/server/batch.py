@@ -8,8 +8,9 @@ answer; one whose body is refused gets the status and the error that a client wo
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from uuid import uuid4
@@ -182,9 +183,12 @@ class BatchRun:
         most = self._service.llm.engine.config.max_num_seqs * _IN_FLIGHT_PER_SLOT
         under_way: set[asyncio.Task[tuple[bytes, bool]]] = set()
         try:
-            async for _ in _filled(jobs, under_way, most, self._answer):
-                finished = {task for task in under_way if task.done()}
-                under_way -= finished
+            while True:
+                for job in islice(jobs, most - len(under_way)):
+                    under_way.add(asyncio.create_task(self._answer(job)))
+                if not under_way:
+                    break
+                finished, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
                 for task in finished:
                     line, is_completed = task.result()
                     file.write(line)
@@ -236,24 +240,6 @@ class BatchRun:
         }  # fmt: skip
         await self._app(scope, receive, send)
         return status, b"".join(parts)
-
-
-async def _filled(
-    jobs: Iterator[Job], under_way: set[Any], most: int, answer: Callable[[Job], Any]
-) -> AsyncIterator[None]:
-    """Keeps so many jobs under way and yields whenever some have ended, until all have."""
-    jobs_left = True
-    while True:
-        while jobs_left and len(under_way) < most:
-            job = next(jobs, None)
-            if job is None:
-                jobs_left = False
-            else:
-                under_way.add(asyncio.ensure_future(answer(job)))
-        if not under_way:
-            return
-        await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
-        yield
 
 
 def run_batch(
