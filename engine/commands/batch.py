@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
     """Adds `batch`."""
-    from pagellm.engine.commands.cli import CHAT_FLAGS, GENERATION_FLAG, add_model_options
+    from pagellm.engine.commands.cli import CHAT_FLAGS, GENERATION_FLAG, TOOL_FLAG, add_model_options
 
     batch = commands.add_parser("batch", help="answer a file of requests", description=_batch.__doc__)
     batch.add_argument("input", metavar="INPUT", help="a request a line, as OpenAI's batch files have them")
@@ -28,7 +28,7 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
     )
     add_model_options(batch)
     add_flags(batch.add_argument_group("sampling"), EngineConfig, GENERATION_FLAG)
-    add_flags(batch.add_argument_group("chat"), EngineConfig, CHAT_FLAGS)
+    add_flags(batch.add_argument_group("chat"), EngineConfig, CHAT_FLAGS | TOOL_FLAG)
     batch.add_argument(
         "--served-model-name", nargs="+", metavar="NAME",
         help="what requests may call the model; answers use the first (default: as --model)",

@@ -1,6 +1,7 @@
 """`pagellm batch`: a file of requests becomes a file of answers, those that the server gives."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,8 +33,8 @@ def command(model: Path, source: Path, target: Path, *flags: str) -> list[str]:
     ]  # fmt: skip
 
 
-def run(model: Path, source: Path, target: Path, status: int = 0) -> Any:
-    done = subprocess.run(command(model, source, target, "--json"), capture_output=True, text=True)
+def run(model: Path, source: Path, target: Path, status: int = 0, *flags: str) -> Any:
+    done = subprocess.run(command(model, source, target, "--json", *flags), capture_output=True, text=True)
     assert done.returncode == status, done.stderr
     return json.loads(done.stdout) if status == 0 else done.stderr
 
@@ -99,6 +100,20 @@ def test_a_line_that_is_no_request_and_a_body_that_is_refused_get_errors(
     before = target.read_text()
     assert run(thinker, source, target)["kept"] == 10
     assert target.read_text() == before
+
+
+def test_how_calls_are_written_is_said_as_to_a_server(thinker: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(thinker, model)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{% if tools %}{% endif %}" + config["chat_template"]
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    source = tmp_path / "in.jsonl"
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "tools": tools}
+    source.write_text(line("a", chat, "/v1/chat/completions"))
+    assert run(model, source, tmp_path / "unsaid.jsonl")["failed"] == 1
+    assert run(model, source, tmp_path / "said.jsonl", 0, "--tool-call-parser", "hermes")["completed"] == 1
 
 
 def test_after_kill_it_goes_on_with_what_it_has(thinker: Path, tmp_path: Path) -> None:
