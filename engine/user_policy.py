@@ -2,14 +2,15 @@
 
 import os
 import sys
-from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import xxhash
+
 from pagellm.engine.errors import ConfigError
 
-_files: dict[tuple[str, str], ModuleType] = {}  # by path and by what the file holds
+_files: dict[tuple[str, bytes], ModuleType] = {}  # by path and by what the file holds
 
 
 def import_policy(name: object, setting: str = "policy") -> None:
@@ -44,9 +45,9 @@ def user_module(name: str) -> ModuleType:
         return import_module(name)
     path = os.path.abspath(name)
     source = Path(path).read_bytes()
-    key = path, sha256(source).hexdigest()
+    key = path, source
     if key not in _files:
-        module = ModuleType(f"{Path(path).stem}_{sha256(path.encode()).hexdigest()[:8]}")
+        module = ModuleType(f"{Path(path).stem}_{xxhash.xxh32_hexdigest(os.fsencode(path))}")
         module.__file__ = path
         sys.modules[module.__name__] = module  # where dataclasses and pickle look for it
         exec(compile(source, path, "exec"), module.__dict__)
