@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from pagellm.engine.errors import ConfigError
-from pagellm.engine.user_policy import import_policy
 from pagellm.sim.commands.sweep import (
     Progress,
     add_accept_profile_error,
@@ -18,7 +17,7 @@ from pagellm.sim.commands.sweep import (
 )
 from pagellm.sim.commands.trace import add_trace_input
 from pagellm.sim.report.report import number_text
-from pagellm.sim.sweep.grid import POLICY_SETTINGS, Grid, Slo
+from pagellm.sim.sweep.grid import Grid, Slo
 from pagellm.sim.sweep.plan import Answer, check_any, plan
 from pagellm.sim.sweep.report import words
 from pagellm.sim.sweep.sweep import Sweep
@@ -78,9 +77,7 @@ def _capacity(options: argparse.Namespace) -> None:
     """Search the highest load under an SLO at a steady state, or the fewest replicas for a load."""
     texts = [*options.grid] + ([] if options.hardware is None else [f"hardware={options.hardware}"])
     grid = Grid.parse(texts)
-    for setting in POLICY_SETTINGS:
-        for policy in grid.axes.get(setting, ()):
-            import_policy(policy, setting)
+    grid.import_policies()
     is_joint = any("_" not in part.partition("=")[0] for part in options.slo.split(","))
     slo = Slo.parse(options.slo, options.attainment if is_joint else None)
     progress = Progress()

@@ -5,12 +5,13 @@ import json
 import sys
 from typing import Any
 
+from pagellm.engine.checks import integer
 from pagellm.engine.errors import ConfigError, PagellmError
 from pagellm.sim.commands.sweep import add_roofline, cost_source
 from pagellm.sim.lab import Confirmation, Entry, entries, replay, small
 from pagellm.sim.report.report import number_text, seconds_text, to_html
 from pagellm.sim.report.schema import Report
-from pagellm.sim.sweep.grid import Grid
+from pagellm.sim.sweep.grid import REPLAY_SETTINGS, SWEEP_SETTINGS, Grid
 from pagellm.sim.traces.trace import Trace
 
 
@@ -46,10 +47,8 @@ def add_lab(commands: "argparse._SubParsersAction[Any]") -> None:
 
 def _lab(options: argparse.Namespace) -> None:
     """Replay policies on traces beside what is built in, and confirm their decisions and bits for real."""
-    grid = Grid.parse(options.settings)
-    if len(grid) != 1:
-        raise ConfigError("set: found several values of a setting, expected one, which is for all policies")
-    [given] = list(grid)
+    given = _given(options.settings)
+    integer("confirm_requests", options.confirm_requests, 1, error=ConfigError)
     found = list(entries(options.policies))
     chosen = [Entry("built in"), *found]
     if any(entry.setting == "router" for entry in found):
@@ -74,6 +73,19 @@ def _lab(options: argparse.Namespace) -> None:
         print("\n".join([*_table(rows), *map(_confirmed_text, confirmed)]))
     if any(one["error"] for one in confirmed):
         raise PagellmError("lab: not every policy was confirmed")
+
+
+def _given(texts: list[str]) -> dict[str, Any]:
+    """The settings of the engine that are for all policies. Raises `ConfigError`."""
+    grid = Grid.parse(texts)
+    for name in grid.axes:
+        if name in REPLAY_SETTINGS + SWEEP_SETTINGS:
+            raise ConfigError(f"set: found key {name!r}, expected a setting of the engine")
+    if len(grid) != 1:
+        raise ConfigError("set: found several values of a setting, expected one, which is for all policies")
+    grid.import_policies()
+    [given] = grid
+    return given
 
 
 def _row(trace: str, entry: Entry, report: Report) -> dict[str, Any]:

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from pagellm.engine.errors import ConfigError, PagellmError
-from pagellm.engine.user_policy import import_policy
 from pagellm.sim.commands.trace import add_trace_input
 from pagellm.sim.costs.constants import CONSTANTS, FORMATS, parse_constants
 from pagellm.sim.costs.cost_model import MAX_PROFILE_ERROR
 from pagellm.sim.sweep.file import Point
 from pagellm.sim.sweep.grid import (
-    POLICY_SETTINGS,
     REPLAY_SETTINGS,
     SLO_LATENCIES,
     SLO_STATISTICS,
@@ -97,9 +95,7 @@ def add_accept_profile_error(parser: "argparse._ActionsContainer") -> None:
 def _sweep(options: argparse.Namespace) -> None:
     """Replay a trace with every combination of some settings, or search the highest load of each."""
     grid = Grid.parse(options.grid)
-    for setting in POLICY_SETTINGS:
-        for policy in grid.axes.get(setting, ()):
-            import_policy(policy, setting)
+    grid.import_policies()
     progress = Progress()
     sweep = Sweep(
         trace_file(options),

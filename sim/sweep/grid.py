@@ -14,6 +14,7 @@ from pagellm.engine.checks import SMALLEST, number
 from pagellm.engine.config import SCHEDULER_POLICIES, EngineConfig
 from pagellm.engine.errors import ConfigError
 from pagellm.engine.scheduling.policies import KINDS, load_policy
+from pagellm.engine.user_policy import import_policy
 from pagellm.sim.costs.cost_model import CostModel
 from pagellm.sim.report.metrics import SLO_NAMES
 from pagellm.sim.simulator import Simulator
@@ -72,6 +73,12 @@ class Grid:
         """The settings of each point; the last axis varies fastest."""
         for values in product(*self.axes.values()):
             yield dict(zip(self.axes, values, strict=True))
+
+    def import_policies(self) -> None:
+        """Imports policies of one's own, which may lie in the working directory. Raises `ConfigError`."""
+        for setting in POLICY_SETTINGS:
+            for policy in self.axes.get(setting, ()):
+                import_policy(policy, setting)
 
     def check(self, cost_model: CostModel) -> None:
         """Raises `ConfigError` for a value that is bad whatever the others are."""

@@ -66,6 +66,36 @@ def test_the_laboratory_prints_a_row_for_each(capsys: pytest.CaptureFixture[str]
     assert page.stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "rate_factor=2"], "set: found key 'rate_factor', expected a setting of the engine"),
+        (["--set", "hardware=h100-sxm"], "set: found key 'hardware', expected a setting of the engine"),
+        (["--set", "num_blocks=10,20"], "set: found several values of a setting, expected one, which is"),
+        (["--confirm-requests", "0"], "confirm_requests: found 0, expected a positive integer"),
+    ],
+)
+def test_what_the_laboratory_does_not_take_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["lab", GALLERY[0], "--trace", TRACE, "--roofline", "h100-sxm,llama-3.1-8b", *arguments]
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_setting_may_name_a_policy_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "lab_policy_of_mine.py").write_text(
+        "from pagellm import SchedulingPolicy\nclass Mine(SchedulingPolicy):\n    prefills_alone = True\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--trace", TRACE, "--limit", "3", "--roofline", "h100-sxm,llama-3.1-8b", "--json"]
+    lru = next(path for path in GALLERY if Path(path).stem == "lru")
+    assert main(["lab", lru, *arguments, "--set", "policy=lab_policy_of_mine:Mine"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 2
+
+
 def test_a_file_without_a_policy_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "none.py"
     path.write_text("x = 1")
