@@ -34,7 +34,7 @@ _LAST_SENDS_MS = 1000
 # The name of the first tier, by which routers tell it from slower ones; it says nothing of the hardware.
 _MEDIUM = "GPU"
 _ENDPOINT = re.compile(r"tcp://[^\s/]+:(?:([0-9]{1,5})|\*)|ipc://.+")
-_EXPECTED = "expected an address such as tcp://*:5557 or ipc:///tmp/events"
+_EXPECTED = "expected an address such as tcp://*:5557 or ipc://kv-events"
 _END = (-1).to_bytes(8, "big", signed=True)
 
 
@@ -70,7 +70,9 @@ class KvEvents(StepListener):
         self._context = zmq.Context()
         self._notes: list[_Note] = []
         self._batches: SimpleQueue[list[_Note] | None] = SimpleQueue()
-        self._kept: deque[tuple[bytes, bytes]] = deque(maxlen=_KEPT_BATCHES)
+        # Where nobody can ask for them nothing is kept: so many batches of long prompts are large.
+        num_kept = 0 if replay_endpoint is None else _KEPT_BATCHES
+        self._kept: deque[tuple[bytes, bytes]] = deque(maxlen=num_kept)
         self._block_size = 0
         try:
             self._publisher, endpoint = self._socket(zmq.PUB, "kv_events", endpoint, _MOST_UNSENT)
@@ -89,7 +91,7 @@ class KvEvents(StepListener):
                 "publisher": "zmq",
                 "endpoint": endpoint,
                 "replay_endpoint": replay_endpoint,
-                "buffer_steps": _KEPT_BATCHES,
+                "buffer_steps": num_kept,
                 "hwm": _MOST_UNSENT,
                 "max_queue_size": _MOST_UNSENT,
                 "topic": topic,
@@ -180,7 +182,7 @@ class KvEvents(StepListener):
             if self._replay is not None:
                 self._answer_replays()
             try:
-                notes = self._batches.get(timeout=_LONGEST_WAIT_S)
+                notes = self._batches.get(timeout=None if self._replay is None else _LONGEST_WAIT_S)
             except Empty:
                 continue
             if notes is None:

@@ -201,6 +201,22 @@ def test_an_endpoint_that_is_none_is_refused(endpoint: str) -> None:
         KvEvents("tcp://127.0.0.1:0", endpoint)
 
 
+@pytest.mark.parametrize("endpoint", ["tcp://*:0", "ipc://kv-events"])
+def test_an_address_is_of_the_network_or_of_this_machine(
+    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pagellm.engine.server.kv_events import KvEvents
+
+    monkeypatch.chdir(tmp_path)
+    events = KvEvents(endpoint)
+    try:
+        [source] = events.sources.values()
+        assert source["endpoint"].rstrip("0123456789") == endpoint.rstrip("0")
+        assert (source["replay_endpoint"], source["buffer_steps"]) == (None, 0), "none is kept for nobody"
+    finally:
+        events.close()
+
+
 def test_an_endpoint_in_use_is_refused() -> None:
     from pagellm.engine.server.kv_events import KvEvents
 
