@@ -186,11 +186,12 @@ class ServerMetrics(StepListener):
 
     def committed(self, end: StepEnd) -> None:
         """A step has ended."""
-        self.num_generated += end.batch.num_output_tokens
-        self.num_computed += end.batch.num_tokens
-        self.last_step = len(end.batch.sequences), end.batch.num_tokens
-        self._step_tokens.observe(end.batch.num_tokens)
-        self._generation_tokens.inc(end.batch.num_output_tokens)
+        num_computed, num_generated = end.batch.num_tokens, end.batch.num_output_tokens
+        self.num_computed += num_computed
+        self.num_generated += num_generated
+        self.last_step = len(end.batch.sequences), num_computed
+        self._step_tokens.observe(num_computed)
+        self._generation_tokens.inc(num_generated)
 
     def grown(self, output: RequestOutput, completion: CompletionOutput, num_new: int, now: float) -> None:
         """A completion got tokens or ended."""
@@ -209,8 +210,9 @@ class ServerMetrics(StepListener):
                     self._found.inc(num_cached)
                     self._cached.inc(num_cached)
             else:
-                self._itl.observe((now - last_s) / num_new)
-                self.recent_itl_s.append((now - last_s) / num_new)
+                itl_s = (now - last_s) / num_new
+                self._itl.observe(itl_s)
+                self.recent_itl_s.append(itl_s)
             self._last_token_s[name] = now
         if completion.finish_reason is None:
             return
