@@ -3,24 +3,15 @@
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from pagellm.engine.errors import ConfigError
-from pagellm.sim.commands.sweep import (
-    Progress,
-    add_accept_profile_error,
-    add_ray,
-    add_roofline,
-    cost_source,
-    trace_file,
-)
+from pagellm.sim.commands.sweep import Progress, add_replays, add_step_times, make_sweep
 from pagellm.sim.commands.trace import add_trace_input
 from pagellm.sim.report.report import number_text
 from pagellm.sim.sweep.grid import Grid, Slo
 from pagellm.sim.sweep.plan import Answer, check_any, plan
 from pagellm.sim.sweep.report import words
-from pagellm.sim.sweep.sweep import Sweep
 
 
 def add_capacity(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -30,10 +21,7 @@ def add_capacity(commands: "argparse._SubParsersAction[Any]") -> None:
         description=_capacity.__doc__,
     )  # fmt: skip
     add_trace_input(capacity)
-    costs = capacity.add_mutually_exclusive_group(required=True)
-    costs.add_argument("--profile", metavar="FILE", help="step times: a profile or a step log")
-    add_roofline(costs, capacity)
-    add_accept_profile_error(capacity)
+    add_step_times(capacity)
     capacity.add_argument(
         "--slo", required=True, metavar="NAME=SECONDS,...",
         help="of each request, ttft=1,tpot=0.05, kept by --attainment of them; or of all, ttft_p99=1",
@@ -60,16 +48,7 @@ def add_capacity(commands: "argparse._SubParsersAction[Any]") -> None:
         "--seeds", type=int, default=3, metavar="N",
         help="orders of the gaps between arrivals; the first is the trace's own (default: %(default)s)",
     )  # fmt: skip
-    capacity.add_argument(
-        "--tolerance", type=float, default=0.02, metavar="X", help="of the load (default: %(default)s)"
-    )
-    capacity.add_argument("--limit", type=int, metavar="N", help="only the first N requests")
-    capacity.add_argument("--jobs", type=int, metavar="N", help="processes (default: one for each core)")
-    add_ray(capacity)
-    capacity.add_argument(
-        "-o", "--output", metavar="FILE", help="replays as JSON Lines; what they have is not replayed again"
-    )
-    capacity.add_argument("--json", action="store_true", help="print JSON for machines")
+    add_replays(capacity)
     capacity.set_defaults(command=_capacity)
 
 
@@ -77,21 +56,10 @@ def _capacity(options: argparse.Namespace) -> None:
     """Search the highest load under an SLO at a steady state, or the fewest replicas for a load."""
     texts = [*options.grid] + ([] if options.hardware is None else [f"hardware={options.hardware}"])
     grid = Grid.parse(texts)
-    grid.import_policies()
     is_joint = any("_" not in part.partition("=")[0] for part in options.slo.split(","))
     slo = Slo.parse(options.slo, options.attainment if is_joint else None)
     progress = Progress()
-    sweep = Sweep(
-        trace_file(options),
-        cost_source(options),
-        grid,
-        slo,
-        None if options.output is None else Path(options.output),
-        options.jobs,
-        progress,
-        options.accept_profile_error,
-        options.ray,
-    )
+    sweep = make_sweep(options, grid, slo, progress)
     try:
         answers = plan(
             sweep,

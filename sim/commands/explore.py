@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from pagellm.engine.errors import ConfigError, PagellmError
 from pagellm.engine.scheduling.policies import POLICIES
-from pagellm.sim.commands.sweep import add_accept_profile_error, add_roofline, cost_source
+from pagellm.sim.commands.sweep import add_step_times, cost_source
 from pagellm.sim.commands.trace import add_trace_input, load_trace
 from pagellm.sim.sweep.grid import Grid, simulator
 from pagellm.sim.traces.trace import Trace
@@ -26,10 +26,7 @@ def add_explore(commands: "argparse._SubParsersAction[Any]") -> None:
     """Adds `explore`. After parsing, `options.command(options)` runs it; bad input is a `PagellmError`."""
     explore = commands.add_parser("explore", help="replays on a local page", description=_explore.__doc__)
     add_trace_input(explore)
-    costs = explore.add_mutually_exclusive_group(required=True)
-    costs.add_argument("--profile", metavar="FILE", help="step times: a profile or a step log")
-    add_roofline(costs, explore)
-    add_accept_profile_error(explore)
+    add_step_times(explore)
     explore.add_argument("--limit", type=int, metavar="N", help="only the first N requests")
     explore.add_argument("--port", type=int, default=8765, metavar="N", help="(default: %(default)s)")
     explore.set_defaults(command=_explore)

@@ -33,54 +33,69 @@ def add_sweep(commands: "argparse._SubParsersAction[Any]") -> None:
         f"{', '.join(REPLAY_SETTINGS + SWEEP_SETTINGS)}; may be "
         "given repeatedly, every combination is replayed",
     )  # fmt: skip
-    costs = sweep.add_mutually_exclusive_group(required=True)
-    costs.add_argument("--profile", metavar="FILE", help="step times: a profile or a step log")
-    add_roofline(costs, sweep)
-    add_accept_profile_error(sweep)
+    add_step_times(sweep)
     sweep.add_argument(
         "--slo", metavar="NAME=SECONDS,...",
         help=f"limits that a good point keeps, such as ttft_p99=1.0,tpot_p99=0.1; of "
         f"{', '.join(SLO_LATENCIES)}, each as {', '.join(SLO_STATISTICS)}; or ttft=1.0,tpot=0.05, see "
         "--attainment",
     )  # fmt: skip
-    add_attainment(sweep)
+    sweep.add_argument(
+        "--attainment", type=float, metavar="X",
+        help="the share of requests that keep limits of each, such as --slo ttft=1,tpot=0.05",
+    )  # fmt: skip
     sweep.add_argument(
         "--capacity", action="store_true", help="search the highest load at which the SLO holds"
     )
-    sweep.add_argument(
-        "--tolerance", type=float, default=0.02, metavar="X", help="of that load (default: %(default)s)"
-    )
-    sweep.add_argument("--limit", type=int, metavar="N", help="only the first N requests")
-    sweep.add_argument("--jobs", type=int, metavar="N", help="processes (default: one for each core)")
-    add_ray(sweep)
-    sweep.add_argument(
-        "-o", "--output", metavar="FILE", help="results as JSON Lines; what they have is not replayed again"
-    )
+    add_replays(sweep)
     sweep.add_argument("--report", metavar="FILE", help="write a page with plots")
-    sweep.add_argument("--json", action="store_true", help="print JSON for machines")
     sweep.set_defaults(command=_sweep)
 
 
-def add_ray(parser: argparse.ArgumentParser) -> None:
-    """Adds --ray."""
+def add_step_times(parser: argparse.ArgumentParser) -> None:
+    """Adds what step times come from: --profile or --roofline, one of which is needed."""
+    costs = parser.add_mutually_exclusive_group(required=True)
+    costs.add_argument("--profile", metavar="FILE", help="step times: a profile or a step log")
+    add_roofline(costs, parser)
+    add_accept_profile_error(parser)
+
+
+def add_replays(parser: argparse.ArgumentParser) -> None:
+    """Adds how many replays are made, of what, and where their results go; see `make_sweep`."""
+    parser.add_argument(
+        "--tolerance", type=float, default=0.02, metavar="X", help="of the load (default: %(default)s)"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N requests")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one for each core)")
     parser.add_argument(
         "--ray", metavar="ADDRESS",
         help="replay on a Ray cluster, auto or HOST:PORT, where pagellm is installed and files are shared",
     )  # fmt: skip
-
-
-def add_attainment(parser: argparse.ArgumentParser) -> None:
-    """Adds --attainment."""
     parser.add_argument(
-        "--attainment", type=float, metavar="X",
-        help="the share of requests that keep limits of each, such as --slo ttft=1,tpot=0.05",
-    )  # fmt: skip
+        "-o", "--output", metavar="FILE", help="replays as JSON Lines; what they have is not replayed again"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON for machines")
 
 
-def trace_file(options: argparse.Namespace) -> TraceFile:
-    """The trace that the options of `add_trace_input` and --limit tell of."""
-    return TraceFile(
+def make_sweep(options: argparse.Namespace, grid: Grid, slo: Slo | None, progress: "Progress") -> Sweep:
+    """The sweep of the options of a trace, `add_step_times` and `add_replays`; policies are imported.
+
+    Raises `ConfigError`.
+    """
+    grid.import_policies()
+    trace = TraceFile(
         options.trace, options.limit, options.format, options.skip_bad, options.sort, options.output_len
+    )
+    return Sweep(
+        trace,
+        cost_source(options),
+        grid,
+        slo,
+        None if options.output is None else Path(options.output),
+        options.jobs,
+        progress,
+        options.accept_profile_error,
+        options.ray,
     )
 
 
@@ -94,20 +109,9 @@ def add_accept_profile_error(parser: "argparse._ActionsContainer") -> None:
 
 def _sweep(options: argparse.Namespace) -> None:
     """Replay a trace with every combination of some settings, or search the highest load of each."""
-    grid = Grid.parse(options.grid)
-    grid.import_policies()
-    progress = Progress()
-    sweep = Sweep(
-        trace_file(options),
-        cost_source(options),
-        grid,
-        None if options.slo is None else Slo.parse(options.slo, options.attainment),
-        None if options.output is None else Path(options.output),
-        options.jobs,
-        progress,
-        options.accept_profile_error,
-        options.ray,
-    )
+    grid, progress = Grid.parse(options.grid), Progress()
+    slo = None if options.slo is None else Slo.parse(options.slo, options.attainment)
+    sweep = make_sweep(options, grid, slo, progress)
     try:
         result = sweep.run_capacity(options.tolerance) if options.capacity else sweep.run()
     finally:
