@@ -6,9 +6,8 @@ import json
 import tempfile
 import threading
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
 
 from pagellm.engine.errors import ConfigError, PagellmError
@@ -17,6 +16,9 @@ from pagellm.sim.commands.sweep import add_step_times, cost_source
 from pagellm.sim.commands.trace import add_trace_input, load_trace
 from pagellm.sim.sweep.grid import Grid, simulator
 from pagellm.sim.traces.trace import Trace
+
+if TYPE_CHECKING:
+    from http.server import ThreadingHTTPServer
 
 _CONTROLS = ("rate_factor", "replicas", "num_blocks", "policy")
 _PAGE = Path(__file__).with_name("explore.html")
@@ -88,8 +90,11 @@ class Explorer:
             report.to_html(path)
             return path.read_text("utf-8")
 
-    def server(self, port: int) -> ThreadingHTTPServer:
+    def server(self, port: int) -> "ThreadingHTTPServer":
         """Serves it to this machine alone. Raises `OSError`."""
+        # Here, because no other command needs them, and each would import them at its start.
+        from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
         explorer = self
 
         class Handler(BaseHTTPRequestHandler):
