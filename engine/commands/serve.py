@@ -5,22 +5,27 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from pagellm.engine.checks import integer, number, path
-from pagellm.engine.commands.flags import add_flags
+from pagellm.engine.commands.flags import Flag, add_flags, given
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError
+from pagellm.engine.server.limits import LONGEST_S, Limits
 
 if TYPE_CHECKING:
     from pagellm.engine.llm import LLM
 
-_LONGEST_S = 1e6
 _KEYS_VARIABLE = "PAGELLM_API_KEYS"
-_LIMITS: list[tuple[str, int | float, str, str]] = [
-    ("max-body-bytes", 64 << 20, "N", "bytes of a request"),
-    ("max-n", 128, "N", "completions that a request may ask for of a prompt"),
-    ("max-logprobs", 100, "N", "log-probabilities that it may ask for of a token"),
-    ("max-stop-strings", 256, "N", "stop strings that it may have"),
-    ("keep-alive", 15.0, "S", "seconds after which a stream without news says that it is alive"),
-]
+_LIMIT_FLAGS = {
+    "max_queued_requests": Flag("prompts without a token, beyond which more are answered with 503"),
+    "max_queued_tokens": Flag("the same for the tokens of these prompts (default: no limit)"),
+    "max_body_bytes": Flag("bytes of a request"),
+    "max_n": Flag("completions that a request may ask for of a prompt"),
+    "max_logprobs": Flag("log-probabilities that it may ask for of a token"),
+    "max_stop_strings": Flag("stop strings that it may have"),
+    "keep_alive": Flag("seconds after which a stream without news says that it is alive", "S"),
+    "request_timeout": Flag(
+        "seconds from its arrival after which a request is given up (default: no limit)", "S"
+    ),
+}
 
 
 def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -42,23 +47,7 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
         "--shutdown-timeout", type=float, default=30.0, metavar="S", dest="shutdown_timeout",
         help="seconds that requests under way have after SIGTERM (default: %(default)g)",
     )  # fmt: skip
-    group.add_argument(
-        "--max-queued-requests", type=int, default=1024, metavar="N", dest="max_queued_requests",
-        help="prompts without a token, beyond which more are answered with 503 (default: %(default)s)",
-    )  # fmt: skip
-    group.add_argument(
-        "--max-queued-tokens", type=int, metavar="N", dest="max_queued_tokens",
-        help="the same for the tokens of these prompts (default: no limit)",
-    )  # fmt: skip
-    for name, default, shown, text in _LIMITS:
-        group.add_argument(
-            f"--{name}", type=type(default), default=default, metavar=shown, dest=name.replace("-", "_"),
-            help=f"{text} (default: %(default)s)",
-        )  # fmt: skip
-    group.add_argument(
-        "--request-timeout", type=float, metavar="S", dest="request_timeout",
-        help="seconds from its arrival after which a request is given up (default: no limit)",
-    )  # fmt: skip
+    add_flags(group, Limits, _LIMIT_FLAGS)
     group.add_argument(
         "--allowed-origins", nargs="+", default=[], metavar="ORIGIN", dest="allowed_origins",
         help="origins whose pages may ask, such as https://example.org, or * (default: none)",
@@ -100,19 +89,10 @@ def _serve(options: argparse.Namespace) -> None:
     from pagellm.engine.commands.cli import engine_config
 
     integer("port", options.port, 0, 65535, error=ConfigError)
-    number("shutdown_timeout", options.shutdown_timeout, 0.0, _LONGEST_S, error=ConfigError)
+    number("shutdown_timeout", options.shutdown_timeout, 0.0, LONGEST_S, error=ConfigError)
     if options.ssl_keyfile is not None and options.ssl_certfile is None:
         raise ConfigError("ssl_keyfile: found one without a certificate, expected --ssl-certfile with it")
-    integer("max_queued_requests", options.max_queued_requests, 1, None, error=ConfigError)
-    if options.max_queued_tokens is not None:
-        integer("max_queued_tokens", options.max_queued_tokens, 1, None, error=ConfigError)
-    integer("max_body_bytes", options.max_body_bytes, 1, None, error=ConfigError)
-    integer("max_n", options.max_n, 1, None, error=ConfigError)
-    integer("max_logprobs", options.max_logprobs, 0, None, error=ConfigError)
-    integer("max_stop_strings", options.max_stop_strings, 0, None, error=ConfigError)
-    number("keep_alive", options.keep_alive, 0.001, _LONGEST_S, error=ConfigError)
-    if options.request_timeout is not None:
-        number("request_timeout", options.request_timeout, 0.001, _LONGEST_S, error=ConfigError)
+    limits = Limits(**given(options, Limits))
     if options.kv_events is None and (options.kv_events_replay is not None or options.kv_events_topic):
         raise ConfigError("kv_events: found none beside its replay or topic, expected --kv-events with them")
     keys = _api_keys(options.api_key_file)
@@ -122,7 +102,6 @@ def _serve(options: argparse.Namespace) -> None:
     try:
         from pagellm.engine.server.kv_events import KvEvents
         from pagellm.engine.server.run import run_server
-        from pagellm.engine.server.service import Limits
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "pagellm":
             raise
@@ -133,17 +112,14 @@ def _serve(options: argparse.Namespace) -> None:
 
         return LLM(options.model, config=config)
 
-    limits = Limits(
-        options.max_queued_requests, options.max_queued_tokens, options.max_body_bytes, options.max_n,
-        options.max_logprobs, options.max_stop_strings, options.request_timeout, options.keep_alive,
-    )  # fmt: skip
     events = None
     if options.kv_events is not None:
         events = KvEvents(options.kv_events, options.kv_events_replay, options.kv_events_topic)
     run_server(
         load, options.served_model_name or [options.model], options.host, options.port,
-        options.shutdown_timeout, limits, keys, options.ssl_certfile, options.ssl_keyfile,
-        options.allowed_origins, events, options.log_format, options.otlp_traces_endpoint,
+        options.shutdown_timeout, limits, keys=keys, ssl_certfile=options.ssl_certfile,
+        ssl_keyfile=options.ssl_keyfile, allowed_origins=options.allowed_origins, events=events,
+        log_format=options.log_format, otlp_traces_endpoint=options.otlp_traces_endpoint,
     )  # fmt: skip
 
 

@@ -22,7 +22,8 @@ from pagellm.engine.errors import ConfigError, EngineError, RequestError, found
 from pagellm.engine.llm import LLM
 from pagellm.engine.progress import Advance
 from pagellm.engine.server.app import routes
-from pagellm.engine.server.service import Limits, Service
+from pagellm.engine.server.limits import Limits
+from pagellm.engine.server.service import Service
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 _LONGEST_ID = 512
@@ -232,7 +233,7 @@ class BatchRun:
             else:
                 parts.append(message.get("body", b""))
 
-        state = {"request_id": request_id, "max_body_bytes": self._service.limits.body_bytes}
+        state = {"request_id": request_id, "max_body_bytes": self._service.limits.max_body_bytes}
         scope = {
             "type": "http", "http_version": "1.1", "method": "POST", "path": job.url, "query_string": b"",
             "raw_path": job.url.encode(), "root_path": "", "scheme": "http", "server": None, "client": None,

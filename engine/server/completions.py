@@ -37,6 +37,7 @@ from pagellm.engine.server.http import (
     read_body,
     unless_gone,
 )
+from pagellm.engine.server.limits import Limits
 from pagellm.engine.server.prepare import (
     Headers,
     Prepared,
@@ -50,7 +51,7 @@ from pagellm.engine.server.protocol import (
     StreamOptions,
     read_request,
 )
-from pagellm.engine.server.service import Limits, Service
+from pagellm.engine.server.service import Service
 from pagellm.engine.server.tools import new_call_id
 
 
@@ -125,21 +126,21 @@ def check_bounds(body: GenerationRequest, limits: Limits) -> None:
     """Raises `ApiError` for a request that asks for more than is given."""
     num_stops = 0 if body.stop is None or isinstance(body.stop, str) else len(body.stop)
     for name, value, most in [
-        ("n", body.n, limits.n),
-        ("logprobs", getattr(body, "logprobs", None), limits.logprobs),
-        ("top_logprobs", getattr(body, "top_logprobs", None), limits.logprobs),
-        ("prompt_logprobs", body.prompt_logprobs, limits.logprobs),
+        ("n", body.n, limits.max_n),
+        ("logprobs", getattr(body, "logprobs", None), limits.max_logprobs),
+        ("top_logprobs", getattr(body, "top_logprobs", None), limits.max_logprobs),
+        ("prompt_logprobs", body.prompt_logprobs, limits.max_logprobs),
     ]:
         if type(value) is int and value > most:
             raise ApiError(400, f"{name}: found {value}, expected {most} at most", name)
-    if num_stops > limits.stop_strings:
-        raise ApiError(400, f"stop: found {num_stops}, expected {limits.stop_strings} at most", "stop")
+    if num_stops > limits.max_stop_strings:
+        raise ApiError(400, f"stop: found {num_stops}, expected {limits.max_stop_strings} at most", "stop")
 
 
 async def submit(service: Service, request: Request, prepared: Prepared) -> Generation:
     """Gives what was prepared to the engine. Raises `ApiError` where too many wait."""
     service.check_queue(sum(len(entry.token_ids) for entry in prepared.entries))
-    most_s = service.limits.request_s
+    most_s = service.limits.request_timeout
     try:
         async with asyncio.timeout(most_s):
             generation = await service.thread.submit(prepared.entries)
@@ -154,7 +155,7 @@ async def submit(service: Service, request: Request, prepared: Prepared) -> Gene
 async def _stream(service: Service, generation: Generation, answer: "Answer") -> AsyncIterator[bytes]:
     """The chunks of an answer; what has come together is sent together."""
     service.num_serving += 1
-    keep_alive = KeepAlive(generation.changed.set, service.limits.keep_alive_s)
+    keep_alive = KeepAlive(generation.changed.set, service.limits.keep_alive)
     try:
         opening = answer.opening()
         if opening:

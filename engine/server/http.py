@@ -203,7 +203,7 @@ class Door:
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
-        state["max_body_bytes"] = self._service.limits.body_bytes
+        state["max_body_bytes"] = self._service.limits.max_body_bytes
         status = 0
 
         async def send_on(message: Any) -> None:

@@ -17,6 +17,7 @@ from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.requests.structured import StructuredOutputs
 from pagellm.engine.requests.tool_calls import PlainText, ToolParser
 from pagellm.engine.server.engine_thread import Entry
+from pagellm.engine.server.limits import MAX_COMPLETIONS
 from pagellm.engine.server.protocol import (
     ChatCompletionRequest,
     ChatInput,
@@ -25,7 +26,6 @@ from pagellm.engine.server.protocol import (
 )
 from pagellm.engine.server.tools import plan_tools, tell_tools
 
-MAX_COMPLETIONS = 1024  # of one request, over all its prompts
 _DEFAULT_MAX_TOKENS = 16  # of /v1/completions
 # Of vLLM's fields those that choose among ways to the same form.
 _NO_FORMS = ("disable_fallback", "_backend", "_backend_was_auto")

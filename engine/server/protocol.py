@@ -14,6 +14,7 @@ from pagellm.engine.checks import JsonError, parse_json
 from pagellm.engine.errors import found
 from pagellm.engine.requests.sampling_params import MAX_LOGPROBS
 from pagellm.engine.server.errors import ApiError, bad_request
+from pagellm.engine.server.limits import MAX_COMPLETIONS
 
 
 def _whole(value: Any) -> Any:
@@ -106,7 +107,7 @@ class GenerationRequest(Request):
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Integer | None = Field(None, ge=1, le=1024)
+    n: Integer | None = Field(None, ge=1, le=MAX_COMPLETIONS)
     max_tokens: Integer | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0)
     top_p: float | None = Field(None, gt=0, le=1)

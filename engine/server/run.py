@@ -13,7 +13,8 @@ from pagellm.engine.progress import say
 from pagellm.engine.server.access_log import AccessLog, batched_tracer
 from pagellm.engine.server.app import make_app
 from pagellm.engine.server.kv_events import KvEvents
-from pagellm.engine.server.service import Limits, Service
+from pagellm.engine.server.limits import Limits
+from pagellm.engine.server.service import Service
 
 _BACKLOG = 2048
 _IDLE_S = 75  # that a connection without a request is kept: longer than clients keep one

@@ -7,41 +7,22 @@ templates, large JSON.
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from pagellm.engine.errors import PagellmError
 from pagellm.engine.llm import LLM
 from pagellm.engine.progress import say
-from pagellm.engine.requests.sampling_params import MAX_LOGPROBS
 from pagellm.engine.server.answers import now
 from pagellm.engine.server.engine_thread import EngineThread
 from pagellm.engine.server.errors import ApiError, not_ready
+from pagellm.engine.server.limits import Limits
 from pagellm.engine.server.live import LiveFeed
 from pagellm.engine.server.metrics import ServerMetrics
 
 _NUM_WORKERS = 8
 _MOST_NAMED_FIELDS = 1000  # of unknown fields the names that are remembered
 _Result = TypeVar("_Result")
-
-
-class Limits(NamedTuple):
-    """What a server takes. None: no limit.
-
-    queued_requests: prompts that have no token yet; queued_tokens: of these prompts together. What more comes
-    is refused at once, for it would wait longer than anybody does.
-    body_bytes: of a request. n, logprobs, stop_strings: that it may ask for. request_s: seconds from its
-    arrival after which it is given up. keep_alive_s: a stream that has nothing to say says so, so often.
-    """
-
-    queued_requests: int | None = 1024
-    queued_tokens: int | None = None
-    body_bytes: int = 64 << 20
-    n: int = 128
-    logprobs: int = MAX_LOGPROBS
-    stop_strings: int = 256
-    request_s: float | None = None
-    keep_alive_s: float = 15.0
 
 
 class Service:
@@ -138,11 +119,15 @@ class Service:
         """
         thread, limits = self.thread, self.limits
         num_queued = thread.num_queued + num_preparing
-        if limits.queued_requests is not None and num_queued >= limits.queued_requests:
+        if limits.max_queued_requests is not None and num_queued >= limits.max_queued_requests:
             self.metrics.rejected("max_num_queued_reqs")
             raise not_ready(f"the queue is full: {num_queued} requests wait for their first token")
         waiting = thread.num_queued_tokens
-        if limits.queued_tokens is not None and waiting and waiting + num_tokens >= limits.queued_tokens:
+        if (
+            limits.max_queued_tokens is not None
+            and waiting
+            and waiting + num_tokens >= limits.max_queued_tokens
+        ):
             self.metrics.rejected("max_num_queued_tokens")
             raise not_ready(f"the queue is full: prompts of {waiting} tokens wait")
 

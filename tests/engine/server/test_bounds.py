@@ -1,5 +1,6 @@
 """What a server takes from whom, how much, and for how long."""
 
+import re
 import socket
 import ssl
 import time
@@ -24,7 +25,7 @@ openai = pytest.importorskip("openai", reason="the server's tests need the clien
 @pytest.fixture(scope="module")
 def guarded(thinker: Path) -> Iterator[Any]:
     """A server with two keys, where three prompts may wait, of 40 tokens together."""
-    from pagellm.engine.server.service import Limits
+    from pagellm.engine.server.limits import Limits
 
     def load() -> LLM:
         return LLM(thinker, show_progress=False, **settings())
@@ -101,13 +102,39 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path, monkeypatch: 
             _api_keys(str(file))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("max_queued_requests", 0, "a positive integer"),
+        ("max_queued_tokens", 0, "a positive integer"),
+        ("max_body_bytes", None, "a positive integer"),
+        ("max_n", 1025, "an integer from 1 to 1024"),
+        ("max_logprobs", 101, "an integer from 0 to 100"),
+        ("max_stop_strings", -1, "an integer from 0 on"),
+        ("request_timeout", 0.0, "a number from 0.001 to 1e+06"),
+        ("keep_alive", float("nan"), "a number from 0.001 to 1e+06"),
+    ],
+)
+def test_a_bound_that_could_not_hold_is_refused_by_its_name(name: str, value: Any, expected: str) -> None:
+    from pagellm.engine.server.limits import Limits
+
+    with pytest.raises(ConfigError, match=rf"^{name}: found .*, expected {re.escape(expected)}$"):
+        Limits(**{name: value})
+
+
 @pytest.fixture(scope="module")
 def bounded(thinker: Path) -> Iterator[Any]:
     """A server that takes little, and whose streams say soon that they are alive."""
-    from pagellm.engine.server.service import Limits
+    from pagellm.engine.server.limits import Limits
 
     limits = Limits(
-        body_bytes=2000, n=2, logprobs=3, stop_strings=2, request_s=3, keep_alive_s=0.05, queued_tokens=50
+        max_queued_tokens=50,
+        max_body_bytes=2000,
+        max_n=2,
+        max_logprobs=3,
+        max_stop_strings=2,
+        request_timeout=3,
+        keep_alive=0.05,
     )
     load = partial(LLM, thinker, show_progress=False, max_num_batched_tokens=8, **settings())
     with serving(load, "tiny", limits=limits, allowed_origins=["https://one.example"]) as service:
