@@ -4,17 +4,13 @@ import argparse
 import sys
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 
 from pagellm.engine.commands.flags import add_flags
 from pagellm.engine.config import EngineConfig
-from pagellm.engine.errors import ConfigError
 from pagellm.engine.progress import progress
-
-if TYPE_CHECKING:
-    from pagellm.engine.llm import LLM
 
 
 def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -41,25 +37,16 @@ def _batch(options: argparse.Namespace) -> None:
 
     A run that was ended, however, is gone on with by the same command: answers that stand are kept.
     """
-    from pagellm.engine.commands.cli import engine_config
+    from pagellm.engine.commands.cli import engine_config, load_llm, needing_server
 
     config = engine_config(options)
-    try:
+    with needing_server("batch"):
         from pagellm.engine.server.batch import run_batch
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "pagellm":
-            raise
-        raise ConfigError(f"batch: needs pip install 'pagellm[serve]' ({error})") from None
-
-    def load() -> "LLM":
-        from pagellm.engine.llm import LLM
-
-        return LLM(options.model, config=config)
 
     start = time.perf_counter()
     counts = run_batch(
-        load, options.served_model_name or [options.model], options.input, options.output,
-        partial(progress, "Answering"),
+        partial(load_llm, options.model, config), options.served_model_name or [options.model],
+        options.input, options.output, partial(progress, "Answering"),
     )  # fmt: skip
     seconds = time.perf_counter() - start
     if options.json:

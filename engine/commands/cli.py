@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from pagellm.engine.config import (
     SCHEDULER_POLICIES,
     EngineConfig,
 )
-from pagellm.engine.errors import RequestError
+from pagellm.engine.errors import ConfigError, RequestError
 from pagellm.engine.progress import say, say_piece
 from pagellm.engine.requests.outputs import RequestOutput
 from pagellm.engine.requests.sampling_params import SamplingParams
@@ -197,11 +197,26 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
-def _llm(options: argparse.Namespace) -> "LLM":
-    config = engine_config(options)
+def load_llm(model: str, config: EngineConfig) -> "LLM":
+    """The model; what it takes is imported now."""
     from pagellm.engine.llm import LLM
 
-    return LLM(options.model, config=config)
+    return LLM(model, config=config)
+
+
+def _llm(options: argparse.Namespace) -> "LLM":
+    return load_llm(options.model, engine_config(options))
+
+
+@contextmanager
+def needing_server(command: str) -> Iterator[None]:
+    """Around imports of the server: raises `ConfigError` where what it needs is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "pagellm":
+            raise
+        raise ConfigError(f"{command}: needs pip install 'pagellm[serve]' ({error})") from None
 
 
 def _sampling_params(options: argparse.Namespace) -> SamplingParams:

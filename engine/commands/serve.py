@@ -2,16 +2,14 @@
 
 import argparse
 import os
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 from pagellm.engine.checks import integer, number, path
 from pagellm.engine.commands.flags import Flag, add_flags, given
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError
 from pagellm.engine.server.limits import LONGEST_S, Limits
-
-if TYPE_CHECKING:
-    from pagellm.engine.llm import LLM
 
 _KEYS_VARIABLE = "PAGELLM_API_KEYS"
 _LIMIT_FLAGS = {
@@ -86,7 +84,7 @@ def _serve(options: argparse.Namespace) -> None:
 
     Ctrl-C or SIGTERM ends it when the requests under way have ended; a second one ends it at once.
     """
-    from pagellm.engine.commands.cli import engine_config
+    from pagellm.engine.commands.cli import engine_config, load_llm, needing_server
 
     integer("port", options.port, 0, 65535, error=ConfigError)
     number("shutdown_timeout", options.shutdown_timeout, 0.0, LONGEST_S, error=ConfigError)
@@ -99,27 +97,19 @@ def _serve(options: argparse.Namespace) -> None:
     config = engine_config(options)
     if options.kv_events is not None and not config.enable_prefix_caching:
         raise ConfigError("kv_events: found one with --no-prefix-caching, expected a cache to tell of")
-    try:
+    with needing_server("serve"):
         from pagellm.engine.server.kv_events import KvEvents
         from pagellm.engine.server.run import run_server
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "pagellm":
-            raise
-        raise ConfigError(f"serve: needs pip install 'pagellm[serve]' ({error})") from None
-
-    def load() -> "LLM":
-        from pagellm.engine.llm import LLM
-
-        return LLM(options.model, config=config)
 
     events = None
     if options.kv_events is not None:
         events = KvEvents(options.kv_events, options.kv_events_replay, options.kv_events_topic)
     run_server(
-        load, options.served_model_name or [options.model], options.host, options.port,
-        options.shutdown_timeout, limits, keys=keys, ssl_certfile=options.ssl_certfile,
-        ssl_keyfile=options.ssl_keyfile, allowed_origins=options.allowed_origins, events=events,
-        log_format=options.log_format, otlp_traces_endpoint=options.otlp_traces_endpoint,
+        partial(load_llm, options.model, config), options.served_model_name or [options.model],
+        options.host, options.port, options.shutdown_timeout, limits, keys=keys,
+        ssl_certfile=options.ssl_certfile, ssl_keyfile=options.ssl_keyfile,
+        allowed_origins=options.allowed_origins, events=events, log_format=options.log_format,
+        otlp_traces_endpoint=options.otlp_traces_endpoint,
     )  # fmt: skip
 
 

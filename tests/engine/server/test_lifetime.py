@@ -193,3 +193,15 @@ def test_the_package_does_without_the_server() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
+
+
+@pytest.mark.parametrize("words", [["serve"], ["batch", "in.jsonl", "out.jsonl"]])
+def test_without_the_extra_one_line_says_what_to_install(words: list[str]) -> None:
+    program = (
+        "import sys; sys.modules['pydantic'] = None; from pagellm.__main__ import main; "
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    run = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr.startswith(f"pagellm: {words[0]}: needs pip install 'pagellm[serve]' (import of ")
+    assert run.stderr.count("\n") == 1
