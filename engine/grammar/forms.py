@@ -27,27 +27,34 @@ def to_grammar(form: Mapping[str, Any]) -> str:
             return _lark(any_to_lark(form["grammar"]))
         except Exception as bad:  # of whatever kind: it reads GBNF in Python
             raise ValueError(f"no GBNF ({bad})") from None
-    options = json_options(form)
     if form["structural_tag"] is not None:
-
-        def json_rule(schema: Any) -> str:
-            closed = _closed(schema) if form["disable_additional_properties"] else schema
-            if not isinstance(closed, dict):
-                closed = {} if closed is True else {"not": {}}
-            return "%json " + json.dumps({"x-guidance": options, **closed})
-
-        return _lark(to_lark(json.loads(form["structural_tag"]), json_rule))
-    schema = {"type": "object"} if form["json_object"] else json.loads(form["json"])
-    if form["disable_additional_properties"]:
-        schema = _closed(schema)
-    return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=options))
+        return _lark(to_lark(json.loads(form["structural_tag"]), lambda schema: json_rule(schema, form)))
+    schema = json.dumps(_with_closed(json_schema(form), form))
+    return str(LLMatcher.grammar_from_json_schema(schema, defaults=_json_options(form)))
 
 
-def json_options(form: Mapping[str, Any]) -> dict[str, Any]:
+def json_schema(form: Mapping[str, Any]) -> Any:
+    """The schema of a form that is one of JSON."""
+    return {"type": "object"} if form["json_object"] else json.loads(form["json"])
+
+
+def json_rule(schema: Any, form: Mapping[str, Any]) -> str:
+    """What stands in a rule of Lark for a JSON schema. form: gives options, those that are not usual."""
+    schema = _with_closed(schema, form)
+    if not isinstance(schema, dict):
+        schema = {} if schema else {"not": {}}
+    return "%json " + json.dumps({"x-guidance": _json_options(form), **schema})
+
+
+def _with_closed(schema: Any, form: Mapping[str, Any]) -> Any:
+    return _closed(schema) if form.get("disable_additional_properties") else schema
+
+
+def _json_options(form: Mapping[str, Any]) -> dict[str, Any]:
     """How llguidance is to write JSON."""
-    if form["disable_any_whitespace"]:
+    if form.get("disable_any_whitespace"):
         return {"whitespace_flexible": False}
-    return {"whitespace_pattern": form["whitespace_pattern"] or WHITESPACE}
+    return {"whitespace_pattern": form.get("whitespace_pattern") or WHITESPACE}
 
 
 def _lark(text: str) -> str:

@@ -18,14 +18,14 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 from uuid import uuid4
 
 from pagellm.engine.checks import flag
 from pagellm.engine.errors import RequestError, found
-from pagellm.engine.grammar.forms import WHITESPACE
+from pagellm.engine.grammar.forms import json_rule, json_schema
 from pagellm.engine.llm import LLM
 from pagellm.engine.requests.structured import StructuredOutputs
 from pagellm.engine.requests.tool_calls import (
@@ -279,12 +279,8 @@ def _with_any_arguments(tool: Tool) -> Tool:
 def _answer_rule(form: StructuredOutputs) -> str:
     """What stands in a rule of Lark for the form of an answer."""
     if form.form in ("json", "json_object"):
-        options: dict[str, Any] = {"whitespace_pattern": form.whitespace_pattern or WHITESPACE}
-        if form.disable_any_whitespace:
-            options = {"whitespace_flexible": False}
-        schema = {"type": "object"} if form.json_object else json.loads(form.json)
-        if isinstance(schema, dict):
-            return "%json " + json.dumps({"x-guidance": options, **schema})
+        fields = asdict(form)
+        return json_rule(json_schema(fields), fields)
     if form.choice is not None:
         return " | ".join(map(json.dumps, form.choice))
     raise RequestError(
@@ -302,11 +298,7 @@ class _Writer:
 
     def grammar(self, tools: list[Tool], may_say: bool, is_parallel: bool, answer: str | None) -> str:
         """may_say: whether the model may also say something. answer: what that is, or None."""
-        options = {"whitespace_pattern": WHITESPACE}
-        rules = [
-            f"args{n}: %json {json.dumps({'x-guidance': options, **tool.parameters})}"
-            for n, tool in enumerate(tools)
-        ]
+        rules = [f"args{n}: {json_rule(tool.parameters, {})}" for n, tool in enumerate(tools)]
         start, own = getattr(self, f"_{self._kind}")(tools, may_say, is_parallel, answer)
         answers = [] if answer is None else [f"answer: {answer}"]
         return "\n".join([f"start: {start}", *own, *answers, *rules, r"TEXT: /(.|\n)*/", ""])

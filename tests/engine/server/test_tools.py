@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pagellm.engine import LLM, SamplingParams
+from pagellm.engine.requests.structured import StructuredOutputs
 from pagellm.engine.requests.tool_calls import GPT_OSS, HERMES, LLAMA3_JSON, MISTRAL
 from pagellm.engine.server.tools import parser_of_template, plan_tools, tell_tools
 from pagellm.engine.tokenizer.chat_template import ChatTemplate
@@ -411,6 +412,13 @@ def test_a_strict_tool_is_obeyed_where_the_model_may_choose(told: LLM) -> None:
 def test_a_tool_that_is_not_strict_may_have_a_schema_that_cannot_be_had(told: LLM) -> None:
     loose = [function("odd", None, a={"not": {"type": "string"}}), ADD]
     assert plan_tools(told, loose, "required").form is not None
+
+
+def test_the_form_of_an_answer_keeps_its_options_beside_tools(llm: LLM) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    form = StructuredOutputs(json=schema, disable_additional_properties=True, disable_any_whitespace=True)
+    texts = {text for text, *_ in generated(llm, n=40, tools=TOOLS, answer_form=form)}
+    assert {text for text in texts if text.startswith("{")} == {'{"a":true}', '{"a":false}'}
 
 
 def test_mistrals_templates_get_the_ids_that_they_insist_on(thinker: Path) -> None:
