@@ -8,6 +8,7 @@ what begins like one and is none is said, and so nothing is lost.
 import json
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 HERMES, LLAMA3_JSON, MISTRAL, GPT_OSS = "hermes", "llama3_json", "mistral", "gpt_oss"
@@ -30,6 +31,32 @@ class Thought(NamedTuple):
 Part = str | ToolCall | Thought  # a text is a piece of what the model says
 
 
+class _Markers:
+    """Finds the first of some markers in a text that may go on."""
+
+    def __init__(self, markers: Sequence[str]) -> None:
+        longest_first = sorted(markers, key=len, reverse=True)
+        self._any = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._longest = len(longest_first[0]) if longest_first else 0
+        self._beginnings = frozenset(marker[:size] for marker in markers for size in range(1, len(marker)))
+
+    def first_in(self, text: str) -> tuple[int, str | None, bool]:
+        """Where the first of them is, which it is, and whether a longer one is out of the question.
+
+        Where there is none: the place from which on the text may be the beginning of one.
+        """
+        match = self._any.search(text)
+        at, marker = (len(text), None) if match is None else (match.start(), match[0])
+        for begin in range(max(0, len(text) - self._longest + 1), min(at + 1, len(text))):
+            if text[begin:] in self._beginnings:
+                return (at, marker, False) if begin == at else (begin, None, True)
+        return at, marker, True
+
+
+# Special tokens are the same for all answers of a model, and there may be hundreds.
+_markers_of = lru_cache(16)(_Markers)
+
+
 class ToolParser:
     """The parts of one answer. Whitespace around calls is no part.
 
@@ -37,9 +64,11 @@ class ToolParser:
     is given to `append` has them.
     """
 
+    _STARTS: tuple[str, ...] = ()  # what calls begin with
+
     def __init__(self, names: Sequence[str] = (), unsaid: Sequence[str] = ()) -> None:
         self._names = frozenset(names)
-        self._unsaid = [one for one in unsaid if one]
+        self._markers = _markers_of((*self._STARTS, *filter(None, unsaid)))
         self._text = ""  # what has come and is not dealt with
         self._space = ""  # whitespace that is said if more is
         self._is_behind_call = False
@@ -86,42 +115,43 @@ class ToolParser:
         self._is_behind_call = True
         parts.append(call)
 
-    def _say_up_to(self, markers: Sequence[str], parts: list[Part], is_end: bool) -> str | None:
-        """Says what stands before the first of the markers, and takes that away; None: none is there yet.
+    def _say_up_to_start(self, parts: list[Part], is_end: bool) -> bool:
+        """Says what stands before the first of `_STARTS`, and takes that away; returns whether one is there.
 
         Special tokens are left out of what is said.
         """
         while True:
-            at, marker, is_sure = _first_of((*markers, *self._unsaid), self._text)
+            at, marker, is_sure = self._markers.first_in(self._text)
             self._say(self._text[:at], parts)
             self._text = self._text[at:]
             if marker is None or not (is_sure or is_end):
                 if is_end and self._text:  # the beginning of a marker, and no more
                     self._say(self._text, parts)
                     self._text = ""
-                return None
+                return False
             self._text = self._text[len(marker) :]
-            if marker in markers:
+            if marker in self._STARTS:
                 self._json = _JsonEnd()
-                return marker
+                return True
 
 
 class PlainText(ToolParser):
     """Text without calls: a thought, say. Special tokens are left out."""
 
     def _step(self, parts: list[Part], is_end: bool) -> bool:
-        return self._say_up_to([], parts, is_end) is not None
+        return self._say_up_to_start(parts, is_end)
 
 
 class HermesParser(ToolParser):
     """<tool_call>{"name": ..., "arguments": {...}}</tool_call>, of Hermes, Qwen, Granite 4 and others."""
 
     _START, _END = "<tool_call>", "</tool_call>"
+    _STARTS = (_START,)
     _is_in_call = False
 
     def _step(self, parts: list[Part], is_end: bool) -> bool:
         if not self._is_in_call:
-            self._is_in_call = self._say_up_to([self._START], parts, is_end) is not None
+            self._is_in_call = self._say_up_to_start(parts, is_end)
             return self._is_in_call
         size = self._json.of_object(self._text)
         if size is None and not is_end:
@@ -154,7 +184,7 @@ class Llama3JsonParser(ToolParser):
 
     def _step(self, parts: list[Part], is_end: bool) -> bool:
         if not self._is_calling:
-            return self._say_up_to([], parts, is_end) is not None
+            return self._say_up_to_start(parts, is_end)
         words = self._text.lstrip()
         self._skipped += self._text[: len(self._text) - len(words)]
         self._text = words
@@ -168,7 +198,7 @@ class Llama3JsonParser(ToolParser):
             self._text = words[1:]
             return True
         if words[0] != "{":
-            at, marker, is_sure = _first_of(self._unsaid, words)
+            at, marker, is_sure = self._markers.first_in(words)
             if at == 0:
                 if not (is_sure and marker) and not is_end:
                     return False
@@ -193,13 +223,14 @@ class MistralParser(ToolParser):
     """[TOOL_CALLS][{"name": ..., "arguments": {...}}] or, later, [TOOL_CALLS]name[ARGS]{...}. Of Mistral."""
 
     _START = "[TOOL_CALLS]"
+    _STARTS = (_START,)
     _NAME = re.compile(r"\s*([\w.:/-]+)\s*(?:\[CALL_ID\]\s*[\w-]*\s*)?(?:\[ARGS\])?\s*(?=\{)")
     _MOST_BEFORE_ARGUMENTS = 512
     _is_in_call = False
 
     def _step(self, parts: list[Part], is_end: bool) -> bool:
         if not self._is_in_call:
-            self._is_in_call = self._say_up_to([self._START], parts, is_end) is not None
+            self._is_in_call = self._say_up_to_start(parts, is_end)
             return self._is_in_call
         words = self._text.lstrip()
         if not words and not is_end:
@@ -247,9 +278,9 @@ class GptOssParser(ToolParser):
     What is said to the channel `analysis` is a thought.
     """
 
-    _HEADER = ("<|start|>", "<|channel|>")
+    _HEADER = _Markers(("<|start|>", "<|channel|>"))
     _MESSAGE = "<|message|>"
-    _ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
+    _ENDS = _Markers(("<|end|>", "<|call|>", "<|return|>", "<|start|>"))
     _TO = re.compile(r"to=functions\.([\w.:/-]+)")
 
     def __init__(self, names: Sequence[str] = (), unsaid: Sequence[str] = ()) -> None:
@@ -261,7 +292,7 @@ class GptOssParser(ToolParser):
         if self._header is None:
             return self._begin(parts, is_end)
         call = self._TO.search(self._header)
-        at, end, _ = _first_of(self._ENDS, self._text)
+        at, end, _ = self._ENDS.first_in(self._text)
         body, self._text = self._text[:at], self._text[at:]
         if end is None and is_end:
             body, self._text = body + self._text, ""
@@ -285,9 +316,9 @@ class GptOssParser(ToolParser):
 
     def _begin(self, parts: list[Part], is_end: bool) -> bool:
         """Reads a message's header, or what is said without one."""
-        at, marker, _ = _first_of(self._HEADER, self._text)
+        at, marker, _ = self._HEADER.first_in(self._text)
         if marker is None:
-            self._say_up_to([], parts, is_end)
+            self._say_up_to_start(parts, is_end)
             return False
         end = self._text.find(self._MESSAGE, at)
         if end < 0 and not is_end:
@@ -295,7 +326,7 @@ class GptOssParser(ToolParser):
         said, rest = self._text[:at], self._text[at:]
         self._text = said
         if said:
-            self._say_up_to([], parts, is_end=True)
+            self._say_up_to_start(parts, is_end=True)
         if end < 0:
             self._text = ""
             self._say(rest, parts)
@@ -316,27 +347,6 @@ _KINDS: dict[str, type[ToolParser]] = {
 def new_parser(kind: str, names: Sequence[str], unsaid: Sequence[str]) -> ToolParser:
     """A parser of one of `PARSERS`, for one answer."""
     return _KINDS[kind](names, unsaid)
-
-
-def _first_of(markers: Sequence[str], text: str) -> tuple[int, str | None, bool]:
-    """Where the first of the markers is, which it is, and whether a longer one is out of the question.
-
-    Where there is none: the place from which on the text may be the beginning of one.
-    """
-    best, found = len(text), ""
-    for marker in markers:
-        at = text.find(marker, 0, best + len(marker))
-        if at >= 0 and (at < best or (at == best and len(marker) > len(found))):
-            best, found = at, marker
-    for marker in markers:
-        for at in range(max(0, len(text) - len(marker) + 1), min(best + 1, len(text))):
-            if marker.startswith(text[at:]) and len(marker) > len(text) - at:
-                if at == best and found:
-                    return best, found, False
-                if at < best:
-                    best, found = at, ""
-                break
-    return best, found or None, True
 
 
 class _JsonEnd:
