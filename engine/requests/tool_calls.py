@@ -9,7 +9,9 @@ import json
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from pagellm.engine.requests.json_text import JsonEnd, elements_of, json_object, value_of
 
 HERMES, LLAMA3_JSON, MISTRAL, GPT_OSS = "hermes", "llama3_json", "mistral", "gpt_oss"
 PARSERS = (HERMES, LLAMA3_JSON, MISTRAL, GPT_OSS)
@@ -73,7 +75,7 @@ class ToolParser:
         self._space = ""  # whitespace that is said if more is
         self._is_behind_call = False
         self._has_said = False
-        self._json = _JsonEnd()
+        self._json = JsonEnd()
 
     def append(self, text: str) -> list[Part]:
         """The parts that a piece of the text completes."""
@@ -131,7 +133,7 @@ class ToolParser:
                 return False
             self._text = self._text[len(marker) :]
             if marker in self._STARTS:
-                self._json = _JsonEnd()
+                self._json = JsonEnd()
                 return True
 
 
@@ -209,7 +211,7 @@ class Llama3JsonParser(ToolParser):
         if size is None and not is_end:
             return False
         call = _call_of(words[:size]) if size else None
-        self._json = _JsonEnd()
+        self._json = JsonEnd()
         if call is None or call.name not in self._names:
             self._is_calling = False
             self._text, self._skipped = self._skipped + words, ""
@@ -252,7 +254,7 @@ class MistralParser(ToolParser):
         size = self._json.of_array(words)
         if not size:
             return [], None if size is None and not is_end else 0
-        with_none = [_call_of(one) for one in _elements(words[:size])]
+        with_none = [_call_of(one) for one in elements_of(words[:size])]
         calls = [call for call in with_none if call is not None]
         return (calls if len(calls) == len(with_none) else []), size
 
@@ -267,7 +269,7 @@ class MistralParser(ToolParser):
         size = self._json.of_object(arguments)
         if size is None and not is_end:
             return [], None
-        if not size or _object(arguments[:size]) is None:
+        if not size or json_object(arguments[:size]) is None:
             return [], 0
         return [ToolCall(header[1], arguments[:size])], header.end() + size
 
@@ -305,7 +307,7 @@ class GptOssParser(ToolParser):
         if end is None and not is_end:
             return False
         if call is not None and (end is not None or self._body):
-            if _object(self._body) is None:
+            if json_object(self._body) is None:
                 self._say(f"{self._header}{self._MESSAGE}{self._body}", parts)
             else:
                 self._call(ToolCall(call[1], self._body.strip()), parts)
@@ -349,102 +351,15 @@ def new_parser(kind: str, names: Sequence[str], unsaid: Sequence[str]) -> ToolPa
     return _KINDS[kind](names, unsaid)
 
 
-class _JsonEnd:
-    """Finds where a JSON value ends in a text that grows; what has been read is not read again."""
-
-    def __init__(self) -> None:
-        self._at = self._depth = 0
-        self._is_in_text = self._is_escaped = False
-
-    def of_object(self, text: str) -> int | None:
-        """Where the object ends that a text begins with; 0: it begins with none, None: it goes on."""
-        return self._end(text, "{")
-
-    def of_array(self, text: str) -> int | None:
-        """The same of an array."""
-        return self._end(text, "[")
-
-    _STRUCTURE = re.compile(r'[{}\[\]"]')
-    _TEXT = re.compile(r'["\\]')
-
-    def _end(self, text: str, opening: str) -> int | None:
-        if not self._depth:
-            begin = len(text) - len(text.lstrip())
-            if begin == len(text):
-                return None
-            if text[begin] != opening:
-                return 0
-            self._at, self._depth = begin + 1, 1
-        while True:
-            if self._is_escaped:
-                if self._at >= len(text):
-                    return None
-                self._at, self._is_escaped = self._at + 1, False
-            match = (self._TEXT if self._is_in_text else self._STRUCTURE).search(text, self._at)
-            if match is None:
-                self._at = len(text)
-                return None
-            self._at = match.end()
-            if match[0] == "\\":
-                self._is_escaped = True
-            elif match[0] == '"':
-                self._is_in_text = not self._is_in_text
-            else:
-                self._depth += 1 if match[0] in "{[" else -1
-                if not self._depth:
-                    return self._at
-
-
-def _object(text: str) -> dict[str, Any] | None:
-    """The JSON object that a text is; None if it is none."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _elements(text: str) -> list[str]:
-    """The texts of the elements of a JSON array; none if it is no array."""
-    decoder, at, elements = json.JSONDecoder(), 1, list[str]()
-    try:
-        json.loads(text)
-        while True:
-            at += len(text[at:]) - len(text[at:].lstrip(" \t\r\n,"))
-            if text[at] == "]":
-                return elements
-            _, end = decoder.raw_decode(text, at)
-            elements.append(text[at:end])
-            at = end
-    except (ValueError, RecursionError):
-        return []
-
-
 def _call_of(text: str) -> ToolCall | None:
     """The call that a JSON object says, with its arguments as they are written; None if it says none."""
-    value = _object(text)
+    value = json_object(text)
     if value is None or not isinstance(value.get("name"), str) or not value["name"]:
         return None
     key = "arguments" if "arguments" in value else "parameters"
     arguments = value.get(key, {})
     if isinstance(arguments, str):  # an object that was written as a text
-        return None if _object(arguments) is None else ToolCall(value["name"], arguments)
+        return None if json_object(arguments) is None else ToolCall(value["name"], arguments)
     if not isinstance(arguments, dict):
         return None
-    return ToolCall(value["name"], _written(text, key) or json.dumps(arguments, ensure_ascii=False))
-
-
-def _written(text: str, key: str) -> str | None:
-    """How the value of a key of a JSON object is written; None if it stands there twice."""
-    decoder, at, found = json.JSONDecoder(), text.index("{") + 1, list[str]()
-    while True:
-        at += len(text[at:]) - len(text[at:].lstrip(" \t\r\n,"))
-        if text[at] == "}":
-            return found[0] if len(found) == 1 else None
-        name, at = decoder.raw_decode(text, at)
-        at = text.index(":", at) + 1
-        at += len(text[at:]) - len(text[at:].lstrip())
-        _, end = decoder.raw_decode(text, at)
-        if name == key:
-            found.append(text[at:end])
-        at = end
+    return ToolCall(value["name"], value_of(text, key) or json.dumps(arguments, ensure_ascii=False))
