@@ -115,18 +115,20 @@ def small(trace: Trace, num_requests: int) -> list[TraceRequest]:
 class Confirmation:
     """Serves requests on the real engine, alone and under policies, and holds both to each other.
 
-    model: what is served. config: the settings of all, with few blocks, so that there is something to decide.
+    model: what is served. requests: come all at once; one at least. The settings of all policies leave few
+    blocks, so that there is something to decide.
     """
 
-    def __init__(self, model: str, requests: list[TraceRequest], config: EngineConfig | None = None) -> None:
+    def __init__(self, model: str, requests: list[TraceRequest]) -> None:
         self._model = model
         self._requests = requests
         most = max(-(-((request.prompt_len or 1) + request.output_len) // 8) for request in requests)
-        self._config = config or EngineConfig(
+        self._config = EngineConfig(
             block_size=8, num_blocks=2 * most, max_num_seqs=4, max_num_batched_tokens=64, max_preemptions=2
         )
         engine = self._engine(self._config)
         try:
+            self._prompt_tokens = PromptTokens(engine.spec.vocab_size, engine.tokenizer)
             self._alone = [self._served(engine, [request])[0] for request in requests]
         finally:
             engine.close()
@@ -138,8 +140,7 @@ class Confirmation:
             config = replace(self._config, **entry.settings, step_log=str(real))
             engine = self._engine(config)
             try:
-                prompt_tokens = PromptTokens(engine.spec.vocab_size, engine.tokenizer)
-                foresee([engine.scheduler], Trace.from_requests(self._requests), prompt_tokens)
+                foresee([engine.scheduler], Trace.from_requests(self._requests), self._prompt_tokens)
                 answers = self._served(engine, self._requests)
                 complete = replace(engine.config, step_log=str(simulated))
             finally:
@@ -150,7 +151,7 @@ class Confirmation:
                 replace(request, arrival_time=time)
                 for request, time in zip(self._requests, came, strict=True)
             )
-            Simulator(complete, CostModel.load(real), prompt_tokens=prompt_tokens).replay(trace)
+            Simulator(complete, CostModel.load(real), prompt_tokens=self._prompt_tokens).replay(trace)
             self._compare(entry, happened, _steps(simulated), answers)
         return len(happened), sum(len(answer) for answer in answers)
 
@@ -179,19 +180,14 @@ class Confirmation:
         return LLMEngine(self._model, config)
 
     def _served(self, engine: "LLMEngine", requests: list[TraceRequest]) -> list[list[Any]]:
-        """The tokens of each answer with their log-probabilities; of requests that arrive one by one."""
-        prompt_tokens = PromptTokens(engine.spec.vocab_size, engine.tokenizer)
-        prompts = [prompt_tokens(request) for request in requests]
-        pending = list(zip(requests, prompts, strict=True))
+        """The tokens of each answer with their log-probabilities."""
         outputs = []
         engine.restart_clock()
-        while pending or engine.has_unfinished:
-            while pending and (len(requests) == 1 or pending[0][0].arrival_time <= engine.now()):
-                request, prompt = pending.pop(0)
-                params = replace(request.sampling_params(), logprobs=0)
-                outputs.append(engine.add_request(request.id, prompt.tolist(), params))
-            if engine.has_unfinished:
-                engine.step()
+        for request in requests:
+            params = replace(request.sampling_params(), logprobs=0)
+            outputs.append(engine.add_request(request.id, self._prompt_tokens(request).tolist(), params))
+        while engine.has_unfinished:
+            engine.step()
         return [
             [(one.token_id, one.logprob) for one in output.outputs[0].logprobs or []] for output in outputs
         ]
