@@ -115,14 +115,13 @@ class _Requests:
             times.append(self._opener.arrival_time)
         return min(times, default=None)
 
-    def pop(self) -> tuple[float, TraceRequest]:
-        """The next one, and when it is sent."""
+    def pop(self) -> TraceRequest:
+        """The next one."""
         opener = self._opener
         if opener is None or (self._followers and self._followers[0][0] < opener.arrival_time):
-            time_s, _, request = heappop(self._followers)
-            return time_s, request
+            return heappop(self._followers)[2]
         self._opener = next(self._openers, None)
-        return opener.arrival_time, opener
+        return opener
 
     def ended(
         self, request: TraceRequest, tokens: Iterable[int], now: float, is_answered: bool = True
@@ -161,7 +160,7 @@ def _serve(
     try:
         while (sent_s := requests.next_s()) is not None or engine.has_unfinished:
             while sent_s is not None and sent_s <= engine.now():
-                _, request = requests.pop()
+                request = requests.pop()
                 request_id = f"replay-{num_added}"
                 num_added += 1
                 tokens: list[int] = []
