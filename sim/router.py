@@ -4,7 +4,7 @@ A router is asked once for each request, when it arrives.
 """
 
 from collections.abc import Sequence as Items
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pagellm.engine.errors import PolicyError, found, is_from_outside
 from pagellm.engine.requests.sampling_params import SamplingParams
@@ -12,6 +12,9 @@ from pagellm.engine.scheduling.policies.load import load_class
 from pagellm.engine.scheduling.policies.views import View
 from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
+
+if TYPE_CHECKING:
+    from pagellm.sim.simulator import Replica
 
 
 class ArrivingView(View):
@@ -50,15 +53,15 @@ class ReplicaView(View):
 
     __slots__ = ("_replica",)
     _what = "a replica"
-    _replica: Any
+    _replica: "Replica"
 
-    def __init__(self, replica: Any) -> None:
+    def __init__(self, replica: "Replica") -> None:
         object.__setattr__(self, "_replica", replica)
 
     @property
     def num_unfinished(self) -> int:
         """Requests that were sent to it and have not ended."""
-        return int(self._replica.num_unfinished)
+        return self._replica.num_unfinished
 
     @property
     def num_waiting(self) -> int:
@@ -92,8 +95,7 @@ class ReplicaView(View):
 
     @property
     def _scheduler(self) -> Scheduler:
-        scheduler: Scheduler = self._replica.scheduler
-        return scheduler
+        return self._replica.scheduler
 
 
 class Router:
@@ -106,10 +108,6 @@ class Router:
         chosen = self._next
         self._next = (chosen + 1) % len(replicas)
         return chosen
-
-
-class RoundRobin(Router):
-    """One after the other."""
 
 
 class LeastLoaded(Router):
@@ -133,7 +131,7 @@ class PrefixAware(Router):
 
 
 ROUTERS: dict[str, type[Router]] = {
-    "round_robin": RoundRobin,
+    "round_robin": Router,
     "least_loaded": LeastLoaded,
     "prefix_aware": PrefixAware,
 }
@@ -141,16 +139,13 @@ ROUTERS: dict[str, type[Router]] = {
 
 def load_router(name: str) -> Router:
     """A router by its name, as module:Class or as path/file.py:Class. Raises `ConfigError`."""
-    if name in ROUTERS:
-        return ROUTERS[name]()
-    router: Router = load_class(name, "router", Router, ROUTERS)
-    return router
+    return load_class(name, "router", Router, ROUTERS)
 
 
 class CheckedRouter:
     """A router whose every answer is checked. Raises `PolicyError` for a bad one: a replay ends with it."""
 
-    def __init__(self, name: str, replicas: Items[Any]) -> None:
+    def __init__(self, name: str, replicas: Items["Replica"]) -> None:
         self._router = load_router(name)
         self._views = [ReplicaView(replica) for replica in replicas]
 

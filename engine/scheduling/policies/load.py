@@ -1,6 +1,7 @@
 """A policy by the name of one that is built in, as module:Class or as path/file.py:Class."""
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
 
 from pagellm.engine.errors import ConfigError, found
 from pagellm.engine.scheduling.policies.admission import ADMISSION_POLICIES, AdmissionPolicy
@@ -11,12 +12,14 @@ from pagellm.engine.scheduling.policies.policy import Policy
 from pagellm.engine.scheduling.policies.victim import VICTIM_POLICIES, VictimPolicy
 from pagellm.engine.user_policy import user_module
 
+_Base = TypeVar("_Base")
+
 
 class Kind(NamedTuple):
     """What a setting takes. then: what happens after one of the user's has failed."""
 
     base: type[Policy]
-    built_in: dict[str, type[Any]]
+    built_in: Mapping[str, type[Policy]]
     then: str
 
 
@@ -33,14 +36,13 @@ KINDS: dict[str, Kind] = {
 def load_policy(name: str, setting: str = "policy") -> Policy:
     """The policy of a setting. Raises `ConfigError`."""
     kind = KINDS[setting]
-    if name in kind.built_in:
-        policy: Policy = kind.built_in[name]()
-        return policy
-    return load_class(name, setting, kind.base, kind.built_in)  # type: ignore[no-any-return]
+    return load_class(name, setting, kind.base, kind.built_in)
 
 
-def load_class(name: str, setting: str, base: type[Any], built_in: dict[str, type[Any]]) -> Any:
-    """An instance of a class of the user's, which must be a subclass of `base`. Raises `ConfigError`."""
+def load_class(name: str, setting: str, base: type[_Base], built_in: Mapping[str, type[_Base]]) -> _Base:
+    """An instance of a built-in class, or of the user's, a subclass of `base`. Raises `ConfigError`."""
+    if name in built_in:
+        return built_in[name]()
     module_name, _, class_name = name.rpartition(":")
     if not module_name or not class_name or module_name.endswith(("/", ":")):
         raise ConfigError(
