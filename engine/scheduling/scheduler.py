@@ -239,13 +239,12 @@ class Scheduler:
         self.policies.restart()
         self.waiting, self.running = WaitingQueue(self.policies), []
         self._blocked = None
-        held, self._held = self._held, {}
+        held = [one for first in self._held.values() for one in (first, *first.forks)]
+        self._held = {one.seq_id: one for one in held if one in num_known}
         for sequence in sorted(num_known, key=lambda sequence: sequence.arrival_index):
             sequence.restart(num_known[sequence])
             self.policies.on_add(sequence, self.stats)
-            if sequence.seq_id in held:
-                self._held[sequence.seq_id] = sequence
-            else:
+            if sequence.seq_id not in self._held:
                 self.waiting.push(sequence, self.stats, guaranteed=self._is_guaranteed(sequence))
 
     def check(self) -> None:

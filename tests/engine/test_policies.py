@@ -13,6 +13,7 @@ from pagellm.engine.scheduling.batch import ScheduledBatch
 from pagellm.engine.scheduling.block_manager import BlockManager
 from pagellm.engine.scheduling.policies import (
     POLICIES,
+    AdmissionPolicy,
     CheckedPolicies,
     EarliestDeadline,
     Fair,
@@ -314,6 +315,26 @@ class NoPolicy:
 def test_a_policy_that_cannot_be_had_is_refused(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{message}$"):
         load_policy(name)
+
+
+class OneAtATime(AdmissionPolicy):
+    def admit(self, sequence: SequenceView, stats: SchedulerStats) -> str:
+        return "queue" if stats.num_running else "accept"
+
+
+def test_who_is_held_back_stays_so_when_all_begins_anew_with_every_completion() -> None:
+    s = scheduler("fcfs", admission=f"{__name__}:OneAtATime")
+    runs = add(s, 4, max_tokens=8)
+    step(s)
+    first, *forks = held = [Sequence(next(_ids), [1, 2], SamplingParams(max_tokens=1)) for _ in range(3)]
+    s.add(first, forks=forks)
+    step(s)
+    s.recover({sequence: sequence.num_tokens for sequence in (runs, *held)})
+    s.recover({sequence: sequence.num_tokens for sequence in (runs, *held)})
+    s.check()
+    assert list(s.waiting) == [runs]
+    assert order_of_service(s) == [runs, *held]
+    s.policies.raise_error()
 
 
 # Policies that go wrong
