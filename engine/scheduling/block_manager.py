@@ -110,7 +110,6 @@ class BlockManager:
         self.stats = PrefixCacheStats()
         self.num_releases = 0  # how often a block became free: what did not fit before may fit after
         self._hash_block = hash_block
-        self.num_changes = 0  # how often the cache came to know a block, or forgot one
         self._free: FreeList | RankedBlocks = FreeList(num_blocks)
         self._ranked: RankedBlocks | None = None  # the same, where an eviction policy is asked
         self._policies: CheckedPolicies | None = None
@@ -148,6 +147,11 @@ class BlockManager:
     def num_cached_blocks(self) -> int:
         """Blocks that hold a known prefix, whether a sequence references them or not."""
         return len(self._cache)
+
+    @property
+    def num_changes(self) -> int:
+        """How often the prefix cache has come to know a block, or forgotten one."""
+        return self._cache.num_changes
 
     @property
     def num_free_swap_blocks(self) -> int:
@@ -197,14 +201,14 @@ class BlockManager:
         num_tokens = sequence.num_computed_tokens if sequence.swap_table else sequence.num_tokens - 1
         most = num_tokens // self.block_size
         count, block, known_as = sequence.cached_hint
-        if not 0 < count <= most or self._cache.addition_of(block) != known_as:
+        if not 0 < count <= most or self._cache.known_since(block) != known_as:
             count, block = 0, ROOT
         while count < most:
             following = self._find(sequence, count, block)
             if following is None:
                 break
             count, block = count + 1, following
-        sequence.cached_hint = count, block, self._cache.addition_of(block) if count else 0
+        sequence.cached_hint = count, block, self._cache.known_since(block) if count else 0
         return count * self.block_size
 
     def prompt_hashes(self, sequence: Sequence) -> list[int]:
@@ -320,7 +324,6 @@ class BlockManager:
             if known is None:
                 tokens, salt = self._tokens(sequence, index), sequence.sampling_params.cache_salt
                 self._cache.add(block, sequence.block_hashes[index], before, tokens, salt)
-                self.num_changes += 1
                 if self._ranked is not None:
                     self._ranked.became_known(block)
             elif known != block:
@@ -387,7 +390,6 @@ class BlockManager:
     def reset_cache(self) -> None:
         """Forgets every cached prefix; sequences keep their blocks."""
         self._cache.clear()
-        self.num_changes += 1
         if self._ranked is not None:
             self._ranked.forget_all()
 
@@ -409,9 +411,9 @@ class BlockManager:
             self.window.tokens,
         )
         new.stats = self.stats
-        new.num_changes = self.num_changes + 1
         if self._policies is not None:
             new.evict_by(self._policies)
+        new._cache.num_changes = self._cache.num_changes + 1
         observer = self._cache.observer
         if observer is not None:
             new.observe_cache(observer)
@@ -542,7 +544,6 @@ class BlockManager:
 
     def _evict(self, block: int) -> None:
         """Forgets a known block that is free. A transfer that saved its content would be entered here."""
-        self.num_changes += 1
         if not self.window:
             before = self._cache.before(block)
             self._cache.remove(block)

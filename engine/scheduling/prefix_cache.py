@@ -36,6 +36,7 @@ class PrefixCache:
 
     The map is chained through arrays, a fifth of the memory of a dictionary of integers. knows_followers:
     whether `forget` can be called. observer: hears of what happens from when it is set; None: nobody does.
+    num_changes: how often a block became known, or was forgotten.
     """
 
     def __init__(self, num_blocks: int, block_size: int, knows_followers: bool = False) -> None:
@@ -49,10 +50,10 @@ class PrefixCache:
         self._tokens = bytearray(num_blocks * self._block_bytes)
         self._salts: dict[int, str] = {}  # of first blocks that have one
         self._num_known = 0
-        self._additions = array("I", [0]) * num_blocks  # which addition made each block known
-        self._num_added = 0
+        self._known_since = array("q", [0]) * num_blocks  # num_changes when a block became known
         self._followers = _Followers(num_blocks) if knows_followers else None
         self.observer: CacheObserver | None = None
+        self.num_changes = 0
 
     def __len__(self) -> int:
         return self._num_known
@@ -84,8 +85,8 @@ class PrefixCache:
         self._hashes[block] = block_hash
         self._before[block] = before
         self._num_known += 1
-        self._num_added = self._num_added % 0xFFFFFFFF + 1
-        self._additions[block] = self._num_added
+        self.num_changes += 1
+        self._known_since[block] = self.num_changes
         start = block * self._block_bytes
         self._tokens[start : start + self._block_bytes] = tokens
         if before == ROOT and salt:
@@ -125,7 +126,7 @@ class PrefixCache:
             self._followers.remove(block, self._before[block])
         self._before[block] = _UNKNOWN
         self._num_known -= 1
-        self._additions[block] = 0
+        self.num_changes += 1
         self._salts.pop(block, None)
         if self.observer is not None:
             self.observer.removed(self._hashes[block])
@@ -152,9 +153,9 @@ class PrefixCache:
         """The hash of a known block's prefix."""
         return self._hashes[block]
 
-    def addition_of(self, block: int) -> int:
-        """Which addition made a block known; 0: it is not. One that is known anew has another."""
-        return self._additions[block]
+    def known_since(self, block: int) -> int:
+        """The change with which a block became known; 0: it is not. One that is known anew has another."""
+        return self._known_since[block] if block in self else 0
 
     def salt_of(self, block: int) -> str:
         """The salt of a known first block."""

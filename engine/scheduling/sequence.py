@@ -106,8 +106,8 @@ class Sequence:
         self.was_admitted = False
         self.num_cached_tokens = 0  # of the prompt, found in the prefix cache when it was first admitted
         self.num_preemptions = 0
-        # Of the block manager: blocks found in the cache when it was asked last, the last of them, and which
-        # addition to the cache that was.
+        # Of the block manager: blocks found in the cache when it was asked last, the last of them, and since
+        # when the cache knew that.
         self.cached_hint = 0, 0, 0
         self.view: SequenceView | None = None  # what policies see of it, once one has been asked
 
