@@ -77,16 +77,16 @@ class RankedBlocks:
         self._depth[block] = 0 if before == ROOT else self._depth[before] + 1
         self._hits[block] = 0
         self._known_since[block] = self._last_used[block] = self._clock
-        self._policies.on_block("on_known", self.view(block))
+        self._tell("on_known", block)
 
     def hit(self, block: int) -> None:
         """Takes note that a request begins with a known block."""
         self._hits[block] += 1
-        self._policies.on_block("on_hit", self.view(block))
+        self._tell("on_hit", block)
 
     def evicted(self, block: int) -> None:
         """Takes note that a block is given up and no longer known."""
-        self._policies.on_block("on_evict", self.view(block))
+        self._tell("on_evict", block)
 
     def lost_follower(self, block: int) -> None:
         """Takes note that a block that followed this one is forgotten."""
@@ -99,7 +99,21 @@ class RankedBlocks:
         self._known.clear()
         self._heaps.clear()
 
-    def view(self, block: int) -> BlockView:
+    def check(self) -> None:
+        """Asserts that every block that may be given up can be chosen, and no other."""
+        assert not any(block in self._cache for block in self._empty)
+        for block, entry in self._known.items():
+            assert block in self._cache
+            assert (entry is not None) == self._may_go(block), "one that others follow would be given up"
+            assert entry is None or entry[2] == block
+        live = [entry for heap in self._heaps.values() for entry in heap if entry[2] is not None]
+        assert len(live) == sum(entry is not None for entry in self._known.values())
+
+    def _tell(self, event: str, block: int) -> None:
+        if event in self._policies.block_events:
+            self._policies.on_block(event, self._view(block))
+
+    def _view(self, block: int) -> BlockView:
         """What a policy sees of a block."""
         block_hash = self._cache.hash_of(block)
         return BlockView(
@@ -111,16 +125,6 @@ class RankedBlocks:
             self._policies.next_use(block_hash),
         )
 
-    def check(self) -> None:
-        """Asserts that every block that may be given up can be chosen, and no other."""
-        assert not any(block in self._cache for block in self._empty)
-        for block, entry in self._known.items():
-            assert block in self._cache
-            assert (entry is not None) == self._may_go(block), "one that others follow would be given up"
-            assert entry is None or entry[2] == block
-        live = [entry for heap in self._heaps.values() for entry in heap if entry[2] is not None]
-        assert len(live) == sum(entry is not None for entry in self._known.values())
-
     def _may_go(self, block: int) -> bool:
         return self._all_are_candidates or next(self._cache.followers(block), None) is None
 
@@ -128,7 +132,7 @@ class RankedBlocks:
         """Makes a block that may be given up a candidate."""
         if not self._may_go(block):
             return
-        view = self.view(block)
+        view = self._view(block)
         queue = self._policies.block_queue(view)
         entry = [self._policies.block_order(view), self._last_used[block], block]
         self._known[block] = entry

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pagellm.engine.scheduling.block_manager import BlockManager
 
 _Answer = TypeVar("_Answer")
+_BLOCK_EVENTS = ("on_known", "on_hit", "on_evict")
 
 
 class CheckedPolicies:
@@ -40,7 +41,8 @@ class CheckedPolicies:
     victim: None: the scheduling policy says who makes way, too.
 
     order_changes: as in `SchedulingPolicy`. prefills_alone, makes_way, admits, has_budget, counts_batches:
-    whether there is anything to ask for; what nobody overrides costs nothing.
+    whether there is anything to ask for; block_events: what is to be told of blocks. What nobody overrides
+    costs nothing.
     """
 
     def __init__(
@@ -156,6 +158,8 @@ class CheckedPolicies:
         return self._ask("eviction", "order", _as_key, block)
 
     def block_queue(self, block: BlockView) -> Hashable:
+        if not self._has_block_queues:
+            return None
         return self._ask("eviction", "queue_of", _as_hashable, block)
 
     def block_queue_order(self, queue: Hashable) -> tuple[float, ...]:
@@ -168,7 +172,7 @@ class CheckedPolicies:
         return self.future.next_use(block_hash)
 
     def on_block(self, event: str, block: BlockView) -> None:
-        """Tells of an event of a block: on_known, on_hit or on_evict."""
+        """Tells of one of the `block_events`: on_known, on_hit or on_evict."""
         self._ask("eviction", event, _ignore, block)
 
     def on_add(self, sequence: Sequence, stats: SchedulerStats) -> None:
@@ -207,6 +211,8 @@ class CheckedPolicies:
         self._victim_setting = "victim" if "victim" in self._policies else "policy"
         self._is_fcfs = not _overrides(policy, SchedulingPolicy, "order")
         self._has_queues = _overrides(policy, SchedulingPolicy, "queue_of")
+        self._has_block_queues = _overrides(eviction, EvictionPolicy, "queue_of")
+        self.block_events = {event for event in _BLOCK_EVENTS if _overrides(eviction, EvictionPolicy, event)}
         self.prefills_alone = policy.prefills_alone
         self.order_changes = order_changes(type(policy))
         self.makes_way = _overrides(self._policies[self._victim_setting], VictimPolicy, "make_way")

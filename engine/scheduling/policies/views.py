@@ -181,38 +181,48 @@ class BlockView(View):
 
     __slots__ = ("_depth", "_hash", "_hits", "_known_since", "_last_used", "_next_use")
     _what = "a block"
+    _depth: int
+    _hash: int
+    _hits: int
+    _known_since: int
+    _last_used: int
+    _next_use: float | None
 
     def __init__(
         self, block_hash: int, depth: int, hits: int, known_since: int, last_used: int, next_use: float | None
     ) -> None:
-        values = (depth, block_hash, hits, known_since, last_used, next_use)
-        for name, value in zip(self.__slots__, values, strict=True):
-            object.__setattr__(self, name, value)
+        put = object.__setattr__
+        put(self, "_hash", block_hash)
+        put(self, "_depth", depth)
+        put(self, "_hits", hits)
+        put(self, "_known_since", known_since)
+        put(self, "_last_used", last_used)
+        put(self, "_next_use", next_use)
 
     @property
     def hash(self) -> int:
         """Stands for the block's tokens and all that come before them."""
-        return int(self._hash)
+        return self._hash
 
     @property
     def depth(self) -> int:
         """Blocks before it in its prefix."""
-        return int(self._depth)
+        return self._depth
 
     @property
     def hits(self) -> int:
         """How many requests have taken it from the cache since it is known."""
-        return int(self._hits)
+        return self._hits
 
     @property
     def known_since(self) -> int:
         """When it became known: a number that grows with every event of a block."""
-        return int(self._known_since)
+        return self._known_since
 
     @property
     def last_used(self) -> int:
         """When it was held last: a number that grows with every event of a block."""
-        return int(self._last_used)
+        return self._last_used
 
     @property
     def next_use(self) -> float:
@@ -222,7 +232,7 @@ class BlockView(View):
         """
         if self._next_use is None:
             raise ValueError("asks for 'next_use' of a block, expected needs_future = True in its class")
-        return float(self._next_use)
+        return self._next_use
 
 
 def view_of(sequence: Sequence, manager: "BlockManager") -> SequenceView:
