@@ -13,10 +13,15 @@ _LONG_S = 2.0
 
 def say(text: str) -> None:
     """One line on standard error; where there is none, or it takes nothing, the line is lost and no more."""
+    say_line(f"pagellm: {text}")
+
+
+def say_line(line: str) -> None:
+    """The same of a line that is for machines, as it is."""
     if sys.stderr is None:  # print() would use standard output
         return
     with suppress(OSError):
-        print(f"pagellm: {text}", file=sys.stderr, flush=True)
+        print(f"{line}\n", end="", file=sys.stderr, flush=True)  # whole, whatever other threads say
 
 
 def say_piece(text: str) -> None:

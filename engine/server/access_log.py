@@ -4,7 +4,6 @@ A span has vLLM's name and attributes (`gen_ai.*`), times in seconds. It continu
 `traceparent`.
 """
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,14 +11,17 @@ from typing import Any, NamedTuple
 import orjson
 
 from pagellm.engine.errors import ConfigError
-from pagellm.engine.progress import say
+from pagellm.engine.progress import say, say_line
 from pagellm.engine.server.engine_thread import Generation, LiveRequest
 
 _QUIET = ("/health", "/metrics")  # which are asked for all the time
 
 
 class Ended(NamedTuple):
-    """A request that has ended. outcome: what else became of it. route: which of our paths it had."""
+    """A request that has ended. outcome: what else became of it. route: which of our paths it had.
+
+    headers: those that name a trace.
+    """
 
     request_id: str
     client: str
@@ -70,7 +72,7 @@ class AccessLog:
         """Says what became of a request."""
         if ended.route not in _QUIET:
             if self._as_json:
-                sys.stderr.write(orjson.dumps(ended.fields()).decode() + "\n")
+                say_line(orjson.dumps(ended.fields()).decode())
             else:
                 say(ended.line())
         if self._trace is not None and ended.generation is not None:

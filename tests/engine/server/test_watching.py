@@ -1,7 +1,9 @@
 """What is seen of the server from outside: its metrics, its log, the spans that it tells, its step log."""
 
 import json
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -120,6 +122,21 @@ def test_each_request_is_a_span_and_a_line_of_json(spans: Any, capsys: pytest.Ca
     assert (line["finish_reasons"], line["outcome"]) == (["length", "length"], None)
     assert request(spans, "/v1/completions", {"prompt": []})[0] == 400
     assert len(spans.exporter.get_finished_spans()) == 1  # it never came to the engine
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_log_that_nobody_takes_is_lost_and_no_more(as_json: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pagellm.engine.server.access_log import AccessLog, Ended
+
+    ended = Ended("mine", "", "GET", "/version", "/version", 200, "", 0.0, 0.0, {}, None)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", buffering=1) as broken:
+        for stream in (None, broken):
+            monkeypatch.setattr("sys.stderr", stream)
+            AccessLog(as_json).write(ended)
+        with suppress(BrokenPipeError):
+            broken.close()
 
 
 class Collector(BaseHTTPRequestHandler):
