@@ -6,7 +6,6 @@ came, how long they were and when they had their tokens is refused by the name o
 
 import csv
 import io
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -63,6 +62,21 @@ class _Reading:
             )
         self.served.append(Served(arrival_s, prompt_len, output_len, first_token_s, last_token_s, prefix))
 
+    def add_record(self, record: Fields, *names: str, clock_s: float = 0.0) -> None:
+        """A request that one record has whole, times in seconds.
+
+        names: of its fields, as `add` has them. clock_s: what its arrival is to be put forward by.
+        """
+        arrival, prompt_len, output_len, first, last = names
+        self.add(
+            record.place,
+            _time(record, arrival) + clock_s,
+            record.integer(prompt_len),
+            record.integer(output_len),
+            _time(record, first),
+            _time(record, last),
+        )
+
     def run(
         self, format: str, at_client: bool, settings: Mapping[str, Any] | None = None, **known: Any
     ) -> RecordedRun:
@@ -96,7 +110,7 @@ def load_runs(path: str | os.PathLike[str]) -> list[RecordedRun]:
         return read_stages(path, document) if is_stages(document) else [_inference_perf(path, document)]
     first = text.lstrip().split("\n", 1)[0]
     if first.startswith("{"):
-        return [_of_lines(path, text)]
+        return [_of_records(path, list(_json_lines(path, text)))]
     columns = next(csv.reader([first]), [])
     if "arrival_time_us" in columns:
         return [_trace_v2(path, text)]
@@ -146,12 +160,11 @@ def _of_object(path: Path, document: dict[str, Any]) -> RecordedRun:
         )
     if "schema_version" in document and (path.parent / "requests.jsonl").is_file():
         return load_run(path.parent / "requests.jsonl")
-    return _of_lines(path, json.dumps(document))
+    return _of_records(path, [Fields(document, f"{path}:1", TraceError)])
 
 
-def _of_lines(path: Path, text: str) -> RecordedRun:
+def _of_records(path: Path, records: list[Fields]) -> RecordedRun:
     """JSON Lines, told by the fields of the first."""
-    records = list(_json_lines(path, text))
     first = records[0].values
     if "metadata" in first and "metrics" in first:
         return _aiperf(path, records)
@@ -188,21 +201,12 @@ def _list(fields: Fields, name: str) -> list[Any]:
     return values or []
 
 
-def _missing(place: str, name: str, expected: str) -> TraceError:
-    return TraceError(f"{place}: {name}: found nothing, expected {expected}")
-
-
 def _plain(path: Path, records: Iterable[Fields]) -> RecordedRun:
     """A line for each request: arrival_time, prompt_len, output_len, first_token_s, last_token_s; seconds."""
     reading = _Reading(path)
     for record in records:
-        reading.add(
-            record.place,
-            _time(record, "arrival_time"),
-            record.integer("prompt_len"),
-            record.integer("output_len"),
-            _time(record, "first_token_s"),
-            _time(record, "last_token_s"),
+        reading.add_record(
+            record, "arrival_time", "prompt_len", "output_len", "first_token_s", "last_token_s"
         )
     return reading.run("requests in seconds", at_client=False)
 
@@ -216,13 +220,8 @@ def _results(path: Path, records: Iterable[Fields]) -> RecordedRun:
         if record.get("outcome") != "finished":
             reading.num_left_out += 1
             continue
-        reading.add(
-            record.place,
-            _time(record, "arrival_s"),
-            record.integer("prompt_tokens"),
-            record.integer("output_tokens"),
-            _time(record, "first_token_s"),
-            _time(record, "last_token_s"),
+        reading.add_record(
+            record, "arrival_s", "prompt_tokens", "output_tokens", "first_token_s", "last_token_s"
         )
     return reading.run("results of a replay", at_client=False)
 
@@ -274,14 +273,8 @@ def _llmservingsim(path: Path, records: Iterable[Fields]) -> RecordedRun:
     reading, records = _Reading(path), list(records)
     clock = min(_time(record, "queued_ts") - _time(record, "arrival_time") for record in records)
     for record in records:
-        reading.add(
-            record.place,
-            _time(record, "arrival_time") + clock,
-            record.integer("input_toks"),
-            record.integer("output_toks"),
-            _time(record, "first_token_ts"),
-            _time(record, "last_token_ts"),
-        )
+        names = "arrival_time", "input_toks", "output_toks", "first_token_ts", "last_token_ts"
+        reading.add_record(record, *names, clock_s=clock)
     meta_path = path.parent / "meta.json"
     known: dict[str, Any] = {}
     settings: dict[str, Any] = {}
@@ -362,7 +355,7 @@ def _aiperf(path: Path, records: Iterable[Fields]) -> RecordedRun:
         lengths = []
         for name in ("input_sequence_length", "output_sequence_length"):
             if not metrics.has(name):
-                raise _missing(record.place, f"metrics.{name}", "a number of tokens")
+                raise metrics.bad(name, None, "a number of tokens")
             lengths.append(metrics.section(name).integer("value"))
         reading.add(record.place, begin, lengths[0], lengths[1], begin + first, begin + max(first, whole))
     return reading.run("AIPerf", at_client=True)
@@ -370,7 +363,7 @@ def _aiperf(path: Path, records: Iterable[Fields]) -> RecordedRun:
 
 def _with_unit(metrics: Fields, name: str) -> float:
     if not metrics.has(name):
-        raise _missing(metrics.place, f"metrics.{name}", "a time with its unit: streamed answers")
+        raise metrics.bad(name, None, "a time with its unit: streamed answers")
     metric = metrics.section(name)
     unit = metric.get("unit")
     if not isinstance(unit, str) or unit not in _UNITS:
@@ -387,7 +380,6 @@ def _guidellm(path: Path, document: dict[str, Any]) -> RecordedRun:
     benchmarks = document["benchmarks"]
     if not isinstance(benchmarks, list):
         raise TraceError(f"{path}: benchmarks: found {found(benchmarks)}, expected a list")
-    known: dict[str, Any] = {}
     for index, values in enumerate(benchmarks):
         benchmark = Fields(values, str(path), TraceError, f"benchmarks[{index}].")
         requests = benchmark.section("requests")
@@ -401,7 +393,7 @@ def _guidellm(path: Path, document: dict[str, Any]) -> RecordedRun:
             _guidellm_request(
                 reading, Fields(one, str(path), TraceError, f"benchmarks[{index}].requests[{number}].")
             )
-    return reading.run("GuideLLM", at_client=True, **known)
+    return reading.run("GuideLLM", at_client=True)
 
 
 def _check_whole(benchmark: Fields, num_served: int) -> None:
@@ -422,12 +414,11 @@ def _guidellm_request(reading: _Reading, one: Fields) -> None:
     timings = info.get("timings") if isinstance(info, dict) else None
     if isinstance(timings, dict):
         times = Fields(timings, one.place, TraceError, "info.timings.")
-        names = ("request_start", "first_token_iteration", "last_token_iteration", "request_end")
-        names = (names[0], names[1], names[2] if times.has(names[2]) else names[3], "")
+        end = "last_token_iteration" if times.has("last_token_iteration") else "request_end"
+        names = ("request_start", "first_token_iteration", end)
     else:
-        times = one
-        names = ("start_time", "first_token_time", "last_token_time", "")
-    begin, first, last = (_time(times, name) for name in names[:3])
+        times, names = one, ("start_time", "first_token_time", "last_token_time")
+    begin, first, last = (_time(times, name) for name in names)
     prompt_len, output_len = (one.integer(name) for name in ("prompt_tokens", "output_tokens"))
     reading.add(place, begin, prompt_len, output_len, first, last)
 
