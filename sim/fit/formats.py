@@ -17,6 +17,7 @@ from pagellm.engine.errors import TraceError, found
 from pagellm.sim.fields import Fields, check_no_device
 from pagellm.sim.fit.recorded_run import RecordedRun, Served, experiment_of
 from pagellm.sim.fit.stages import is_stages, read_stages
+from pagellm.sim.traces.files import cell_value
 
 MAX_BYTES = 1 << 30
 # Of a directory's, the first that is there.
@@ -467,7 +468,8 @@ def _trace_v2(path: Path, text: str) -> RecordedRun:
         if row.get("status") not in (None, "", "ok"):
             reading.num_left_out += 1
             continue
-        one = Fields({name: _number(value) for name, value in row.items() if name}, place, TraceError)
+        cells = {name: cell_value((cell or "").strip()) for name, cell in row.items() if name}
+        one = Fields(cells, place, TraceError)
         if not one.get("first_chunk_time_us"):
             raise one.bad(
                 "first_chunk_time_us",
@@ -489,13 +491,3 @@ def _trace_v2(path: Path, text: str) -> RecordedRun:
             _time(one, "first_chunk_time_us", 1e-6), _time(one, "last_chunk_time_us", 1e-6), prefix,
         )  # fmt: skip
     return reading.run("BLIS TraceV2", at_client=True, **known)
-
-
-def _number(text: Any) -> Any:
-    """A cell as a number, where it is one."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except (TypeError, ValueError):
-            continue
-    return text or None

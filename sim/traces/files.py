@@ -118,7 +118,7 @@ def csv_rows(path: Path) -> Iterator[Record]:
             yield Record(number, "", error)
             continue
         if header:
-            yield Record(number, "", dict(zip(header, map(_number, cells), strict=True)))
+            yield Record(number, "", dict(zip(header, map(cell_value, cells), strict=True)))
         else:
             header = cells
 
@@ -131,7 +131,8 @@ def parse_row(text: str) -> list[str]:
         raise bad_value("row", text.strip(), f"comma-separated values ({error})") from None
 
 
-def _number(cell: str) -> int | float | str | None:
+def cell_value(cell: str) -> int | float | str | None:
+    """A cell without blanks around it as a number, where it looks like one; None of an empty one."""
     if not cell:
         return None
     if _INTEGER.fullmatch(cell):
