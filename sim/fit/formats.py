@@ -441,14 +441,22 @@ def _inference_perf(path: Path, document: list[Any]) -> RecordedRun:
         moments = Fields(
             {"first": times[0], "last": times[-1]}, str(path), TraceError, f"[{index}].output_token_times."
         )
-        if not info.has("input_tokens"):
-            raise info.bad("input_tokens", None, "a number of tokens")
         output_len = _server_tokens(response) or response.integer("output_tokens")
         reading.add(
-            f"{path}: request {index}", begin, info.integer("input_tokens"), output_len,
+            f"{path}: request {index}", begin, _input_tokens(info), output_len,
             _time(moments, "first"), _time(moments, "last"),
         )  # fmt: skip
     return reading.run("inference-perf", at_client=True)
+
+
+def _input_tokens(info: Fields) -> int:
+    """Of a prompt's text; older versions have them beside the response, where newer ones only repeat them."""
+    request = info.section("request_metrics") if info.has("request_metrics") else info
+    text = request.section("text") if request.has("text") else request
+    text = text if text.has("input_tokens") else info
+    if not text.has("input_tokens"):
+        raise text.bad("input_tokens", None, "a number of tokens")
+    return text.integer("input_tokens")
 
 
 def _server_tokens(response: Fields) -> int | None:

@@ -95,13 +95,15 @@ def guidellm(all_: list[One], old: bool = False) -> str:
     })  # fmt: skip
 
 
-def inference_perf(all_: list[One], old: bool = False) -> str:
+def inference_perf(all_: list[One], version: int = 2) -> str:
+    """version: 0 has all beside each other, 1 has the response apart, 2 the request too."""
     entries = []
     for one in all_:
         times = [(one.first + 20_000 * n) / 1e6 for n in range(one.output_len)]
         response = {"output_tokens": one.output_len, "output_token_times": times}
-        info: dict[str, Any] = {"input_tokens": one.prompt_len}
-        info |= response if old else {"response_metrics": response}
+        request = {"input_tokens": one.prompt_len}
+        info: dict[str, Any] = {"request_metrics": {"text": request}} if version == 2 else request
+        info |= {"response_metrics": response} if version else response
         entries.append(
             {"start_time": one.begin / 1e6, "end_time": one.last / 1e6, "info": info, "error": None}
         )
@@ -157,7 +159,8 @@ FORMATS: dict[str, Callable[[list[One]], str]] = {
     "GuideLLM": guidellm,
     "GuideLLM, old": lambda all_: guidellm(all_, old=True),
     "inference-perf": inference_perf,
-    "inference-perf, old": lambda all_: inference_perf(all_, old=True),
+    "inference-perf, old": lambda all_: inference_perf(all_, version=1),
+    "inference-perf, older": lambda all_: inference_perf(all_, version=0),
     "LLMServingSim": llmservingsim,
     "BLIS TraceV2": trace_v2,
     "requests in seconds": plain,
