@@ -12,7 +12,7 @@ from typing import Any
 from xxhash import xxh3_64_intdigest
 
 from pagellm.engine.errors import TraceError
-from pagellm.sim.traces.files import Record, json_lines, json_values
+from pagellm.sim.traces.files import Record, json_lines
 from pagellm.sim.traces.parsing import Fields, Parse, integer, pieces, text_of
 from pagellm.sim.traces.prompt_tokens import Encoder
 from pagellm.sim.traces.request import MAX_HASH_ID, bad_value, check_integer, check_number, check_text
@@ -192,11 +192,6 @@ def agentic_mooncake(_: Encoder | None) -> Parse:
         yield fields | pieces(row["hash_ids"], length, check_integer("hash_block_size", size, 1), _UNKNOWN)
 
     return parse
-
-
-def weka_records(path: Path) -> Iterator[Record]:
-    """One document a line, or one over many lines."""
-    return json_values(path)
 
 
 def weka(_: Encoder | None) -> Parse:

@@ -6,10 +6,8 @@ custom data set. What has no times comes one a second, in the file's order; a ba
 """
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from pagellm.sim.traces.files import Record, json_items
 from pagellm.sim.traces.parsing import Fields, Parse, integer, lengths, pieces, text_of
 from pagellm.sim.traces.prompt_tokens import Encoder
 from pagellm.sim.traces.request import MAX_HASH_ID, bad_value, check_integer, check_number, check_text
@@ -121,11 +119,6 @@ def vllm_custom(_: Encoder | None) -> Parse:
         number += 1
 
     return parse
-
-
-def inference_perf_records(path: Path) -> Iterator[Record]:
-    """The requests of a report."""
-    return json_items(path, None)
 
 
 def inference_perf(_: Encoder | None) -> Parse:

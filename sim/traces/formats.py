@@ -23,6 +23,7 @@ from pagellm.sim.traces.files import (
     decode_line,
     json_items,
     json_lines,
+    json_values,
     parse_json,
     parse_row,
     read_lines,
@@ -244,7 +245,7 @@ FORMATS = {
         ),
         Format(
             "weka",
-            agents.weka_records,
+            json_values,
             agents.weka,
             "t",
             is_shifted=False,
@@ -258,7 +259,7 @@ FORMATS = {
         Format("openai-batch", json_lines, datasets.openai_batch, is_shifted=False, clock=_AT_ONCE),
         Format(
             "inference-perf",
-            datasets.inference_perf_records,
+            partial(json_items, key=None),
             datasets.inference_perf,
             "start_time",
             is_document=True,
@@ -380,13 +381,7 @@ def _format_of_fields(record: Any) -> str | None:
         return "sharegpt"
     if names & {"chat_id", "parent_chat_id"}:
         return "bailian"
-    if "request_id" in names and names & {
-        "wait_for",
-        "tool_wait_ms",
-        "prefix_reset",
-        "branches",
-        "session_id",
-    }:
+    if "request_id" in names and names & _AGENTIC_NAMES:
         return "agentic-mooncake"
     if {"timestamp", "data"} <= names:
         return "servegen-jsonl"
