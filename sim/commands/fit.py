@@ -44,7 +44,7 @@ def add_fit(commands: "argparse._SubParsersAction[Any]") -> None:
     )
     parser.add_argument("--json", action="store_true", help="say in JSON what was written")
     group = parser.add_argument_group("the engine that served, where the run does not say")
-    add_flags(group, EngineConfig, {name: ENGINE_FLAGS[name] for name in _SETTINGS if name in ENGINE_FLAGS})
+    add_flags(group, EngineConfig, {name: ENGINE_FLAGS[name] for name in _SETTINGS})
     parser.set_defaults(command=_fit)
 
 
