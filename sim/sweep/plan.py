@@ -6,7 +6,7 @@ what all seeds say. An answer stands on a steady state or is refused, with the r
 
 import math
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
@@ -93,16 +93,7 @@ def _load(found: list[Capacity]) -> Answer:
         if refused is not None:
             return Answer(settings, f"seed {capacity.settings['seed']}: {refused}")
     summaries = [capacity.at.summary for capacity in found if capacity.at is not None and capacity.at.summary]
-    rates = [summary["steady"]["offered_per_s"] for summary in summaries]
-    return Answer(
-        settings,
-        None,
-        int(settings.get("replicas") or 1),
-        fmean(rates),
-        _interval(rates),
-        _least_attainment(summaries),
-        fmean(summary["output_tokens_per_s"] or 0.0 for summary in summaries),
-    )
+    return _answer(settings, int(settings.get("replicas") or 1), summaries)
 
 
 def _refusal(capacity: Capacity) -> str | None:
@@ -158,21 +149,22 @@ def _fewest(
         if steady["verdict"] != "steady":
             offered = f"{steady['offered_per_s']:.4g} requests/s offered to {enough} replicas"
             return Answer(settings, f"seed {seed}: {offered} are no steady state: {steady['reason']}")
-    rates = [summary["steady"]["offered_per_s"] for summary in best]
+    return _answer(settings, enough, best)
+
+
+def _answer(settings: dict[str, Any], replicas: int, summaries: list[dict[str, Any]]) -> Answer:
+    """What the replays of all seeds say together."""
+    rates = [summary["steady"]["offered_per_s"] for summary in summaries]
+    shares = [summary["steady"]["attainment"] for summary in summaries]
     return Answer(
         settings,
         None,
-        enough,
+        replicas,
         fmean(rates),
         _interval(rates),
-        _least_attainment(best),
-        fmean(summary["output_tokens_per_s"] or 0.0 for summary in best),
+        None if None in shares else min(shares),
+        fmean(summary["output_tokens_per_s"] or 0.0 for summary in summaries),
     )
-
-
-def _least_attainment(summaries: list[dict[str, Any]]) -> float | None:
-    shares = [summary["steady"]["attainment"] for summary in summaries]
-    return None if None in shares else min(shares)
 
 
 def _interval(values: list[float]) -> float | None:
@@ -192,7 +184,7 @@ def _priced(answer: Answer, sweep: Sweep, prices: Mapping[str, float]) -> Answer
     cost = prices[name] * devices * answer.replicas
     tokens = answer.tokens_per_s or 0.0
     per_million = cost / (tokens * 3600) * 1e6 if tokens else None
-    return Answer(**{**vars(answer), "cost_per_h": cost, "cost_per_m": per_million})
+    return replace(answer, cost_per_h=cost, cost_per_m=per_million)
 
 
 def check_any(answers: list[Answer]) -> None:
