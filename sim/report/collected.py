@@ -35,10 +35,12 @@ class Collected:
     """What the replicas of one run have seen together.
 
     slo: the most seconds of a good request, by the names in `SLO_NAMES`. results: a file that gets a line of
-    JSON for each request when it ends.
+    JSON for each request when it ends. num_replicas: so many there will be.
     """
 
-    def __init__(self, slo: Mapping[str, float], results: str | os.PathLike[str] | None) -> None:
+    def __init__(
+        self, slo: Mapping[str, float], results: str | os.PathLike[str] | None, num_replicas: int
+    ) -> None:
         self.slo = dict(slo)
         self.results = None if results is None else ResultsFile(results)
         self.replicas: list[ReplicaListener] = []
@@ -48,7 +50,7 @@ class Collected:
         self.itl = LogHistogram()
         self.timeline = Timeline()
         self.counts: Counter[str] = Counter()
-        self.groups = Groups(0)  # of as many replicas as there are, when that is known
+        self.groups = Groups(num_replicas)
         # Of requests whose class is known, until they are added: by sequence, or by request_id.
         self.classes: dict[Sequence | str, str] = {}
         self.preempted: Counter[str] = Counter()

@@ -15,7 +15,6 @@ from pagellm.engine.scheduling.step_loop import StepListener
 from pagellm.sim.costs.cost_model import CostConstant, FitError, StepTimeError
 from pagellm.sim.quantiles import Exact, LogHistogram
 from pagellm.sim.report.collected import Collected, ReplicaListener
-from pagellm.sim.report.groups import Groups
 from pagellm.sim.report.schema import (
     VERSION,
     Cache,
@@ -28,7 +27,7 @@ from pagellm.sim.report.schema import (
     Summary,
     TimelineData,
 )
-from pagellm.sim.report.steady import WARM_UP, steady_state
+from pagellm.sim.report.steady import steady_state
 from pagellm.sim.traces.trace import Trace
 
 SLO_NAMES = ("ttft_s", "tpot_s", "e2e_s", "queue_s")
@@ -40,7 +39,7 @@ class MetricsCollector:
 
     schedulers: one for each replica, before they are used. slo: the most seconds of a good request, by the
     names in `SLO_NAMES`. results: a file that gets a line of JSON for each request when it ends.
-    block_bytes: of a KV block, where that is known. warm_up: see steady.py. Raises `ConfigError`.
+    block_bytes: of a KV block, where that is known. Raises `ConfigError`.
 
     The shares of unwritten slots and of cached blocks are sampled, once for each bucket of the timeline.
     """
@@ -51,16 +50,13 @@ class MetricsCollector:
         slo: Mapping[str, float] | None = None,
         results: str | os.PathLike[str] | None = None,
         block_bytes: int | None = None,
-        warm_up: float = WARM_UP,
     ) -> None:
         for name, value in (slo or {}).items():
             if name not in SLO_NAMES:
                 raise ConfigError(f"slo: found {found(name)}, expected one of {', '.join(SLO_NAMES)}")
             number(f"slo: {name}", value, SMALLEST, error=ConfigError, expected="seconds above 0")
         self._block_bytes = block_bytes
-        self._warm_up = warm_up
-        self._run = run = Collected(slo or {}, results)
-        run.groups = Groups(len(schedulers))
+        self._run = run = Collected(slo or {}, results, len(schedulers))
         run.replicas += (ReplicaListener(index, scheduler, run) for index, scheduler in enumerate(schedulers))
 
     def listener(self, replica: int = 0) -> StepListener:
@@ -165,7 +161,7 @@ class MetricsCollector:
                 "most_of_one_request": run.most_preemptions,
             },
             "kv": self._kv(duration_s),
-            "steady": steady_state(run.timeline, has_slo=bool(run.slo), warm_up=self._warm_up),
+            "steady": steady_state(run.timeline, has_slo=bool(run.slo)),
             "wall_s": wall_s,
         }
 

@@ -18,11 +18,11 @@ _GROWTH = 1.25  # from half to half, which load that comes and goes does not mak
 _SERVED = 0.9  # of what came
 
 
-def steady_state(timeline: Timeline, *, has_slo: bool, warm_up: float = WARM_UP) -> Steady:
-    """What the run's timeline shows. warm_up: the share of its arrivals' time that is left out."""
+def steady_state(timeline: Timeline, *, has_slo: bool) -> Steady:
+    """What the run's timeline shows."""
     buckets, width = timeline.buckets, timeline.width_s
     last = max((index for index, bucket in enumerate(buckets) if bucket.arrivals), default=0)
-    first = min(math.ceil(warm_up * (last + 1)), last)
+    first = min(math.ceil(WARM_UP * (last + 1)), last)
     window = buckets[first : last + 1]
     window_s = max(len(window) * width, 1e-9)
     half = max(1, len(window) // 2)
