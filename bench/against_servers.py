@@ -17,6 +17,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pagellm.engine.errors import PagellmError
 from pagellm.sim import CostModel, Simulator, Trace
+from pagellm.sim.costs.cost_model import FIT_METRICS
 from pagellm.sim.costs.devices import known
 from pagellm.sim.fit.fit import Fit, relative_errors
 from pagellm.sim.fit.formats import load_runs
-from pagellm.sim.fit.recorded_run import Experiment, Half, RecordedRun
+from pagellm.sim.fit.recorded_run import Experiment, RecordedRun
 
 PUBLISHED = json.loads(Path(__file__).with_name("published_runs.json").read_text())
-METRICS = ("throughput", "ttft", "tpot", "e2e")
 CHUNKS = (512, 1024, 2048, 4096, 8192)
 
 
@@ -93,45 +94,26 @@ def ledger(run: RecordedRun, with_fit: bool) -> Iterator[dict[str, Any]]:
             raise PagellmError(
                 f"{run.path}: found {entry['engines']} engines that share experts, expected one"
             )
-        fit = Fit(run, hardware, model, num_devices, settings=None)
+        # With what is known of the server beside the run.
+        experiments = [replace(one, settings={**unsaid, **one.settings}) for one in run.experiments]
+        run = replace(run, experiments=experiments)
+        fit = Fit(run, hardware, model, num_devices)
         for experiment in run.experiments:
-            experiment = described(experiment, unsaid)
             yield about | {"what": experiment.name, "simulator": "pagellm, assumed"} | scored(fit, experiment)
             for simulator, figures in experiment.published.items():
-                half = whole(experiment)
-                errors = {
-                    name: figures[name] / half.measured[name] - 1 for name in METRICS if name in figures
-                }
+                measured = (experiment.scored or experiment.fitted).measured
+                errors = {name: figures[name] / measured[name] - 1 for name in FIT_METRICS if name in figures}
                 yield about | {"what": experiment.name, "simulator": simulator} | errors
-        if with_fit:
-            run = RecordedRun(
-                **vars(run) | {"experiments": [described(one, unsaid) for one in run.experiments]}
-            )
-            if run.num_fitted and run.num_scored:
-                fit = Fit(run, hardware, model, num_devices)
-                costs = fit.search()
-                errors = {name: costs.error[name] for name in METRICS}
-                what = f"{run.num_scored} requests that were not fitted to"
-                row = about | {
-                    "what": what,
-                    "simulator": "pagellm, fitted",
-                    "constants": dict(costs.constants),
-                }
-                yield row | errors
+        if with_fit and run.num_fitted and run.num_scored:
+            costs = fit.search()
+            errors = {name: costs.error[name] for name in FIT_METRICS}
+            what = f"{run.num_scored} requests that were not fitted to"
+            row = about | {"what": what, "simulator": "pagellm, fitted", "constants": dict(costs.constants)}
+            yield row | errors
     except PagellmError as error:
         yield about | {"what": "", "simulator": "pagellm", "refused": str(error)}
     for simulator, errors in entry.get("published", {}).items():
         yield about | {"what": f"as published: {entry['source']}", "simulator": simulator} | errors
-
-
-def described(experiment: Experiment, settings: dict[str, Any]) -> Experiment:
-    """The experiment with what is known of the server beside the run."""
-    return Experiment(**vars(experiment) | {"settings": {**settings, **experiment.settings}})
-
-
-def whole(experiment: Experiment) -> Half:
-    """All requests of an experiment, with what was measured of them."""
-    return experiment.scored or experiment.fitted
 
 
 def scored(fit: Fit, experiment: Experiment) -> dict[str, float]:
@@ -139,7 +121,7 @@ def scored(fit: Fit, experiment: Experiment) -> dict[str, float]:
     simulated = fit.replay(experiment, {})
     halves = [half for half in (experiment.fitted, experiment.scored) if half is not None]
     errors = [relative_errors(simulated, half) for half in halves]
-    return {name: sum(one[name] for one in errors) / len(errors) for name in METRICS if name in errors[0]}
+    return {name: sum(one[name] for one in errors) / len(errors) for name in FIT_METRICS if name in errors[0]}
 
 
 def identify(run: RecordedRun) -> tuple[str | None, str | None, int | None]:
@@ -183,7 +165,7 @@ def print_ledger(rows: list[dict[str, Any]]) -> None:
     for run in dict.fromkeys((row["run"], row["model"], row["hardware"], row["num_devices"]) for row in rows):
         path, model, hardware, num_devices = run
         print(f"\n{path}: {model} on {num_devices} x {hardware}")
-        print(f"{'':<28}" + "".join(f"{name:>12}" for name in METRICS))
+        print(f"{'':<28}" + "".join(f"{name:>12}" for name in FIT_METRICS))
         shown = None
         for row in rows:
             if (row["run"], row["model"], row["hardware"], row["num_devices"]) != run:
@@ -194,11 +176,11 @@ def print_ledger(rows: list[dict[str, Any]]) -> None:
             if "refused" in row:
                 print(f"  {row['refused']}")
             else:
-                print(f"    {row['simulator']:<24}" + "".join(percent(row.get(name)) for name in METRICS))
+                print(f"    {row['simulator']:<24}" + "".join(percent(row.get(name)) for name in FIT_METRICS))
     print("\nmean of the absolute errors")
     for simulator in dict.fromkeys(row["simulator"] for row in rows if "refused" not in row):
         own = [row for row in rows if row["simulator"] == simulator and "refused" not in row]
-        print(f"    {simulator:<24}" + "".join(percent(mean(own, name), "") for name in METRICS))
+        print(f"    {simulator:<24}" + "".join(percent(mean(own, name), "") for name in FIT_METRICS))
 
 
 def mean(rows: list[dict[str, Any]], name: str) -> float | None:
