@@ -57,6 +57,18 @@ def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def caller(thinker: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a chat template that knows of tools; it says little, for the context is short."""
+    directory = tmp_path_factory.mktemp("caller") / "model"
+    shutil.copytree(thinker, directory)
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["chat_template"] = '{% if tools %}<tool_call>{"name"}{% endif %}' + config["chat_template"]
+    path.write_text(json.dumps(config))
+    return directory
+
+
 def settings() -> dict[str, Any]:
     """So few blocks that a crowd has to make way for one another."""
     return {"num_blocks": 48, "block_size": 8, "max_num_seqs": 32, "reasoning_markers": THOUGHTS}
