@@ -76,19 +76,18 @@ class Completion:
         return self._grammar.all_but_end if self.grammar is None else self.grammar.mask()
 
     def with_forced(self, token_id: int) -> list[int]:
-        """The token that a sequence gets in a step, and those that must follow it.
+        """Takes the grammar past the token that a sequence got in a step, and those that must follow it.
 
-        Where log-probabilities are wanted each takes a step of its own, for they are the model's.
+        Returns all of these. Where log-probabilities are wanted each takes a step of its own, for they are
+        the model's. Raises `GrammarError`.
         """
-        grammar = self.grammar
-        if grammar is None or self.output.logprobs is not None:
-            return [token_id]
-        token_ids = [token_id]
-        grammar.append(token_id)
-        while grammar.forced and not (self._thoughts is not None and not grammar.has_begun):
-            token_ids.append(grammar.forced[0])
-            grammar.append(grammar.forced[0])
-        self._num_ahead = len(token_ids)
+        token_ids, grammar = [token_id], self.grammar
+        if grammar is not None:
+            grammar.append(token_id)
+            # What opens a thought leaves the grammar at its beginning.
+            while grammar.forced and grammar.has_begun and self.output.logprobs is None:
+                token_ids.append(grammar.forced[0])
+                grammar.append(grammar.forced[0])
         return token_ids
 
     def admitted(self, num_cached_tokens: int, time_s: float) -> None:
@@ -102,7 +101,8 @@ class Completion:
     def append(self, logprobs: Items[TokenLogprob], time_s: float) -> FinishReason | None:
         """Takes the tokens over that the sequence got in a step; returns why they end it, if they do.
 
-        logprobs: of these tokens, where they are wanted. Behind a stop string nothing is taken over.
+        logprobs: of these tokens, where they are wanted. Behind a stop string nothing is taken over. The
+        grammar, if there is one, is past these tokens already: see `with_forced`.
         """
         output = self.output
         if output.metrics.first_token_s is None:
@@ -120,7 +120,7 @@ class Completion:
         output = self.output
         finish_reason = self.sequence.finish_reason if is_last else None
         output.token_ids.append(token_id)
-        is_complete = self._follow(token_id)
+        is_complete = is_last and self._grammar is not None and self._grammar.is_complete
         stop_string = self._add_text(
             token_id, len(output.token_ids), finish_reason is not None or is_complete
         )
@@ -161,7 +161,8 @@ class Completion:
         self._drop_tokens()
         self._begin_text()
         for number, token_id in enumerate(self.output.token_ids, 1):
-            self._follow(token_id)
+            if self.grammar is not None:
+                self.grammar.append(token_id)
             self._add_text(token_id, number)
         return self.sequence.num_prompt_tokens + self._num_tokens
 
@@ -180,21 +181,9 @@ class Completion:
         )
         self._stop = StopChecker(params)
         self._grammar = None if self._new_grammar is None else self._new_grammar()
-        self._num_ahead = 0  # tokens that the grammar's state has taken already
         self._thoughts: ThoughtTracker | None = None
         if self._thinking is not None:
             self._thoughts = ThoughtTracker(self._thinking, params.thinking_token_budget)
-
-    def _follow(self, token_id: int) -> bool:
-        """Takes the grammar's state behind a token; returns whether nothing can follow it."""
-        grammar = self.grammar
-        if grammar is None:
-            return False
-        if self._num_ahead:
-            self._num_ahead -= 1
-        else:
-            grammar.append(token_id)
-        return grammar.is_complete and not self._num_ahead
 
     def _add_text(self, token_id: int, number: int, is_last: bool = False) -> str | None:
         """Adds what a token gives to the text; returns the stop string that this completed, if any."""

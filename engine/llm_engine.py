@@ -389,7 +389,7 @@ class LLMEngine:
         return result
 
     def _add_forced(self, sampled: list[Sequence], result: RunnerOutput) -> None:
-        """Gives constrained sequences the tokens that must follow the ones they got."""
+        """Takes grammars past the tokens that their sequences got, and adds those that must follow."""
         for index, sequence in enumerate(sampled):
             under_way = self._by_seq_id.get(sequence.seq_id)
             if under_way is not None and sequence.sampling_params.structured and result.token_ids[index]:

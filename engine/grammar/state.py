@@ -46,7 +46,6 @@ class GrammarState:
         self.forced: deque[int] = deque()
         if not self._opening:
             self._force(grammar.first_forced)
-        self._num_opening = 0  # tokens of the opening that are to come
         self._job: tuple[MaskJob, int] | None = None
         self.has_begun = False
         self.is_complete = False
@@ -75,15 +74,13 @@ class GrammarState:
     def append(self, token_id: int) -> None:
         """Takes the next token. Raises `GrammarError` for one that cannot come."""
         self.has_begun = True
-        if self._num_opening:
-            self._num_opening -= 1
-            self.forced.popleft()
-            self._after_opening()
-            return
         if self._opening and token_id == self._opening[0]:
-            self._num_opening = len(self._opening) - 1
-            self.forced.extend(self._opening[1:])
-            self._after_opening()
+            self._opening = self._opening[1:]
+            self.forced = deque(self._opening)
+            if not self._opening:  # all that was is still to come
+                self.has_begun = False
+                self._mask = self._restricted(self._grammar.first_mask)
+                self._force(self._grammar.first_forced)
             return
         self._opening = ()
         self._mask = self._job = None
@@ -97,13 +94,6 @@ class GrammarState:
             self._check()
             if not self.is_complete:
                 self._force(self._matcher.compute_ff_tokens())
-
-    def _after_opening(self) -> None:
-        if not self._num_opening:
-            self._opening = ()
-            self.has_begun = False
-            self._mask = self._restricted(self._grammar.first_mask)
-            self._force(self._grammar.first_forced)
 
     def _force(self, token_ids: Sequence[int]) -> None:
         if not any(token_id in self._banned for token_id in token_ids):

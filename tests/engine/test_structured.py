@@ -431,6 +431,8 @@ def test_a_model_may_open_a_thought_before_its_form_begins(thoughtful: LLM) -> N
     assert output.token_ids[:3] == [less, t, more]
     assert output.reasoning == "<<", "and the third began a marker"
     assert is_person(output.text)
+    [singly] = thoughtful.chat(THOUGHTFUL, replace(own, logprobs=0))
+    assert singly.token_ids == output.token_ids
     [output] = thoughtful.chat(THOUGHTFUL, replace(own, logit_bias={less: -100.0}))
     assert output.reasoning is None
     assert is_person(output.text)
