@@ -1,6 +1,6 @@
 """A request under way: the sequence of each of its completions, and the output that grows with it."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,9 +24,8 @@ class Completion:
     A token counts when all that follows from it is in the output. Whatever an exception leaves beyond those,
     `take_back` takes away, to be computed and taken over again.
 
-    special_texts: what the special tokens say, which may be left out of the text. arrival_s: on the clock of
-    all times here. thinking: None where nobody asks which of it is a thought. new_grammar: gives the state in
-    which what comes after the thoughts begins; None where that has no form.
+    arrival_s: on the clock of all times here. thinking: None where nobody asks which of it is a thought.
+    new_grammar: gives the state in which what comes after the thoughts begins; None where that has no form.
     """
 
     def __init__(
@@ -34,7 +33,6 @@ class Completion:
         index: int,
         sequence: Sequence,
         tokenizer: Tokenizer,
-        special_texts: Mapping[int, str],
         arrival_s: float,
         thinking: Thinking | None = None,
         new_grammar: Callable[[], GrammarState] | None = None,
@@ -43,7 +41,7 @@ class Completion:
         self.sequence = sequence
         self.output = CompletionOutput(index, logprobs=None if params.logprobs is None else [])
         self._tokenizer = tokenizer
-        self._hidden_texts = special_texts if params.skip_special_tokens else {}
+        self._hidden_texts = tokenizer.special_texts if params.skip_special_tokens else {}
         self._arrival_s = arrival_s
         self._thinking = thinking
         self._new_grammar = new_grammar

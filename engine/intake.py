@@ -43,9 +43,6 @@ class Intake:
         self._reasoning_markers = reasoning_markers
         self._grammars = grammars
         self._eos_token_ids = frozenset(tokenizer.eos_token_ids)
-        self._special_texts = {
-            token_id: tokenizer.decode([token_id], continues=True) for token_id in tokenizer.special_ids
-        }
         self._seq_ids = count()
 
     @cached_property
@@ -130,9 +127,7 @@ class Intake:
             reads_cache=not wants_logits and params.prompt_logprobs is None,
             request_id=request.output.request_id,
         )
-        return Completion(
-            index, sequence, self._tokenizer, self._special_texts, request.arrival_s, thinking, new_grammar
-        )
+        return Completion(index, sequence, self._tokenizer, request.arrival_s, thinking, new_grammar)
 
     def _new_grammar(
         self, grammar: Grammar, params: SamplingParams, thinking: Thinking | None, prompt: list[int]

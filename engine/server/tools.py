@@ -133,8 +133,7 @@ def plan_tools(
         )
     kind = kind or HERMES
     names = [tool.name for tool in known]
-    special = {token_id: llm.tokenizer.decode([token_id]) for token_id in sorted(llm.tokenizer.special_ids)}
-    unsaid = list(special.values()) if skip_special_tokens else []
+    unsaid = list(llm.tokenizer.special_texts.values()) if skip_special_tokens else []
     plan = ToolPlan(
         answer_form, partial(new_parser, kind, names, unsaid), kind != GPT_OSS, partial(PlainText, (), unsaid)
     )
@@ -294,7 +293,7 @@ class _Writer:
     def __init__(self, kind: str, tokenizer: Tokenizer, sources: str) -> None:
         self._kind = kind
         self._has_args_mark = "[ARGS]" in sources
-        self._id_of = {tokenizer.decode([token_id]): token_id for token_id in tokenizer.special_ids}
+        self._id_of = {text: token_id for token_id, text in tokenizer.special_texts.items()}
 
     def grammar(self, tools: list[Tool], may_say: bool, is_parallel: bool, answer: str | None) -> str:
         """may_say: whether the model may also say something. answer: what that is, or None."""

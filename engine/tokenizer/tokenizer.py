@@ -80,6 +80,11 @@ class Tokenizer:
         """What its added tokens say."""
         return [token.content for token in self._added.tokens]
 
+    @cached_property
+    def special_texts(self) -> dict[int, str]:
+        """What its special tokens say in the midst of a text, by id."""
+        return {token_id: self.decode([token_id], continues=True) for token_id in sorted(self.special_ids)}
+
     @property
     def eos_token_id(self) -> int | None:
         """The tokenizer's own end token."""
