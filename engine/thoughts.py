@@ -77,10 +77,13 @@ class Thoughts:
 
         Not where its last turn has had one, empty perhaps, nor where the template would have opened it.
         """
+        return not self._are_opened and self._markers.end not in self._last_turn(token_ids)
+
+    @cached_property
+    def _are_opened(self) -> bool:
+        """Whether the chat template opens them."""
         template = self._tokenizer.chat_template
-        if template is not None and opens_thoughts(template, self._markers):
-            return False
-        return self._markers.end not in self._last_turn(token_ids)
+        return template is not None and opens_thoughts(template, self._markers)
 
     def begin_at_end_of(self, token_ids: Sequence[int]) -> bool:
         """Whether a prompt from a chat template opens a thought: it ends with the start marker."""
