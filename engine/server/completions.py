@@ -85,7 +85,7 @@ async def generate(
 ) -> Response:
     """An answer, whole or as a stream. read: takes a request from its JSON."""
     engine = service.llm.engine
-    arrival_s = engine.now()
+    arrival_s, start_s = engine.now(), asyncio.get_running_loop().time()
     body = await service.work(read, await read_body(request))
     service.check_model(body.model)
     service.note_unknown_fields(body.unknown_fields)
@@ -104,12 +104,12 @@ async def generate(
     prepared = await service.prepare(prepare, service.llm, body, headers_of(request), arrival_s)
     request_id = body.request_id or request.state.request_id
     if body.stream:
-        generation = await submit(service, request, prepared)
+        generation = await submit(service, request, prepared, start_s)
         answer = answer_kind(service, body, prepared, generation, request_id)
         return EventStream(_stream(service, generation, answer), generation.close, answer.done)
 
     async def whole() -> Response:
-        generation = await submit(service, request, prepared)
+        generation = await submit(service, request, prepared, start_s)
         service.num_serving += 1
         try:
             await generation.wait_for_end()
@@ -137,18 +137,22 @@ def check_bounds(body: GenerationRequest, limits: Limits) -> None:
         raise ApiError(400, f"stop: found {num_stops}, expected {limits.max_stop_strings} at most", "stop")
 
 
-async def submit(service: Service, request: Request, prepared: Prepared) -> Generation:
-    """Gives what was prepared to the engine. Raises `ApiError` where too many wait."""
+async def submit(service: Service, request: Request, prepared: Prepared, start_s: float) -> Generation:
+    """Gives what was prepared to the engine. Raises `ApiError` where too many wait, or it took too long.
+
+    start_s: when the request arrived, on the loop's clock.
+    """
     service.check_queue(sum(len(entry.token_ids) for entry in prepared.entries))
     most_s = service.limits.request_timeout
+    end_s = None if most_s is None else start_s + most_s
     try:
-        async with asyncio.timeout(most_s):
+        async with asyncio.timeout_at(end_s):
             generation = await service.thread.submit(prepared.entries)
-    except TimeoutError:  # a step is under way
+    except TimeoutError:  # a step is under way, or the prompt took long to come or to make
         raise too_late(most_s) from None
     request.state.generation = generation
-    if most_s is not None:
-        generation.expire_after(most_s)
+    if end_s is not None and most_s is not None:
+        generation.expire_at(end_s, most_s)
     return generation
 
 

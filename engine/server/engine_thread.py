@@ -90,9 +90,9 @@ class Generation:
         if not self.requests or not self.finished:
             self._thread.abort(self.request_ids)
 
-    def expire_after(self, seconds: float) -> None:
-        """Gives it up if it takes longer."""
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._expire, seconds)
+    def expire_at(self, time_s: float, seconds: float) -> None:
+        """Gives it up then, on the loop's clock, after so many seconds, unless it has ended."""
+        self._timer = asyncio.get_running_loop().call_at(time_s, self._expire, seconds)
 
     def _expire(self, seconds: float) -> None:
         if not self.finished:

@@ -6,6 +6,7 @@ import ssl
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Semaphore
@@ -201,6 +202,19 @@ def test_a_request_that_takes_too_long_is_given_up(bounded: Any, monkeypatch: py
         assert text.endswith("data: [DONE]\n\n") == (status == 200)
     assert eventually(lambda: not engine.has_unfinished)
     assert engine.block_manager.num_free_blocks == engine.config.num_blocks
+
+
+def test_the_time_counts_from_the_arrival(bounded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "limits", replace(bounded.limits, request_timeout=0.2))
+    host, port = bounded.url.removeprefix("http://").split(":")
+    body = b'{"prompt": "hello", "max_tokens": 1}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(head)
+        time.sleep(0.4)  # a slow client's body
+        connection.sendall(body)
+        assert connection.recv(100).startswith(b"HTTP/1.1 504")
+    assert eventually(lambda: not bounded.llm.engine.has_unfinished)
 
 
 def test_a_stream_without_news_says_that_it_is_alive(bounded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
