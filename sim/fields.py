@@ -65,6 +65,13 @@ class Fields:
         """A text."""
         return checks.text(self._called(name), self._shown(name), self._error)
 
+    def entries(self, name: str) -> list[Any]:
+        """A list; an empty one where it is absent."""
+        values = self.get(name)
+        if values is not None and not isinstance(values, list):
+            raise self.bad(name, values, "a list")
+        return values or []
+
     def section(self, name: str) -> "Fields":
         """An object inside."""
         return Fields(self.get(name), self.place, self._error, f"{self._prefix}{name}.")

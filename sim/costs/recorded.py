@@ -148,8 +148,8 @@ def _recorded_config(record: Fields) -> CompleteConfig:
 
 def _first_arrival(record: Fields) -> float:
     """Of the requests that a step took in; infinite if it took none in."""
-    added = record.get("added") or []
-    if not isinstance(added, list):
-        raise record.bad("added", added, "a list")
-    requests = (Fields(values, record.place, ProfileError, f"added[{i}].") for i, values in enumerate(added))
+    requests = (
+        Fields(values, record.place, ProfileError, f"added[{index}].")
+        for index, values in enumerate(record.entries("added"))
+    )
     return min((request.number("arrival_s", None) for request in requests), default=math.inf)

@@ -194,14 +194,6 @@ def _time(fields: Fields, name: str, unit: float = 1.0) -> float:
     return fields.number(name, None, "a time") * unit
 
 
-def _list(fields: Fields, name: str) -> list[Any]:
-    """A list that may be missing."""
-    values = fields.get(name)
-    if values is not None and not isinstance(values, list):
-        raise fields.bad(name, values, "a list")
-    return values or []
-
-
 def _plain(path: Path, records: Iterable[Fields]) -> RecordedRun:
     """A line for each request: arrival_time, prompt_len, output_len, first_token_s, last_token_s; seconds."""
     reading = _Reading(path)
@@ -240,19 +232,19 @@ def _step_log(path: Path, records: Iterable[Fields]) -> RecordedRun:
             settings = {name: recorded.integer(name) for name in names if recorded.has(name)}
         if record.has("replica"):
             raise record.bad("replica", record.get("replica"), "the steps of one engine")
-        for values in _list(record, "added"):
+        for values in record.entries("added"):
             added = Fields(values, record.place, TraceError, "added.")
             sequence = added.integer("sequence", 0)
             arrivals[sequence] = record.place, _time(added, "arrival_s"), added.integer("num_prompt_tokens")
         end = _time(record, "start_s") + record.seconds("duration_s")
-        for entry in _list(record, "scheduled"):
+        for entry in record.entries("scheduled"):
             if not isinstance(entry, list) or len(entry) != 4 or type(entry[0]) is not int:
                 raise record.bad("scheduled", entry, "[sequence, computed before, computed now, sampled]")
             if entry[3]:
                 seen = tokens.setdefault(entry[0], [0, end, end])
                 seen[0] += 1
                 seen[2] = end
-        for entry in _list(record, "ended"):
+        for entry in record.entries("ended"):
             if not isinstance(entry, list) or not entry or type(entry[0]) is not int:
                 raise record.bad("ended", entry, "[sequence, reason]")
             reading.num_left_out += arrivals.pop(entry[0], None) is not None
@@ -319,7 +311,7 @@ def _vllm_bench(path: Path, document: dict[str, Any]) -> RecordedRun:
         sizes = ", ".join(str(len(values)) for values in columns)
         names = "start_times, input_lens, output_lens, ttfts and itls"
         raise TraceError(f"{path}: found {sizes} {names}, expected as many of each")
-    errors = _list(fields, "errors")
+    errors = fields.entries("errors")
     reading = _Reading(path)
     for index, (start, prompt_len, output_len, ttft, itls) in enumerate(zip(*columns, strict=True)):
         place = f"{path}: request {index}"
@@ -388,7 +380,7 @@ def _guidellm(path: Path, document: dict[str, Any]) -> RecordedRun:
         if not isinstance(served, list):
             raise requests.bad("successful", served, "a list of requests")
         for status in ("errored", "incomplete"):
-            reading.num_left_out += len(_list(requests, status))
+            reading.num_left_out += len(requests.entries(status))
         _check_whole(benchmark, len(served))
         for number, one in enumerate(served):
             _guidellm_request(
