@@ -56,11 +56,17 @@ def read_mixture(path: Path) -> dict[str, Any] | None:
     }
 
 
-def _first(config: Fields, names: tuple[str, ...], default: int | None = None) -> int:
+def _first(
+    config: Fields,
+    names: tuple[str, ...],
+    default: int | None = None,
+    low: int = 0,
+    high: int | None = None,
+) -> int:
     """The first of some names that there is."""
     for name in names:
         if config.has(name):
-            return config.integer(name, 0)
+            return config.integer(name, low, high)
     if default is None:
         raise config.bad(names[0], None, "a number")
     return default
@@ -77,7 +83,7 @@ def _layers(config: Fields, num_experts: int) -> Iterator[dict[str, Any]]:
         shared += expert_size
     # A layer without experts may be wider.
     dense = config.integer("intermediate_size_mlp") if config.has("intermediate_size_mlp") else inner
-    per_token = _first(config, _PER_TOKEN) if num_experts else 0
+    per_token = _first(config, _PER_TOKEN, low=1, high=num_experts) if num_experts > 1 else 0
     for index, window in enumerate(_windows(config)):
         layer = dict(attention) | {"window": window}
         if num_experts > 1 and _has_experts(config, index):
@@ -141,16 +147,13 @@ def _windows(config: Fields) -> list[int]:
 def _has_experts(config: Fields, index: int) -> bool:
     if index < _first(config, ("first_k_dense_replace",), 0):
         return False
-    if index in (config.get("mlp_only_layers") or ()):
+    if index in config.entries("mlp_only_layers"):
         return False
-    moe_layers = config.get("moe_layers")
-    if isinstance(moe_layers, list):
-        return index in moe_layers
-    step = _first(config, ("decoder_sparse_step", "interleave_moe_layer_step"), 1)
-    if config.has("moe_layer_freq") and isinstance(config.get("moe_layer_freq"), int):
-        step = config.integer("moe_layer_freq")
-        return index % step == 0
-    return (index + 1) % step == 0
+    if config.has("moe_layers"):
+        return index in config.entries("moe_layers")
+    if config.has("moe_layer_freq"):
+        return index % config.integer("moe_layer_freq") == 0
+    return (index + 1) % _first(config, ("decoder_sparse_step", "interleave_moe_layer_step"), 1, low=1) == 0
 
 
 def _layer_bytes(whole: Fields, config: Fields, products: int, experts: int) -> float | None:

@@ -133,6 +133,12 @@ def test_what_is_kept_of_a_token_is_latent_and_each_device_has_all_of_it(tmp_pat
         ),
         ({"num_experts_per_tok": None}, "num_experts_per_tok: found nothing, expected a number"),
         ({"hidden_size": "big"}, "hidden_size: found 'big', expected a positive integer"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok: found 0, expected an integer from 1 to 128"),
+        ({"num_experts_per_tok": 129}, "num_experts_per_tok: found 129, expected an integer from 1 to 128"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step: found 0, expected a positive integer"),
+        ({"moe_layer_freq": [0, 1]}, r"moe_layer_freq: found \[0, 1\], expected a positive integer"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers: found 3, expected a list"),
+        ({"moe_layers": "odd"}, "moe_layers: found 'odd', expected a list"),
     ],
 )
 def test_what_would_change_the_work_is_refused_by_name(
