@@ -64,6 +64,22 @@ def page(directory: Path, reports: Any) -> Element:
     return document
 
 
+def sweep_page(directory: Path, setting: str, slo: Slo | None = None) -> Element:
+    """The page of a sweep over one setting."""
+    synthesise(Workload(num_requests=20, seed=1)).save(directory / "trace.jsonl")
+    sweep = Sweep(
+        TraceFile(str(directory / "trace.jsonl")),
+        CostSource(roofline=("l4", "smollm2-135m", 1)),
+        Grid.parse([setting]),
+        slo,
+        jobs=1,
+    )
+    sweep_report.to_html(sweep.run(), directory / "sweep.html")
+    document, console = browse(directory / "sweep.html")
+    assert console == []
+    return document
+
+
 def replayed() -> Report:
     workload = Workload(
         num_requests=300,
@@ -264,17 +280,7 @@ def test_better_and_worse_differ_in_more_than_a_sign(tmp_path: Path) -> None:
 
 
 def test_ticks_of_a_sweep_are_its_values(tmp_path: Path) -> None:
-    synthesise(Workload(num_requests=20, seed=1)).save(tmp_path / "trace.jsonl")
-    sweep = Sweep(
-        TraceFile(str(tmp_path / "trace.jsonl")),
-        CostSource(roofline=("l4", "smollm2-135m", 1)),
-        Grid.parse(["max_num_batched_tokens=128,512,2048"]),
-        Slo.parse("ttft_p99=1"),
-        jobs=1,
-    )
-    sweep_report.to_html(sweep.run(), tmp_path / "sweep.html")
-    document, console = browse(tmp_path / "sweep.html")
-    assert console == []
+    document = sweep_page(tmp_path, "max_num_batched_tokens=128,512,2048", Slo.parse("ttft_p99=1"))
     labels = [
         e.text for e in document.one("figure").all("text") if e.attributes.get("text-anchor") == "middle"
     ]
@@ -297,13 +303,5 @@ def test_what_itl_means_is_said(tmp_path: Path) -> None:
 
 
 def test_settings_are_written_without_zeros(tmp_path: Path) -> None:
-    synthesise(Workload(num_requests=20, seed=1)).save(tmp_path / "trace.jsonl")
-    sweep = Sweep(
-        TraceFile(str(tmp_path / "trace.jsonl")),
-        CostSource(roofline=("l4", "smollm2-135m", 1)),
-        Grid.parse(["rate_factor=0.5,1"]),
-        jobs=1,
-    )
-    sweep_report.to_html(sweep.run(), tmp_path / "sweep.html")
-    rows = browse(tmp_path / "sweep.html")[0].one("section", aria_label="Grid").one("table").rows()
+    rows = sweep_page(tmp_path, "rate_factor=0.5,1").one("section", aria_label="Grid").one("table").rows()
     assert [row[0] for row in rows[1:]] == ["0.5", "1"]
