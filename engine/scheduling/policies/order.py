@@ -113,11 +113,11 @@ class Fair(SchedulingPolicy):
         self.active[tenant] += 1
 
     def on_commit(self, batch: StepView, stats: SchedulerStats) -> None:
-        given = iter(batch.token_ids)
+        given, forks = iter(batch.token_ids), batch.forks
         for sequence, count, samples in zip(
             batch.sequences, batch.num_new_tokens, batch.samples, strict=True
         ):
-            num_samples = samples and 1 + len(batch.forks.get(sequence, ()))
+            num_samples = samples and 1 + len(forks.get(sequence, ()))
             num_sampled = sum(map(len, islice(given, num_samples)))
             self.counters[sequence.sampling_params.tenant] += count + self.DECODE_WEIGHT * num_sampled
 
