@@ -510,6 +510,14 @@ def test_a_setting_may_be_a_number_of_another_library() -> None:
             EngineConfig(**{name: 10**5000})
 
 
+def test_an_eviction_policy_that_needs_the_future_is_refused_before_anything_is_loaded() -> None:
+    belady = f"{Path(__file__).parents[2] / 'examples' / 'policies' / 'belady.py'}:Belady"
+    with pytest.raises(
+        ConfigError, match="which needs to know the requests to come, expected it in the replay"
+    ):
+        LLM("there-is-no-such-model", eviction=belady)
+
+
 def test_a_small_cache_limits_the_context() -> None:
     llm = LLM(TINY, num_blocks=2, block_size=4, show_progress=False)
     assert llm.engine.config.max_model_len == 8

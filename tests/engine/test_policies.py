@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pagellm.engine.config import EngineConfig
-from pagellm.engine.errors import ConfigError, PolicyError
+from pagellm.engine.errors import ConfigError, PolicyError, RequestError
 from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.scheduling.batch import ScheduledBatch
 from pagellm.engine.scheduling.block_manager import BlockManager
@@ -16,6 +16,7 @@ from pagellm.engine.scheduling.policies import (
     AdmissionPolicy,
     CheckedPolicies,
     EarliestDeadline,
+    EvictionPolicy,
     Fair,
     Priority,
     SchedulerStats,
@@ -315,6 +316,19 @@ class NoPolicy:
 def test_a_policy_that_cannot_be_had_is_refused(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{message}$"):
         load_policy(name)
+
+
+class KnowsTheTrace(EvictionPolicy):
+    needs_future = True
+
+
+def test_a_policy_that_needs_the_future_is_refused_where_nobody_tells_of_it() -> None:
+    s = scheduler("fcfs", eviction=f"{__name__}:KnowsTheTrace", enable_prefix_caching=True)
+    with pytest.raises(RequestError, match=r"^eviction: found a policy that needs to know the requests"):
+        add(s)
+    s.foresee([Sequence(next(_ids), range(2), SamplingParams())])
+    added = add(s, max_tokens=1)
+    assert order_of_service(s) == [added]
 
 
 class OneAtATime(AdmissionPolicy):
