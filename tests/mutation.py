@@ -31,7 +31,7 @@ SUITE = (
     "tests/properties/test_block_manager.py",
     "tests/properties/test_scheduler.py",
 )
-MANAGER, CACHE, WINDOW, SCHEDULER, BATCH, POLICIES, QUEUE, CHECKED, RANKED = (
+MANAGER, CACHE, WINDOW, SCHEDULER, BATCH, POLICIES, QUEUE, CHECKED, RANKED, USAGE = (
     f"engine/scheduling/{name}.py"
     for name in (
         "block_manager",
@@ -43,6 +43,7 @@ MANAGER, CACHE, WINDOW, SCHEDULER, BATCH, POLICIES, QUEUE, CHECKED, RANKED = (
         "waiting_queue",
         "policies/checked",
         "ranked_blocks",
+        "block_usage",
     )
 )
 TIMEOUT_S = 300
@@ -778,8 +779,8 @@ BUGS = (
     ),
     Bug(
         "slots that one sharer has written count as unwritten",
-        MANAGER,
-        "BlockManager._num_counted_too_often",
+        USAGE,
+        "_num_counted_too_often",
         "max",
         "min",
     ),

@@ -26,20 +26,18 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from operator import attrgetter
 from typing import NamedTuple
 
 import xxhash
 
 from pagellm.engine.scheduling.block_checks import check_blocks
+from pagellm.engine.scheduling.block_usage import BlockUsage, count_usage
 from pagellm.engine.scheduling.block_window import BlockWindow
 from pagellm.engine.scheduling.free_list import FreeList
 from pagellm.engine.scheduling.policies import CheckedPolicies
 from pagellm.engine.scheduling.prefix_cache import ROOT, CacheObserver, PrefixCache
 from pagellm.engine.scheduling.ranked_blocks import RankedBlocks
 from pagellm.engine.scheduling.sequence import GIVEN_BACK, Sequence
-
-_num_computed = attrgetter("num_computed_tokens")
 
 
 class TransferKind(Enum):
@@ -57,16 +55,6 @@ class Transfer(NamedTuple):
     source: int
     target: int
     sequence: Sequence
-
-
-class BlockUsage(NamedTuple):
-    """Counts of blocks, and of slots, for a report."""
-
-    used: int
-    free: int
-    shared: int  # references beyond the first of each block
-    unwritten_slots: int  # of blocks in use, without computed keys and values
-    swap_used: int
 
 
 @dataclass
@@ -422,18 +410,7 @@ class BlockManager:
 
     def usage(self) -> BlockUsage:
         """Counts for a report: O(sequences that run)."""
-        free = len(self._free)
-        used = self.num_blocks - free
-        shared = self._num_references - used
-        # Whoever shares a block has all of it, with the exceptions that are taken up afterwards.
-        written = sum(map(_num_computed, self._holders.values())) - shared * self.block_size
-        if self.window:
-            behind = sum(map(self.window.num_behind, map(_num_computed, self._holders.values())))
-            written -= behind * self.block_size
-        if self._partly_shared:
-            written += self._num_counted_too_often()
-        swap_used = self.num_swap_blocks - len(self._free_swap)
-        return BlockUsage(used, free, shared, used * self.block_size - written, swap_used)
+        return count_usage(self)
 
     def states(self) -> bytes:
         """A byte for each block: 0 free, 1 referenced, 2 shared, and 4 more where it holds a known prefix."""
@@ -481,21 +458,6 @@ class BlockManager:
         changed = self._changed_tables
         if changed.get(sequence, index) >= index:
             changed[sequence] = index
-
-    def _num_counted_too_often(self) -> int:
-        """Slots of partly shared blocks that `usage` has taken off although nobody has written them."""
-        size = self.block_size
-        filled_of: dict[int, list[int]] = {}  # of each block, by its holders that have not written all slots
-        for sequence in self._holders.values():
-            index, filled = divmod(sequence.num_computed_tokens, size)
-            if filled and sequence.block_table[index] in self._partly_shared:
-                filled_of.setdefault(sequence.block_table[index], []).append(filled)
-        num_slots = 0
-        for block, slots in filled_of.items():
-            num_slots += sum(size - filled for filled in slots)
-            if len(slots) == self._reference_counts[block]:
-                num_slots -= size - max(slots)
-        return num_slots
 
     def _needs_copy(self, sequence: Sequence) -> bool:
         """Whether the next token to be computed lies in a block that is not its own to write into.

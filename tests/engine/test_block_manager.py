@@ -8,11 +8,11 @@ import pytest
 from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.scheduling.block_manager import (
     BlockManager,
-    BlockUsage,
     PrefixCacheStats,
     TransferKind,
     chained_hash,
 )
+from pagellm.engine.scheduling.block_usage import BlockUsage
 from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
 
 _ids = iter(range(10**9))

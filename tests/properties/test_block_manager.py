@@ -17,12 +17,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.scheduling.block_manager import (
     BlockManager,
-    BlockUsage,
     PrefixCacheStats,
     Transfer,
     TransferKind,
     chained_hash,
 )
+from pagellm.engine.scheduling.block_usage import BlockUsage
 from pagellm.engine.scheduling.prefix_cache import ROOT
 from pagellm.engine.scheduling.sequence import GIVEN_BACK, Sequence, SequenceStatus
 from tests.properties.covered import covered, rule
