@@ -35,10 +35,11 @@ from pagellm.kernels.packing import (
 )
 from pagellm.kernels.threads import next_item
 
-# Rows that meet a panel: at least so many, and at most as many as have so many words, which the second cache
-# holds, or so many where prepared blocks wait for them in the nearest one.
+# Rows that meet a panel in float formats, and in all of them the fewest, roughly, that rows are cut into.
 _LEAST_ROWS = 8 * GROUP
+# In integer formats more meet it: as many as have so many words, which the second cache holds.
 _WORDS_OF_ROWS = 150_000
+# At most so many, for whose sums there is room; always so many where blocks of the panel are prepared.
 _MOST_ROWS = 43 * GROUP
 # Fewer items than so many for each thread are made more by cutting the rows.
 _ITEMS_PER_THREAD = 32
