@@ -81,6 +81,9 @@ class Eviction(Whims, EvictionPolicy):
     def queue_order(self, queue: Hashable) -> Any:
         return self.say("block_queue_order", self.whim(3))
 
+    def on_known(self, block: BlockView) -> None:
+        self.say("on_known", block.depth)
+
     def on_hit(self, block: BlockView) -> None:
         self.say("on_hit", None)
 
@@ -105,7 +108,7 @@ FAULTS: list[tuple[str, Any]] = [
     *[("block_order", wrong) for wrong in (RuntimeError("no"), None, (1, "key"))],
     *[("block_queue_of", wrong) for wrong in (RuntimeError("no"), [])],
     *[("block_queue_order", wrong) for wrong in (RuntimeError("no"), math.nan)],
-    *[(hook, RuntimeError("no")) for hook in ("on_hit", "on_evict")],
+    *[(hook, RuntimeError("no")) for hook in ("on_known", "on_hit", "on_evict")],
 ]
 NAMES = {
     "policy": ["fcfs", "fair", "Order", "CachedFirst"],

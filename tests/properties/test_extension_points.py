@@ -70,7 +70,7 @@ class Side:
         config = self.config
         assert batch.num_tokens <= config.max_num_batched_tokens
         assert all(count <= config.max_prefill_chunk for count in batch.num_new_tokens if count > 1)
-        assert batch.sequences or batch.shed or batch.preempted or not self.scheduler.has_unfinished
+        assert batch.sequences or batch.shed or not self.scheduler.has_unfinished
         assert all(s.finish_reason is FinishReason.SHED and not s.num_computed_tokens for s in batch.shed)
         if not self.scheduler.policies.prefills_alone and not batch.preempted:
             done = {s.seq_id for s in batch.sequences}
