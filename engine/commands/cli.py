@@ -18,13 +18,13 @@ from pagellm.engine.config import (
     PREEMPTIONS,
     QUANTIZATIONS,
     SCHEDULER_POLICIES,
+    TOOL_CALL_PARSERS,
     EngineConfig,
 )
 from pagellm.engine.errors import ConfigError, RequestError
 from pagellm.engine.progress import say, say_piece
 from pagellm.engine.requests.outputs import RequestOutput
 from pagellm.engine.requests.sampling_params import SamplingParams
-from pagellm.engine.requests.tool_calls import PARSERS
 from pagellm.engine.scheduling.policies import POLICIES
 from pagellm.engine.user_policy import import_policy
 
@@ -80,7 +80,8 @@ CHAT_FLAGS = {
 }
 TOOL_FLAG = {
     "tool_call_parser": Flag(
-        "how the model writes calls of tools; auto: as its chat template says", choices=("auto", *PARSERS)
+        "how the model writes calls of tools; auto: as its chat template says",
+        choices=("auto", *TOOL_CALL_PARSERS),
     )
 }
 # Not here is what tells requests apart that share an engine: a command's requests are all of one user.

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pagellm.engine.config import TOOL_CALL_PARSERS
 from pagellm.engine.requests.tool_calls import (
     GPT_OSS,
     HERMES,
@@ -187,6 +188,10 @@ _words = st.sampled_from(
         f"f[ARGS]{OSLO}",
     ]
 )
+
+
+def test_the_setting_takes_what_there_is_a_parser_for() -> None:
+    assert TOOL_CALL_PARSERS == PARSERS
 
 
 @pytest.mark.parametrize("kind", PARSERS)
