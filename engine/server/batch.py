@@ -7,6 +7,7 @@ answer; one whose body is refused gets the status and the error that a client wo
 """
 
 import asyncio
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ from uuid import uuid4
 
 import orjson
 
-from pagellm.engine.checks import JsonError, parse_json
+from pagellm.engine.checks import JsonError, parse_json, text
 from pagellm.engine.errors import ConfigError, EngineError, RequestError, found
 from pagellm.engine.llm import LLM
 from pagellm.engine.progress import Advance
@@ -70,6 +71,7 @@ def _job(number: int, line: bytes) -> Job:
             raise RequestError(
                 f"custom_id: found {found(custom_id)}, expected a text of at most {_LONGEST_ID} characters"
             )
+        text("custom_id", custom_id)
     except (JsonError, RequestError) as bad:
         return Job(number, None, "", b"", f"line {number}: {bad}")
     method, url, body = (request.get(name) for name in ("method", "url", "body"))
@@ -84,7 +86,7 @@ def _job(number: int, line: bytes) -> Job:
         error = (
             f"line {number}: body.stream: found {found(body['stream'])}, expected none: a line is one answer"
         )
-    return Job(number, custom_id, str(url), b"" if error else orjson.dumps(body), error)
+    return Job(number, custom_id, str(url), b"" if error else json.dumps(body).encode(), error)
 
 
 def check_jobs(path: str) -> tuple[int, dict[str, int]]:

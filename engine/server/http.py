@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import hmac
+import json
 import re
 import time
 import traceback
@@ -62,9 +63,17 @@ async def read_body(request: Request) -> bytes:
         raise ClientGoneError from None
 
 
+def json_bytes(value: Any) -> bytes:
+    """A value as JSON: one that a client sent may have integers of more bits than orjson writes."""
+    try:
+        return orjson.dumps(value)
+    except TypeError:
+        return json.dumps(value).encode()
+
+
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """JSON as a response."""
-    return Response(orjson.dumps(value), status, headers, "application/json")
+    return Response(json_bytes(value), status, headers, "application/json")
 
 
 def error_response(error: ApiError) -> Response:
@@ -79,7 +88,7 @@ def named_event(name: str, value: Any) -> bytes:
 
 def event(value: Any) -> bytes:
     """One event of a stream."""
-    return b"data: " + orjson.dumps(value) + b"\n\n"
+    return b"data: " + json_bytes(value) + b"\n\n"
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:

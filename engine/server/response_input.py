@@ -6,13 +6,13 @@ message, or a part of the assistant's: a thought, a call and a text that follow 
 
 from typing import Annotated, Any, Literal
 
-import orjson
 from pydantic import Field, WithJsonSchema
 
 from pagellm.engine.errors import RequestError, found
 from pagellm.engine.llm import LLM
 from pagellm.engine.requests.sampling_params import MAX_LOGPROBS
 from pagellm.engine.server.errors import ApiError, bad_request
+from pagellm.engine.server.http import json_bytes
 from pagellm.engine.server.prepare import Headers, Prepared, prepare_chat
 from pagellm.engine.server.protocol import (
     ChatCompletionRequest,
@@ -97,7 +97,7 @@ def read_response_request(body: bytes) -> ResponseChat:
     given = asked.model_dump(exclude_none=True, include=set(shared))
     try:
         given |= _chat_fields(asked)
-        chat = read_request(ResponseChat, orjson.dumps(given))
+        chat = read_request(ResponseChat, json_bytes(given))
     except RequestError as error:
         raise bad_request(str(error)) from None
     except ApiError as error:

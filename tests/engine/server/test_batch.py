@@ -1,6 +1,7 @@
 """`pagellm batch`: a file of requests becomes a file of answers, those that the server gives."""
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -82,23 +83,30 @@ def test_a_line_that_is_no_request_and_a_body_that_is_refused_get_errors(
         + line("body", [1])
         + line(7, good)
         + "[]\n"
+        + line("\ud800", good)
+        + line("surrogate", {**good, "prompt": "\ud800"})
+        + line("bits", {**good, "seed": 10**30})
+        + line("nan", {**good, "temperature": math.nan})
+        + line("deep", {**good, "metadata": {"a": json.loads("[" * 300 + "]" * 300)}})
     )
     counts = run(thinker, source, target)
-    assert (counts["total"], counts["completed"], counts["failed"]) == (10, 1, 9)
+    assert (counts["total"], counts["completed"], counts["failed"]) == (15, 1, 14)
     read = [json.loads(one) for one in target.read_text().splitlines()]
     unnamed = {one["error"]["line"]: one for one in read if one["custom_id"] is None}
-    assert sorted(unnamed) == [1, 9, 10]
+    assert sorted(unnamed) == [1, 9, 10, 11]
     assert "custom_id: found 7, expected a text" in unnamed[9]["error"]["message"]
     found = answers(target)
     assert found["good"]["response"]["status_code"] == 200
     for name, status, param in (("temperature", 400, "temperature"), ("model", 404, "model")):
         response = found[name]["response"]
         assert (response["status_code"], response["body"]["error"]["param"]) == (status, param)
+    for name in ("surrogate", "bits", "nan", "deep"):
+        assert found[name]["response"]["status_code"] == 400, "as a client's, to whom the same was sent"
     for name in ("url", "method", "stream", "body"):
         assert found[name]["response"] is None
         assert f"{name}" in found[name]["error"]["message"]
     before = target.read_text()
-    assert run(thinker, source, target)["kept"] == 10
+    assert run(thinker, source, target)["kept"] == 15
     assert target.read_text() == before
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pagellm.engine import LLM, SamplingParams
-from tests.engine.server.test_clients import HELLO, ask, refusal
+from tests.engine.server.test_clients import HELLO, ask, refusal, request
 
 pytest.importorskip("fastapi", reason="the server's tests need the extra serve")
 openai = pytest.importorskip("openai", reason="the server's tests need the client openai")
@@ -149,6 +149,13 @@ def test_what_would_have_to_be_kept_or_is_not_there_is_refused_by_its_name(serve
     for kept in ({"store": False}, {"background": False}, {"truncation": "disabled"}, {"store": None}):
         body = {"input": "x", "max_output_tokens": 1, "include": ["reasoning.encrypted_content"]}
         assert ask(server, "/responses", body | kept)["status"] == "incomplete"
+
+
+def test_what_a_client_sent_comes_back_also_where_its_integers_are_long(server: Any) -> None:
+    body = {"input": "x", "max_output_tokens": 1, "metadata": {"a": [10**30, -(2**64)]}}
+    assert ask(server, "/v1/responses", body)["metadata"] == body["metadata"]
+    _, _, events = request(server, "/v1/responses", body | {"stream": True})
+    assert events.count(str(10**30)) == 3  # of what begins, of what goes on, and of its end
 
 
 def test_a_stream_that_cannot_go_on_says_so(server: Any, client: Any, monkeypatch: Any) -> None:
