@@ -1,12 +1,10 @@
 """The command `batch`: files of requests, answered by the server's own endpoints without a network."""
 
 import argparse
-import sys
+import json
 import time
 from functools import partial
 from typing import Any
-
-import orjson
 
 from pagellm.engine.commands.flags import add_flags
 from pagellm.engine.config import EngineConfig
@@ -50,7 +48,7 @@ def _batch(options: argparse.Namespace) -> None:
     )  # fmt: skip
     seconds = time.perf_counter() - start
     if options.json:
-        sys.stdout.write(orjson.dumps({**counts._asdict(), "seconds": seconds}).decode() + "\n")
+        print(json.dumps({**counts._asdict(), "seconds": seconds}))
         return
     kept = f", {counts.kept} stood already" if counts.kept else ""
     said = f"{counts.total} requests: {counts.completed} answered, {counts.failed} refused{kept}"
