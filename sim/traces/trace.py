@@ -220,7 +220,8 @@ class _Reader:
     def has_sessions(self) -> bool:
         """Whether any request may wait for another, at a glance."""
         names = self.form.session_names
-        return any(name in line for _, line in read_lines(self._path) for name in names)
+        # Without names to look for the file is not read.
+        return bool(names) and any(name in line for _, line in read_lines(self._path) for name in names)
 
     def _parsed(self) -> Iterator[tuple[Record, Fields]]:
         """The fields of each request and the record that they stand in."""

@@ -165,6 +165,14 @@ def test_what_nobody_can_wait_for_is_refused(requests: list[TraceRequest], messa
         Simulator(CONFIG, Seconds()).replay(Trace.from_requests(requests))
 
 
+def test_a_file_whose_format_has_no_sessions_is_not_searched_for_them(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n")
+    trace = Trace.load(path)
+    path.unlink()
+    assert not trace.has_sessions()
+
+
 def test_sessions_survive_a_file(tmp_path: Path) -> None:
     requests = [
         request("a", class_="chat"),
