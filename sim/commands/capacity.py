@@ -8,7 +8,7 @@ from typing import Any
 from pagellm.engine.errors import ConfigError
 from pagellm.sim.commands.sweep import Progress, add_replays, add_step_times, make_sweep
 from pagellm.sim.commands.trace import add_trace_input
-from pagellm.sim.report.report import number_text
+from pagellm.sim.report.report import number_text, share_text
 from pagellm.sim.sweep.grid import Grid, Slo
 from pagellm.sim.sweep.plan import Answer, check_any, plan
 from pagellm.sim.sweep.report import words
@@ -99,7 +99,7 @@ def _line(answer: Answer) -> str:
     parts = [f"{answer.replicas} replica{'s' if answer.replicas != 1 else ''}"]
     parts.append(f"{number_text(answer.offered_per_s)}{interval} requests/s offered")
     if answer.attainment is not None:
-        parts.append(f"at least {100 * answer.attainment:.1f} % within the SLO")
+        parts.append(f"at least {share_text(answer.attainment)} within the SLO")
     if answer.cost_per_h is not None:
         per_million = number_text(answer.cost_per_m)
         parts.append(f"{number_text(answer.cost_per_h)} an hour, {per_million} a million output tokens")

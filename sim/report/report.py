@@ -105,7 +105,7 @@ def to_text(report: AnyReport) -> str:
         ("", f"{number_text(summary['total_tokens_per_s'])} tokens/s with prompts"),
         *_goodput(summary["goodput"]),
         *_steady(summary.get("steady")),
-        ("prefix cache", f"{_share(cache['hit_rate'])} hit of {cache['query_tokens']:,} prompt tokens"),
+        ("prefix cache", f"{share_text(cache['hit_rate'])} hit of {cache['query_tokens']:,} prompt tokens"),
         ("", f"{cache['evicted_tokens']:,} tokens evicted"),
         ("preemptions", f"{preemptions['recompute']:,} by recompute, {preemptions['swap']:,} by swap"),
         (
@@ -114,7 +114,7 @@ def to_text(report: AnyReport) -> str:
         ),
         ("KV blocks", f"{kv['peak_blocks']:,} of {kv['num_blocks']:,} at the peak{_bytes(kv['peak_bytes'])}"),
         ("", f"{kv['mean_blocks']:,.1f} on average{_bytes(kv['mean_bytes'])}"),
-        ("", f"{_share(kv['mean_unwritten_share'])} of their slots unwritten"),
+        ("", f"{share_text(kv['mean_unwritten_share'])} of their slots unwritten"),
         ("scheduling", _settings(config, "policy", *_policies_given(config), "preemption")),
         ("", _settings(config, "block_size", "max_num_seqs", "max_num_batched_tokens")),
     ]
@@ -126,8 +126,9 @@ def profile_error_text(error: StepTimeError | None) -> Iterator[str]:
     """How far a profile's step times were from measured ones, in words; nothing where that is not known."""
     if error is not None:
         way = "short" if error["mean_signed"] < 0 else "long"
-        bias = f"too {way} by {_share(abs(error['mean_signed']))}"
-        yield f"off by {_share(error['mean'])} on average, 9 of 10 within {_share(error['p90'])}; {bias}"
+        bias = f"too {way} by {share_text(abs(error['mean_signed']))}"
+        mean, p90 = share_text(error["mean"]), share_text(error["p90"])
+        yield f"off by {mean} on average, 9 of 10 within {p90}; {bias}"
 
 
 def constants_text(constants: Sequence[CostConstant]) -> Iterator[str]:
@@ -183,7 +184,7 @@ def _group_tables(groups: Sequence[Group]) -> Iterator[str]:
                 group["e2e_s"]["p99"],
             )
             cells = "".join(f"{'-' if time is None else seconds_text(time):>10}" for time in times)
-            share = _share(group["goodput_share"])
+            share = share_text(group["goodput_share"])
             rate = number_text(group["output_tokens_per_s"])
             name = _name(group["name"], 13)
             yield f"{name:<14}{group['num_requests']:>9,}{rate:>9}{share:>8}{cells}".rstrip()
@@ -221,7 +222,7 @@ def _goodput(goodput: Goodput | None) -> Iterator[tuple[str, str]]:
             if limit is not None
         )
         rate = f"{number_text(goodput['requests_per_s'])} requests/s"
-        yield "goodput", f"{rate}, {_share(goodput['share'])} within {_name(slo, 32)}"
+        yield "goodput", f"{rate}, {share_text(goodput['share'])} within {_name(slo, 32)}"
 
 
 def _policies_given(config: dict[str, Any]) -> list[str]:
@@ -405,7 +406,8 @@ def _short(count: int) -> str:
     return f"{count:,}" if count < 10**7 else f"{count / 10**6:,.0f} M"
 
 
-def _share(value: float | None) -> str:
+def share_text(value: float | None) -> str:
+    """A share in percent."""
     return "-" if value is None else f"{value:.1%}".replace("%", " %")
 
 

@@ -16,6 +16,7 @@ from pagellm.sim.report.report import (
     number_text,
     profile_error_text,
     seconds_text,
+    share_text,
     write_page,
 )
 from pagellm.sim.report.schema import short_name
@@ -222,8 +223,7 @@ def _limits(result: SweepResult) -> list[_Column]:
 
 
 def _attained(summary: Mapping[str, Any] | None) -> str:
-    share = ((summary or {}).get("steady") or {}).get("attainment")
-    return "-" if share is None else f"{share:.1%}".replace("%", " %")
+    return share_text(((summary or {}).get("steady") or {}).get("attainment"))
 
 
 def _note(error: str | None) -> str:
