@@ -8,7 +8,7 @@ from typing import Any
 
 from pagellm.engine.errors import ConfigError, PagellmError
 from pagellm.sim.commands.trace import add_trace_input
-from pagellm.sim.costs.constants import CONSTANTS, FORMATS, parse_constants
+from pagellm.sim.costs.constants import CHOICES, CONSTANTS, FORMATS, parse_constants
 from pagellm.sim.costs.cost_model import MAX_PROFILE_ERROR
 from pagellm.sim.sweep.file import Point
 from pagellm.sim.sweep.grid import (
@@ -131,8 +131,8 @@ def add_roofline(choice: "argparse._ActionsContainer", parser: "argparse._Action
     )  # fmt: skip
     parser.add_argument(
         "--set-cost", action="append", default=[], metavar="KEY=VALUE",
-        help=f"a constant of --roofline; may be given repeatedly: weights and kv ({', '.join(FORMATS)}), or "
-        f"one of {', '.join(CONSTANTS)}",
+        help=f"a constant of --roofline; may be given repeatedly: weights and kv ({', '.join(FORMATS)}), "
+        f"experts ({', '.join(CHOICES['experts'])}), or one of {', '.join(CONSTANTS)}",
     )  # fmt: skip
     parser.add_argument(
         "--costs", metavar="FILE", help="constants of --roofline that `pagellm fit` has written"

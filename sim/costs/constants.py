@@ -94,10 +94,9 @@ class Constants:
     """All constants of an estimate, some of them given, and the formats of weights and KV.
 
     weights, kv: of `FORMATS`, or "auto": as a model's file has them, else bf16. experts: how devices share
-    them, "tensor" or "expert" parallel; "auto": tensor. given: names and values of
-    those that were given; fitted: of those that were fitted to a recorded run; of_device: of those which the
-    hardware's entry has. The former go before the latter.
-    Raises `ConfigError` for what is none, or beyond its limits.
+    them, "tensor" or "expert" parallel; "auto": tensor. given: names and values of those that were given;
+    fitted: of those that were fitted to a recorded run; of_device: of those which the hardware's entry has.
+    The former go before the latter. Raises `ConfigError` for what is none, or beyond its limits.
     """
 
     def __init__(

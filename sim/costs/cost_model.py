@@ -129,9 +129,8 @@ class CostModel(ABC):
 
         hardware: a name in hardware.json, or a JSON file like an entry of it. model: a name there, a
         config.json, a directory that has one, or a GGUF file. costs: a file of fitted constants, see
-        fitted.py. constants: any of `constants.CONSTANTS`, and the formats of weights and kv; they go before
-        fitted ones. Raises `ConfigError`, and `CheckpointError` for a model that the
-        engine refuses.
+        fitted.py. constants: any of `constants.CONSTANTS` and `constants.CHOICES`; they go before fitted
+        ones. Raises `ConfigError`, and `CheckpointError` for a model that the engine refuses.
         """
         from pagellm.sim.costs.roofline import RooflineCostModel
 
