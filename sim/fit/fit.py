@@ -70,15 +70,15 @@ class Fit:
 
     def search(self) -> FittedCosts:
         """The constants, and their error on what was held out. Raises `ConfigError` and `TraceError`."""
-        fitted = [one for one in self._run.experiments if one.fitted is not None]
+        fitted = [(one, one.fitted) for one in self._run.experiments if one.fitted is not None]
         if not fitted:
             raise ConfigError(f"{self._run.path}: found one stage, expected two or more: one is to be scored")
 
         def residuals(point: Sequence[float]) -> list[float]:
             values = self._values(point)
             off: list[float] = []
-            for one in fitted:
-                off += _differences(self.replay(one, values), one.fitted)
+            for one, half in fitted:
+                off += _differences(self.replay(one, values), half)
             return off + [x / _SPRING for x in point]
 
         ways = [-1.0 if CONSTANTS[name].high == 1 else 1.0 for name in self.constants]
@@ -178,9 +178,8 @@ def relative_errors(simulated: Sequence[Served], half: Half) -> dict[str, float]
     }
 
 
-def _differences(simulated: Sequence[Served], half: Half | None) -> list[float]:
+def _differences(simulated: Sequence[Served], half: Half) -> list[float]:
     """Logarithms of simulated over measured, weighed."""
-    assert half is not None
     off = []
     for name, error in relative_errors(simulated, half).items():
         metric, _, quantile = name.partition("_")

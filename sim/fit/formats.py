@@ -15,7 +15,7 @@ from pagellm.engine import checks
 from pagellm.engine.checks import JsonError, parse_json
 from pagellm.engine.errors import TraceError, found
 from pagellm.sim.fields import Fields, check_no_device
-from pagellm.sim.fit.recorded_run import RecordedRun, Served, experiment_of
+from pagellm.sim.fit.recorded_run import RecordedRun, Served, experiment_of, settings_of
 from pagellm.sim.fit.stages import is_stages, read_stages
 from pagellm.sim.traces.files import cell_value
 
@@ -227,9 +227,7 @@ def _step_log(path: Path, records: Iterable[Fields]) -> RecordedRun:
     settings: dict[str, Any] = {}
     for record in records:
         if record.has("config"):
-            recorded = record.section("config")
-            names = ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
-            settings = {name: recorded.integer(name) for name in names if recorded.has(name)}
+            settings = settings_of(record.section("config"))
         if record.has("replica"):
             raise record.bad("replica", record.get("replica"), "the steps of one engine")
         for values in record.entries("added"):

@@ -11,10 +11,13 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from pagellm.engine.errors import TraceError
+from pagellm.sim.fields import Fields
 from pagellm.sim.quantiles import quantiles
 from pagellm.sim.traces.request import TraceRequest
 
 _SHARES = (0.1, 0.5, 0.9, 0.99)
+# Of an engine, what a run may say of the one that served.
+_SETTINGS = ("block_size", "num_blocks", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
 # Fewer requests say nothing of a half.
 MIN_REQUESTS = 8
 
@@ -89,6 +92,11 @@ class RecordedRun:
     def num_scored(self) -> int:
         """Requests that they are scored by."""
         return sum(len(one.scored.positions) for one in self.experiments if one.scored is not None)
+
+
+def settings_of(fields: Fields) -> dict[str, int]:
+    """The settings of the engine that served, as far as fields have them by our names."""
+    return {name: fields.integer(name) for name in _SETTINGS if fields.has(name)}
 
 
 def experiment_of(

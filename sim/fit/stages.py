@@ -12,11 +12,10 @@ from typing import Any
 
 from pagellm.engine.errors import TraceError
 from pagellm.sim.fields import Fields
-from pagellm.sim.fit.recorded_run import Experiment, Half, RecordedRun, Served, requests_of
+from pagellm.sim.fit.recorded_run import Experiment, Half, RecordedRun, Served, requests_of, settings_of
 
 # Enough for means to settle: requests, and seconds of the load.
 _NUM_REQUESTS, _SECONDS = 300, 120.0
-_SETTINGS = ("max_num_seqs", "max_num_batched_tokens", "num_blocks", "max_model_len", "block_size")
 
 
 def is_stages(document: list[Any]) -> bool:
@@ -70,7 +69,7 @@ def _stage(name: str, stage: Fields, is_scored: bool) -> Experiment:
         requests_of(served),
         fitted=None if is_scored else half,
         scored=half if is_scored else None,
-        settings={setting: stage.integer(setting) for setting in _SETTINGS if stage.has(setting)},
+        settings=settings_of(stage),
         published={
             simulator: _seconds(published.section(simulator), output_len) for simulator in published.values
         },
