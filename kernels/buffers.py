@@ -95,9 +95,7 @@ class Outputs(NamedTuple):
     bias_ids: NDArray[np.int32]  # all rows' biased tokens
     bias_values: NDArray[np.float32]
     bias_start: NDArray[np.int32]  # [R + 1]
-    masks: NDArray[
-        np.uint32
-    ]  # [at most R, (vocab_size + 31) // 32], a bit for each token that may be sampled
+    masks: NDArray[np.uint32]  # [masks, (vocab_size + 31) // 32], a bit for each token that may be sampled
     tokens: NDArray[np.int32]  # [R], out: sampled, or -1 where the logits name no token
     logprobs: NDArray[np.float32]  # [R], out: of the token or target
     top_ids: NDArray[np.int32]  # [R, max(num_logprobs)], out

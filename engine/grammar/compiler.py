@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pagellm.engine.errors import RequestError
-from pagellm.engine.grammar.masks import MaskWorker, mask_of
+from pagellm.engine.grammar.masks import MaskWorker, mask_of, without
 from pagellm.engine.grammar.trial import Trial, first_line, parser_limits
 from pagellm.engine.grammar.vocabulary import ll_tokenizer, token_bytes
 from pagellm.engine.requests.structured import StructuredOutputs
@@ -30,9 +30,7 @@ class Grammar:
         self.vocab_size = vocab_size
         self.first_mask = mask_of(matcher, vocab_size)
         self.first_forced = tuple(matcher.compute_ff_tokens())
-        self.all_but_end = np.full_like(self.first_mask, 0xFFFFFFFF)
-        for token_id in eos_ids:
-            self.all_but_end[token_id >> 5] &= np.uint32(~(1 << (token_id & 31)) & 0xFFFFFFFF)
+        self.all_but_end = without(np.full_like(self.first_mask, 0xFFFFFFFF), eos_ids)
         self.first_mask.flags.writeable = self.all_but_end.flags.writeable = False
 
     def new_matcher(self) -> Any:

@@ -5,7 +5,7 @@ llguidance computes masks in threads of its own, without the interpreter's lock;
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -15,10 +15,30 @@ from numpy.typing import NDArray
 Mask = NDArray[np.uint32]  # [(vocab_size + 31) // 32], a bit a token, the lowest first
 
 
+def allows(mask: Mask, token_id: int) -> bool:
+    """Whether the token may come."""
+    return bool(mask[token_id >> 5] >> (token_id & 31) & 1)
+
+
+def with_token(mask: Mask, token_id: int) -> Mask:
+    """A mask that allows a token, too."""
+    mask = mask.copy()
+    mask[token_id >> 5] |= 1 << (token_id & 31)
+    return mask
+
+
+def without(mask: Mask, token_ids: Iterable[int]) -> Mask:
+    """A mask that does not allow these tokens."""
+    mask = mask.copy()
+    for token_id in token_ids:
+        mask[token_id >> 5] &= ~(1 << (token_id & 31)) & 0xFFFFFFFF
+    return mask
+
+
 class MaskJob:
     """Masks that are being computed, [matchers, words]. They must not change before `wait` has returned."""
 
-    def __init__(self, masks: NDArray[np.uint32], future: "Future[None] | None") -> None:
+    def __init__(self, masks: NDArray[np.uint32], future: "Future[None]") -> None:
         self._masks = masks
         self._future = future
         self._owner = os.getpid()
@@ -27,8 +47,7 @@ class MaskJob:
         """The mask of one of the matchers; None in a forked process, where nobody computes it."""
         if self._owner != os.getpid():
             return None
-        if self._future is not None:
-            self._future.result()
+        self._future.result()
         mask: Mask = self._masks[row]
         return mask
 

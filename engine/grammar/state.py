@@ -10,7 +10,7 @@ from typing import Any
 
 from pagellm.engine.errors import PagellmError
 from pagellm.engine.grammar.compiler import Grammar
-from pagellm.engine.grammar.masks import Mask, MaskJob, MaskWorker, mask_of
+from pagellm.engine.grammar.masks import Mask, MaskJob, MaskWorker, allows, mask_of, with_token, without
 from pagellm.engine.grammar.trial import first_line
 
 
@@ -37,9 +37,9 @@ class GrammarState:
         self._matcher: Any = grammar.new_matcher()
         self._never = tuple(never)
         self._opening = tuple(opening)
-        self._mask: Mask | None = self._restricted(grammar.first_mask)
-        if opening and not _has(self._mask, opening[0]):
-            self._mask[opening[0] >> 5] |= 1 << (opening[0] & 31)
+        self._mask: Mask | None = without(grammar.first_mask, self._never)
+        if opening and not allows(self._mask, opening[0]):
+            self._mask = with_token(self._mask, opening[0])
         else:
             self._opening = ()
         self._banned = banned
@@ -67,7 +67,7 @@ class GrammarState:
             if mask is None:
                 mask = mask_of(self._matcher, self._grammar.vocab_size)
             self._check()
-            self._mask = self._restricted(mask)
+            self._mask = without(mask, self._never)
             self._job = None
         return self._mask
 
@@ -79,7 +79,7 @@ class GrammarState:
             self.forced = deque(self._opening)
             if not self._opening:  # all that was is still to come
                 self.has_begun = False
-                self._mask = self._restricted(self._grammar.first_mask)
+                self._mask = without(self._grammar.first_mask, self._never)
                 self._force(self._grammar.first_forced)
             return
         self._opening = ()
@@ -99,12 +99,6 @@ class GrammarState:
         if not any(token_id in self._banned for token_id in token_ids):
             self.forced.extend(token_ids)
 
-    def _restricted(self, mask: Mask) -> Mask:
-        mask = mask.copy()
-        for token_id in self._never:
-            mask[token_id >> 5] &= ~(1 << (token_id & 31)) & 0xFFFFFFFF
-        return mask
-
     def _check(self) -> None:
         if self._matcher.is_error():
             raise GrammarError(f"structured: {first_line(self._matcher.get_error())}")
@@ -117,7 +111,3 @@ def begin_masks(worker: MaskWorker, states: Sequence[GrammarState]) -> None:
         job = worker.begin([state._matcher for state in needing])
         for row, state in enumerate(needing):
             state._job = job, row
-
-
-def _has(mask: Mask, token_id: int) -> bool:
-    return bool(mask[token_id >> 5] >> (token_id & 31) & 1)
