@@ -136,6 +136,16 @@ def prepare_chat(llm: LLM, request: ChatCompletionRequest, headers: Headers, arr
 
 def answer_form(request: GenerationRequest) -> StructuredOutputs | None:
     """The form that a request asks for, whichever field says it. Raises `RequestError`, which names that."""
+    asked = _asked_form(request)
+    if asked is None:
+        return None
+    name, fields = asked
+    with _naming(name):
+        return StructuredOutputs.read("structured", fields)
+
+
+def _asked_form(request: GenerationRequest) -> tuple[str, dict[str, Any]] | None:
+    """The field that asks for a form, and the form in the words of `StructuredOutputs`."""
     given: dict[str, Any] = {}
     if request.response_format is not None:
         form = _form_of_response(request.response_format)
@@ -149,10 +159,7 @@ def answer_form(request: GenerationRequest) -> StructuredOutputs | None:
             given[f"guided_{name}"] = {name: value}
     if len(given) > 1:
         raise RequestError(f"{list(given)[1]}: found a form, expected none beside {next(iter(given))}")
-    for name, fields in given.items():
-        with _naming(name):
-            return StructuredOutputs.read("structured", fields)
-    return None
+    return next(iter(given.items()), None)
 
 
 def _form_of_response(response_format: dict[str, Any]) -> dict[str, Any] | None:
@@ -178,9 +185,8 @@ def _form_of_response(response_format: dict[str, Any]) -> dict[str, Any] | None:
 
 def compile_form(llm: LLM, request: GenerationRequest, form: StructuredOutputs) -> None:
     """Compiles a request's form, which is not the engine's thread's business. Raises `RequestError`."""
-    names = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice")
-    name = next((name for name in names if getattr(request, name) is not None), "guided_grammar")
-    with _naming(name):
+    asked = _asked_form(request)
+    with _naming("tools" if asked is None else asked[0]):
         llm.engine.compile_form(form)
 
 

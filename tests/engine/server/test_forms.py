@@ -94,6 +94,11 @@ def test_vllms_fields_are_obeyed_at_both_endpoints(server: Any, fields: Any, all
             "response_format.json: .*not",
         ),
         ({"structured_outputs": {"regex": "(a"}}, "structured_outputs", "structured_outputs.regex: "),
+        (
+            {"response_format": {"type": "text"}, "guided_regex": "(a"},
+            "guided_regex",
+            "^guided_regex.regex: ",
+        ),
         ({"structured_outputs": {}}, "structured_outputs", "found no form"),
         ({"structured_outputs": {"yaml": "a"}}, "structured_outputs", "found the field 'yaml'"),
         (
