@@ -6,6 +6,7 @@ KV-cache-tester (as AIPerf's loader documents it).
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ NS = 10**9
 MS = 1000
 _AIPERF_BLOCK_SIZE = 512
 _BLOCK_SIZES = tuple(2**power for power in range(4, 13))
-# Contents of which a trace does not say what they are; hash ids of 64 bits are not expected so high.
+# From here on, contents of which a trace does not say what they are, none of them equal to another; hash ids
+# of 64 bits are not expected so high.
 _UNKNOWN = MAX_HASH_ID - 2**40
 
 
@@ -78,6 +80,7 @@ def aiperf(tokenizer: Encoder | None) -> Parse:
     second.
     """
     turns: dict[str, int] = {}
+    rests = count(_UNKNOWN)
     last = 0.0
     num_openers = 0
     has_times = False
@@ -112,7 +115,7 @@ def aiperf(tokenizer: Encoder | None) -> Parse:
             length = integer(row, "input_length", 1)
             if row.get("hash_ids") is None:
                 return fields | {"prompt_len": length}, True
-            return fields | pieces(row["hash_ids"], length, _AIPERF_BLOCK_SIZE, _UNKNOWN + len(turns)), False
+            return fields | pieces(row["hash_ids"], length, _AIPERF_BLOCK_SIZE, next(rests)), False
         if row.get("text_input") is not None:
             return fields | {"prompt": check_text("text_input", row["text_input"])}, True
         if row.get("messages") is not None:
@@ -161,6 +164,7 @@ def agentic_mooncake_records(path: Path) -> Iterator[Record]:
 
 def agentic_mooncake(_: Encoder | None) -> Parse:
     """Rows that wait for others, then for a delay and for tools, in milliseconds. Prompts are whole."""
+    rests = count(_UNKNOWN)
     last = 0.0
 
     def parse(row: Mapping[str, Any]) -> Iterator[Fields]:
@@ -189,7 +193,8 @@ def agentic_mooncake(_: Encoder | None) -> Parse:
         if size is None:
             expected = "the tokens of a piece, as the lengths of the rows leave several open, or none"
             raise bad_value("hash_block_size", None, expected)
-        yield fields | pieces(row["hash_ids"], length, check_integer("hash_block_size", size, 1), _UNKNOWN)
+        size = check_integer("hash_block_size", size, 1)
+        yield fields | pieces(row["hash_ids"], length, size, next(rests))
 
     return parse
 
@@ -203,7 +208,7 @@ def weka(_: Encoder | None) -> Parse:
     where none of them is before its own marker.
     """
     places: dict[tuple[str, int], int] = {}
-    num_rests = 0
+    rests = count(_UNKNOWN)
 
     def parse(record: Mapping[str, Any]) -> Iterator[Fields]:
         name = check_text("id", str(record.get("id") or ""))
@@ -222,14 +227,12 @@ def weka(_: Encoder | None) -> Parse:
         def request(
             call: Mapping[str, Any], after: list[Fields], end_s: float | None, session: str
         ) -> Fields:
-            nonlocal num_rests
             kind = call.get("type")
             if kind not in ("n", "s"):
                 raise bad_value("type", kind, "n, s or subagent")
             ids = call.get("hash_ids") or []
             local = [places.setdefault((name, check_integer("hash_ids", i, 0)), len(places)) for i in ids]
             time = check_number("t", call.get("t"))
-            num_rests += 1
             length = integer(call, "in", 1)
             fields: Fields = {
                 "arrival_time": time,
@@ -244,7 +247,7 @@ def weka(_: Encoder | None) -> Parse:
             elif after and end_s is not None:
                 fields["delay_s"] = max(0.0, time - end_s)
             if local:
-                fields |= pieces(local, length, size, _UNKNOWN + num_rests)
+                fields |= pieces(local, length, size, next(rests))
             else:
                 fields["prompt_len"] = length
             requests.append(fields)

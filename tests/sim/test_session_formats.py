@@ -9,6 +9,7 @@ import pytest
 from pagellm.__main__ import main
 from pagellm.engine import TraceError
 from pagellm.sim import Trace, TraceRequest
+from pagellm.sim.traces.describe import describe
 from tests.sim.test_simulator import CONFIG, Run
 
 
@@ -123,6 +124,21 @@ def test_agentic_mooncake(tmp_path: Path) -> None:
     assert by_id["j"]["arrival_s"] == max(ends) + 0.0505
     assert by_id["j"]["cached_tokens"] == 64 + 32  # p and its answer, whose last token l has computed
     assert by_id["r"]["cached_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    "fields", [{"session_id": "a"}, {"text": "b"}, {"wait_for": [], "hash_block_size": 512}]
+)
+def test_ends_of_prompts_that_have_no_id_are_not_taken_for_equal(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = [
+        {"request_id": str(time), "timestamp": time, "input_length": 700, "output_length": 1, "hash_ids": [1]}
+        for time in range(3)
+    ]
+    form = "agentic-mooncake" if "wait_for" in fields else "aiperf"
+    trace = load(tmp_path, *(row | fields for row in rows), format=form)
+    assert describe(trace).shared_prefix_share == 2 * 512 / (3 * 700)
 
 
 def test_agentic_mooncake_of_no_known_size_is_refused(tmp_path: Path) -> None:
