@@ -3,6 +3,7 @@
 import json
 import sys
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,8 +41,6 @@ def sweep(trace: TraceFile, *axes: str, **options: Any) -> Sweep:
 
 def verdict(rate: float, number: int = 400, seconds: float = 0.1) -> dict[str, Any]:
     """Of a server that takes 10 steps a second and so 10 requests of one step each, one at a time."""
-    from dataclasses import replace
-
     workload = Workload(
         num_requests=number, arrivals=f"poisson:{rate}", prompt_len="fixed:8", output_len="fixed:1"
     )
@@ -150,18 +149,8 @@ def test_seeds_reorder_the_gaps_alone(tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = trace(tmp_path).path
-    common = [
-        "capacity",
-        path,
-        "--roofline",
-        "l4,smollm2-135m",
-        "--slo",
-        LIMITS,
-        "--jobs",
-        "1",
-        "--set",
-        "max_num_seqs=4",
-    ]
+    common = ["capacity", path, "--roofline", "l4,smollm2-135m", "--slo", LIMITS, "--jobs", "1"]
+    common += ["--set", "max_num_seqs=4"]
     assert main([*common, "--seeds", "2", "--tolerance", "0.2", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["slo"] == {"attainment": 0.9, "ttft": 0.5, "tpot": 0.05}

@@ -8,7 +8,7 @@ import pytest
 
 from pagellm.__main__ import main
 from pagellm.engine import TraceError
-from pagellm.sim import Trace, TraceRequest
+from pagellm.sim import PromptTokens, Trace, TraceRequest
 from pagellm.sim.traces.describe import describe
 from tests.sim.test_simulator import CONFIG, Run
 
@@ -278,8 +278,6 @@ def test_sharegpt_turns_go_on_with_what_was_said(tmp_path: Path) -> None:
     class Bytes:
         def encode(self, text: str) -> list[int]:
             return list(text.encode())
-
-    from pagellm.sim import PromptTokens
 
     turns = [("human", "Hi"), ("gpt", "Hello there!"), ("human", "Bye"), ("gpt", "So long.")]
     record = {"id": "c", "conversations": [{"from": who, "value": what} for who, what in turns]}

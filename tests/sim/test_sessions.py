@@ -2,6 +2,7 @@
 
 import json
 from array import array
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from pagellm.engine import EngineConfig, TraceError
 from pagellm.sim import Simulator, Trace, TraceRequest, Workload, synthesise
+from pagellm.sim.traces.sessions import Sessions
 from tests.sim.test_simulator import CONFIG, Run, Seconds
 
 
@@ -226,10 +228,6 @@ def test_any_tree_is_sent_as_its_rules_say(data: st.DataObject) -> None:
 
 def _sent_times(trace: Trace, sent: dict[str, float]) -> int:
     """Drives `Sessions` alone: each request ends its output_len after it is sent."""
-    from heapq import heappop, heappush
-
-    from pagellm.sim.traces.sessions import Sessions
-
     sessions = Sessions(trace)
     events: list[tuple[float, int, int, TraceRequest]] = []
     for item in sessions.openers():
