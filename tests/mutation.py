@@ -195,14 +195,14 @@ BUGS = (
     Bug(
         "a prompt that is cached whole computes nothing",
         MANAGER,
-        "BlockManager.cached_prefix",
+        "BlockManager._most_cached",
         "sequence.num_tokens - 1",
         "sequence.num_tokens",
     ),
     Bug(
         "one who wants the prompt's logits reads the cache",
         MANAGER,
-        "BlockManager.cached_prefix",
+        "BlockManager._most_cached",
         "not (sequence.reads_cache or sequence.swap_table)",
         "False",
     ),

@@ -166,11 +166,8 @@ class BlockManager:
         tokens, those count that it has computed.
         """
         blocks: list[int] = []
-        if not self.enable_prefix_caching or not (sequence.reads_cache or sequence.swap_table):
-            return blocks
-        num_tokens = sequence.num_computed_tokens if sequence.swap_table else sequence.num_tokens - 1
         before = ROOT
-        for index in range(num_tokens // self.block_size):
+        for index in range(self._most_cached(sequence)):
             block = self._find(sequence, index, before)
             if block is None:
                 break
@@ -184,10 +181,7 @@ class BlockManager:
         What was found last is remembered with the block that it ended with. As long as the cache knows that
         block, it knows all that come before it, so only what follows is looked for.
         """
-        if not self.enable_prefix_caching or not (sequence.reads_cache or sequence.swap_table):
-            return 0
-        num_tokens = sequence.num_computed_tokens if sequence.swap_table else sequence.num_tokens - 1
-        most = num_tokens // self.block_size
+        most = self._most_cached(sequence)
         count, block, known_as = sequence.cached_hint
         if not 0 < count <= most or self._cache.known_since(block) != known_as:
             count, block = 0, ROOT
@@ -470,6 +464,13 @@ class BlockManager:
         if index == len(table):
             return False
         return self._reference_counts[table[index]] > 1 or self._knows(table[index])
+
+    def _most_cached(self, sequence: Sequence) -> int:
+        """Blocks that a sequence without blocks could find in the cache at most."""
+        if not self.enable_prefix_caching or not (sequence.reads_cache or sequence.swap_table):
+            return 0
+        num_tokens = sequence.num_computed_tokens if sequence.swap_table else sequence.num_tokens - 1
+        return num_tokens // self.block_size
 
     def _knows(self, block: int) -> bool:
         return self.enable_prefix_caching and block in self._cache
