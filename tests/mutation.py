@@ -688,6 +688,7 @@ BUGS = (
         "self._policy.order(sequence, stats)",
     ),
     Bug("the oldest makes way", POLICIES, "SchedulingPolicy.victim", "max", "min"),
+    Bug("the oldest makes way where nobody is asked", CHECKED, "CheckedPolicies.victim", "max", "min"),
     Bug(
         "ageing makes the long wait longer",
         POLICIES,

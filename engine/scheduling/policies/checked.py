@@ -5,6 +5,7 @@ lost, and `raise_error` raises what happened.
 """
 
 from collections.abc import Callable, Hashable, Iterable
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pagellm.engine.errors import PolicyError, found, is_from_outside
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from pagellm.engine.scheduling.block_manager import BlockManager
 
 _Answer = TypeVar("_Answer")
+_arrival_index = attrgetter("arrival_index")
 _BLOCK_EVENTS = ("on_known", "on_hit", "on_evict")
 
 
@@ -118,6 +120,8 @@ class CheckedPolicies:
         return self._ask("policy", "queue_order", _as_key, queue, stats)
 
     def victim(self, candidates: list[Sequence], stats: SchedulerStats) -> Sequence:
+        if self._youngest_makes_way:
+            return max(candidates, key=_arrival_index)
         views = [self._view(sequence) for sequence in candidates]
 
         def as_candidate(answer: Any) -> Sequence:
@@ -210,12 +214,16 @@ class CheckedPolicies:
         self._eviction = eviction
         self._victim_setting = "victim" if "victim" in self._policies else "policy"
         self._is_fcfs = not _overrides(policy, SchedulingPolicy, "order")
+        chooses = self._policies[self._victim_setting]
+        self._youngest_makes_way = not _overrides(chooses, VictimPolicy, "victim") or not (
+            _overrides(chooses, SchedulingPolicy, "victim") or _overrides(chooses, SchedulingPolicy, "order")
+        )
         self._has_queues = _overrides(policy, SchedulingPolicy, "queue_of")
         self._has_block_queues = _overrides(eviction, EvictionPolicy, "queue_of")
         self.block_events = {event for event in _BLOCK_EVENTS if _overrides(eviction, EvictionPolicy, event)}
         self.prefills_alone = policy.prefills_alone
         self.order_changes = order_changes(type(policy))
-        self.makes_way = _overrides(self._policies[self._victim_setting], VictimPolicy, "make_way")
+        self.makes_way = _overrides(chooses, VictimPolicy, "make_way")
         self.admits = _overrides(admission, AdmissionPolicy, "admit")
         self.has_budget = _overrides(budget, BudgetPolicy, "budget")
         self._hear = {
