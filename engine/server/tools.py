@@ -93,8 +93,9 @@ def tell_tools(
     if tools:
         told = _INSTRUCTIONS % "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
         first = written[0] if written else {}
-        if first.get("role") == "system" and isinstance(first.get("content"), str):
-            first["content"] = f"{first['content']}\n\n{told}"
+        instructions = _joined(first.get("content"))
+        if first.get("role") == "system" and isinstance(instructions, str):
+            first["content"] = f"{instructions}\n\n{told}"
         else:
             written.insert(0, {"role": "system", "content": told})
     return written, None
@@ -393,21 +394,35 @@ def _as_text(message: dict[str, Any]) -> dict[str, Any]:
     if isinstance(message.get("tool_calls"), list):
         calls = []
         for call in message.pop("tool_calls"):
-            function = call.get("function", {}) if isinstance(call, dict) else {}
+            function = call.get("function") if isinstance(call, dict) else None
+            if not isinstance(function, dict):
+                raise RequestError(f"messages: found the tool call {found(call)}, expected one of a function")
             arguments = function.get("arguments", {})
             if not isinstance(arguments, str):
                 arguments = json.dumps(arguments, ensure_ascii=False)
             name = json.dumps(function.get("name"))
             calls.append(f'<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>')
-        content = message.get("content")
-        said = [content] if isinstance(content, str) and content else []
-        return {**message, "content": "\n".join([*said, *calls])}
+        content, called = _joined(message.get("content")), "\n".join(calls)
+        if isinstance(content, list):  # of other parts, too
+            content = [*content, {"type": "text", "text": called}]
+        elif content is None or isinstance(content, str):
+            content = f"{content}\n{called}" if content else called
+        return {**message, "content": content}  # what is neither is refused where it is rendered
     if message.get("role") == "tool":
-        content = message.get("content")
-        if isinstance(content, list):
-            content = "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-        return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
+        content = _joined(message.get("content"))
+        if isinstance(content, str):
+            content = f"<tool_response>\n{content}\n</tool_response>"
+        return {"role": "user", "content": content}
     return message
+
+
+def _joined(content: Any) -> Any:
+    """The text of a message whose parts are all text; any other content as it is."""
+    if not isinstance(content, list):
+        return content
+    said = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    texts = [text for text in said if isinstance(text, str)]
+    return "\n".join(texts) if len(texts) == len(content) else content
 
 
 def _with_short_ids(message: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pagellm.engine import LLM, SamplingParams
+from pagellm.engine.errors import RequestError
 from pagellm.engine.requests.structured import StructuredOutputs
 from pagellm.engine.requests.tool_calls import GPT_OSS, HERMES, LLAMA3_JSON, MISTRAL
 from pagellm.engine.server.tools import parser_of_template, plan_tools, tell_tools
@@ -64,6 +65,35 @@ def test_calls_and_their_results_go_back_to_a_model_that_knows_of_none(thinker: 
     assert '"name": "switch_light"' in system["content"]
     assert called["content"] == '<tool_call>\n{"name": "add", "arguments": {"a": 3}}\n</tool_call>'
     assert result == {"role": "user", "content": "<tool_response>\n3\n</tool_response>"}
+
+
+def test_nothing_that_is_said_beside_a_call_is_lost_to_a_model_that_knows_of_none(thinker: Path) -> None:
+    def part(text: str) -> dict[str, Any]:
+        return {"type": "text", "text": text}
+
+    call = {"function": {"name": "add", "arguments": "{}"}}
+    written_call = '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'
+    image = {"type": "image_url", "image_url": {"url": "data:,"}}
+    with LLM(thinker, num_blocks=20, show_progress=False) as llm:
+
+        def told(*messages: dict[str, Any]) -> list[dict[str, Any]]:
+            return tell_tools(llm, messages, TOOLS)[0]
+
+        system, called = told(
+            {"role": "system", "content": [part("be"), part("brief")]},
+            {"role": "assistant", "content": [part("so"), part("then")], "tool_calls": [call]},
+        )
+        assert system["content"].startswith("be\nbrief\n\n")
+        assert called["content"] == f"so\nthen\n{written_call}"
+        for message in (
+            {"role": "assistant", "content": [image], "tool_calls": [call]},
+            {"role": "tool", "content": [part("3"), image]},
+            {"role": "tool", "content": None},
+        ):
+            with pytest.raises(RequestError, match=r"messages\[1\].content"):
+                llm.chat_prompt(told(message))
+        with pytest.raises(RequestError, match="messages: found the tool call"):
+            told({"role": "assistant", "tool_calls": [{"function": "add"}]})
 
 
 @pytest.fixture(scope="module", params=[HERMES, LLAMA3_JSON, MISTRAL, GPT_OSS])
