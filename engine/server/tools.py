@@ -402,11 +402,11 @@ def _as_text(message: dict[str, Any]) -> dict[str, Any]:
                 arguments = json.dumps(arguments, ensure_ascii=False)
             name = json.dumps(function.get("name"))
             calls.append(f'<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>')
-        content, called = _joined(message.get("content")), "\n".join(calls)
+        content = _joined(message.get("content"))
         if isinstance(content, list):  # of other parts, too
-            content = [*content, {"type": "text", "text": called}]
+            content = [*content, *({"type": "text", "text": call} for call in calls)]
         elif content is None or isinstance(content, str):
-            content = f"{content}\n{called}" if content else called
+            content = "\n".join([content, *calls] if content else calls)
         return {**message, "content": content}  # what is neither is refused where it is rendered
     if message.get("role") == "tool":
         content = _joined(message.get("content"))

@@ -85,6 +85,8 @@ def test_nothing_that_is_said_beside_a_call_is_lost_to_a_model_that_knows_of_non
         )
         assert system["content"].startswith("be\nbrief\n\n")
         assert called["content"] == f"so\nthen\n{written_call}"
+        [_, uncalled] = told({"role": "assistant", "content": "so", "tool_calls": []})
+        assert uncalled["content"] == "so"
         for message in (
             {"role": "assistant", "content": [image], "tool_calls": [call]},
             {"role": "tool", "content": [part("3"), image]},
