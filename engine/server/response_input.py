@@ -144,7 +144,9 @@ def _chat_fields(asked: ResponseRequest) -> dict[str, Any]:
         "thinking": asked.thinking,
     }
     if asked.tools:
-        fields["tools"] = [_tool(index, tool) for index, tool in enumerate(asked.tools)]
+        fields["tools"] = asked.tools
+        if isinstance(asked.tools, list):
+            fields["tools"] = [_tool(index, tool) for index, tool in enumerate(asked.tools)]
         fields["tool_choice"] = _tool_choice(asked.tool_choice)
     elif asked.tool_choice is not None:
         fields["tool_choice"] = asked.tool_choice
@@ -220,6 +222,8 @@ def _add_item(messages: list[dict[str, Any]], names: dict[Any, Any], place: str,
         )
     elif kind == "function_call_output":
         call_id = item.get("call_id")
+        if not isinstance(call_id, str | None):
+            raise RequestError(f"{place}.call_id: found {found(call_id)}, expected a text")
         answer = {"role": "tool", "tool_call_id": call_id}
         if call_id in names:
             answer["name"] = names[call_id]

@@ -141,7 +141,8 @@ def test_what_would_have_to_be_kept_or_is_not_there_is_refused_by_its_name(serve
         ("input", []), ("input", 5), ("input", [{"type": "item_reference", "id": "x"}]),
         ("input", [{"role": "user", "content": [{"type": "input_image"}]}]), ("input", [{"role": "x"}]),
         ("input", [{"type": "function_call", "call_id": "1"}]), ("temperature", -1),
-        ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "json_object"}), ("tools", 1),
+        ("input", [{"type": "function_call_output", "call_id": {}, "output": "5"}]),
     ]:  # fmt: skip
         error = refusal(server, "/v1/responses", {"input": "x"} | {field: value})
         assert field in error["message"], (field, value, error)
