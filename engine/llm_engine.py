@@ -391,10 +391,11 @@ class LLMEngine:
     def _add_forced(self, sampled: list[Sequence], result: RunnerOutput) -> None:
         """Takes grammars past the tokens that their sequences got, and adds those that must follow."""
         for index, sequence in enumerate(sampled):
-            under_way = self._by_seq_id.get(sequence.seq_id)
-            if under_way is not None and sequence.sampling_params.structured and result.token_ids[index]:
+            token_ids = result.token_ids[index]
+            if sequence.sampling_params.form is not None and token_ids:
+                _, completion = self._by_seq_id[sequence.seq_id]
                 try:
-                    result.token_ids[index] = under_way[1].with_forced(result.token_ids[index][0])
+                    result.token_ids[index] = completion.with_forced(token_ids[0])
                 except GrammarError as error:
                     raise SequenceError(sequence) from error
 
