@@ -29,6 +29,7 @@ from pagellm.engine.server.protocol import (
     read_request,
 )
 from pagellm.engine.server.service import Service
+from pagellm.engine.server.tools import read_tools
 
 
 async def tokenize(service: Service, request: Request) -> Response:
@@ -45,6 +46,7 @@ def _tokenized(llm: LLM, body: TokenizeRequest) -> dict[str, Any]:
     if (prompt is None) == (body.messages is None):
         raise RequestError("prompt: found neither it nor messages, or both, expected one of them")
     if prompt is None:
+        read_tools(body.tools)  # which chats have checked when they plan for them
         ids, _ = chat_prompt(llm, body, messages_of(llm, body))
     else:
         with_special = body.add_special_tokens is not False

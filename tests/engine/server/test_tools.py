@@ -11,7 +11,7 @@ import pytest
 from pagellm.engine import LLM
 from tests.conftest import real_weights
 from tests.engine.server.conftest import serving, settings, wait_until_ready
-from tests.engine.server.test_clients import refusal
+from tests.engine.server.test_clients import HELLO, refusal
 from tests.engine.server.test_forms import BRIEF, QUIET, chat
 
 pytest.importorskip("fastapi", reason="the server's tests need the extra serve")
@@ -70,6 +70,15 @@ def test_a_tool_that_cannot_be_had_is_refused_by_the_name_of_its_field(
     error = refusal(server, "/v1/chat/completions", {**BRIEF, **QUIET, **fields})
     assert error["param"] == param
     assert re.search(message, error["message"])
+
+
+@pytest.mark.parametrize("tools", ["all", 1, [{"type": "web"}], [ADD, ADD]])
+def test_who_counts_the_tokens_of_a_chat_is_told_the_same_of_its_tools(server: Any, tools: Any) -> None:
+    told = [
+        refusal(server, path, {"messages": HELLO, "tools": tools})
+        for path in ("/tokenize", "/v1/chat/completions")
+    ]
+    assert told[0] == told[1]
 
 
 @pytest.mark.parametrize("others", [{}, {"parallel_tool_calls": False}, {"n": 5}])
