@@ -14,7 +14,7 @@ from xxhash import xxh3_64_intdigest
 
 from pagellm.engine.errors import TraceError
 from pagellm.sim.traces.files import Record, json_lines
-from pagellm.sim.traces.parsing import Fields, Parse, integer, pieces, text_of
+from pagellm.sim.traces.parsing import Fields, Parse, integer, pieces, section, text_of
 from pagellm.sim.traces.prompt_tokens import Encoder
 from pagellm.sim.traces.request import MAX_HASH_ID, bad_value, check_integer, check_number, check_text
 
@@ -231,6 +231,8 @@ def weka(_: Encoder | None) -> Parse:
             if kind not in ("n", "s"):
                 raise bad_value("type", kind, "n, s or subagent")
             ids = call.get("hash_ids") or []
+            if not isinstance(ids, list):
+                raise bad_value("hash_ids", ids, "a list of ids")
             local = [places.setdefault((name, check_integer("hash_ids", i, 0)), len(places)) for i in ids]
             time = check_number("t", call.get("t"))
             length = integer(call, "in", 1)
@@ -362,20 +364,26 @@ def _request_end(event: Mapping[str, Any]) -> tuple[Fields, float]:
         time_ms = check_number("request.request_received_ms", request["request_received_ms"])
     elif request.get("total_time_ms") is not None:
         time_ms = end_ms - check_number("request.total_time_ms", request["total_time_ms"])
-    context = event.get("agent_context") or {}
+    context = section(event, "agent_context")
     fields: Fields = {
         "arrival_time": time_ms,
         "output_len": integer(request, "output_tokens", 0),
         "id": check_text("request.request_id", request.get("request_id")),
-        "agent": context.get("trajectory_id") or context.get("session_id"),
-        "parent": context.get("parent_trajectory_id") or context.get("parent_session_id"),
+        "agent": _agent(context, "trajectory_id", "session_id"),
+        "parent": _agent(context, "parent_trajectory_id", "parent_session_id"),
     }
     if context.get("session_type_id") is not None:
         fields["class_"] = str(context["session_type_id"])
-    replay = request.get("replay")
-    if replay is None:
+    if request.get("replay") is None:
         return fields | {"prompt_len": integer(request, "input_tokens", 1)}, end_ms
+    replay = section(request, "replay")
     size = integer(replay, "trace_block_size", 1)
     rest = _UNKNOWN + xxh3_64_intdigest(fields["id"].encode()) % 2**39
     ids = replay.get("input_sequence_hashes")
     return fields | pieces(ids, integer(replay, "input_length", 1), size, rest), end_ms
+
+
+def _agent(context: Mapping[str, Any], *names: str) -> str | None:
+    """Whose request it is, by the first of some names that there is."""
+    name = next((name for name in names if context.get(name)), None)
+    return None if name is None else check_text(f"agent_context.{name}", context[name])

@@ -8,7 +8,7 @@ custom data set. What has no times comes one a second, in the file's order; a ba
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pagellm.sim.traces.parsing import Fields, Parse, integer, lengths, pieces, text_of
+from pagellm.sim.traces.parsing import Fields, Parse, integer, lengths, pieces, section, text_of
 from pagellm.sim.traces.prompt_tokens import Encoder
 from pagellm.sim.traces.request import MAX_HASH_ID, bad_value, check_integer, check_number, check_text
 
@@ -128,8 +128,8 @@ def inference_perf(_: Encoder | None) -> Parse:
         info = record.get("info")
         if not isinstance(info, Mapping):
             raise bad_value("info", info, "an object with the lengths of a request")
-        request, response = (info.get(name) or {} for name in ("request_metrics", "response_metrics"))
-        text = request.get("text") or request if isinstance(request, Mapping) else {}
+        request, response = (section(info, name) for name in ("request_metrics", "response_metrics"))
+        text = section(request, "text") or request
         output = response.get("output_tokens", info.get("output_tokens"))
         prompt = text.get("input_tokens", info.get("input_tokens"))
         failed = record.get("error") is not None

@@ -61,6 +61,14 @@ def integer(record: Mapping[str, Any], name: str, low: int) -> int:
     return check_integer(name, record.get(name), low)
 
 
+def section(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An object inside; an empty one where it is absent."""
+    values = record.get(name)
+    if values is not None and not isinstance(values, Mapping):
+        raise bad_value(name, values, "an object")
+    return values or {}
+
+
 def text_of(messages: Any, name: str = "messages") -> str:
     """The text of chat messages, joined by newlines; parts that are no text are refused."""
     if not isinstance(messages, list) or not messages:

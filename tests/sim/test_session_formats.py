@@ -314,6 +314,32 @@ def test_what_is_in_no_format_is_refused_by_name(text: str, tmp_path: Path) -> N
         load(tmp_path, text)
 
 
+CALL = {"t": 0.0, "type": "n", "in": 128, "out": 4}
+REPORTED = {"start_time": 1.0, "info": {"input_tokens": 9, "output_tokens": 4}}
+
+
+@pytest.mark.parametrize(
+    ("form", "record", "message"),
+    [
+        ("weka", {"id": "a", "block_size": 64, "requests": [CALL | {"hash_ids": 1}]}, "hash_ids: found 1, e"),
+        ("dynamo", end("p", 1, 2, "a") | {"agent_context": 1}, "agent_context: found 1, expected an object"),
+        ("dynamo", end("p", 1, 2, "a") | {"agent_context": {"trajectory_id": [1]}},
+         r"agent_context.trajectory_id: found \[1\], expected a string"),
+        ("dynamo", end("p", 1, 2, "a") | {"agent_context": {"parent_session_id": [1]}},
+         r"agent_context.parent_session_id: found \[1\], expected a string"),
+        ("dynamo", end("p", 1, 2, "a") | {"request": {"request_id": "p", "output_tokens": 1, "replay": 0}},
+         "replay: found 0, expected an object"),
+        ("inference-perf", [REPORTED | {"info": {"response_metrics": 4}}], "response_metrics: found 4, exp"),
+        ("inference-perf", [REPORTED | {"info": {"request_metrics": {"text": "a"}}}], "text: found 'a', exp"),
+    ],
+)  # fmt: skip
+def test_what_is_no_object_or_list_is_refused_by_name(
+    form: str, record: Any, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(TraceError, match=message):
+        list(load(tmp_path, record, format=form))
+
+
 def test_waiting_requests_survive_conversion(tmp_path: Path) -> None:
     trace = load(tmp_path, *AGENTIC)
     trace.save(tmp_path / "own.jsonl")
