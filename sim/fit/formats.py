@@ -255,13 +255,13 @@ def _step_log(path: Path, records: Iterable[Fields]) -> RecordedRun:
     return reading.run("step log", at_client=False, settings=settings)
 
 
-def _llmservingsim(path: Path, records: Iterable[Fields]) -> RecordedRun:
+def _llmservingsim(path: Path, records: list[Fields]) -> RecordedRun:
     """What LLMServingSim's bench records of vLLM, with the engine's settings in meta.json beside it.
 
     arrival_time may be by another clock than the engine's times; then the smallest time from it to the
     queue is taken for the difference of the clocks.
     """
-    reading, records = _Reading(path), list(records)
+    reading = _Reading(path)
     clock = min(_time(record, "queued_ts") - _time(record, "arrival_time") for record in records)
     for record in records:
         names = "arrival_time", "input_toks", "output_toks", "first_token_ts", "last_token_ts"

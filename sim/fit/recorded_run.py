@@ -54,7 +54,7 @@ class Experiment:
     """Requests that one server had together.
 
     settings: of the engine that served, as far as they are known, by the names of `EngineConfig`.
-    published: what simulators have predicted of the scored half, by their names.
+    published: what simulators have predicted of what was measured, by their names.
     """
 
     name: str
