@@ -115,8 +115,8 @@ def _attention(config: Fields) -> dict[str, Any]:
             "num_heads": heads, "num_kv_heads": 1, "head_dim": nope + rope, "value_dim": values,
             "latent_dim": latent, "rope_dim": rope, "product_parameters": products,
         }  # fmt: skip
-    kv_heads = _first(config, ("num_key_value_heads",), heads)
-    head_dim = _first(config, ("head_dim",), hidden // heads)
+    kv_heads = _first(config, ("num_key_value_heads",), heads, low=1)
+    head_dim = _first(config, ("head_dim",), hidden // heads, low=1)
     products = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim
     return {
         "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim, "product_parameters": products
@@ -139,7 +139,7 @@ def _windows(config: Fields) -> list[int]:
         raise config.bad("layer_types", types, f"{count} of them")
     windows = {_WHOLE: 0, _SLIDING: sliding, _CHUNKED: chunk}
     for kind in types:
-        if kind not in windows:
+        if not isinstance(kind, str) or kind not in windows:
             raise config.bad("layer_types", kind, " or ".join(windows))
     return [windows[kind] for kind in types]
 
@@ -162,7 +162,7 @@ def _layer_bytes(whole: Fields, config: Fields, products: int, experts: int) -> 
     if not quantized:
         return None
     method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-    if method not in _QUANTIZED:
+    if not isinstance(method, str) or method not in _QUANTIZED:
         expected = f"{' or '.join(_QUANTIZED)}, or none and --set-cost weights=FORMAT"
         raise whole.bad("quantization_config.quant_method", method, expected)
     size, experts_only = _QUANTIZED[method]
