@@ -112,8 +112,7 @@ def load_runs(path: str | os.PathLike[str]) -> list[RecordedRun]:
     first = text.lstrip().split("\n", 1)[0]
     if first.startswith("{"):
         return [_of_records(path, list(_json_lines(path, text)))]
-    columns = next(csv.reader([first]), [])
-    if "arrival_time_us" in columns:
+    if "arrival_time_us" in (name.strip(' "') for name in first.split(",")):
         return [_trace_v2(path, text)]
     raise _unknown(path, first)
 
@@ -456,12 +455,18 @@ def _server_tokens(response: Fields) -> int | None:
     return count if isinstance(count, int) and count > 0 else None
 
 
+def _csv_rows(path: Path, text: str) -> Iterator[dict[str | Any, str | Any]]:
+    try:
+        yield from csv.DictReader(io.StringIO(text))
+    except csv.Error as error:
+        raise TraceError(f"{path}: found {error}, expected comma-separated values") from None
+
+
 def _trace_v2(path: Path, text: str) -> RecordedRun:
     """BLIS's TraceV2: moments in microseconds by the client's clock; a request's begins when it was sent."""
     reading = _Reading(path)
-    rows = csv.DictReader(io.StringIO(text))
     known: dict[str, Any] = {}
-    for number, row in enumerate(rows, 2):
+    for number, row in enumerate(_csv_rows(path, text), 2):
         place = f"{path}:{number}"
         if row.get("status") not in (None, "", "ok"):
             reading.num_left_out += 1

@@ -258,6 +258,7 @@ def without(text: str, name: str) -> str:
         (without(llmservingsim(ones()), "queued_ts"), "run:1: queued_ts: found nothing, expected a time"),
         (without(plain(ones()), "arrival_time"), "run:1: arrival_time: found nothing, expected a time"),
         (trace_v2(ones()).replace("first_chunk_time_us", "x"), "first_chunk_time_us: found nothing, expecte"),
+        (trace_v2(ones()) + "x" * 2**18, "run: found field larger than field limit .*, expected comma-separ"),
         (plain(ones()[:15]), "found 15 requests that were served, expected 16 or more"),
         (plain([One(5, 3, 2, 4, 9)] * 16), "run:1: found the first token 1e-06 s before the request"),
         (plain([One(5, 3, 2, 8, 7)] * 16), "run:1: found the last token 1e-06 s before the first"),
