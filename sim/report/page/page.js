@@ -27,20 +27,23 @@ function begin() {
       section("Configuration", several ? "what differs comes first" : null, settings(entries)),
       ...entries.filter(({ report }) => report.constants?.length).map((entry) => section("Step times",
         `estimated, not measured${several ? `; of ${entry.letter}` : ""}`, constantsTable(entry.report)))));
-  const draw = () => {
+  new ResizeObserver(() => {
     timeline.draw();
     distributions.draw();
-  };
-  new ResizeObserver(draw).observe(document.getElementById("page"));
-  // Paper has a width of its own, and printing waits for no frame.
-  const redraw = (isPaper) => {
-    document.documentElement.classList.toggle("paper", isPaper);
+  }).observe(document.getElementById("page"));
+  // At first too: a page that is not shown yet may be given no frame.
+  const drawNow = () => {
     timeline.drawNow();
     distributions.drawNow();
   };
+  // Paper has a width of its own, and printing waits for no frame.
+  const redraw = (isPaper) => {
+    document.documentElement.classList.toggle("paper", isPaper);
+    drawNow();
+  };
   window.addEventListener("beforeprint", () => redraw(true));
   window.addEventListener("afterprint", () => redraw(false));
-  draw();
+  drawNow();
 }
 
 function section(title, hint, ...content) {

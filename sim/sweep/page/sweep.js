@@ -205,7 +205,7 @@ function begin() {
   };
   window.addEventListener("beforeprint", () => redraw(true));
   window.addEventListener("afterprint", () => redraw(false));
-  shown.forEach((plot) => plot.draw());
+  shown.forEach((plot) => plot.drawNow()); // a page that is not shown yet may be given no frame
 }
 
 begin();
