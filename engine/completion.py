@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pagellm.engine.grammar.masks import Mask
 from pagellm.engine.grammar.state import GrammarState
+from pagellm.engine.requests.bad_words import BadWords
 from pagellm.engine.requests.outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprob
 from pagellm.engine.requests.reasoning import Piece
 from pagellm.engine.requests.stopping import StopChecker
@@ -24,8 +25,9 @@ class Completion:
     A token counts when all that follows from it is in the output. Whatever an exception leaves beyond those,
     `take_back` takes away, to be computed and taken over again.
 
-    arrival_s: on the clock of all times here. thinking: None where nobody asks which of it is a thought.
-    new_grammar: gives the state in which what comes after the thoughts begins; None where that has no form.
+    arrival_s: on the clock of all times here. bad_words: None if there are none. thinking: None where nobody
+    asks which of it is a thought. new_grammar: gives the state in which what comes after the thoughts begins;
+    None where that has no form.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Completion:
         sequence: Sequence,
         tokenizer: Tokenizer,
         arrival_s: float,
+        bad_words: BadWords | None = None,
         thinking: Thinking | None = None,
         new_grammar: Callable[[], GrammarState] | None = None,
     ) -> None:
@@ -43,6 +46,7 @@ class Completion:
         self._tokenizer = tokenizer
         self._hidden_texts = tokenizer.special_texts if params.skip_special_tokens else {}
         self._arrival_s = arrival_s
+        self._bad_words = bad_words
         self._thinking = thinking
         self._new_grammar = new_grammar
         self._num_tokens = 0
@@ -72,6 +76,10 @@ class Completion:
             return None
         # A thought that comes before a form does not end the output.
         return self._grammar.all_but_end if self.grammar is None else self.grammar.mask()
+
+    def forbidden_tokens(self) -> list[int]:
+        """The tokens that must not be sampled next, because a bad word would be complete."""
+        return [] if self._bad_words is None else self._bad_words.forbidden(self.output.token_ids)
 
     def with_forced(self, token_id: int) -> list[int]:
         """Takes the grammar past the token that a sequence got in a step, and those that must follow it.

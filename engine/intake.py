@@ -20,6 +20,7 @@ from pagellm.engine.completion import Completion, Request
 from pagellm.engine.errors import RequestError, found
 from pagellm.engine.grammar.compiler import Grammar, GrammarCompiler
 from pagellm.engine.grammar.state import GrammarState
+from pagellm.engine.requests.bad_words import BadWords
 from pagellm.engine.requests.outputs import RequestOutput
 from pagellm.engine.requests.prompts import Prompt, read_prompt
 from pagellm.engine.requests.sampling_params import SamplingParams
@@ -76,16 +77,22 @@ class Intake:
         if params.seed is None:
             params = replace(params, seed=random.getrandbits(63))
         thinking = self._thinking(params, token_ids, is_separate, in_thought)
+        bad_words = BadWords(self._tokenizer, params.bad_words) if params.bad_words else None
         new_grammar = None
         if params.form is not None:
-            new_grammar = self._new_grammar(self._grammars.compile(params.form), params, thinking, token_ids)
+            grammar = self._grammars.compile(params.form)
+            new_grammar = self._new_grammar(grammar, params, bad_words, thinking, token_ids)
         output = RequestOutput(request_id, text, token_ids, [], params)
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None] * len(token_ids)
         request = Request(output, arrival_s)
         for index in range(params.n):
             own_params = params.of_completion(index)
-            request.add(self._new_completion(request, index, own_params, wants_logits, thinking, new_grammar))
+            request.add(
+                self._new_completion(
+                    request, index, own_params, wants_logits, bad_words, thinking, new_grammar
+                )
+            )
         if wants_logits:
             request.logits = np.zeros((len(token_ids), self._vocab_size), np.float32)
         return request
@@ -116,6 +123,7 @@ class Intake:
         index: int,
         params: SamplingParams,
         wants_logits: bool,
+        bad_words: BadWords | None,
         thinking: Thinking | None,
         new_grammar: Callable[[], GrammarState] | None,
     ) -> Completion:
@@ -127,14 +135,23 @@ class Intake:
             reads_cache=not wants_logits and params.prompt_logprobs is None,
             request_id=request.output.request_id,
         )
-        return Completion(index, sequence, self._tokenizer, request.arrival_s, thinking, new_grammar)
+        return Completion(
+            index, sequence, self._tokenizer, request.arrival_s, bad_words, thinking, new_grammar
+        )
 
     def _new_grammar(
-        self, grammar: Grammar, params: SamplingParams, thinking: Thinking | None, prompt: list[int]
+        self,
+        grammar: Grammar,
+        params: SamplingParams,
+        bad_words: BadWords | None,
+        thinking: Thinking | None,
+        prompt: list[int],
     ) -> Callable[[], GrammarState]:
         """What gives the state in which an output of this form begins."""
         never = [token_id for token_id in self._eos_token_ids if params.ignore_eos]
         banned = frozenset(token_id for token_id, bias in params.bias.items() if bias == -math.inf)
+        if bad_words is not None:
+            banned |= bad_words.last_ids
         opening: list[int] = []
         if thinking is not None and thinking.is_separate and not thinking.in_thought:
             opening = thinking.thoughts.opening_ids if thinking.thoughts.may_open_after(prompt) else []

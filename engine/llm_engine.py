@@ -381,8 +381,9 @@ class LLMEngine:
                     mask = completion.mask()
                 except GrammarError as error:
                     raise SequenceError(sequence) from error
-            if request.logits is not None or forced is not None or mask is not None:
-                wishes[sequence.seq_id] = Wishes(request.logits is not None, mask, forced)
+            forbidden = completion.forbidden_tokens()
+            if request.logits is not None or forced is not None or mask is not None or forbidden:
+                wishes[sequence.seq_id] = Wishes(request.logits is not None, mask, forced, forbidden)
         start = time.perf_counter()
         result = self.runner.run(batch, wishes)
         self._costs.note_step(batch.num_tokens, len(batch.sequences), time.perf_counter() - start)

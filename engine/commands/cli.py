@@ -99,6 +99,7 @@ SAMPLING_FLAGS = {
     "seed": Flag("the same seed gives the same text"),
     "stop": Flag("end the answer before this text; may be given repeatedly"),
     "stop_token_ids": Flag("end the answer at this token; may be given repeatedly", "ID"),
+    "bad_words": Flag("keep this text out of the answer; may be given repeatedly"),
     "include_stop_str_in_output": Flag("leave that text in the answer"),
     "ignore_eos": Flag("go on after the end-of-text token"),
     "skip_special_tokens": Flag("leave special tokens in the text"),

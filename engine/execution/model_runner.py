@@ -6,6 +6,7 @@ Knows arrays and their layout; does not know which sequences should run, or text
 import time
 from array import array
 from collections.abc import Mapping
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -56,12 +57,13 @@ class Wishes:
 
     logits: those of each token that is computed. mask: whether each token may be sampled, as bit t % 32 of
     word t // 32 for token t, [(vocab_size + 31) // 32].
-    forced: the token that it gets in the place of a sampled one.
+    forced: the token that it gets in the place of a sampled one. forbidden: tokens that are not sampled.
     """
 
     logits: bool = False
     mask: NDArray[np.uint32] | None = None
     forced: int | None = None
+    forbidden: Items[int] = ()
 
 
 _NO_WISHES = Wishes()
@@ -78,6 +80,7 @@ class _Row:
     num_logprobs: int = -1  # beside the target's own or the sampled token's; -1 for none at all
     logits: bool = False  # whether they are given out themselves
     mask: NDArray[np.uint32] | None = None  # as in `Wishes`
+    forbidden: Items[int] = ()
     is_output: bool = False  # whether the next token belongs to the output, not to the prompt
 
 
@@ -237,6 +240,7 @@ def _wanted_rows(batch: ScheduledBatch, wishes: Mapping[int, Wishes], vocab_size
                         num_logprobs=_num_logprobs(sampled, True, vocab_size),
                         logits=logits and sampled is sequence,
                         mask=own.mask,
+                        forbidden=own.forbidden,
                     )
                 )
             first += count
@@ -324,7 +328,7 @@ def _outputs(rows: list[_Row], vocab_size: int, biases: _Biases) -> tuple[Output
             if samples and p.has_penalties:
                 history += sequence.token_ids
             history_start.append(len(history))
-            forbidden: list[int] = []
+            forbidden: list[int] = [*row.forbidden] if samples else []
             if samples and sequence.num_output_tokens < p.min_tokens:
                 forbidden += [t for t in sequence.stop_token_ids if t < vocab_size]
             if row.mask is not None:

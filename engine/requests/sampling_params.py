@@ -13,6 +13,7 @@ from pagellm.engine.requests.structured import StructuredOutputs
 MAX_LOGPROBS = 100
 # Stop strings are looked for with an automaton of a node for each of their characters.
 MAX_STOP_CHARACTERS = 1 << 16
+MAX_BAD_WORD_CHARACTERS = 1 << 16
 # Keeps every product and sum of a logit within float32.
 _LARGEST = 1e30
 _PENALTY_RANGE = (1e-3, 1e3)
@@ -84,6 +85,8 @@ class SamplingParams:
     contains a whole special token ends it also where special tokens are left out of the text. Where thoughts
     are told apart, as in a chat, they are looked for in the answer alone. At most 65,536 characters in all.
     stop_token_ids: tokens that end it. ignore_eos: the model's own end-of-text tokens do not.
+    bad_words: texts that the output does not contain: where it has all tokens of one but the last, that one
+    is forbidden. Tokens are those of the text alone and behind a space. At most 65,536 characters in all.
     logprobs: log-probabilities of each sampled token and so many of the likeliest ones (0: the sampled only),
     the model's own, before penalties and temperature. prompt_logprobs: the same for the prompt's tokens.
     skip_special_tokens: leaves them out of the text.
@@ -116,6 +119,7 @@ class SamplingParams:
     min_tokens: int = 0
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
+    bad_words: Sequence[str] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
@@ -152,8 +156,10 @@ class SamplingParams:
         self._take("deadline_s", number, 0.0, _LARGEST, optional=True)
         self._take("thinking_token_budget", integer, 0, None, optional=True)
         self._take("structured", StructuredOutputs.read, optional=True)
-        for name, check in (("stop", _stops), ("stop_token_ids", _stop_token_ids), ("logit_bias", _bias)):
-            self._take(name, check)
+        self._take("stop", _stops)
+        self._take("stop_token_ids", _stop_token_ids)
+        self._take("bad_words", _bad_words)
+        self._take("logit_bias", _bias)
 
     def _take(self, name: str, check: Any, *bounds: Any, optional: bool = False) -> None:
         """Puts what the check makes of a value in its place."""
@@ -194,13 +200,24 @@ def _stops(name: str, value: Any) -> tuple[str, ...]:
     value = () if value is None else (value,) if isinstance(value, str) else value
     if not isinstance(value, Sequence) or not all(isinstance(stop, str) and stop for stop in value):
         raise RequestError(f"{name}: found {found(value)}, expected a non-empty string or a list of them")
-    stops = tuple(dict.fromkeys(text(name, stop) for stop in value))
-    num_characters = sum(map(len, stops))
-    if num_characters > MAX_STOP_CHARACTERS:
-        raise RequestError(
-            f"{name}: found {num_characters} characters in all, expected at most {MAX_STOP_CHARACTERS}"
-        )
-    return stops
+    return _texts(name, value, MAX_STOP_CHARACTERS)
+
+
+def _bad_words(name: str, value: Any) -> tuple[str, ...]:
+    value = () if value is None else value
+    is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    if not is_list or not all(isinstance(word, str) and word for word in value):
+        raise RequestError(f"{name}: found {found(value)}, expected a list of non-empty strings")
+    return _texts(name, value, MAX_BAD_WORD_CHARACTERS)
+
+
+def _texts(name: str, value: Sequence[str], most: int) -> tuple[str, ...]:
+    """Each of the texts once. most: characters that they may have together."""
+    texts = tuple(dict.fromkeys(text(name, one) for one in value))
+    num_characters = sum(map(len, texts))
+    if num_characters > most:
+        raise RequestError(f"{name}: found {num_characters} characters in all, expected at most {most}")
+    return texts
 
 
 def _stop_token_ids(name: str, value: Any) -> tuple[int, ...]:

@@ -31,8 +31,9 @@ _DEFAULT_MAX_TOKENS = 16  # of /v1/completions
 _NO_FORMS = ("disable_fallback", "_backend", "_backend_was_auto")
 _SAME_NAMES = (
     "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-    "repetition_penalty", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "min_tokens",
-    "ignore_eos", "skip_special_tokens", "prompt_logprobs", "cache_salt", "priority", "tenant", "deadline_s",
+    "repetition_penalty", "seed", "stop", "stop_token_ids", "bad_words", "include_stop_str_in_output",
+    "min_tokens", "ignore_eos", "skip_special_tokens", "prompt_logprobs", "cache_salt", "priority", "tenant",
+    "deadline_s",
 )  # fmt: skip
 
 

@@ -121,6 +121,7 @@ class GenerationRequest(Request):
     seed: Integer | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[Integer] | None = None
+    bad_words: list[str] | None = None
     include_stop_str_in_output: bool | None = None
     min_tokens: Integer | None = Field(None, ge=0)
     ignore_eos: bool | None = None
@@ -157,7 +158,6 @@ class GenerationRequest(Request):
     metadata: dict[str, Any] | None = None
     # What is not supported but for the value that asks for nothing.
     best_of: Annotated[Any, Neutral(1)] = None
-    bad_words: Annotated[Any, Neutral([])] = None
     use_beam_search: Annotated[Any, Neutral(False)] = None
     length_penalty: Annotated[Any, Neutral(1)] = None
     logprob_token_ids: Annotated[Any, Neutral()] = None

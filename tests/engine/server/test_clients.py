@@ -4,6 +4,7 @@ import json
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -220,6 +221,25 @@ def test_stops_and_their_reasons(llm: LLM, server: Any) -> None:
     assert cut["choices"][0]["prompt_token_ids"] == plain.prompt_token_ids[-3:]
 
 
+def test_bad_words_are_kept_out_at_every_endpoint(llm: LLM, server: Any) -> None:
+    body = {"prompt": "hello", "max_tokens": 12, "temperature": 0}
+    params = SamplingParams(temperature=0, max_tokens=12)
+    [free] = llm.generate("hello", params)
+    words = [letter for letter in free.text if letter.isascii()]
+    [output] = llm.generate("hello", replace(params, bad_words=words))
+    [choice] = ask(server, "/v1/completions", body | {"bad_words": words})["choices"]
+    assert choice["text"] == output.text != free.text
+    said = [
+        ask(server, path, {name: HELLO, "thinking": False, "temperature": 0, "bad_words": words})
+        for path, name in (("/v1/chat/completions", "messages"), ("/v1/responses", "input"))
+    ]
+    assert said[0]["choices"][0]["message"]["content"] == said[1]["output"][0]["content"][0]["text"]
+    assert (
+        ask(server, "/v1/completions/render", body | {"bad_words": words})[0]["sampling_params"]["bad_words"]
+        == words
+    )
+
+
 def test_a_cached_prefix_is_told_and_a_salt_keeps_tenants_apart(server: Any) -> None:
     body = {"prompt": "some prompt of its own, long enough for blocks", "max_tokens": 1}
 
@@ -238,7 +258,7 @@ def test_a_known_field_is_obeyed_or_refused_by_its_name(server: Any) -> None:
     for path, field, value in [
         (text, "temperature", -1), (text, "temperature", "hot"), (text, "max_tokens", -1), (text, "n", 0),
         (text, "top_p", 2), (text, "logprobs", 1000), (text, "stop", 5), (text, "best_of", 3),
-        (text, "suffix", "x"), (text, "use_beam_search", True), (text, "bad_words", ["x"]),
+        (text, "suffix", "x"), (text, "use_beam_search", True), (text, "bad_words", [""]),
         (text, "response_format", {"type": "xml"}), (text, "structured_outputs", {"regex": "("}),
         (text, "guided_json", "{"), (text, "logit_bias", {"x": 1}), (text, "allowed_token_ids", []),
         (text, "prompt_logprobs", -1), (text, "truncate_prompt_tokens", -2), (text, "seed", 1 << 70),
