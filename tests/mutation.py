@@ -124,8 +124,8 @@ BUGS = (
         "a reference count is not decremented for shared blocks",
         MANAGER,
         "BlockManager._release",
-        "self._reference_counts[block] -= 1",
-        "self._reference_counts[block] -= self._reference_counts[block] == 1",
+        "counts[block] -= 1",
+        "counts[block] -= counts[block] == 1",
     ),
     Bug(
         "a fork does not count its references",
@@ -163,7 +163,18 @@ BUGS = (
         "PrefixCache.find",
         "before != ROOT or self._salts.get(block, '') == salt",
     ),
-    Bug("a block that is reused stays findable", MANAGER, "BlockManager._evict", "self._cache.remove(block)"),
+    Bug(
+        "a block that is reused stays findable",
+        MANAGER,
+        "BlockManager._evict",
+        "self._cache.remove((block,))",
+    ),
+    Bug(
+        "blocks that are reused together stay findable",
+        MANAGER,
+        "BlockManager._take_many",
+        "self._cache.remove(evicted)",
+    ),
     Bug(
         "a hash does not depend on the blocks before",
         MANAGER,
@@ -182,8 +193,8 @@ BUGS = (
         "the most recently used block is evicted first",
         MANAGER,
         "BlockManager._release",
-        "self._free.append",
-        "self._free.prepend",
+        "self._free.extend(known)",
+        "for block in known:\n    self._free.prepend(block)",
     ),
     Bug(
         "cached blocks are evicted while others are free",
@@ -359,7 +370,7 @@ BUGS = (
         "a block that is given back stays referenced",
         MANAGER,
         "BlockManager._give_back",
-        "self._release(table[index])",
+        "self._release((table[index],))",
     ),
     Bug(
         "a block that is given back stays in the table",

@@ -23,7 +23,7 @@ Forked sequences share their blocks. One that is about to write into a shared bl
 
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -68,7 +68,8 @@ class PrefixCacheStats:
 
 def chained_hash(previous: int, tokens: bytes) -> int:
     """The hash of a block whose predecessor has hash `previous`: xxHash's XXH3, 64 bits."""
-    return int(xxhash.xxh3_64_intdigest(tokens, previous))
+    digest: int = xxhash.xxh3_64_intdigest(tokens, previous)
+    return digest
 
 
 class BlockManager:
@@ -249,7 +250,7 @@ class BlockManager:
         if self._needs_copy(sequence):
             index = sequence.num_computed_tokens // self.block_size
             shared, table[index] = table[index], self._take()
-            self._release(shared)
+            self._release((shared,))
             self.transfers.append(Transfer(TransferKind.COPY, shared, table[index], sequence))
             self._note_change(sequence, index)
         while len(table) * self.block_size < num_tokens:
@@ -297,22 +298,31 @@ class BlockManager:
             self._give_back(sequence)
 
     def _offer_blocks(self, sequence: Sequence, full: int) -> None:
-        table = sequence.block_table
-        for index in range(sequence.num_registered_blocks, full):
-            block, before = table[index], table[index - 1] if index else ROOT
+        table, salt = sequence.block_table, sequence.sampling_params.cache_salt
+        index = sequence.num_registered_blocks
+        while index < full:
+            before = table[index - 1] if index else ROOT
             if before == GIVEN_BACK or (before != ROOT and before not in self._cache):
                 break  # the cache has forgotten it: nothing that follows it could ever be found
-            known = self._find(sequence, index, before)
-            if known is None:
-                tokens, salt = self._tokens(sequence, index), sequence.sampling_params.cache_salt
-                self._cache.add(block, sequence.block_hashes[index], before, tokens, salt)
-                if self._ranked is not None:
+            self._block_hash(sequence, full - 1)
+            blocks, hashes = table[index:full], sequence.block_hashes[index:full]
+            run = sequence.token_ids[index * self.block_size : full * self.block_size].tobytes()
+            num_added = self._cache.add(blocks, hashes, before, run, salt)
+            if self._ranked is not None:
+                for block in blocks[:num_added]:
                     self._ranked.became_known(block)
-            elif known != block:
+            index += num_added
+            if index == full:
+                break
+            block = table[index]
+            known = self._find(sequence, index, table[index - 1] if index else ROOT)
+            assert known is not None
+            if known != block:
                 self._reference(known)
                 table[index] = known
-                self._release(block)
+                self._release((block,))
                 self._note_change(sequence, index)
+            index += 1
 
     def _give_back(self, sequence: Sequence) -> None:
         """Takes from a sequence what lies behind the window, the last block first."""
@@ -320,7 +330,7 @@ class BlockManager:
         index = end = self.window.num_behind(sequence.num_computed_tokens)
         while index > 0 and table[index - 1] != GIVEN_BACK:
             index -= 1
-            self._release(table[index])
+            self._release((table[index],))
             table[index] = GIVEN_BACK
         if index < end:
             self._note_change(sequence, index)
@@ -431,8 +441,7 @@ class BlockManager:
             if self._reference_counts[block] == 0:  # it was used, though it is not held
                 self._free.remove(block)
                 self._free.append(block)
-        while len(table) * self.block_size < num_tokens:
-            table.append(self._take())
+        table += self._take_many(self.blocks_for(num_tokens) - len(table))
         sequence.num_registered_blocks = max(behind, len(prefix))
         sequence.num_slots = len(sequence.block_table) * self.block_size
         self._holders[sequence.seq_id] = sequence
@@ -440,8 +449,7 @@ class BlockManager:
 
     def _empty_table(self, sequence: Sequence) -> None:
         behind = self.window.num_behind(sequence.num_computed_tokens)
-        for block in reversed(sequence.block_table[behind:]):
-            self._release(block)
+        self._release(reversed(sequence.block_table[behind:]))
         sequence.block_table.clear()
         sequence.num_registered_blocks = sequence.num_slots = 0
         del self._holders[sequence.seq_id]
@@ -485,9 +493,13 @@ class BlockManager:
     def _block_hash(self, sequence: Sequence, index: int) -> int:
         """The hash of a full block of the sequence's tokens; each is computed once."""
         hashes = sequence.block_hashes
-        while len(hashes) <= index:
+        if len(hashes) <= index:
             previous = hashes[-1] if hashes else self._root_hash(sequence.sampling_params.cache_salt)
-            hashes.append(self._hash_block(previous, self._tokens(sequence, len(hashes))))
+            run = sequence.token_ids[len(hashes) * self.block_size : (index + 1) * self.block_size].tobytes()
+            num_bytes = self.block_size * sequence.token_ids.itemsize
+            for start in range(0, len(run), num_bytes):
+                previous = self._hash_block(previous, run[start : start + num_bytes])
+                hashes.append(previous)
         return hashes[index]
 
     def _find(self, sequence: Sequence, index: int, before: int) -> int | None:
@@ -505,11 +517,27 @@ class BlockManager:
         self._num_references += 1
         return block
 
+    def _take_many(self, count: int) -> list[int]:
+        """Free blocks, the same as one after the other."""
+        if count <= 0:
+            return []
+        if self.window or not isinstance(self._free, FreeList):
+            return [self._take() for _ in range(count)]  # what is evicted with one may be the next
+        blocks = self._free.pop_many(count)
+        if self.enable_prefix_caching:
+            evicted = self._cache.known(blocks)
+            self._cache.remove(evicted)
+            self.stats.evictions += self.block_size * len(evicted)
+        for block in blocks:
+            self._reference_counts[block] = 1
+        self._num_references += count
+        return blocks
+
     def _evict(self, block: int) -> None:
         """Forgets a known block that is free. A transfer that saved its content would be entered here."""
         if not self.window:
             before = self._cache.before(block)
-            self._cache.remove(block)
+            self._cache.remove((block,))
             self.stats.evictions += self.block_size
             if self._ranked is not None:
                 self._ranked.evicted(block)
@@ -531,13 +559,21 @@ class BlockManager:
         self._reference_counts[block] += 1
         self._num_references += 1
 
-    def _release(self, block: int) -> None:
-        self._reference_counts[block] -= 1
-        self._num_references -= 1
-        if self._reference_counts[block] == 0:
-            self.num_releases += 1
-            self._partly_shared.discard(block)
-            if self._knows(block):
-                self._free.append(block)
-            else:
-                self._free.prepend(block)
+    def _release(self, blocks: Iterable[int]) -> None:
+        """Takes a reference from each of some blocks, one after the other."""
+        freed, counts = [], self._reference_counts
+        for block in blocks:
+            counts[block] -= 1
+            self._num_references -= 1
+            if counts[block] == 0:
+                freed.append(block)
+        if not freed:
+            return
+        self.num_releases += len(freed)
+        self._partly_shared.difference_update(freed)
+        known = self._cache.known(freed) if self.enable_prefix_caching else []
+        self._free.extend(known)
+        if len(known) < len(freed):
+            for block in freed:
+                if not self._knows(block):
+                    self._free.prepend(block)

@@ -1,7 +1,7 @@
 """The free blocks in the order in which they are taken; any of them can leave the queue at once."""
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 class FreeList:
@@ -31,6 +31,17 @@ class FreeList:
         self.remove(block)
         return block
 
+    def pop_many(self, count: int) -> list[int]:
+        """Takes out the blocks that stand first, in order; there must be so many."""
+        following = self._next
+        blocks, block = [], following[self._end]
+        for _ in range(count):
+            blocks.append(block)
+            block = following[block]
+        following[self._end], self._previous[block] = block, self._end
+        self._size -= count
+        return blocks
+
     def remove(self, block: int) -> None:
         """Takes out a block, wherever it stands."""
         before, after = self._previous[block], self._next[block]
@@ -41,6 +52,17 @@ class FreeList:
     def append(self, block: int) -> None:
         """Puts a block behind all others."""
         self._insert(block, self._previous[self._end], self._end)
+
+    def extend(self, blocks: Iterable[int]) -> None:
+        """Puts blocks behind all others, one after the other."""
+        previous, following, size = self._previous, self._next, self._size
+        last = previous[self._end]
+        for block in blocks:
+            following[last], previous[block] = block, last
+            last = block
+            size += 1
+        following[last], previous[self._end] = self._end, last
+        self._size = size
 
     def prepend(self, block: int) -> None:
         """Puts a block before all others."""

@@ -4,7 +4,7 @@ Knows numbers, hashes and bytes; which blocks are known, and for how long, is th
 """
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 ROOT = -2  # stands before a sequence's first block
@@ -78,24 +78,35 @@ class PrefixCache:
             block = self._next[block]
         return None
 
-    def add(self, block: int, block_hash: int, before: int, tokens: bytes, salt: str) -> None:
-        """Makes a block known that is not yet."""
-        bucket = block_hash & self._mask
-        self._next[block], self._first[bucket] = self._first[bucket], block
-        self._hashes[block] = block_hash
-        self._before[block] = before
-        self._num_known += 1
-        self.num_changes += 1
-        self._known_since[block] = self.num_changes
-        start = block * self._block_bytes
-        self._tokens[start : start + self._block_bytes] = tokens
-        if before == ROOT and salt:
-            self._salts[block] = salt
-        if self._followers is not None and before != ROOT:
-            self._followers.add(block, before)
-        if self.observer is not None:
-            parent_hash = None if before == ROOT else self._hashes[before]
-            self.observer.stored(block_hash, parent_hash, tokens, salt if before == ROOT else "")
+    def add(self, blocks: Iterable[int], hashes: Iterable[int], before: int, run: bytes, salt: str) -> int:
+        """Makes blocks known, each behind the one before, up to one whose prefix a block holds already.
+
+        before: what the first one follows. run: the tokens of all. Returns how many became known.
+        """
+        first, following, mask, size = self._first, self._next, self._mask, self._block_bytes
+        start = 0
+        for block, block_hash in zip(blocks, hashes, strict=True):
+            tokens, bucket = run[start : start + size], block_hash & mask
+            other = first[bucket]
+            if other != _NONE and self.find(block_hash, before, tokens, salt) is not None:
+                break
+            following[block], first[bucket] = other, block
+            self._hashes[block] = block_hash
+            self._before[block] = before
+            self._num_known += 1
+            self.num_changes += 1
+            self._known_since[block] = self.num_changes
+            self._tokens[block * size : (block + 1) * size] = tokens
+            if before == ROOT and salt:
+                self._salts[block] = salt
+            if self._followers is not None and before != ROOT:
+                self._followers.add(block, before)
+            if self.observer is not None:
+                parent_hash = None if before == ROOT else self._hashes[before]
+                self.observer.stored(block_hash, parent_hash, tokens, salt if before == ROOT else "")
+            before = block
+            start += size
+        return start // size
 
     def forget(self, block: int) -> list[int]:
         """Forgets a known block and all that follow it, which nobody could find any more; returns them."""
@@ -103,7 +114,7 @@ class PrefixCache:
         while rest:
             block = rest.pop()
             rest.extend(self.followers(block))
-            self.remove(block)
+            self.remove((block,))
             forgotten.append(block)
         return forgotten
 
@@ -112,30 +123,37 @@ class PrefixCache:
         assert self._followers is not None
         return self._followers.of(block)
 
-    def remove(self, block: int) -> None:
-        """Forgets a known block. Those that follow it must be forgotten, too."""
-        bucket = self._hashes[block] & self._mask
-        other = self._first[bucket]
-        if other == block:
-            self._first[bucket] = self._next[block]
-        else:
-            while self._next[other] != block:
-                other = self._next[other]
-            self._next[other] = self._next[block]
-        if self._followers is not None and self._before[block] != ROOT:
-            self._followers.remove(block, self._before[block])
-        self._before[block] = _UNKNOWN
-        self._num_known -= 1
-        self.num_changes += 1
-        self._salts.pop(block, None)
-        if self.observer is not None:
-            self.observer.removed(self._hashes[block])
+    def known(self, blocks: Iterable[int]) -> list[int]:
+        """Those of some blocks that are known, in order."""
+        known = self._before
+        return [block for block in blocks if known[block] != _UNKNOWN]
+
+    def remove(self, blocks: Iterable[int]) -> None:
+        """Forgets known blocks, in order. Those that follow one must be forgotten, too."""
+        first, following, mask = self._first, self._next, self._mask
+        for block in blocks:
+            bucket = self._hashes[block] & mask
+            other = first[bucket]
+            if other == block:
+                first[bucket] = following[block]
+            else:
+                while following[other] != block:
+                    other = following[other]
+                following[other] = following[block]
+            if self._followers is not None and self._before[block] != ROOT:
+                self._followers.remove(block, self._before[block])
+            self._before[block] = _UNKNOWN
+            self._num_known -= 1
+            self.num_changes += 1
+            if self._salts:
+                self._salts.pop(block, None)
+            if self.observer is not None:
+                self.observer.removed(self._hashes[block])
 
     def clear(self) -> None:
         """Forgets all."""
         observer, self.observer = self.observer, None
-        for block in list(self):
-            self.remove(block)
+        self.remove(list(self))
         self.observer = observer
         if observer is not None:
             observer.cleared()

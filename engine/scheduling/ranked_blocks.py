@@ -5,7 +5,7 @@ which block, is the block manager's business.
 """
 
 from array import array
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from heapq import heapify, heappop, heappush
 from typing import Any
 
@@ -65,6 +65,11 @@ class RankedBlocks:
         self._last_used[block] = self._clock
         self._known[block] = None
         self._offer(block)
+
+    def extend(self, blocks: Iterable[int]) -> None:
+        """Takes in such blocks one after the other."""
+        for block in blocks:
+            self.append(block)
 
     def prepend(self, block: int) -> None:
         """Takes in a block that holds nothing known."""
