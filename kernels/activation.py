@@ -1,11 +1,9 @@
 """The activation functions of feed-forward layers and the soft cap of scores and logits, a row at a time."""
 
-import math
-
 import numpy as np
 
 from pagellm.kernels.jit import kernel
-from pagellm.kernels.simd import LANES, absolute, broadcast, exp, fma, load, store, where_at_least
+from pagellm.kernels.simd import LANES, absolute, broadcast, exp, fma, load, maximum, store, where_at_least
 
 SILU, GELU_TANH, GELU, RELU, RELU_SQUARED = range(5)
 KINDS = {
@@ -17,6 +15,26 @@ KINDS = {
 }
 
 _SQRT_2_OVER_PI = 0.7978845608028654
+
+
+@kernel
+def _upper_tail(t):
+    """The part of the standard normal distribution above each lane t >= 0; t times it is within 1.5e-7 t.
+
+    It is exp(-t^2 / 2) times a smooth function: here a polynomial in u = 1 / (1 + 0.35 t), fitted to the
+    least greatest relative error (3.2e-8) on 0 <= t <= 14, behind which the exponential is 0.
+    """
+    one = broadcast(np.float32(1.0))
+    u = one / fma(broadcast(np.float32(0.35)), t, one)
+    p = fma(broadcast(np.float32(-0.029146135)), u, broadcast(np.float32(0.14397268)))
+    p = fma(p, u, broadcast(np.float32(-0.25571626)))
+    p = fma(p, u, broadcast(np.float32(0.15917644)))
+    p = fma(p, u, broadcast(np.float32(-0.023111377)))
+    p = fma(p, u, broadcast(np.float32(0.10550865)))
+    p = fma(p, u, broadcast(np.float32(0.11983271)))
+    p = fma(p, u, broadcast(np.float32(0.1398619)))
+    p = fma(p, u, broadcast(np.float32(0.13962141)))
+    return p * u * exp(broadcast(np.float32(-0.5)) * t * t)
 
 
 @kernel
@@ -39,9 +57,10 @@ def activate(kind, gated, x, start, size, up_offset, out):
             inner = fma(cubic * value * value, value, value)
             store(out, i, value / (one + exp(factor * inner)))
     elif kind == GELU:
-        for i in range(size):
-            value = x[start + i]
-            out[i] = np.float32(0.5) * value * np.float32(1.0 + math.erf(value / math.sqrt(2.0)))
+        for i in range(0, size, LANES):
+            value = load(x, start + i)
+            magnitude = absolute(value)
+            store(out, i, maximum(value, zero) - magnitude * _upper_tail(magnitude))
     else:
         for i in range(size):
             out[i] = max(x[start + i], np.float32(0.0))
