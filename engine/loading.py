@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pagellm.engine.checkpoints import BLOCK_SIZES, Checkpoint, open_checkpoint, resolve_model
+from pagellm.engine.checkpoints import Checkpoint, open_checkpoint, resolve_model
 from pagellm.engine.config import CompleteConfig, EngineConfig
 from pagellm.engine.errors import CheckpointError, ConfigError
 from pagellm.engine.execution.compilation import compile_kernels
@@ -88,6 +88,8 @@ def load_engine(
         formats = formats_of(checkpoint, spec, asked.quantization)
         cache_format = kv_format(formats)
         token_bytes = kv_bytes_per_token(spec.arch, cache_format)
+        if show_progress and checkpoint.quantization:
+            say(f"{checkpoint.path.name}: {checkpoint.quantization}")
         if show_progress and spec.left_alone:
             say(f"{checkpoint.path.name}: {spec.left_alone}")
         if show_progress and asked.quantization == "auto":
@@ -184,9 +186,9 @@ def size_cache(
     return complete
 
 
-def _say_converted(checkpoint: Checkpoint, types: list[str]) -> None:
+def _say_converted(checkpoint: Checkpoint, types: Mapping[str, float]) -> None:
     if types:
-        sizes = (f"{name} ({8 * BLOCK_SIZES[name][1] / BLOCK_SIZES[name][0]:.3g} bits)" for name in types)
+        sizes = (f"{name} ({bits:.3g} bits)" for name, bits in types.items())
         say(
             f"{checkpoint.path.name}: weights of type {', '.join(sizes)} are converted to float32, 4 bytes a "
             "weight; with quantization bf16, int8 or int4 they take 2, 1.1 or 0.6"

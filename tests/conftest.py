@@ -13,6 +13,7 @@ from pagellm.engine.scheduling.sequence import Sequence
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
 ARCHITECTURES = Path(__file__).parent / "fixtures" / "architectures"
+QUANTIZED = Path(__file__).parent / "fixtures" / "quantized"
 
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # `--hypothesis-profile=quick`: for tests that run many times over, once for each instruction set.
@@ -29,7 +30,9 @@ def at_most(examples: int) -> settings:
 
 def model_path(name: str) -> Path:
     """A small random checkpoint: its directory, or its GGUF file if there is nothing else."""
-    directory = MODELS / name if (MODELS / name).exists() else ARCHITECTURES / name
+    directory = next(
+        (folder / name for folder in (MODELS, ARCHITECTURES) if (folder / name).exists()), QUANTIZED / name
+    )
     return directory if (directory / "config.json").exists() else directory / "model.gguf"
 
 

@@ -7,13 +7,27 @@ knows nothing of architectures, of tokenizers or of how weights are laid out for
 
 from pathlib import Path
 
-from pagellm.engine.checkpoints.base import BLOCK_SIZES, SUPPORTED_DTYPES, Checkpoint, Tensor
+from pagellm.engine.checkpoints.base import (
+    BLOCK_SIZES,
+    SUPPORTED_DTYPES,
+    Checkpoint,
+    Tensor,
+    bits_per_weight,
+)
 from pagellm.engine.checkpoints.gguf_parts import gguf_in, open_gguf
 from pagellm.engine.checkpoints.huggingface import has_weights, open_huggingface
 from pagellm.engine.checkpoints.resolve import resolve_model
 from pagellm.engine.errors import CheckpointError
 
-__all__ = ["BLOCK_SIZES", "SUPPORTED_DTYPES", "Checkpoint", "Tensor", "open_checkpoint", "resolve_model"]
+__all__ = [
+    "BLOCK_SIZES",
+    "SUPPORTED_DTYPES",
+    "Checkpoint",
+    "Tensor",
+    "bits_per_weight",
+    "open_checkpoint",
+    "resolve_model",
+]
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -161,6 +161,11 @@ class Tensor:
             raise IndexError(f"rows [{start}, {stop}) of {found(self.name)}, which has {self.shape[0]}")
 
 
+def bits_per_weight(tensor: Tensor) -> float:
+    """What a number of a tensor takes in its file, scales included."""
+    return 8 * tensor.num_bytes / max(1, math.prod(tensor.shape))
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An open model: its configuration and its tensors by name.
@@ -168,7 +173,8 @@ class Checkpoint:
     `config` is the parsed config.json of a Hugging Face directory, or the metadata of a GGUF file, where
     arrays of strings are lists and arrays of numbers are NumPy arrays. `headers_only`: no weights are to be
     read, and what only their values could tell is taken for granted. `config_only`: there are no tensors
-    either, and those that the configuration asks for are taken for granted.
+    either, and those that the configuration asks for are taken for granted. `quantization`: what method the
+    matrices among the tensors were quantized by; empty where none was.
     """
 
     path: Path
@@ -178,6 +184,7 @@ class Checkpoint:
     files: tuple[WeightFile, ...] = field(repr=False, default=())
     headers_only: bool = False
     config_only: bool = False
+    quantization: str = ""
 
     def close(self) -> None:
         """Closes the files; no tensor can be read afterwards."""

@@ -10,23 +10,19 @@ import math
 import os
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from pagellm.engine.checkpoints.base import BLOCK_SIZES, Checkpoint, Tensor, WeightFile
-from pagellm.engine.checks import JsonError, parse_json
+from pagellm.engine.checkpoints.json_files import CONFIG_FILE, read_json_object
+from pagellm.engine.checkpoints.quantized import join_quantized
 from pagellm.engine.errors import CheckpointError, found
-from pagellm.engine.files import read_plain
 
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 # More than any published file has; the format's own limit would let a file ask for gigabytes.
 MAX_HEADER_BYTES = 8 << 20
-# Of config.json and of the index.
-MAX_JSON_BYTES = 16 << 20
 # Of a file, on every system that is in use.
 MAX_NAME_BYTES = 255
 UNSUPPORTED_SUFFIXES = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
@@ -53,8 +49,9 @@ def open_huggingface(directory: Path) -> Checkpoint:
                 tensors = _select(weight_map, files)
         if tensors is None:
             raise CheckpointError(f"{directory}: {missing_weights(directory)}")
+        tensors, method = join_quantized(directory, config, tensors)
         opened.pop_all()
-    return Checkpoint(directory, "safetensors", config, tensors, tuple(files))
+    return Checkpoint(directory, "safetensors", config, tensors, tuple(files), quantization=method)
 
 
 def _is_whole(directory: Path, tensors: dict[str, Tensor], weight_map: dict[str, str]) -> bool:
@@ -86,21 +83,6 @@ def missing_weights(directory: Path) -> str:
     if others:
         return f"weights only as {others[0]}, {expected}; only safetensors and GGUF are supported"
     return f"no weights, {expected}, or one model in GGUF"
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file whose top level is an object."""
-    try:
-        value = parse_json(read_plain(path, MAX_JSON_BYTES))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: not found; expected a Hugging Face model directory") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except JsonError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: a JSON {type(value).__name__}, expected an object")
-    return value
 
 
 def _read_index(directory: Path) -> dict[str, str]:

@@ -12,13 +12,8 @@ from pathlib import Path
 from pagellm.engine.checkpoints.fetch import fetch
 from pagellm.engine.checkpoints.gguf import MAGIC
 from pagellm.engine.checkpoints.gguf_parts import gguf_in
-from pagellm.engine.checkpoints.huggingface import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    WEIGHTS_FILE,
-    has_weights,
-    missing_weights,
-)
+from pagellm.engine.checkpoints.huggingface import INDEX_FILE, WEIGHTS_FILE, has_weights, missing_weights
+from pagellm.engine.checkpoints.json_files import CONFIG_FILE
 from pagellm.engine.checkpoints.known_models import KNOWN_MODELS
 from pagellm.engine.errors import CheckpointError, found
 from pagellm.engine.files import open_plain

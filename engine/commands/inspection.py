@@ -23,7 +23,7 @@ from pagellm.engine.checkpoints import (
     resolve_model,
 )
 from pagellm.engine.checkpoints.gguf import read_gguf
-from pagellm.engine.checkpoints.huggingface import CONFIG_FILE, read_json_object
+from pagellm.engine.checkpoints.json_files import CONFIG_FILE, read_json_object
 from pagellm.engine.checks import JsonError, parse_json
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import CheckpointError

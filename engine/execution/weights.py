@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pagellm.engine.checkpoints import BLOCK_SIZES, Checkpoint, Tensor
+from pagellm.engine.checkpoints import BLOCK_SIZES, Checkpoint, Tensor, bits_per_weight
 from pagellm.engine.errors import CheckpointError
 from pagellm.engine.models import ModelSpec, Source
 from pagellm.engine.models.rope import RopeTable
@@ -57,14 +57,20 @@ def formats_of(checkpoint: Checkpoint, spec: ModelSpec, quantization: str) -> Fo
     return formats
 
 
-def converted_types(checkpoint: Checkpoint, spec: ModelSpec, formats: Formats) -> list[str]:
-    """The quantized types of matrices that become float32, because no format of the kernels holds them."""
-    types = set()
+def converted_types(checkpoint: Checkpoint, spec: ModelSpec, formats: Formats) -> dict[str, float]:
+    """The quantized types of matrices that become float32, and their bits a weight.
+
+    That is, because no format of the kernels holds them, or none that fits the matrices beside them.
+    """
+    types = {}
     for parts, by_part in zip((*spec.layers, spec.rest), formats, strict=True):
         for name, runs in by_part.items():
             if runs[0].format == FLOAT32:
-                types |= {checkpoint.tensors[source.tensor].dtype for source in parts[name]}
-    return sorted(dtype for dtype in types if BLOCK_SIZES[dtype][0] > 1)
+                for source in parts[name]:
+                    tensor = checkpoint.tensors[source.tensor]
+                    if tensor.dtype not in BLOCK_SIZES or BLOCK_SIZES[tensor.dtype][0] > 1:
+                        types[tensor.dtype] = bits_per_weight(tensor)
+    return dict(sorted(types.items()))
 
 
 def _format_of(checkpoint: Checkpoint, source: Source, quantization: str, in_layer: bool) -> int:

@@ -261,7 +261,7 @@ def read_config(
         if key is not None and alias is not None and alias != fields.get(name):
             expected = f"{key} alone, or the same as {key}"
             raise CheckpointError(f"{fields.path}: {name}: found {found(alias)}, expected {expected}")
-    refuse_quantized(fields)
+    refuse_quantized(fields, checkpoint)
     if fields.get("is_causal", True) is not True:  # null means false there
         raise fields.error("is_causal", fields.get("is_causal"), "true; another value is not supported")
     return fields

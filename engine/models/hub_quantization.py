@@ -1,21 +1,22 @@
-"""How a Hugging Face directory says that its weights were quantized, and by which method.
+"""Methods of quantization that a Hugging Face directory may name and that are not read.
 
 transformers has `quantization_config` in config.json, as most quantizers write it; compressed-tensors had
 `compression_config`, MLX has `quantization`. AutoGPTQ, AutoAWQ and NVIDIA's ModelOpt wrote a file beside it.
-None of them is read: their tensors would be taken for something else.
+What `checkpoints.quantized` has read is not refused; the tensors of others would be taken for something else.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from pagellm.engine.checkpoints import SUPPORTED_DTYPES
-from pagellm.engine.checkpoints.huggingface import read_json_object
+from pagellm.engine.checkpoints import SUPPORTED_DTYPES, Checkpoint
+from pagellm.engine.checkpoints.json_files import read_json_object
 from pagellm.engine.errors import CheckpointError, found
 from pagellm.engine.models.fields import Fields
 
 _SUPPORTED = (
-    "weights in float32, float16 or bfloat16, which the setting quantization converts while loading, "
-    f"or a GGUF file of any of these types: {SUPPORTED_DTYPES}"
+    "weights in float32, float16 or bfloat16, which the setting quantization converts while loading, or "
+    "quantized by GPTQ, AWQ, compressed-tensors, FP8 or bitsandbytes, or a GGUF file of any of these types: "
+    f"{SUPPORTED_DTYPES}"
 )
 _KEYS = ("quantization_config", "compression_config", "quantization")
 _FILES = {
@@ -37,15 +38,21 @@ _DETAILS = (
 )
 
 
-def refuse_quantized(fields: Fields) -> None:
-    """Raises `CheckpointError` if config.json or a file beside it says that the weights were quantized."""
+def refuse_quantized(fields: Fields, checkpoint: Checkpoint) -> None:
+    """Raises `CheckpointError` if config.json or a file beside it says that the weights were quantized.
+
+    That is, by a method that is not read, or where there are no tensors to read.
+    """
+    for key in _KEYS:
+        fields.get(key)
+    is_read = bool(checkpoint.quantization)
     for prefix, section in [("", fields.values), *_nested(fields.values)]:
-        for key in _KEYS:
+        for key in _KEYS[-1:] if is_read else _KEYS:
             if section.get(key) is not None:
                 raise CheckpointError(
                     f"{fields.path}: {prefix}{key}: found {_method(section[key])}, expected {_SUPPORTED}"
                 )
-    for name, method in _FILES.items():
+    for name, method in _FILES.items() if not is_read else ():
         path = fields.path.with_name(name)
         if path.exists():
             values = read_json_object(path)

@@ -29,7 +29,7 @@ def text_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     images and may change what is computed.
     """
     fields = Fields(checkpoint.path / "config.json", checkpoint.config)
-    refuse_quantized(fields)
+    refuse_quantized(fields, checkpoint)
     model_type = str(fields.get("model_type"))
     text = fields.section("text_config")
     if text is None:

@@ -4,8 +4,9 @@ import re
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pagellm.engine.checkpoints import Checkpoint, Tensor
+from pagellm.engine.checkpoints import BLOCK_SIZES, Checkpoint, Tensor
 from pagellm.engine.errors import named
 from pagellm.engine.models.fields import REQUIRED, Fields
 
@@ -64,7 +65,11 @@ def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two matrices hold the same values."""
     if a.shape != b.shape or len(a.shape) != 2:
         return False
-    read = Tensor.quantized_rows if a.dtype == b.dtype else Tensor.rows
+    as_they_are = a.dtype == b.dtype and a.dtype in BLOCK_SIZES
+
+    def read(tensor: Tensor, start: int, stop: int) -> NDArray[Any]:
+        return tensor.quantized_rows(start, stop) if as_they_are else tensor.rows(start, stop)
+
     step = max(1, _COMPARE_BYTES // (4 * max(1, a.shape[1])))
     starts = range(0, a.shape[0], step)
     ends = (min(start + step, a.shape[0]) for start in starts)

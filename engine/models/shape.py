@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pagellm.engine.checkpoints import Checkpoint, open_checkpoint
-from pagellm.engine.checkpoints.huggingface import CONFIG_FILE, read_json_object
+from pagellm.engine.checkpoints.json_files import CONFIG_FILE, read_json_object
 from pagellm.engine.errors import CheckpointError
 from pagellm.engine.models import read_spec
 from pagellm.engine.models.spec import ModelSpec, Source

@@ -82,7 +82,7 @@ def with_metadata(tmp_path: Path, name: str, keys: dict[str, Any], architecture:
 
 
 def refusal(path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    with headers_alone(path, monkeypatch), pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError) as caught, headers_alone(path, monkeypatch):
         load_engine(path)
     return str(caught.value)
 

@@ -60,7 +60,9 @@ def test_gpt2s_published_sizes_are_configurations_alone(
     tensors = dict.fromkeys(
         map(str, range(12 * layers + 4))
     )  # only their number matters before shapes are checked
-    checkpoint = SimpleNamespace(path=Path("gpt2"), format="safetensors", config=config, tensors=tensors)
+    checkpoint = SimpleNamespace(
+        path=Path("gpt2"), format="safetensors", config=config, tensors=tensors, quantization=""
+    )
     spec = gpt2.from_huggingface(cast(Checkpoint, checkpoint))
     assert num_parameters(spec) == parameters
     assert (spec.arch.layers["head_dim"] * heads == hidden).all()
@@ -218,11 +220,11 @@ def test_llama_s_class_knows_no_window(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_theta": 1e-9}}, "theta 1e-09, expected a number from 1"),
         ({"rope_scaling": {"type": "linear", "factor": 1e-9}}, "radians a position"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}},
-         "quantization_config: found 'gptq', bits 4, expected"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "found 'bitsandbytes'"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "found 'fp8', expected weights in float32"),
+         "quantization_config: found 'gptq', expected weights that it has quantized"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "load_in_4bit: found False, expected"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "found 'fp8', expected weights that it has"),
         ({"quantization_config": {"quant_method": "awq"}}, "found 'awq'"),
-        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "found 'compressed-tensors'"),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, r"_config\.format: found None"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "quantization: found 'mlx', bits 4, group_size 64"),
         ({"quantization_config": {"load_in_4bit": True}}, "found 'bitsandbytes', expected"),
         ({"quantization_config": {"quant_method": "torchao", "quant_type": "int4"}}, "'torchao', quant_type"),
@@ -244,8 +246,8 @@ def test_what_could_change_the_arithmetic_is_obeyed_or_refused_by_name(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("quantize_config.json", {"bits": 4, "group_size": 128}, "found 'gptq', bits 4, group_size 128"),
-        ("quant_config.json", {"w_bit": 4, "q_group_size": 128}, "found 'awq', w_bit 4, q_group_size 128"),
+        ("quantize_config.json", {"bits": 4, "group_size": 128}, "found 'gptq', expected weights that"),
+        ("quant_config.json", {"w_bit": 4, "q_group_size": 128}, "found 'awq', expected weights that"),
         (
             "hf_quant_config.json",
             {"quantization": {"quant_algo": "FP8"}},
@@ -259,12 +261,11 @@ def test_a_quantizer_s_own_file_is_a_refusal_too(
     shutil.copytree(MODELS / "llama_mha", tmp_path / "m")
     (tmp_path / "m" / name).write_text(json.dumps(content))
     with (
-        open_checkpoint(tmp_path / "m") as checkpoint,
         pytest.raises(CheckpointError, match=message) as caught,
+        open_checkpoint(tmp_path / "m") as checkpoint,
     ):
         read_spec(checkpoint)
     assert name in str(caught.value)
-    assert "Q4_0" in str(caught.value)
 
 
 # Keys as files on the hub have them, of several years of transformers.
@@ -360,7 +361,7 @@ def with_metadata(name: str, changes: dict[str, Any], tensors: dict[str, Tensor]
         prefix = f"{checkpoint.config['general.architecture']}."
         config = checkpoint.config | {prefix + key: value for key, value in changes.items()}
         tensors = dict(checkpoint.tensors) if tensors is None else tensors
-        return read_spec(replace(checkpoint, config=config, tensors=tensors))
+        return read_spec(replace(checkpoint, config=config, tensors=tensors, quantization=""))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,40 @@
+"""Directories of FP8 weights as transformers and vLLM read them: DeepSeek's blocks, or one scale a matrix.
+
+Their activations are quantized, too, where a GPU computes with them; here they stay floats.
+"""
+
+from pagellm.engine.checkpoints.quantized.bytes import SCALES, ByteMatrix
+from pagellm.engine.checkpoints.quantized.modules import Modules
+from pagellm.engine.checkpoints.quantized.section import Section, by_parts
+
+_FLOATS = "activations stay floats"
+_HARMLESS = frozenset(
+    {"quant_method", "activation_scheme", "scale_fmt", "dequantize", "is_checkpoint_fp8_serialized"}
+)
+
+
+def read_fp8(section: Section, modules: Modules) -> str:
+    """Joins the tensors of each matrix; what the method is called in reports."""
+    section.only("activation_scheme", "dynamic", "static", default="dynamic")
+    section.only("fmt", "e4m3", "float8_e4m3fn", default="e4m3")
+    section.only("scale_fmt", "float", "ue8m0", default="float")
+    section.only("expert_dtype", "fp8", default="fp8")
+    block = section.get("weight_block_size")
+    if block is not None and not (
+        isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
+    ):
+        raise section.error("weight_block_size", block, "two positive integers")
+    key = "modules_to_not_convert" if section.get("modules_to_not_convert") else "ignored_layers"
+    excluded = by_parts(section.names(key), section, key)
+    section.get("modules_to_convert")
+    section.refuse_others(_HARMLESS)
+    for module in modules.with_tensor("weight", "F8_E4M3"):
+        weight = modules.take(module, "weight", ("F8_E4M3",))
+        scales = modules.take_any(module, ("weight_scale_inv", "weight_scale"), SCALES)
+        if scales is None:
+            scales = modules.take(module, "weight_scale_inv", SCALES)
+        modules.take_any(module, ("input_scale", "activation_scale"), SCALES)
+        modules.put(module, ByteMatrix(weight, scales, "E4M3", tuple(block) if block else None).tensor())
+    modules.check(section, key, excluded)
+    how = "one scale a matrix or output" if block is None else f"blocks of {block[0]} x {block[1]}"
+    return f"FP8 (E4M3), {how}, {_FLOATS}"
