@@ -39,7 +39,7 @@ class Fields:
         self.values = values
         self.place = place
         self._error = error
-        self._prefix = prefix
+        self.prefix = prefix
 
     def get(self, name: str) -> Any:
         """The value as it is; None where it is absent."""
@@ -74,14 +74,14 @@ class Fields:
 
     def section(self, name: str) -> "Fields":
         """An object inside."""
-        return Fields(self.get(name), self.place, self._error, f"{self._prefix}{name}.")
+        return Fields(self.get(name), self.place, self._error, f"{self.prefix}{name}.")
 
     def bad(self, name: str, value: Any, expected: str) -> PagellmError:
         """The error for a value of a field."""
         return bad(self._error, self._called(name), value, expected)
 
     def _called(self, name: str) -> str:
-        return f"{self.place}: {self._prefix}{name}"
+        return f"{self.place}: {self.prefix}{name}"
 
     def _shown(self, name: str) -> Any:
         value = self.get(name)

@@ -14,23 +14,30 @@ from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
 
 if TYPE_CHECKING:
-    from pagellm.sim.simulator import Replica
+    from pagellm.sim.fleet.replica import Replica
 
 
 class ArrivingView(View):
     """What a router sees of a request that no engine has yet."""
 
-    __slots__ = ("_sequence",)
+    __slots__ = ("_model", "_sequence")
     _what = "a request that arrives"
+    _model: str | None
     _sequence: Sequence
 
-    def __init__(self, sequence: Sequence) -> None:
+    def __init__(self, sequence: Sequence, model: str | None = None) -> None:
         object.__setattr__(self, "_sequence", sequence)
+        object.__setattr__(self, "_model", model)
 
     @property
     def request_id(self) -> str:
         """The request's name."""
         return self._sequence.request_id
+
+    @property
+    def model(self) -> str | None:
+        """The model that it asks for by name; all replicas that are to choose from serve it."""
+        return self._model
 
     @property
     def sampling_params(self) -> SamplingParams:
@@ -57,6 +64,26 @@ class ReplicaView(View):
 
     def __init__(self, replica: "Replica") -> None:
         object.__setattr__(self, "_replica", replica)
+
+    @property
+    def number(self) -> int:
+        """Its number among all replicas of the fleet."""
+        return self._replica.number
+
+    @property
+    def group(self) -> str:
+        """The group of alike replicas that it is one of."""
+        return self._replica.group.name
+
+    @property
+    def role(self) -> str:
+        """What it does: both, prefill or decode."""
+        return self._replica.group.role
+
+    @property
+    def model(self) -> str:
+        """The model that it serves."""
+        return self._replica.group.model
 
     @property
     def num_unfinished(self) -> int:
@@ -105,8 +132,8 @@ class Router:
 
     def choose(self, sequence: ArrivingView, replicas: Items[ReplicaView]) -> int:
         """The place of a replica in the list."""
-        chosen = self._next
-        self._next = (chosen + 1) % len(replicas)
+        chosen = self._next % len(replicas)
+        self._next = chosen + 1
         return chosen
 
 
@@ -149,10 +176,10 @@ class CheckedRouter:
         self._router = load_router(name)
         self._views = [ReplicaView(replica) for replica in replicas]
 
-    def choose(self, sequence: Sequence) -> int:
-        """The number of a replica."""
+    def choose(self, sequence: Sequence, model: str | None = None) -> int:
+        """The place of a replica among those given. model: that the request asks for."""
         try:
-            answer: Any = self._router.choose(ArrivingView(sequence), list(self._views))
+            answer: Any = self._router.choose(ArrivingView(sequence, model), list(self._views))
             if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(self._views):
                 raise ValueError(f"found {found(answer)}, expected a number from 0 to {len(self._views) - 1}")
         except Exception as error:  # a user's router may raise anything

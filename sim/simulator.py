@@ -10,26 +10,30 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import KW_ONLY, dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from heapq import heapify, heappop, heappush, heappushpop
 from itertools import islice
 from os import PathLike
 from typing import Any
 
 from pagellm.engine.checks import SMALLEST, integer, number
-from pagellm.engine.config import CompleteConfig, EngineConfig
+from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError, PagellmError, RequestError, TraceError
 from pagellm.engine.requests.outputs import FinishReason
 from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.scheduling.batch import ScheduledBatch
 from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
-from pagellm.engine.scheduling.step_loop import StepLoop
 from pagellm.engine.step_log import StepLogFile, StepRecord, StepRecorder
-from pagellm.sim.costs.cost_model import CostModel
+from pagellm.sim.costs.cost_model import CostConstant, CostModel
+from pagellm.sim.fleet.account import account
+from pagellm.sim.fleet.fleet import Fleet, Group
+from pagellm.sim.fleet.pools import Pools
+from pagellm.sim.fleet.replica import Replica
 from pagellm.sim.report.metrics import MetricsCollector
 from pagellm.sim.report.perfetto import PerfettoTrace
 from pagellm.sim.report.schema import Report
-from pagellm.sim.router import CheckedRouter, load_router
+from pagellm.sim.router import load_router
 from pagellm.sim.traces.prompt_tokens import PromptTokens
 from pagellm.sim.traces.request import MAX_LEN, TraceRequest
 from pagellm.sim.traces.sessions import Sessions
@@ -70,26 +74,6 @@ def foresee(schedulers: list[Scheduler], trace: Trace, prompt_tokens: PromptToke
     schedulers[0].foresee(Sequence(i, prompt_tokens(one), one.sampling_params()) for i, one in requests)
 
 
-class Replica:
-    """One engine: the step loop, what came for it since it scheduled last, and the step under way.
-
-    unfinished: requests that were sent to it and have not ended.
-    """
-
-    def __init__(self, number: int, config: CompleteConfig) -> None:
-        self.number = number
-        self.scheduler = Scheduler.with_blocks(config)
-        self.loop = StepLoop(self.scheduler)
-        self.inbox: list[tuple[float, Sequence, TraceRequest | None]] = []  # without a request: a timeout
-        self.is_busy = False  # a step is under way, or about to start
-        self.unfinished: set[Sequence] = set()
-
-    @property
-    def num_unfinished(self) -> int:
-        """Requests that were sent to it and have not ended."""
-        return len(self.unfinished)
-
-
 @dataclass(frozen=True)
 class Simulator:
     """Replays traces with some settings and step times.
@@ -103,8 +87,10 @@ class Simulator:
     clients ask at once, and each again, with the trace's next request, when its request has ended; with its
     next conversation, when all of one has.
     replicas, router: how many engines serve, and who gets a request: round_robin, least_loaded, prefix_aware
-    or a Router of your own as module:Class or path/file.py:Class. timeout_s: when a client
-    gives up; its engine hears of that between two steps, and a request that the step before ended has ended.
+    or a Router of your own as module:Class or path/file.py:Class. fleet: replicas that differ, in the place
+    of so many with `config` and `cost_model`; see `of_fleet`. price_per_h: of a device, in any unit.
+    timeout_s: when a client gives up; its engine hears of that between two steps, and a request that the step
+    before ended has ended.
 
     skip_bad: count requests that can never be computed as rejected, instead of ending with an error.
     slo: the most seconds that a good request takes: ttft_s, tpot_s, e2e_s, queue_s. results: a file that gets
@@ -123,6 +109,8 @@ class Simulator:
     clients: int | None = None
     replicas: int = 1
     router: str = "round_robin"
+    fleet: Fleet | None = None
+    price_per_h: float | None = None
     timeout_s: float | None = None
     skip_bad: bool = False
     slo: Mapping[str, float] | None = None
@@ -141,8 +129,28 @@ class Simulator:
             if value is not None:
                 number(name, value, SMALLEST, error=ConfigError, expected="a number above 0")
         load_router(self.router)
-        object.__setattr__(self, "config", self.cost_model.fill(self.config))
-        self.cost_model.check_error(self.accept_profile_error)
+        if self.fleet is not None and (self.replicas != 1 or self.price_per_h is not None):
+            name = "replicas" if self.replicas != 1 else "price_per_h"
+            raise ConfigError(f"{name}: found {getattr(self, name)} with a fleet, whose groups say that")
+        object.__setattr__(self, "config", self._fleet.groups[0].config)
+        for costs in self._fleet.cost_models:
+            costs.check_error(self.accept_profile_error)
+
+    @classmethod
+    def of_fleet(cls, fleet: Fleet, **options: Any) -> "Simulator":
+        """What replays with a fleet; the first group's settings name the step log. options: as above."""
+        first = fleet.groups[0]
+        return cls(first.config, first.costs, fleet=fleet, **options)
+
+    @cached_property
+    def _fleet(self) -> Fleet:
+        """The fleet that was given, or one of replicas that are alike."""
+        if self.fleet is not None:
+            return self.fleet
+        alike = Group(
+            costs=self.cost_model, config=self.config, count=self.replicas, price_per_h=self.price_per_h
+        )
+        return Fleet((alike,))
 
     def replay(self, trace: Trace) -> Report:
         """Simulates a whole trace.
@@ -156,27 +164,29 @@ class Simulator:
         Raises `TraceError` for a request that can never be computed, `PolicyError` for a policy that fails.
         """
         begin = time.perf_counter()
-        self.cost_model.begin(self.config, self.replicas)
+        fleet = self._fleet
+        fleet.begin()
         replay = _Replay(self, trace)
         with closing(replay):
             replay.run()
         return replay.metrics.report(
             trace,
             kind="simulated",
-            model=self.cost_model.name,
-            extrapolated=self.cost_model.extrapolated,
-            profile_error=self.cost_model.error,
-            fit=self.cost_model.fit,
-            constants=self.cost_model.constants_table(),
+            model=" and ".join(dict.fromkeys(costs.name for costs in fleet.cost_models)),
+            extrapolated=sum(costs.extrapolated for costs in fleet.cost_models),
+            profile_error=next((costs.error for costs in fleet.cost_models if costs.error), None),
+            fit=next((costs.fit for costs in fleet.cost_models if costs.fit), None),
+            constants=_constants(fleet),
             config=self.config,
             load={
                 "mode": "open" if self.clients is None else "closed",
                 "rate_factor": self.rate_factor,
                 "clients": self.clients,
-                "replicas": self.replicas,
-                "router": self.router if self.replicas > 1 else None,
+                "replicas": fleet.num_replicas,
+                "router": self.router if fleet.num_replicas > 1 else None,
                 "timeout_s": self.timeout_s,
             },
+            fleet=account(fleet, replay.replicas, replay.metrics),
             wall_s=time.perf_counter() - begin,
         )
 
@@ -185,36 +195,41 @@ class _Replay:
     """One replay of one trace: the events to come, and what they do."""
 
     def __init__(self, simulator: Simulator, trace: Trace) -> None:
-        config = simulator.config.complete()
+        fleet = simulator._fleet
+        config = fleet.groups[0].complete
         self._simulator = simulator
-        self._cost_model = simulator.cost_model
+        self._frontend_s = fleet.groups[0].costs.frontend_s
         self._trace = trace
         scaled = trace if simulator.rate_factor == 1 else trace.scaled(simulator.rate_factor)
         self._sessions = Sessions(scaled, keeps_times=simulator.clients is None)
         self._requests = self._sessions.openers()
         self._requests_of: dict[Sequence, TraceRequest] = {}  # where there are sessions
-        self._replicas = [Replica(number, config) for number in range(simulator.replicas)]
-        self._router = CheckedRouter(simulator.router, self._replicas)
+        groups = [group for group in fleet.groups for _ in range(group.count)]
+        self.replicas = [Replica(number, group) for number, group in enumerate(groups)]
+        self._pools = Pools(fleet, simulator.router, self.replicas)
+        sizes = {group.costs.block_bytes(group.config.block_size) for group in fleet.groups}
         self.metrics = MetricsCollector(
-            [replica.scheduler for replica in self._replicas],
+            [replica.scheduler for replica in self.replicas],
             simulator.slo,
             simulator.results,
-            self._cost_model.block_bytes(config.block_size),
+            sizes.pop() if len(sizes) == 1 else None,
+            [replica.group.name for replica in self.replicas] if len(fleet.groups) > 1 else None,
         )
         self._step_log = None if config.step_log is None else StepLogFile(config.step_log, is_live=False)
         self._perfetto = None if simulator.perfetto is None else PerfettoTrace(simulator.perfetto)
-        for replica in self._replicas:
+        for replica in self.replicas:
             replica.loop.listen(self.metrics.listener(replica.number))
             if self._step_log is not None:
-                number = replica.number if len(self._replicas) > 1 else None
-                replica.loop.listen(StepRecorder(replica.scheduler, self._record, config, number))
+                number = replica.number if len(self.replicas) > 1 else None
+                settings = replica.group.complete
+                replica.loop.listen(StepRecorder(replica.scheduler, self._record, settings, number))
             if self._perfetto is not None:
                 replica.loop.listen(self._perfetto.listener(replica.scheduler, replica.number))
         self._output_tokens = (simulator.prompt_tokens.vocab_size,)  # of a sequence in a step
         self._params: dict[tuple[Any, ...], SamplingParams] = {}
         self._events: list[Event] = []
         self._num_arrivals = self._num_sequences = self._num_ended = 0
-        foresee([replica.scheduler for replica in self._replicas], trace, simulator.prompt_tokens)
+        foresee([replica.scheduler for replica in self.replicas], trace, simulator.prompt_tokens)
 
     def run(self) -> None:
         """Lets everything happen, in order."""
@@ -266,7 +281,7 @@ class _Replay:
     def _arrival(self, now: float, request: TraceRequest) -> Event:
         """A client sends a request; the front end has it for a while."""
         self._num_arrivals += 1
-        reached_s = now + self._cost_model.frontend_s
+        reached_s = now + self._frontend_s
         # Of those that arrive together the first in the trace is first.
         number = request.index << 32 | self._num_arrivals
         return (reached_s, EventKind.ARRIVAL, number, (now, request))
@@ -277,9 +292,10 @@ class _Replay:
         sequence = self._new_sequence(request)
         if self._sessions:
             self._requests_of[sequence] = request
-        replica = self._replicas[0]
-        if len(self._replicas) > 1:
-            replica = self._replicas[self._router.choose(sequence)]
+        try:
+            replica = self._pools.choose(sequence, request)
+        except TraceError as error:
+            raise self._error(request, error) from None
         replica.inbox.append((sent_s, sequence, request))
         replica.unfinished.add(sequence)
         if self._simulator.timeout_s is not None:
@@ -315,7 +331,7 @@ class _Replay:
 
     def _next_start(self, now: float, replica: Replica) -> Event:
         replica.is_busy = True
-        start = self._cost_model.next_start(now)
+        start = replica.costs.next_start(now)
         return (start, EventKind.STEP_START, replica.number, replica)
 
     def _start_step(self, now: float, replica: Replica) -> Event | None:
@@ -326,17 +342,16 @@ class _Replay:
         if not scheduler.has_unfinished:
             replica.is_busy = False
             return None
-        batch = replica.loop.begin(now, self._cost_model.costs)
+        costs = replica.costs
+        batch = replica.loop.begin(now, costs.costs)
         for sequence in batch.shed:
             self._note_end(now, replica, sequence)
         if not batch.sequences and not batch.shed:
             raise PagellmError(f"the scheduler has {scheduler.stats.num_waiting} requests and computes none")
-        costs = self._cost_model
         duration_s = costs.step_time(batch) if batch.sequences else costs.empty_step_time()
         if not duration_s >= 0:
-            name = self._cost_model.name
             raise ConfigError(
-                f"cost_model: {name}: found {duration_s} seconds for a step, expected 0 or more"
+                f"cost_model: {costs.name}: found {duration_s} seconds for a step, expected 0 or more"
             )
         step = replica, batch, duration_s
         return (now + duration_s, EventKind.STEP_END, replica.number, step)
@@ -397,3 +412,15 @@ class _Replay:
 
     def _error(self, request: TraceRequest, error: object) -> TraceError:
         return TraceError(f"{self._trace.name}: request {request.id!r}: {error}")
+
+
+def _constants(fleet: Fleet) -> list[CostConstant]:
+    """The constants of the first group's step times, and of the other groups those that differ."""
+    first, *others = fleet.groups
+    table = first.costs.constants_table()
+    known = {one["name"]: one["value"] for one in table}
+    for group in others:
+        for one in group.costs.constants_table():
+            if known.get(one["name"]) != one["value"]:
+                table.append(one | {"name": f"{group.name}: {one['name']}"})
+    return table

@@ -46,6 +46,11 @@ def add_replay(commands: "argparse._SubParsersAction[Any]") -> None:
         "--router", default="round_robin", metavar="NAME",
         help=f"{', '.join(ROUTERS)}, or a Router of your own as module:Class or path/file.py:Class",
     )  # fmt: skip
+    load.add_argument(
+        "--fleet", metavar="FILE",
+        help="replicas that differ, as TOML or JSON; step times and settings are those of groups without any",
+    )  # fmt: skip
+    load.add_argument("--price", type=float, metavar="X", help="of a device an hour, in any unit")
     load.add_argument("--timeout-s", type=float, metavar="S", help="seconds after which a client gives up")
     results = replay.add_argument_group("results")
     results.add_argument(
@@ -116,14 +121,13 @@ def _compare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> No
 
 
 def _simulate(trace: Trace, options: argparse.Namespace) -> Report:
-    costs = _cost_model(options)
     import_policy(options.router, "router")
-    return Simulator(
-        costs.settings(given_settings(options)),
-        costs,
+    return _simulator(
+        options,
         rate_factor=options.rate_factor,
         clients=options.clients,
         replicas=options.replicas,
+        price_per_h=options.price,
         router=options.router,
         timeout_s=options.timeout_s,
         skip_bad=options.skip_bad,
@@ -133,6 +137,21 @@ def _simulate(trace: Trace, options: argparse.Namespace) -> Report:
         accept_profile_error=options.accept_profile_error,
         progress=_progress(),
     ).replay(trace)
+
+
+def _simulator(options: argparse.Namespace, **others: Any) -> Simulator:
+    if options.fleet is None:
+        alike = _cost_model(options)
+        return Simulator(alike.settings(given_settings(options)), alike, **others)
+    from pagellm.sim.fleet.file import read_fleet
+
+    has_costs = options.profile is not None or options.roofline is not None
+    for name in ("set_cost", "costs"):
+        if getattr(options, name) and not has_costs:
+            raise ConfigError(f"{_flag(name)}: not without step times of all groups; a group has its own")
+    costs = _cost_model(options) if has_costs else None
+    fleet = read_fleet(options.fleet, costs, given_settings(options))
+    return Simulator.of_fleet(fleet, **others)
 
 
 def _cost_model(options: argparse.Namespace) -> CostModel:
@@ -152,7 +171,8 @@ def _cost_model(options: argparse.Namespace) -> CostModel:
 
 
 def _replay_for_real(trace: Trace, options: argparse.Namespace) -> Report:
-    for name in ("profile", "roofline", "set_cost", "costs", "timeout_s", "accept_profile_error"):
+    simulated = ("profile", "roofline", "set_cost", "costs", "timeout_s", "accept_profile_error")
+    for name in (*simulated, "fleet", "price"):
         if getattr(options, name):
             raise ConfigError(f"{_flag(name)}: not with --real, which serves on this machine")
     if options.replicas != 1:

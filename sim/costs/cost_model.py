@@ -84,7 +84,8 @@ class CostModel(ABC):
     constants that were fitted to a recorded run.
     frontend_s: seconds from a client's sending to an engine's having a request. place: the file that it is
     from. max_model_len: tokens that the model takes, if that is known. window: of the model, if that is
-    known: see `EngineConfig`.
+    known: see `EngineConfig`. model_name: as a request may name it. num_devices: that one engine takes.
+    power_w, idle_power_w: of one of them while it computes, and while it does not, if that is known.
     """
 
     name: str
@@ -95,6 +96,10 @@ class CostModel(ABC):
     place: str | None = None
     max_model_len: int | None = None
     window: int | None = None
+    model_name: str | None = None
+    num_devices: int = 1
+    power_w: float | None = None
+    idle_power_w: float | None = None
 
     @property
     def extrapolated(self) -> int:

@@ -26,6 +26,7 @@ class Hardware:
     is faster. memory_bytes: as the card reports them. link_bytes_per_s: to the other devices,
     host_bytes_per_s: to the host's memory; in one direction. link_latency_s: of an exchange among devices,
     however small. max_num_batched_tokens, max_num_seqs: of an engine on it that nobody has set.
+    power_w, idle_power_w: while it computes and while it does not; None where that is not known.
     constants: what is known of this device in the place of the defaults.
     """
 
@@ -40,6 +41,8 @@ class Hardware:
     fp4_flops_per_s: float | None = None
     max_num_batched_tokens: int = 2048
     max_num_seqs: int = 256
+    power_w: float | None = None
+    idle_power_w: float | None = None
     constants: Mapping[str, float | str] = field(default_factory=dict)
 
     def flops_of(self, weights: str) -> float:
@@ -50,7 +53,7 @@ class Hardware:
 
 @cache
 def known() -> dict[str, Any]:
-    """What hardware.json has: "hardware" and "models" by name."""
+    """What hardware.json has: "hardware", "links" and "models" by name."""
     data: dict[str, Any] = json.loads(files("pagellm.sim.costs").joinpath("hardware.json").read_text("utf-8"))
     return data
 

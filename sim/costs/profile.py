@@ -108,7 +108,7 @@ class ProfileCostModel(CostModel):
         fields = Fields(profile, place, ProfileError, name="profile")
         check_version(fields)
         self._profile = profile
-        self.model = fields.text("model")
+        self.model = self.model_name = fields.text("model")
         self.name = ", ".join(
             (
                 self.model,

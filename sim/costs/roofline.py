@@ -63,7 +63,8 @@ class RooflineCostModel(CostModel):
         if fitted is not None:
             self.fit = fitted.error
         self.max_model_len, self.window = model.max_model_len, model.window or None
-        self._hardware, self._model, self._num_devices = hardware, model, num_devices
+        self._hardware, self._model, self.num_devices = hardware, model, num_devices
+        self.power_w, self.idle_power_w = hardware.power_w, hardware.idle_power_w
         self._choose_formats()
         flops, bytes_per_s, n = hardware.flops_per_s, hardware.memory_bytes_per_s, num_devices
 
@@ -139,7 +140,9 @@ class RooflineCostModel(CostModel):
         fitted = None if costs is None else read_costs(costs)
         device, decoder = load_hardware(hardware), load_model(model)
         name = name_of(hardware, model, num_devices)
-        return cls(device, decoder, num_devices, name=name, fitted=fitted, **given)
+        made = cls(device, decoder, num_devices, name=name, fitted=fitted, **given)
+        made.model_name = _short(model)
+        return made
 
     def _choose_formats(self) -> None:
         """Bytes of weights and KV, by the formats asked for."""
@@ -155,7 +158,7 @@ class RooflineCostModel(CostModel):
         self._weight_bytes = matrices * layer + heads * head + others * sixteen_bits
         # Of one device; where it has a copy of a KV head that another has, too, that is a whole one.
         self._kv_token_bytes = kv * sum(
-            layers.count * layers.kv_numbers / min(self._num_devices, layers.num_kv_heads)
+            layers.count * layers.kv_numbers / min(self.num_devices, layers.num_kv_heads)
             for layers in model.layers
         )
 
@@ -169,8 +172,8 @@ class RooflineCostModel(CostModel):
         by_window: dict[int, list[float]] = {}
         for layer in self._model.layers:
             seen = min(filter(None, (layer.window, window)), default=0)
-            operation_s = layer.count / self._num_devices / hardware.flops_per_s
-            numbers = layer.kv_numbers / min(self._num_devices, layer.num_kv_heads)
+            operation_s = layer.count / self.num_devices / hardware.flops_per_s
+            numbers = layer.kv_numbers / min(self.num_devices, layer.num_kv_heads)
             traffic = layer.count * numbers * self._kv_bytes / hardware.memory_bytes_per_s
             decode_s = layer.decode_operations * operation_s / c["decode_flops"]
             sums = by_window.setdefault(seen, [0.0, 0.0, 0.0, 0.0])
@@ -228,13 +231,13 @@ class RooflineCostModel(CostModel):
         return total
 
     def block_bytes(self, block_size: int) -> int:
-        return int(self._kv_token_bytes * block_size * self._num_devices)
+        return int(self._kv_token_bytes * block_size * self.num_devices)
 
     def num_blocks(self, config: EngineConfig) -> int:
         num_blocks = int(self._free_bytes(config) // (self._kv_token_bytes * config.block_size))
         if num_blocks < 1:
             raise ConfigError(
-                f"num_devices: found {self._num_devices}, whose memory has no room for a KV block beside "
+                f"num_devices: found {self.num_devices}, whose memory has no room for a KV block beside "
                 f"weights and steps of {config.max_num_batched_tokens} tokens and {config.max_num_seqs} "
                 "sequences, expected more devices, or smaller steps"
             )
@@ -245,7 +248,7 @@ class RooflineCostModel(CostModel):
 
     def identity(self) -> str:
         """All that its times follow from, as JSON."""
-        parts = asdict(self._hardware), asdict(self._model), self._num_devices, self.constants.formats
+        parts = asdict(self._hardware), asdict(self._model), self.num_devices, self.constants.formats
         return json.dumps([*parts, self.constants_table(), self.fit])
 
     def _free_bytes(self, config: EngineConfig) -> float:
@@ -254,7 +257,7 @@ class RooflineCostModel(CostModel):
         The largest step has its hidden states thrice, and the feed-forward's inner states thrice, and of a
         mixture what each expert that a token meets makes of it; or it samples for all sequences.
         """
-        c, model, n = self.constants, self._model, self._num_devices
+        c, model, n = self.constants, self._model, self.num_devices
         inner = max(layer.intermediate_size for layer in model.layers) / n
         chosen = max(layer.experts_per_token for layer in model.layers)
         numbers = 3 * (inner + model.hidden_size) + chosen * model.hidden_size

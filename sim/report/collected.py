@@ -69,7 +69,7 @@ class Collected:
         """Of the slots in blocks in use, the share that holds no token yet."""
         running = (s for replica in self.replicas for s in replica.scheduler.running)
         unwritten = sum(s.num_slots - s.num_computed_tokens for s in running)
-        slots = self.used_blocks * self.replicas[0].manager.block_size
+        slots = sum(replica.used_blocks * replica.manager.block_size for replica in self.replicas)
         return unwritten / slots if slots else 0.0
 
     def cached_share(self) -> float:
@@ -82,11 +82,12 @@ class Collected:
 class ReplicaListener(StepListener):
     """Hears of one scheduler's steps, and keeps what was seen of it last."""
 
-    def __init__(self, number: int, scheduler: Scheduler, run: Collected) -> None:
+    def __init__(self, number: int, scheduler: Scheduler, run: Collected, group: str | None = None) -> None:
         self.scheduler = scheduler
         self.manager = scheduler.block_manager
-        self._number = number
+        self._number, self._group = number, group
         self._run = run
+        self.busy_s = 0.0  # with a step under way
         self._timeline, self._counts, self._itl = run.timeline, run.counts, run.itl  # which are at hand so
         self.swapped: set[Sequence] = set()
         stats = self.manager.stats
@@ -102,7 +103,7 @@ class ReplicaListener(StepListener):
         run.arrive(sequence.arrival_time)
         class_ = run.classes.pop(sequence, None) or run.classes.pop(sequence.request_id, None)
         request = run.requests[sequence] = _Request(sequence.arrival_time)
-        request.groups = run.groups.of(self._number, sequence.sampling_params.tenant, class_)
+        request.groups = run.groups.of(self._number, sequence.sampling_params.tenant, class_, self._group)
         for group in request.groups:
             group.counts["requests"] += 1
 
@@ -193,6 +194,7 @@ class ReplicaListener(StepListener):
         bucket.prefill_tokens += num_tokens - num_decodes
         bucket.decode_tokens += num_decodes
         self._counts["steps"] += 1
+        self.busy_s += time_s - self._start_s
 
     def _note_tokens(self, sampled: list[Sequence], time_s: float) -> None:
         """Counts the gaps since the tokens before. Mostly it is the same sequences in step after step."""

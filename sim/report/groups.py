@@ -8,7 +8,7 @@ from pagellm.sim.report.schema import Group
 
 MAX_GROUPS = 200  # of a kind; what comes beyond is counted together
 OTHERS = "all others"
-Kind = Literal["replica", "tenant", "class"]
+Kind = Literal["group", "replica", "tenant", "class"]
 
 
 class GroupFigures:
@@ -49,9 +49,13 @@ class Groups:
         for number in range(num_replicas if self._has_replicas else 0):
             self._group("replica", str(number))
 
-    def of(self, replica: int | None, tenant: str | None, class_: str | None) -> list[GroupFigures]:
-        """The parts that a request belongs to."""
+    def of(
+        self, replica: int | None, tenant: str | None, class_: str | None, group: str | None = None
+    ) -> list[GroupFigures]:
+        """The parts that a request belongs to. group: of alike replicas, where there are several."""
         found = []
+        if group is not None:
+            found.append(self._group("group", group))
         if self._has_replicas and replica is not None:
             found.append(self._group("replica", str(replica)))
         if tenant:
@@ -62,17 +66,20 @@ class Groups:
 
     def to_list(self, duration_s: float, has_slo: bool) -> list[Group]:
         """As the report has them: replicas by number, tenants and classes by their requests."""
-        order = ("replica", "tenant", "class")
+        order = ("group", "replica", "tenant", "class")
         found = sorted(
             self._found.values(),
-            key=lambda g: (order.index(g.kind), 0 if g.kind == "replica" else -g.counts["requests"]),
+            key=lambda g: (
+                order.index(g.kind),
+                0 if g.kind in ("group", "replica") else -g.counts["requests"],
+            ),
         )
         return [group.to_dict(duration_s, has_slo) for group in found]
 
     def _group(self, kind: Kind, name: str) -> GroupFigures:
         group = self._found.get((kind, name))
         if group is None:
-            if kind != "replica" and self._sizes[kind] >= MAX_GROUPS:
+            if kind not in ("group", "replica") and self._sizes[kind] >= MAX_GROUPS:
                 name = OTHERS
             self._sizes[kind] += (kind, name) not in self._found
             group = self._found.setdefault((kind, name), GroupFigures(kind, name))

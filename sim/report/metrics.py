@@ -18,12 +18,14 @@ from pagellm.sim.report.collected import Collected, ReplicaListener
 from pagellm.sim.report.schema import (
     VERSION,
     Cache,
+    FleetData,
     Goodput,
     Group,
     KvCache,
     Latencies,
     Load,
     Report,
+    ReportData,
     Summary,
     TimelineData,
 )
@@ -39,7 +41,8 @@ class MetricsCollector:
 
     schedulers: one for each replica, before they are used. slo: the most seconds of a good request, by the
     names in `SLO_NAMES`. results: a file that gets a line of JSON for each request when it ends.
-    block_bytes: of a KV block, where that is known. Raises `ConfigError`.
+    block_bytes: of a KV block, where that is known. groups: the kind of each replica, where there are
+    several. Raises `ConfigError`.
 
     The shares of unwritten slots and of cached blocks are sampled, once for each bucket of the timeline.
     """
@@ -50,6 +53,7 @@ class MetricsCollector:
         slo: Mapping[str, float] | None = None,
         results: str | os.PathLike[str] | None = None,
         block_bytes: int | None = None,
+        groups: list[str] | None = None,
     ) -> None:
         for name, value in (slo or {}).items():
             if name not in SLO_NAMES:
@@ -57,7 +61,9 @@ class MetricsCollector:
             number(f"slo: {name}", value, SMALLEST, error=ConfigError, expected="seconds above 0")
         self._block_bytes = block_bytes
         self._run = run = Collected(slo or {}, results, len(schedulers))
-        run.replicas += (ReplicaListener(index, scheduler, run) for index, scheduler in enumerate(schedulers))
+        for index, scheduler in enumerate(schedulers):
+            group = None if groups is None else groups[index]
+            run.replicas.append(ReplicaListener(index, scheduler, run, group))
 
     def listener(self, replica: int = 0) -> StepListener:
         """What is to listen to the step loop of one of the replicas; of several completions each is one."""
@@ -97,27 +103,44 @@ class MetricsCollector:
         profile_error: StepTimeError | None = None,
         fit: FitError | None = None,
         constants: Iterable[CostConstant] = (),
+        fleet: FleetData | None = None,
     ) -> Report:
         """What the replay of a trace gave, when it is over; see schema.py for what is what."""
-        return Report(
-            {
-                "version": VERSION,
-                "kind": kind,
-                "trace": trace.name,
-                "skipped": trace.skipped_records(),
-                "model": model,
-                "extrapolated": extrapolated,
-                "profile_error": profile_error,
-                "fit": fit,
-                "constants": list(constants),
-                "config": asdict(config),
-                "load": load,
-                "summary": self.summary(wall_s, trace.num_skipped, trace.num_dropped),
-                "groups": self.groups(),
-                "timeline": self.timeline(),
-                "latencies": self.latencies(),
-            }
-        )
+        report: ReportData = {
+            "version": VERSION,
+            "kind": kind,
+            "trace": trace.name,
+            "skipped": trace.skipped_records(),
+            "model": model,
+            "extrapolated": extrapolated,
+            "profile_error": profile_error,
+            "fit": fit,
+            "constants": list(constants),
+            "config": asdict(config),
+            "load": load,
+            "summary": self.summary(wall_s, trace.num_skipped, trace.num_dropped),
+            "groups": self.groups(),
+            "timeline": self.timeline(),
+            "latencies": self.latencies(),
+        }
+        if fleet is not None:
+            report["fleet"] = fleet
+        return Report(report)
+
+    def busy_s(self, replica: int) -> float:
+        """The seconds in which a replica had a step under way."""
+        return self._run.replicas[replica].busy_s
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """When the first request came and the last token was there, in seconds; equal where none was."""
+        first_s = self._run.first_arrival_s or 0.0
+        return first_s, max(first_s, self._run.last_token_at_s)
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens that requests got."""
+        return self._run.counts["output_tokens"]
 
     def summary(self, wall_s: float, num_skipped: int = 0, num_dropped: int = 0) -> Summary:
         """The report's summary so far.

@@ -20,7 +20,7 @@ from pagellm.engine import checks
 from pagellm.engine.config import SCHEDULER_POLICIES, EngineConfig
 from pagellm.engine.errors import ReportError
 from pagellm.sim.costs.cost_model import FIT_METRICS, CostConstant, FitError, StepTimeError
-from pagellm.sim.report.schema import Goodput, Group, Load, Report, Steady, Summary, check_report
+from pagellm.sim.report.schema import FleetData, Goodput, Group, Load, Report, Steady, Summary, check_report
 
 # What a replay returned, or the JSON of one.
 AnyReport = Report | Mapping[str, Any]
@@ -118,8 +118,10 @@ def to_text(report: AnyReport) -> str:
         ("scheduling", _settings(config, "policy", *_policies_given(config), "preemption")),
         ("", _settings(config, "block_size", "max_num_seqs", "max_num_batched_tokens")),
     ]
+    lines += _fleet(report.get("fleet"))
     table = [f"{label:<14}{value}" if label or i > 1 else value for i, (label, value) in enumerate(lines)]
-    return "\n".join([*table, "", *_latency_table(summary), *_group_tables(report.get("groups", []))])
+    tables = *_latency_table(summary), *_group_tables(report.get("groups", [])), *_fleet_table(report)
+    return "\n".join([*table, "", *tables])
 
 
 def profile_error_text(error: StepTimeError | None) -> Iterator[str]:
@@ -188,6 +190,32 @@ def _group_tables(groups: Sequence[Group]) -> Iterator[str]:
             rate = number_text(group["output_tokens_per_s"])
             name = _name(group["name"], 13)
             yield f"{name:<14}{group['num_requests']:>9,}{rate:>9}{share:>8}{cells}".rstrip()
+
+
+def _fleet(fleet: FleetData | None) -> Iterator[tuple[str, str]]:
+    if fleet is None:
+        return
+    if fleet["energy_wh"] is not None:
+        million = f", {number_text(fleet['wh_per_million'])} Wh a million output tokens"
+        yield "energy", f"{number_text(fleet['energy_wh'])} Wh of devices{million}"
+    if fleet["cost"] is not None:
+        million = f", {number_text(fleet['cost_per_million'])} a million output tokens"
+        yield "cost", f"{number_text(fleet['cost'])} in the unit of prices{million}"
+
+
+def _fleet_table(report: AnyReport) -> Iterator[str]:
+    """What served, where that is more than replicas that are alike."""
+    fleet = report.get("fleet")
+    if fleet is None or len(fleet["groups"]) < 2:
+        return
+    yield ""
+    head = f"{'fleet':<14}{'role':<9}{'replicas':>9}{'devices':>9}{'busy':>9}{'Wh':>10}{'cost':>10}"
+    yield head
+    for group in fleet["groups"]:
+        busy = share_text(group["busy_s"] / group["paid_s"] if group["paid_s"] else None)
+        counts = f"{group['replicas']:>9,}{group['replicas'] * group['devices']:>9,}{busy:>9}"
+        amounts = f"{number_text(group['energy_wh']):>10}{number_text(group['cost']):>10}"
+        yield f"{_name(group['name'], 13):<14}{group['role']:<9}{counts}{amounts}"
 
 
 def _load(load: Load) -> str:

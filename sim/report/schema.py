@@ -74,9 +74,12 @@ class KvCache(TypedDict):
 
 
 class Group(TypedDict):
-    """The figures of one replica, tenant or class: by and name say which. cached_tokens: of prompts."""
+    """The figures of one group of replicas, replica, tenant or class: by and name say which.
 
-    by: Literal["replica", "tenant", "class"]
+    cached_tokens: of prompts.
+    """
+
+    by: Literal["group", "replica", "tenant", "class"]
     name: str
     num_requests: int
     num_finished: int
@@ -197,6 +200,38 @@ class Load(TypedDict):
     timeout_s: float | None
 
 
+class FleetGroup(TypedDict):
+    """A group of alike replicas, and what it used.
+
+    replicas: the most that there were at once; devices: of one. paid_s: seconds of all its replicas, from
+    when they were started; busy_s: in which they had steps under way. energy_wh, cost: null where powers or
+    prices are not known.
+    """
+
+    name: str
+    role: str
+    model: str
+    replicas: int
+    devices: int
+    paid_s: float
+    busy_s: float
+    energy_wh: float | None
+    cost: float | None
+
+
+class FleetData(TypedDict):
+    """What served, and what that took, from the first arrival to the last token.
+
+    wh_per_million, cost_per_million: of output tokens. cost: in the unit of the prices.
+    """
+
+    groups: list[FleetGroup]
+    energy_wh: float | None
+    wh_per_million: float | None
+    cost: float | None
+    cost_per_million: float | None
+
+
 class ReportData(TypedDict):
     """A report as JSON.
 
@@ -219,6 +254,7 @@ class ReportData(TypedDict):
     load: Load
     summary: Summary
     groups: NotRequired[list[Group]]
+    fleet: NotRequired[FleetData]
     timeline: TimelineData
     latencies: Latencies
 

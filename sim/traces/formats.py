@@ -128,6 +128,8 @@ def _burstgpt(_: Encoder | None) -> Parse:
             "arrival_time": check_number("Timestamp", record.get("Timestamp")),
             **lengths(record, "Request tokens", "Response tokens"),
         }
+        if record.get("Model"):
+            fields["model"] = str(record["Model"])
         if record.get("Log Type") is not None:
             fields["class_"] = str(record["Log Type"])
         if record.get("Session ID") is not None:

@@ -33,7 +33,7 @@ class TraceRequest:
     id: a name, by default the request's position. Names need not be unique.
     priority: as the scheduling policy reads it. session, tenant: whose conversation, whose request.
     deadline_s: seconds from arrival within which the answer is wanted. class_: a name for its kind, for
-    figures by class; "class" in files.
+    figures by class; "class" in files. model: the name of the model that is asked for.
 
     A request of a session waits for the one before it there to end; after: for those with these ids instead,
     none of them if it is empty. delay_s: from the end of the last of them to its being sent, whatever
@@ -57,6 +57,7 @@ class TraceRequest:
     tenant: str | None = None
     deadline_s: float | None = None
     class_: str | None = None
+    model: str | None = None
     after: Sequence[str] | None = None
     delay_s: float | None = None
     continues: str | None = None
@@ -68,7 +69,7 @@ class TraceRequest:
         object.__setattr__(self, "output_len", check_integer("output_len", self.output_len, 1))
         object.__setattr__(self, "priority", check_integer("priority", self.priority, -MAX_LEN))
         check_text("id", self.id, empty=True)
-        for name in ("session", "tenant", "class_", "continues"):
+        for name in ("session", "tenant", "class_", "model", "continues"):
             if getattr(self, name) is not None:
                 check_text(name.removesuffix("_"), getattr(self, name))
         for name in ("deadline_s", "delay_s"):
@@ -147,7 +148,7 @@ class TraceRequest:
         fields |= {name: getattr(self, name) for name in ("hash_ids", "hash_block_size", "output_len")}
         fields["priority"] = self.priority or None
         fields |= {name: getattr(self, name) for name in ("session", "tenant", "deadline_s")}
-        fields["class"] = self.class_
+        fields |= {"class": self.class_, "model": self.model}
         fields |= {
             name: getattr(self, name) for name in ("after", "delay_s", "continues", "num_context_chars")
         }

@@ -1,0 +1,163 @@
+"""A fleet from a file: TOML, or JSON of the same form. Every key is known, or refused by its name.
+
+    [[group]]
+    name = "large"                  # one for each group; default: group 1, group 2, ...
+    count = 2                       # replicas; default: 1
+    hardware = "h100-sxm"           # a name in hardware.json, or a file of that form
+    model = "llama-3.1-8b"          # a name there, a config.json, or a GGUF file
+    tensor_parallel = 2             # devices of a replica; default: 1
+    set_cost = {product_flops = 0.7}    # constants of its step times
+    costs = "costs.json"            # constants that `pagellm fit` has written
+    profile = "profile.json"        # in the place of hardware and model
+    serves = ["gpt-4"]              # what requests call its model; default: its own name
+    engine = {max_num_seqs = 64}    # settings of its engine
+    price_per_h = 2.5               # of a device, in any unit
+    power_w = 700                   # of a device while it computes; default: as hardware.json has it
+    idle_power_w = 140              # and while it does not
+
+A group that says neither what its hardware and model are nor its profile has the step times of the caller.
+Paths are looked for beside the file first.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pagellm.engine.checks import path as checked_path
+from pagellm.engine.config import EngineConfig
+from pagellm.engine.errors import ConfigError, PagellmError
+from pagellm.engine.step_log import NO_DECISIONS
+from pagellm.sim.costs.cost_model import CostModel
+from pagellm.sim.fields import Fields, read_json
+from pagellm.sim.fleet.fleet import Fleet, Group
+from pagellm.sim.sweep.sweep import CostSource
+
+_TIMES = ("hardware", "model", "tensor_parallel", "set_cost", "costs", "profile")
+_NUMBERS = ("price_per_h", "power_w", "idle_power_w")
+_GROUP = ("name", "count", "role", "serves", "engine", *_TIMES, *_NUMBERS)
+_TOP = ("group",)
+# Settings of an engine that a group may have: those which decisions follow from.
+_ENGINE = tuple(name for name in EngineConfig.__dataclass_fields__ if name not in NO_DECISIONS)
+
+
+def read_fleet(file: str, costs: CostModel | None = None, settings: Mapping[str, Any] | None = None) -> Fleet:
+    """The fleet that a file describes.
+
+    costs: step times of groups that say nothing of theirs. settings: of all engines, where a group does not
+    say otherwise. Raises `ConfigError`, and what reading models and profiles raises.
+    """
+    reader = _Reader(checked_path("fleet", file, ConfigError), costs, settings or {})
+    return reader.fleet()
+
+
+@dataclass
+class _Reader:
+    path: Path
+    costs: CostModel | None
+    settings: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        self._loaded: dict[CostSource, CostModel] = {}
+
+    def fleet(self) -> Fleet:
+        top = self._section(self._read(), "", _TOP, "a fleet")
+        groups = [
+            self._group(number, values) for number, values in enumerate(_tables(top, "group", needed=True))
+        ]
+        try:
+            return Fleet(tuple(groups))
+        except ConfigError as error:
+            raise ConfigError(f"{self.path}: {str(error).removeprefix('fleet: ')}") from None
+
+    def _read(self) -> Any:
+        if self.path.suffix == ".json":
+            return read_json(self.path, "a fleet", ConfigError)
+        try:
+            with self.path.open("rb") as opened:
+                return tomllib.load(opened)
+        except OSError as error:
+            raise ConfigError(f"{self.path}: cannot be read: {error.strerror or error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{self.path}: found {error}, expected a fleet as TOML") from None
+
+    def _section(self, values: Any, prefix: str, names: tuple[str, ...], what: str) -> Fields:
+        fields = Fields(values, str(self.path), ConfigError, prefix, what)
+        for name in fields.values:
+            if name not in names:
+                raise fields.bad(str(name), fields.get(name), f"no such key: one of {', '.join(names)}")
+        return fields
+
+    def _group(self, number: int, values: Any) -> Group:
+        fields = self._section(values, f"group[{number}].", _GROUP, "a group")
+        name = fields.text("name") if fields.has("name") else f"group {number + 1}"
+        costs = self._costs(fields)
+        try:
+            return Group(
+                costs=costs,
+                config=costs.settings({**self.settings, **self._engine(fields, number)}),
+                name=name,
+                count=fields.integer("count") if fields.has("count") else 1,
+                role=fields.text("role") if fields.has("role") else "both",
+                serves=tuple(_texts(fields, "serves")),
+                **{key: fields.number(key) if fields.has(key) else None for key in _NUMBERS},
+            )
+        except ConfigError as error:
+            raise _placed(error, f"{self.path}: group[{number}]") from None
+
+    def _engine(self, fields: Fields, number: int) -> Mapping[str, Any]:
+        if not fields.has("engine"):
+            return {}
+        return self._section(fields.get("engine"), f"group[{number}].engine.", _ENGINE, "settings").values
+
+    def _costs(self, fields: Fields) -> CostModel:
+        given = [name for name in _TIMES if fields.has(name)]
+        if not given:
+            if self.costs is None:
+                raise fields.bad("hardware", None, "the name of a device, or step times from the caller")
+            return self.costs
+        source = self._source(fields, given)
+        if source not in self._loaded:
+            try:
+                self._loaded[source] = source.load()
+            except PagellmError as error:
+                raise _placed(error, f"{self.path}: {fields.prefix.removesuffix('.')}") from None
+        return self._loaded[source]
+
+    def _source(self, fields: Fields, given: list[str]) -> CostSource:
+        if "profile" in given:
+            if len(given) > 1:
+                raise fields.bad(given[0], fields.get(given[0]), "no such key beside a profile")
+            return CostSource(profile=self._beside(fields.text("profile")))
+        devices = fields.integer("tensor_parallel") if fields.has("tensor_parallel") else 1
+        hardware, model = (self._beside(fields.text(name)) for name in ("hardware", "model"))
+        constants = tuple(fields.section("set_cost").values.items()) if fields.has("set_cost") else ()
+        costs = self._beside(fields.text("costs")) if fields.has("costs") else None
+        return CostSource(None, (hardware, model, devices), constants, costs)
+
+    def _beside(self, name: str) -> str:
+        """A path as it is from here, where the file's own directory has it; else as it is."""
+        beside = self.path.parent / checked_path("fleet", name, ConfigError)
+        return str(beside) if beside.exists() else name
+
+
+def _tables(fields: Fields, name: str, needed: bool = False) -> list[Any]:
+    tables = fields.entries(name)
+    if needed and not tables:
+        raise fields.bad(name, None, f"at least one [[{name}]]")
+    return tables
+
+
+def _texts(fields: Fields, name: str) -> list[str]:
+    texts = fields.entries(name)
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise fields.bad(name, text, "a list of names")
+    return texts
+
+
+def _placed(error: PagellmError, place: str) -> PagellmError:
+    """The same error with the place that it is about."""
+    message = str(error)
+    return error if message.startswith(place.partition(":")[0]) else type(error)(f"{place}: {message}")
