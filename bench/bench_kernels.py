@@ -184,7 +184,7 @@ class Attention:
         heads_size = FEATURES["num_heads"] * FEATURES["head_dim"]
         seen_keys = sum(count * start + count * (count + 1) // 2 for start, count in runs)
         self.operations = 4 * heads_size * seen_keys
-        token_bytes = 4 * FEATURES["num_kv_heads"] * token_words(format, FEATURES["head_dim"])
+        token_bytes = 4 * FEATURES["num_kv_heads"] * token_words(format, *[FEATURES["head_dim"]] * 2)
         self.kv_bytes = token_bytes * int(lengths.sum())
         self.num_bytes = self.kv_bytes + 2 * 4 * new_tokens * heads_size
 

@@ -35,6 +35,13 @@ LAYER = np.dtype(
         ("sub_norm", np.int64),  # whether the inputs of the products that end both are normalised
         ("parallel", np.int64),  # whether the feed-forward reads what attention read, not what it gave
         ("residual_scale", np.float64),  # of what attention and feed-forward give
+        # Of multi-head latent attention (kernels.latent), whose one KV head has keys of `head_dim`: the
+        # rotated dimensions that all heads share and the latent ones, which are the values, too.
+        ("latent_dim", np.int64),  # 0: this is none
+        ("nope_dim", np.int64),  # of each head's query, those that are not rotated
+        ("value_dim", np.int64),  # of what each head gives
+        ("query_rank", np.int64),  # what queries are compressed to before; 0: they are not
+        ("latent_epsilon", np.float64),  # of the norms of what is compressed
     ],
     align=True,
 )
@@ -47,6 +54,11 @@ _DEFAULTS: dict[str, Any] = {
     "sub_norm": 0,
     "parallel": 0,
     "residual_scale": 1.0,
+    "latent_dim": 0,
+    "nope_dim": 0,
+    "value_dim": 0,
+    "query_rank": 0,
+    "latent_epsilon": 0.0,
 }
 
 # Of `qk_norm`: none, each head by itself, or a token's heads together.
@@ -69,6 +81,8 @@ def layer_rows(num_layers: int, **features: Any) -> NDArray[np.void]:
         rows[name] = value
     if (rows["parallel"] & rows["post_norm"]).any():
         raise ValueError("features: found post_norm in a parallel layer, expected one of the two")
+    if ((rows["latent_dim"] > 0) & ((rows["qk_norm"] != NONE) | (rows["sub_norm"] != 0))).any():
+        raise ValueError("features: found qk_norm or sub_norm beside latent_dim, expected neither")
     return rows
 
 
@@ -76,6 +90,30 @@ def layer_rows(num_layers: int, **features: Any) -> NDArray[np.void]:
 def adds_at_once(row: Any) -> bool:
     """Whether what attention and feed-forward give is added to the hidden state as it is computed."""
     return bool(row["post_norm"] == 0 and row["parallel"] == 0 and row["residual_scale"] == 1.0)
+
+
+@shared
+def attended_dim(row: Any) -> Any:
+    """Dimensions of the values that attention adds up, for each head."""
+    return row["latent_dim"] if row["latent_dim"] > 0 else row["head_dim"]
+
+
+@shared
+def cached_value_dim(row: Any) -> Any:
+    """Dimensions of the values that the cache keeps beside the keys."""
+    return 0 if row["latent_dim"] > 0 else row["head_dim"]
+
+
+@shared
+def latent_query_dim(row: Any) -> Any:
+    """Of latent attention: dimensions of a head's query before it meets the latents."""
+    return row["nope_dim"] + row["head_dim"] - row["latent_dim"]
+
+
+@shared
+def latent_query_stride(row: Any) -> int:
+    """Of latent attention: room for a head's query, rotated dimensions and whole panels of latent ones."""
+    return padded(row["head_dim"] - row["latent_dim"] + padded(row["latent_dim"]))
 
 
 class Architecture(NamedTuple):
@@ -159,12 +197,27 @@ def _run_size(run: Run, K: int) -> int:
     return -(-size // LANES) * LANES
 
 
-def _qkv_size(row: Any) -> int:
-    return int((row["num_heads"] + 2 * row["num_kv_heads"]) * row["head_dim"])
+@shared
+def qkv_size(row: Any) -> Any:
+    """Outputs of the first product of attention: queries, keys and values, or what they are made of."""
+    if row["latent_dim"] > 0:
+        queries = row["num_heads"] * latent_query_dim(row)
+        return (row["query_rank"] if row["query_rank"] > 0 else queries) + row["head_dim"]
+    return (row["num_heads"] + 2 * row["num_kv_heads"]) * row["head_dim"]
 
 
-def _heads_size(row: Any) -> int:
-    return int(row["num_heads"] * row["head_dim"])
+def heads_size(row: Any) -> int:
+    """Inputs of the last product of attention."""
+    return int(row["num_heads"] * (row["value_dim"] if row["latent_dim"] else row["head_dim"]))
+
+
+def _latent_heads(row: Any) -> int:
+    return int(row["num_heads"]) if row["latent_dim"] else 1
+
+
+def _rank_to_queries(arch: Architecture, row: Any) -> tuple[int, ...]:
+    rank = int(row["query_rank"])
+    return (int(row["num_heads"] * latent_query_dim(row)) if rank else 0, rank)
 
 
 def _up_pieces(row: Any) -> int:
@@ -199,12 +252,36 @@ def _key_norm_size(arch: Architecture, row: Any) -> int:
 # The parts of a layer, in the order in which the step reads them; "_b" is the bias of the part before.
 LAYER_PARTS = (
     *_norm("attention_norm", "pre_norm", _hidden_size),
-    Part("qkv", lambda arch, row: (_qkv_size(row), arch.hidden_size), Kind.MATRIX),
-    Part("qkv_b", lambda arch, row: (_qkv_size(row),), Kind.BIAS),
+    Part("qkv", lambda arch, row: (int(qkv_size(row)), arch.hidden_size), Kind.MATRIX),
+    Part("qkv_b", lambda arch, row: (int(qkv_size(row)),), Kind.BIAS),
     *_norm("q_norm", "qk_norm", _query_norm_size),
     *_norm("k_norm", "qk_norm", _key_norm_size),
-    *_norm("attention_sub_norm", "sub_norm", lambda arch, row: _heads_size(row)),
-    Part("output", lambda arch, row: (arch.hidden_size, _heads_size(row)), Kind.MATRIX),
+    *_norm("latent_norm", "latent_dim", lambda arch, row: int(row["latent_dim"])),
+    *_norm("query_norm", "query_rank", lambda arch, row: int(row["query_rank"])),
+    Part("query_up", _rank_to_queries, Kind.MATRIX),
+    Part("query_up_b", lambda arch, row: _rank_to_queries(arch, row)[:1], Kind.BIAS),
+    # Of each head, from the part of a query that is not rotated to one that meets the latents.
+    Part(
+        "key_up",
+        lambda arch, row: (int(row["num_heads"] * row["latent_dim"]), int(row["nope_dim"])),
+        Kind.MATRIX,
+        _latent_heads,
+    ),
+    Part(
+        "key_up_b", lambda arch, row: (int(row["num_heads"] * row["latent_dim"]),), Kind.BIAS, _latent_heads
+    ),
+    # And from what it adds up of the latents to what it gives.
+    Part(
+        "value_up",
+        lambda arch, row: (int(row["num_heads"] * row["value_dim"]), int(row["latent_dim"])),
+        Kind.MATRIX,
+        _latent_heads,
+    ),
+    Part(
+        "value_up_b", lambda arch, row: (int(row["num_heads"] * row["value_dim"]),), Kind.BIAS, _latent_heads
+    ),
+    *_norm("attention_sub_norm", "sub_norm", lambda arch, row: heads_size(row)),
+    Part("output", lambda arch, row: (arch.hidden_size, heads_size(row)), Kind.MATRIX),
     Part("output_b", lambda arch, row: (arch.hidden_size,), Kind.BIAS),
     *_norm("attention_post_norm", "post_norm", _hidden_size),
     *_norm("mlp_norm", "pre_norm", _hidden_size),

@@ -8,7 +8,8 @@ run lengths. The keys are walked through in chunks of `KEY_CHUNK` positions and,
 every sum depends on key positions alone: not on the block size, the prefill chunk, the neighbours, or whether
 the chunks of a long context were work items of their own, as they are in a decode (batch invariance). A key
 that a row may not see gets weight exactly 0, which changes no bit of the row's sums. Where keys and values
-lie is in `kernels.kv_cache`.
+lie is in `kernels.kv_cache`. Values that are a part of the keys (`kernels.latent`) are laid out as values
+tile by tile, for all rows of a query tile.
 
 With a window (Beltagy et al. 2020) a token sees so many of the last tokens, itself included. The walk of a
 query tile starts at the vector of keys that holds the first one which any of its rows sees, and a token has
@@ -33,6 +34,7 @@ from pagellm.kernels.attention_products import (
     score_keys,
     side_by_side,
     tile_blocks,
+    values_of_keys,
 )
 from pagellm.kernels.jit import kernel, plain, shared
 from pagellm.kernels.kv_cache import key_words, value_words
@@ -77,7 +79,10 @@ class Heads(NamedTuple):
 
     num_heads: int
     num_kv_heads: int
-    head_dim: int
+    head_dim: int  # of queries and keys
+    value_dim: int
+    value_start: int  # the dimension of the keys from which on they are values, too; -1: values are apart
+    query_stride: int  # floats from the query of one head to that of the next
     scale: np.float32  # of queries times keys
     softcap: np.float32  # of scores; 0 for none
     window: int  # tokens that a token sees, itself included; 0: all before it
@@ -129,15 +134,15 @@ def tokens_per_query_tile(group_size: int) -> int:
 
 
 @shared
-def _num_sums(head_dim: int) -> int:
+def _num_sums(value_dim: int) -> int:
     """Sums of values of one row: those of whole register tiles."""
-    return -(-head_dim // TILE_COLUMNS) * TILE_COLUMNS
+    return -(-value_dim // TILE_COLUMNS) * TILE_COLUMNS
 
 
 @shared
-def state_words(head_dim: int) -> int:
+def state_words(value_dim: int) -> int:
     """Words of one row's state: a sum for each dimension, then the greatest score and the sum of weights."""
-    return _num_sums(head_dim) + LANES
+    return _num_sums(value_dim) + LANES
 
 
 @shared
@@ -165,7 +170,7 @@ def _value_tile_words(head_dim: int) -> int:
 
 
 def scratch_size(group_size: int, head_dim: int) -> int:
-    """Words of working memory of one thread; zeros at first."""
+    """Words of working memory of one thread, if values are as long as keys or shorter; zeros at first."""
     rows = _tile_rows(group_size)
     per_row = num_blocks(head_dim) * BLOCK + 2 * state_words(head_dim)
     tiles = KEY_TILE * head_dim + _value_tile_words(head_dim)
@@ -179,9 +184,15 @@ def max_tiles(num_tokens: int, num_seqs: int, num_chunks: int, group_size: int) 
 
 
 @shared
+def _most_split_tokens(group_size: int) -> int:
+    """Tokens of a query tile that is split: `SPLIT_ROWS` rows, or one token, however many heads it has."""
+    return max(1, SPLIT_ROWS // group_size)
+
+
+@shared
 def max_states(num_tokens: int, num_seqs: int, num_chunks: int, group_size: int) -> int:
     """States of a batch at most: only a sequence's last query tile is so small that it is split."""
-    return num_tokens + num_seqs * (SPLIT_ROWS // group_size) * num_chunks
+    return num_tokens + num_seqs * _most_split_tokens(group_size) * num_chunks
 
 
 @kernel
@@ -194,7 +205,7 @@ def _last_tile(first, end, seq_len, group_size, window):
     start = first + (end - 1 - first) // tile_tokens * tile_tokens
     first_chunk = first_seen(seq_len - end + start, window) // KEY_CHUNK
     num_chunks = (seq_len - 1) // KEY_CHUNK - first_chunk + 1
-    splits = (end - start) * group_size <= SPLIT_ROWS and num_chunks > 1
+    splits = end - start <= _most_split_tokens(group_size) and num_chunks > 1
     return start, first_chunk, num_chunks if splits else 0
 
 
@@ -307,8 +318,9 @@ def _attend_chunk(heads, cache, block_table, item, first_key, end_key, scratch, 
     format, block_size = cache.format, cache.block_size
     first_head, end_head, num_rows = item.first_head, item.end_head, item.num_rows
     group_size, last = heads.num_heads // heads.num_kv_heads, item.num_keys - 1
-    words, stride = key_words(format, heads.head_dim), value_words(format, heads.head_dim)
-    row_words, size = state_words(heads.head_dim), _num_sums(heads.head_dim)
+    words, stride = key_words(format, heads.head_dim), value_words(format, heads.value_dim)
+    per_word = 1 if format == FLOAT32 else 2
+    row_words, size = state_words(heads.value_dim), _num_sums(heads.value_dim)
     rows_per_head = padded_rows(num_rows)  # register tiles may be higher than their rows
     zero = broadcast(np.float32(0.0))
     for state in range(states, states + (end_head - first_head) * rows_per_head * row_words, row_words):
@@ -334,21 +346,29 @@ def _attend_chunk(heads, cache, block_table, item, first_key, end_key, scratch, 
                 )
             # A vector of tokens may hold some behind the end: they are not seen, and their values not read.
             if block_size % LANES == 0:
-                source_k, source_v, word_stride = cache.keys, cache.values, np.int64(block_size)
+                source_k, word_stride = cache.keys, np.int64(block_size)
                 places_k = places(head_k, key_block, plain(1), blocks)
-                places_v = places(head_v, value_block, stride, blocks)
             else:
                 gather_keys(
                     cache.keys, head_k, key_block, words, block_size, block_table, tile_start, count,
                     item.first_key, scratch, at.key_tile,
                 )  # fmt: skip
+                source_k, word_stride = scratch, np.int64(KEY_TILE)
+                places_k = side_by_side(at.key_tile, plain(1))
+            if heads.value_start >= 0:
+                values_of_keys(
+                    source_k, places_k, word_stride, heads.value_start // per_word,
+                    -(-heads.value_dim // per_word), count, stride, scratch, at.value_tile,
+                )  # fmt: skip
+                source_v, places_v = scratch, side_by_side(at.value_tile, stride)
+            elif block_size % LANES == 0:
+                source_v, places_v = cache.values, places(head_v, value_block, stride, blocks)
+            else:
                 gather_values(
                     cache.values, head_v, value_block, stride, block_size, block_table, tile_start, count,
                     item.first_key, scratch, at.value_tile,
                 )  # fmt: skip
-                source_k, source_v, word_stride = scratch, scratch, np.int64(KEY_TILE)
-                places_k = side_by_side(at.key_tile, plain(1))
-                places_v = side_by_side(at.value_tile, stride)
+                source_v, places_v = scratch, side_by_side(at.value_tile, stride)
             query_words = activation_words(format, heads.head_dim)
             query = at.queries + (head - first_head) * rows_per_head * query_words
             state = states + (head - first_head) * rows_per_head * row_words
@@ -379,24 +399,25 @@ def _attend_chunk(heads, cache, block_table, item, first_key, end_key, scratch, 
 
 @kernel
 def attention(
-    counters, heads_per_item, heads, qkv, qkv_stride, cache, block_tables, tiles, states, scratch
+    counters, heads_per_item, heads, queries, row_stride, cache, block_tables, tiles, states, scratch
 ):  # fmt: skip
     """One thread's share of causal attention of all new tokens of a batch.
 
-    heads_per_item: of `choose_heads_per_item`; heads: `Heads`; qkv: flat rows, `qkv_stride` apart, of
-    [num_heads + 2 * num_kv_heads, head_dim], rotated; cache: `LayerCache`; block_tables: [num_seqs,
-    max_blocks]; tiles: `Tiles`; states: out, [num_states, num_heads, state_words]; scratch: this thread's
-    own, [scratch_size].
+    heads_per_item: of `choose_heads_per_item`; heads: `Heads`; queries: flat rows, `row_stride` apart, that
+    begin with the queries of all heads, rotated; cache: `LayerCache`; block_tables: [num_seqs, max_blocks];
+    tiles: `Tiles`; states: out, [num_states, num_heads, state_words]; scratch: this thread's own,
+    [scratch_size].
     """
     format, head_dim, group_size = cache.format, heads.head_dim, heads.num_heads // heads.num_kv_heads
     tile_tokens = tokens_per_query_tile(tiles.group_size)
-    row_words, size, rows = state_words(head_dim), _num_sums(head_dim), _tile_rows(group_size)
+    row_words, size = state_words(heads.value_dim), _num_sums(heads.value_dim)
+    rows = _tile_rows(group_size)
     # The scratch begins with the zeros that the products start from, at most a row of a tile's scores.
     value_tile = KEY_TILE + KEY_TILE * head_dim
-    queries = value_tile + _value_tile_words(head_dim)
-    scores = queries + rows * num_blocks(head_dim) * BLOCK
+    packed = value_tile + _value_tile_words(head_dim)
+    scores = packed + rows * num_blocks(head_dim) * BLOCK
     weights = scores + GROUP * KEY_TILE
-    at = _Places(KEY_TILE, value_tile, queries, scores, weights)
+    at = _Places(KEY_TILE, value_tile, packed, scores, weights)
     total = weights + GROUP * KEY_TILE
     part = total + rows * row_words
 
@@ -419,12 +440,12 @@ def attention(
         first_key = first_seen(first_position, heads.window)
         item = _Item(first_position, first_key, num_rows, num_keys, first_head, end_head)
         for head in range(first_head, end_head):
-            query = queries + (head - first_head) * rows_per_head * activation_words(format, head_dim)
+            query = packed + (head - first_head) * rows_per_head * activation_words(format, head_dim)
             for row in range(num_rows):
-                source = (first_token + row // group_size) * qkv_stride
-                source += (head * group_size + row % group_size) * head_dim
+                source = (first_token + row // group_size) * row_stride
+                source += (head * group_size + row % group_size) * heads.query_stride
                 for d in range(0, head_dim, LANES):
-                    store(scratch, part + d, load(qkv, source + d) * broadcast(heads.scale))
+                    store(scratch, part + d, load(queries, source + d) * broadcast(heads.scale))
                 pack_row(format, scratch, part, head_dim, row, scratch, query)
         start = chunk * KEY_CHUNK if chunk >= 0 else first_key // KEY_CHUNK * KEY_CHUNK
         end_key = min(start + KEY_CHUNK, num_keys) if chunk >= 0 else num_keys
@@ -460,16 +481,16 @@ def attention(
 
 
 @kernel
-def merge_states(states, first, end, num_heads, head_dim, out):
-    """Joins one token's states `first` to `end`, in order, to the attention's output [num_heads * head_dim].
+def merge_states(states, first, end, num_heads, value_dim, out):
+    """Joins one token's states `first` to `end`, in order, to the attention's output [num_heads * value_dim].
 
     out: up to a whole vector more. Overwrites the first state.
     """
-    row_words, size = state_words(head_dim), _num_sums(head_dim)
+    row_words, size = state_words(value_dim), _num_sums(value_dim)
     for head in range(num_heads):
         total = (first * num_heads + head) * row_words
         for state in range(first + 1, end):
             _merge(states, total, states, (state * num_heads + head) * row_words, size)
         inverse = broadcast(np.float32(1.0) / states[total + size + 1])
-        for d in range(0, head_dim, LANES):
-            store(out, head * head_dim + d, load(states, total + d) * inverse)
+        for d in range(0, value_dim, LANES):
+            store(out, head * value_dim + d, load(states, total + d) * inverse)

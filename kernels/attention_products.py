@@ -19,10 +19,12 @@ from pagellm.kernels.simd import (
     PAIR_WORDS,
     REGISTERS_PER_VECTOR,
     dot_bfloat16,
+    load_tile,
     outer_product,
     outer_product_bfloat16,
     prefetch,
     start_tile,
+    transposed,
     write_tile,
 )
 
@@ -57,6 +59,24 @@ def gather_values(
         for w in range(stride):
             scratch[tile + w] = values[at + w]
         tile += stride
+
+
+@kernel
+def values_of_keys(keys, places, word_stride, first_word, words, count, stride, scratch, tile):
+    """Lays `words` words of each of a tile's first `count` keys, and of some more, out as its values.
+
+    keys: flat; places: where each vector's first word is, the next `word_stride` further; first_word: of the
+    words that are taken; out: `scratch` from `tile` on, [count, stride].
+    """
+    whole = words // LANES * LANES
+    for first in range(0, count, LANES):
+        source, target = _place(places, first // LANES) + first_word * word_stride, tile + first * stride
+        for word in range(0, whole, LANES):
+            block = load_tile(LANES, 1, keys, source + word * word_stride, word_stride)
+            write_tile(transposed(block), LANES, scratch, target + word, stride, False)
+        for key in range(LANES):
+            for word in range(whole, words):
+                scratch[target + key * stride + word] = keys[source + word * word_stride + key]
 
 
 @kernel

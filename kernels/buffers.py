@@ -9,7 +9,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pagellm.kernels.architecture import Architecture, adds_at_once
+from pagellm.kernels.architecture import (
+    Architecture,
+    adds_at_once,
+    attended_dim,
+    cached_value_dim,
+    heads_size,
+    latent_query_dim,
+    latent_query_stride,
+    qkv_size,
+)
 from pagellm.kernels.attention import max_states, max_tiles, scratch_size, state_words
 from pagellm.kernels.attention_products import TILE_COLUMNS
 from pagellm.kernels.kv_cache import key_cache_size, store_scratch_size, value_cache_size
@@ -26,7 +35,7 @@ class Cache(NamedTuple):
     """The paged KV cache of all layers: see kernels.kv_cache for a layer's layout."""
 
     keys: NDArray[np.float32]  # [all layers + LANES], the end so that a vector may begin anywhere
-    values: NDArray[np.float32]  # [all layers + TILE_COLUMNS]
+    values: NDArray[np.float32]  # [all layers + TILE_COLUMNS], nothing of layers with latent attention
     key_start: NDArray[np.int64]  # [num_layers + 1], where each layer's keys begin
     value_start: NDArray[np.int64]  # [num_layers + 1]
     format: int  # FLOAT32 or BFLOAT16
@@ -111,6 +120,7 @@ class Workspace(NamedTuple):
     branch: NDArray[np.float32]  # likewise, what is not added to it at once; no rows if no layer has such
     packed: NDArray[np.float32]  # activations on their way into a matmul, in the format of its weights
     wide: NDArray[np.float32]  # [rows, the widest of qkv and feed-forward], what a matmul wrote
+    queries: NDArray[np.float32]  # [rows, num_heads, latent_query_stride]; no rows without latent attention
     logits: NDArray[np.float32]  # [LOGIT_ROWS, padded vocab_size]
     scratch: NDArray[np.float32]  # [num_threads, one row of the widest activations or what a product needs]
     attention: NDArray[np.float32]  # [num_threads, per thread], working memory of kernels.attention
@@ -122,7 +132,7 @@ class Workspace(NamedTuple):
 def new_plan(arch: Architecture, max_tokens: int, max_seqs: int, num_chunks: int) -> Plan:
     """Room for the plans of batches whose longest context has at most `num_chunks` chunks of keys."""
     size = (max_tokens, max_seqs, num_chunks, arch.group_size)
-    state = max(int(row["num_heads"]) * state_words(int(row["head_dim"])) for row in arch.layers)
+    state = max(int(row["num_heads"]) * state_words(int(attended_dim(row))) for row in arch.layers)
     windows, layer_window = np.unique(arch.layers["window"], return_inverse=True)
     tiles = len(windows), max_tiles(*size)
     return Plan(
@@ -141,15 +151,29 @@ def new_plan(arch: Architecture, max_tokens: int, max_seqs: int, num_chunks: int
     )
 
 
+def _latent_widths(row: NDArray[np.void]) -> tuple[int, int, int]:
+    """Of latent attention: what a row of `wide`, of `packed` and of `queries` takes."""
+    heads, value_dim = int(row["num_heads"]), int(row["value_dim"])
+    inputs = max(num_blocks(int(row["nope_dim"])), num_blocks(int(row["latent_dim"])))
+    return (
+        max(padded(heads * int(latent_query_dim(row))), heads * padded(value_dim)),
+        BLOCK * max(heads * inputs, num_blocks(int(row["query_rank"]))),
+        heads * int(latent_query_stride(row)),
+    )
+
+
 def new_workspace(arch: Architecture, max_tokens: int, num_threads: int) -> Workspace:
     """Buffers for steps of at most `max_tokens` tokens on `num_threads` threads."""
     rows, layers = padded_rows(max_tokens), arch.layers
-    heads_size = layers["num_heads"] * layers["head_dim"]
-    qkv_size = heads_size + 2 * layers["num_kv_heads"] * layers["head_dim"]
+    widest = max(padded(int(qkv_size(row))) for row in layers)
     widest_up = max(padded(int(row["intermediate_size"])) * (1 + int(row["gated"])) for row in layers)
     head_dim = int(layers["head_dim"].max())
-    widest_input = int(max(arch.hidden_size, heads_size.max(), layers["intermediate_size"].max()))
+    widest_input = int(max(arch.hidden_size, *map(heads_size, layers), layers["intermediate_size"].max()))
     widest_input = num_blocks(widest_input) * BLOCK
+    of_latents = [_latent_widths(row) for row in layers if row["latent_dim"]]
+    widest = max([widest, *(wide for wide, _, _ in of_latents)])
+    widest_input = max([widest_input, *(packed for _, packed, _ in of_latents)])
+    queries = max([0, *(queries for _, _, queries in of_latents)])
     per_thread = max(widest_input + PANEL + BLOCK, store_scratch_size(head_dim), matmul_scratch_size())
     per_thread = -(-per_thread // LANES) * LANES
     attention_scratch = -(-scratch_size(arch.group_size, head_dim) // LANES) * LANES
@@ -158,7 +182,8 @@ def new_workspace(arch: Architecture, max_tokens: int, num_threads: int) -> Work
         hidden=aligned_zeros(rows * padded(arch.hidden_size)),
         branch=aligned_zeros(0 if all(map(adds_at_once, layers)) else rows * padded(arch.hidden_size)),
         packed=aligned_zeros(max(rows, LOGIT_ROWS) * widest_input),
-        wide=aligned_zeros(rows * max(padded(int(qkv_size.max())), widest_up)),
+        wide=aligned_zeros(rows * max(widest, widest_up) + LANES),
+        queries=aligned_zeros(rows * queries),
         logits=aligned_zeros(LOGIT_ROWS * padded(arch.vocab_size)),
         scratch=aligned_zeros(num_threads * per_thread).reshape(num_threads, per_thread),
         attention=aligned_zeros(num_threads * attention_scratch).reshape(num_threads, attention_scratch),
@@ -171,14 +196,15 @@ def new_workspace(arch: Architecture, max_tokens: int, num_threads: int) -> Work
 def new_cache(arch: Architecture, format: int, num_blocks: int, block_size: int) -> Cache:
     """A zeroed KV cache; the operating system hands out its memory as blocks are first written."""
 
-    def starts(size_of: Callable[..., int]) -> NDArray[np.int64]:
+    def starts(size_of: Callable[..., int], dim: Callable[..., int]) -> NDArray[np.int64]:
         sizes = [
-            size_of(format, num_blocks, block_size, int(row["num_kv_heads"]), int(row["head_dim"]))
+            size_of(format, num_blocks, block_size, int(row["num_kv_heads"]), int(dim(row)))
             for row in arch.layers
         ]
         return np.cumsum([0, *sizes], dtype=np.int64)
 
-    key_start, value_start = starts(key_cache_size), starts(value_cache_size)
+    key_start = starts(key_cache_size, lambda row: row["head_dim"])
+    value_start = starts(value_cache_size, cached_value_dim)
     return Cache(
         keys=aligned_zeros(int(key_start[-1]) + LANES),
         values=aligned_zeros(int(value_start[-1]) + TILE_COLUMNS),

@@ -2,7 +2,8 @@
 
 The cache of one layer, in words: keys [num_blocks, num_kv_heads, key words, block_size], so that neighbouring
 words are neighbouring keys; values [num_blocks, num_kv_heads, block_size, value words]. A word is one
-dimension as float32 or two as bfloat16.
+dimension as float32 or two as bfloat16. With latent attention (`kernels.latent`) values are a part of the
+keys, and are not kept a second time.
 """
 
 from typing import NamedTuple
@@ -38,9 +39,9 @@ def value_words(format: int, head_dim: int) -> int:
     return -(-head_dim // LANES) * (LANES if format == FLOAT32 else LANES // 2)
 
 
-def token_words(format: int, head_dim: int) -> int:
-    """Words of one token's key and value for one KV head."""
-    return key_words(format, head_dim) + value_words(format, head_dim)
+def token_words(format: int, head_dim: int, value_dim: int) -> int:
+    """Words of one token's key and value for one KV head; value_dim: 0 where values are a part of keys."""
+    return key_words(format, head_dim) + value_words(format, value_dim)
 
 
 @shared
@@ -51,10 +52,10 @@ def key_cache_size(format: int, cache_blocks: int, block_size: int, num_kv_heads
 
 @shared
 def value_cache_size(
-    format: int, cache_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
+    format: int, cache_blocks: int, block_size: int, num_kv_heads: int, value_dim: int
 ) -> int:
     """Words of one layer's values."""
-    return cache_blocks * num_kv_heads * block_size * value_words(format, head_dim)
+    return cache_blocks * num_kv_heads * block_size * value_words(format, value_dim)
 
 
 def store_scratch_size(head_dim: int) -> int:
@@ -64,15 +65,15 @@ def store_scratch_size(head_dim: int) -> int:
 
 @kernel
 def store_kv(
-    format, k, k_start, v, v_start, head_dim, num_kv_heads, block_size, slot, keys, values, layer_k, layer_v,
-    scratch
+    format, k, k_start, v, v_start, head_dim, value_dim, num_kv_heads, block_size, slot, keys, values,
+    layer_k, layer_v, scratch
 ):  # fmt: skip
-    """Writes one token's keys and values, [num_kv_heads, head_dim] each, into cache slot `slot`.
+    """Writes one token's keys [num_kv_heads, head_dim] and values into cache slot `slot`.
 
-    scratch: `store_scratch_size` words.
+    value_dim: of the values, [num_kv_heads, value_dim]; 0 for none. scratch: `store_scratch_size` words.
     """
     block, offset = slot // block_size, slot % block_size
-    words, stride = key_words(format, head_dim), value_words(format, head_dim)
+    words, stride = key_words(format, head_dim), value_words(format, value_dim)
     converted = -(-head_dim // LANES) * LANES
     for head in range(num_kv_heads):  # a decode's slots are far apart and in no cache: ask for all at once
         key = layer_k + (block * num_kv_heads + head) * words * block_size + offset
@@ -84,11 +85,11 @@ def store_kv(
     for head in range(num_kv_heads):
         key = layer_k + (block * num_kv_heads + head) * words * block_size + offset
         value = layer_v + ((block * num_kv_heads + head) * block_size + offset) * stride
-        for d in range(head_dim):
-            scratch[d] = v[v_start + head * head_dim + d]
-        for d in range(head_dim, converted):
+        for d in range(value_dim):
+            scratch[d] = v[v_start + head * value_dim + d]
+        for d in range(value_dim, converted):
             scratch[d] = 0.0
-        for d in range(0, head_dim, LANES):
+        for d in range(0, value_dim, LANES):
             if format == FLOAT32:
                 store(values, value + d, load(scratch, d))
             else:

@@ -131,19 +131,19 @@ def _rows_of_item(format, M, K, num_panels, num_threads):
 
 
 @kernel
-def matmul(
-    counters, num_threads, panels, x, M, K, weights, bias_start, N, out, accumulate, scratch
+def stacked_matmul(
+    counters, num_threads, panels, x, M, K, weights, bias_start, N, num_inputs, out_step, out, accumulate,
+    scratch
 ):  # fmt: skip
-    """One thread's share of `out[m, n] (+)= bias[n] + sum over k of x[m, k] * w[n, k]`.
+    """So many products at once as there are inputs, each with a matrix of its own: see `matmul`.
 
-    x: packed activations of M rows for the panels' formats; weights: the buffer that holds the panels, each
-    from word `panels[panel, 0]` on in format `panels[panel, 1]`, and the bias (floats, padded to whole
-    panels) at `bias_start`; out: flat, its rows `padded(N)` apart, `padded_rows(M)` of them; scratch:
-    `scratch_size` words of this thread's own. All panels have the same float format, or all have integer
-    formats. All threads of the team call it; a barrier must follow.
+    num_inputs: their packed activations, panels and biases lie one behind the other, those of each begin on
+    a panel; out_step: the outputs of each, whole panels, begin so far behind those of the one before.
     """
-    num_panels, format = padded(N) // PANEL, panels[0, 1]
-    out_stride, row_words = num_panels * PANEL, activation_words(format, K)
+    panels_of_input, format = padded(N) // PANEL, panels[0, 1]
+    num_panels, out_stride = num_inputs * panels_of_input, num_inputs * out_step
+    row_words = activation_words(format, K)
+    input_words = padded_rows(M) * row_words
     size = panel_words(format, K)
     rows_per_item = _rows_of_item(format, M, K, num_panels, num_threads)
     few_rows = rows_per_item >= M
@@ -166,10 +166,15 @@ def matmul(
         end_row = min(first_row + rows_per_item, M)
         for panel in range(first_panel, end_panel):
             start, format = panels[panel, 0], panels[panel, 1]
+            x_start, column = 0, panel * PANEL
+            if num_inputs > 1:
+                index = panel // panels_of_input
+                x_start = index * input_words
+                column = index * out_step + (panel - index * panels_of_input) * PANEL
             if is_expanded(format, M):
                 _multiply_expanded(
-                    format, end_row - first_row, x, first_row * row_words, K, weights, start, distance,
-                    bias_start + panel * PANEL, out, first_row * out_stride + panel * PANEL, out_stride,
+                    format, end_row - first_row, x, x_start + first_row * row_words, K, weights, start,
+                    distance, bias_start + panel * PANEL, out, first_row * out_stride + column, out_stride,
                     accumulate, scratch,
                 )  # fmt: skip
                 continue
@@ -177,9 +182,27 @@ def matmul(
             while row < end_row:  # whole groups, then the rest
                 groups = max((end_row - row) // GROUP, 1)
                 multiply_panel(
-                    format, min(GROUP, end_row - row), groups, x, row * row_words, K, weights, start, ahead,
-                    step, weights, bias_start + panel * PANEL, out, row * out_stride + panel * PANEL,
+                    format, min(GROUP, end_row - row), groups, x, x_start + row * row_words, K, weights,
+                    start, ahead, step, weights, bias_start + panel * PANEL, out, row * out_stride + column,
                     out_stride, accumulate, scratch,
                 )  # fmt: skip
                 ahead = ahead + groups * size // PANEL * step if format <= BFLOAT16 else 0
                 row += groups * GROUP
+
+
+@kernel
+def matmul(
+    counters, num_threads, panels, x, M, K, weights, bias_start, N, out, accumulate, scratch
+):  # fmt: skip
+    """One thread's share of `out[m, n] (+)= bias[n] + sum over k of x[m, k] * w[n, k]`.
+
+    x: packed activations of M rows for the panels' formats; weights: the buffer that holds the panels, each
+    from word `panels[panel, 0]` on in format `panels[panel, 1]`, and the bias (floats, padded to whole
+    panels) at `bias_start`; out: flat, its rows `padded(N)` apart, `padded_rows(M)` of them; scratch:
+    `scratch_size` words of this thread's own. All panels have the same float format, or all have integer
+    formats. All threads of the team call it; a barrier must follow.
+    """
+    stacked_matmul(
+        counters, num_threads, panels, x, M, K, weights, bias_start, N, plain(1), padded(N), out, accumulate,
+        scratch,
+    )  # fmt: skip

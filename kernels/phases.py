@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagellm.kernels.activation import activate
-from pagellm.kernels.architecture import WHOLE
+from pagellm.kernels.architecture import WHOLE, attended_dim, latent_query_stride, qkv_size
 from pagellm.kernels.attention import Heads, Tiles, attention, choose_heads_per_item, merge_states, plan_tiles
-from pagellm.kernels.jit import kernel
+from pagellm.kernels.jit import kernel, plain
 from pagellm.kernels.kv_cache import LayerCache, store_kv
-from pagellm.kernels.matmul import matmul
+from pagellm.kernels.matmul import matmul, stacked_matmul
 from pagellm.kernels.norm import normalize
 from pagellm.kernels.packing import pack_row, padded, unpack_column
 from pagellm.kernels.rope import rotate
@@ -123,6 +123,19 @@ def linear(member, weights, part, bias, num_rows, K, N, out, accumulate, work):
 
 
 @kernel
+def linear_by_head(member, weights, part, bias, num_rows, K, N, num_heads, out_step, out, work):
+    """The packed activations [num_rows, K] of each head times its own piece of a part, [N, K].
+
+    out: flat, the outputs of each head, whole panels, begin `out_step` behind those of the one before.
+    """
+    stacked_matmul(
+        member.counters, member.num_threads, weights.panels[part.panel :], work.packed, num_rows, K,
+        weights.values, bias.start, N, num_heads, out_step, out, plain(False), member.scratch,
+    )  # fmt: skip
+    barrier(member.counters, member.num_threads)
+
+
+@kernel
 def _normalize_heads(member, arch, weights, start, count, size, scale, bias, work):
     """Normalises `count` neighbouring vectors [size] of `work.wide`, from `start` on, in place."""
     for first in range(start, start + count * size, size):
@@ -175,8 +188,8 @@ def rotate_and_store(member, layer, arch, weights, cache, num_rows, plan, work):
                 )  # fmt: skip
             store_kv(
                 cache.format, work.wide, k_start, work.wide, k_start + kv_heads * head_dim, head_dim,
-                kv_heads, cache.block_size, plan.slot_mapping[row], cache.keys, cache.values, layer_k,
-                layer_v, member.scratch,
+                head_dim, kv_heads, cache.block_size, plan.slot_mapping[row], cache.keys, cache.values,
+                layer_k, layer_v, member.scratch,
             )  # fmt: skip
         first, end = next_rows(member.counters, num_rows, member.num_threads)
     barrier(member.counters, member.num_threads)
@@ -187,9 +200,15 @@ def attend(member, layer, arch, cache, batch, plan, work):
     """Attention of all new tokens to their sequences' keys: fills `plan.states`, [num_states, num_heads]."""
     features = arch.layers[layer]
     num_heads, kv_heads, head_dim = features.num_heads, features.num_kv_heads, features.head_dim
+    queries, value_start, query_stride = work.wide, plain(-1), head_dim
+    row_stride = padded(qkv_size(features))
+    if features.latent_dim > 0:
+        queries, value_start = work.queries, head_dim - features.latent_dim
+        query_stride = latent_query_stride(features)
+        row_stride = num_heads * query_stride
     heads = Heads(
-        num_heads, kv_heads, head_dim, np.float32(features.attention_scale),
-        np.float32(features.attention_softcap), features.window,
+        num_heads, kv_heads, head_dim, attended_dim(features), value_start, query_stride,
+        np.float32(features.attention_scale), np.float32(features.attention_softcap), features.window,
     )  # fmt: skip
     layer_cache = LayerCache(
         cache.format, cache.block_size, cache.keys, cache.values, cache.key_start[layer],
@@ -203,8 +222,8 @@ def attend(member, layer, arch, cache, batch, plan, work):
     )  # fmt: skip
     attention(
         member.counters, choose_heads_per_item(num_tiles, member.num_threads, num_heads // kv_heads),
-        heads, work.wide, padded((num_heads + 2 * kv_heads) * head_dim), layer_cache, batch.block_tables,
-        tiles, plan.states, work.attention[member.thread],
+        heads, queries, row_stride, layer_cache, batch.block_tables, tiles, plan.states,
+        work.attention[member.thread],
     )  # fmt: skip
     barrier(member.counters, member.num_threads)
 

@@ -6,9 +6,10 @@ signature serves every model in every format: what tells models and layers apart
 """
 
 from pagellm.kernels.answer import answer_row
-from pagellm.kernels.architecture import adds_at_once
+from pagellm.kernels.architecture import adds_at_once, latent_query_dim, latent_query_stride, qkv_size
 from pagellm.kernels.buffers import LOGIT_ROWS
 from pagellm.kernels.jit import entry_point, kernel, plain
+from pagellm.kernels.latent import join_heads, keep_latents, merge_latents, split_queries
 from pagellm.kernels.packing import padded
 from pagellm.kernels.phases import (
     Member,
@@ -17,6 +18,7 @@ from pagellm.kernels.phases import (
     attend,
     embed,
     linear,
+    linear_by_head,
     merge_rows,
     normalize_rows,
     plan_batch,
@@ -43,6 +45,44 @@ def _attention_block(member, layer, arch, weights, cache, batch, plan, out, accu
     merge_rows(member, layer, arch, weights, num_rows, plan, work)
     linear(
         member, weights, parts.output, parts.output_b, num_rows, heads * head_dim, arch.hidden_size, out,
+        accumulate, work,
+    )  # fmt: skip
+
+
+@kernel
+def _latent_attention_block(member, layer, arch, weights, cache, batch, plan, out, accumulate, work):
+    """The same where what is kept of a token is one latent vector: see kernels.latent."""
+    features, parts, num_rows = arch.layers[layer], weights.layers[layer], batch.token_ids.size
+    heads, latent, rank = features.num_heads, features.latent_dim, features.query_rank
+    value_dim, rotary = features.value_dim, features.head_dim - latent
+    normalize_rows(
+        member, arch, weights, features.pre_norm, parts.attention_norm, parts.attention_norm_b, num_rows,
+        parts.qkv.format, work,
+    )  # fmt: skip
+    linear(
+        member, weights, parts.qkv, parts.qkv_b, num_rows, arch.hidden_size, qkv_size(features), work.wide,
+        plain(False), work,
+    )  # fmt: skip
+    keep_latents(member, layer, arch, weights, cache, num_rows, plan, work)
+    if rank > 0:
+        linear(
+            member, weights, parts.query_up, parts.query_up_b, num_rows, rank,
+            heads * latent_query_dim(features), work.wide, plain(False), work,
+        )  # fmt: skip
+    split_queries(member, layer, arch, weights, num_rows, plan, work)
+    linear_by_head(
+        member, weights, parts.key_up, parts.key_up_b, num_rows, features.nope_dim, latent, heads,
+        latent_query_stride(features), work.queries[rotary:], work,
+    )  # fmt: skip
+    attend(member, layer, arch, cache, batch, plan, work)
+    merge_latents(member, layer, arch, weights, num_rows, plan, work)
+    linear_by_head(
+        member, weights, parts.value_up, parts.value_up_b, num_rows, latent, value_dim, heads,
+        padded(value_dim), work.wide, work,
+    )  # fmt: skip
+    join_heads(member, layer, arch, weights, num_rows, work)
+    linear(
+        member, weights, parts.output, parts.output_b, num_rows, heads * value_dim, arch.hidden_size, out,
         accumulate, work,
     )  # fmt: skip
 
@@ -77,7 +117,10 @@ def _layer(member, layer, arch, weights, cache, batch, plan, work):
     features, parts, num_rows = arch.layers[layer], weights.layers[layer], batch.token_ids.size
     at_once, parallel = adds_at_once(features), features.parallel != 0
     out = work.hidden if at_once else work.branch
-    _attention_block(member, layer, arch, weights, cache, batch, plan, out, at_once, work)
+    if features.latent_dim > 0:
+        _latent_attention_block(member, layer, arch, weights, cache, batch, plan, out, at_once, work)
+    else:
+        _attention_block(member, layer, arch, weights, cache, batch, plan, out, at_once, work)
     if not at_once and not parallel:
         norm, bias = parts.attention_post_norm, parts.attention_post_norm_b
         add_branch(member, arch, weights, features, norm, bias, num_rows, work)

@@ -132,14 +132,14 @@ def attention(
 ) -> Floats:
     """Causal attention (Vaswani et al. 2017) of one sequence's last T tokens to all of its S tokens.
 
-    queries: [T, num_heads, head_dim]; keys, values: [S, num_kv_heads, head_dim]. Consecutive query heads
+    queries: [T, num_heads, head_dim]; keys, values: [S, num_kv_heads, own size]. Consecutive query heads
     share a KV head (Ainslie et al. 2023). window: the last tokens that each sees, itself included (Beltagy
     et al. 2020), or 0; cap: of `softcap`, for the scores.
     """
     queries, keys, values = _exact(queries), _exact(keys), _exact(values)
     num_queries, num_heads, _ = queries.shape
     num_keys, num_kv_heads, _ = keys.shape
-    out = np.empty_like(queries)
+    out = np.empty((num_queries, num_heads, values.shape[-1]))
     for t in range(num_queries):
         end = num_keys - num_queries + t + 1
         seen = slice(max(end - window, 0) if window else 0, end)

@@ -206,11 +206,12 @@ def chunks_to_plan(longest: int) -> int:
 
 
 def _block_views(cache: Cache) -> list[NDArray[np.float32]]:
-    """Each layer's keys and each layer's values as [num_blocks, words of a block]."""
+    """Each layer's keys and each layer's values, if it keeps any, as [num_blocks, words of a block]."""
     return [
         words[first:end].reshape(cache.num_blocks, -1)
         for words, starts in ((cache.keys, cache.key_start), (cache.values, cache.value_start))
         for first, end in pairwise(starts)
+        if end > first
     ]
 
 

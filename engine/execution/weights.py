@@ -15,7 +15,17 @@ from pagellm.engine.errors import CheckpointError
 from pagellm.engine.models import ModelSpec, Source
 from pagellm.engine.models.rope import RopeTable
 from pagellm.engine.progress import progress
-from pagellm.kernels.architecture import PARTS, Architecture, Formats, Kind, Part, Run, Weights, lay_out
+from pagellm.kernels.architecture import (
+    PARTS,
+    Architecture,
+    Formats,
+    Kind,
+    Part,
+    Run,
+    Weights,
+    cached_value_dim,
+    lay_out,
+)
 from pagellm.kernels.encoding import GGUF_FORMATS, encode, from_gguf
 from pagellm.kernels.kv_cache import token_words
 from pagellm.kernels.packing import (
@@ -112,7 +122,8 @@ def kv_format(formats: Formats) -> int:
 def kv_bytes_per_token(arch: Architecture, format: int) -> int:
     """Bytes of keys and values that one token of context takes in all layers of a cache of this format."""
     return sum(
-        4 * int(row["num_kv_heads"]) * token_words(format, int(row["head_dim"])) for row in arch.layers
+        4 * int(row["num_kv_heads"]) * token_words(format, int(row["head_dim"]), int(cached_value_dim(row)))
+        for row in arch.layers
     )
 
 
@@ -164,7 +175,7 @@ def _load_matrix(
                 f"{tensor.file.path}: tensor {tensor.name} has a block whose scale or minimum is no finite "
                 f"float16, in rows {first} to {last - 1}"
             )
-        first_column, first_block = (column, first // BLOCK) if source.transposed else (column + offset, 0)
+        first_column, first_block = (column, offset // BLOCK) if source.transposed else (column + offset, 0)
         pack_blocks(
             format, *blocks, first_column, first_block, source.inputs or 1, values.view(np.uint32), start
         )
@@ -181,9 +192,9 @@ def _load_plain(tensor: Tensor, source: Source, values: NDArray[np.float32], sta
 def _chunks(source: Source) -> Iterator[tuple[int, int, int]]:
     """Rows of the tensor, first and end, that are read at a time, and the output that the first becomes.
 
-    A transposed tensor is read whole, some of its inputs at a time: then the output is 0.
+    Of a transposed tensor rows are inputs, which all outputs have: it is the input.
     """
-    ranges = ((0, source.shape[0]),) if source.transposed else source.ranges
+    ranges = (source.input_range,) if source.transposed else source.ranges
     width = source.shape[1] if len(source.shape) == 2 else 1
     head_dim = source.outputs // source.paired_heads if source.paired_heads else 1
     unit = BLOCK if source.transposed else head_dim  # rows that belong together
@@ -192,7 +203,7 @@ def _chunks(source: Source) -> Iterator[tuple[int, int, int]]:
     for begin, end in ranges:
         for first in range(begin, end, step):
             last = min(first + step, end)
-            yield first, last, 0 if source.transposed else offset + first - begin
+            yield first, last, offset + first - begin
         offset += end - begin
 
 
@@ -207,11 +218,12 @@ def _unpair(rows: NDArray[Any], source: Source) -> NDArray[Any]:
     if not source.paired_heads:
         return rows
     head_dim = source.outputs // source.paired_heads
-    rotary_dim = source.rotary_dim or head_dim
+    start, rotary_dim = source.rotary_start, source.rotary_dim or head_dim
+    end = start + rotary_dim
     heads = rows.reshape(-1, head_dim, rows.size // len(rows))
-    pairs = heads[:, :rotary_dim].reshape(len(heads), rotary_dim // 2, 2, -1)
+    pairs = heads[:, start:end].reshape(len(heads), rotary_dim // 2, 2, -1)
     halves = pairs.swapaxes(1, 2).reshape(len(heads), rotary_dim, -1)
-    return np.concatenate([halves, heads[:, rotary_dim:]], axis=1).reshape(rows.shape)
+    return np.concatenate([heads[:, :start], halves, heads[:, end:]], axis=1).reshape(rows.shape)
 
 
 def _rotary_tables(

@@ -18,18 +18,20 @@ class Source:
     """One tensor of a checkpoint and how its rows become output columns of a part.
 
     shape: as the checkpoint stores it, [outputs, inputs], or [inputs, outputs] where `transposed`; one number
-    for vectors. rows: the ranges of outputs that are taken, in this order; None: all. paired_heads: the
-    outputs are so many heads, of each of which the first rotary_dim (0: all) are stored as rotary pairs
-    (0, 1), (2, 3), ... and not as (0, D/2), (1, D/2 + 1), ...; a range holds whole heads. add: what is added
-    to each element.
+    for vectors. rows: the ranges of outputs that are taken, in this order; None: all. inputs_taken: the range
+    of inputs that are, where `transposed`; None: all. paired_heads: the outputs are so many heads, of each of
+    which rotary_dim (0: all), from rotary_start on, are stored as rotary pairs (0, 1), (2, 3), ... and not as
+    (0, D/2), (1, D/2 + 1), ...; a range holds whole heads. add: what is added to each element.
     """
 
     tensor: str
     shape: tuple[int, ...]
     transposed: bool = False
     rows: tuple[tuple[int, int], ...] | None = None
+    inputs_taken: tuple[int, int] | None = None
     paired_heads: int = 0
     rotary_dim: int = 0
+    rotary_start: int = 0
     add: float = 0.0
 
     @property
@@ -50,7 +52,15 @@ class Source:
     @property
     def inputs(self) -> int | None:
         """Of a matrix; a vector has none."""
-        return None if len(self.shape) == 1 else self.shape[0 if self.transposed else 1]
+        if self.transposed:
+            first, end = self.input_range
+            return end - first
+        return None if len(self.shape) == 1 else self.shape[1]
+
+    @property
+    def input_range(self) -> tuple[int, int]:
+        """The rows of a transposed tensor that are taken, first and end."""
+        return self.inputs_taken or (0, self.shape[0])
 
 
 # A part of `kernels.architecture.PARTS` to the tensors that are stacked, along the outputs, to make it.

@@ -53,6 +53,7 @@ from pagellm.kernels.simd.tiles import (
     outer_product_bfloat16,
     outer_product_float16,
     start_tile,
+    transposed,
     write_tile,
 )
 from pagellm.kernels.simd.vectors import (
@@ -130,6 +131,7 @@ __all__ = [
     "store_within",
     "table_intrinsics",
     "this_call",
+    "transposed",
     "vector",
     "where_at_least",
     "write_tile",

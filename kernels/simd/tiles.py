@@ -107,6 +107,32 @@ def write_tile(_typing: Any, tile: Any, rows: Any, out: Any, index: Any, stride:
     return types.void(tile, rows, out, types.intp, types.intp, types.boolean), emit
 
 
+@intrinsic
+def transposed(_typing: Any, tile: Any) -> Any:
+    """A tile of `LANES` rows of one vector with lane i of row j as lane j of row i."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        rows = [builder.extract_value(arguments[0], i) for i in range(LANES)]
+        # Each round moves the highest bit of a lane's (row, column) to the lowest place.
+        for _ in range(LANES.bit_length() - 1):
+            pairs = zip(rows[: LANES // 2], rows[LANES // 2 :], strict=True)
+            rows = [
+                builder.shuffle_vector(first, second, _zip_mask(half))
+                for first, second in pairs
+                for half in (0, 1)
+            ]
+        return context.make_tuple(builder, signature.return_type, rows)
+
+    return tile(tile), emit
+
+
+def _zip_mask(half: int) -> Any:
+    """The lower or the upper lanes of two vectors in turns."""
+    first = half * LANES // 2
+    lanes = [first + lane // 2 + lane % 2 * LANES for lane in range(LANES)]
+    return ir.Constant(ir.VectorType(I32, LANES), lanes)
+
+
 class Step(NamedTuple):
     """One of the products that `tile_update` adds to every accumulator."""
 

@@ -71,6 +71,15 @@ class Heads:
     format: int = FLOAT32
     cap: float = 0.0
     window: int = 0
+    latent: int = 0  # the last dimensions of the keys that are the values; 0: these are apart
+
+    @property
+    def value_dim(self) -> int:
+        return self.latent or self.head_dim
+
+    @property
+    def cached_value_dim(self) -> int:
+        return 0 if self.latent else self.head_dim
 
     @property
     def group_size(self) -> int:
@@ -83,7 +92,7 @@ class Context:
 
     queries: Matrix  # [num_tokens, num_heads, head_dim]
     keys: Matrix  # [num_tokens, num_kv_heads, head_dim]
-    values: Matrix
+    values: Matrix  # [num_tokens, num_kv_heads, value_dim]
 
 
 @dataclass(frozen=True)
@@ -98,11 +107,9 @@ class Run:
 def context(heads: Heads, num_tokens: int, seed: int = 0) -> Context:
     rng = np.random.default_rng((seed, num_tokens))
     kv_shape = (num_tokens, heads.num_kv_heads, heads.head_dim)
-    return Context(
-        random_matrix(rng, num_tokens, heads.num_heads, heads.head_dim),
-        random_matrix(rng, *kv_shape),
-        random_matrix(rng, *kv_shape),
-    )
+    queries = random_matrix(rng, num_tokens, heads.num_heads, heads.head_dim)
+    keys, values = random_matrix(rng, *kv_shape), random_matrix(rng, *kv_shape)
+    return Context(queries, keys, keys[..., -heads.latent :] if heads.latent else values)
 
 
 @dataclass(frozen=True)
@@ -190,8 +197,9 @@ def attend(
     for row, (first, count) in enumerate(zip(np.cumsum([0, *blocks_of]), blocks_of, strict=False)):
         block_tables[row, :count] = order[first : first + count]
 
-    cache_shape = (heads.format, num_blocks, block_size, heads.num_kv_heads, heads.head_dim)
-    layer_k, layer_v = key_cache_size(*cache_shape), value_cache_size(*cache_shape)
+    cache_shape = (heads.format, num_blocks, block_size, heads.num_kv_heads)
+    layer_k = key_cache_size(*cache_shape, heads.head_dim)
+    layer_v = value_cache_size(*cache_shape, heads.cached_value_dim)
     keys, values = poisoned(NUM_LAYERS * layer_k + LANES), poisoned(NUM_LAYERS * layer_v)
     scratch = poisoned(store_scratch_size(heads.head_dim) + LANES)
     for run, table in zip(batch, block_tables, strict=True):
@@ -201,9 +209,11 @@ def attend(
         for position in range(given_back * block_size, run.end):
             slot = int(table[position // block_size]) * block_size + position % block_size
             start = position * heads.num_kv_heads * heads.head_dim
+            v_start = position * heads.num_kv_heads * heads.value_dim
             store_kv(
-                heads.format, k, start, v, start, heads.head_dim, heads.num_kv_heads, block_size, slot, keys,
-                values, LAYER * layer_k, LAYER * layer_v, scratch[:-LANES],
+                heads.format, k, start, v, v_start, heads.head_dim, heads.cached_value_dim,
+                heads.num_kv_heads, block_size, slot, keys, values, LAYER * layer_k, LAYER * layer_v,
+                scratch[:-LANES],
             )  # fmt: skip
     for cache, layer in ((keys, layer_k), (values, layer_v)):
         assert is_poison(cache[: LAYER * layer]), "wrote to the layer before"
@@ -221,14 +231,15 @@ def attend(
     tiles, states_of = query_tiles(heads, batch, split, group_size)
     tiles = [tiles[i] for i in rng.permutation(len(tiles))]
     state_start = np.cumsum([0, *states_of]).astype(np.int32)
-    states = poisoned(int(state_start[-1]) * heads.num_heads * state_words(heads.head_dim) + 64)
+    states = poisoned(int(state_start[-1]) * heads.num_heads * state_words(heads.value_dim) + 64)
     scratch = np.zeros(scratch_size(heads.group_size, heads.head_dim) + 64, np.float32)
     scratch[-64:] = 7.0
     before = keys.copy(), values.copy()
     attention(
         new_counters(), heads_per_item,
         LayerHeads(
-            heads.num_heads, heads.num_kv_heads, heads.head_dim, np.float32(heads.scale),
+            heads.num_heads, heads.num_kv_heads, heads.head_dim, heads.value_dim,
+            heads.head_dim - heads.latent if heads.latent else -1, heads.head_dim, np.float32(heads.scale),
             np.float32(heads.cap), heads.window,
         ),
         qkv.reshape(-1), stride,
@@ -246,12 +257,13 @@ def attend(
     for cache, unchanged in zip((keys, values), before, strict=True):
         assert (cache.view(np.uint32) == unchanged.view(np.uint32)).all(), "wrote to the cache"
 
+    size = heads.num_heads * heads.value_dim
     rows = np.full((num_tokens, size + LANES + 8), 7.0, np.float32)
     for token in range(num_tokens):
         first, end = state_start[token], state_start[token + 1]
-        merge_states(states, first, end, heads.num_heads, heads.head_dim, rows[token])
+        merge_states(states, first, end, heads.num_heads, heads.value_dim, rows[token])
     assert (rows[:, -8:] == 7.0).all(), "wrote past the output"
-    outputs = rows[:, :size].reshape(num_tokens, heads.num_heads, heads.head_dim)
+    outputs = rows[:, :size].reshape(num_tokens, heads.num_heads, heads.value_dim)
     return np.split(outputs, query_start_loc[1:-1])
 
 
@@ -277,7 +289,17 @@ def runs_of(heads: Heads, runs: list[tuple[int, int]]) -> list[Run]:
     ]
 
 
-HEADS = st.builds(
+# Dimensions of a key and those of them that are the value: whole vectors, and parts of one.
+LATENT = st.builds(
+    lambda num_heads, dims, *rest: Heads(num_heads, 1, dims[0], *rest, latent=dims[1]),
+    st.sampled_from([1, 4, 7, 13, 40]),
+    st.sampled_from([(40, 32), (20, 16), (7, 5), (38, 36), (24, 20), (96, 64), (112, 80)]),
+    st.sampled_from([0.02, 0.2, 1.0]),
+    st.sampled_from([FLOAT32, BFLOAT16]),
+    st.sampled_from([0.0, 0.0, 1.5]),
+    st.sampled_from([0, 0, 1, 13, 40, KEY_TILE + 1, KEY_CHUNK + 9]),
+)
+HEADS = LATENT | st.builds(
     lambda groups, head_dim, *rest: Heads(groups[0] * groups[1], groups[0], head_dim, *rest),
     # KV heads and the query heads that share each: multi-head, grouped and multi-query attention.
     st.sampled_from([(1, 1), (3, 1), (2, 2), (2, 3), (1, 4), (1, 7), (3, 5), (1, 13), (1, 71)]),
@@ -500,12 +522,12 @@ def test_the_caches_of_kv_heads_are_apart(format: int) -> None:
 
 @pytest.mark.parametrize("head_dim", [4, 5, 16, 17, 64])
 def test_bfloat16_takes_half_of_the_cache(head_dim: int) -> None:
-    assert token_words(FLOAT32, 64) == 128
-    assert token_words(BFLOAT16, 64) == 64
+    assert token_words(FLOAT32, 64, 64) == 128
+    assert token_words(BFLOAT16, 64, 64) == 64
     for format in (FLOAT32, BFLOAT16):
         size = (format, 7, 5, 3, head_dim)
         words = key_cache_size(*size) + value_cache_size(*size)
-        assert words == 7 * 5 * 3 * token_words(format, head_dim)
+        assert words == 7 * 5 * 3 * token_words(format, head_dim, head_dim)
 
 
 @both_formats

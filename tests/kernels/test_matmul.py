@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pagellm.kernels.matmul import _rows_of_item, _run_of_panels, matmul, scratch_size
+from pagellm.kernels.matmul import _rows_of_item, _run_of_panels, matmul, scratch_size, stacked_matmul
 from pagellm.kernels.packing import (
     BFLOAT16,
     BLOCK,
@@ -82,6 +82,37 @@ def multiply(
     )  # fmt: skip
     assert (out[-guard:] == 7.0).all(), "wrote past the end"
     return rows[:M, :N].copy()
+
+
+@all_formats
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 64, 40), (3, 36, 64), (GROUP + 1, 2, 32), (9 * GROUP, 70, 50)])
+def test_products_of_several_inputs_are_each_by_itself(format: int, M: int, N: int, K: int) -> None:
+    """Between what they write nothing is touched: their outputs begin further apart than they are long."""
+    x, weights, bias = operands(4 * M, 4 * N, K)
+    values, panels, rows, biases = [], [], [], []
+    at = 0
+    for i in range(4):
+        part, start, bias_start = packed_weights(
+            format, weights[i * N : (i + 1) * N], bias[i * N : (i + 1) * N], K
+        )
+        panels.append(panels_at(format, at + start, N, K))
+        values.append(part[:bias_start])
+        biases.append(part[bias_start : bias_start + whole_panels(N)])
+        rows.append(packed_rows(format, x[i * M : (i + 1) * M]))
+        at += bias_start
+    step = whole_panels(N) + 5
+    out = np.full(padded_rows(M) * 4 * step + 64, 7.0, np.float32)
+    stacked_matmul(
+        new_counters(), 1, np.concatenate(panels), np.concatenate(rows), M, K,
+        np.concatenate([*values, *biases]), at, N, 4, step, out, False,
+        np.full(scratch_size(), np.nan, np.float32),
+    )  # fmt: skip
+    found = out[:-64].reshape(-1, 4, step)
+    assert (found[:, :, whole_panels(N) :] == 7.0).all()
+    for i in range(4):
+        part = slice(i * N, (i + 1) * N)
+        alone = multiply(format, x[i * M : (i + 1) * M], weights[part], bias[part])
+        np.testing.assert_array_equal(found[:M, i, :N], alone)
 
 
 def panels_at(format: int, start: int, N: int, K: int) -> NDArray[np.int64]:

@@ -77,6 +77,28 @@ VARIED = layer_rows(
     residual_scale=[1.0, 1.0, 0.3, 1.0, 0.22, 0.5, 0.4],
     window=[0, 5, 1, 0, 16, 3, 40],
 )
+# Latent attention, beside one layer without: (query_rank or not, sizes of one vector, many or odd ones).
+LATENT = layer_rows(
+    5,
+    num_heads=[3, 5, 2, 14, 4],
+    num_kv_heads=[1, 1, 2, 1, 1],
+    head_dim=[8 + 12, 20 + 40, 16, 6 + 5, 8 + 32],
+    latent_dim=[12, 40, 0, 5, 32],
+    nope_dim=[7, 33, 0, 3, 12],
+    value_dim=[5, 36, 0, 9, 32],
+    query_rank=[0, 17, 0, 40, 0],
+    latent_epsilon=[1e-6, 0.5, 0, 1e-6, 1e-3],
+    attention_scale=[0.3, 0.1, 0.3, 0.5, 0.2],
+    rope_table=[0, 1, 0, -1, 0],
+    intermediate_size=[48, 30, 33, 20, 16],
+    activation=[0, 1, 2, 0, 0],
+    gated=[1, 1, 0, 1, 1],
+    attention_softcap=[0, 2.0, 0, 0, 0],
+    window=[0, 5, 0, 0, 16],
+    post_norm=[0, 1, 0, 0, 0],
+    parallel=[0, 0, 0, 1, 0],
+    residual_scale=[1.0, 1.0, 0.3, 1.0, 0.5],
+)
 # All layers have a window, so that blocks are given back; and a few that are made for long contexts.
 WINDOWED = VARIED.copy()
 WINDOWED["window"] = [4, 5, 1, 9, 16, 3, 12]
@@ -98,6 +120,7 @@ ARCHITECTURES = {
     "rms_norm": Architecture(HIDDEN, VOCAB, 0, True, False, EPSILON, VARIED, 6.3, 1.0, 0.0),
     "layer_norm": Architecture(HIDDEN, VOCAB, MAX_LEN, False, True, EPSILON, VARIED, 1.0, 0.25, 3.0),
     "windowed": Architecture(HIDDEN, VOCAB, 0, True, False, EPSILON, WINDOWED),
+    "latent": Architecture(HIDDEN, VOCAB, 0, True, False, EPSILON, LATENT),
 }
 each = pytest.mark.parametrize("name", ARCHITECTURES)
 
@@ -109,10 +132,12 @@ def random_parts(
 ) -> Parts:
     """Every part of a row, scaled so that activations keep their size."""
     shapes = {part.name: part.shape(arch, row) for part in parts}
-    return {
+    made = {
         name: random_matrix(rng, *shape) / np.float32(np.sqrt(shape[-1]) if len(shape) > 1 else 1)
         for name, shape in shapes.items()
     }
+    # No model has these.
+    return made | {name: np.zeros_like(made[name]) for name in ("key_up_b", "value_up_b") if name in made}
 
 
 def model(arch: Architecture) -> tuple[list[Parts], Weights]:
@@ -131,7 +156,7 @@ def model(arch: Architecture) -> tuple[list[Parts], Weights]:
                     pack_blocks(FLOAT32, *blocks, column, 0, K, values.view(np.uint32), start)
                 elif part.kind is not Kind.MATRIX:
                     values[start + column : start + column + piece.size] = piece.reshape(-1)
-                column = padded(len(piece))
+                column += padded(len(piece))
     halves_of = np.array([len(f) for f in FREQUENCIES])
     tables = np.zeros((2, len(FREQUENCIES), MAX_LEN, halves_of.max()), np.float32)
     for table, frequencies in enumerate(FREQUENCIES):
@@ -173,7 +198,42 @@ class Definition:
             return oracles.layer_norm(x, scale, shift, EPSILON)
         return oracles.rms_norm(x, scale, EPSILON) + shift
 
+    def latent_attention(self, x: Exact, row: NDArray[np.void], parts: Parts) -> Exact:
+        """DeepSeek-AI 2024, section 2.1: keys and values widened from the latents, as they are defined."""
+        heads, latent, nope, value_dim, rank = (
+            int(row[name]) for name in ("num_heads", "latent_dim", "nope_dim", "value_dim", "query_rank")
+        )
+        rotary, table, epsilon = (
+            int(row["head_dim"]) - latent,
+            row["rope_table"],
+            float(row["latent_epsilon"]),
+        )
+
+        def norm(x: Exact, name: str) -> Exact:
+            return oracles.rms_norm(x, parts[name], epsilon) + parts[f"{name}_b"]
+
+        first = oracles.matmul(x, parts["qkv"], parts["qkv_b"])
+        q, k_rotary, latents = np.split(first, np.cumsum([first.shape[1] - rotary - latent, rotary]), axis=1)
+        if rank:
+            q = oracles.matmul(norm(q, "query_norm"), parts["query_up"], parts["query_up_b"])
+        q, latents = q.reshape(len(x), heads, nope + rotary), norm(latents, "latent_norm")
+        k_rotary = k_rotary[:, None].repeat(heads, axis=1)
+        if table >= 0:
+            turned = [oracles.rotary(h, p, FREQUENCIES[table]) for p, h in enumerate(q[..., nope:])]
+            q[..., nope:] = turned
+            k_rotary[:] = [oracles.rotary(h, p, FREQUENCIES[table]) for p, h in enumerate(k_rotary)]
+            q *= QUERY_SCALES[table, : len(x), None, None]
+        key_up = parts["key_up"].reshape(heads, latent, nope).astype(np.float64)
+        value_up = parts["value_up"].reshape(heads, value_dim, latent).astype(np.float64)
+        k = np.concatenate([np.einsum("tc,hcn->thn", latents, key_up), k_rotary], axis=2)
+        v = np.einsum("tc,hvc->thv", latents, value_up)
+        scale, cap = float(row["attention_scale"]), float(row["attention_softcap"])
+        attended = oracles.attention(q, k, v, scale, int(row["window"]), cap).reshape(len(x), -1)
+        return oracles.matmul(attended, parts["output"], parts["output_b"])
+
     def attention(self, x: Exact, row: NDArray[np.void], parts: Parts) -> Exact:
+        if row["latent_dim"]:
+            return self.latent_attention(x, row, parts)
         heads, kv_heads, head_dim = (int(row[name]) for name in ("num_heads", "num_kv_heads", "head_dim"))
         qkv = oracles.matmul(x, parts["qkv"], parts["qkv_b"])
         q, k, v = np.split(qkv, np.cumsum([heads, kv_heads]) * head_dim, axis=1)
