@@ -143,6 +143,7 @@ class LLM:
         thinking: bool | None = None,
         reasoning_effort: str | None = None,
         sanitize_control_tokens: bool = False,
+        most_tokens: int | None = None,
     ) -> list[int]:
         """The token ids of a conversation, up to where the model goes on.
 
@@ -154,13 +155,16 @@ class LLM:
         such as "low"; None: as the template has it. Which variables of the template say so is found out.
         chat_template_kwargs: further names for the template, such as `enable_thinking`.
         sanitize_control_tokens: control tokens that users write out are plain text.
+        most_tokens: more than these are refused before they are looked for, where a glance tells.
         Raises `RequestError` for what the template, or anything else here, does not take.
         """
         kwargs = {} if chat_template_kwargs is None else chat_template_kwargs
         if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
             raise RequestError(f"chat_template_kwargs: found {found(kwargs)}, expected names with values")
         taken = {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"}
-        for name in sorted(kwargs.keys() & (taken | {"control_tokens", "sanitize_control_tokens"})):
+        for name in sorted(
+            kwargs.keys() & (taken | {"control_tokens", "sanitize_control_tokens", "most_tokens"})
+        ):
             raise RequestError(f"chat_template_kwargs: found {name!r}, expected it as an argument of its own")
         if thinking is not None or reasoning_effort is not None:
             asked = self.tokenizer.thinking_variables(chat_template, thinking, reasoning_effort)
@@ -172,7 +176,7 @@ class LLM:
         return self.tokenizer.encode_chat(
             messages, tools=tools, add_generation_prompt=add_generation_prompt, chat_template=chat_template,
             continue_final_message=continue_final_message, sanitize_control_tokens=sanitize_control_tokens,
-            **kwargs,
+            most_tokens=most_tokens, **kwargs,
         )  # fmt: skip
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> "CompletionStream":

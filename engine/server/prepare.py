@@ -83,7 +83,8 @@ def prepare_completion(llm: LLM, request: CompletionRequest, headers: Headers, a
         name = "prompt" if len(prompts) == 1 else f"prompt[{index}]"
         if isinstance(prompt, str):
             with_special = request.add_special_tokens is not False
-            ids = llm.tokenizer.encode(text(name, prompt), add_special_tokens=with_special)
+            llm.tokenizer.check_length(name, text(name, prompt), _most_tokens(llm, request))
+            ids = llm.tokenizer.encode(prompt, add_special_tokens=with_special)
         elif isinstance(prompt, list):
             ids = integers(name, prompt)
             check_token_ids(llm, name, ids)
@@ -126,7 +127,7 @@ def prepare_chat(llm: LLM, request: ChatCompletionRequest, headers: Headers, arr
         compile_form(llm, request, plan.form)
     params = replace(params, structured=plan.form, skip_special_tokens=hides_special and plan.parser is None)
     messages = messages_of(llm, request)
-    ids, in_thought = chat_prompt(llm, request, messages)
+    ids, in_thought = chat_prompt(llm, request, messages, _most_tokens(llm, request))
     kept = _truncated(llm, request, ids)
     texts, role = [], _answer_role(request, messages)
     if request.echo:
@@ -247,8 +248,10 @@ def _with_object(call: Any) -> Any:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def chat_prompt(llm: LLM, request: ChatInput, messages: list[dict[str, Any]]) -> tuple[list[int], bool]:
-    """The token ids of a conversation, and whether it ends within a thought."""
+def chat_prompt(
+    llm: LLM, request: ChatInput, messages: list[dict[str, Any]], most_tokens: int | None = None
+) -> tuple[list[int], bool]:
+    """The token ids of a conversation, and whether it ends within a thought. most_tokens: as for `LLM`."""
     kwargs = dict(request.chat_template_kwargs or {})
     if request.documents is not None:
         kwargs["documents"] = request.documents
@@ -266,7 +269,7 @@ def chat_prompt(llm: LLM, request: ChatInput, messages: list[dict[str, Any]]) ->
         "reasoning_effort": effort,
         "sanitize_control_tokens": bool(request.sanitize_control_tokens),
     }
-    ids = llm.chat_prompt(messages, **options)
+    ids = llm.chat_prompt(messages, most_tokens=most_tokens, **options)
     in_thought = llm.opens_thought(messages, ids, options)
     if request.add_special_tokens:
         ids = [*llm.tokenizer.prefix_ids, *ids, *llm.tokenizer.suffix_ids]
@@ -325,6 +328,11 @@ def _bias(llm: LLM, request: GenerationRequest) -> dict[int, float] | None:
         check_token_ids(llm, "allowed_token_ids", request.allowed_token_ids)
         bias |= {token: -math.inf for token in range(llm.engine.spec.vocab_size) if token not in allowed}
     return bias or None
+
+
+def _most_tokens(llm: LLM, request: GenerationRequest) -> int | None:
+    """The tokens that a prompt may have before it is cut; None where it will be."""
+    return llm.engine.scheduler.max_len if request.truncate_prompt_tokens is None else None
 
 
 def _truncated(llm: LLM, request: GenerationRequest, ids: list[int]) -> list[int]:

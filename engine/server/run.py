@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
 
@@ -19,6 +20,9 @@ from pagellm.engine.server.service import Service
 _BACKLOG = 2048
 _IDLE_S = 75  # that a connection without a request is kept: longer than clients keep one
 _LAST_WORDS_S = 2.0  # for streams to end after their requests were given up
+# The event loop takes the interpreter's lock several times for one answer, and waits so long each time while
+# a worker cuts a long text into tokens.
+_SWITCH_INTERVAL_S = 0.0005
 
 
 class _Server(uvicorn.Server):
@@ -87,6 +91,7 @@ def run_server(
     becomes of the prefix cache. log_format: "text" or "json". otlp_traces_endpoint: where spans are sent.
     Raises `PagellmError` if the model cannot be loaded or the address cannot be had.
     """
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     tracer = None if otlp_traces_endpoint is None else batched_tracer(otlp_traces_endpoint)
     log = AccessLog(log_format == "json", tracer)
     listener = _listen(host, port)

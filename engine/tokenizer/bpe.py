@@ -53,6 +53,11 @@ class Bpe:
         symbols = [char if char in vocab else unk_token for char in CHAR_OF_BYTE]
         self._id_of_byte = [None if symbol is None else vocab[symbol] for symbol in symbols]
 
+    @property
+    def drops_nothing(self) -> bool:
+        """Whether each byte of a word is in one of its tokens."""
+        return None not in self._id_of_byte
+
     def encode_word(self, word: str) -> tuple[int, ...]:
         """The ids of one word.
 

@@ -15,10 +15,12 @@ from unicodedata import combining, normalize
 
 import regex
 
+from pagellm.engine.tokenizer.long_texts import spans
+
 # After Unicode 9: combining marks, then what is compatible with other characters, and the letters of composed
 # ones.
 _UNKNOWN_TO_THE_LIBRARY = re.compile(
-    "(["
+    "["
     "\u05c8\u05c9\u07fd\u0897-\u089f\u08ca-\u08d3\u09fe\u0c3c\u0d3b\u0d3c\u0eba\u1715\u1abf-\u1af0"
     "\u1df6-\u1dfa\ua82c\U00010d24-\U00010d27\U00010d69-\U00010d6d\U00010eab\U00010eac\U00010ecb-\U00010ecf"
     "\U00010ef0-\U00010efb\U00010efd-\U00010eff\U00010f46-\U00010f50\U00010f82-\U00010f85\U00011070\U0001133b"
@@ -29,8 +31,9 @@ _UNKNOWN_TO_THE_LIBRARY = re.compile(
     "\U0001e6e3\U0001e6e6\U0001e6ee\U0001e6ef\U0001e6f5"
     "\u32ff\ua7f2-\ua7f4\uab69\U00010781-\U000107ba\U0001f16c\U0001fbf0-\U0001fbf9"
     "\U000105c0-\U000105ff\U00011380-\U000113ff\U00011930-\U00011938\U00016100-\U0001613f\U00016d40-\U00016d7f"
-    "]+)"
+    "]+"
 )
+_MOST_COMPOSED = 4  # characters that are one in normal form C, such as U+1FAF
 _LONG_RUN_OF_MARKS = regex.compile(r"\p{M}{32,}+")
 
 
@@ -57,6 +60,13 @@ class Normalizer:
                 text = step + text
         return text
 
+    @property
+    def most_to_one(self) -> int | None:
+        """Of how many characters it makes one at most; None where that is not known."""
+        if not all(isinstance(step, str) or step is to_nfc for step in self._steps):
+            return None
+        return _MOST_COMPOSED if to_nfc in self._steps else 1
+
 
 NO_NORMALIZER = Normalizer()
 
@@ -82,9 +92,11 @@ def to_nfkd(text: str) -> str:
 
 
 def _normalized(text: str, form: Literal["NFC", "NFD", "NFKC", "NFKD"]) -> str:
-    # Between the captures, which are every second piece.
-    pieces = _UNKNOWN_TO_THE_LIBRARY.split(text)
-    pieces[::2] = [normalize(form, _LONG_RUN_OF_MARKS.sub(_in_order, piece)) for piece in pieces[::2]]
+    pieces, done = list[str](), 0
+    for start, stop in (*spans(_UNKNOWN_TO_THE_LIBRARY, text), (len(text), len(text))):
+        known = text[done:start]
+        pieces += normalize(form, _LONG_RUN_OF_MARKS.sub(_in_order, known)), text[start:stop]
+        done = stop
     return "".join(pieces)
 
 

@@ -27,6 +27,7 @@ from pagellm.engine.tokenizer.families import (
     THREES_AT_END,
     GgufPretokenizer,
 )
+from pagellm.engine.tokenizer.long_texts import find_all, has
 from pagellm.engine.tokenizer.normalization import Start
 from pagellm.engine.tokenizer.oniguruma import (
     PatternError,
@@ -133,6 +134,11 @@ class Pretokenizer:
         prefix = [None] if add_prefix_space else []
         return cls([*prefix, *map(translate, PATTERNS[name])])
 
+    @property
+    def drops_nothing(self) -> bool:
+        """Whether all of a text is in its words."""
+        return not any(isinstance(s, Split) and s.behavior is Behavior.REMOVED for s in self._steps)
+
     def __call__(self, text: str, start: Start = Start.TEXT) -> list[str]:
         """The words of the text; joined they give it back, but for a prefixed space.
 
@@ -141,7 +147,7 @@ class Pretokenizer:
         if not self._steps:
             return [text]
         stages = self._stages
-        if self._depends_on_unicode and not text.isascii() and _NEWER_CHARACTER.search(text):
+        if self._depends_on_unicode and not text.isascii() and has(_NEWER_CHARACTER, text):
             stages = self._exact_stages
         limit_s = _TIME_LIMIT_S + len(text) * _TIME_LIMIT_PER_CHARACTER_S
         give_up_at = time.monotonic() + limit_s
@@ -357,7 +363,7 @@ def _metaspace_words(metaspace: Metaspace, pieces: list[str], start: Start) -> I
             is_prefixed = False
         if is_prefixed and not text.startswith(char):
             text = char + text
-        yield word.findall(text) if split else [text]
+        yield find_all(word, text) if split else [text]
 
 
 def _prefix_space(text: str, _give_up_at: float) -> list[str]:

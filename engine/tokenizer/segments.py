@@ -12,6 +12,7 @@ from itertools import pairwise
 from operator import add
 
 from pagellm.engine.tokenizer.decoders import SPACE
+from pagellm.engine.tokenizer.long_texts import find_all
 
 # No character of any text: what stands between two entries makes no pair with them.
 _BETWEEN = "\udfff"
@@ -28,7 +29,7 @@ class Segments:
 
     def words(self, text: str) -> list[str]:
         """Parts of the text that begin with a space, quickly."""
-        return self._word.findall(text)
+        return find_all(self._word, text)
 
     def parts(self, text: str) -> list[str]:
         """The parts of the text between all those places."""

@@ -15,6 +15,7 @@ from pagellm.engine.checks import flag
 from pagellm.engine.checks import text as checked_text
 from pagellm.engine.errors import CheckpointError, RequestError, found
 from pagellm.engine.tokenizer.added_tokens import AddedToken, AddedVocabulary
+from pagellm.engine.tokenizer.bpe import Bpe
 from pagellm.engine.tokenizer.chat_template import ChatTemplate
 from pagellm.engine.tokenizer.control_tokens import ControlTokens, MarkInUseError
 from pagellm.engine.tokenizer.decoders import Invalid, TextStream, byte_of_token
@@ -111,6 +112,34 @@ class Tokenizer:
             raise RequestError(f"text: found {found(text)}, expected token ids: {self.absence}")
         ids = self._encode(text, Start.TEXT, parse_special=parse_special)
         return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special_tokens else ids
+
+    def fewest_tokens(self, text: str) -> int:
+        """A number that the text's tokens do not fall below, found at once.
+
+        It is 0 where a tokenizer may leave some of a text out, or makes one token of all that it lacks.
+        """
+        return -(-len(text) // self._most_characters) if self._most_characters else 0
+
+    def check_length(self, name: str, text: str, most_tokens: int | None) -> None:
+        """Raises `RequestError` for a text that is found at once to have more tokens."""
+        fewest = 0 if most_tokens is None else self.fewest_tokens(text)
+        if most_tokens is not None and fewest > most_tokens:
+            raise RequestError(
+                f"{name}: found {len(text)} characters, which are {fewest} tokens at least, expected at most"
+                f" {most_tokens}"
+            )
+
+    @cached_property
+    def _most_characters(self) -> int | None:
+        """So many characters of a text one token may stand for at most; None if that is not known."""
+        most_to_one = self._normalize.most_to_one
+        swallows = any(token.lstrip or token.rstrip for token in self._added.tokens)
+        if most_to_one is None or swallows:
+            return None
+        is_whole = isinstance(self._model, Bpe) and self._model.drops_nothing
+        if not (is_whole and self._pretokenizer.drops_nothing):
+            return None
+        return most_to_one * max(map(len, self._bytes_of_id), default=1)
 
     def encode_within(self, text: str) -> list[int]:
         """The ids of a text that stands in the midst of another one: nothing is put before or behind it.
@@ -258,20 +287,28 @@ class Tokenizer:
         return variables
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, sanitize_control_tokens: bool = False, **options: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        sanitize_control_tokens: bool = False,
+        most_tokens: int | None = None,
+        **options: Any,
     ) -> list[int]:
         """The ids of a conversation as `apply_chat_template` lays it out, up to where the answer begins.
 
         sanitize_control_tokens: control tokens that messages, tools or variables write out are text, so that
         nobody can forge an end of turn. What has none in it gets the same ids either way. They are the
         special tokens, and those other added ones that the template itself writes.
+        most_tokens: so many are of use; of what is found to have more at once the ids are not looked for.
         messages, options: as `ChatTemplate.render` takes them.
 
         Raises `RequestError` and `CheckpointError` as `apply_chat_template`. With sanitize_control_tokens
         also for a role that is not one of the usual ones.
         """
         if not flag("sanitize_control_tokens", sanitize_control_tokens):
-            return self.encode(self.apply_chat_template(messages, **options), add_special_tokens=False)
+            text = self.apply_chat_template(messages, **options)
+            self.check_length("messages", text, most_tokens)
+            return self.encode(text, add_special_tokens=False)
         return self._encode_sanitized(messages, options)
 
     def _encode_sanitized(self, messages: Sequence[Mapping[str, Any]], options: dict[str, Any]) -> list[int]:

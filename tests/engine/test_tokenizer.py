@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import string
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagellm.engine.errors import CheckpointError, RequestError
-from pagellm.engine.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
+from pagellm.engine.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer, long_texts
 from pagellm.engine.tokenizer.bpe import Bpe, MergeTable
 from pagellm.engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
 from pagellm.engine.tokenizer.families import GGUF_PRETOKENIZERS, PATTERNS
@@ -53,6 +55,15 @@ def tokenizer_json(family: str = "gpt2", *, pairs: bool = False) -> dict[str, An
     merges = [merge.split(" ") for merge in gpt2_merges()] if pairs else gpt2_merges()
     data["model"] |= {"vocab": gpt2_vocab(), "merges": merges}
     return data
+
+
+@cache
+def of_family(family: str) -> Tokenizer:
+    """With added tokens none of which takes the whitespace beside it."""
+    data = tokenizer_json(family)
+    data["added_tokens"] = [token | {"lstrip": False, "rstrip": False} for token in data["added_tokens"]]
+    with TemporaryDirectory() as directory:
+        return load_json(Path(directory), data)
 
 
 def small_json(**model: Any) -> dict[str, Any]:
@@ -218,6 +229,39 @@ def test_a_long_run_of_combining_marks_is_put_in_order() -> None:
     marks = random.Random(0).choices(COMBINING[:50], k=200_000)
     ordered = to_nfc("x" + "".join(marks))
     assert ordered == "x" + "".join(sorted(marks, key=unicodedata.combining))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "smollm"])
+@given(text=st.one_of(any_text, st.text(st.sampled_from([*COMBINING[:200], "a", " ", "\u1faf"]))))
+def test_no_text_has_fewer_tokens_than_a_glance_tells(family: str, text: str) -> None:
+    tokenizer = of_family(family)
+    fewest = tokenizer.fewest_tokens(text)
+    assert fewest <= len(tokenizer.encode(text, add_special_tokens=False))
+    assert (fewest > 0) == bool(text)
+    composed = unicodedata.normalize("NFD", "\u1faf" * 1000)  # four characters that become one
+    assert tokenizer.fewest_tokens(composed) <= len(tokenizer.encode(composed))
+
+
+def test_a_glance_tells_nothing_where_some_of_a_text_may_be_left_out(tmp_path: Path) -> None:
+    data = small_json()
+    assert load_json(tmp_path, data).fewest_tokens("h" * 100) == 25
+    data["added_tokens"] = [{"id": 259, "content": "<m>", "lstrip": True, "special": True}]
+    swallowing = load_json(tmp_path, data)
+    assert (swallowing.fewest_tokens(" " * 100 + "<m>"), swallowing.encode(" " * 100 + "<m>")) == (0, [259])
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 1 << 16])
+@given(text=st.text(st.sampled_from("ab \u05c8\u07fd\u0301")))
+def test_long_texts_are_looked_through_in_parts(at_once: int, text: str) -> None:
+    part, words = re.compile("[\u05c8\u07fd]+"), re.compile(" *[^ ]+| +")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(long_texts, "_AT_ONCE", at_once)
+        assert long_texts.has(re.compile("[\u05c8\u07fd]"), text) == bool(part.search(text))
+        assert long_texts.find_all(words, text) == words.findall(text)
+        found = {place for start, stop in long_texts.spans(part, text) for place in range(start, stop)}
+        assert found == {place for match in part.finditer(text) for place in range(*match.span())}
+        in_parts = to_nfc(text)
+    assert in_parts == to_nfc(text)
 
 
 def test_the_word_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from pagellm.engine import LLM, ConfigError
 from tests.engine.server.conftest import eventually, serving, settings, wait_until_ready
-from tests.engine.server.test_clients import HELLO, metrics, refusal, request
+from tests.engine.server.test_clients import HELLO, ask, metrics, refusal, request
 from tests.engine.server.test_lifetime import open_stream, standing_still, start_command, value_of
 
 pytest.importorskip("fastapi", reason="the server's tests need the extra serve")
@@ -160,6 +160,24 @@ def test_a_request_may_ask_for_so_much(bounded: Any, path: str, field: str, valu
     assert f"expected {most} at most" in error["message"]
     less = value[:-1] if isinstance(value, list) else value - 1
     assert request(bounded, path, body | {field: less, "max_tokens": 1})[0] == 200
+
+
+def test_a_text_that_cannot_fit_is_refused_before_its_tokens_are_looked_for(
+    server: Any,
+) -> None:
+    text = "the quick brown fox " * 10_000
+    for path, body in [
+        ("/v1/completions", {"prompt": text}),
+        ("/v1/completions", {"prompt": ["a", text]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
+        ("/v1/responses", {"input": text}),
+    ]:
+        error = refusal(server, path, body)
+        assert "tokens at least, expected at most" in error["message"]
+        assert error["param"] == next(iter(body))
+    body = {"prompt": text, "truncate_prompt_tokens": 5, "max_tokens": 1}
+    assert ask(server, "/v1/completions", body)["usage"]["prompt_tokens"] == 5
+    assert ask(server, "/tokenize", {"prompt": text})["count"] > 100_000
 
 
 def test_a_body_has_so_many_bytes(bounded: Any) -> None:

@@ -1,0 +1,28 @@
+"""Looks through long texts a little at a time: `re` lets no other thread go on while it looks.
+
+Of use to patterns of which each match stands for itself: none looks behind or ahead by more than a character.
+"""
+
+import re
+from collections.abc import Iterator
+
+_AT_ONCE = 1 << 16  # characters: a millisecond or two
+
+
+def has(pattern: re.Pattern[str], text: str) -> bool:
+    """Whether there is a match, of one character."""
+    return any(pattern.search(text, at, at + _AT_ONCE) for at in range(0, len(text), _AT_ONCE))
+
+
+def spans(pattern: re.Pattern[str], text: str) -> Iterator[tuple[int, int]]:
+    """Where the matches are, of a set's characters one after another. A long one may come in two."""
+    for at in range(0, len(text), _AT_ONCE):
+        for match in pattern.finditer(text, at, at + _AT_ONCE):
+            yield match.span()
+
+
+def find_all(pattern: re.Pattern[str], text: str) -> list[str]:
+    """What `pattern.findall` gives; a match with other threads' turns between."""
+    if len(text) <= _AT_ONCE:
+        return pattern.findall(text)
+    return [match.group() for match in pattern.finditer(text)]
