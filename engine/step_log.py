@@ -18,6 +18,7 @@ from pagellm.engine.scheduling.batch import Admitted, Preempted, PreemptionCosts
 from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.engine.scheduling.step_loop import StepEnd, StepListener, StepLoop
+from pagellm.engine.scheduling.stride import Change, Stride
 
 # Settings of which no decision of a scheduler follows: num_swap_blocks says what swap_dir comes to.
 NO_DECISIONS = (
@@ -89,6 +90,8 @@ class StepRecorder(StepListener):
 
     Records share what is the same in many of them: they are not to be changed.
     """
+
+    takes_strides = True
 
     def __init__(
         self,
@@ -201,6 +204,56 @@ class StepRecorder(StepListener):
                 self._forget(sequence)
         self._write(record)
 
+    def strode(self, stride: Stride) -> None:
+        record = self._record
+        assert record is not None
+        batch = stride.batch
+        seq_ids = [sequence.seq_id for sequence in batch.sequences]
+        computed = [num_computed for _, num_computed, *_ in record["scheduled"]]
+        quiet, blocks = self._quiet.copy(), record["blocks"]
+        for name in ("running", "waiting", "swapped", "cache"):
+            quiet[name] = record[name]
+        if self._replica is not None:
+            quiet["replica"] = self._replica
+        changes = iter((*stride.changes, None))
+        change = next(changes)
+        ends = zip(stride.times, stride.durations_s, strict=False)
+        for step, (start_s, duration_s) in enumerate(ends):
+            if step:
+                record = quiet.copy()
+                record["step"], record["start_s"] = self._num_steps, start_s
+                self._num_steps += 1
+                record["scheduled"] = [
+                    (seq_id, before + step, 1, True) for seq_id, before in zip(seq_ids, computed, strict=True)
+                ]
+                blocks = blocks.copy()
+                blocks["unwritten_slots"] -= len(seq_ids)
+                if change is not None and change.step == step:
+                    record["tables"] = self._tables_of(change, batch)
+                    used = self._scheduler.block_manager.num_blocks - change.num_free_blocks
+                    blocks["used"], blocks["free"] = used, change.num_free_blocks
+                    blocks["shared"] = change.num_shared
+                    blocks["unwritten_slots"] += change.num_new_slots
+                    quiet["cache"] = record["cache"] = record["cache"] | {
+                        "evictions": change.num_evicted_tokens
+                    }
+                    change = next(changes)
+                record["blocks"] = blocks
+            record["duration_s"] = duration_s
+            self._write(record)
+        self._record = None
+
+    def _tables_of(self, change: Change, batch: ScheduledBatch) -> list[tuple[int, int, list[int]]]:
+        """What has changed of the tables of a batch, in its order."""
+        changed = {sequence: (index, blocks) for sequence, index, blocks in change.tables}
+        tables = []
+        for sequence in batch.sequences:
+            if sequence in changed:
+                index, blocks = changed[sequence]
+                before = self._tables[sequence.seq_id][:index]
+                tables += self._new_table(sequence.seq_id, index, before + blocks)
+        return tables
+
     def _note_blocks(self, record: StepRecord, batch: ScheduledBatch) -> None:
         manager = self._scheduler.block_manager
         if batch.changed_tables or self._changed:
@@ -223,15 +276,19 @@ class StepRecorder(StepListener):
         tables = []
         for sequence in batch.sequences:
             same = pending.pop(sequence, None)
-            if same is None:
-                continue
-            table, recorded = sequence.block_table, self._tables.setdefault(sequence.seq_id, [])
-            while same < len(recorded) and same < len(table) and recorded[same] == table[same]:
-                same += 1  # one that came back has begun with what it had before
-            if same < len(table) or same < len(recorded):
-                tables.append((sequence.seq_id, same, table[same:]))
-                recorded[same:] = table[same:]
+            if same is not None:
+                tables += self._new_table(sequence.seq_id, same, sequence.block_table)
         return tables
+
+    def _new_table(self, seq_id: int, same: int, table: list[int]) -> list[tuple[int, int, list[int]]]:
+        """What is new in a table that is the same up to an index; nothing, if nothing is."""
+        recorded = self._tables.setdefault(seq_id, [])
+        while same < len(recorded) and same < len(table) and recorded[same] == table[same]:
+            same += 1  # one that came back has begun with what it had before
+        if same == len(table) == len(recorded):
+            return []
+        recorded[same:] = table[same:]
+        return [(seq_id, same, table[same:])]
 
     def _forget(self, sequence: Sequence) -> None:
         self._tables.pop(sequence.seq_id, None)

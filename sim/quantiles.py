@@ -84,6 +84,11 @@ class LogHistogram:
         if value > self._max:
             self._max = value
 
+    def add_each(self, values: Iterable[float], count: int) -> None:
+        """Counts each of several values above 0 so many times, as `add` does."""
+        for value in values:
+            self.add(value, count)
+
     def merge(self, other: "LogHistogram") -> None:
         """Counts all that another one has counted."""
         for key, count in other._counts.items():

@@ -5,14 +5,16 @@ exactly. A replica stands for an engine: it takes in what came for it between tw
 the step's tokens after as long as the cost model says. Nothing here knows weights or a clock.
 """
 
+import math
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import KW_ONLY, dataclass, field
 from enum import IntEnum
 from functools import cached_property
 from heapq import heapify, heappop, heappush, heappushpop
-from itertools import islice
+from itertools import accumulate, islice
 from os import PathLike
 from typing import Any
 
@@ -51,6 +53,8 @@ class EventKind(IntEnum):
 
 # Sampling parameters that are kept to be used again.
 _MAX_PARAMS = 2**16
+
+_THEN = "the replay ends here"  # after a policy has failed
 
 # Time, kind, a number that is unique among events of the kind, and what it is about.
 Event = tuple[float, EventKind, int, Any]
@@ -335,26 +339,47 @@ class _Replay:
         return (start, EventKind.STEP_START, replica.number, replica)
 
     def _start_step(self, now: float, replica: Replica) -> Event | None:
-        """The replica takes in what came for it, and schedules."""
+        """The replica takes in what came for it, and schedules; what decides nothing it takes in strides."""
         if replica.inbox:
             self._empty_inbox(now, replica)
         scheduler = replica.scheduler
         if not scheduler.has_unfinished:
             replica.is_busy = False
             return None
-        costs = replica.costs
-        batch = replica.loop.begin(now, costs.costs)
-        for sequence in batch.shed:
-            self._note_end(now, replica, sequence)
-        if not batch.sequences and not batch.shed:
-            raise PagellmError(f"the scheduler has {scheduler.stats.num_waiting} requests and computes none")
-        duration_s = costs.step_time(batch) if batch.sequences else costs.empty_step_time()
-        if not duration_s >= 0:
-            raise ConfigError(
-                f"cost_model: {costs.name}: found {duration_s} seconds for a step, expected 0 or more"
-            )
-        step = replica, batch, duration_s
-        return (now + duration_s, EventKind.STEP_END, replica.number, step)
+        while True:
+            batch = replica.loop.begin(now, replica.costs.costs)
+            for sequence in batch.shed:
+                self._note_end(now, replica, sequence)
+            if not batch.sequences and not batch.shed:
+                waiting = scheduler.stats.num_waiting
+                raise PagellmError(f"the scheduler has {waiting} requests and computes none")
+            duration_s = _duration_s(replica.costs, batch)
+            end_s = now + duration_s
+            following_s = self._stride(now, end_s, replica, batch, duration_s)
+            if following_s is None:
+                return (end_s, EventKind.STEP_END, replica.number, (replica, batch, duration_s))
+            now = following_s
+
+    def _stride(
+        self, now: float, end_s: float, replica: Replica, batch: ScheduledBatch, duration_s: float
+    ) -> float | None:
+        """Ends a step that has begun, and those behind it that begin before anything else happens.
+
+        Returns when the last of them ended, and hence the next one starts; None if it ended none.
+        """
+        next_s = self._events[0][0] if self._events else math.inf
+        most = replica.loop.most_alike(batch) if end_s < next_s else 0
+        if most == 0:
+            return None
+        durations_s = replica.costs.stride_times(batch, duration_s, most, next_s - now)
+        times = list(accumulate(durations_s, initial=now))
+        num_steps = bisect_left(times, next_s) - 1  # the last one ends before that
+        if num_steps < 1:
+            return None
+        del times[num_steps + 1 :], durations_s[num_steps:]
+        following_s = replica.loop.advance(batch, self._output_tokens[0], times, durations_s)
+        replica.scheduler.policies.raise_error(_THEN)
+        return following_s
 
     def _empty_inbox(self, now: float, replica: Replica) -> None:
         for time_s, sequence, request in replica.inbox:
@@ -378,7 +403,7 @@ class _Replay:
         replica, batch, duration_s = step
         token_ids = [self._output_tokens] * len(batch.sampled)
         finished = replica.loop.end(batch, token_ids, now, duration_s=duration_s)
-        replica.scheduler.policies.raise_error("the replay ends here")
+        replica.scheduler.policies.raise_error(_THEN)
         for sequence in finished:
             self._note_end(now, replica, sequence)
         replica.is_busy = bool(replica.inbox) or replica.scheduler.has_unfinished
@@ -412,6 +437,15 @@ class _Replay:
 
     def _error(self, request: TraceRequest, error: object) -> TraceError:
         return TraceError(f"{self._trace.name}: request {request.id!r}: {error}")
+
+
+def _duration_s(costs: CostModel, batch: ScheduledBatch) -> float:
+    duration_s = costs.step_time(batch) if batch.sequences else costs.empty_step_time()
+    if not duration_s >= 0:
+        raise ConfigError(
+            f"cost_model: {costs.name}: found {duration_s} seconds for a step, expected 0 or more"
+        )
+    return duration_s
 
 
 def _constants(fleet: Fleet) -> list[CostConstant]:

@@ -240,14 +240,14 @@ BUGS = (
     Bug(
         "a shared block is written in place",
         MANAGER,
-        "BlockManager._needs_copy",
+        "BlockManager.needs_copy",
         "self._reference_counts[table[index]] > 1 or self._knows(table[index])",
         "False",
     ),
     Bug(
         "a fork writes into a block that the cache knows",
         MANAGER,
-        "BlockManager._needs_copy",
+        "BlockManager.needs_copy",
         "self._knows(table[index])",
     ),
     Bug(
@@ -832,7 +832,7 @@ BUGS = (
         "a copy is not counted among the blocks that growing takes",
         MANAGER,
         "BlockManager.can_grow",
-        "max(0, num_new) + self._needs_copy(sequence)",
+        "max(0, num_new) + self.needs_copy(sequence)",
         "max(0, num_new)",
     ),
     Bug(

@@ -237,7 +237,19 @@ class BlockManager:
         if len(self._free) >= num_tokens - sequence.num_computed_tokens:
             return True  # a token takes one block at most
         num_new = self.blocks_for(num_tokens) - len(sequence.block_table)
-        return max(0, num_new) + self._needs_copy(sequence) <= len(self._free)
+        return max(0, num_new) + self.needs_copy(sequence) <= len(self._free)
+
+    def needs_copy(self, sequence: Sequence) -> bool:
+        """Whether the next token to be computed lies in a block that is not its own to write into.
+
+        That is one that others hold, and one that is known: a fork may have less of its parent's block than
+        its parent had computed.
+        """
+        index = sequence.num_computed_tokens // self.block_size
+        table = sequence.block_table
+        if index == len(table):
+            return False
+        return self._reference_counts[table[index]] > 1 or self._knows(table[index])
 
     def grow(self, sequence: Sequence, num_tokens: int | None = None) -> None:
         """Gives a running sequence a slot of its own for each token to be computed.
@@ -247,7 +259,7 @@ class BlockManager:
         """
         num_tokens = num_tokens or len(sequence.token_ids)
         table = sequence.block_table
-        if self._needs_copy(sequence):
+        if self.needs_copy(sequence):
             index = sequence.num_computed_tokens // self.block_size
             shared, table[index] = table[index], self._take()
             self._release((shared,))
@@ -460,18 +472,6 @@ class BlockManager:
         changed = self._changed_tables
         if changed.get(sequence, index) >= index:
             changed[sequence] = index
-
-    def _needs_copy(self, sequence: Sequence) -> bool:
-        """Whether the next token to be computed lies in a block that is not its own to write into.
-
-        That is one that others hold, and one that is known: a fork may have less of its parent's block than
-        its parent had computed.
-        """
-        index = sequence.num_computed_tokens // self.block_size
-        table = sequence.block_table
-        if index == len(table):
-            return False
-        return self._reference_counts[table[index]] > 1 or self._knows(table[index])
 
     def _most_cached(self, sequence: Sequence) -> int:
         """Blocks that a sequence without blocks could find in the cache at most."""

@@ -247,6 +247,23 @@ class Scheduler:
             if sequence.seq_id not in self._held:
                 self.waiting.push(sequence, self.stats, guaranteed=self._is_guaranteed(sequence))
 
+    def lets_nobody_in(self, num_decodes: int) -> bool:
+        """Whether a step of so many decodes lets nobody in, and asks no policy for it."""
+        if self._held:
+            return False
+        if not self.waiting:
+            return True
+        policies = self.policies
+        if policies.makes_way:
+            return False
+        if len(self.running) >= self.max_num_running:
+            return True
+        if policies.prefills_alone or policies.asks_queues or policies.order_changes != "never":
+            return False
+        if num_decodes >= self.limits.max_num_batched_tokens:
+            return True
+        return self._is_still_blocked(self.waiting.first(self.stats))
+
     def check(self) -> None:
         """Asserts that queues, states and blocks agree."""
         self.block_manager.check()

@@ -13,6 +13,7 @@ from pagellm.engine.scheduling.batch import PreemptionCosts, ScheduledBatch, Ste
 from pagellm.engine.scheduling.block_manager import Transfer
 from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
+from pagellm.engine.scheduling.stride import Stride, advance, most_alike
 
 
 @dataclass(slots=True)  # not frozen: that would take three times as long to make, in every step
@@ -30,8 +31,11 @@ class StepEnd:
 class StepListener:
     """Hears of what happens to each sequence; does nothing where it does not override.
 
-    Times are seconds on the clock of the one that drives the loop.
+    Times are seconds on the clock of the one that drives the loop. takes_strides: whether it understands
+    `strode`; where one listener does not, none is taken.
     """
+
+    takes_strides = False
 
     def added(self, sequence: Sequence) -> None:
         """A sequence was taken in, at its `arrival_time`; of several completions each is one."""
@@ -41,6 +45,9 @@ class StepListener:
 
     def committed(self, end: StepEnd) -> None:
         """A step has ended."""
+
+    def strode(self, stride: Stride) -> None:
+        """Steps were taken at once. Of the first it has heard that it was scheduled."""
 
     def ended(self, sequence: Sequence) -> None:
         """A sequence has ended otherwise: it was aborted or shed, or its text had a stop string."""
@@ -132,6 +139,25 @@ class StepLoop:
             for listener in self.listeners:
                 listener.committed(end)
         return finished
+
+    def most_alike(self, batch: ScheduledBatch) -> int:
+        """How many steps in a row, the one that has begun first, can be taken at once; 0: none."""
+        for listener in self.listeners:
+            if not listener.takes_strides:
+                return 0
+        return most_alike(self.scheduler, batch)
+
+    def advance(
+        self, batch: ScheduledBatch, token_id: int, times: Items[float], durations_s: Items[float]
+    ) -> float:
+        """Ends the step that has begun and takes those behind it; returns when the last of them ended.
+
+        times, durations_s: of `most_alike` steps at most. It may take fewer.
+        """
+        stride = advance(self.scheduler, batch, token_id, times, durations_s)
+        for listener in self.listeners:
+            listener.strode(stride)
+        return stride.times[-1]
 
     def _tell_added(self, sequences: Items[Sequence]) -> None:
         for sequence in sequences:

@@ -6,7 +6,9 @@ steps of a recorded run (recorded.py). All are plain Python, because they are as
 
 import os
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Mapping
+from collections.abc import Sequence as Items
 from dataclasses import replace
 from itertools import repeat
 from operator import attrgetter
@@ -193,6 +195,15 @@ class CostModel(ABC):
     def step_time(self, batch: ScheduledBatch) -> float:
         """Seconds from scheduling a batch, as `schedule` returned it, to having its tokens."""
 
+    def stride_times(self, batch: ScheduledBatch, duration_s: float, most: int, span_s: float) -> list[float]:
+        """Seconds of a step of decodes and of those behind it, in each of which each has a token more.
+
+        duration_s: of the first, as `step_time` has it. They are `most` steps, or as many as take `span_s`.
+        Empty where that is not known; then it is asked for each. Where it is known, `step_time` depends on
+        the batch alone, and `next_start` is not asked.
+        """
+        return []
+
     def empty_step_time(self) -> float:
         """Seconds of a step that computes nothing, because all that waited has been shed."""
         return 0.0
@@ -251,6 +262,19 @@ def shape_of(batch: ScheduledBatch, window: int = 0) -> BatchShape:
             context -= before if not window else min(before, window - 1)
             prefills.append((count, _seen_before(count, before, window) if window else before))
     return BatchShape(num_decodes, context, prefills)
+
+
+def decode_contexts(batch: ScheduledBatch, window: int, count: int) -> Items[int]:
+    """`decode_context` of each of `count` batches of decodes that follow one, each a token longer."""
+    num_decodes, context, _ = shape_of(batch, window)
+    if not window:
+        return range(context + num_decodes, context + num_decodes * count + 1, num_decodes)
+    growing = sorted(window - 1 - min(_context(s), window - 1) for s in batch.sequences)
+    contexts = []
+    for step in range(1, count + 1):
+        context += num_decodes - bisect_left(growing, step)
+        contexts.append(context)
+    return contexts
 
 
 def _seen_before(count: int, before: int, window: int) -> int:

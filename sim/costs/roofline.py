@@ -15,7 +15,7 @@ from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError
 from pagellm.engine.scheduling.batch import PreemptionCosts, ScheduledBatch
 from pagellm.sim.costs.constants import AUTO, FORMATS, Constants
-from pagellm.sim.costs.cost_model import CostConstant, CostModel, shape_of
+from pagellm.sim.costs.cost_model import CostConstant, CostModel, decode_contexts, shape_of
 from pagellm.sim.costs.decoder import Layers, Model, load_model
 from pagellm.sim.costs.devices import Hardware, load_hardware
 from pagellm.sim.costs.fitted import FittedCosts, read_costs
@@ -203,18 +203,8 @@ class RooflineCostModel(CostModel):
         self.costs = PreemptionCosts(token_s, swap_block_s)
 
     def step_time(self, batch: ScheduledBatch) -> float:
-        num_sequences, num_samples = len(batch.sequences), sum(batch.samples)
-        num_tokens = sum(batch.num_new_tokens)
-        total = self._overhead_s + num_sequences * self._sequence_overhead_s
-        # Fewer tokens than fill the device leave much of it idle.
-        filled = 1 + self._fill_tokens / (num_tokens + self._fill_tokens)
-        total += max(num_tokens * filled * self._product_token_s, self._products_s)
-        if num_samples:
-            total += max(num_samples * self._head_token_s, self._head_s)
-        for layer, token_s, expert_s in self._experts:
-            touched, chosen = layer.touched_experts(num_tokens), num_tokens * layer.experts_per_token
-            filled = 1 + self._fill_tokens / (chosen / touched + self._fill_tokens)
-            total += max(chosen * filled * token_s, touched * expert_s)
+        num_samples, num_tokens = sum(batch.samples), sum(batch.num_new_tokens)
+        total = self._before_attention(len(batch.sequences), num_tokens, num_samples)
         for window, decode_s, pair_s, token_s, widen_s in self._attention:
             num_decodes, context, prefills = shape_of(batch, window)
             total += (context + num_decodes) * decode_s
@@ -228,6 +218,36 @@ class RooflineCostModel(CostModel):
         total += num_samples * (self._sample_s + self._exchange_sample_s)
         if batch.transfers:
             total += self.transfer_time(batch, self._copy_block_s)
+        return total
+
+    def stride_times(self, batch: ScheduledBatch, duration_s: float, most: int, span_s: float) -> list[float]:
+        """The sums of `step_time`, in its order, of which attention alone is another in each step."""
+        count = len(batch.sequences)
+        before = self._before_attention(count, count, count)
+        vectors_s = count * (self._vector_token_s + self._exchange_token_s) + self._exchange_s
+        samples_s = count * (self._sample_s + self._exchange_sample_s)
+        # None of them takes less than without attention.
+        num_more = int(min(most - 1, (span_s - duration_s) / (before + vectors_s + samples_s) + 1))
+        times = [before] * num_more
+        for window, decode_s, *_ in self._attention:
+            contexts = decode_contexts(batch, window, num_more)
+            times = [
+                total + (context + count) * decode_s for total, context in zip(times, contexts, strict=True)
+            ]
+        return [duration_s, *(total + vectors_s + samples_s for total in times)]
+
+    def _before_attention(self, num_sequences: int, num_tokens: int, num_samples: int) -> float:
+        """Seconds of a step for what comes before its attention in the sum."""
+        total = self._overhead_s + num_sequences * self._sequence_overhead_s
+        # Fewer tokens than fill the device leave much of it idle.
+        filled = 1 + self._fill_tokens / (num_tokens + self._fill_tokens)
+        total += max(num_tokens * filled * self._product_token_s, self._products_s)
+        if num_samples:
+            total += max(num_samples * self._head_token_s, self._head_s)
+        for layer, token_s, expert_s in self._experts:
+            touched, chosen = layer.touched_experts(num_tokens), num_tokens * layer.experts_per_token
+            filled = 1 + self._fill_tokens / (chosen / touched + self._fill_tokens)
+            total += max(chosen * filled * token_s, touched * expert_s)
         return total
 
     def block_bytes(self, block_size: int) -> int:

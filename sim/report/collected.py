@@ -9,16 +9,18 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import sub
 
 from pagellm.engine.requests.outputs import FinishReason
 from pagellm.engine.scheduling.batch import Preemption, ScheduledBatch
 from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.engine.scheduling.step_loop import StepEnd, StepListener
+from pagellm.engine.scheduling.stride import Stride
 from pagellm.sim.quantiles import Exact, LogHistogram
 from pagellm.sim.report.groups import GroupFigures, Groups
 from pagellm.sim.report.results_file import ResultsFile
-from pagellm.sim.report.timeline import Timeline
+from pagellm.sim.report.timeline import Bucket, Timeline
 
 
 @dataclass(slots=True)
@@ -65,22 +67,24 @@ class Collected:
         self.counts["requests"] += 1
         self.timeline.at(time_s).arrivals += 1
 
-    def unwritten_share(self) -> float:
-        """Of the slots in blocks in use, the share that holds no token yet."""
+    def unwritten_share(self, num_more: int = 0) -> float:
+        """Of the slots in blocks in use, the share that holds no token yet. num_more: than there are now."""
         running = (s for replica in self.replicas for s in replica.scheduler.running)
-        unwritten = sum(s.num_slots - s.num_computed_tokens for s in running)
+        unwritten = sum(s.num_slots - s.num_computed_tokens for s in running) + num_more
         slots = sum(replica.used_blocks * replica.manager.block_size for replica in self.replicas)
         return unwritten / slots if slots else 0.0
 
-    def cached_share(self) -> float:
-        """Of all blocks, the share that holds a known prefix."""
+    def cached_share(self, num_more: int = 0) -> float:
+        """Of all blocks, the share that holds a known prefix. num_more: than there are now."""
         managers = [replica.manager for replica in self.replicas]
-        num_cached: int = sum(manager.num_cached_blocks for manager in managers)
+        num_cached: int = sum(manager.num_cached_blocks for manager in managers) + num_more
         return num_cached / sum(manager.num_blocks for manager in managers)
 
 
 class ReplicaListener(StepListener):
     """Hears of one scheduler's steps, and keeps what was seen of it last."""
+
+    takes_strides = True
 
     def __init__(self, number: int, scheduler: Scheduler, run: Collected, group: str | None = None) -> None:
         self.scheduler = scheduler
@@ -124,7 +128,7 @@ class ReplicaListener(StepListener):
         self._start_s = now
         self._running = len(self.scheduler.running)
         self._waiting = self.scheduler.num_waiting - len(self.swapped)
-        self._note_used()
+        self._note_used(self.manager.num_free_blocks)
         if run.used_blocks > bucket.peak_blocks:
             bucket.peak_blocks = run.used_blocks
         if bucket.num_samples == 0:
@@ -133,7 +137,12 @@ class ReplicaListener(StepListener):
 
     def committed(self, end: StepEnd) -> None:
         batch, sampled, finished, now = end.batch, end.sampled, end.finished, end.now
-        self._note_step(batch, now)
+        num_tokens = batch.num_tokens
+        num_decodes = len(batch.sequences)
+        if num_tokens > num_decodes:
+            num_decodes = batch.num_new_tokens.count(1)
+        self._note_step(self._start_s, now, num_tokens, num_decodes)
+        self.busy_s += now - self._start_s
         if sampled:
             self._note_tokens(sampled, now)
             num_tokens = batch.num_output_tokens
@@ -146,7 +155,23 @@ class ReplicaListener(StepListener):
             self.last_sampled = [sequence for sequence in self.last_sampled if sequence not in done]
             for sequence in finished:
                 self._finish(sequence, now)
-            self._note_used()
+            self._note_used(self.manager.num_free_blocks)
+
+    def strode(self, stride: Stride) -> None:
+        run, times, sequences = self._run, stride.times, stride.batch.sampled
+        num_steps, num_sequences = len(times) - 1, len(sequences)
+        begin = 0
+        for change in stride.changes:
+            self._note_steps(stride, begin, change.step)
+            self._note_used(change.num_free_blocks)
+            begin = change.step
+        self._note_steps(stride, begin, num_steps)
+        for span_s in map(sub, times[1:], times):
+            self.busy_s += span_s
+        self._note_tokens(sequences, times[1])
+        self._itl.add_each(map(sub, times[2:], times[1:]), num_sequences)
+        self._last_token_s = run.last_token_at_s = times[-1]
+        self._counts["output_tokens"] += num_steps * num_sequences
 
     def ended(self, sequence: Sequence) -> None:
         run = self._run
@@ -159,7 +184,7 @@ class ReplicaListener(StepListener):
         outcome = "shed" if sequence.finish_reason is FinishReason.SHED else "timed_out"
         run.counts[outcome] += 1
         self._end(sequence, request, outcome, last_token_s)
-        self._note_used()
+        self._note_used(self.manager.num_free_blocks)
 
     def _note_admissions(self, batch: ScheduledBatch, time_s: float) -> None:
         for admitted in batch.admitted:
@@ -168,22 +193,18 @@ class ReplicaListener(StepListener):
                 request.first_scheduled_s = time_s
                 self._run.latencies["queue"].add(time_s - request.arrival_s)
 
-    def _note_used(self) -> None:
+    def _note_used(self, num_free_blocks: int) -> None:
         run = self._run
-        used = self.manager.num_blocks - self.manager.num_free_blocks
+        used = self.manager.num_blocks - num_free_blocks
         run.used_blocks += used - self.used_blocks
         self.used_blocks = used
         if run.used_blocks > run.peak_blocks:
             run.peak_blocks = run.used_blocks
 
-    def _note_step(self, batch: ScheduledBatch, time_s: float) -> None:
+    def _note_step(self, start_s: float, time_s: float, num_tokens: int, num_decodes: int) -> None:
         run = self._run
-        num_tokens = batch.num_tokens
-        num_decodes = len(batch.sequences)
-        if num_tokens > num_decodes:
-            num_decodes = batch.num_new_tokens.count(1)
         running, waiting, swapped = self._running, self._waiting, len(self.swapped)
-        for bucket, span_s in self._timeline.during(self._start_s, time_s):
+        for bucket, span_s in self._timeline.during(start_s, time_s):
             bucket.running_time += running * span_s
             bucket.waiting_time += waiting * span_s
             bucket.swapped_time += swapped * span_s
@@ -194,7 +215,54 @@ class ReplicaListener(StepListener):
         bucket.prefill_tokens += num_tokens - num_decodes
         bucket.decode_tokens += num_decodes
         self._counts["steps"] += 1
-        self.busy_s += time_s - self._start_s
+
+    def _note_steps(self, stride: Stride, begin: int, end: int) -> None:
+        """Counts the steps of a stride from one to another, with as many blocks in use in all of them.
+
+        Most of them end in the bucket in which they begin.
+        """
+        timeline, times, num_decodes = self._timeline, stride.times, len(stride.batch.sequences)
+        running, waiting, swapped = self._running, self._waiting, len(self.swapped)
+        used = self.used_blocks
+        while begin < end:
+            bucket = timeline.at(times[begin])
+            if bucket.num_samples == 0:
+                self._sample(bucket, stride, begin)
+            spans = timeline.spans(times, begin, end)
+            if not spans:
+                self._note_step(times[begin], times[begin + 1], num_decodes, num_decodes)
+                begin += 1
+                continue
+            sums = bucket.running_time, bucket.waiting_time, bucket.swapped_time
+            running_time, waiting_time, swapped_time = sums
+            batch_tokens_time, used_blocks_time = bucket.batch_tokens_time, bucket.used_blocks_time
+            for span_s in spans:
+                running_time += running * span_s
+                waiting_time += waiting * span_s
+                swapped_time += swapped * span_s
+                batch_tokens_time += num_decodes * span_s
+                used_blocks_time += used * span_s
+            bucket.running_time, bucket.waiting_time, bucket.swapped_time = (
+                running_time, waiting_time, swapped_time,
+            )  # fmt: skip
+            bucket.batch_tokens_time, bucket.used_blocks_time = batch_tokens_time, used_blocks_time
+            bucket.decode_tokens += num_decodes * len(spans)
+            bucket.peak_blocks = max(bucket.peak_blocks, self._run.used_blocks)
+            self._counts["steps"] += len(spans)
+            begin += len(spans)
+
+    def _sample(self, bucket: Bucket, stride: Stride, step: int) -> None:
+        """The shares as they were when a step of a stride had been scheduled, which is over by now."""
+        run = self._run
+        bucket.num_samples = 1
+        num_new_slots = sum(change.num_new_slots for change in stride.changes if change.step > step)
+        num_written = (len(stride.times) - 1 - step) * len(stride.batch.sequences)
+        bucket.unwritten_shares = run.unwritten_share(num_written - num_new_slots)
+        num_cached = stride.num_cached_blocks
+        for change in stride.changes:
+            if change.step <= step:
+                num_cached = change.num_cached_blocks
+        bucket.cached_shares = run.cached_share(num_cached - self.manager.num_cached_blocks)
 
     def _note_tokens(self, sampled: list[Sequence], time_s: float) -> None:
         """Counts the gaps since the tokens before. Mostly it is the same sequences in step after step."""

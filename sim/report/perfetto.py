@@ -23,6 +23,7 @@ from pagellm.engine.scheduling.batch import Preempted, Preemption, ScheduledBatc
 from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
 from pagellm.engine.scheduling.step_loop import StepEnd, StepListener
+from pagellm.engine.scheduling.stride import Stride
 
 _NS = 10**9
 _MAX_EVENTS = 1000  # that are kept before they are written
@@ -122,6 +123,8 @@ class _Request:
 class _Listener(StepListener):
     """Draws one replica. Times are nanoseconds from the beginning."""
 
+    takes_strides = True
+
     def __init__(self, trace: PerfettoTrace, scheduler: Scheduler, number: int) -> None:
         self._trace = trace
         self._add = trace.events.append
@@ -201,6 +204,32 @@ class _Listener(StepListener):
         if not requests:  # else the counters would hold through the idle time that follows
             self._count_states((0, 0, 0), _microseconds(at))
 
+    def strode(self, stride: Stride) -> None:
+        batch, times, durations_s = stride.batch, stride.times, stride.durations_s
+        self.committed(StepEnd(batch, batch.sequences, [], times[1], durations_s[0], 0.0))
+        num_blocks, num_sequences = self._scheduler.block_manager.num_blocks, len(batch.sequences)
+        args = (
+            f'"args":{{"tokens":{num_sequences},"prefill_tokens":0,"decode_tokens":{num_sequences},'
+            f'"sequences":{num_sequences},"admitted":0,"preempted":0}}}}'
+        )
+        used = {change.step: change for change in stride.changes}
+        for step in range(1, len(durations_s)):
+            self._start = start = max(self._trace.nanoseconds(times[step]), self._end)
+            self._end = start + round(durations_s[step] * _NS)
+            self._at = _microseconds(start)
+            if step in used:
+                change = used[step]
+                self._count_blocks((num_blocks - change.num_free_blocks, change.num_shared))
+            self._add(
+                f'{self._step_head}{self._num_steps}",'
+                f'"ts":{self._at},"dur":{(self._end - start) / 1000:.3f},{args}'
+            )
+            self._count_tokens((0, num_sequences))
+            self._num_steps += 1
+            self._trace.flush_if_many()
+        for sequence in batch.sequences:
+            self._requests[sequence].tokens += len(durations_s) - 1
+
     def close(self) -> None:
         """Ends the phases of what is in flight."""
         self._let_go()
@@ -267,7 +296,9 @@ class _Listener(StepListener):
         num_swapped = manager.num_swapped
         states = len(scheduler.running), scheduler.num_waiting - num_swapped, num_swapped
         self._count_states(states, self._at)
-        blocks = manager.num_blocks - manager.num_free_blocks, manager.num_shared
+        self._count_blocks((manager.num_blocks - manager.num_free_blocks, manager.num_shared))
+
+    def _count_blocks(self, blocks: tuple[int, int]) -> None:
         if blocks != self._blocks:
             self._blocks = blocks
             self._counter("blocks", self._at, f'"used":{blocks[0]},"shared":{blocks[1]}')
@@ -296,7 +327,9 @@ class _Listener(StepListener):
             f'"sequences":{len(batch.sequences)},"admitted":{len(batch.admitted)},'
             f'"preempted":{len(batch.preempted)}{transfers}}}}}'
         )
-        tokens = num_prefill_tokens, num_decode_tokens
+        self._count_tokens((num_prefill_tokens, num_decode_tokens))
+
+    def _count_tokens(self, tokens: tuple[int, int]) -> None:
         if tokens != self._tokens:
             self._tokens = tokens
             self._counter("batch tokens", self._at, f'"prefill":{tokens[0]},"decode":{tokens[1]}')

@@ -3,7 +3,9 @@
 When a run outgrows them, every two become one of twice the width.
 """
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from operator import sub
 from typing import Any, cast
 
 from pagellm.sim.report.schema import TimelineData
@@ -86,6 +88,23 @@ class Timeline:
             begin = max(start, index * width)
             seconds = (end if index == last else (index + 1) * width) - begin
             yield self.buckets[index], max(seconds, 0.0)  # a border may round to before the start
+
+    def spans(self, times: Sequence[float], begin: int, end: int) -> list[float]:
+        """The seconds between times that follow each other, as `during` has them where that is one bucket.
+
+        From times[begin] up to times[end] at most; as many of them as end in the bucket in which the first
+        begins, none where that is on a border.
+        """
+        assert self.start_s is not None
+        start_s, width = self.start_s, self.width_s
+        index = int((times[begin] - start_s) / width)
+        if times[begin] - start_s < index * width:
+            return []
+        end = bisect_right(times, index, begin, end + 1, key=lambda time: int((time - start_s) / width))
+        starts = [time - start_s for time in times[begin:end]]
+        if starts and times[end - 1] > self.end_s:
+            self.end_s = times[end - 1]
+        return list(map(sub, starts[1:], starts))
 
     def sampled(self, sums: str) -> list[float]:
         """The mean of the samples that a field of each bucket sums up, or of those of a bucket before."""

@@ -42,9 +42,9 @@ class CheckedPolicies:
 
     victim: None: the scheduling policy says who makes way, too.
 
-    order_changes: as in `SchedulingPolicy`. prefills_alone, makes_way, admits, has_budget, counts_batches:
-    whether there is anything to ask for; block_events: what is to be told of blocks. What nobody overrides
-    costs nothing.
+    order_changes: as in `SchedulingPolicy`. prefills_alone, asks_queues, makes_way, admits, has_budget,
+    counts_batches: whether there is anything to ask for; block_events: what is to be told of blocks. What
+    nobody overrides costs nothing.
     """
 
     def __init__(
@@ -219,6 +219,7 @@ class CheckedPolicies:
             _overrides(chooses, SchedulingPolicy, "victim") or _overrides(chooses, SchedulingPolicy, "order")
         )
         self._has_queues = _overrides(policy, SchedulingPolicy, "queue_of")
+        self.asks_queues = self._has_queues or _overrides(policy, SchedulingPolicy, "queue_order")
         self._has_block_queues = _overrides(eviction, EvictionPolicy, "queue_of")
         self.block_events = {event for event in _BLOCK_EVENTS if _overrides(eviction, EvictionPolicy, event)}
         self.prefills_alone = policy.prefills_alone

@@ -1,0 +1,177 @@
+"""Steps that are taken at once are the steps one by one: logs, results and report are the same to the bit.
+
+Random traces are replayed twice, on caches that are often too small: with step times that are known for many
+steps to come, and with the same times asked for one by one.
+"""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from pagellm.engine.config import EngineConfig
+from pagellm.engine.errors import PagellmError
+from pagellm.engine.scheduling.policies import POLICIES
+from pagellm.engine.scheduling.step_loop import StepLoop
+from pagellm.sim import CostModel, Simulator, Trace, TraceRequest
+from pagellm.sim.costs.decoder import load_model
+from pagellm.sim.costs.devices import load_hardware
+from pagellm.sim.costs.roofline import RooflineCostModel
+from pagellm.sim.router import ROUTERS
+from tests.conftest import at_most
+from tests.properties import extensions
+
+GALLERY = Path(__file__).parents[2] / "examples" / "policies"
+# Of each setting the gallery's policies.
+CLASSES = {
+    "policy": [
+        "mlfq:MLFQ",
+        "andes:Andes",
+        "vtc:VTC",
+        "longest_prefix:LongestPrefix",
+        "chats_and_jobs:ChatsAndJobs",
+    ],
+    "victim": ["least_lost:LeastLost"],
+    "admission": ["admit_in_time:AdmitInTime"],
+    "eviction": ["lru:LRU", "lfu:LFU", "two_queues:TwoQueues", "belady:Belady"],
+    "budget": ["sarathi:Sarathi"],
+}
+
+
+class StepByStep(RooflineCostModel):
+    """The same times, each asked for alone."""
+
+    stride_times = CostModel.stride_times
+
+
+def choices(setting: str) -> list[str | None]:
+    """What is built in, the gallery's and those that answer at random; the first mostly."""
+    names = [extensions.named(name) for name in extensions.NAMES[setting]]
+    gallery = [f"{GALLERY}/{name.replace(':', '.py:')}" for name in CLASSES[setting]]
+    built_in = list(POLICIES) if setting == "policy" else []
+    return [*names[:1] * (len(names) + len(gallery)), *names, *gallery, *built_in]
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> dict[str, Any]:
+    size = draw(st.sampled_from([1, 2, 4, 16]))
+    preemption = draw(st.sampled_from(["recompute", "recompute", "swap", "auto"]))
+    return {
+        "block_size": size,
+        "num_blocks": draw(st.sampled_from([12, 40, 60, 400])) * 16 // size,
+        "max_num_seqs": draw(st.sampled_from([1, 3, 8, 40])),
+        "max_num_batched_tokens": draw(st.sampled_from([8, 64, 512])),
+        "max_prefill_chunk": draw(st.sampled_from([None, 7])),
+        "enable_prefix_caching": draw(st.sampled_from([True, True, False])),
+        "window": draw(st.sampled_from([None, None, None, 2, 33])),
+        "preemption": preemption,
+        "num_swap_blocks": draw(st.integers(1, 60)) if preemption == "swap" else None,
+        "max_preemptions": draw(st.sampled_from([1, 8])),
+        "watermark": draw(st.sampled_from([0.0, 0.01, 0.1])),
+        **{setting: draw(st.sampled_from(choices(setting))) for setting in CLASSES},
+    }
+
+
+@st.composite
+def traces(draw: st.DrawFn) -> Trace:
+    """Short and long answers, prompts that begin alike or are equal, sessions, and times that are equal."""
+    chance = random.Random(draw(st.integers(0, 2**32)))
+    mean_gap_s = draw(st.sampled_from([0.0, 0.002, 0.02, 0.5]))
+    output_lens = draw(st.sampled_from([(1, 5), (1, 200), (100, 120), (1, 600)]))
+    num_contents, sessions = draw(st.sampled_from([1, 3, 100])), draw(st.sampled_from([0, 0, 2]))
+    time, requests = 0.0, []
+    for _ in range(draw(st.integers(1, 40))):
+        time += chance.choice([0.0, chance.expovariate(1 / mean_gap_s)]) if mean_gap_s else 0.0
+        num_pieces = chance.randint(1, 8)
+        requests.append(
+            TraceRequest(
+                arrival_time=time,
+                prompt_len=8 * num_pieces - chance.randint(0, 7),
+                hash_ids=[chance.randrange(num_contents) for _ in range(num_pieces)],
+                hash_block_size=8,
+                output_len=chance.randint(*output_lens),
+                priority=chance.randint(0, 2),
+                tenant=chance.choice(["", "a", "b"]) or None,
+                deadline_s=chance.choice([None, 1.0]),
+                session=str(chance.randrange(sessions)) if sessions and chance.random() < 0.7 else None,
+                delay_s=chance.choice([None, 0.3]) if sessions else None,
+            )
+        )
+    return Trace.from_requests(requests)
+
+
+@st.composite
+def loads(draw: st.DrawFn) -> dict[str, Any]:
+    return {
+        "clients": draw(st.sampled_from([None, None, 1, 5])),
+        "replicas": draw(st.sampled_from([1, 1, 1, 2, 3])),
+        "router": draw(st.sampled_from([*ROUTERS])),
+        "timeout_s": draw(st.sampled_from([None, None, 0.3, 2.0])),
+        "slo": draw(st.sampled_from([None, {"tpot_s": 0.007, "ttft_s": 0.5}])),
+        "skip_bad": True,
+    }
+
+
+def costs_of(kind: type[RooflineCostModel], model: str, window: int | None) -> RooflineCostModel:
+    """Step times that differ with every token of a context."""
+    decoder = load_model(model)
+    layers = tuple(replace(layer, window=window or 0) for layer in decoder.layers)
+    if window is None:  # of two kinds, of which one sees less
+        layers = (replace(layers[0], window=50), *layers)
+    return kind(load_hardware("mi300x"), replace(decoder, layers=layers), memory_utilization=0.99)
+
+
+def replayed(
+    kind: type[RooflineCostModel], model: str, config: dict[str, Any], load: dict[str, Any], trace: Trace
+) -> dict[str, Any]:
+    """All that is left of a replay; of one that ends with an error, that and what was written before."""
+    with TemporaryDirectory() as folder:
+        paths = {name: Path(folder, name) for name in ("step_log", "results", "perfetto")}
+        settings = EngineConfig(**config, max_model_len=1000, step_log=str(paths["step_log"]))
+        left: dict[str, Any] = {}
+        try:
+            simulator = Simulator(
+                settings,
+                costs_of(kind, model, config["window"]),
+                results=paths["results"],
+                perfetto=paths["perfetto"],
+                **load,
+            )
+            report = simulator.replay(trace)
+            report.summary["wall_s"] = 0.0
+            report["config"]["step_log"] = None
+            left["report"] = report.to_json()
+        except PagellmError as error:
+            left["error"] = str(error)
+        return left | {name: path.read_text() for name, path in paths.items() if path.exists()}
+
+
+@at_most(200)
+@given(configs(), loads(), traces(), st.sampled_from(["llama-3.1-8b", "qwen3-30b-a3b"]))
+def test_strides_are_steps(config: dict[str, Any], load: dict[str, Any], trace: Trace, model: str) -> None:
+    assert replayed(RooflineCostModel, model, config, load, trace) == replayed(
+        StepByStep, model, config, load, trace
+    )
+
+
+def test_most_steps_of_long_answers_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[float] = []
+    begin = StepLoop.begin
+    monkeypatch.setattr(
+        StepLoop, "begin", lambda loop, now, *costs: begun.append(now) or begin(loop, now, *costs)
+    )
+    trace = Trace.from_requests(
+        TraceRequest(arrival_time=10.0 * i, prompt_len=30, output_len=200) for i in range(20)
+    )
+    summary = (
+        Simulator(EngineConfig(num_blocks=100), costs_of(RooflineCostModel, "llama-3.1-8b", None))
+        .replay(trace)
+        .summary
+    )
+    assert summary["num_steps"] == 20 * 200
+    assert len(begun) == 20 * 3  # a prompt's, one that begins the stride, and the last
