@@ -34,7 +34,7 @@ from pagellm.engine.config import DEFAULT_MODEL
 from pagellm.engine.execution.model_runner import RunnerOutput
 from pagellm.engine.scheduling.batch import ScheduledBatch
 
-TEXT = Path(__file__).parent / "quality_text.txt"
+TEXT = Path(__file__).parents[1] / "engine" / "quantization" / "text.txt"
 DEPTHS = (0.1, 0.5, 0.9)
 NEEDLES = (("Lisbon", "74913"), ("Oslo", "20586"), ("Cairo", "61342"))
 ANSWER_TOKENS = 6

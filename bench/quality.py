@@ -1,8 +1,8 @@
 """What each format costs in quality: perplexity and Kullback-Leibler divergence on a fixed text.
 
-The text is `quality_text.txt`: the first chapters of Jane Austen's Pride and Prejudice (1813, public domain).
-It is read in windows of `WINDOW` tokens, each from an empty context; every token's distribution counts in the
-divergence, every token but a window's first in the perplexity.
+The text is `engine/quantization/text.txt`: the first chapters of Jane Austen's Pride and Prejudice (1813,
+public domain). It is read in windows of `WINDOW` tokens, each from an empty context; every token's
+distribution counts in the divergence, every token but a window's first in the perplexity.
 
 The default model was published in four bits (Q4_1, its embedding Q8_0), and the other files are made from
 that: F32 holds the very values of the published file, BF16, Q8_0 and Q4_0 round them again. So there are two
@@ -39,7 +39,7 @@ from pagellm.engine import LLM
 from pagellm.engine.config import usable_cores
 from pagellm.engine.tokenizer import Tokenizer
 
-TEXT = Path(__file__).with_name("quality_text.txt")
+TEXT = Path(__file__).parents[1] / "engine" / "quantization" / "text.txt"
 SLICE = 64  # rows of logits that are turned to probabilities at a time
 
 Logits = NDArray[np.float32]  # [tokens, vocabulary]

@@ -24,7 +24,7 @@ BETWEEN = "\n__ggml_vocab_test__\n"
 
 def texts() -> dict[str, str]:
     """About a megabyte each of English, code and Chinese."""
-    english = (ROOT / "bench" / "quality_text.txt").read_text(encoding="utf-8")
+    english = (ROOT / "engine" / "quantization" / "text.txt").read_text(encoding="utf-8")
     code = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "engine").rglob("*.py")))
     common = (
         "\u7684\u4e00\u662f\u4e0d\u4e86\u5728\u4eba\u6709\u6211\u4ed6\u8fd9\u4e2d\u5927\u6765\u4e0a\u56fd"

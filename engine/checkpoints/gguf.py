@@ -35,19 +35,18 @@ MAX_HEADER_BYTES = 64 << 20
 MAX_METADATA = 1 << 16
 MAX_TENSORS = 1 << 16
 
-BOOL, STRING, ARRAY = 7, 8, 9
-UINT32 = 4
+UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64, INT64 = 4, 5, 6, 7, 8, 9, 10, 11
 NUMBER_TYPES = {
     0: "<u1",
     1: "<i1",
     2: "<u2",
     3: "<i2",
     UINT32: "<u4",
-    5: "<i4",
-    6: "<f4",
+    INT32: "<i4",
+    FLOAT32: "<f4",
     BOOL: "<u1",
-    10: "<u8",
-    11: "<i8",
+    UINT64: "<u8",
+    INT64: "<i8",
     12: "<f8",
 }
 
@@ -68,6 +67,18 @@ def read_gguf(path: Path) -> Checkpoint:
     return Checkpoint(path, "gguf", metadata, tensors, (file,))
 
 
+def read_metadata_bytes(path: Path) -> dict[str, bytes]:
+    """The metadata of a GGUF file, each value with its type as the file has it, to be copied."""
+    file = WeightFile(path)
+    try:
+        with file.map() as data:
+            header = _Header(file, data)
+            header.read()
+            return {key: data[start:end] for key, (start, end) in header.places.items()}
+    finally:
+        file.close()
+
+
 class _Header:
     """A cursor over the header that never moves past the end of the file."""
 
@@ -75,6 +86,7 @@ class _Header:
         self.file = file
         self.data = data
         self.pos = 0
+        self.places: dict[str, tuple[int, int]] = {}  # of the metadata's values, from their types on
         self.end = min(len(data), MAX_HEADER_BYTES)
         self.ends = "the file ends" if self.end == len(data) else "the longest header that is read ends"
 
@@ -99,8 +111,10 @@ class _Header:
             key = self.string(f"the key of metadata entry {index}")
             if key in metadata:
                 raise self.error(f"metadata key {found(key)} is there twice")
+            start = self.pos
             value_type = self.number("<u4", f"the type of {found(key)}")
             metadata[key] = self.value(value_type, key)
+            self.places[key] = start, self.pos
             if key == "general.alignment" and value_type != UINT32:
                 raise self.error(f"general.alignment has value type {value_type}, expected {UINT32} (uint32)")
         return metadata, self.tensors(num_tensors, metadata.get("general.alignment", DEFAULT_ALIGNMENT))

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from pagellm.engine.checks import JsonError, parse_json
-from pagellm.engine.commands import batch, inspect, serve
+from pagellm.engine.commands import batch, inspect, quantize, serve
 from pagellm.engine.commands.flags import Flag, add_flags, given
 from pagellm.engine.config import (
     DEFAULT_MODEL,
@@ -109,7 +109,7 @@ SAMPLING_FLAGS = {
 
 
 def add_commands(commands: "argparse._SubParsersAction[Any]") -> None:
-    """Adds `generate`, `chat`, `bench`, `inspect`, `serve`, `batch` and `warmup`.
+    """Adds `generate`, `chat`, `bench`, `inspect`, `quantize`, `serve`, `batch` and `warmup`.
 
     After parsing, `options.command(options)` runs the chosen one, which raises `PagellmError` for bad input.
     """
@@ -140,6 +140,7 @@ def add_commands(commands: "argparse._SubParsersAction[Any]") -> None:
     bench.set_defaults(command=_bench)
 
     inspect.add_command(commands)
+    quantize.add_command(commands)
     serve.add_command(commands)
     batch.add_command(commands)
 

@@ -167,9 +167,9 @@ def _load_matrix(
             blocks = from_gguf(tensor.dtype, _unpair(tensor.quantized_rows(first, last), source))
         elif source.transposed:
             [(begin, end)] = source.ranges
-            blocks = encode(format, _plain_rows(tensor, source, first, last).T[begin:end])
+            blocks = encode(format, plain_rows(tensor, source, first, last).T[begin:end])
         else:
-            blocks = encode(format, _plain_rows(tensor, source, first, last))
+            blocks = encode(format, plain_rows(tensor, source, first, last))
         if not np.isfinite(blocks.halves.view(np.float16)).all():
             raise CheckpointError(
                 f"{tensor.file.path}: tensor {tensor.name} has a block whose scale or minimum is no finite "
@@ -185,7 +185,7 @@ def _load_plain(tensor: Tensor, source: Source, values: NDArray[np.float32], sta
     """Puts a vector, or a table that is only looked up, at `values[start:]` as it is."""
     width = source.inputs or 1
     for first, last, offset in _chunks(source):
-        rows = _plain_rows(tensor, source, first, last)
+        rows = plain_rows(tensor, source, first, last)
         values[start + offset * width : start + offset * width + rows.size] = rows.reshape(-1)
 
 
@@ -207,8 +207,8 @@ def _chunks(source: Source) -> Iterator[tuple[int, int, int]]:
         offset += end - begin
 
 
-def _plain_rows(tensor: Tensor, source: Source, first: int, last: int) -> NDArray[np.float32]:
-    """Rows in float32, in the order and with the summand that the source says."""
+def plain_rows(tensor: Tensor, source: Source, first: int, last: int) -> NDArray[np.float32]:
+    """Rows of a tensor in float32, in the order and with the summand that the source says."""
     rows = _unpair(tensor.rows(first, last), source)
     return rows + np.float32(source.add) if source.add else rows
 
@@ -224,6 +224,18 @@ def _unpair(rows: NDArray[Any], source: Source) -> NDArray[Any]:
     pairs = heads[:, start:end].reshape(len(heads), rotary_dim // 2, 2, -1)
     halves = pairs.swapaxes(1, 2).reshape(len(heads), rotary_dim, -1)
     return np.concatenate([heads[:, :start], halves, heads[:, end:]], axis=1).reshape(rows.shape)
+
+
+def pair(rows: NDArray[Any], source: Source) -> NDArray[Any]:
+    """Rows of whole heads in half-split order, as the source stores them: the reverse of `_unpair`."""
+    if not source.paired_heads:
+        return rows
+    head_dim = source.outputs // source.paired_heads
+    rotary_dim = source.rotary_dim or head_dim
+    heads = rows.reshape(-1, head_dim, rows.size // len(rows))
+    halves = heads[:, :rotary_dim].reshape(len(heads), 2, rotary_dim // 2, -1)
+    pairs = halves.swapaxes(1, 2).reshape(len(heads), rotary_dim, -1)
+    return np.concatenate([pairs, heads[:, rotary_dim:]], axis=1).reshape(rows.shape)
 
 
 def _rotary_tables(

@@ -48,7 +48,7 @@ class Bpe:
     ) -> None:
         self._vocab = vocab
         self._merges = MergeTable(vocab, merges)
-        self._ignore_merges = ignore_merges
+        self.ignore_merges = ignore_merges
         self._in_alphabet = in_alphabet
         symbols = [char if char in vocab else unk_token for char in CHAR_OF_BYTE]
         self._id_of_byte = [None if symbol is None else vocab[symbol] for symbol in symbols]
@@ -67,7 +67,7 @@ class Bpe:
         Raises `UnicodeEncodeError` if the word has a lone surrogate, which no UTF-8 can express.
         """
         data = token_to_bytes(word) if self._in_alphabet else word.encode("utf-8")
-        if self._ignore_merges:
+        if self.ignore_merges:
             whole = self._vocab.get("".join([CHAR_OF_BYTE[byte] for byte in data]))
             if whole is not None:
                 return (whole,)
@@ -97,7 +97,7 @@ class CharacterBpe:
         self._vocab = vocab
         self._merges = MergeTable(vocab, merges)
         self._fallback = fallback
-        self._ignore_merges = ignore_merges
+        self.ignore_merges = ignore_merges
         self._fuse_unk = fuse_unk
         self._segments = None if self._merges.touches(fallback.all_ids) else Segments(vocab)
         self._words = WordCache(self._encode_word)
@@ -108,12 +108,17 @@ class CharacterBpe:
 
         Raises `UnicodeEncodeError` if the word has a lone surrogate.
         """
-        if self._ignore_merges and (whole := self._vocab.get(word)) is not None:
+        if self.ignore_merges and (whole := self._vocab.get(word)) is not None:
             return (whole,)
         if self._segments is None:
             return self._fused(self._encode_part(word))
         words = self._segments.words(word)
         return self._fused(tuple(chain.from_iterable(map(self._words.__getitem__, words))))
+
+    @property
+    def unk_id(self) -> int | None:
+        """The unknown token's."""
+        return self._fallback.unk_id
 
     def _fused(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(self._fallback.fused(list(ids))) if self._fuse_unk else ids

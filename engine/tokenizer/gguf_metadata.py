@@ -25,10 +25,10 @@ from pagellm.engine.tokenizer.sentencepiece_normalizer import GgufNormalizer
 from pagellm.engine.tokenizer.spec import NO_TOKENIZER, TokenizerSpec
 from pagellm.engine.tokenizer.unigram import Unigram, as_single, unk_score
 
-_PREFIX = "tokenizer.ggml."
+PREFIX = "tokenizer.ggml."
 
 # Token types, by their numbers in the GGUF specification.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 # A GGUF file names one end token, where the model's generation config may have named several. These end a
 # turn in every model that has them, and are control tokens whatever type the file gives them (the list of
@@ -78,23 +78,23 @@ def read_gguf_metadata(metadata: Mapping[str, Any]) -> TokenizerSpec:
 
     Raises `CheckpointError` if a key is missing, malformed, or names something that is not supported.
     """
-    if f"{_PREFIX}tokens" not in metadata:
+    if f"{PREFIX}tokens" not in metadata:
         return NO_TOKENIZER
-    model = metadata.get(f"{_PREFIX}model")
+    model = metadata.get(f"{PREFIX}model")
     if model not in _READERS:
         raise CheckpointError(
-            f"{_PREFIX}model: found {found(model)}, expected one of {', '.join(map(repr, _READERS))}"
+            f"{PREFIX}model: found {found(model)}, expected one of {', '.join(map(repr, _READERS))}"
         )
     tokens = _strings(metadata, "tokens")
-    types = expect(metadata.get(f"{_PREFIX}token_type"), list, f"{_PREFIX}token_type")
+    types = expect(metadata.get(f"{PREFIX}token_type"), list, f"{PREFIX}token_type")
     if len(types) != len(tokens):
         raise CheckpointError(
-            f"{_PREFIX}token_type: found {len(types)} entries, expected {len(tokens)}, one for each token"
+            f"{PREFIX}token_type: found {len(types)} entries, expected {len(tokens)}, one for each token"
         )
     vocab = dict(zip(tokens, range(len(tokens)), strict=True))
     if len(vocab) != len(tokens):
         twice = next(token for index, token in enumerate(tokens) if vocab[token] != index)
-        raise CheckpointError(f"{_PREFIX}tokens: found {found(twice)} twice, expected each token once")
+        raise CheckpointError(f"{PREFIX}tokens: found {found(twice)} twice, expected each token once")
     spec = _READERS[model](metadata, vocab, types)
     # Of several, the "default" has the plain key, and each of the others has its name behind it.
     chat_templates = {
@@ -113,18 +113,18 @@ def read_gguf_metadata(metadata: Mapping[str, Any]) -> TokenizerSpec:
 def _read_byte_level(
     metadata: Mapping[str, Any], vocab: dict[str, int], types: Sequence[int]
 ) -> TokenizerSpec:
-    pre = expect(metadata.get(f"{_PREFIX}pre"), str, f"{_PREFIX}pre")
+    pre = expect(metadata.get(f"{PREFIX}pre"), str, f"{PREFIX}pre")
     pretokenizer, named = pretokenizers.from_gguf_name(pre)
     if pre == "default":
-        say(f"{_PREFIX}pre: 'default', of a converter that did not know the model: words may be cut wrongly")
+        say(f"{PREFIX}pre: 'default', of a converter that did not know the model: words may be cut wrongly")
     if named.characters:
         return _read_characters(metadata, vocab, types, pretokenizer, named)
-    vocab = {token: id_ for token, id_ in vocab.items() if types[id_] != _UNUSED}
+    vocab = {token: id_ for token, id_ in vocab.items() if types[id_] != UNUSED}
     spec = TokenizerSpec(
         vocab=vocab,
         model=Bpe(vocab, _strings(metadata, "merges"), ignore_merges=named.ignore_merges),
         pretokenizer=pretokenizer,
-        added_tokens=_added_tokens(metadata, vocab, types, _UNUSED),
+        added_tokens=_added_tokens(metadata, vocab, types, UNUSED),
         normalizer=Normalizer([to_nfc] if named.normalize_nfc else []),
     )
     return _with_ends(spec, metadata, types, add_bos=named.add_bos)
@@ -134,10 +134,10 @@ def _read_sentencepiece(
     metadata: Mapping[str, Any], vocab: dict[str, int], types: Sequence[int]
 ) -> TokenizerSpec:
     """As llama.cpp: added tokens are cut out of the raw text; a space is put before what follows one."""
-    added_tokens = _added_tokens(metadata, vocab, types, _BYTE)
-    pieces = {token: id_ for token, id_ in vocab.items() if types[id_] in (_NORMAL, _USER_DEFINED, _UNUSED)}
+    added_tokens = _added_tokens(metadata, vocab, types, BYTE)
+    pieces = {token: id_ for token, id_ in vocab.items() if types[id_] in (NORMAL, USER_DEFINED, UNUSED)}
     scores = _scores(metadata, len(types))
-    add_prefix = expect(metadata.get(f"{_PREFIX}add_space_prefix", True), bool, f"{_PREFIX}add_space_prefix")
+    add_prefix = expect(metadata.get(f"{PREFIX}add_space_prefix", True), bool, f"{PREFIX}add_space_prefix")
     spec = TokenizerSpec(
         vocab=vocab,
         model=SentencePieceBpe(pieces, scores, _fallback(metadata, vocab, len(types), default_unk=0)),
@@ -150,7 +150,7 @@ def _read_sentencepiece(
 
 
 def _read_gemma4(metadata: Mapping[str, Any], vocab: dict[str, int], types: Sequence[int]) -> TokenizerSpec:
-    return _read_byte_level({**metadata, f"{_PREFIX}pre": "gemma4"}, vocab, types)
+    return _read_byte_level({**metadata, f"{PREFIX}pre": "gemma4"}, vocab, types)
 
 
 def _read_characters(
@@ -166,24 +166,24 @@ def _read_characters(
         vocab=vocab,
         model=CharacterBpe(vocab, _strings(metadata, "merges"), fallback),
         pretokenizer=pretokenizer,
-        added_tokens=_added_tokens(metadata, vocab, types, _BYTE),
+        added_tokens=_added_tokens(metadata, vocab, types, BYTE),
         normalizer=Normalizer([_show_spaces] if named.visible_spaces else []),
         decoder=Decoder(spaced_bytes if named.visible_spaces else str.encode, byte_tokens=True),
     )
     if named.add_bos:
         # Files of its first days say that it has no BOS.
-        metadata = {**metadata, f"{_PREFIX}add_bos_token": True}
+        metadata = {**metadata, f"{PREFIX}add_bos_token": True}
     return _with_ends(spec, metadata, types, add_bos=named.add_bos)
 
 
 def _read_unigram(metadata: Mapping[str, Any], vocab: dict[str, int], types: Sequence[int]) -> TokenizerSpec:
     flags = {}
     for name in ("add_space_prefix", "remove_extra_whitespaces"):
-        flags[name] = expect(metadata.get(_PREFIX + name, False), bool, _PREFIX + name)
+        flags[name] = expect(metadata.get(PREFIX + name, False), bool, PREFIX + name)
     scores = _scores(metadata, len(types))
-    normal = [score for score, kind in zip(scores, types, strict=True) if kind == _NORMAL]
-    pieces = {token: id_ for token, id_ in vocab.items() if types[id_] in (_NORMAL, _USER_DEFINED)}
-    user_defined = [token for token, id_ in pieces.items() if types[id_] == _USER_DEFINED]
+    normal = [score for score, kind in zip(scores, types, strict=True) if kind == NORMAL]
+    pieces = {token: id_ for token, id_ in vocab.items() if types[id_] in (NORMAL, USER_DEFINED)}
+    user_defined = [token for token, id_ in pieces.items() if types[id_] == USER_DEFINED]
     for token in user_defined:
         scores[vocab[token]] = 0.0
     fallback = Fallback(NO_BYTES, _fallback(metadata, vocab, len(types), default_unk=2).unk_id)
@@ -191,9 +191,9 @@ def _read_unigram(metadata: Mapping[str, Any], vocab: dict[str, int], types: Seq
         vocab=vocab,
         model=Unigram(pieces, scores, as_single(unk_score(normal)), fallback),
         pretokenizer=Pretokenizer([]),
-        added_tokens=_added_tokens(metadata, vocab, types, _BYTE),
+        added_tokens=_added_tokens(metadata, vocab, types, BYTE),
         normalizer=GgufNormalizer(
-            Charsmap(_charsmap(metadata), f"{_PREFIX}precompiled_charsmap", user_defined),
+            Charsmap(_charsmap(metadata), f"{PREFIX}precompiled_charsmap", user_defined),
             prefix=flags["add_space_prefix"],
             single=flags["remove_extra_whitespaces"],
         ),
@@ -205,7 +205,7 @@ def _read_unigram(metadata: Mapping[str, Any], vocab: dict[str, int], types: Seq
 
 
 def _charsmap(metadata: Mapping[str, Any]) -> bytes:
-    where = f"{_PREFIX}precompiled_charsmap"
+    where = f"{PREFIX}precompiled_charsmap"
     values = expect(metadata.get(where, []), list, where)
     if not set(map(type, values)) <= {int} or any(not -128 <= value < 256 for value in values):
         raise CheckpointError(f"{where}: found {found(values)}, expected bytes")
@@ -224,11 +224,11 @@ def _added_tokens(
     metadata: Mapping[str, Any], vocab: Mapping[str, int], types: Sequence[int], highest: int
 ) -> tuple[AddedToken, ...]:
     """The tokens that are recognised in a text as a whole. highest: of the types that are expected."""
-    expected = range(_NORMAL, highest + 1)
+    expected = range(NORMAL, highest + 1)
     for token_id, kind in enumerate(types):
         if kind not in expected:
             raise CheckpointError(
-                f"{_PREFIX}token_type[{token_id}]: found {found(kind)}, expected 1 to {highest}"
+                f"{PREFIX}token_type[{token_id}]: found {found(kind)}, expected 1 to {highest}"
             )
     special = _END_OF_TURN - _no_ends_of_turn(vocab)
     name = str(metadata.get("general.name", "")).lower()
@@ -237,11 +237,11 @@ def _added_tokens(
         AddedToken(
             token_id,
             token,
-            special=types[token_id] != _USER_DEFINED or token in special,
+            special=types[token_id] != USER_DEFINED or token in special,
             rstrip=strips_right and token not in _PHI3_KEEPS_SPACE,
         )
         for token, token_id in vocab.items()
-        if token and (types[token_id] in (_UNKNOWN, _CONTROL, _USER_DEFINED) or token in special)
+        if token and (types[token_id] in (UNKNOWN, CONTROL, USER_DEFINED) or token in special)
     )
 
 
@@ -250,7 +250,7 @@ def _no_ends_of_turn(vocab: Mapping[str, int]) -> set[str]:
 
 
 def _scores(metadata: Mapping[str, Any], num_tokens: int) -> list[float]:
-    where = f"{_PREFIX}scores"
+    where = f"{PREFIX}scores"
     scores = expect(metadata.get(where), list, where)
     if len(scores) != num_tokens or not set(map(type, scores)) <= {float, int}:
         raise CheckpointError(
@@ -286,33 +286,33 @@ def _with_ends(
         ("bos", bos_id, add_bos),
         ("eos", eos_id, add_eos),
     ):
-        where = f"{_PREFIX}add_{role}_token"
+        where = f"{PREFIX}add_{role}_token"
         added = expect(metadata.get(where, default), bool, where)
         if added and token_id is None:
             raise CheckpointError(
-                f"{where}: found true without a token for it, expected a {_PREFIX}{role}_token_id"
+                f"{where}: found true without a token for it, expected a {PREFIX}{role}_token_id"
             )
         ends[role] = (token_id,) if added and token_id is not None else ()
     return replace(spec, bos_token_id=bos_id, prefix_ids=ends["bos"], suffix_ids=ends["eos"])
 
 
 def _strings(metadata: Mapping[str, Any], name: str) -> list[str]:
-    values = expect(metadata.get(_PREFIX + name), list, _PREFIX + name)
+    values = expect(metadata.get(PREFIX + name), list, PREFIX + name)
     if not set(map(type, values)) <= {str}:
         index = next(index for index, value in enumerate(values) if type(value) is not str)
-        raise CheckpointError(f"{_PREFIX}{name}[{index}]: found {found(values[index])}, expected a string")
+        raise CheckpointError(f"{PREFIX}{name}[{index}]: found {found(values[index])}, expected a string")
     try:
         "".join(values).encode()
     except UnicodeEncodeError as error:
         char = error.object[error.start]
         raise CheckpointError(
-            f"{_PREFIX}{name}: found the lone surrogate U+{ord(char):04X}, expected valid Unicode"
+            f"{PREFIX}{name}: found the lone surrogate U+{ord(char):04X}, expected valid Unicode"
         ) from error
     return values
 
 
 def _token_id(metadata: Mapping[str, Any], role: str, num_tokens: int) -> int | None:
-    where = f"{_PREFIX}{role}_token_id"
+    where = f"{PREFIX}{role}_token_id"
     if metadata.get(where) is None:
         return None
     token_id = expect(metadata[where], int, where)

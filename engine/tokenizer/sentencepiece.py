@@ -48,6 +48,16 @@ class SentencePieceBpe:
         self._words = WordCache(self._encode_word)
         self._parts = WordCache(self._encode_part)
 
+    @property
+    def unk_id(self) -> int | None:
+        """The unknown token's."""
+        return self._fallback.unk_id
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Of the pieces that text can become."""
+        return {piece: -rank for piece, rank in self._rank_of.items()}
+
     def encode_word(self, text: str) -> tuple[int, ...]:
         """The ids of a text with visible spaces.
 

@@ -1,0 +1,141 @@
+"""`pagellm quantize`: a model is checked, measured, written and compared with what it came from."""
+
+import os
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from pagellm.engine.checkpoints import Checkpoint, open_checkpoint, resolve_model
+from pagellm.engine.config import usable_cores
+from pagellm.engine.errors import ConfigError, PagellmError, found
+from pagellm.engine.execution.memory import read_memory
+from pagellm.engine.execution.weights import formats_of
+from pagellm.engine.files import read_plain_text
+from pagellm.engine.llm import LLM
+from pagellm.engine.models import ModelSpec, read_spec
+from pagellm.engine.quantization.divergence import Divergence, divergence, engine_settings, windows
+from pagellm.engine.quantization.mixtures import ALIASES, MIXTURES
+from pagellm.engine.quantization.writing import Written, check_free, requantized, whole_file, write_gguf
+from pagellm.kernels.architecture import lay_out
+
+SUFFIX = ".gguf"
+DEFAULT_MIXTURE = "Q4_K_M"
+# Of the memory that is available, what the source's engine may take beside the quantized model's.
+_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked for. type: a mixture; imatrix: a text, or an importance matrix of llama.cpp's; text: what
+    the model is compared on, the package's own where that is None; text_tokens: how many of it, 0 for no
+    comparison."""
+
+    type: str = DEFAULT_MIXTURE
+    pure: bool = False
+    imatrix: Path | None = None
+    text: Path | None = None
+    text_tokens: int = 2048
+    allow_requantize: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of it. divergence: None where nothing was compared; then `not_compared` says why."""
+
+    source: str
+    output: str
+    type: str
+    source_bytes: int
+    written: Written
+    seconds: float
+    divergence: Divergence | None
+    reference: str | None
+    not_compared: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"bits_per_weight": self.written.bits_per_weight}
+
+
+def quantize_model(model: str, out: Path, settings: Settings, show: bool = False) -> Report:
+    """Writes a model to a GGUF file, and compares the two.
+
+    Raises `CheckpointError` for a model that cannot be written so, and `ConfigError` for a place where it
+    cannot be written, or for settings that contradict each other.
+    """
+    mixture = ALIASES.get(settings.type, settings.type)
+    if mixture not in MIXTURES:
+        expected = ", ".join([*MIXTURES, *ALIASES])
+        raise ConfigError(f"type: found {found(settings.type)}, expected one of {expected}")
+    check_free(out, settings.force)
+    text = _text(settings)
+    path = resolve_model(model, show)
+    start = perf_counter()
+    with open_checkpoint(path) as checkpoint:
+        spec = read_spec(checkpoint)
+        _check(checkpoint, spec, out, settings)
+        source_bytes = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
+        with whole_file(out, settings.force) as (file, temporary):
+            written = write_gguf(
+                checkpoint, spec, file, temporary, mixture,
+                pure=settings.pure, num_threads=usable_cores(), show=show,
+            )  # fmt: skip
+        seconds = perf_counter() - start
+        reference = _reference(checkpoint, spec, written)
+        context = spec.max_positions
+    cost: Divergence | None = None
+    reason: str | None = "nothing was to be compared"
+    if text is not None:
+        try:
+            cost, reason = _compare(path, out, reference, context, text, settings.text_tokens, show), None
+        except PagellmError as error:  # the file stands
+            reason = str(error)
+    return Report(
+        model, str(out), mixture, source_bytes, written, seconds, cost, reference if cost else None, reason
+    )
+
+
+def _check(checkpoint: Checkpoint, spec: ModelSpec, out: Path, settings: Settings) -> None:
+    """Refuses what cannot be quantized, or would be overwritten by it."""
+    if out.exists() and any(os.path.samefile(out, file.path) for file in checkpoint.files):
+        raise ConfigError(f"{out}: found a file of the model itself, expected another name")
+    types = requantized(checkpoint, spec)
+    if types and not settings.allow_requantize:
+        raise ConfigError(
+            f"{checkpoint.path}: found matrices of type {', '.join(types)}, expected F32, F16, BF16 or Q8_0: "
+            "of a model that was quantized to few bits already the errors add up; quantize the original, or "
+            "--allow-requantize"
+        )
+
+
+def _text(settings: Settings) -> str | None:
+    """The text to compare on. Raises `ConfigError` if it cannot be read."""
+    if not settings.text_tokens:
+        return None
+    if settings.text is None:
+        return (files(__package__) / "text.txt").read_text(encoding="utf-8")
+    return _read_text(settings.text)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return read_plain_text(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a UTF-8 text: {error}") from error
+
+
+def _reference(checkpoint: Checkpoint, spec: ModelSpec, written: Written) -> str:
+    """In what the source is computed: in float32, or in bfloat16 where that has no room."""
+    size = 4 * lay_out(spec.arch, formats_of(checkpoint, spec, "none")).size
+    return "none" if size + written.num_bytes < _SHARE * read_memory().available else "bf16"
+
+
+def _compare(
+    source: Path, out: Path, reference: str, context: int, text: str, max_tokens: int, show: bool
+) -> Divergence:
+    with LLM(source, config=engine_settings(reference, context), show_progress=False) as expected:
+        texts = windows(expected, text, max_tokens)
+        with LLM(out, config=engine_settings("auto", context), show_progress=False) as quantized:
+            return divergence(expected, quantized, texts, show)

@@ -1,0 +1,288 @@
+"""`pagellm quantize`: what is written is what llama.cpp's converter writes, and what the engine reads back.
+
+The oracles: GGUF files of llama.cpp's converter beside the checkpoints that they are of
+(tests/fixtures/architectures), and transformers' logits of these.
+"""
+
+import errno
+import json
+import os
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGUFReader
+from gguf.quants import dequantize
+
+from pagellm.__main__ import main
+from pagellm.engine import LLM, CheckpointError, ConfigError, EngineConfig, PagellmError, SamplingParams
+from pagellm.engine.checkpoints import open_checkpoint
+from pagellm.engine.models import read_spec
+from pagellm.engine.quantization import writing
+from pagellm.engine.quantization.mixtures import Matrices, type_of
+from pagellm.engine.quantization.model import Settings, quantize_model
+from pagellm.engine.tokenizer import load_tokenizer
+from tests.conftest import ARCHITECTURES, MODELS, model_path
+
+CONVERTED = sorted(path.parent.name for path in ARCHITECTURES.glob("*/model.gguf"))
+DIRECTORIES = sorted(path.parent.name for path in ARCHITECTURES.parent.glob("*/*/config.json"))
+# Why GGUF, or llama.cpp's reader of it, has no place for a checkpoint.
+REFUSED = {
+    "bitnet": "an output matrix that is not the embedding",
+    "cohere2_layers": "a bias of output",
+    "ernie4_5_bias": "a bias of down",
+    "falcon_sequential": "a bias of down",
+    "gemma2_scalar": "attention_scale",
+    "gemma3": "RoPE",
+    "gemma3_text_old": "attention_scale",
+    "glm_epsilon": "48 wide beside a hidden state of 32",
+    "gpt2_original_names": "activation",
+    "gpt2_relu": "activation",
+    "gpt_neox_sequential": "no bias of output",
+    "gptj": "model_type: found 'gptj'",
+    "gptj_tied": "model_type: found 'gptj'",
+    "llama_rope_dynamic": "rope_type: found 'dynamic'",
+    "llama_rope_longrope": "rope_type: found 'longrope'",
+    "llama_rope_yarn_attention_factor": "RoPE",
+    "llama_rope_yarn_mscale": "RoPE",
+    "opt": "model_type: found 'opt'",
+    "opt_bare": "model_type: found 'opt'",
+    "opt_no_bias": "model_type: found 'opt'",
+    "starcoder2": "sliding_window: found 9",
+}
+UNCOMPARED = Settings(text_tokens=0)
+
+
+def written(name: str, out: Path, mixture: str, **options: Any) -> writing.Written:
+    with open_checkpoint(model_path(name)) as checkpoint:
+        spec = read_spec(checkpoint)
+        with writing.whole_file(out) as (file, path):
+            return writing.write_gguf(checkpoint, spec, file, path, mixture, **options)
+
+
+def logits(path: Path, token_ids: list[int], **settings: Any) -> np.ndarray:
+    with LLM(path, config=EngineConfig(num_blocks=16, **settings), show_progress=False) as llm:
+        return llm.logits(token_ids)
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_tensors_are_those_of_llama_cpps_converter(name: str, tmp_path: Path) -> None:
+    written(name, tmp_path / "out.gguf", "BF16")
+    ours = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "out.gguf").tensors}
+    theirs = {tensor.name: tensor for tensor in GGUFReader(ARCHITECTURES / name / "model.gguf").tensors}
+    assert ours.keys() == theirs.keys()
+    for tensor, expected in theirs.items():
+        # Of a layer without RoPE the converter reorders queries and keys, too, which changes nothing.
+        if name == "smollm3" and tensor in ("blk.3.attn_q.weight", "blk.3.attn_k.weight"):
+            continue
+        assert ours[tensor].tensor_type == expected.tensor_type, tensor
+        assert np.array_equal(ours[tensor].data, expected.data), tensor
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_metadata_says_what_llama_cpps_converter_says(name: str, tmp_path: Path) -> None:
+    written(name, tmp_path / "out.gguf", "BF16")
+    theirs_path = ARCHITECTURES / name / "model.gguf"
+    with open_checkpoint(tmp_path / "out.gguf") as ours, open_checkpoint(theirs_path) as theirs:
+        assert ours.config["general.architecture"] == theirs.config["general.architecture"]
+        for key, value in theirs.config.items():
+            # The converter does not read Falcon's context. What it lists by layer may be one number here.
+            if key in ours.config and key not in ("general.name", "falcon.context_length"):
+                assert np.all(np.asarray(ours.config[key]) == np.asarray(value)), key
+
+
+@pytest.mark.parametrize("name", DIRECTORIES)
+def test_a_directory_becomes_a_file_with_its_logits_or_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    if name in REFUSED:
+        with pytest.raises(CheckpointError, match=REFUSED[name]):
+            written(name, out, "F32")
+        assert list(tmp_path.iterdir()) == []
+        return
+    written(name, out, "F32")
+    expected = np.load(model_path(name) / "expected.npz")
+    length = {"max_model_len": int(expected["max_model_len"])} if "max_model_len" in expected else {}
+    found = logits(out, expected["input_ids"].tolist(), **length)
+    assert np.abs(found - expected["logits"]).max() < 1e-4 * np.ptp(expected["logits"])
+
+
+@pytest.mark.parametrize("mixture", ["F32", "F16", "Q8_0", "Q4_0", "Q4_K_M"])
+def test_a_gguf_file_keeps_its_metadata_and_what_is_of_the_type_already(mixture: str, tmp_path: Path) -> None:
+    source, out = MODELS / "gguf_llama_q8_0" / "model.gguf", tmp_path / "out.gguf"
+    report = written("gguf_llama_q8_0", out, mixture)
+    with open_checkpoint(source) as one, open_checkpoint(out) as other:
+        changed = {"general.file_type", "general.quantization_version"}
+        assert {key: str(value) for key, value in one.config.items() if key not in changed} == {
+            key: str(value) for key, value in other.config.items() if key not in changed
+        }
+        assert one.tensors.keys() == other.tensors.keys()
+        assert report.num_bytes == out.stat().st_size
+        for name, tensor in one.tensors.items():
+            kept = other.tensors[name]
+            if kept.dtype == tensor.dtype:
+                data = [each.file.read(each.offset, each.num_bytes) for each in (tensor, kept)]
+                assert np.array_equal(*data), name
+    # The gguf package reads it, too.
+    for tensor in GGUFReader(out).tensors:
+        assert np.isfinite(dequantize(tensor.data, tensor.tensor_type)).all()
+
+
+def test_a_mixture_gives_more_bits_where_llama_cpp_does() -> None:
+    llama = Matrices("llama", num_layers=32, tied=False)
+    types = [type_of("Q4_K_M", False, llama, f"blk.{layer}.ffn_down.weight", 4096) for layer in range(32)]
+    more = [layer for layer, dtype in enumerate(types) if dtype == "Q6_K"]
+    assert more == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]
+    assert type_of("Q4_K_M", False, llama, "output.weight", 4096) == "Q6_K"
+    assert type_of("Q4_K_M", True, llama, "output.weight", 4096) == "Q4_K"
+    assert type_of("Q4_K_M", False, llama, "token_embd.weight", 4096) == "Q4_K"
+    assert type_of("Q4_K_M", False, Matrices("llama", 32, tied=True), "token_embd.weight", 576) == "Q8_0"
+    assert type_of("Q4_K_M", False, llama, "blk.3.attn_q.weight", 576) == "Q5_0"
+    assert type_of("Q4_K_M", False, llama, "blk.3.attn_q.weight", 36) == "F16"
+    assert type_of("Q4_K_M", False, Matrices("phi3", 32, tied=False), "blk.3.attn_qkv.weight", 3072) == "Q5_K"
+    assert type_of("Q4_0", False, llama, "blk.3.attn_v.weight", 4096) == "Q4_0"
+
+
+def test_a_tokenizer_and_its_chat_template_come_along(tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(model_path("llama_tiny"), directory)
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    quantize_model(str(directory), tmp_path / "out.gguf", Settings("Q8_0", text_tokens=0))
+    with LLM(tmp_path / "out.gguf", num_blocks=16, show_progress=False) as llm:
+        own, other = load_tokenizer(directory), llm.tokenizer
+        for text in ("Hello, world! 123", "\n\t naïve  日本語 \U0001f680", ""):
+            assert own.encode(text) == other.encode(text)
+        assert own.eos_token_ids[0] == other.eos_token_ids[0]
+        assert set(own.eos_token_ids) <= set(other.eos_token_ids)
+        [answer] = llm.chat([{"role": "user", "content": "Hello"}], SamplingParams(max_tokens=1))
+        assert answer.prompt_token_ids == own.encode("Hello")
+
+
+def test_few_bits_are_not_rounded_again_unless_that_is_asked_for(tmp_path: Path) -> None:
+    model = str(MODELS / "gguf_llama_q4_1")
+    with pytest.raises(ConfigError, match=r"matrices of type Q4_1, expected .* --allow-requantize"):
+        quantize_model(model, tmp_path / "out.gguf", UNCOMPARED)
+    quantize_model(model, tmp_path / "out.gguf", Settings(text_tokens=0, allow_requantize=True))
+    assert (tmp_path / "out.gguf").exists()
+
+
+def test_a_file_that_is_there_is_replaced_only_by_force(tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    out.write_bytes(b"precious")
+    with pytest.raises(ConfigError, match="found a file, expected a name that is free, or --force"):
+        quantize_model(str(MODELS / "gguf_llama_f32"), out, UNCOMPARED)
+    assert out.read_bytes() == b"precious"
+    quantize_model(str(MODELS / "gguf_llama_f32"), out, Settings(text_tokens=0, force=True))
+    assert out.read_bytes()[:4] == b"GGUF"
+    with pytest.raises(ConfigError, match="no plain file"):
+        quantize_model(str(MODELS / "gguf_llama_f32"), tmp_path, Settings(text_tokens=0, force=True))
+
+
+def test_the_model_itself_is_never_replaced(tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    shutil.copy(MODELS / "gguf_llama_f32" / "model.gguf", model)
+    link = tmp_path / "link.gguf"
+    os.link(model, link)
+    for out in (model, link):
+        with pytest.raises(ConfigError, match="a file of the model itself"):
+            quantize_model(str(model), out, Settings(text_tokens=0, force=True))
+    assert model.read_bytes() == (MODELS / "gguf_llama_f32" / "model.gguf").read_bytes()
+
+
+def test_where_nothing_can_be_written_it_is_said(tmp_path: Path) -> None:
+    for out in (tmp_path / "no" / "such" / "place.gguf", tmp_path / ("a" * 300)):
+        with pytest.raises(ConfigError, match=r"cannot be written"):
+            quantize_model(str(MODELS / "gguf_llama_f32"), out, UNCOMPARED)
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    try:
+        if not os.access(tmp_path, os.W_OK):
+            with pytest.raises(ConfigError, match="Permission denied"):
+                quantize_model(str(MODELS / "gguf_llama_f32"), tmp_path / "out.gguf", UNCOMPARED)
+    finally:
+        tmp_path.chmod(stat.S_IRWXU)
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])
+def test_a_file_that_is_not_whole_goes_away(
+    fault: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def fails(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) > 5:
+            raise fault
+        return quantize(*arguments)
+
+    quantize = writing.quantize
+    monkeypatch.setattr(writing, "quantize", fails)
+    expected = KeyboardInterrupt if isinstance(fault, KeyboardInterrupt) else ConfigError
+    with pytest.raises(expected):
+        quantize_model(str(MODELS / "gguf_llama_f32"), tmp_path / "out.gguf", Settings("Q8_0", text_tokens=0))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_has_too_little_room_says_so_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(ConfigError, match="No space left on device"):
+        quantize_model(str(MODELS / "gguf_llama_f32"), tmp_path / "out.gguf", UNCOMPARED)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_a_type_cannot_hold_are_refused_by_tensor(tmp_path: Path) -> None:
+    source = tmp_path / "model.gguf"
+    shutil.copy(MODELS / "gguf_llama_f32" / "model.gguf", source)
+    with open_checkpoint(source) as checkpoint:
+        tensor = checkpoint.tensors["blk.0.ffn_up.weight"]
+    with source.open("r+b") as file:
+        file.seek(tensor.offset + 4 * tensor.shape[1] * 3)
+        file.write(np.float32(np.inf).tobytes())
+    with pytest.raises(CheckpointError, match=r"tensor blk.0.ffn_up.weight: found values that are infinite"):
+        quantize_model(str(source), tmp_path / "out.gguf", Settings("Q8_0", text_tokens=0))
+
+
+def test_the_cost_is_the_divergence_of_what_is_predicted(tmp_path: Path) -> None:
+    model, text = MODELS / "llama_tiny", tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a tiny model. " * 9)
+    report = quantize_model(str(model), tmp_path / "out.gguf", Settings("Q4_0", text=text, text_tokens=40))
+    cost = report.divergence
+    assert cost is not None
+    token_ids = load_tokenizer(model).encode(text.read_text())[:40]
+    rows = [
+        logits(path, token_ids, quantization=kind).astype(np.float64)
+        for path, kind in ((model, "none"), (tmp_path / "out.gguf", "auto"))
+    ]
+    p, q = (row - np.log(np.exp(row).sum(axis=1, keepdims=True)) for row in rows)
+    each = (np.exp(p) * (p - q)).sum(axis=1)
+    assert cost.num_tokens == 40
+    assert cost.mean == pytest.approx(each.mean(), rel=1e-9)
+    assert cost.standard_error == pytest.approx(each.std(ddof=1) / np.sqrt(40), rel=1e-9)
+    assert cost.same_top_token == (p.argmax(axis=1) == q.argmax(axis=1)).mean()
+
+
+def test_the_command_prints_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(MODELS / "llama_tiny")
+    assert main(["quantize", model, "-o", str(tmp_path / "a.gguf"), "--type", "Q4_K", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["type"] == "Q4_K_M"
+    assert report["written"]["num_bytes"] == (tmp_path / "a.gguf").stat().st_size
+    assert report["divergence"]["mean"] > 0
+    assert main(["quantize", model, "-o", str(tmp_path / "b.gguf"), "--kl-tokens", "0"]) == 0
+    assert "KL divergence: not measured" in capsys.readouterr().out
+    assert main(["quantize", model, "-o", str(tmp_path / "c.gguf"), "--type", "Q9"]) == 2
+    assert "type: found 'Q9'" in capsys.readouterr().err
+
+
+def test_errors_are_the_projects_own(tmp_path: Path) -> None:
+    for model in ("nowhere", str(tmp_path)):
+        with pytest.raises(PagellmError):
+            quantize_model(model, tmp_path / "out.gguf", UNCOMPARED)
