@@ -104,9 +104,9 @@ def _check(checkpoint: Checkpoint, spec: ModelSpec, out: Path, settings: Setting
     types = requantized(checkpoint, spec)
     if types and not settings.allow_requantize:
         raise ConfigError(
-            f"{checkpoint.path}: found matrices of type {', '.join(types)}, expected F32, F16, BF16 or Q8_0: "
-            "of a model that was quantized to few bits already the errors add up; quantize the original, or "
-            "--allow-requantize"
+            f"{checkpoint.path}: found matrices of type {', '.join(types)}, expected eight bits or "
+            "more: of a model that was quantized to few bits already the errors add up; quantize the "
+            "original, or --allow-requantize"
         )
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pagellm.engine.checkpoints import BLOCK_SIZES, Checkpoint, Tensor
+from pagellm.engine.checkpoints import BLOCK_SIZES, Checkpoint, Tensor, bits_per_weight
 from pagellm.engine.checkpoints.gguf import read_gguf, read_metadata_bytes
 from pagellm.engine.checkpoints.gguf_writer import GgufWriter, TensorInfo, encode_value
 from pagellm.engine.errors import CheckpointError, ConfigError, named
@@ -36,8 +36,8 @@ from pagellm.kernels.quantizers import UnscalableError, quantize
 # Of what a thread works on, in float32: what it needs besides is a few times as much.
 _PIECE_BYTES = 2 << 20
 _QUANTIZATION_VERSION = 2
-# Types whose values were rounded to few bits once.
-_EXACT = ("F32", "F16", "BF16", "F64", "Q8_0")
+# Of a weight that may be rounded once more.
+_FULL_BITS = 8
 
 Importance = Mapping[str, NDArray[np.float32]]
 Rows = Callable[[int, int], NDArray[np.float32]]
@@ -154,8 +154,8 @@ def write_gguf(
 
 def requantized(checkpoint: Checkpoint, spec: ModelSpec) -> list[str]:
     """The types of matrices that are of few bits already: rounded again they lose again."""
-    types = {checkpoint.tensors[source.tensor].dtype for source in _matrix_sources(spec)}
-    return sorted(types - set(_EXACT))
+    tensors = [checkpoint.tensors[source.tensor] for source in _matrix_sources(spec)]
+    return sorted({tensor.dtype for tensor in tensors if bits_per_weight(tensor) < _FULL_BITS})
 
 
 def _matrix_sources(spec: ModelSpec) -> Iterator[Source]:
