@@ -28,7 +28,9 @@ from pagellm.engine.tokenizer import load_tokenizer
 from tests.conftest import ARCHITECTURES, MODELS, model_path
 
 CONVERTED = sorted(path.parent.name for path in ARCHITECTURES.glob("*/model.gguf"))
-DIRECTORIES = sorted(path.parent.name for path in ARCHITECTURES.parent.glob("*/*/config.json"))
+DIRECTORIES = sorted(
+    path.parent.name for top in (ARCHITECTURES, MODELS) for path in top.glob("*/config.json")
+)
 # Why GGUF, or llama.cpp's reader of it, has no place for a checkpoint.
 REFUSED = {
     "bitnet": "an output matrix that is not the embedding",
