@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,7 +19,8 @@ from typing import Any
 from pagellm.engine.errors import EngineError, RequestError
 from pagellm.engine.requests.structured import StructuredOutputs
 
-_TRIAL_S = 0.6
+# With the start of another process, for whom the one before has taken so long, less than a second.
+_TRIAL_S = 0.5
 _START_S = 60.0
 _MEMORY_BYTES = 2 << 30
 # Less than the stacks of the threads that compile what passes here.
@@ -27,16 +29,22 @@ _LONGEST_MESSAGE = 300
 
 
 class Trial:
-    """The process, begun when it is needed. Safe to use from several threads.
+    """The process, begun when it is needed, and again at once where it has been ended. Safe to use from
+    several threads.
 
     tokens: the bytes of each token. special_ids, eos_ids: which of them are no text, and end one.
     """
 
     def __init__(self, tokens: Sequence[bytes], special_ids: Sequence[int], eos_ids: Sequence[int]) -> None:
-        self._vocabulary = [[token.hex() for token in tokens], list(special_ids), list(eos_ids)]
+        # In a file without a name, so that a process can be begun without waiting until it reads.
+        self._vocabulary = tempfile.TemporaryFile()  # noqa: SIM115
+        vocabulary = [[token.hex() for token in tokens], list(special_ids), list(eos_ids)]
+        self._vocabulary.write(json.dumps(vocabulary).encode())
+        self._vocabulary.flush()
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
+        self._is_ready = False
         self._owner = 0  # the process that began it: a fork of that begins one of its own
 
     def grammar_of(self, form: StructuredOutputs) -> str:
@@ -53,6 +61,8 @@ class Trial:
                 raise
             if not answer:
                 self._end()
+                with suppress(OSError):
+                    self._begin()
                 why = "more memory or depth than it may have" if answer == b"" else f"more than {_TRIAL_S} s"
                 raise RequestError(f"structured.{form.form}: found one that takes {why} to compile")
         grammar, error = json.loads(answer)
@@ -64,40 +74,47 @@ class Trial:
         """Ends the process."""
         with self._lock:
             self._end()
+            self._vocabulary.close()
 
     def _started(self) -> Connection:
         if self._owner != os.getpid():
             self._process = self._connection = None
         elif self._process is not None and self._process.poll() is not None:
             self._end()
-        if self._connection is not None:
-            return self._connection
-        ours, theirs = Pipe()
-        self._owner = os.getpid()
-        self._connection = ours
         try:
-            with theirs:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", __name__, str(theirs.fileno())],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                    start_new_session=True,  # the terminal's Ctrl-C is not for it
-                )
-            ours.send_bytes(json.dumps(self._vocabulary).encode())
-            is_ready = ours.poll(_START_S) and ours.recv_bytes() == b"ready"
+            connection = self._connection or self._begin()
+            self._is_ready = self._is_ready or (
+                connection.poll(_START_S) and connection.recv_bytes() == b"ready"
+            )
         except (EOFError, OSError):
-            is_ready = False
-        if not is_ready:
+            self._is_ready = False
+        if not self._is_ready:
             self._end()
             raise EngineError("structured: the process that tries grammars does not start")
+        return connection
+
+    def _begin(self) -> Connection:
+        """Begins the process, without waiting for it."""
+        ours, theirs = Pipe()
+        self._owner = os.getpid()
+        self._connection, self._is_ready = ours, False
+        with theirs:
+            descriptors = theirs.fileno(), self._vocabulary.fileno()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, *map(str, descriptors)],
+                pass_fds=descriptors,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                start_new_session=True,  # the terminal's Ctrl-C is not for it
+            )
         return ours
 
     def _end(self) -> None:
         process, self._process = self._process, None
         connection, self._connection = self._connection, None
+        self._is_ready = False
         if connection is not None:
             connection.close()
         if process is not None and self._owner == os.getpid():
@@ -152,7 +169,7 @@ def _encoder(tokens: Sequence[bytes]) -> Callable[[str], list[int]]:
     return encode
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, vocabulary: int) -> None:
     with suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -160,7 +177,8 @@ def _serve(connection: Connection) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     from pagellm.engine.grammar.vocabulary import ll_tokenizer
 
-    hexes, special_ids, eos_ids = json.loads(connection.recv_bytes())
+    size = os.fstat(vocabulary).st_size  # others read it, too: the place in it is theirs
+    hexes, special_ids, eos_ids = json.loads(os.pread(vocabulary, size, 0))
     tokens = list(map(bytes.fromhex, hexes))
     tokenizer = ll_tokenizer(tokens, special_ids, eos_ids, _encoder(tokens))
     connection.send_bytes(b"ready")
@@ -173,6 +191,6 @@ def _serve(connection: Connection) -> None:
 
 if __name__ == "__main__":
     threading.stack_size(_STACK_BYTES)
-    thread = threading.Thread(target=_serve, args=(Connection(int(sys.argv[1])),))
+    thread = threading.Thread(target=_serve, args=(Connection(int(sys.argv[1])), int(sys.argv[2])))
     thread.start()
     thread.join()
