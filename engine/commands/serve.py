@@ -82,7 +82,8 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
 def _serve(options: argparse.Namespace) -> None:
     """Serve the model to clients of OpenAI's and vLLM's interface.
 
-    Ctrl-C or SIGTERM ends it when the requests under way have ended; a second one ends it at once.
+    Ctrl-C or SIGTERM ends it when the requests under way have ended; a second one ends it at once. With
+    --json one line on standard output says where it listens and what it serves, once it does.
     """
     from pagellm.engine.commands.cli import engine_config, load_llm, needing_server
 
@@ -109,7 +110,7 @@ def _serve(options: argparse.Namespace) -> None:
         options.host, options.port, options.shutdown_timeout, limits, keys=keys,
         ssl_certfile=options.ssl_certfile, ssl_keyfile=options.ssl_keyfile,
         allowed_origins=options.allowed_origins, events=events, log_format=options.log_format,
-        otlp_traces_endpoint=options.otlp_traces_endpoint,
+        otlp_traces_endpoint=options.otlp_traces_endpoint, as_json=options.json,
     )  # fmt: skip
 
 

@@ -29,6 +29,11 @@ from pagellm.engine.server.tools import plan_tools, tell_tools
 _DEFAULT_MAX_TOKENS = 16  # of /v1/completions
 # Of vLLM's fields those that choose among ways to the same form.
 _NO_FORMS = ("disable_fallback", "_backend", "_backend_was_auto")
+# Fields that say a form by themselves: of vLLM's older versions, and of llama.cpp's server.
+_FORM_FIELDS = {
+    "guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar",
+    "json_schema": "json", "grammar": "grammar",
+}  # fmt: skip
 _SAME_NAMES = (
     "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "seed", "stop", "stop_token_ids", "bad_words", "include_stop_str_in_output",
@@ -155,10 +160,10 @@ def _asked_form(request: GenerationRequest) -> tuple[str, dict[str, Any]] | None
     if request.structured_outputs is not None:
         fields = {name: value for name, value in request.structured_outputs.items() if name not in _NO_FORMS}
         given["structured_outputs"] = fields
-    for name in ("json", "regex", "choice", "grammar"):
-        value = getattr(request, f"guided_{name}")
+    for name, kind in _FORM_FIELDS.items():
+        value = getattr(request, name)
         if value is not None:
-            given[f"guided_{name}"] = {name: value}
+            given[name] = {kind: value}
     if len(given) > 1:
         raise RequestError(f"{list(given)[1]}: found a form, expected none beside {next(iter(given))}")
     return next(iter(given.items()), None)
@@ -169,10 +174,11 @@ def _form_of_response(response_format: dict[str, Any]) -> dict[str, Any] | None:
     if kind == "text":
         return None
     if kind == "json_object":
-        return {"json_object": True}
+        schema = response_format.get("schema")  # llama.cpp's server has one here
+        return {"json_object": True} if schema is None else {"json": schema}
     if kind == "structural_tag":
         return {"structural_tag": response_format}
-    described = response_format.get("json_schema")
+    described = response_format.get("json_schema", response_format if "schema" in response_format else None)
     if kind != "json_schema":
         raise RequestError(
             f"response_format.type: found {found(kind)}, expected text, json_object, json_schema or "
@@ -299,6 +305,11 @@ def _sampling_params(
     values: dict[str, Any] = {**defaults, **given, "logprobs": logprobs}
     if given_max_tokens or "max_tokens" not in defaults:
         values["max_tokens"] = max_tokens
+    if request.spaces_between_special_tokens and request.skip_special_tokens is False:
+        raise RequestError(
+            "spaces_between_special_tokens: found true with skip_special_tokens false, expected false: the"
+            " tokenizer puts none there"
+        )
     hides_output = max_tokens == 0
     if hides_output:
         values["max_tokens"] = 1

@@ -126,7 +126,9 @@ class GenerationRequest(Request):
     min_tokens: Integer | None = Field(None, ge=0)
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    spaces_between_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = Field(
+        None, description="There are none: true is refused where special tokens are in the text."
+    )
     prompt_logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
@@ -149,6 +151,8 @@ class GenerationRequest(Request):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    json_schema: Annotated[Any, WithJsonSchema(_SCHEMA)] = None
+    grammar: str | None = Field(None, description="In Lark or GBNF.")
     request_id: str | None = None
     # What names a request for others, and changes nothing here.
     user: str | None = None

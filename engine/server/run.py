@@ -1,6 +1,7 @@
 """A server from its start to its end: the socket, uvicorn, and what signals do."""
 
 import asyncio
+import json
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -82,6 +83,7 @@ def run_server(
     events: KvEvents | None = None,
     log_format: str = "text",
     otlp_traces_endpoint: str | None = None,
+    as_json: bool = False,
 ) -> None:
     """Serves until it is told to end.
 
@@ -89,6 +91,7 @@ def run_server(
     drain_s: seconds that requests under way have after the first signal. keys: one of them must be in each
     request, where there are any. allowed_origins: whose pages browsers let ask. events: publishes what
     becomes of the prefix cache. log_format: "text" or "json". otlp_traces_endpoint: where spans are sent.
+    as_json: say on standard output, as JSON, that it serves.
     Raises `PagellmError` if the model cannot be loaded or the address cannot be had.
     """
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
@@ -98,10 +101,17 @@ def run_server(
     server: _Server
 
     def tell() -> None:
-        if service.load_error is None:
-            say(f"serving {names[0]}")
-        else:
+        if service.load_error is not None:
             server.should_exit = True
+            return
+        say(f"serving {names[0]}")
+        if as_json:
+            served = {
+                "url": url,
+                "models": service.names,
+                "max_model_len": service.llm.engine.config.max_model_len,
+            }
+            print(json.dumps(served), flush=True)
 
     service = Service(load if events is None else events.of(load), names, tell, limits)
     if events is not None:
@@ -114,7 +124,8 @@ def run_server(
     server = _Server(config, service, drain_s)
     shown = f"[{host}]" if ":" in host else host
     scheme = "https" if ssl_certfile else "http"
-    say(f"listening on {scheme}://{shown}:{listener.getsockname()[1]}")
+    url = f"{scheme}://{shown}:{listener.getsockname()[1]}"
+    say(f"listening on {url}")
     with listener:
         server.run(sockets=[listener])
     service.close()

@@ -265,8 +265,13 @@ def test_a_known_field_is_obeyed_or_refused_by_its_name(server: Any) -> None:
         (text, "stream_options", {"include_usage": True}), (chat, "tools", "x"), (chat, "top_logprobs", 2),
         (chat, "tool_choice", "required"), (chat, "functions", [{}]), (chat, "audio", {}),
         (chat, "response_format", {"type": "json_schema"}), (chat, "chat_template", "{{ x }}"),
+        (text, "spaces_between_special_tokens", True), (chat, "spaces_between_special_tokens", True),
     ]:  # fmt: skip
         body = {"prompt": "x"} if path == text else {"messages": HELLO}
+        if field == "spaces_between_special_tokens":
+            assert request(server, path, body | {field: value, "max_tokens": 1})[0] == 200
+            body["skip_special_tokens"] = False
+            assert request(server, path, body | {field: False, "max_tokens": 1})[0] == 200
         found, _, answer = request(server, path, body | {field: value})
         assert found == 400, (field, answer)
         error = json.loads(answer)["error"]

@@ -72,9 +72,15 @@ def test_json_object_is_an_object(client: Any) -> None:
         ({"structured_outputs": {"json": {"enum": ["red", "blue"]}}}, {'"red"', '"blue"'}),
         ({"guided_choice": ["red", "blue"]}, {"red", "blue"}),
         ({"guided_regex": "red|blue"}, {"red", "blue"}),
+        ({"grammar": 'root ::= "red" | "blue"'}, {"red", "blue"}),
+        ({"json_schema": {"enum": ["red", "blue"]}}, {'"red"', '"blue"'}),
+        ({"response_format": {"type": "json_object", "schema": {"const": "red"}}}, {'"red"'}),
+        ({"response_format": {"type": "json_schema", "schema": {"const": "red"}}}, {'"red"'}),
     ],
 )
-def test_vllms_fields_are_obeyed_at_both_endpoints(server: Any, fields: Any, allowed: set[str]) -> None:
+def test_vllms_and_llama_cpps_fields_are_obeyed_at_both_endpoints(
+    server: Any, fields: Any, allowed: set[str]
+) -> None:
     said = ask(server, "/v1/chat/completions", {**BRIEF, **QUIET, **fields})["choices"][0]
     assert (said["message"]["content"] in allowed, said["finish_reason"]) == (True, "stop")
     [said] = ask(server, "/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 50, **fields})[
@@ -99,6 +105,9 @@ def test_vllms_fields_are_obeyed_at_both_endpoints(server: Any, fields: Any, all
             "guided_regex",
             "^guided_regex.regex: ",
         ),
+        ({"response_format": {"type": "json_object", "schema": 3}}, "response_format", "json: found 3"),
+        ({"json_schema": {"not": {}}}, "json_schema", "^json_schema.json: "),
+        ({"grammar": "root ::= this is (not"}, "grammar", "^grammar.grammar: "),
         ({"structured_outputs": {}}, "structured_outputs", "found no form"),
         ({"structured_outputs": {"yaml": "a"}}, "structured_outputs", "found the field 'yaml'"),
         (

@@ -127,12 +127,12 @@ def test_before_the_model_is_loaded_and_after_it_failed_the_answer_is_503() -> N
 
 
 @contextmanager
-def start_command(*more: str, **environment: str) -> Iterator[Any]:
+def start_command(*more: str, stdout: int | None = None, **environment: str) -> Iterator[Any]:
     """`pagellm serve` as a process; its `url` is where it listens."""
     flags = ["--model", str(model_path("llama_tiny")), "--port", "0", "--num-blocks", "64"]
     process: Any = subprocess.Popen(
         [sys.executable, "-m", "pagellm", "serve", *flags, "--served-model-name", "tiny", *more],
-        cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | environment,
+        cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True, env=os.environ | environment,
     )  # fmt: skip
     try:
         process.url = process.stderr.readline().split()[-1]
@@ -170,6 +170,15 @@ def test_a_second_signal_ends_it(command: Any) -> None:
     command.send_signal(signal.SIGTERM)
     assert command.wait(60) == 0
     connection.close()
+
+
+def test_the_command_says_as_json_where_it_serves() -> None:
+    with start_command("--json", stdout=subprocess.PIPE) as process:
+        served = json.loads(process.stdout.readline())
+        assert served == {"url": process.url, "models": ["tiny"], "max_model_len": served["max_model_len"]}
+        assert request(process, "/health")[0] == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.read() == ""
 
 
 def test_the_command_says_what_is_wrong() -> None:
