@@ -132,7 +132,8 @@ def memory_needed(
     plan = new_plan(
         spec.arch, max_tokens, min(max_tokens, config.max_num_seqs), chunks_to_plan(config.max_model_len)
     )
-    buffers = (*plan, *new_workspace(spec.arch, max_tokens, config.num_threads))
+    work = new_workspace(spec.arch, max_tokens, config.num_threads)
+    buffers = (*plan, *work, *work.groups)
     half = max((len(table.frequencies) for table in spec.rope_tables), default=0)
     return {
         "weights": weight_bytes,
@@ -172,6 +173,12 @@ def size_cache(
         raise ConfigError(
             f"num_blocks: found {num_blocks} of block_size {config.block_size}, {block_bytes} bytes each, "
             f"expected no more than the {total} bytes of memory hold"
+        )
+    left = memory.available - num_blocks * block_bytes
+    if weight_bytes > max(left, 0):
+        raise ConfigError(
+            f"weights: found {weight_bytes} bytes, expected at most {max(left, 0)}: {memory.available} bytes "
+            f"are available {memory.source}, less {num_blocks * block_bytes} of {num_blocks} KV blocks"
         )
     if config.swap_dir is None and (num_blocks + complete.num_swap_blocks) * block_bytes > total:
         raise ConfigError(

@@ -24,6 +24,7 @@ LAYER = np.dtype(
         ("head_dim", np.int64),
         ("attention_scale", np.float64),  # of queries times keys
         ("rope_table", np.int64),  # of `Weights`, or -1: queries and keys are not rotated
+        # Of the feed-forward that every token passes through: beside experts the shared ones, or 0.
         ("intermediate_size", np.int64),
         ("activation", np.int64),  # of kernels.activation
         ("gated", np.int64),  # whether the activated gate multiplies a linear half
@@ -42,6 +43,20 @@ LAYER = np.dtype(
         ("value_dim", np.int64),  # of what each head gives
         ("query_rank", np.int64),  # what queries are compressed to before; 0: they are not
         ("latent_epsilon", np.float64),  # of the norms of what is compressed
+        ("qkv_clip", np.float64),  # queries, keys and values stay within +- this; 0: they stay as they are
+        ("num_experts", np.int64),  # feed-forwards of which each token passes through a few; 0: none
+        ("experts_per_token", np.int64),
+        ("expert_size", np.int64),  # what `intermediate_size` is, of each expert
+        ("router", np.int64),  # what experts are scored by: SOFTMAX, TOP_SOFTMAX or SIGMOID
+        ("renormalize", np.int64),  # whether the scores of a token's experts are divided by their sum,
+        ("score_floor", np.float64),  # or by this, if the sum is less,
+        ("router_scale", np.float64),  # and what they are multiplied by
+        ("selection_bias", np.int64),  # whether experts are chosen by their scores plus a bias of each
+        ("expert_groups", np.int64),  # neighbouring experts are in so many groups,
+        ("groups_per_token", np.int64),  # of which a token's experts are in so many,
+        ("group_best", np.int64),  # that are best by the sum of so many best experts
+        ("expert_bias", np.int64),  # whether the products of experts have biases
+        ("shared_gate", np.int64),  # whether the shared experts' part is times a sigmoid of the router's
     ],
     align=True,
 )
@@ -59,10 +74,26 @@ _DEFAULTS: dict[str, Any] = {
     "value_dim": 0,
     "query_rank": 0,
     "latent_epsilon": 0.0,
+    "qkv_clip": 0.0,
+    "num_experts": 0,
+    "experts_per_token": 0,
+    "expert_size": 0,
+    "router": 0,
+    "renormalize": 0,
+    "score_floor": 0.0,
+    "router_scale": 1.0,
+    "selection_bias": 0,
+    "expert_groups": 1,
+    "groups_per_token": 1,
+    "group_best": 1,
+    "expert_bias": 0,
+    "shared_gate": 0,
 }
 
 # Of `qk_norm`: none, each head by itself, or a token's heads together.
 NONE, PER_HEAD, WHOLE = range(3)
+# Of `router`: a softmax of all logits, one of the chosen experts' logits alone, or a sigmoid of each.
+SOFTMAX, TOP_SOFTMAX, SIGMOID = range(3)
 
 
 def layer_rows(num_layers: int, **features: Any) -> NDArray[np.void]:
@@ -174,6 +205,7 @@ class Part(NamedTuple):
     kind: Kind
     # Pieces of the outputs that begin on a panel of their own.
     pieces: Callable[[Any], int] = lambda row: 1
+    of_experts: bool = False  # whether it is matrices, one of each expert, one behind the other
 
     def columns(self, arch: Architecture, row: Any) -> int:
         """Output columns, with those that fill up each piece."""
@@ -184,17 +216,9 @@ class Part(NamedTuple):
         """The formats of a matrix."""
         return by_part.get(self.name) or (Run(self.columns(arch, row), FLOAT32),)
 
-    def size(self, arch: Architecture, row: Any, by_part: Mapping[str, tuple[Run, ...]]) -> int:
-        """Words that it takes: whole vectors."""
-        inputs = self.shape(arch, row)[1:]
-        if self.kind is not Kind.MATRIX:
-            return padded(int(np.prod([self.columns(arch, row), *inputs])))
-        return sum(_run_size(run, *inputs) for run in self.runs(arch, row, by_part))
-
-
-def _run_size(run: Run, K: int) -> int:
-    size = padded(run.columns) // PANEL * panel_words(run.format, K)
-    return -(-size // LANES) * LANES
+    def size(self, arch: Architecture, row: Any) -> int:
+        """Words that a vector or a table takes: whole panels."""
+        return padded(int(np.prod([self.columns(arch, row), *self.shape(arch, row)[1:]])))
 
 
 @shared
@@ -249,6 +273,20 @@ def _key_norm_size(arch: Architecture, row: Any) -> int:
     return int(row["head_dim"] * (row["num_kv_heads"] if row["qk_norm"] == WHOLE else 1))
 
 
+def _router_size(row: Any) -> int:
+    """Logits of the experts, and behind them that of the shared experts' gate."""
+    return int(row["num_experts"] + row["shared_gate"])
+
+
+def _expert_pieces(row: Any) -> int:
+    return max(1, int(row["num_experts"]) * _up_pieces(row))
+
+
+def _biased_experts(row: Any) -> int:
+    """Those that have biases of their own; without, all have the same zeros."""
+    return int(row["num_experts"]) if row["expert_bias"] else min(1, int(row["num_experts"]))
+
+
 # The parts of a layer, in the order in which the step reads them; "_b" is the bias of the part before.
 LAYER_PARTS = (
     *_norm("attention_norm", "pre_norm", _hidden_size),
@@ -289,8 +327,49 @@ LAYER_PARTS = (
     Part("up", lambda arch, row: (_up_size(row), arch.hidden_size), Kind.MATRIX, _up_pieces),
     Part("up_b", lambda arch, row: (_up_size(row),), Kind.BIAS, _up_pieces),
     *_norm("mlp_sub_norm", "sub_norm", lambda arch, row: int(row["intermediate_size"])),
-    Part("down", lambda arch, row: (arch.hidden_size, int(row["intermediate_size"])), Kind.MATRIX),
-    Part("down_b", lambda arch, row: (arch.hidden_size,), Kind.BIAS),
+    Part(
+        "down",
+        lambda arch, row: (
+            arch.hidden_size if row["intermediate_size"] else 0,
+            int(row["intermediate_size"]),
+        ),
+        Kind.MATRIX,
+    ),
+    Part("down_b", lambda arch, row: (arch.hidden_size if row["intermediate_size"] else 0,), Kind.BIAS),
+    # Always in float32.
+    Part("router", lambda arch, row: (_router_size(row), arch.hidden_size), Kind.MATRIX),
+    Part("router_b", lambda arch, row: (_router_size(row),), Kind.BIAS),
+    Part(
+        "selection_bias",
+        lambda arch, row: (int(row["num_experts"]) if row["selection_bias"] else 0,),
+        Kind.VECTOR,
+    ),
+    Part(
+        "expert_up",
+        lambda arch, row: (int(row["num_experts"] * row["expert_size"]) * _up_pieces(row), arch.hidden_size),
+        Kind.MATRIX,
+        _expert_pieces,
+        of_experts=True,
+    ),
+    Part(
+        "expert_up_b",
+        lambda arch, row: (_biased_experts(row) * int(row["expert_size"]) * _up_pieces(row),),
+        Kind.BIAS,
+        lambda row: max(1, _biased_experts(row) * _up_pieces(row)),
+    ),
+    Part(
+        "expert_down",
+        lambda arch, row: (int(row["num_experts"]) * arch.hidden_size, int(row["expert_size"])),
+        Kind.MATRIX,
+        lambda row: max(1, int(row["num_experts"])),
+        of_experts=True,
+    ),
+    Part(
+        "expert_down_b",
+        lambda arch, row: (_biased_experts(row) * arch.hidden_size,),
+        Kind.BIAS,
+        lambda row: max(1, _biased_experts(row)),
+    ),
     *_norm("mlp_post_norm", "post_norm", _hidden_size),
 )
 # The parts that belong to no layer. One without rows is not there.
@@ -338,25 +417,36 @@ class Places(NamedTuple):
 
 
 def lay_out(arch: Architecture, formats: Formats) -> Places:
-    """Gives every part its place."""
+    """Gives every part its place; all that belongs to one expert is one run of memory."""
     layers, rest = np.zeros(arch.num_layers, LAYER_PLACES), np.zeros(1, REST_PLACES)
     panels: list[NDArray[np.int64]] = []
     end = num_panels = 0
 
     def place(parts: Iterable[Part], row: Any, places: Any, by_part: Mapping[str, tuple[Run, ...]]) -> None:
-        nonlocal end, num_panels
+        nonlocal end
         for part in parts:
             if part.kind is not Kind.MATRIX:
                 places[part.name] = end, FLOAT32, 0
-                end += part.size(arch, row, by_part)
-                continue
-            runs, K = part.runs(arch, row, by_part), part.shape(arch, row)[1]
-            places[part.name] = end, runs[0].format, num_panels
-            for run in runs:
-                starts = end + np.arange(padded(run.columns) // PANEL) * panel_words(run.format, K)
-                panels.append(np.stack([starts, np.full_like(starts, run.format)], axis=1))
-                num_panels += len(starts)
-                end += _run_size(run, K)
+                end += part.size(arch, row)
+            elif not part.of_experts:
+                place_matrices({part.name: _panels_of(part, arch, row, by_part)}, places, 1)
+        experts = {part.name: _panels_of(part, arch, row, by_part) for part in parts if part.of_experts}
+        if experts:
+            place_matrices(experts, places, max(1, int(row["num_experts"])))
+
+    def place_matrices(tables: Mapping[str, NDArray[np.int64]], places: Any, num_turns: int) -> None:
+        """Parts take turns: of each an equal number of its panels, [panels, 2] sizes and formats."""
+        nonlocal end, num_panels
+        sizes = [table[:, 0].reshape(num_turns, -1) for table in tables.values()]
+        starts = np.concatenate(sizes, axis=1)
+        starts = end + np.cumsum(starts).reshape(starts.shape) - starts
+        columns = np.cumsum([size.shape[1] for size in sizes])[:-1]
+        for (name, table), own in zip(tables.items(), np.split(starts, columns, axis=1), strict=True):
+            placed = np.stack([own.ravel(), table[:, 1]], axis=1)
+            places[name] = *(placed[0] if len(placed) else (end, FLOAT32)), num_panels
+            panels.append(placed)
+            num_panels += len(table)
+        end += sum(int(size.sum()) for size in sizes)
 
     for index in range(arch.num_layers):
         place(LAYER_PARTS, arch.layers[index], layers[index], formats[index])
@@ -364,3 +454,16 @@ def lay_out(arch: Architecture, formats: Formats) -> Places:
     if arch.tied:
         rest["lm_head"] = rest["embedding"]
     return Places(layers, rest, np.concatenate(panels), end + LANES)
+
+
+def _panels_of(
+    part: Part, arch: Architecture, row: Any, by_part: Mapping[str, tuple[Run, ...]]
+) -> NDArray[np.int64]:
+    """The words and the format of each panel of a matrix, [panels, 2]; runs are whole vectors."""
+    K, tables = part.shape(arch, row)[1], [np.zeros((0, 2), np.int64)]
+    for run in part.runs(arch, row, by_part):
+        count = padded(run.columns) // PANEL
+        table = np.tile(np.array([panel_words(run.format, K), run.format], np.int64), (count, 1))
+        table[-1:, 0] += -table[:, 0].sum() % LANES
+        tables.append(table)
+    return np.concatenate(tables)

@@ -21,6 +21,8 @@ from pagellm.kernels.architecture import (
 )
 from pagellm.kernels.attention import max_states, max_tiles, scratch_size, state_words
 from pagellm.kernels.attention_products import TILE_COLUMNS
+from pagellm.kernels.experts import Groups, max_slots, new_groups
+from pagellm.kernels.experts import scratch_size as router_scratch_size
 from pagellm.kernels.kv_cache import key_cache_size, store_scratch_size, value_cache_size
 from pagellm.kernels.matmul import scratch_size as matmul_scratch_size
 from pagellm.kernels.packing import BLOCK, GROUP, PANEL, aligned_zeros, num_blocks, padded, padded_rows
@@ -121,6 +123,9 @@ class Workspace(NamedTuple):
     packed: NDArray[np.float32]  # activations on their way into a matmul, in the format of its weights
     wide: NDArray[np.float32]  # [rows, the widest of qkv and feed-forward], what a matmul wrote
     queries: NDArray[np.float32]  # [rows, num_heads, latent_query_stride]; no rows without latent attention
+    router: NDArray[np.float32]  # [rows, padded logits of the router with the most]; of no rows without
+    groups: Groups
+    expert_out: NDArray[np.float32]  # [slots, padded hidden_size], what each slot's expert gives
     logits: NDArray[np.float32]  # [LOGIT_ROWS, padded vocab_size]
     scratch: NDArray[np.float32]  # [num_threads, one row of the widest activations or what a product needs]
     attention: NDArray[np.float32]  # [num_threads, per thread], working memory of kernels.attention
@@ -174,16 +179,29 @@ def new_workspace(arch: Architecture, max_tokens: int, num_threads: int) -> Work
     widest = max([widest, *(wide for wide, _, _ in of_latents)])
     widest_input = max([widest_input, *(packed for _, packed, _ in of_latents)])
     queries = max([0, *(queries for _, _, queries in of_latents)])
-    per_thread = max(widest_input + PANEL + BLOCK, store_scratch_size(head_dim), matmul_scratch_size())
+    num_experts, per_token = int(layers["num_experts"].max()), int(layers["experts_per_token"].max())
+    slots, expert_size = max_slots(max_tokens, per_token, num_experts), int(layers["expert_size"].max())
+    expert_input = num_blocks(max(arch.hidden_size, expert_size)) * BLOCK
+    expert_up = max(padded(int(row["expert_size"])) * (1 + int(row["gated"])) for row in layers)
+    routers = padded(int((layers["num_experts"] + layers["shared_gate"]).max()))
+    per_thread = max(
+        max(widest_input, expert_input) + PANEL + BLOCK,
+        store_scratch_size(head_dim),
+        matmul_scratch_size(),
+        router_scratch_size(num_experts),
+    )
     per_thread = -(-per_thread // LANES) * LANES
     attention_scratch = -(-scratch_size(arch.group_size, head_dim) // LANES) * LANES
     return Workspace(
         rows=np.zeros(max(max_tokens, LOGIT_ROWS), np.int64),
         hidden=aligned_zeros(rows * padded(arch.hidden_size)),
         branch=aligned_zeros(0 if all(map(adds_at_once, layers)) else rows * padded(arch.hidden_size)),
-        packed=aligned_zeros(max(rows, LOGIT_ROWS) * widest_input),
-        wide=aligned_zeros(rows * max(widest, widest_up) + LANES),
+        packed=aligned_zeros(max(max(rows, LOGIT_ROWS) * widest_input, slots * expert_input)),
+        wide=aligned_zeros(max(rows * max(widest, widest_up), slots * expert_up) + LANES),
         queries=aligned_zeros(rows * queries),
+        router=aligned_zeros(rows * routers),
+        groups=new_groups(max_tokens, per_token, num_experts),
+        expert_out=aligned_zeros(slots * padded(arch.hidden_size)),
         logits=aligned_zeros(LOGIT_ROWS * padded(arch.vocab_size)),
         scratch=aligned_zeros(num_threads * per_thread).reshape(num_threads, per_thread),
         attention=aligned_zeros(num_threads * attention_scratch).reshape(num_threads, attention_scratch),

@@ -131,6 +131,45 @@ def _rows_of_item(format, M, K, num_panels, num_threads):
 
 
 @kernel
+def _prefetching(format, M, few_rows, size):
+    """How far ahead words of weights are asked for, and how many with each step: see `multiply_panel`.
+
+    The words ahead are asked for by the first group. But where it would wait for them while the memory has
+    nothing to do for the others, as in float formats, all groups ask for an equal part of the next panel.
+    few_rows: whether all rows meet a panel, [size] words, at once.
+    """
+    if format <= BFLOAT16 and M > GROUP:
+        return (size, -(-PANEL * GROUP // padded_rows(M))) if few_rows else (0, 0)
+    return (_PREFETCH_WORDS if few_rows else 0), PANEL
+
+
+@kernel
+def _multiply_rows(
+    format, rows, M, x, x_start, K, weights, start, distance, step, bias_start, out, out_start, out_stride,
+    accumulate, scratch
+):  # fmt: skip
+    """The first `rows` of activations from word `x_start` on, of `M` that a product has, times one panel.
+
+    start, bias_start: where in `weights` the panel and its bias begin; distance, step: of `_prefetching`.
+    """
+    if is_expanded(format, M):
+        _multiply_expanded(
+            format, rows, x, x_start, K, weights, start, distance, bias_start, out, out_start, out_stride,
+            accumulate, scratch,
+        )  # fmt: skip
+        return
+    row, ahead, row_words = 0, distance, activation_words(format, K)
+    while row < rows:  # whole groups, then the rest
+        groups = max((rows - row) // GROUP, 1)
+        multiply_panel(
+            format, min(GROUP, rows - row), groups, x, x_start + row * row_words, K, weights, start, ahead,
+            step, weights, bias_start, out, out_start + row * out_stride, out_stride, accumulate, scratch,
+        )  # fmt: skip
+        ahead = ahead + groups * panel_words(format, K) // PANEL * step if format <= BFLOAT16 else 0
+        row += groups * GROUP
+
+
+@kernel
 def stacked_matmul(
     counters, num_threads, panels, x, M, K, weights, bias_start, N, num_inputs, out_step, out, accumulate,
     scratch
@@ -148,11 +187,7 @@ def stacked_matmul(
     rows_per_item = _rows_of_item(format, M, K, num_panels, num_threads)
     few_rows = rows_per_item >= M
     shortest = max(1, min(_WORDS_PER_ITEM // size, num_panels // (4 * num_threads)))
-    # The words ahead are asked for by the first group. But where it would wait for them while the memory has
-    # nothing to do for the others, as in float formats, all groups ask for an equal part of the next panel.
-    distance, step = _PREFETCH_WORDS if few_rows else 0, PANEL
-    if format <= BFLOAT16 and M > GROUP:
-        distance, step = (size, -(-PANEL * GROUP // padded_rows(M))) if few_rows else (0, 0)
+    distance, step = _prefetching(format, M, few_rows, size)
     while True:
         item = next_item(counters)
         if few_rows:
@@ -163,31 +198,18 @@ def stacked_matmul(
             first_panel, end_panel = item % num_panels, item % num_panels + 1
         if first_row >= M or first_panel >= num_panels:
             return
-        end_row = min(first_row + rows_per_item, M)
+        rows = min(rows_per_item, M - first_row)
         for panel in range(first_panel, end_panel):
-            start, format = panels[panel, 0], panels[panel, 1]
-            x_start, column = 0, panel * PANEL
+            x_start, column = first_row * row_words, panel * PANEL
             if num_inputs > 1:
                 index = panel // panels_of_input
-                x_start = index * input_words
+                x_start += index * input_words
                 column = index * out_step + (panel - index * panels_of_input) * PANEL
-            if is_expanded(format, M):
-                _multiply_expanded(
-                    format, end_row - first_row, x, x_start + first_row * row_words, K, weights, start,
-                    distance, bias_start + panel * PANEL, out, first_row * out_stride + column, out_stride,
-                    accumulate, scratch,
-                )  # fmt: skip
-                continue
-            row, ahead = first_row, distance
-            while row < end_row:  # whole groups, then the rest
-                groups = max((end_row - row) // GROUP, 1)
-                multiply_panel(
-                    format, min(GROUP, end_row - row), groups, x, x_start + row * row_words, K, weights,
-                    start, ahead, step, weights, bias_start + panel * PANEL, out, row * out_stride + column,
-                    out_stride, accumulate, scratch,
-                )  # fmt: skip
-                ahead = ahead + groups * size // PANEL * step if format <= BFLOAT16 else 0
-                row += groups * GROUP
+            _multiply_rows(
+                panels[panel, 1], rows, M, x, x_start, K, weights, panels[panel, 0], distance, step,
+                bias_start + panel * PANEL, out, first_row * out_stride + column, out_stride, accumulate,
+                scratch,
+            )  # fmt: skip
 
 
 @kernel
@@ -206,3 +228,52 @@ def matmul(
         counters, num_threads, panels, x, M, K, weights, bias_start, N, plain(1), padded(N), out, accumulate,
         scratch,
     )  # fmt: skip
+
+
+@kernel
+def expert_matmul(
+    counters, num_threads, panels, x, groups, K, weights, bias_start, own_biases, N, out, scratch
+):  # fmt: skip
+    """One thread's share of the products of several matrices [N, K], each with rows of its own: see `matmul`.
+
+    panels: of all experts, one expert's behind the other's; groups: `kernels.experts.Groups`, the rows of
+    each expert that has any, counted in slots of `x` and `out`; own_biases: whether each expert has a bias of
+    its own, one behind the other, or all have the same. The panels of experts that have rows are shared out
+    as though they were one matrix's, so no thread waits for one whose expert has more rows than others. Those
+    of experts without rows are not read.
+    """
+    num_panels, format = padded(N) // PANEL, panels[0, 1]
+    size, row_words = panel_words(format, K), activation_words(format, K)
+    count, most, stride = groups.totals[0], groups.totals[1], num_panels * PANEL
+    total = count * num_panels
+    rows_per_item = _rows_of_item(format, most, K, total, num_threads)
+    shortest = max(1, min(_WORDS_PER_ITEM // size, total // (4 * num_threads)))
+    index = first_item = 0  # the expert under way and the first of its items
+    while True:
+        item = next_item(counters)
+        end = item + 1
+        if most <= GROUP:  # the work is to read, and long runs are read faster
+            item, end = _run_of_panels(item, total, num_threads, shortest)
+        if item >= end:
+            return
+        while item < end:
+            num_items = -(-groups.num_rows[index] // rows_per_item) * num_panels
+            while item >= first_item + num_items:
+                index, first_item = index + 1, first_item + num_items
+                if index == count:
+                    return
+                num_items = -(-groups.num_rows[index] // rows_per_item) * num_panels
+            M, expert = groups.num_rows[index], groups.experts[index]
+            first_row, panel = (
+                (item - first_item) // num_panels * rows_per_item,
+                (item - first_item) % num_panels,
+            )
+            slot, number = groups.first_slot[index] + first_row, expert * num_panels + panel
+            distance, step = _prefetching(format, M, rows_per_item >= M, size)
+            bias = bias_start + (own_biases * expert * num_panels + panel) * PANEL
+            _multiply_rows(
+                panels[number, 1], min(rows_per_item, M - first_row), M, x, slot * row_words, K, weights,
+                panels[number, 0], distance, step, bias, out, slot * stride + panel * PANEL, stride,
+                plain(False), scratch,
+            )  # fmt: skip
+            item += 1

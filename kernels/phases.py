@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from pagellm.kernels.activation import activate
 from pagellm.kernels.architecture import WHOLE, attended_dim, latent_query_stride, qkv_size
 from pagellm.kernels.attention import Heads, Tiles, attention, choose_heads_per_item, merge_states, plan_tiles
+from pagellm.kernels.experts import choose_experts, group_rows, sigmoid
 from pagellm.kernels.jit import kernel, plain
 from pagellm.kernels.kv_cache import LayerCache, store_kv
-from pagellm.kernels.matmul import matmul, stacked_matmul
+from pagellm.kernels.matmul import expert_matmul, matmul, stacked_matmul
 from pagellm.kernels.norm import normalize
 from pagellm.kernels.packing import pack_row, padded, unpack_column
 from pagellm.kernels.rope import rotate
+from pagellm.kernels.simd import LANES, broadcast, fma, load, store
 from pagellm.kernels.threads import barrier, next_rows
 
 
@@ -182,6 +184,10 @@ def rotate_and_store(member, layer, arch, weights, cache, num_rows, plan, work):
                     member, arch, weights, k_start, keys, kv_heads * head_dim // keys, parts.k_norm,
                     parts.k_norm_b, work,
                 )  # fmt: skip
+            if features.qkv_clip > 0.0:
+                clip = np.float32(features.qkv_clip)
+                for i in range(start, start + (heads + 2 * kv_heads) * head_dim):
+                    work.wide[i] = min(max(work.wide[i], -clip), clip)
             if features.rope_table >= 0:
                 _rotate_heads(
                     weights, features.rope_table, plan.positions[row], start, heads, kv_heads, head_dim, work
@@ -268,7 +274,108 @@ def activate_rows(member, layer, arch, weights, num_rows, work):
                 _normalize(
                     member, arch, weights, member.scratch, 0, size, parts.mlp_sub_norm, parts.mlp_sub_norm_b
                 )  # fmt: skip
+            if features.shared_gate:
+                for i in range(size):
+                    member.scratch[i] *= work.groups.gates[row]
             pack_row(parts.down.format, member.scratch, 0, size, row, work.packed, 0)
+        first, end = next_rows(member.counters, num_rows, member.num_threads)
+    barrier(member.counters, member.num_threads)
+
+
+@kernel
+def route_rows(member, layer, arch, weights, num_rows, work):
+    """Chooses the experts of the rows by their logits in `work.router`, and groups the rows by them."""
+    features, parts, groups = arch.layers[layer], weights.layers[layer], work.groups
+    k, stride = features.experts_per_token, padded(features.num_experts + features.shared_gate)
+    first, end = next_rows(member.counters, num_rows, member.num_threads)
+    while first < end:
+        for row in range(first, end):
+            start = row * stride
+            choose_experts(
+                features, work.router, start, weights.values, parts.selection_bias.start, member.scratch,
+                groups.chosen[row * k : (row + 1) * k], groups.weights[row * k : (row + 1) * k],
+            )  # fmt: skip
+            if features.shared_gate:
+                member.scratch[0] = work.router[start + features.num_experts]
+                sigmoid(member.scratch, 0, 1, member.scratch)
+                groups.gates[row] = member.scratch[0]
+        first, end = next_rows(member.counters, num_rows, member.num_threads)
+    barrier(member.counters, member.num_threads)
+    if member.thread == 0:
+        group_rows(features, num_rows, groups)
+    barrier(member.counters, member.num_threads)
+
+
+@kernel
+def gather_rows(member, layer, arch, weights, num_rows, work):
+    """Packs the hidden states, normalised as the layer does, for each of their experts."""
+    features, parts = arch.layers[layer], weights.layers[layer]
+    size, k = arch.hidden_size, features.experts_per_token
+    first, end = next_rows(member.counters, num_rows, member.num_threads)
+    while first < end:
+        for row in range(first, end):
+            start = row * padded(size)
+            if features.pre_norm:
+                _normalize(
+                    member, arch, weights, work.hidden, start, size, parts.mlp_norm, parts.mlp_norm_b
+                )  # fmt: skip
+            else:
+                for i in range(size):
+                    member.scratch[i] = work.hidden[start + i]
+            for i in range(row * k, (row + 1) * k):
+                pack_row(
+                    parts.expert_up.format, member.scratch, 0, size, work.groups.slots[i], work.packed, 0
+                )  # fmt: skip
+        first, end = next_rows(member.counters, num_rows, member.num_threads)
+    barrier(member.counters, member.num_threads)
+
+
+@kernel
+def expert_linear(member, weights, features, part, bias, K, N, out, work):
+    """The packed activations of each expert's slots times its own matrix [N, K], plus its bias."""
+    expert_matmul(
+        member.counters, member.num_threads, weights.panels[part.panel :], work.packed, work.groups, K,
+        weights.values, bias.start, features.expert_bias, N, out, member.scratch,
+    )  # fmt: skip
+    barrier(member.counters, member.num_threads)
+
+
+@kernel
+def activate_slots(member, layer, arch, weights, num_rows, work):
+    """Applies the activation to the rows of all slots and packs them, [expert_size]: see `activate_rows`."""
+    features, parts = arch.layers[layer], weights.layers[layer]
+    size, kind, gated = features.expert_size, features.activation, features.gated
+    up_offset, count = padded(size), num_rows * features.experts_per_token
+    first, end = next_rows(member.counters, count, member.num_threads)
+    while first < end:
+        for i in range(first, end):
+            slot = work.groups.slots[i]
+            activate(
+                kind, gated, work.wide, slot * up_offset * (1 + gated), size, up_offset, member.scratch
+            )  # fmt: skip
+            pack_row(parts.expert_down.format, member.scratch, 0, size, slot, work.packed, 0)
+        first, end = next_rows(member.counters, count, member.num_threads)
+    barrier(member.counters, member.num_threads)
+
+
+@kernel
+def combine_experts(member, layer, arch, num_rows, out, accumulate, work):
+    """Adds up what a row's experts give, times their weights and best first, [num_rows, hidden_size].
+
+    out: its rows are written or, with `accumulate`, added to.
+    """
+    stride, k, groups = padded(arch.hidden_size), arch.layers[layer].experts_per_token, work.groups
+    first, end = next_rows(member.counters, num_rows, member.num_threads)
+    while first < end:
+        for row in range(first, end):
+            for column in range(0, stride, LANES):
+                total = broadcast(np.float32(0.0))
+                for i in range(row * k, (row + 1) * k):
+                    part = load(work.expert_out, groups.slots[i] * stride + column)
+                    total = fma(broadcast(groups.weights[i]), part, total)
+                if accumulate:
+                    total = load(out, row * stride + column) + total
+                store(out, row * stride + column, total)
         first, end = next_rows(member.counters, num_rows, member.num_threads)
     barrier(member.counters, member.num_threads)
 

@@ -14,15 +14,20 @@ from pagellm.kernels.packing import padded
 from pagellm.kernels.phases import (
     Member,
     activate_rows,
+    activate_slots,
     add_branch,
     attend,
+    combine_experts,
     embed,
+    expert_linear,
+    gather_rows,
     linear,
     linear_by_head,
     merge_rows,
     normalize_rows,
     plan_batch,
     rotate_and_store,
+    route_rows,
 )
 from pagellm.kernels.threads import barrier, next_item, share_call
 
@@ -108,6 +113,36 @@ def _feed_forward_block(member, layer, arch, weights, num_rows, out, accumulate,
 
 
 @kernel
+def _experts_block(member, layer, arch, weights, num_rows, out, accumulate, work):
+    """What each token's experts give of norm(hidden), and what the shared experts do, if there are any."""
+    features, parts = arch.layers[layer], weights.layers[layer]
+    size = features.expert_size
+    normalize_rows(
+        member, arch, weights, features.pre_norm, parts.mlp_norm, parts.mlp_norm_b, num_rows,
+        parts.router.format, work,
+    )  # fmt: skip
+    linear(
+        member, weights, parts.router, parts.router_b, num_rows, arch.hidden_size,
+        features.num_experts + features.shared_gate, work.router, plain(False), work,
+    )  # fmt: skip
+    route_rows(member, layer, arch, weights, num_rows, work)
+    gather_rows(member, layer, arch, weights, num_rows, work)
+    expert_linear(
+        member, weights, features, parts.expert_up, parts.expert_up_b, arch.hidden_size,
+        padded(size) * (1 + features.gated), work.wide, work,
+    )  # fmt: skip
+    activate_slots(member, layer, arch, weights, num_rows, work)
+    expert_linear(
+        member, weights, features, parts.expert_down, parts.expert_down_b, size, arch.hidden_size,
+        work.expert_out, work,
+    )  # fmt: skip
+    if features.intermediate_size > 0:
+        _feed_forward_block(member, layer, arch, weights, num_rows, out, accumulate, work)
+        accumulate = True
+    combine_experts(member, layer, arch, num_rows, out, accumulate, work)
+
+
+@kernel
 def _layer(member, layer, arch, weights, cache, batch, plan, work):
     """Adds to the hidden states what attention gives and then what the feed-forward gives.
 
@@ -124,7 +159,10 @@ def _layer(member, layer, arch, weights, cache, batch, plan, work):
     if not at_once and not parallel:
         norm, bias = parts.attention_post_norm, parts.attention_post_norm_b
         add_branch(member, arch, weights, features, norm, bias, num_rows, work)
-    _feed_forward_block(member, layer, arch, weights, num_rows, out, at_once or parallel, work)
+    if features.num_experts > 0:
+        _experts_block(member, layer, arch, weights, num_rows, out, at_once or parallel, work)
+    else:
+        _feed_forward_block(member, layer, arch, weights, num_rows, out, at_once or parallel, work)
     if not at_once:
         norm, bias = parts.mlp_post_norm, parts.mlp_post_norm_b
         add_branch(member, arch, weights, features, norm, bias, num_rows, work)

@@ -76,6 +76,50 @@ def rms_norm(x: ArrayLike, scale: ArrayLike, epsilon: float) -> Floats:
     return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + epsilon) * _exact(scale)
 
 
+# Mixtures of experts
+
+
+@dataclass(frozen=True)
+class Router:
+    """How scores become a few experts of a token, and what these are multiplied by (Shazeer et al. 2017).
+
+    kind: "softmax" of all logits, "top_softmax" of the chosen ones' alone, or "sigmoid" of each. bias: added
+    to the scores that experts are chosen by, and to no weight. groups, per_token, best: neighbouring experts
+    are in so many groups, of which the best by the sum of so many best experts stay (DeepSeek-AI 2024).
+    """
+
+    kind: str
+    num_chosen: int
+    bias: ArrayLike = 0.0
+    renormalize: bool = False
+    floor: float = 0.0
+    scale: float = 1.0
+    groups: int = 1
+    per_token: int = 1
+    best: int = 1
+
+    def choose(self, logits: ArrayLike) -> tuple[NDArray[np.int64], Floats]:
+        """Of one token's logits: the experts, best first and the first of equals, and their weights."""
+        x = _exact(logits)
+        scores = {"softmax": softmax(x), "top_softmax": x, "sigmoid": 1 / (1 + np.exp(-x))}[self.kind]
+        selection = scores + _exact(self.bias)
+        grouped = selection.reshape(self.groups, -1)
+        of_group = np.sort(grouped, axis=1)[:, ::-1][:, : self.best].sum(axis=1)
+        lost = np.argsort(-of_group, kind="stable")[self.per_token :]
+        grouped[lost] = -np.inf
+        chosen = np.argsort(-selection, kind="stable")[: self.num_chosen]
+        weights = softmax(x[chosen]) if self.kind == "top_softmax" else scores[chosen]
+        if self.renormalize:
+            weights = weights / max(weights.sum(), self.floor)
+        return chosen, weights * self.scale
+
+
+def softmax(x: ArrayLike) -> Floats:
+    """Over the last axis."""
+    powers = np.exp(_exact(x) - np.max(x, axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
 # Activations
 
 

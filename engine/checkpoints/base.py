@@ -10,7 +10,7 @@ import mmap
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -146,6 +146,19 @@ class Tensor:
             self.offset + start * blocks * block_bytes, (stop - start) * blocks * block_bytes
         )
         return raw.reshape(stop - start, blocks, block_bytes)
+
+    def part(self, shape: tuple[int, ...], index: int = 0) -> "Tensor":
+        """One of the tensors of a shape that this one is made of, one after the other.
+
+        Raises `CheckpointError` for one that a quantizer wrote, which is not one range of the file.
+        """
+        if type(self) is not Tensor:
+            raise CheckpointError(
+                f"{self.file.path}: tensor {found(self.name)} is {self.dtype} of shape {list(self.shape)}, "
+                f"expected {list(shape)}"
+            )
+        num_bytes = self.num_bytes * math.prod(shape) // math.prod(self.shape)
+        return replace(self, shape=shape, offset=self.offset + index * num_bytes, num_bytes=num_bytes)
 
     def _check_rows(self, start: int, stop: int) -> None:
         if self.dtype not in BLOCK_SIZES:

@@ -142,14 +142,35 @@ def _layer(features: dict[str, Any], rope: list[dict[str, Any]]) -> list[str]:
         texts.append("norms inside attention and feed-forward")
     if features["parallel"]:
         texts.append("attention and feed-forward in parallel")
+    if features["qkv_clip"]:
+        texts.append(f"queries, keys and values clipped at {features['qkv_clip']:g}")
     if features["residual_scale"] != 1:
         texts.append(f"residuals times {features['residual_scale']:.4g}")
     kind = features["activation"]
     name = (_GATED_NAMES if features["gated"] else _PLAIN_NAMES).get(
         kind, kind.replace("_", " ") + " with a gate" * features["gated"]
     )
-    texts.append(f"{name} {features['intermediate_size']:,} wide")
+    if features["num_experts"]:
+        texts.append(_experts(features, name))
+    if features["intermediate_size"]:
+        beside = " beside them" if features["num_experts"] else ""
+        gate = " times a gate of its own" if features["shared_gate"] else ""
+        texts.append(f"{name} {features['intermediate_size']:,} wide{beside}{gate}")
     return texts
+
+
+def _experts(features: dict[str, Any], activation: str) -> str:
+    """Of a mixture: 8 of 128 experts, SwiGLU 768 wide, chosen by a softmax."""
+    text: str = (
+        f"{features['experts_per_token']} of {features['num_experts']} experts, {activation} "
+        f"{features['expert_size']:,} wide, chosen by a {features['router']}"
+    )
+    text += " plus a bias" * features["selection_bias"]
+    if features["expert_groups"] > 1:
+        text += f" in {features['groups_per_token']} of {features['expert_groups']} groups"
+    if features["router_scale"] != 1:
+        text += f", times {features['router_scale']:.4g}"
+    return text
 
 
 def _rotation(rope: dict[str, Any], head_dim: int) -> str:

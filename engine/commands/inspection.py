@@ -49,6 +49,9 @@ from pagellm.kernels.architecture import (
     NONE,
     PER_HEAD,
     REST_PARTS,
+    SIGMOID,
+    SOFTMAX,
+    TOP_SOFTMAX,
     WHOLE,
     Formats,
     Kind,
@@ -61,6 +64,11 @@ _Read = TypeVar("_Read")
 
 _ACTIVATIONS = {number: name for name, number in KINDS.items()}
 _QK_NORMS = {NONE: "none", PER_HEAD: "per head", WHOLE: "whole"}
+_ROUTERS = {SOFTMAX: "softmax", TOP_SOFTMAX: "softmax of the chosen", SIGMOID: "sigmoid"}
+_SWITCHES = (
+    *("gated", "pre_norm", "post_norm", "sub_norm", "parallel"),
+    *("renormalize", "selection_bias", "expert_bias", "shared_gate"),
+)
 # Where a configuration says what can be told of a model that no reader takes: GGUF's key, config.json's.
 _FACTS = {
     "num_layers": ("block_count", "num_hidden_layers"),
@@ -225,7 +233,8 @@ def _of_spec(spec: ModelSpec) -> Report:
         features = {name: row[name].item() for name in row.dtype.names}
         features["activation"] = _ACTIVATIONS[features["activation"]]
         features["qk_norm"] = _QK_NORMS[features["qk_norm"]]
-        for name in ("gated", "pre_norm", "post_norm", "sub_norm", "parallel"):
+        features["router"] = _ROUTERS[features["router"]]
+        for name in _SWITCHES:
             features[name] = bool(features[name])
         layers.append({"layers": indices} | features)
     return {
@@ -284,7 +293,7 @@ def _of_memory(checkpoint: Checkpoint, spec: ModelSpec, formats: Formats, weight
             shape = part.shape(spec.arch, row)
             if part.kind is not Kind.MATRIX:
                 entry = sizes.setdefault(FORMAT_NAMES[FLOAT32], [0, 0])
-                entry[0] += 4 * part.size(spec.arch, row, by_part)
+                entry[0] += 4 * part.size(spec.arch, row)
                 entry[1] += prod(shape)
                 continue
             runs = part.runs(spec.arch, row, by_part)

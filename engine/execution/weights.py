@@ -62,6 +62,8 @@ def formats_of(checkpoint: Checkpoint, spec: ModelSpec, quantization: str) -> Fo
             if PARTS[name].kind is Kind.MATRIX:
                 in_layer = row is not None
                 by_source = [_format_of(checkpoint, source, quantization, in_layer) for source in sources]
+                if name == "router":  # a rounded logit would choose another expert
+                    by_source = [FLOAT32] * len(sources)
                 by_part[name] = _runs(PARTS[name], row, sources, by_source)
         formats.append(by_part)
     return formats
@@ -144,6 +146,8 @@ def load_weights(
                 start, _, first_panel = places[name].tolist()
                 for source in sources:
                     tensor = checkpoint.tensors[source.tensor]
+                    if tensor.shape != source.shape:
+                        tensor = tensor.part(source.shape, source.stack[0] if source.stack else 0)
                     if part.kind is Kind.MATRIX:
                         first, format = panels[first_panel + column // PANEL].tolist()
                         _load_matrix(tensor, source, first, format, values, column % PANEL)

@@ -14,6 +14,7 @@ from pagellm.engine.errors import CheckpointError, found, named
 from pagellm.engine.models import (
     bitnet,
     cohere,
+    dbrx,
     ernie4_5,
     falcon,
     gemma2,
@@ -28,13 +29,16 @@ from pagellm.engine.models import (
     minicpm,
     ministral3,
     mistral,
+    mixtral,
     multimodal,
     olmo2,
+    olmoe,
     opt,
     phi,
     phi3,
     qwen2,
     qwen3,
+    qwen_moe,
     smollm3,
     starcoder2,
 )
@@ -48,7 +52,9 @@ HUGGINGFACE_READERS = {
     "bitnet": bitnet.from_huggingface,
     "cohere": cohere.from_huggingface,
     "cohere2": cohere.cohere2_from_huggingface,
+    "dbrx": dbrx.from_huggingface,
     "ernie4_5": ernie4_5.from_huggingface,
+    "ernie4_5_moe": ernie4_5.mixture_from_huggingface,
     "falcon": falcon.from_huggingface,
     "gemma2": gemma2.from_huggingface,
     "gemma3_text": gemma3.from_huggingface,
@@ -59,18 +65,24 @@ HUGGINGFACE_READERS = {
     "gpt_neox": gpt_neox.from_huggingface,
     "gptj": gptj.from_huggingface,
     "granite": granite.from_huggingface,
+    "granitemoe": granite.mixture_from_huggingface,
     "granitemoehybrid": granite.hybrid_from_huggingface,
+    "granitemoeshared": granite.mixture_from_huggingface,
     "llama": llama.from_huggingface,
     "minicpm": minicpm.from_huggingface,
     "ministral3": ministral3.from_huggingface,
     "mistral": mistral.from_huggingface,
+    "mixtral": mixtral.from_huggingface,
     "olmo2": olmo2.from_huggingface,
     "olmo3": olmo2.olmo3_from_huggingface,
+    "olmoe": olmoe.from_huggingface,
     "opt": opt.from_huggingface,
     "phi": phi.from_huggingface,
     "phi3": phi3.from_huggingface,
     "qwen2": qwen2.from_huggingface,
     "qwen3": qwen3.from_huggingface,
+    "qwen2_moe": qwen_moe.qwen2_from_huggingface,
+    "qwen3_moe": qwen_moe.from_huggingface,
     "smollm3": smollm3.from_huggingface,
     "starcoder2": starcoder2.from_huggingface,
 }
@@ -79,7 +91,9 @@ GGUF_READERS = {
     "chatglm": glm4.from_gguf,
     "cohere2": cohere.from_gguf,
     "command-r": cohere.from_gguf,
+    "dbrx": dbrx.from_gguf,
     "ernie4_5": ernie4_5.from_gguf,
+    "ernie4_5-moe": ernie4_5.mixture_from_gguf,
     "falcon": falcon.from_gguf,
     "gemma2": gemma2.from_gguf,
     "gemma3": gemma3.from_gguf,
@@ -88,24 +102,31 @@ GGUF_READERS = {
     "gptneox": gpt_neox.from_gguf,
     "granite": granite.from_gguf,
     "granitehybrid": granite.from_gguf,
+    "granitemoe": granite.from_gguf,
     "llama": llama.from_gguf,
     "minicpm": minicpm.from_gguf,
     "mistral3": ministral3.from_gguf,
     "olmo2": olmo2.from_gguf,
+    "olmoe": olmoe.from_gguf,
     "phi2": phi.from_gguf,
     "phi3": phi3.from_gguf,
     "qwen2": qwen2.from_gguf,
+    "qwen2moe": qwen_moe.qwen2_from_gguf,
     "qwen3": qwen3.from_gguf,
+    "qwen3moe": qwen_moe.from_gguf,
     "smollm3": smollm3.from_gguf,
     "starcoder": gpt_bigcode.from_gguf,
     "starcoder2": starcoder2.from_gguf,
 }
 
-# Tensors of published checkpoints that repeat the configuration; transformers passes over them, too.
+# Tensors of published checkpoints that repeat the configuration or say nothing of the next token;
+# transformers passes over them, too.
 _REDUNDANT = {
     "safetensors": re.compile(
         r".*\.rotary_emb\.inv_freq|(.*\.)?h\.\d+\.attn\.(masked_)?bias"
         r"|(.*\.)?layers\.\d+\.attention\.(masked_)?bias"
+        # Layers of ERNIE that predict tokens further on.
+        r"|(.*\.)?mtp_(block|emb_norm|hidden_norm|linear_proj)\..*"
     ),
     "gguf": re.compile(r"(?!)"),
 }
@@ -165,12 +186,14 @@ def _check_shape(checkpoint: Checkpoint, source: Source) -> None:
     tensor = checkpoint.tensors.get(source.tensor)
     if tensor is None:
         raise CheckpointError(
-            f"{checkpoint.path}: tensor {source.tensor} is missing, expected with shape {source.shape}; "
+            f"{checkpoint.path}: tensor {source.tensor} is missing, expected with shape "
+            f"{source.stored_shapes[0]}; "
             f"there are {names_of(checkpoint)}"
         )
-    if tensor.shape != source.shape:
+    if tensor.shape not in source.stored_shapes:
         raise CheckpointError(
-            f"{checkpoint.path}: tensor {source.tensor} has shape {tensor.shape}, expected {source.shape}"
+            f"{checkpoint.path}: tensor {source.tensor} has shape {tensor.shape}, expected "
+            f"{source.stored_shapes[0]}"
         )
     if tensor.dtype not in BLOCK_SIZES and not isinstance(tensor, QuantizedTensor):
         raise CheckpointError(

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
+from pagellm.engine.errors import CheckpointError
 from pagellm.engine.models.rope import RopeTable
 from pagellm.engine.models.spec import ModelSpec, Parts, Source
 from pagellm.kernels.architecture import (
@@ -22,8 +23,13 @@ from pagellm.kernels.architecture import (
 
 # The tensors of each part of `kernels.architecture.PARTS`, without ".weight": one for each of its pieces (Q,
 # K and V; the gate and the linear half), or one that holds them all. Those of a layer come after "layer",
-# which has {} in the place of the layer's number.
+# which has {} in the place of the layer's number. Those of `_NAMED_IN_FULL` come with whatever they end in,
+# biases ("_b") among them, and have {} in the place of the expert's number where each expert has its own
+# tensors. "shared_up" and "shared_down" are the feed-forward beside experts, where it has other names.
 Names = Mapping[str, str | tuple[str, ...]]
+_NAMED_IN_FULL = ("expert_up", "expert_down", "expert_up_b", "expert_down_b", "selection_bias")
+# Of all layers together: more than any model has, and few enough to be listed in a second or two.
+_MAX_EXPERTS = 1 << 17
 
 
 class Differences(TypedDict, total=False):
@@ -35,6 +41,7 @@ class Differences(TypedDict, total=False):
     paired: bool
     grouped_qkv: bool
     transposed: bool
+    transposed_experts: Collection[str]
     num_positions: int
     first_position: int
     embedding_scale: float
@@ -50,7 +57,8 @@ class Decoder:
     features: of `layer_rows`, a number for all layers or one for each. biases: the parts that have one.
     norm_add: added to the weights of norms. paired: Q and K are stored as neighbouring rotary pairs.
     grouped_qkv: a fused QKV tensor has, for each KV head, its queries, the key and the value. transposed:
-    the matrices of layers are stored as [inputs, outputs]. first_position: the row of the learned positions
+    the matrices of layers are stored as [inputs, outputs]; transposed_experts: the parts of experts that are.
+    first_position: the row of the learned positions
     that is position 0's. repeated: of `ModelSpec`. max_positions: what the
     checkpoint says; its RoPE tables may be made for more.
     """
@@ -70,6 +78,7 @@ class Decoder:
     paired: bool = False
     grouped_qkv: bool = False
     transposed: bool = False
+    transposed_experts: Collection[str] = ()
     num_positions: int = 0
     first_position: int = 0
     embedding_scale: float = 1.0
@@ -80,6 +89,12 @@ class Decoder:
 
     def spec(self) -> ModelSpec:
         """What the loader reads; raises `CheckpointError` if the numbers do not fit each other."""
+        layers = layer_rows(self.num_layers, **{"expert_bias": "expert_up" in self.biases, **self.features})
+        num_experts = int(layers["num_experts"].sum())
+        if num_experts > _MAX_EXPERTS:
+            raise CheckpointError(
+                f"{self.architecture}: {num_experts} experts in all layers, expected at most {_MAX_EXPERTS}"
+            )
         arch = Architecture(
             hidden_size=self.hidden_size,
             vocab_size=self.vocab_size,
@@ -87,7 +102,7 @@ class Decoder:
             tied=self.tied,
             layer_norm=self.layer_norm,
             norm_epsilon=self.norm_epsilon,
-            layers=layer_rows(self.num_layers, **self.features),
+            layers=layers,
             embedding_scale=self.embedding_scale,
             logits_scale=self.logits_scale,
             logits_softcap=self.logits_softcap,
@@ -109,17 +124,46 @@ class Decoder:
         for part in REST_PARTS if index is None else LAYER_PARTS:
             shape = part.shape(arch, row)
             name = part.name.removesuffix("_b")
-            if shape[0] > 0 and (part.kind is not Kind.BIAS or name in self.biases):
-                tensors = self._tensors(name, index, "bias" if part.kind is Kind.BIAS else "weight")
+            if shape[0] == 0 or (part.kind is Kind.BIAS and name not in self.biases):
+                continue
+            if name in ("expert_up", "expert_down"):
+                parts[part.name] = tuple(self._expert_sources(part, index, shape, row))
+            else:
+                tensors = self._tensors(part, index, row)
                 pieces = self._pieces(name, shape[0], row, fused=len(tensors) == 1)
                 parts[part.name] = tuple(self._sources(part, tensors, pieces, shape, row))
         return parts
 
-    def _tensors(self, name: str, index: int | None, kind: str) -> list[str]:
+    def _tensors(self, part: Part, index: int | None, row: Any) -> list[str]:
         """The full names of the tensors of a part."""
+        name, suffix = part.name, ""
+        if name not in _NAMED_IN_FULL:
+            name, suffix = name.removesuffix("_b"), ".bias" if part.kind is Kind.BIAS else ".weight"
+            if row is not None and row["num_experts"] and f"shared_{name}" in self.names:
+                name = f"shared_{name}"
         names = self.names[name]
         prefix = "" if index is None else str(self.names["layer"]).format(index)
-        return [f"{prefix}{one}.{kind}" for one in ((names,) if isinstance(names, str) else names)]
+        return [f"{prefix}{one}{suffix}" for one in ((names,) if isinstance(names, str) else names)]
+
+    def _expert_sources(
+        self, part: Part, index: int | None, shape: tuple[int, ...], row: Any
+    ) -> Iterator[Source]:
+        """Of each expert, its gate and its linear half, or what it ends with."""
+        tensors, experts = self._tensors(part, index, row), int(row["num_experts"])
+        halves = 2 if part.name.startswith("expert_up") and row["gated"] else 1
+        fused, outputs = len(tensors) < halves, shape[0] // experts // halves
+        transposed = part.name in self.transposed_experts
+        stored = (outputs * halves if fused else outputs, *shape[1:])
+        for expert in range(experts):
+            for half in range(halves):
+                tensor = tensors[0 if fused else half]
+                yield Source(
+                    tensor.format(expert),
+                    stored[::-1] if transposed else stored,
+                    transposed=transposed,
+                    rows=((half * outputs, (half + 1) * outputs),) if fused else None,
+                    stack=None if "{}" in tensor else (expert, experts),
+                )
 
     def _sources(
         self, part: Part, tensors: list[str], pieces: list["_Piece"], shape: tuple[int, ...], row: Any
@@ -156,6 +200,8 @@ class Decoder:
         """What the outputs of a part are, one after the other."""
         if name == "up" and row["gated"]:
             return [_Piece(outputs // 2)] * 2
+        if name == "router" and row["shared_gate"]:
+            return [_Piece(outputs - 1), _Piece(1)]
         if name != "qkv" or (fused and not self._paired_dim(row) and not self.grouped_qkv):
             return [_Piece(outputs, _norm_heads(name, row))]
         heads, kv_heads, head_dim = (int(row[n]) for n in ("num_heads", "num_kv_heads", "head_dim"))

@@ -1,9 +1,13 @@
-"""ERNIE 4.5, the dense one: Llama whose rotary pairs are neighbours (Baidu 2025)."""
+"""ERNIE 4.5: Llama whose rotary pairs are neighbours, and with experts in its larger ones (Baidu 2025)."""
+
+from collections.abc import Sequence
+from typing import Any
 
 from pagellm.engine.checkpoints import Checkpoint
 from pagellm.engine.models.gguf import GgufModel
-from pagellm.engine.models.hub import ATTENTION, MLP, HubModel
+from pagellm.engine.models.hub import ATTENTION, EXPERT_NAMES, MIXTURE_HARMLESS, MLP, HubModel
 from pagellm.engine.models.spec import ModelSpec
+from pagellm.kernels.architecture import SOFTMAX
 
 _DEFAULTS = {
     "vocab_size": 103424,
@@ -19,6 +23,28 @@ _DEFAULTS = {
     "rope_theta": 5e5,
     "use_bias": False,
 }
+_MIXTURE_DEFAULTS = {
+    **_DEFAULTS,
+    "hidden_size": 2560,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 4,
+    "head_dim": None,
+}
+_NAMES = {
+    **EXPERT_NAMES,
+    "selection_bias": "mlp.moe_statics.e_score_correction_bias",
+    "expert_up_b": ("mlp.experts.{}.gate_proj.bias", "mlp.experts.{}.up_proj.bias"),
+    "expert_down_b": "mlp.experts.{}.down_proj.bias",
+    "shared_up": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+    "shared_down": "mlp.shared_experts.down_proj",
+}
+# How routers are trained, and how many layers predict tokens further on, which nobody asks here.
+_HARMLESS = (
+    rf"{MIXTURE_HARMLESS} | moe_capacity | moe_aux_loss_lambda | moe_orthogonal_loss_lambda"
+    r" | moe_use_aux_free | moe_dropout_prob | num_nextn_predict_layers | multi_token_pred_lambda"
+)
 
 
 def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
@@ -27,6 +53,60 @@ def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
     return model.spec(biases=model.biases(use_bias=ATTENTION + MLP), paired=True)
 
 
+def mixture_from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
+    """Reads a config.json of model_type ernie4_5_moe."""
+    model = HubModel(checkpoint, _MIXTURE_DEFAULTS)
+    fields = model.fields
+    size, shared = (
+        fields.integer("moe_intermediate_size", 1536),
+        fields.whole_number("moe_num_shared_experts", 2),
+    )
+    first, last = fields.whole_number("moe_layer_start_index", 1), fields.get("moe_layer_end_index", -1)
+    if type(last) is not int or last < -1:
+        raise fields.error("moe_layer_end_index", last, "a layer's number, or -1 for the last")
+    last = model.num_layers - 1 if last == -1 else last
+    step, dense = fields.integer("moe_layer_interval", 1), fields.integer("intermediate_size")
+    sparse = [first <= i <= last and (i + 1) % step == 0 for i in range(model.num_layers)]
+    features = _mixture(
+        sparse,
+        num_experts=fields.integer("moe_num_experts", 64),
+        experts_per_token=fields.integer("moe_k", 6),
+        expert_size=size,
+        intermediate_size=[shared * size if one else dense for one in sparse],
+        score_floor=fields.number("moe_norm_min", 1e-12),
+        selection_bias=True,
+    )
+    biases = model.biases(use_bias=(*ATTENTION, *MLP, "lm_head"))
+    return model.spec(features, model.expert_names(_NAMES), biases=biases, paired=True, harmless=_HARMLESS)
+
+
+def _mixture(sparse: Sequence[bool], **features: Any) -> dict[str, Any]:
+    """The features of layers of which some have experts."""
+    of_experts = ("num_experts", "experts_per_token", "selection_bias")
+    return {
+        "router": SOFTMAX,
+        "renormalize": True,
+        **features,
+        **{name: [features[name] * one for one in sparse] for name in of_experts},
+    }
+
+
 def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
     """Reads the metadata of a GGUF file of architecture ernie4_5."""
     return GgufModel(checkpoint).spec(paired=True)
+
+
+def mixture_from_gguf(checkpoint: Checkpoint) -> ModelSpec:
+    """Reads the metadata of a GGUF file of architecture ernie4_5-moe."""
+    model = GgufModel(checkpoint)
+    fields = model.fields
+    first = fields.whole_number("leading_dense_block_count", 0)
+    step, dense = fields.integer("interleave_moe_layer_step"), fields.integer("feed_forward_length")
+    shared = fields.whole_number("expert_shared_feed_forward_length", 0)
+    fields.get("expert_shared_count")  # llama.cpp goes by their width alone
+    sparse = [index >= first and (index + 1) % step == 0 for index in range(model.num_layers)]
+    features = model.experts(
+        intermediate_size=[shared if one else dense for one in sparse],
+        selection_bias=any(name.endswith("exp_probs_b.bias") for name in checkpoint.tensors),
+    )
+    return model.spec(_mixture(sparse, **features), paired=True)

@@ -48,6 +48,13 @@ class Fields:
         """A positive integer, or None where the key is null."""
         return self.integer(name, default, maximum) if self.get(name, default) is not None else None
 
+    def whole_number(self, name: str, default: Any = REQUIRED, maximum: int = 1 << 20) -> int:
+        """An integer that may be 0."""
+        value = self._get(name, default)
+        if type(value) is int and value == 0:
+            return 0
+        return self.integer(name, default, maximum)
+
     def number_or_none(self, name: str) -> float | None:
         """A positive finite number, or None where the key is null."""
         return None if self.get(name) is None else self.number(name)

@@ -18,11 +18,17 @@ from pagellm.engine.models.names import count_layers
 from pagellm.engine.models.rope import RopeTable
 from pagellm.engine.models.spec import ModelSpec
 from pagellm.kernels.activation import SILU
+from pagellm.kernels.architecture import SOFTMAX
 
 # Of llama.cpp's keys, those that change no logits of these architectures.
 HARMLESS = re.compile(
     r"vocab_size|tensor_data_layout|pooling_type|rope\.scaling\.(finetuned|original_context_length)"
 )
+# Keys of what only some architectures have, and these not always.
+_NEUTRAL = dict.fromkeys(("expert_count", "expert_used_count", "expert_group_count"), 0)
+_NEUTRAL["nextn_predict_layers"] = 0
+# The least sum that the scores of a token's experts are divided by.
+_LEAST_SCORE = 6.103515625e-5
 NAMES: Names = {
     "embedding": "token_embd",
     "position_embedding": "position_embd",
@@ -40,6 +46,14 @@ NAMES: Names = {
     "up": ("ffn_gate", "ffn_up"),
     "mlp_sub_norm": "ffn_sub_norm",
     "down": "ffn_down",
+    "router": "ffn_gate_inp",
+    "selection_bias": "exp_probs_b.bias",
+    "expert_up": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+    "expert_up_b": ("ffn_gate_exps.bias", "ffn_up_exps.bias"),
+    "expert_down": "ffn_down_exps.weight",
+    "expert_down_b": "ffn_down_exps.bias",
+    "shared_up": ("ffn_gate_shexp", "ffn_up_shexp"),
+    "shared_down": "ffn_down_shexp",
     "mlp_post_norm": "post_ffw_norm",
 }
 
@@ -86,6 +100,25 @@ class GgufModel:
         period = self.fields.integer(name, period)
         return [size if index % period < period - 1 else 0 for index in range(self.num_layers)]
 
+    def has_experts(self) -> bool:
+        """Whether layers have experts, in an architecture that also has models without."""
+        count = self.fields.get("expert_count")
+        return count is not None and not (type(count) is int and count == 0)
+
+    def experts(self, **features: Any) -> dict[str, Any]:
+        """The features of a mixture of experts in every layer, with these besides or instead."""
+        fields, own = self.fields, "expert_feed_forward_length"
+        fields.get("feed_forward_length")  # known where no layer has one, too
+        return {
+            "num_experts": fields.integer("expert_count"),
+            "experts_per_token": fields.integer("expert_used_count"),
+            "expert_size": fields.integer(own if fields.has(own) else "feed_forward_length"),
+            "intermediate_size": 0,
+            "router": SOFTMAX,
+            "score_floor": _LEAST_SCORE,
+            **features,
+        }
+
     def spec(
         self,
         features: Mapping[str, Any] | None = None,
@@ -127,7 +160,9 @@ class GgufModel:
                 "head_dim": self.head_dim,
                 "attention_scale": self.head_dim**-0.5,
                 "rope_table": 0,
-                "intermediate_size": fields.integer("feed_forward_length"),
+                "intermediate_size": features["intermediate_size"]
+                if "intermediate_size" in features
+                else fields.integer("feed_forward_length"),
                 "activation": SILU,
                 "gated": True,
                 **features,
@@ -135,6 +170,7 @@ class GgufModel:
             **how,
         )
         spec = decoder.spec()
+        fields.expect_unasked(_NEUTRAL)
         also = re.compile(f"{HARMLESS.pattern}|{harmless}")
         fields.refuse_others(also, f"architecture {self.architecture}")
         return spec
@@ -156,12 +192,12 @@ class GgufModel:
         return [int(number) for number in value]
 
     def _has_bias(self, names: Names, part: str) -> bool:
-        """Whether a part has a bias, in the first layer if it belongs to layers."""
-        tensor = names[part] if isinstance(names[part], str) else names[part][0]
-        return any(
-            f"{prefix}{tensor}.bias" in self.checkpoint.tensors
-            for prefix in ("", str(names["layer"]).format(0))
-        )
+        """Whether a part has a bias, in any layer if it belongs to layers."""
+        of_part = names.get(f"{part}_b", names[part])
+        tensor = of_part if isinstance(of_part, str) else of_part[0]
+        tensor = tensor if f"{part}_b" in names else f"{tensor}.bias"
+        prefixes = ("", *(str(names["layer"]).format(index) for index in range(self.num_layers)))
+        return any(f"{prefix}{tensor}" in self.checkpoint.tensors for prefix in prefixes)
 
     def _vocabulary(self, embedding: str) -> int:
         """The rows of the embedding, which is what decides."""
@@ -174,7 +210,7 @@ class GgufModel:
 def read_metadata(checkpoint: Checkpoint) -> Fields:
     """The fields under the architecture's prefix, once the file is known to be a whole model of a usual kind.
 
-    Raises `CheckpointError` for a vocabulary without weights, experts and attention that is not causal.
+    Raises `CheckpointError` for a vocabulary without weights and attention that is not causal.
     """
     if not checkpoint.tensors:
         raise CheckpointError(
@@ -186,6 +222,4 @@ def read_metadata(checkpoint: Checkpoint) -> Fields:
     }
     fields = Fields(checkpoint.path, values, prefix)
     fields.expect("attention.causal", True)
-    for name in ("expert_count", "expert_used_count", "expert_group_count", "nextn_predict_layers"):
-        fields.expect(name, 0)
     return fields

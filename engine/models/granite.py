@@ -1,6 +1,7 @@
-"""Granite 3 and the dense ones of Granite 4: Llama with four multipliers (IBM 2024, 2025).
+"""Granite 3, and 4 without recurrent layers: Llama with four multipliers, some with experts (IBM 2024, 2025).
 
-Granite 4's hybrid class holds dense models, too: without experts and with attention in every layer.
+The classes of mixtures have a feed-forward beside the experts, or none; Granite 4's hybrid class holds dense
+models, too.
 """
 
 from typing import Any
@@ -8,15 +9,19 @@ from typing import Any
 from pagellm.engine.checkpoints import Checkpoint
 from pagellm.engine.models.fields import REQUIRED
 from pagellm.engine.models.gguf import GgufModel
-from pagellm.engine.models.hub import ATTENTION, MLP, HubModel
+from pagellm.engine.models.hub import ATTENTION, MIXTURE_HARMLESS, MLP, HubModel
 from pagellm.engine.models.spec import ModelSpec
+from pagellm.kernels.architecture import TOP_SOFTMAX
 
-_HYBRID_NAMES = {"up": "shared_mlp.input_linear", "down": "shared_mlp.output_linear"}
-# What the hybrid class says of recurrent layers and of experts, where it has none.
-_RECURRENT = (
-    r"mamba_.* | time_step_limit | num_experts_per_tok | output_router_logits | router_aux_loss_coef"
-    r" | intermediate_size"
-)
+_NAMES = {
+    "up": "shared_mlp.input_linear",
+    "down": "shared_mlp.output_linear",
+    "router": "block_sparse_moe.router.layer",
+    "expert_up": "block_sparse_moe.input_linear.weight",
+    "expert_down": "block_sparse_moe.output_linear.weight",
+}
+# What the hybrid class says of recurrent layers, and of experts where it has none.
+_RECURRENT = r"mamba_.* | time_step_limit | num_experts_per_tok | intermediate_size"
 
 
 def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
@@ -26,17 +31,25 @@ def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
     return model.spec(features, biases=model.biases(attention_bias=ATTENTION, mlp_bias=MLP), **scales)
 
 
+def mixture_from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
+    """Reads a config.json of model_type granitemoe or granitemoeshared."""
+    model = HubModel(checkpoint)
+    features, scales = _multipliers(model)
+    features |= _experts(model, model.fields.integer("num_local_experts", 8))
+    if model.model_type == "granitemoeshared":
+        features |= _shared(model, 0)
+    biases = model.biases(attention_bias=ATTENTION)
+    return model.spec(features, _NAMES, biases=biases, harmless=MIXTURE_HARMLESS, **scales)
+
+
 def hybrid_from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
-    """Reads a config.json of model_type granitemoehybrid, without experts and recurrent layers."""
+    """Reads a config.json of model_type granitemoehybrid, without recurrent layers."""
     old = checkpoint.config.get("layers_block_type")
     model = HubModel(checkpoint, {"layer_types": old or "mamba in all layers"})
     fields = model.fields
     if old is not None and fields.get("layer_types") != old:
         raise fields.error("layer_types", fields.get("layer_types"), "the same as layers_block_type")
     fields.get("layers_block_type")
-    if fields.get("num_local_experts", 8) != 0:
-        expected = "0; a mixture of experts is not supported"
-        raise fields.error("num_local_experts", fields.get("num_local_experts", 8), expected)
     model.layer_types("full_attention")
     fields.expect("normalization_function", "rmsnorm")
     features, scales = _multipliers(model)
@@ -45,9 +58,28 @@ def hybrid_from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
     name = "position_embedding_type"
     rotates = fields.has(name) and fields.choice(name, kinds) == "rope"
     features["rope_table"] = 0 if rotates else -1
-    features["intermediate_size"] = fields.integer("shared_intermediate_size", 1024)
+    if fields.get("num_local_experts", 8) != 0:
+        features |= _experts(model, fields.integer("num_local_experts", 8))
+    features |= _shared(model, 1024)
     biases = model.biases(attention_bias=ATTENTION)
-    return model.spec(features, _HYBRID_NAMES, biases=biases, harmless=_RECURRENT, **scales)
+    harmless = f"{_RECURRENT} | {MIXTURE_HARMLESS}"
+    return model.spec(features, _NAMES, biases=biases, harmless=harmless, **scales)
+
+
+def _experts(model: HubModel, num_experts: int) -> dict[str, Any]:
+    """The features of a mixture in every layer: a softmax of the chosen experts' logits alone."""
+    return {
+        "num_experts": num_experts,
+        "experts_per_token": model.fields.integer("num_experts_per_tok", 2),
+        "expert_size": model.fields.integer("intermediate_size"),
+        "intermediate_size": 0,
+        "router": TOP_SOFTMAX,
+    }
+
+
+def _shared(model: HubModel, default: int) -> dict[str, Any]:
+    """The width of the feed-forward that all tokens pass through; there may be none beside experts."""
+    return {"intermediate_size": model.fields.whole_number("shared_intermediate_size", default)}
 
 
 def _multipliers(model: HubModel) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -64,10 +96,14 @@ def _multipliers(model: HubModel) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
-    """Reads the metadata of a GGUF file of architecture granite or granitehybrid, of a dense model."""
+    """Reads the metadata of a GGUF file of architecture granite, granitemoe or granitehybrid."""
     model = GgufModel(checkpoint)
     number = model.fields.number
-    features = {"residual_scale": number("residual_scale", 1.0)}
+    features: dict[str, Any] = {"residual_scale": number("residual_scale", 1.0)}
+    if model.has_experts():
+        features |= model.experts(renormalize=True)
+        if model.fields.has("expert_shared_feed_forward_length"):
+            features["intermediate_size"] = model.fields.integer("expert_shared_feed_forward_length")
     if scale := model.fields.number_or_zero("attention.scale"):
         features["attention_scale"] = scale
     if not model.fields.boolean("rope.scaling.finetuned", True):  # a switch here

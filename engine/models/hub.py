@@ -77,6 +77,13 @@ NAMES: Names = {
     "up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": "mlp.down_proj",
 }
+# The tensors of experts in most classes, each of which has its own, and of files where they are stacked.
+EXPERT_NAMES: Names = {
+    "router": "mlp.gate",
+    "expert_up": ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+    "expert_down": "mlp.experts.{}.down_proj.weight",
+}
+_STACKED_EXPERTS: Names = {"expert_up": "mlp.experts.gate_up_proj", "expert_down": "mlp.experts.down_proj"}
 # What transformers' Llama class takes for a key that config.json lacks.
 DEFAULTS: Mapping[str, Any] = {
     "vocab_size": 32000,
@@ -93,6 +100,8 @@ DEFAULTS: Mapping[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
 }
+# Of the configurations of mixtures: how routers are trained.
+MIXTURE_HARMLESS = r"output_router_logits | router_aux_loss_coef | router_jitter_noise | aux_loss_alpha"
 # What a configuration calls activation functions: SiLU, which most classes are used with, and the others.
 SILU = {"silu": "silu", "swish": "silu"}
 GELU_OR_RELU = {
@@ -174,6 +183,18 @@ class HubModel:
         tables = hub_rope.tables_by_layer_type(self.fields, self.head_dim, self.max_positions, thetas)
         return tuple(tables[kind] for kind in thetas)
 
+    def num_experts(self, default: int) -> int:
+        """What classes call num_experts, and transformers writes as num_local_experts."""
+        own, other = "num_experts", "num_local_experts"
+        if self.fields.has(own) and self.fields.get(other, self.fields.get(own)) != self.fields.get(own):
+            raise self.fields.error(other, self.fields.get(other), f"the same as {own}")
+        return self.fields.integer(own if self.fields.has(own) else other, default)
+
+    def expert_names(self, names: Names = EXPERT_NAMES) -> Names:
+        """These names, or those of experts that are stacked in one tensor, as transformers keeps them."""
+        stacked = any(name.endswith(f".{_STACKED_EXPERTS['expert_up']}") for name in self.checkpoint.tensors)
+        return {**names, **_STACKED_EXPERTS} if stacked else names
+
     def biases(self, **parts: Sequence[str]) -> list[str]:
         """The parts that have a bias, of those whose key says so."""
         return [one for key, of_key in parts.items() if self.fields.boolean(key) for one in of_key]
@@ -213,7 +234,9 @@ class HubModel:
                 "head_dim": self.head_dim,
                 "attention_scale": self.head_dim**-0.5,
                 "rope_table": 0,
-                "intermediate_size": features.get("intermediate_size") or fields.integer("intermediate_size"),
+                "intermediate_size": features["intermediate_size"]
+                if "intermediate_size" in features
+                else fields.integer("intermediate_size"),
                 "activation": activation.KINDS[fields.choice("hidden_act", activations)],
                 "gated": True,
                 **features,

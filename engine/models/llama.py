@@ -23,5 +23,6 @@ def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
 def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
     """Reads the metadata of a GGUF file of architecture llama."""
     model = GgufModel(checkpoint)
+    experts = model.experts(renormalize=True) if model.has_experts() else {}  # Mixtral
     # llama.cpp's converter stores the rotary dimensions as neighbouring pairs.
-    return model.spec({"window": model.window()}, paired=True)
+    return model.spec({"window": model.window(), **experts}, paired=True)

@@ -17,7 +17,7 @@ from pagellm.engine.checkpoints import Checkpoint, open_checkpoint
 from pagellm.engine.checkpoints.json_files import CONFIG_FILE, read_json_object
 from pagellm.engine.errors import CheckpointError
 from pagellm.engine.models import read_spec
-from pagellm.engine.models.spec import ModelSpec, Source
+from pagellm.engine.models.spec import ModelSpec, Parts, Source
 from pagellm.kernels.architecture import PARTS, Kind
 
 
@@ -32,7 +32,13 @@ def read_shape(path: str | os.PathLike[str]) -> dict[str, Any]:
         shape = _of_spec(spec)
         if not checkpoint.config_only:
             head = spec.rest["embedding" if spec.arch.tied else "lm_head"]
-            products = [source for parts in spec.layers for source in _products(parts)]
+            products = [
+                source
+                for parts in spec.layers
+                for experts in (False, True)
+                for name in _products(parts, experts)
+                for source in parts[name]
+            ]
             shape |= {
                 "layer_bytes": _bytes_each(checkpoint, products),
                 "head_bytes": _bytes_each(checkpoint, head),
@@ -51,24 +57,14 @@ def _headers(path: Path) -> Checkpoint:
 
 def _of_spec(spec: ModelSpec) -> dict[str, Any]:
     arch = spec.arch
-    kinds: dict[tuple[int, ...], int] = {}
-    names = ("num_heads", "num_kv_heads", "head_dim", "intermediate_size", "gated", "window")
+    kinds: dict[tuple[tuple[str, int], ...], int] = {}
     for row, parts in zip(arch.layers, spec.layers, strict=True):
-        num_norms = sum(name.endswith("norm") and name not in ("q_norm", "k_norm") for name in parts)
-        if row["parallel"] and parts["attention_norm"] == parts["mlp_norm"]:
-            num_norms -= 1
-        size = sum(source.size for source in _products(parts))
-        kind = (*(int(row[name]) for name in names), num_norms, size)
+        kind = tuple(_layer(row, parts).items())
         kinds[kind] = kinds.get(kind, 0) + 1
-    layers = [
-        {"count": count}
-        | dict(zip((*names, "num_norms", "product_parameters"), kind, strict=True))
-        | {"gated": bool(kind[4])}
-        for kind, count in kinds.items()
-    ]
+    layers = [{"count": count} | dict(kind) for kind, count in kinds.items()]
     # Two parts may read one tensor.
     tensors = {
-        (source.tensor, source.ranges): source.size
+        (source.tensor, source.ranges, source.stack): source.size
         for parts in (*spec.layers, spec.rest)
         for sources in parts.values()
         for source in sources
@@ -86,8 +82,30 @@ def _of_spec(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def _products(parts: Any) -> Iterable[Source]:
-    return (source for name in parts if PARTS[name].kind is Kind.MATRIX for source in parts[name])
+def _layer(row: Any, parts: Parts) -> dict[str, int]:
+    """What of one layer matters."""
+    num_norms = sum(name.endswith("norm") and name not in ("q_norm", "k_norm") for name in parts)
+    if row["parallel"] and parts["attention_norm"] == parts["mlp_norm"]:
+        num_norms -= 1
+    names = ("num_heads", "num_kv_heads", "head_dim", "window", "num_experts", "experts_per_token")
+    size, of_experts = (
+        sum(source.size for name in _products(parts, experts) for source in parts[name])
+        for experts in (False, True)
+    )
+    return {name: int(row[name]) for name in names} | {
+        "gated": bool(row["gated"]),
+        "num_norms": num_norms,
+        "intermediate_size": int(row["intermediate_size"] + row["experts_per_token"] * row["expert_size"]),
+        "product_parameters": size,
+        "expert_parameters": of_experts // max(1, int(row["num_experts"])),
+    }
+
+
+def _products(parts: Parts, of_experts: bool) -> list[str]:
+    """The matrices that every token meets, or those of experts."""
+    return [
+        name for name in parts if PARTS[name].kind is Kind.MATRIX and PARTS[name].of_experts == of_experts
+    ]
 
 
 def _bytes_each(checkpoint: Checkpoint, sources: Iterable[Source]) -> float:

@@ -22,6 +22,8 @@ class Source:
     of inputs that are, where `transposed`; None: all. paired_heads: the outputs are so many heads, of each of
     which rotary_dim (0: all), from rotary_start on, are stored as rotary pairs (0, 1), (2, 3), ... and not as
     (0, D/2), (1, D/2 + 1), ...; a range holds whole heads. add: what is added to each element.
+    stack: which of how many is meant where the tensor has several of this shape, one after the other:
+    [count, *shape], or [count * shape[0], ...].
     """
 
     tensor: str
@@ -33,6 +35,16 @@ class Source:
     rotary_dim: int = 0
     rotary_start: int = 0
     add: float = 0.0
+    stack: tuple[int, int] | None = None
+
+    @property
+    def stored_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes that the tensor may have, the likeliest first: the numbers in it are the same."""
+        if self.stack is not None:
+            count, (first, *rest) = self.stack[1], self.shape
+            return (count, *self.shape), (count * first, *rest)
+        row = (self.shape[1:],) if len(self.shape) > 1 and self.shape[0] == 1 else ()
+        return (self.shape, (1, *self.shape), *row)
 
     @property
     def ranges(self) -> tuple[tuple[int, int], ...]:
@@ -92,6 +104,7 @@ class ModelSpec:
         for index, row in enumerate(self.arch.layers):
             where = f"{self.architecture}: layer {index}"
             heads, kv_heads = row["num_heads"], row["num_kv_heads"]
+            self._check_experts(where, row)
             if heads % kv_heads:
                 raise CheckpointError(
                     f"{where}: {heads} attention heads cannot share {kv_heads} KV heads; expected a multiple"
@@ -105,6 +118,35 @@ class ModelSpec:
                 )
             self._check_parts(where, LAYER_PARTS, row, self.layers[index])
         self._check_parts(self.architecture, REST_PARTS, None, self.rest)
+
+    def _check_experts(self, where: str, row: Any) -> None:
+        """The numbers of a mixture's layer fit each other; another layer has none."""
+        if row["num_experts"] == 0:
+            for name in ("experts_per_token", "shared_gate", "selection_bias"):
+                if row[name]:
+                    raise CheckpointError(f"{where}: {name}: found {row[name]}, expected 0 without experts")
+            if row["intermediate_size"] < 1:
+                raise CheckpointError(f"{where}: found neither a feed-forward nor experts")
+            return
+        in_group = row["num_experts"] // max(1, row["expert_groups"])
+        for name, low, high in (
+            ("expert_groups", 1, row["num_experts"]),
+            ("groups_per_token", 1, row["expert_groups"]),
+            ("group_best", 1, in_group),
+            ("experts_per_token", 1, row["groups_per_token"] * in_group),
+            ("expert_size", 1, None),
+            ("intermediate_size", int(row["shared_gate"]), None),
+        ):
+            if row[name] < low or (high is not None and row[name] > high):
+                of = f"from {low} to {high}" if high is not None else f"{low} or more"
+                raise CheckpointError(
+                    f"{where}: {name}: found {row[name]} with {row['num_experts']} experts in "
+                    f"{row['expert_groups']} groups, expected {of}"
+                )
+        if row["num_experts"] % row["expert_groups"]:
+            raise CheckpointError(
+                f"{where}: {row['num_experts']} experts cannot be in {row['expert_groups']} equal groups"
+            )
 
     def _check_parts(self, where: str, expected: tuple[Part, ...], row: Any, parts: Parts) -> None:
         """Every part is there, as large as the architecture's numbers say, and no other."""

@@ -1,6 +1,7 @@
 """What the engine lacks is refused by name at the door: before a weight is read, or a kernel compiled."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,7 +93,11 @@ UNKNOWN_KEYS: list[tuple[dict[str, Any], str]] = [
     ({"attention_window_pattern_v2": 512}, "attention_window_pattern_v2"),
     ({"router_logit_softcapping": 30.0}, "router_logit_softcapping"),
     ({"use_differential_attention": True}, "use_differential_attention"),
-    ({"num_local_experts": 8, "num_experts_per_tok": 2}, "num_"),
+    # Which mixtures know: they have not so many.
+    (
+        {"num_local_experts": 8, "num_experts_per_tok": 2},
+        r"num_|(router\.layer|gate)\.weight (has|is missing)",
+    ),
     ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "rope_"),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config: found 'gptq'"),
 ]
@@ -107,15 +112,15 @@ def test_every_architecture_refuses_a_config_that_asks_for_more(
         with monkeypatch.context() as patch:
             message = refusal(path, patch)
         assert str(path) in message
-        assert expected in message, f"{keys}: {message}"
+        assert re.search(expected, message), f"{keys}: {message}"
 
 
 UNKNOWN_METADATA: list[tuple[dict[str, Any], str]] = [
-    ({"attention.window_pattern_v2": 512}, "attention.window_pattern_v2: found 512"),
-    ({"router_logit_softcapping": 30.5}, "router_logit_softcapping: found 30.5"),
-    ({"expert_count": 8}, "expert_count: found 8"),
-    ({"rope.scaling.type": "spiral"}, "rope.scaling.type: found 'spiral'"),
-    ({"attention.causal": False}, "attention.causal: found False"),
+    ({"attention.window_pattern_v2": 512}, r"attention\.window_pattern_v2: found 512"),
+    ({"router_logit_softcapping": 30.5}, r"router_logit_softcapping: found 30\.5"),
+    ({"expert_count": 8}, r"expert_count: found 8|expert_used_count|ffn_gate_inp\.weight has shape"),
+    ({"rope.scaling.type": "spiral"}, r"rope\.scaling\.type: found 'spiral'"),
+    ({"attention.causal": False}, r"attention\.causal: found False"),
 ]
 
 
@@ -127,7 +132,7 @@ def test_every_architecture_refuses_metadata_that_asks_for_more(
         path = with_metadata(tmp_path, name, keys)
         with monkeypatch.context() as patch:
             message = refusal(path, patch)
-        assert expected in message, f"{keys}: {message}"
+        assert re.search(expected, message), f"{keys}: {message}"
 
 
 def test_an_unknown_architecture_is_refused_with_what_is_supported(

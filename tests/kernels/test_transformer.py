@@ -15,6 +15,9 @@ from pagellm.kernels.architecture import (
     NONE,
     PER_HEAD,
     REST_PARTS,
+    SIGMOID,
+    SOFTMAX,
+    TOP_SOFTMAX,
     WHOLE,
     Architecture,
     Kind,
@@ -34,7 +37,7 @@ from pagellm.kernels.buffers import (
     new_workspace,
 )
 from pagellm.kernels.encoding import encode
-from pagellm.kernels.packing import BFLOAT16, FLOAT32, aligned_zeros, pack_blocks, padded
+from pagellm.kernels.packing import BFLOAT16, FLOAT32, PANEL, aligned_zeros, pack_blocks, padded
 from pagellm.kernels.threads import ThreadTeam
 from pagellm.kernels.transformer import step
 from tests import oracles
@@ -43,6 +46,7 @@ from tests.kernels.layouts import Exact, Matrix, random_matrix
 
 HIDDEN, VOCAB, EPSILON = 40, 50, 1e-5
 LENGTHS, MAX_LEN = (37, 9, 1), 2 * KEY_CHUNK + 40
+ROUTERS = {SOFTMAX: "softmax", TOP_SOFTMAX: "top_softmax", SIGMOID: "sigmoid"}
 ACTIVATIONS = [oracles.silu, oracles.gelu_tanh, oracles.gelu, oracles.relu, oracles.relu_squared]
 FREQUENCIES = (10000.0 ** (-np.arange(4) / 4), 500.0 ** (-np.arange(10) / 10), np.zeros(0))
 QUERY_SCALES = np.stack([np.ones(MAX_LEN), np.ones(MAX_LEN), 1 + np.arange(MAX_LEN) // 8 / 4])
@@ -99,6 +103,37 @@ LATENT = layer_rows(
     parallel=[0, 0, 0, 1, 0],
     residual_scale=[1.0, 1.0, 0.3, 1.0, 0.5],
 )
+# Layers with experts of every kind, and one without; each has fewer experts in a group than in all.
+MIXTURE = layer_rows(
+    7,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    attention_scale=0.3,
+    rope_table=0,
+    intermediate_size=[0, 48, 12, 0, 30, 20, 0],
+    activation=[0, 1, 0, 4, 1, 0, 0],
+    gated=[1, 1, 0, 1, 1, 0, 1],
+    parallel=[0, 0, 0, 0, 0, 1, 0],
+    post_norm=[0, 0, 0, 0, 1, 0, 0],
+    pre_norm=[1, 1, 1, 1, 0, 1, 1],
+    sub_norm=[0, 0, 1, 0, 0, 0, 0],
+    residual_scale=[1.0, 1.0, 1.0, 0.4, 1.0, 1.0, 1.0],
+    qkv_clip=[0, 0.5, 0, 0, 0.7, 0, 0],
+    num_experts=[5, 0, 8, 3, 6, 4, 40],
+    experts_per_token=[2, 0, 3, 3, 2, 1, 7],
+    expert_size=[20, 0, 33, 16, 40, 48, 9],
+    router=[SOFTMAX, SOFTMAX, SIGMOID, TOP_SOFTMAX, SOFTMAX, SIGMOID, SOFTMAX],
+    renormalize=[1, 0, 1, 0, 0, 0, 1],
+    score_floor=[0, 0, 2.0, 0, 0, 0, 1e-12],
+    router_scale=[1.0, 1.0, 2.5, 1.0, 0.7, 1.0, 1.0],
+    selection_bias=[0, 0, 1, 0, 1, 0, 0],
+    expert_groups=[1, 1, 4, 1, 3, 2, 1],
+    groups_per_token=[1, 1, 2, 1, 2, 1, 1],
+    group_best=[1, 1, 2, 1, 1, 1, 1],
+    expert_bias=[0, 0, 1, 1, 0, 0, 0],
+    shared_gate=[0, 0, 1, 0, 0, 1, 0],
+)
 # All layers have a window, so that blocks are given back; and a few that are made for long contexts.
 WINDOWED = VARIED.copy()
 WINDOWED["window"] = [4, 5, 1, 9, 16, 3, 12]
@@ -121,6 +156,7 @@ ARCHITECTURES = {
     "layer_norm": Architecture(HIDDEN, VOCAB, MAX_LEN, False, True, EPSILON, VARIED, 1.0, 0.25, 3.0),
     "windowed": Architecture(HIDDEN, VOCAB, 0, True, False, EPSILON, WINDOWED),
     "latent": Architecture(HIDDEN, VOCAB, 0, True, False, EPSILON, LATENT),
+    "mixture": Architecture(HIDDEN, VOCAB, 0, True, False, EPSILON, MIXTURE),
 }
 each = pytest.mark.parametrize("name", ARCHITECTURES)
 
@@ -153,7 +189,8 @@ def model(arch: Architecture) -> tuple[list[Parts], Weights]:
             for piece in np.split(parts[part.name], part.pieces(row)):
                 if part.kind is Kind.MATRIX and len(piece):
                     blocks, K = encode(FLOAT32, piece), piece.shape[1]
-                    pack_blocks(FLOAT32, *blocks, column, 0, K, values.view(np.uint32), start)
+                    [first, _] = panels[places[part.name]["panel"] + column // PANEL]
+                    pack_blocks(FLOAT32, *blocks, 0, 0, K, values.view(np.uint32), first)
                 elif part.kind is not Kind.MATRIX:
                     values[start + column : start + column + piece.size] = piece.reshape(-1)
                 column += padded(len(piece))
@@ -239,6 +276,8 @@ class Definition:
         q, k, v = np.split(qkv, np.cumsum([heads, kv_heads]) * head_dim, axis=1)
         q = self.norm(q.reshape(len(x), -1, parts["q_norm"].size or head_dim), parts, "q_norm")
         k = self.norm(k.reshape(len(x), -1, parts["k_norm"].size or head_dim), parts, "k_norm")
+        if row["qkv_clip"]:
+            q, k, v = (np.clip(part, -row["qkv_clip"], row["qkv_clip"]) for part in (q, k, v))
         q, k, v = (part.reshape(len(x), -1, head_dim) for part in (q, k, v))
         if (table := row["rope_table"]) >= 0:
             for heads_of in (q, k):
@@ -251,10 +290,42 @@ class Definition:
         return oracles.matmul(attended, parts["output"], parts["output_b"])
 
     def feed_forward(self, x: Exact, row: NDArray[np.void], parts: Parts) -> Exact:
-        x = oracles.matmul(x, parts["up"], parts["up_b"])
-        gate, *linear = np.split(x, 2, axis=1) if row["gated"] else (x,)
-        x = ACTIVATIONS[row["activation"]](gate) * (linear[0] if linear else 1)
+        if row["num_experts"]:
+            return self.experts(x, row, parts)
+        x = self.activated(oracles.matmul(x, parts["up"], parts["up_b"]), row)
         return oracles.matmul(self.norm(x, parts, "mlp_sub_norm"), parts["down"], parts["down_b"])
+
+    def activated(self, x: Exact, row: NDArray[np.void]) -> Exact:
+        gate, *linear = np.split(x, 2, axis=1) if row["gated"] else (x,)
+        return ACTIVATIONS[row["activation"]](gate) * (linear[0] if linear else 1)
+
+    def experts(self, x: Exact, row: NDArray[np.void], parts: Parts) -> Exact:
+        """Each token's experts, times their weights, and the feed-forward that all tokens pass through."""
+        count, biased = int(row["num_experts"]), bool(row["expert_bias"])
+        router = oracles.Router(
+            ROUTERS[row["router"]], int(row["experts_per_token"]),
+            parts["selection_bias"] if row["selection_bias"] else 0.0, bool(row["renormalize"]),
+            float(row["score_floor"]), float(row["router_scale"]), int(row["expert_groups"]),
+            int(row["groups_per_token"]), int(row["group_best"]),
+        )  # fmt: skip
+        up, down = (np.split(parts[name], count) for name in ("expert_up", "expert_down"))
+        up_b, down_b = (
+            np.split(parts[name], count) if biased else [parts[name]] * count
+            for name in ("expert_up_b", "expert_down_b")
+        )
+        logits = oracles.matmul(x, parts["router"], parts["router_b"])
+        out = np.zeros_like(x)
+        for token in range(len(x)):
+            for expert, weight in zip(*router.choose(logits[token, :count]), strict=True):
+                passed = self.activated(oracles.matmul(x[token][None], up[expert], up_b[expert]), row)
+                out[token] += weight * oracles.matmul(passed, down[expert], down_b[expert])[0]
+        if row["intermediate_size"]:
+            shared = self.activated(oracles.matmul(x, parts["up"], parts["up_b"]), row)
+            shared = self.norm(shared, parts, "mlp_sub_norm")
+            if row["shared_gate"]:
+                shared = shared / (1 + np.exp(-logits[:, count:]))
+            out += oracles.matmul(shared, parts["down"], parts["down_b"])
+        return out
 
 
 # What a step computes: of some sequences, by their numbers, so many tokens more.

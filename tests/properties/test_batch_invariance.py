@@ -63,6 +63,11 @@ FEATURES = (
     ("opt", "none"),  # learned positions that begin at row 2
     ("bitnet", "none"),  # norms before the last products, ReLU squared
     ("bitnet", "int4"),
+    ("qwen3_moe", "none"),  # experts that a softmax of all chooses
+    ("qwen3_moe", "int4"),
+    ("granitemoeshared", "bf16"),  # a softmax of the chosen, and a feed-forward beside the experts
+    ("qwen2_moe", "int8"),  # which is gated
+    ("ernie4_5_moe", "none"),  # experts chosen with a bias, in some layers
 )
 
 
