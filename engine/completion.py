@@ -96,12 +96,15 @@ class Completion:
                 grammar.append(grammar.forced[0])
         return token_ids
 
-    def admitted(self, num_cached_tokens: int, time_s: float) -> None:
+    def admitted(self, num_cached_tokens: int, num_host_tokens: int, time_s: float) -> None:
         """Takes note that its first chunk enters a step, on the engine's clock."""
         metrics = self.output.metrics
         if metrics.first_scheduled_s is None:
             self.output.metrics = replace(
-                metrics, first_scheduled_s=time_s - self._arrival_s, num_cached_tokens=num_cached_tokens
+                metrics,
+                first_scheduled_s=time_s - self._arrival_s,
+                num_cached_tokens=num_cached_tokens,
+                num_host_tokens=num_host_tokens,
             )
 
     def append(self, logprobs: Items[TokenLogprob], time_s: float) -> FinishReason | None:

@@ -46,8 +46,11 @@ class EngineConfig:
     budget: how many tokens a step and a chunk have: full, or a BudgetPolicy.
     preemption: what happens to the KV of a sequence that makes way: "recompute" gives it up, "swap" moves it
     to a second tier of blocks while that has room, "auto" does whichever was measured to be cheaper.
-    num_swap_blocks: blocks of the second tier. None: as many as num_blocks with "swap" or with a swap_dir,
-    else none. swap_dir: the directory of the file that holds them. None: they are in memory.
+    num_swap_blocks: blocks of the second tier. None: as many as num_blocks with "swap", with a swap_dir or
+    with enable_hierarchical_cache, else none. swap_dir: the directory of the file that holds them. None: they
+    are in memory.
+    enable_hierarchical_cache: the second tier takes cached blocks that are evicted from the first, as long as
+    swapped sequences do not need it; a prefix that is found there is moved back.
     watermark: the share of the blocks that stays free when a sequence is admitted beside others, so that
     those which run have room to grow. max_preemptions: after so many a sequence gets all the blocks that it
     may ever need at once, before all others, and keeps them.
@@ -84,6 +87,7 @@ class EngineConfig:
     preemption: str = "auto"
     num_swap_blocks: int | None = None
     swap_dir: str | None = None
+    enable_hierarchical_cache: bool = False
     watermark: float = 0.01
     max_preemptions: int = 8
     step_log: str | None = None
@@ -109,6 +113,7 @@ class EngineConfig:
                 f"watermark: found {self.watermark}, expected a number from 0 up to, not including, 1"
             )
         self._take("enable_prefix_caching", flag)
+        self._take("enable_hierarchical_cache", flag)
         for name, choices in (
             ("quantization", QUANTIZATIONS),
             ("preemption", PREEMPTIONS),
@@ -138,12 +143,23 @@ class EngineConfig:
 
     def _check_swap(self) -> None:
         blocks = self.num_swap_blocks
-        if self.preemption == "swap" and blocks == 0:
-            raise ConfigError("num_swap_blocks: found 0 with preemption swap, expected at least 1")
-        if self.preemption == "recompute" and (blocks or self.swap_dir is not None):
+        if self.enable_hierarchical_cache and not self.enable_prefix_caching:
+            raise ConfigError(
+                "enable_hierarchical_cache: found True without enable_prefix_caching, expected both"
+            )
+        if blocks == 0:
+            for needs, name in (
+                (self.preemption == "swap", "preemption swap"),
+                (self.enable_hierarchical_cache, "enable_hierarchical_cache"),
+            ):
+                if needs:
+                    raise ConfigError(f"num_swap_blocks: found 0 with {name}, expected at least 1")
+        uses_tier = self.preemption != "recompute" or self.enable_hierarchical_cache
+        if not uses_tier and (blocks or self.swap_dir is not None):
             name, value = ("num_swap_blocks", blocks) if blocks else ("swap_dir", self.swap_dir)
             raise ConfigError(
-                f"{name}: found {found(value)} with preemption recompute, expected swap or auto with it"
+                f"{name}: found {found(value)} with preemption recompute, expected swap or auto with it, or "
+                "enable_hierarchical_cache"
             )
 
     def _take(self, name: str, check: Any, *bounds: Any, optional: bool = False) -> None:
@@ -169,7 +185,8 @@ class EngineConfig:
             limits.append(num_blocks * self.block_size)
         num_swap_blocks = self.num_swap_blocks
         if num_swap_blocks is None:
-            num_swap_blocks = num_blocks if self.preemption == "swap" or self.swap_dir is not None else 0
+            has_tier = self.preemption == "swap" or self.enable_hierarchical_cache
+            num_swap_blocks = num_blocks if has_tier or self.swap_dir is not None else 0
         filled: dict[str, Any] = asdict(self) | {
             "num_blocks": num_blocks,
             "max_model_len": min(limits),

@@ -354,15 +354,18 @@ class LLMEngine:
         if not batch.transfers:
             return 0.0
         start, num_swaps = time.perf_counter(), 0
-        for transfer in batch.transfers:
+        transfers = self.block_manager.transfers
+        while transfers:
+            transfer = transfers[0]
             try:
                 self.runner.transfer(transfer)
             except OSError as error:
-                if self.scheduler.preemption is not Preemption.RECOMPUTE:
+                if self.scheduler.preemption is not Preemption.RECOMPUTE or self.block_manager.offloads:
                     say(f"swap: {error}; preempted sequences are computed again")
                 self.changing = True
                 self.loop.transfer_failed(transfer, batch)
                 self.changing = False
+                transfers = self.block_manager.transfers
             else:
                 self.loop.transferred()
                 num_swaps += transfer.kind is not TransferKind.COPY
@@ -405,7 +408,8 @@ class LLMEngine:
         for admitted in batch.admitted:
             for sequence in (admitted.sequence, *admitted.sequence.forks):
                 _, completion = self._by_seq_id[sequence.seq_id]
-                completion.admitted(admitted.sequence.num_cached_tokens, now)
+                first = admitted.sequence
+                completion.admitted(first.num_cached_tokens, first.num_host_tokens, now)
 
     def _outputs(
         self, computed: list[Sequence], sampled: list[Sequence], result: RunnerOutput

@@ -67,7 +67,8 @@ class StepRecord(TypedDict):
     added: list[AddedRecord]  # since the step before
     ended: list[tuple[int, str]]  # since then otherwise than in `finished`, with the reason
     scheduled: list[tuple[int, int, int, bool]]  # tokens computed before, and now; whether one is sampled
-    admitted: list[tuple[int, str, int]]  # the state it waited in, tokens the prefix cache had
+    # The state it waited in, tokens the prefix cache had, and of these those in its second tier.
+    admitted: list[tuple[int, str, int, int]]
     preempted: list[PreemptedRecord]
     forked: list[tuple[int, int]]  # the sequence, and the one whose blocks it shares
     # Of each scheduled sequence whose block table is not what it was when it was recorded last: the first
@@ -258,16 +259,23 @@ class StepRecorder(StepListener):
         manager = self._scheduler.block_manager
         if batch.changed_tables or self._changed:
             record["tables"] = self._new_tables(batch)
-        used, free, shared, unwritten_slots, swap_used = manager.usage()
+        used, free, shared, unwritten_slots, swap_used, swap_cached = manager.usage()
         record["blocks"] = {
             "used": used,
             "free": free,
             "shared": shared,
             "unwritten_slots": unwritten_slots,
             "swap_used": swap_used,
+            "swap_cached": swap_cached,
         }
         stats = manager.stats
-        record["cache"] = {"queries": stats.queries, "hits": stats.hits, "evictions": stats.evictions}
+        record["cache"] = {
+            "queries": stats.queries,
+            "hits": stats.hits,
+            "evictions": stats.evictions,
+            "host_hits": stats.host_hits,
+            "offloads": stats.offloads,
+        }
 
     def _new_tables(self, batch: ScheduledBatch) -> list[tuple[int, int, list[int]]]:
         pending = self._changed
@@ -304,8 +312,9 @@ def _costs(costs: PreemptionCosts) -> dict[str, float]:
     return {"recompute_token_s": costs.recompute_token_s, "swap_block_s": costs.swap_block_s}
 
 
-def _admitted(admitted: Admitted) -> tuple[int, str, int]:
-    return admitted.sequence.seq_id, admitted.was.value, admitted.num_cached_tokens
+def _admitted(admitted: Admitted) -> tuple[int, str, int, int]:
+    sequence, was, num_cached = admitted.sequence, admitted.was, admitted.num_cached_tokens
+    return sequence.seq_id, was.value, num_cached, admitted.num_host_tokens
 
 
 def _forked(batch: ScheduledBatch) -> Iterator[tuple[int, int]]:

@@ -52,10 +52,11 @@ ENGINE_FLAGS = {
         choices=PREEMPTIONS,
     ),
     "num_swap_blocks": Flag(
-        "KV blocks of the second tier (default: as many as --num-blocks with --preemption swap, else 0)",
+        "KV blocks of the second tier (default: as many as --num-blocks where anything uses it, else 0)",
         names=("--swap-blocks", "--num-swap-blocks"),
     ),
     "swap_dir": Flag("keep them in a file there (default: in memory)", "DIR"),
+    "enable_hierarchical_cache": Flag("keep cached blocks that are evicted in the second tier"),
     "watermark": Flag("share of the blocks kept for growth"),
     "max_preemptions": Flag("after so many, a sequence is not preempted again"),
     "step_log": Flag("write one line of JSON for each step", "FILE"),

@@ -140,7 +140,7 @@ class ModelRunner:
                 part[target] = part[source]
             return
         assert self._swap_space is not None
-        if kind is TransferKind.SWAP_OUT:
+        if kind in (TransferKind.SWAP_OUT, TransferKind.OFFLOAD):
             content = np.concatenate([part[source] for part in self._blocks])
             self._swap_space.write(target, content)
         else:

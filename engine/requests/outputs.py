@@ -40,6 +40,7 @@ class Metrics:
     first_token_s: float | None = None  # TTFT
     finished_s: float | None = None
     num_cached_tokens: int = 0  # prompt tokens whose KV was found in the prefix cache
+    num_host_tokens: int = 0  # of these, found in its second tier
     num_preemptions: int = 0
 
 

@@ -47,6 +47,7 @@ class Admitted:
     sequence: Sequence
     was: SequenceStatus  # waiting or swapped
     num_cached_tokens: int  # what the prefix cache had of it
+    num_host_tokens: int = 0  # of these, what lay in the second tier
 
 
 @dataclass(frozen=True)

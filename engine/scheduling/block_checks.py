@@ -17,10 +17,14 @@ def check_blocks(manager: "BlockManager") -> None:
     """Asserts all that is asked of a block manager, as it stands between two operations."""
     free = list(manager._free)
     assert len(free) == len(set(free)) == len(manager._free), "the free list names a block twice"
-    counts = [0] * manager.num_blocks
-    swapped = list(manager._free_swap)
+    num_blocks = manager.num_blocks
+    counts = [0] * (num_blocks + manager.num_swap_blocks)
+    free_swap = list(manager._free_swap)
+    swapped = list(free_swap)
     for sequence in manager._swapped.values():
         swapped += sequence.swap_table
+        for slot in sequence.swap_table:
+            counts[num_blocks + slot] = 1
         assert sequence.swap_table, "blocks in no tier"
         assert not sequence.block_table, "blocks in both tiers"
     for sequence in manager._holders.values():
@@ -36,12 +40,14 @@ def check_blocks(manager: "BlockManager") -> None:
         assert sequence.num_slots <= len(sequence.block_table) * manager.block_size
         _check_own_slots(manager, sequence)
     assert counts == list(manager._reference_counts), "a reference count differs from the block tables"
-    assert sum(counts) == manager._num_references, "the number of references differs from their counts"
-    assert {block for block in range(manager.num_blocks) if counts[block] == 0} == set(free)
+    num_references = sum(counts[:num_blocks])
+    assert num_references == manager._num_references, "the number of references differs from their counts"
+    assert {block for block in range(num_blocks) if counts[block] == 0} == set(free)
     assert sorted(swapped) == list(range(manager.num_swap_blocks)), "a swap block is lost or held twice"
     if manager._ranked is not None:
         manager._ranked.check()
     _check_cache(manager, {block: place for place, block in enumerate(free)})
+    _check_offloaded(manager, {num_blocks + slot: place for place, slot in enumerate(free_swap)})
 
 
 def _check_own_slots(manager: "BlockManager", sequence: Sequence) -> None:
@@ -62,14 +68,29 @@ def _check_cache(manager: "BlockManager", free_place: dict[int, int]) -> None:
         assert manager._hash_block(seed, tokens) == cache.hash_of(block), "a hash is not of the content"
         found = cache.find(cache.hash_of(block), before, tokens, cache.salt_of(block))
         assert found == block, "two blocks hold the same prefix, or one cannot be found"
-        if manager.window:
+        if manager.window or manager.offloads:
             listed = sorted(islice(cache.followers(block), len(cache)))
             expected = [other for other in cache if cache.before(other) == block]
             assert listed == expected, "the blocks that follow one are not those that are listed"
-        elif before in free_place and manager._ranked is None:
+        if not manager.window and before in free_place and block < manager.num_blocks and not manager._ranked:
             outlives = block not in free_place or free_place[block] > free_place[before]
             assert not outlives, "a block would outlive the one it follows"
     for sequence in manager._holders.values():
         for index, block in enumerate(sequence.block_table[: sequence.num_registered_blocks]):
             if block != GIVEN_BACK and manager._knows(block):
                 assert cache.tokens(block) == manager._tokens(sequence, index), "wrong tokens"
+
+
+def _check_offloaded(manager: "BlockManager", free_place: dict[int, int]) -> None:
+    """What the second tier holds of the cache lies in free blocks of it, and goes before what it follows."""
+    cache = manager._cache
+    offloaded = [block for block in cache if block >= manager.num_blocks]
+    assert len(offloaded) == cache.num_offloaded, "the cache has lost count of what is offloaded"
+    for block in offloaded:
+        assert block in free_place, "a swapped sequence may write into a block that the cache knows"
+        before = cache.before(block)
+        if not manager.window and before >= manager.num_blocks:
+            assert free_place[block] < free_place[before], "a block would outlive the one it follows"
+    if not manager.window:
+        ahead = [block for block in cache if block < manager.num_blocks <= cache.before(block)]
+        assert not ahead, "a block is in the first tier, and the one that it follows is not"

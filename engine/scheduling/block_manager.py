@@ -19,6 +19,10 @@ block is evicted that others follow, they are forgotten with it.
 
 Forked sequences share their blocks. One that is about to write into a shared block gets a copy of its own
 (copy-on-write). A second tier of blocks takes the content of sequences that are swapped out.
+
+With `offloads` the second tier takes cached blocks, too, when they are evicted from the first: a prefix is
+found in either, and what a sequence needs of it is moved back. A known prefix is in one tier at a time.
+Swapped sequences go before cached blocks there, and of these the least recently used make room.
 """
 
 from array import array
@@ -26,6 +30,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 from typing import NamedTuple
 
 import xxhash
@@ -46,15 +51,23 @@ class TransferKind(Enum):
     COPY = "copy"  # block to block
     SWAP_OUT = "swap_out"  # block to swap block
     SWAP_IN = "swap_in"  # swap block to block
+    OFFLOAD = "offload"  # block that is evicted to swap block
+    LOAD = "load"  # swap block that was hit to block
+
+
+_OF_CACHE = (TransferKind.OFFLOAD, TransferKind.LOAD)
 
 
 class Transfer(NamedTuple):
-    """The content of block `source` is to be written into block `target`, on behalf of a sequence."""
+    """The content of block `source` is to be written into block `target`.
+
+    sequence: on whose behalf; None where a block is offloaded, for whoever will want it.
+    """
 
     kind: TransferKind
     source: int
     target: int
-    sequence: Sequence
+    sequence: Sequence | None
 
 
 @dataclass
@@ -62,8 +75,10 @@ class PrefixCacheStats:
     """Tokens since the start. Sequences that come back are not counted again."""
 
     queries: int = 0  # of prompts that were looked up
-    hits: int = 0  # of them found
+    hits: int = 0  # of them found, in either tier
     evictions: int = 0  # forgotten to make room
+    host_hits: int = 0  # found in the second tier
+    offloads: int = 0  # moved there, to make room
 
 
 def chained_hash(previous: int, tokens: bytes) -> int:
@@ -77,6 +92,10 @@ class BlockManager:
 
     num_swap_blocks: blocks of the second tier. hash_block: replaces `chained_hash`, so that tests can make it
     collide. window: the tokens that the widest window of all layers holds; 0 where a layer sees everything.
+    offloads: whether cached blocks that are evicted go to the second tier.
+
+    Where the second tier's blocks stand beside the first's, as in `PrefixCache`, its block b is number
+    num_blocks + b.
 
     transfers: what is still to be moved, in order. They outlive a step that was given up, because the block
     tables count on them.
@@ -90,6 +109,7 @@ class BlockManager:
         num_swap_blocks: int = 0,
         hash_block: Callable[[int, bytes], int] = chained_hash,
         window: int = 0,
+        offloads: bool = False,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -98,13 +118,15 @@ class BlockManager:
         self.window = BlockWindow(window, block_size)
         self.stats = PrefixCacheStats()
         self.num_releases = 0  # how often a block became free: what did not fit before may fit after
+        self.offloads = offloads and enable_prefix_caching and num_swap_blocks > 0
         self._hash_block = hash_block
         self._free: FreeList | RankedBlocks = FreeList(num_blocks)
         self._ranked: RankedBlocks | None = None  # the same, where an eviction policy is asked
         self._policies: CheckedPolicies | None = None
-        self._reference_counts = array("i", [0]) * num_blocks
-        self._cache = PrefixCache(num_blocks if enable_prefix_caching else 0, block_size, window > 0)
-        self._free_swap = array("i", range(num_swap_blocks - 1, -1, -1))  # a stack
+        self._reference_counts = array("i", [0]) * (num_blocks + num_swap_blocks)
+        self._cache = self._new_cache(window > 0)
+        self._forgets_one = not window and not self.offloads  # an evicted block, and none with it
+        self._free_swap = FreeList(num_swap_blocks)  # that no swapped sequence holds
         self.transfers: deque[Transfer] = deque()
         # By seq_id: the sequences with blocks in the first tier and in the second.
         self._holders: dict[int, Sequence] = {}
@@ -118,9 +140,10 @@ class BlockManager:
         self._policies = policies
         if policies.ranks_blocks and self.enable_prefix_caching:
             assert len(self._free) == self.num_blocks, "blocks are in use"
-            self._cache = PrefixCache(self.num_blocks, self.block_size, knows_followers=True)
+            self._cache = self._new_cache(knows_followers=True)
             self._ranked = RankedBlocks(self.num_blocks, self._cache, policies, self.window.tokens > 0)
             self._free = self._ranked
+            self._forgets_one = False
 
     @property
     def num_free_blocks(self) -> int:
@@ -134,8 +157,13 @@ class BlockManager:
 
     @property
     def num_cached_blocks(self) -> int:
-        """Blocks that hold a known prefix, whether a sequence references them or not."""
-        return len(self._cache)
+        """Blocks of the first tier that hold a known prefix, whether a sequence references them or not."""
+        return len(self._cache) - self._cache.num_offloaded
+
+    @property
+    def num_offloaded_blocks(self) -> int:
+        """Blocks of the second tier that hold a known prefix."""
+        return self._cache.num_offloaded
 
     @property
     def num_changes(self) -> int:
@@ -144,7 +172,7 @@ class BlockManager:
 
     @property
     def num_free_swap_blocks(self) -> int:
-        """Blocks of the second tier that hold nothing."""
+        """Blocks of the second tier that no swapped sequence holds; they may hold a known prefix."""
         return len(self._free_swap)
 
     @property
@@ -161,7 +189,7 @@ class BlockManager:
         return self.blocks_for(num_computed) - self.window.num_behind(num_computed)
 
     def cached_prefix(self, sequence: Sequence) -> list[int]:
-        """The cached blocks that a sequence without blocks can begin with; changes nothing.
+        """The cached blocks of either tier that a sequence without blocks can begin with; changes nothing.
 
         At least the last token is left to be computed, because its logits are wanted. Of a swapped sequence's
         tokens, those count that it has computed.
@@ -194,6 +222,10 @@ class BlockManager:
         sequence.cached_hint = count, block, self._cache.known_since(block) if count else 0
         return count * self.block_size
 
+    def num_offloaded_tokens(self, prefix: list[int]) -> int:
+        """Tokens of a cached prefix that lie in the second tier."""
+        return self.block_size * sum(1 for block in prefix if block >= self.num_blocks)
+
     def prompt_hashes(self, sequence: Sequence) -> list[int]:
         """The hashes of the blocks that a sequence could begin with if the cache knew all of them."""
         count = (sequence.num_prompt_tokens - 1) // self.block_size
@@ -225,6 +257,8 @@ class BlockManager:
         if self.enable_prefix_caching and sequence.reads_cache and not sequence.was_admitted:
             self.stats.queries += sequence.num_tokens
             self.stats.hits += len(prefix) * self.block_size
+            if self.offloads:
+                self.stats.host_hits += self.num_offloaded_tokens(prefix)
         sequence.num_computed_tokens = len(prefix) * self.block_size
         self._fill_table(sequence, prefix, num_tokens)
 
@@ -238,6 +272,14 @@ class BlockManager:
             return True  # a token takes one block at most
         num_new = self.blocks_for(num_tokens) - len(sequence.block_table)
         return max(0, num_new) + self.needs_copy(sequence) <= len(self._free)
+
+    def would_offload(self, count: int) -> bool:
+        """Whether to take so many free blocks would move what one of them holds to the second tier."""
+        if not self.offloads:
+            return False
+        if self._ranked is not None:
+            return count > self._ranked.num_empty
+        return any(map(self._knows, islice(self._free, count)))
 
     def needs_copy(self, sequence: Sequence) -> bool:
         """Whether the next token to be computed lies in a block that is not its own to write into.
@@ -321,15 +363,21 @@ class BlockManager:
             run = sequence.token_ids[index * self.block_size : full * self.block_size].tobytes()
             num_added = self._cache.add(blocks, hashes, before, run, salt)
             if self._ranked is not None:
-                for block in blocks[:num_added]:
-                    self._ranked.became_known(block)
+                for depth, block in enumerate(blocks[:num_added], index):
+                    self._ranked.became_known(block, depth)
             index += num_added
             if index == full:
                 break
             block = table[index]
             known = self._find(sequence, index, table[index - 1] if index else ROOT)
             assert known is not None
-            if known != block:
+            if known >= self.num_blocks:  # it has been computed again
+                self._cache.move(known, block)
+                self._free_swap.remove(known - self.num_blocks)
+                self._free_swap.prepend(known - self.num_blocks)
+                if self._ranked is not None:
+                    self._ranked.became_known(block, index)
+            elif known != block:
                 self._reference(known)
                 table[index] = known
                 self._release((block,))
@@ -352,7 +400,8 @@ class BlockManager:
         if sequence.seq_id in self._holders:
             self._empty_table(sequence)
         elif self._swapped.pop(sequence.seq_id, None) is not None:
-            self._free_swap.extend(sequence.swap_table)
+            for slot in sequence.swap_table:
+                self._release_swap(slot)
             sequence.swap_table.clear()
         sequence.num_computed_tokens = 0
 
@@ -365,7 +414,7 @@ class BlockManager:
         num_computed = sequence.num_computed_tokens
         first, end = self.window.num_behind(num_computed), self.blocks_for(num_computed)
         for block in sequence.block_table[first:end]:
-            slot = self._free_swap.pop()
+            slot = self._take_swap()
             sequence.swap_table.append(slot)
             self.transfers.append(Transfer(TransferKind.SWAP_OUT, block, slot, sequence))
         self._empty_table(sequence)
@@ -378,13 +427,29 @@ class BlockManager:
         swapped = list(zip(sequence.swap_table, sequence.block_table[behind:], strict=False))
         for slot, block in swapped[max(0, len(prefix) - behind) :]:
             self.transfers.append(Transfer(TransferKind.SWAP_IN, slot, block, sequence))
-        self._free_swap.extend(reversed(sequence.swap_table))
+        for slot in reversed(sequence.swap_table):
+            self._release_swap(slot)
         sequence.swap_table.clear()
         del self._swapped[sequence.seq_id]
 
     def transferred(self) -> None:
         """Takes note that the first of the transfers is done, or that nobody needs it any more."""
         self.transfers.popleft()
+
+    def give_up_offloading(self, failed: Transfer) -> list[Sequence]:
+        """Forgets what is in the second tier, for a transfer to or from it has failed, and offloads no more.
+
+        What was to be moved for the cache's sake is not moved. Returns the sequences that count on content
+        which does not come now; those that hold it may have shared it.
+        """
+        self.offloads = False
+        transfers = [failed, *self.transfers]
+        targets = {transfer.target for transfer in transfers if transfer.kind is TransferKind.LOAD}
+        for block in [b for b in self._cache if b >= self.num_blocks or b in targets]:
+            if block in self._cache:
+                self._forget(block)
+        self.transfers = deque(t for t in self.transfers if t is failed or t.kind not in _OF_CACHE)
+        return [s for s in self._holders.values() if not targets.isdisjoint(s.block_table)]
 
     def take_changed_tables(self) -> dict[Sequence, int]:
         """The sequences whose tables have changed since this was asked last, and from which index on."""
@@ -413,6 +478,7 @@ class BlockManager:
             self.num_swap_blocks,
             self._hash_block,
             self.window.tokens,
+            self.offloads,
         )
         new.stats = self.stats
         if self._policies is not None:
@@ -421,7 +487,7 @@ class BlockManager:
         observer = self._cache.observer
         if observer is not None:
             new.observe_cache(observer)
-            observer.cleared()
+            self._cache.tell_cleared(observer)
         vars(self).update(vars(new))
 
     def usage(self) -> BlockUsage:
@@ -430,9 +496,10 @@ class BlockManager:
 
     def states(self) -> bytes:
         """A byte for each block: 0 free, 1 referenced, 2 shared, and 4 more where it holds a known prefix."""
-        states = bytearray(min(count, 2) for count in self._reference_counts)
+        states = bytearray(min(count, 2) for count in self._reference_counts[: self.num_blocks])
         for block in self._cache:
-            states[block] += 4
+            if block < self.num_blocks:
+                states[block] += 4
         return bytes(states)
 
     def check(self) -> None:
@@ -446,18 +513,38 @@ class BlockManager:
         table.extend(prefix[behind:])
         if self._ranked is not None:
             for block in prefix:
-                self._ranked.hit(block)
+                if block < self.num_blocks:
+                    self._ranked.hit(block)
         for block in prefix[behind:]:
             self._reference(block)
         for block in reversed(prefix[:behind]):
             if self._reference_counts[block] == 0:  # it was used, though it is not held
-                self._free.remove(block)
-                self._free.append(block)
+                free, number = self._free_place(block)
+                free.remove(number)
+                free.append(number)
+        if self.offloads and self._cache.num_offloaded:
+            self._load(sequence, prefix, behind)
         table += self._take_many(self.blocks_for(num_tokens) - len(table))
         sequence.num_registered_blocks = max(behind, len(prefix))
         sequence.num_slots = len(sequence.block_table) * self.block_size
         self._holders[sequence.seq_id] = sequence
         self._note_change(sequence, 0)
+
+    def _load(self, sequence: Sequence, prefix: list[int], behind: int) -> None:
+        """Gives a sequence blocks for what it references of the second tier, to which that is moved."""
+        table = sequence.block_table
+        offloaded = [index for index in range(behind, len(prefix)) if prefix[index] >= self.num_blocks]
+        for index in offloaded:
+            place, block = prefix[index], self._take()
+            self.transfers.append(Transfer(TransferKind.LOAD, place - self.num_blocks, block, sequence))
+            table[index] = block
+            if place in self._cache:  # else to make room for it the cache has forgotten what it follows
+                self._cache.move(place, block)
+                if self._ranked is not None:
+                    self._ranked.became_known(block, index)
+                    self._ranked.hit(block)
+        for index in reversed(offloaded):
+            self._release_swap(prefix[index] - self.num_blocks)
 
     def _empty_table(self, sequence: Sequence) -> None:
         behind = self.window.num_behind(sequence.num_computed_tokens)
@@ -508,20 +595,25 @@ class BlockManager:
         tokens = self._tokens(sequence, index)
         return self._cache.find(block_hash, before, tokens, sequence.sampling_params.cache_salt)
 
+    def _new_cache(self, knows_followers: bool) -> PrefixCache:
+        num_blocks = self.num_blocks if self.enable_prefix_caching else 0
+        num_swap_blocks = self.num_swap_blocks if self.offloads else 0
+        return PrefixCache(num_blocks, self.block_size, knows_followers, num_swap_blocks)
+
     def _take(self) -> int:
-        """A free block for new content; what it held is forgotten."""
+        """A free block for new content; what it held is no longer in the first tier."""
         block = self._free.pop_first()
-        if self._knows(block):
-            self._evict(block)
         self._reference_counts[block] = 1
         self._num_references += 1
+        if self._knows(block):
+            self._evict(block)
         return block
 
     def _take_many(self, count: int) -> list[int]:
         """Free blocks, the same as one after the other."""
         if count <= 0:
             return []
-        if self.window or not isinstance(self._free, FreeList):
+        if not self._forgets_one or not isinstance(self._free, FreeList):
             return [self._take() for _ in range(count)]  # what is evicted with one may be the next
         blocks = self._free.pop_many(count)
         if self.enable_prefix_caching:
@@ -534,26 +626,68 @@ class BlockManager:
         return blocks
 
     def _evict(self, block: int) -> None:
-        """Forgets a known block that is free. A transfer that saved its content would be entered here."""
-        if not self.window:
-            before = self._cache.before(block)
+        """Moves what a known block holds that is to be reused to the second tier, or forgets it."""
+        if self._forgets_one:
             self._cache.remove((block,))
             self.stats.evictions += self.block_size
-            if self._ranked is not None:
-                self._ranked.evicted(block)
-                self._ranked.lost_follower(before)
             return
+        if self.offloads and len(self._free_swap):
+            slot, before = self._take_swap(), self._cache.before(block)
+            if block in self._cache:  # it may have followed what that slot held
+                self._cache.move(block, self.num_blocks + slot)
+                self.transfers.append(Transfer(TransferKind.OFFLOAD, block, slot, None))
+                self.stats.offloads += self.block_size
+                if self._ranked is not None:
+                    self._ranked.evicted(block)
+                    self._ranked.lost_follower(before)
+            self._release_swap(slot)
+            return
+        self.stats.evictions += self.block_size * self._forget(block)
+
+    def _forget(self, block: int) -> int:
+        """Forgets a known block and all that follow it; returns how many."""
+        before = self._cache.before(block)
         forgotten = self._cache.forget(block)
-        if self._ranked is not None:
-            for other in forgotten:
+        for other in forgotten:
+            if self._ranked is not None and other < self.num_blocks:
                 self._ranked.evicted(other)
-        self.stats.evictions += self.block_size * len(forgotten)
-        for other in forgotten[1:]:
             if self._reference_counts[other] == 0:  # free blocks that hold nothing known are taken first
-                self._free.remove(other)
-                self._free.prepend(other)
+                free, number = self._free_place(other)
+                free.remove(number)
+                free.prepend(number)
+        if self._ranked is not None:
+            self._ranked.lost_follower(before)
+        return len(forgotten)
+
+    def _take_swap(self) -> int:
+        """A block of the second tier for new content; what it held is forgotten."""
+        slot = self._free_swap.pop_first()
+        place = self.num_blocks + slot
+        self._reference_counts[place] = 1
+        if self._cache.num_offloaded and place in self._cache:
+            self.stats.evictions += self.block_size * self._forget(place)
+        return slot
+
+    def _release_swap(self, slot: int) -> None:
+        """Gives a block of the second tier back, which stays findable if it holds a known prefix."""
+        place = self.num_blocks + slot
+        self._reference_counts[place] = 0
+        if self._cache.num_offloaded and place in self._cache:
+            self._free_swap.append(slot)
+        else:
+            self._free_swap.prepend(slot)
+
+    def _free_place(self, block: int) -> tuple[FreeList | RankedBlocks, int]:
+        """The list of free blocks that one belongs into, and its number there."""
+        if block < self.num_blocks:
+            return self._free, block
+        return self._free_swap, block - self.num_blocks
 
     def _reference(self, block: int) -> None:
+        if block >= self.num_blocks:  # held as long as it takes to move it
+            self._free_swap.remove(block - self.num_blocks)
+            self._reference_counts[block] = 1
+            return
         if self._reference_counts[block] == 0:
             self._free.remove(block)
         self._reference_counts[block] += 1

@@ -16,7 +16,8 @@ class BlockUsage(NamedTuple):
     free: int
     shared: int  # references beyond the first of each block
     unwritten_slots: int  # of blocks in use, without computed keys and values
-    swap_used: int
+    swap_used: int  # by swapped sequences
+    swap_cached: int = 0  # that hold a known prefix
 
 
 def count_usage(manager: "BlockManager") -> BlockUsage:
@@ -32,7 +33,8 @@ def count_usage(manager: "BlockManager") -> BlockUsage:
     if manager._partly_shared:
         written += _num_counted_too_often(manager)
     swap_used = manager.num_swap_blocks - manager.num_free_swap_blocks
-    return BlockUsage(used, free, shared, used * manager.block_size - written, swap_used)
+    unwritten = used * manager.block_size - written
+    return BlockUsage(used, free, shared, unwritten, swap_used, manager.num_offloaded_blocks)
 
 
 def _num_counted_too_often(manager: "BlockManager") -> int:

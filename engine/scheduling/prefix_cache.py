@@ -1,6 +1,7 @@
-"""What each block of the KV cache that holds a known prefix holds, and how it is found.
+"""What each block of the KV cache that holds a known prefix holds, and how it is found, in whichever tier.
 
 Knows numbers, hashes and bytes; which blocks are known, and for how long, is the block manager's business.
+A block of the first tier is named by its number, and block b of the second tier by `num_blocks + b`.
 """
 
 from array import array
@@ -15,31 +16,37 @@ _NONE = -1
 class CacheObserver(Protocol):
     """Hears of each block that becomes known and of each that is forgotten, in that order.
 
-    A hash stands for a whole prefix. What it does must not fail, and changes nothing here.
+    A hash stands for a whole prefix. tier: 0 or 1; a block that goes from one to the other is known in both
+    for a moment. What it does must not fail, and changes nothing here.
     """
 
-    def stored(self, block_hash: int, parent_hash: int | None, tokens: bytes, salt: str) -> None:
+    def stored(self, block_hash: int, parent_hash: int | None, tokens: bytes, salt: str, tier: int) -> None:
         """A block is known. parent_hash: of the block that it follows; None for a first block.
 
         tokens: as int32. salt: of a first block.
         """
 
-    def removed(self, block_hash: int) -> None:
+    def removed(self, block_hash: int, tier: int) -> None:
         """A block is forgotten."""
 
     def cleared(self) -> None:
-        """All blocks are forgotten."""
+        """All blocks of the first tier are forgotten, and no others are known."""
 
 
 class PrefixCache:
     """What each known block holds, and a hash map to find it; equal hashes are told apart by content.
 
     The map is chained through arrays, a fifth of the memory of a dictionary of integers. knows_followers:
-    whether `forget` can be called. observer: hears of what happens from when it is set; None: nobody does.
-    num_changes: how often a block became known, or was forgotten.
+    whether it is known which blocks follow one; always with num_swap_blocks, of the second tier. observer:
+    hears of what happens from when it is set; None: nobody does. num_changes: how often a block became known,
+    or was forgotten. num_offloaded: known blocks of the second tier.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, knows_followers: bool = False) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, knows_followers: bool = False, num_swap_blocks: int = 0
+    ) -> None:
+        self._num_first = num_blocks
+        num_blocks += num_swap_blocks
         num_buckets = 1 << max(1, num_blocks).bit_length()
         self._mask = num_buckets - 1
         self._first = array("i", [_NONE]) * num_buckets  # block of each bucket
@@ -51,9 +58,12 @@ class PrefixCache:
         self._salts: dict[int, str] = {}  # of first blocks that have one
         self._num_known = 0
         self._known_since = array("q", [0]) * num_blocks  # num_changes when a block became known
-        self._followers = _Followers(num_blocks) if knows_followers else None
+        # Of each block those that follow it in the first tier, and in the second.
+        self._followers = _Followers(num_blocks) if knows_followers or num_swap_blocks else None
+        self._offloaded_followers = _Followers(num_blocks) if num_swap_blocks else None
         self.observer: CacheObserver | None = None
         self.num_changes = 0
+        self.num_offloaded = 0
 
     def __len__(self) -> int:
         return self._num_known
@@ -79,7 +89,7 @@ class PrefixCache:
         return None
 
     def add(self, blocks: Iterable[int], hashes: Iterable[int], before: int, run: bytes, salt: str) -> int:
-        """Makes blocks known, each behind the one before, up to one whose prefix a block holds already.
+        """Makes blocks of the first tier known, each behind the one before, up to one whose prefix is known.
 
         before: what the first one follows. run: the tokens of all. Returns how many became known.
         """
@@ -103,10 +113,46 @@ class PrefixCache:
                 self._followers.add(block, before)
             if self.observer is not None:
                 parent_hash = None if before == ROOT else self._hashes[before]
-                self.observer.stored(block_hash, parent_hash, tokens, salt if before == ROOT else "")
+                self.observer.stored(block_hash, parent_hash, tokens, salt if before == ROOT else "", 0)
             before = block
             start += size
         return start // size
+
+    def move(self, source: int, target: int) -> None:
+        """Lets what a known block holds be found in a block of the other tier, and those that follow, too.
+
+        It costs as much as blocks follow it directly. In the order of the least recently used, a block that
+        many follow goes back and forth only when all others have.
+        """
+        block_hash, before, since = self._hashes[source], self._before[source], self._known_since[source]
+        tokens, salt = bytes(self.tokens(source)), self.salt_of(source)
+        near, far = self._followers, self._offloaded_followers
+        assert near is not None
+        assert far is not None
+        observer, self.observer = self.observer, None
+        self.remove((source,))
+        self.observer = observer
+        bucket = block_hash & self._mask
+        self._next[target], self._first[bucket] = self._first[bucket], target
+        self._hashes[target], self._before[target], self._known_since[target] = block_hash, before, since
+        self._tokens[target * self._block_bytes : (target + 1) * self._block_bytes] = tokens
+        self._num_known += 1
+        self.num_changes -= 1  # as much is known as before
+        if salt:
+            self._salts[target] = salt
+        goes_out = target >= self._num_first
+        self.num_offloaded += goes_out
+        if before != ROOT:
+            (far if goes_out else near).add(target, before)
+        for lists in (near, far):
+            for block in list(lists.of(source)):
+                lists.remove(block, source)
+                lists.add(block, target)
+                self._before[block] = target
+        if observer is not None:
+            parent_hash = None if before == ROOT else self._hashes[before]
+            observer.stored(block_hash, parent_hash, tokens, salt, int(goes_out))
+            observer.removed(block_hash, int(not goes_out))
 
     def forget(self, block: int) -> list[int]:
         """Forgets a known block and all that follow it, which nobody could find any more; returns them."""
@@ -119,9 +165,16 @@ class PrefixCache:
         return forgotten
 
     def followers(self, block: int) -> Iterator[int]:
-        """The known blocks that follow one."""
+        """The known blocks that follow one, those of the first tier first."""
         assert self._followers is not None
-        return self._followers.of(block)
+        yield from self._followers.of(block)
+        if self._offloaded_followers is not None:
+            yield from self._offloaded_followers.of(block)
+
+    def is_followed(self, block: int) -> bool:
+        """Whether a known block of the first tier follows one."""
+        assert self._followers is not None
+        return next(self._followers.of(block), None) is not None
 
     def known(self, blocks: Iterable[int]) -> list[int]:
         """Those of some blocks that are known, in order."""
@@ -140,22 +193,33 @@ class PrefixCache:
                 while following[other] != block:
                     other = following[other]
                 following[other] = following[block]
+            is_offloaded = block >= self._num_first
             if self._followers is not None and self._before[block] != ROOT:
-                self._followers.remove(block, self._before[block])
+                followers = self._offloaded_followers if is_offloaded else self._followers
+                assert followers is not None
+                followers.remove(block, self._before[block])
             self._before[block] = _UNKNOWN
             self._num_known -= 1
+            self.num_offloaded -= is_offloaded
             self.num_changes += 1
             if self._salts:
                 self._salts.pop(block, None)
             if self.observer is not None:
-                self.observer.removed(self._hashes[block])
+                self.observer.removed(self._hashes[block], int(is_offloaded))
 
     def clear(self) -> None:
         """Forgets all."""
         observer, self.observer = self.observer, None
+        self.tell_cleared(observer)
         self.remove(list(self))
         self.observer = observer
+
+    def tell_cleared(self, observer: CacheObserver | None) -> None:
+        """Tells an observer that all that is known is forgotten: what is offloaded is told block by block."""
         if observer is not None:
+            for block in self:
+                if block >= self._num_first:
+                    observer.removed(self._hashes[block], 1)
             observer.cleared()
 
     def tokens(self, block: int) -> bytearray:

@@ -10,7 +10,7 @@ from heapq import heapify, heappop, heappush
 from typing import Any
 
 from pagellm.engine.scheduling.policies import BlockView, CheckedPolicies
-from pagellm.engine.scheduling.prefix_cache import ROOT, PrefixCache
+from pagellm.engine.scheduling.prefix_cache import PrefixCache
 
 
 class RankedBlocks:
@@ -38,6 +38,11 @@ class RankedBlocks:
 
     def __len__(self) -> int:
         return len(self._empty) + len(self._known)
+
+    @property
+    def num_empty(self) -> int:
+        """Blocks that hold nothing known."""
+        return len(self._empty)
 
     def __iter__(self) -> Iterator[int]:
         """The empty ones as they are taken, then the others, the first that became free first."""
@@ -75,11 +80,10 @@ class RankedBlocks:
         """Takes in a block that holds nothing known."""
         self._empty.append(block)
 
-    def became_known(self, block: int) -> None:
-        """Takes note that the prefix cache knows a block."""
+    def became_known(self, block: int, depth: int) -> None:
+        """Takes note that the prefix cache knows a block. depth: blocks before it in its prefix."""
         self._clock += 1
-        before = self._cache.before(block)
-        self._depth[block] = 0 if before == ROOT else self._depth[before] + 1
+        self._depth[block] = depth
         self._hits[block] = 0
         self._known_since[block] = self._last_used[block] = self._clock
         self._tell("on_known", block)
@@ -90,11 +94,11 @@ class RankedBlocks:
         self._tell("on_hit", block)
 
     def evicted(self, block: int) -> None:
-        """Takes note that a block is given up and no longer known."""
+        """Takes note that a block is given up, and what it held is no longer in the first tier."""
         self._tell("on_evict", block)
 
     def lost_follower(self, block: int) -> None:
-        """Takes note that a block that followed this one is forgotten."""
+        """Takes note that a block that followed this one is forgotten, or no longer in the first tier."""
         if block in self._known and self._known[block] is None:
             self._offer(block)
 
@@ -131,7 +135,7 @@ class RankedBlocks:
         )
 
     def _may_go(self, block: int) -> bool:
-        return self._all_are_candidates or next(self._cache.followers(block), None) is None
+        return self._all_are_candidates or not self._cache.is_followed(block)
 
     def _offer(self, block: int) -> None:
         """Makes a block that may be given up a candidate."""

@@ -68,6 +68,7 @@ class Scheduler:
             config.enable_prefix_caching,
             config.num_swap_blocks,
             window=config.window,
+            offloads=config.enable_hierarchical_cache,
         )
         return cls(config, manager)
 
@@ -212,21 +213,24 @@ class Scheduler:
                 self.waiting.push(successor, self.stats)
 
     def transfer_failed(self, transfer: Transfer, batch: ScheduledBatch) -> None:
-        """Takes note that a transfer could not be done: its sequence is computed again.
+        """Takes note that a transfer could not be done: who counts on it is computed again.
 
-        So is whoever makes way from now on.
+        So is whoever makes way from now on, and the second tier keeps nothing of the prefix cache.
         """
         self.preemption = Preemption.RECOMPUTE
-        sequence = transfer.sequence
-        if sequence.status is SequenceStatus.FINISHED:
-            return
-        if sequence.status is SequenceStatus.RUNNING:
-            self.running.remove(sequence)
-            batch.discard(sequence)
-        else:
-            self.waiting.remove(sequence)
-        self.block_manager.free(sequence)
-        self.waiting.push(sequence, self.stats, guaranteed=self._is_guaranteed(sequence))
+        lost = self.block_manager.give_up_offloading(transfer) if self.block_manager.offloads else []
+        if transfer.sequence is not None and transfer.sequence not in lost:
+            lost.append(transfer.sequence)
+        for sequence in lost:
+            if sequence.status is SequenceStatus.FINISHED:
+                continue
+            if sequence.status is SequenceStatus.RUNNING:
+                self.running.remove(sequence)
+                batch.discard(sequence)
+            else:
+                self.waiting.remove(sequence)
+            self.block_manager.free(sequence)
+            self.waiting.push(sequence, self.stats, guaranteed=self._is_guaranteed(sequence))
 
     def recover(self, num_known: Mapping[Sequence, int]) -> None:
         """Begins anew after an operation that did not end, whatever it left behind.
@@ -401,12 +405,15 @@ class Scheduler:
                 return
             self.waiting.remove(sequence)
             self.running.append(sequence)
-            num_cached = len(prefix) * self.block_manager.block_size
+            manager = self.block_manager
+            num_cached = len(prefix) * manager.block_size
+            num_host = manager.num_offloaded_tokens(prefix) if manager.offloads else 0
             if not sequence.was_admitted:
                 sequence.was_admitted = True
                 self._no_longer_to_come(sequence)
                 sequence.num_cached_tokens = min(num_cached, sequence.num_prompt_tokens)
-            batch.admitted.append(Admitted(sequence, was, num_cached))
+                sequence.num_host_tokens = min(num_host, sequence.num_prompt_tokens)
+            batch.admitted.append(Admitted(sequence, was, num_cached, num_host))
             budget -= self._schedule_chunk(sequence, batch, budget, limits)
 
     def _give_blocks(self, sequence: Sequence) -> list[int] | None:
@@ -511,6 +518,7 @@ class Scheduler:
             return False
         self.block_manager.fork(parent, child, num_shared)
         child.was_admitted, child.num_cached_tokens = True, min(parent.num_cached_tokens, num_shared)
+        child.num_host_tokens = min(parent.num_host_tokens, num_shared)
         self.running.append(child)
         return True
 

@@ -57,6 +57,7 @@ class Sequence:
         "max_len",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_host_tokens",
         "num_preemptions",
         "num_prompt_tokens",
         "num_registered_blocks",
@@ -105,6 +106,7 @@ class Sequence:
         self.num_registered_blocks = 0  # full blocks that the prefix cache has been offered
         self.was_admitted = False
         self.num_cached_tokens = 0  # of the prompt, found in the prefix cache when it was first admitted
+        self.num_host_tokens = 0  # of these, found in the second tier
         self.num_preemptions = 0
         # Of the block manager: blocks found in the cache when it was asked last, the last of them, and since
         # when the cache knew that.

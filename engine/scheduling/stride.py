@@ -124,6 +124,7 @@ def advance(
         growing = [s for s in map(sequences.__getitem__, due) if len(s.token_ids) > s.num_slots]
         if (
             len(growing) > manager.num_free_blocks
+            or manager.would_offload(len(growing))
             or any(map(manager.needs_copy, growing))
             or policies.num_replaced != num_replaced
             or not scheduler.lets_nobody_in(len(sequences))

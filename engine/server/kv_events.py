@@ -31,26 +31,31 @@ _KEPT_BATCHES = 10_000  # for the replay socket
 _MOST_UNSENT = 100_000  # batches that wait for one subscriber before it loses some
 _LONGEST_WAIT_S = 0.1  # of a request for a replay
 _LAST_SENDS_MS = 1000
-# The name of the first tier, by which routers tell it from slower ones; it says nothing of the hardware.
-_MEDIUM = "GPU"
+# The names of the tiers, by which routers tell the first from slower ones; they say nothing of the hardware.
+_MEDIA = ("GPU", "CPU")
 _ENDPOINT = re.compile(r"tcp://[^\s/]+:(?:([0-9]{1,5})|\*)|ipc://.+")
 _EXPECTED = "expected an address such as tcp://*:5557 or ipc://kv-events"
 _END = (-1).to_bytes(8, "big", signed=True)
 
 
 class _Stored(NamedTuple):
-    """Blocks that follow each other and became known. parent: the hash of the block before the first."""
+    """Blocks that follow each other and became known in a tier. parent: the hash of the block before.
+
+    Of the second tier no more is told than their hashes, as by vLLM: the first has told the rest.
+    """
 
     parent: int | None
     hashes: list[int]
     tokens: list[bytes]
     salt: str
+    tier: int
 
 
 class _Removed(NamedTuple):
-    """Blocks that were forgotten."""
+    """Blocks that were forgotten in a tier."""
 
     hashes: list[int]
+    tier: int
 
 
 _CLEARED = {"type": "AllBlocksCleared"}
@@ -121,22 +126,25 @@ class KvEvents(StepListener):
         self._batches.put(None)
         self._thread.join()
 
-    def stored(self, block_hash: int, parent_hash: int | None, tokens: bytes, salt: str) -> None:
+    def stored(self, block_hash: int, parent_hash: int | None, tokens: bytes, salt: str, tier: int) -> None:
         """A block is known."""
         last = self._notes[-1] if self._notes else None
-        if isinstance(last, _Stored) and parent_hash is not None and last.hashes[-1] == parent_hash:
+        if tier:
+            parent_hash, tokens, salt = None, b"", ""
+        follows = parent_hash is not None and isinstance(last, _Stored) and last.hashes[-1] == parent_hash
+        if follows and isinstance(last, _Stored) and last.tier == 0:
             last.hashes.append(block_hash)
             last.tokens.append(tokens)
         else:
-            self._notes.append(_Stored(parent_hash, [block_hash], [tokens], salt))
+            self._notes.append(_Stored(parent_hash, [block_hash], [tokens], salt, tier))
 
-    def removed(self, block_hash: int) -> None:
+    def removed(self, block_hash: int, tier: int) -> None:
         """A block is forgotten."""
         last = self._notes[-1] if self._notes else None
-        if isinstance(last, _Removed):
+        if isinstance(last, _Removed) and last.tier == tier:
             last.hashes.append(block_hash)
         else:
-            self._notes.append(_Removed([block_hash]))
+            self._notes.append(_Removed([block_hash], tier))
 
     def cleared(self) -> None:
         """All blocks are forgotten; that is told at once, for it may be long until the next step."""
@@ -198,7 +206,8 @@ class KvEvents(StepListener):
         if note is None:
             return _CLEARED
         if isinstance(note, _Removed):
-            return {"type": "BlockRemoved", "block_hashes": note.hashes, "medium": _MEDIUM, "group_idx": 0}
+            medium = _MEDIA[note.tier]
+            return {"type": "BlockRemoved", "block_hashes": note.hashes, "medium": medium, "group_idx": 0}
         token_ids = array("i")
         for tokens in note.tokens:
             token_ids.frombytes(tokens)
@@ -212,7 +221,7 @@ class KvEvents(StepListener):
             "token_ids": token_ids.tolist(),
             "block_size": self._block_size,
             "lora_id": None,
-            "medium": _MEDIUM,
+            "medium": _MEDIA[note.tier],
             "lora_name": None,
             "extra_keys": keys,
             "group_idx": 0,

@@ -98,13 +98,22 @@ class ServerMetrics(StepListener):
             "num_gpu_blocks": config.num_blocks,
             "num_cpu_blocks": config.num_swap_blocks,
             "enable_prefix_caching": config.enable_prefix_caching,
+            "enable_hierarchical_cache": config.enable_hierarchical_cache,
             "engine": "0",
         }
         self._new(Gauge, "cache_config_info", "Settings of the KV cache.", labels=info).set(1)
 
-        self._cache_stats, self._cache_seen = manager.stats, [0, 0]
+        self._cache_stats, self._cache_seen = manager.stats, [0, 0, 0]
         self._queries = self._new(Counter, "prefix_cache_queries", "Tokens that were looked up in it.")
         self._hits = self._new(Counter, "prefix_cache_hits", "Tokens that the prefix cache had.")
+        self._offloads = manager.offloads
+        if self._offloads:
+            self._host_queries = self._new(
+                Counter, "external_prefix_cache_queries", "Tokens that were looked up in the second tier."
+            )
+            self._host_hits = self._new(
+                Counter, "external_prefix_cache_hits", "Tokens that the second tier had."
+            )
         self._preemptions = self._new(Counter, "num_preemptions", "Times that a request made way.")
         self._prompt_tokens = self._new(Counter, "prompt_tokens", "Tokens of prompts.")
         by_source = Counter(
@@ -113,12 +122,14 @@ class ServerMetrics(StepListener):
         )  # fmt: skip
         self._computed = by_source.labels(**self._labels, source="local_compute")
         self._found = by_source.labels(**self._labels, source="local_cache_hit")
+        self._loaded = by_source.labels(**self._labels, source="external_kv_transfer")
         self._cached = self._new(Counter, "prompt_tokens_cached", "Tokens of prompts that were found.")
         cached_by_source = Counter(
             "vllm:prompt_tokens_cached_by_source", "The prefix cache's hits, by where they lay.",
             [*self._labels, "source"], registry=self.registry,
         )  # fmt: skip
         self._device_hits = cached_by_source.labels(**self._labels, source="device")
+        self._tier_hits = cached_by_source.labels(**self._labels, source="host")
         self._generation_tokens = self._new(Counter, "generation_tokens", "Tokens that were generated.")
         success = Counter(
             "vllm:request_success", "Requests that have ended.", [*self._labels, "finished_reason"],
@@ -179,10 +190,16 @@ class ServerMetrics(StepListener):
             self._preemptions.inc(len(batch.preempted))
         stats, seen = self._cache_stats, self._cache_seen
         if stats.queries != seen[0]:
-            self._queries.inc(stats.queries - seen[0])
-            self._hits.inc(stats.hits - seen[1])
-            self._device_hits.inc(stats.hits - seen[1])
-            self._cache_seen = [stats.queries, stats.hits]
+            num_host = stats.host_hits - seen[2]
+            num_queries, num_hits = stats.queries - seen[0], stats.hits - seen[1] - num_host
+            self._queries.inc(num_queries)
+            self._hits.inc(num_hits)
+            self._device_hits.inc(num_hits)
+            self._tier_hits.inc(num_host)
+            if self._offloads:
+                self._host_queries.inc(num_queries - num_hits)
+                self._host_hits.inc(num_host)
+            self._cache_seen = [stats.queries, stats.hits, stats.host_hits]
 
     def committed(self, end: StepEnd) -> None:
         """A step has ended."""
@@ -207,7 +224,8 @@ class ServerMetrics(StepListener):
                     num_prompt, num_cached = len(output.prompt_token_ids), metrics.num_cached_tokens
                     self._prompt_tokens.inc(num_prompt)
                     self._computed.inc(num_prompt - num_cached)
-                    self._found.inc(num_cached)
+                    self._found.inc(num_cached - metrics.num_host_tokens)
+                    self._loaded.inc(metrics.num_host_tokens)
                     self._cached.inc(num_cached)
             else:
                 itl_s = (now - last_s) / num_new

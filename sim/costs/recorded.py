@@ -20,7 +20,7 @@ from pagellm.sim.fields import Fields, read_lines
 _DECISIONS = tuple(name for name in EngineConfig.__dataclass_fields__ if name not in NO_DECISIONS)
 _FOLLOWS = {
     "max_prefill_chunk": ("max_num_batched_tokens",),
-    "num_swap_blocks": ("preemption", "num_blocks", "block_size", "swap_dir"),
+    "num_swap_blocks": ("preemption", "num_blocks", "block_size", "swap_dir", "enable_hierarchical_cache"),
 }
 
 

@@ -8,11 +8,12 @@ of requests alone, four numbers each.
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from operator import sub
 
 from pagellm.engine.requests.outputs import FinishReason
 from pagellm.engine.scheduling.batch import Preemption, ScheduledBatch
+from pagellm.engine.scheduling.block_manager import PrefixCacheStats
 from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.engine.scheduling.step_loop import StepEnd, StepListener
@@ -94,13 +95,18 @@ class ReplicaListener(StepListener):
         self.busy_s = 0.0  # with a step under way
         self._timeline, self._counts, self._itl = run.timeline, run.counts, run.itl  # which are at hand so
         self.swapped: set[Sequence] = set()
-        stats = self.manager.stats
-        self._queries, self._hits, self.first_evictions = stats.queries, stats.hits, stats.evictions
+        self._first_stats = replace(self.manager.stats)
+        self._queries, self._hits = self._first_stats.queries, self._first_stats.hits
         self._start_s = 0.0  # of the step under way, and then
         self._running = self._waiting = self.used_blocks = 0
         # Those that got a token last, when all of them did.
         self.last_sampled: list[Sequence] = []
         self._last_token_s = 0.0
+
+    def cache_stats(self) -> PrefixCacheStats:
+        """What the prefix cache did since this listens."""
+        now, before = asdict(self.manager.stats), asdict(self._first_stats)
+        return PrefixCacheStats(**{name: now[name] - before[name] for name in now})
 
     def added(self, sequence: Sequence) -> None:
         run = self._run

@@ -220,13 +220,17 @@ class MetricsCollector:
         run = self._run
         buckets = run.timeline.buckets
         queries, hits = sum(b.query_tokens for b in buckets), sum(b.hit_tokens for b in buckets)
-        evicted = sum(seen.manager.stats.evictions - seen.first_evictions for seen in run.replicas)
-        return {
+        since = [seen.cache_stats() for seen in run.replicas]
+        cache: Cache = {
             "query_tokens": queries,
             "hit_tokens": hits,
             "hit_rate": hits / queries if queries else None,
-            "evicted_tokens": evicted,
+            "evicted_tokens": sum(stats.evictions for stats in since),
         }
+        if any(stats.offloads or stats.host_hits for stats in since):
+            cache["host_hit_tokens"] = sum(stats.host_hits for stats in since)
+            cache["offloaded_tokens"] = sum(stats.offloads for stats in since)
+        return cache
 
     def _kv(self, duration_s: float) -> KvCache:
         """The mean share is weighted by the blocks in use."""

@@ -20,7 +20,17 @@ from pagellm.engine import checks
 from pagellm.engine.config import SCHEDULER_POLICIES, EngineConfig
 from pagellm.engine.errors import ReportError
 from pagellm.sim.costs.cost_model import FIT_METRICS, CostConstant, FitError, StepTimeError
-from pagellm.sim.report.schema import FleetData, Goodput, Group, Load, Report, Steady, Summary, check_report
+from pagellm.sim.report.schema import (
+    Cache,
+    FleetData,
+    Goodput,
+    Group,
+    Load,
+    Report,
+    Steady,
+    Summary,
+    check_report,
+)
 
 # What a replay returned, or the JSON of one.
 AnyReport = Report | Mapping[str, Any]
@@ -45,7 +55,7 @@ class Metric:
         """The report's value, None if it has none."""
         value: Any = report["summary"]
         for name in self.path.split("."):
-            value = None if value is None else value[name]
+            value = None if value is None else value.get(name)
         return None if value is None else value
 
 
@@ -68,6 +78,8 @@ METRICS = (
     Metric("KV blocks", "unwritten slots", "share", "kv.mean_unwritten_share"),
     Metric("prefix cache", "hit rate", "share", "cache.hit_rate"),
     Metric("prefix cache", "evicted tokens", "count", "cache.evicted_tokens"),
+    Metric("prefix cache", "hits in the second tier", "count", "cache.host_hit_tokens"),
+    Metric("prefix cache", "offloaded tokens", "count", "cache.offloaded_tokens"),
     Metric("preemptions", "by recompute", "count", "preemptions.recompute"),
     Metric("preemptions", "by swap", "count", "preemptions.swap"),
     Metric("preemptions", "requests preempted", "count", "preemptions.requests"),
@@ -107,6 +119,7 @@ def to_text(report: AnyReport) -> str:
         *_steady(summary.get("steady")),
         ("prefix cache", f"{share_text(cache['hit_rate'])} hit of {cache['query_tokens']:,} prompt tokens"),
         ("", f"{cache['evicted_tokens']:,} tokens evicted"),
+        *_second_tier(cache),
         ("preemptions", f"{preemptions['recompute']:,} by recompute, {preemptions['swap']:,} by swap"),
         (
             "",
@@ -122,6 +135,12 @@ def to_text(report: AnyReport) -> str:
     table = [f"{label:<14}{value}" if label or i > 1 else value for i, (label, value) in enumerate(lines)]
     tables = *_latency_table(summary), *_group_tables(report.get("groups", [])), *_fleet_table(report)
     return "\n".join([*table, "", *tables])
+
+
+def _second_tier(cache: Cache) -> Iterator[tuple[str, str]]:
+    if "offloaded_tokens" in cache and "host_hit_tokens" in cache:
+        out, found = cache["offloaded_tokens"], cache["host_hit_tokens"]
+        yield "", f"{out:,} to the second tier, {found:,} hit there"
 
 
 def profile_error_text(error: StepTimeError | None) -> Iterator[str]:

@@ -44,12 +44,17 @@ class Goodput(TypedDict):
 
 
 class Cache(TypedDict):
-    """Tokens of prompts that the prefix cache was asked for, had, and forgot."""
+    """Tokens of prompts that the prefix cache was asked for, had, and forgot.
+
+    host_hit_tokens: of those that it had, what lay in its second tier. offloaded_tokens: that went there.
+    """
 
     query_tokens: int
     hit_tokens: int
     hit_rate: float | None
     evicted_tokens: int
+    host_hit_tokens: NotRequired[int]
+    offloaded_tokens: NotRequired[int]
 
 
 class Preemptions(TypedDict):

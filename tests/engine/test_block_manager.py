@@ -639,11 +639,13 @@ class Heard:
     def __init__(self) -> None:
         self.events: list[tuple[object, ...]] = []
 
-    def stored(self, block_hash: int, parent_hash: int | None, tokens: bytes, salt: str) -> None:
-        self.events.append(("stored", block_hash, parent_hash, list(memoryview(tokens).cast("i")), salt))
+    def stored(self, block_hash: int, parent_hash: int | None, tokens: bytes, salt: str, tier: int) -> None:
+        of_tier = ("of tier 1",) if tier else ()
+        token_ids = list(memoryview(tokens).cast("i"))
+        self.events.append(("stored", block_hash, parent_hash, token_ids, salt, *of_tier))
 
-    def removed(self, block_hash: int) -> None:
-        self.events.append(("removed", block_hash))
+    def removed(self, block_hash: int, tier: int) -> None:
+        self.events.append(("removed", block_hash, *(("of tier 1",) if tier else ())))
 
     def cleared(self) -> None:
         self.events.append(("cleared",))

@@ -53,7 +53,7 @@ def test_every_token_can_be_followed_from_its_arrival_to_its_end(log: list[dict[
             assert states[preempted["sequence"]] == "running"
             assert preempted["num_computed_tokens"] == computed[preempted["sequence"]]
             states[preempted["sequence"]] = "swapped" if preempted["by"] == "swap" else "waiting"
-        for sequence, was, cached in record["admitted"]:
+        for sequence, was, cached, _ in record["admitted"]:
             assert states[sequence] == was
             states[sequence] = "running"
             if was == "waiting":

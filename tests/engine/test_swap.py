@@ -14,6 +14,7 @@ from tests.conftest import model_path
 
 TINY = str(model_path("llama_gqa"))
 PROMPTS = [[i + 1] * 20 for i in range(6)]
+FEW = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=1)
 PARAMS = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, logprobs=1)
 
 
@@ -122,6 +123,78 @@ def test_auto_learns_both_costs_and_they_decide(undisturbed: list[RequestOutput]
     assert llm.engine.costs.recompute_token_s > 0
     llm.close()
     assert [o.outputs[0].logprobs for o in outputs] == [o.outputs[0].logprobs for o in undisturbed]
+
+
+# Evicted blocks of the prefix cache
+
+
+def serve_twice(**settings: object) -> tuple[list[RequestOutput], LLM]:
+    """Prompts that do not fit into the cache together, one after the other, twice."""
+    llm = LLM(TINY, block_size=4, show_progress=False, **settings)
+    prompts = [[i + 1] * 20 + list(range(10)) for i in range(5)]
+    return [llm.generate(prompt, FEW)[0] for _ in range(2) for prompt in prompts], llm
+
+
+@pytest.fixture(scope="module")
+def computed_each_time() -> list[RequestOutput]:
+    outputs, llm = serve_twice(num_blocks=100, enable_prefix_caching=False)
+    llm.close()
+    return outputs
+
+
+@pytest.mark.parametrize("num_swap_blocks", [1, 5, 40])
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_answers_have_the_same_bits_whatever_the_tier(
+    computed_each_time: list[RequestOutput], tmp_path: Path, num_swap_blocks: int, in_a_file: bool
+) -> None:
+    outputs, llm = serve_twice(
+        num_blocks=12,
+        num_swap_blocks=num_swap_blocks,
+        preemption="recompute",
+        enable_hierarchical_cache=True,
+        swap_dir=str(tmp_path) if in_a_file else None,
+    )
+    assert [o.outputs[0].logprobs for o in outputs] == [o.outputs[0].logprobs for o in computed_each_time]
+    metrics = [output.metrics for output in outputs]
+    found = [(one.num_cached_tokens, one.num_host_tokens) for one in metrics]
+    assert found[:5] == [(0, 0)] * 5
+    if num_swap_blocks == 40:
+        assert found[5:] == [(28, 28)] * 5, "all but the block of the last token, from the second tier"
+    assert llm.engine.block_manager.stats.host_hits == sum(host for _, host in found)
+    llm.engine.block_manager.check()
+    llm.close()
+
+
+@pytest.mark.parametrize("kind", [TransferKind.OFFLOAD, TransferKind.LOAD])
+@pytest.mark.parametrize("failing", [1, 3])
+def test_a_medium_that_breaks_changes_no_bit(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    computed_each_time: list[RequestOutput],
+    kind: TransferKind,
+    failing: int,
+) -> None:
+    count = 0
+
+    def broken(transfer: Transfer) -> None:
+        nonlocal count
+        count += transfer.kind is kind
+        if transfer.kind is kind and count >= failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        move(transfer)
+
+    tier = {"enable_hierarchical_cache": True, "num_swap_blocks": 40}
+    llm = LLM(TINY, block_size=4, num_blocks=12, **tier, show_progress=False)
+    move = llm.engine.runner.transfer
+    monkeypatch.setattr(llm.engine.runner, "transfer", broken)
+    prompts = [[i + 1] * 20 + list(range(10)) for i in range(5)]
+    outputs = [llm.generate(prompt, FEW)[0] for _ in range(2) for prompt in prompts]
+    assert [o.outputs[0].logprobs for o in outputs] == [o.outputs[0].logprobs for o in computed_each_time]
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("pagellm: swap: ")
+    assert not llm.engine.block_manager.offloads
+    llm.engine.scheduler.check()
+    llm.close()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ equal salts have equal numbers, and all others different ones.
 """
 
 from array import array
+from collections.abc import Iterable
+from copy import copy
 
 from pagellm.engine.scheduling.block_manager import BlockManager, Transfer, TransferKind, chained_hash
 from pagellm.engine.scheduling.sequence import Sequence
@@ -82,9 +84,21 @@ class Memory:
     def move(self, transfer: Transfer, fails: bool = False) -> None:
         """Does a transfer; one that fails leaves nothing that could be used."""
         kind, source, target, _ = transfer
-        sources = self.swap if kind is TransferKind.SWAP_IN else self.blocks
-        targets = self.swap if kind is TransferKind.SWAP_OUT else self.blocks
+        sources = self.swap if kind in (TransferKind.SWAP_IN, TransferKind.LOAD) else self.blocks
+        targets = self.swap if kind in (TransferKind.SWAP_OUT, TransferKind.OFFLOAD) else self.blocks
         targets[target] = [NOTHING] * self.block_size if fails else list(sources[source])
+
+    def moved(self, transfers: Iterable[Transfer]) -> "Memory":
+        """What it will be when these are done."""
+        after = copy(self)
+        after.blocks, after.swap = list(self.blocks), list(self.swap)
+        for transfer in transfers:
+            after.move(transfer)
+        return after
+
+    def content(self, block: int) -> list[int]:
+        """Of a block of either tier, numbered as the prefix cache numbers them."""
+        return self.blocks[block] if block < len(self.blocks) else self.swap[block - len(self.blocks)]
 
     def holds(self, sequence: Sequence, num_tokens: int, table: list[int] | None = None) -> bool:
         """Whether the blocks hold those of the sequence's first tokens that its next one sees."""
@@ -95,15 +109,16 @@ class Memory:
                 if not self.window or (index + 1) * size > num_tokens - self.window + 1:
                     return False
                 continue
-            if self.blocks[block][: len(own)] != own:
+            if self.content(block)[: len(own)] != own:
                 return False
         return True
 
     def holds_what_the_cache_says(self, manager: BlockManager) -> bool:
-        """Whether each cached block holds what it would be found by."""
+        """Whether each cached block holds what it would be found by, once all that is to be moved is."""
+        after = self.moved(manager.transfers)
         for block, (salt, prefix) in names_of_cached_blocks(manager).items():
             content: int | str = salt
             numbers = [content := self.number(content, token) for token in prefix]
-            if self.blocks[block] != numbers[-self.block_size :]:
+            if after.content(block) != numbers[-self.block_size :]:
                 return False
         return True

@@ -181,6 +181,7 @@ def configs(draw: st.DrawFn) -> EngineConfig:
     block_size = draw(st.sampled_from([1, 3, 4, 16, 20]))
     blocks_of_one = -(-MAX_LEN // block_size)
     preemption = draw(st.sampled_from(["recompute", "swap", "swap", "auto"]))
+    caches, offloads = draw(st.sampled_from([(True, False), (True, True), (True, True), (False, False)]))
     return EngineConfig(
         block_size=block_size,
         num_blocks=blocks_of_one + draw(st.sampled_from([0, 0, 1, 3, blocks_of_one])),
@@ -188,10 +189,15 @@ def configs(draw: st.DrawFn) -> EngineConfig:
         max_num_seqs=draw(st.sampled_from([1, 3, 6, 9])),
         max_num_batched_tokens=draw(st.sampled_from([1, 5, 13, 64, 64])),
         max_prefill_chunk=draw(st.sampled_from([None, 3])),
-        enable_prefix_caching=draw(st.booleans()),
+        enable_prefix_caching=caches,
+        enable_hierarchical_cache=offloads,
         policy=draw(st.sampled_from(list(POLICIES))),
         preemption=preemption,
-        num_swap_blocks=None if preemption == "recompute" else draw(st.integers(1, 2 * blocks_of_one)),
+        num_swap_blocks=(
+            None
+            if preemption == "recompute" and not offloads
+            else draw(st.sampled_from([1, 2, blocks_of_one, 2 * blocks_of_one]))
+        ),
         max_preemptions=draw(st.sampled_from([1, 3])),
         num_threads=draw(st.integers(1, 3)),
     )

@@ -32,6 +32,7 @@ Tokens = tuple[int, ...]
 Hash = Callable[[int, bytes], int]
 
 MOST_ALIVE = 6
+OFFLOAD = TransferKind.OFFLOAD
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,9 @@ class NaiveManager:
     """What the manager should do, by content: no block numbers, no counts, no hash map, no linked list.
 
     held: of each sequence with blocks, what each is. swapped: of each one that is swapped out, its blocks
-    there. idle: cached content that nobody holds, the first to be evicted first. offered: of each sequence,
-    its blocks that are private or cached for good.
+    there. idle: cached content that nobody holds, the first to be evicted first. host: that of the second
+    tier, likewise; loading: of it, what is just being moved to the first. offered: of each sequence, its
+    blocks that are private or cached for good.
     """
 
     num_blocks: int
@@ -72,9 +74,13 @@ class NaiveManager:
     caches: bool
     num_swap_blocks: int
     window: int = 0
+    offloads: bool = False
     held: dict[int, list[Name | Behind]] = field(default_factory=dict)
     swapped: dict[int, int] = field(default_factory=dict)
     idle: list[Cached] = field(default_factory=list)
+    host: list[Cached] = field(default_factory=list)
+    loading: list[Cached] = field(default_factory=list)
+    num_loading: int = 0
     offered: dict[int, int] = field(default_factory=dict)
     stats: PrefixCacheStats = field(default_factory=PrefixCacheStats)
     num_private: int = 0
@@ -94,8 +100,12 @@ class NaiveManager:
         return self.num_swap_blocks - sum(self.swapped.values())
 
     @property
-    def cached(self) -> set[Cached]:
+    def first_tier(self) -> set[Cached]:
         return {block for block in self.references if isinstance(block, Cached)} | set(self.idle)
+
+    @property
+    def cached(self) -> set[Cached]:
+        return self.first_tier | set(self.host) | set(self.loading)
 
     def hits(self, salt: str, tokens: Tokens) -> list[Cached]:
         """All leading full blocks that are cached."""
@@ -120,13 +130,28 @@ class NaiveManager:
     def fits(self, num_tokens: int, hits: list[Cached], spare: int, num_computed: int) -> bool:
         behind = self.behind(num_computed)
         free_for_others = self.num_free - len(set(hits[behind:]) & set(self.idle)) - spare
-        return self.blocks_for(num_tokens) - max(behind, len(hits)) <= free_for_others
+        num_new = (
+            self.blocks_for(num_tokens) - max(behind, len(hits)) + len(set(hits[behind:]) & set(self.host))
+        )
+        return num_new <= free_for_others
 
     def admit(self, seq_id: int, num_tokens: int, hits: list[Cached], num_computed: int) -> None:
         behind = self.behind(num_computed)
-        passed = [block for block in hits[:behind][::-1] if block in self.idle]  # used, though not held
-        self.idle = [block for block in self.idle if block not in hits] + passed
-        self.held[seq_id] = [*[BEHIND] * behind, *hits[behind:]]
+        self.loading = [name for name in hits[behind:] if name in self.host]
+        self.num_loading = len(self.loading)
+        for tier in (self.idle, self.host):
+            passed = [block for block in hits[:behind][::-1] if block in tier]  # used, though not held
+            tier[:] = [block for block in tier if block not in hits] + passed
+        held = [BEHIND if name in self.loading else name for name in hits[behind:]]
+        self.held[seq_id] = [*[BEHIND] * behind, *held]
+        for index, name in enumerate(hits):
+            if index >= behind and self.held[seq_id][index] == BEHIND:
+                own: Name = self.take()
+                if name in self.loading:  # else it was forgotten to make room for it
+                    self.loading.remove(name)
+                    own = name
+                self.held[seq_id][index] = own
+        self.num_loading = 0
         self.offered[seq_id] = max(behind, len(hits))
         while len(self.held[seq_id]) < self.blocks_for(num_tokens):
             self.held[seq_id].append(self.take())
@@ -136,20 +161,38 @@ class NaiveManager:
         """Blocks that nobody can find are used up before cached content is evicted."""
         if self.num_free == len(self.idle):
             evicted = self.idle[0]
-            lost = {
-                name
-                for name in self.cached
-                if name.salt == evicted.salt and name.prefix[: len(evicted.prefix)] == evicted.prefix
-            }
-            self.forget(lost)
-            self.stats.evictions += self.block_size * len(lost)
-            covered["evictions"] += 1
-            covered["evictions of what others follow"] += len(lost) > 1
+            if self.offloads and self.num_free_swap > self.num_loading:
+                self.offload(evicted)
+            else:
+                self.evict(evicted)
         return self.private()
+
+    def offload(self, evicted: Cached) -> None:
+        """To make room for it the least recently used one goes, which it may follow."""
+        if len(self.host) == self.num_free_swap - self.num_loading:
+            self.evict(self.host[0])
+        if evicted in self.idle:
+            self.idle.remove(evicted)
+            self.host.append(evicted)
+            self.stats.offloads += self.block_size
+            covered["offloads"] += 1
+
+    def evict(self, evicted: Cached) -> None:
+        """And all that follows it."""
+        lost = {
+            name
+            for name in self.cached
+            if name.salt == evicted.salt and name.prefix[: len(evicted.prefix)] == evicted.prefix
+        }
+        self.forget(lost)
+        self.stats.evictions += self.block_size * len(lost)
+        covered["evictions"] += 1
+        covered["evictions of what others follow"] += len(lost) > 1
 
     def forget(self, lost: set[Cached]) -> None:
         """Nobody can find these; who shared a block still shares it."""
-        self.idle = [name for name in self.idle if name not in lost]
+        for names in (self.idle, self.host, self.loading):
+            names[:] = [name for name in names if name not in lost]
         nameless = {name: self.private() for name in self.references if name in lost}
         for table in self.held.values():
             table[:] = [nameless.get(name, name) if isinstance(name, Cached) else name for name in table]
@@ -193,7 +236,10 @@ class NaiveManager:
             if index and not isinstance(table[index - 1], Cached):
                 break
             name, own = Cached(salt, tokens[: (index + 1) * self.block_size]), table[index]
-            known = name in self.cached
+            known = name in self.first_tier
+            if name in self.host:
+                self.host.remove(name)
+                covered["offloaded blocks that were computed again"] += 1
             table[index] = name
             self.idle = [other for other in self.idle if other != name]
             if not known:  # the sequence's own block becomes the known one, for all that share it
@@ -212,6 +258,11 @@ class NaiveManager:
         self.idle += [block for block in released if isinstance(block, Cached) and not references[block]]
 
     def swap_out(self, seq_id: int, num_tokens: int) -> None:
+        num_taken = self.blocks_for(num_tokens) - self.behind(num_tokens)
+        for taken in range(num_taken):
+            if len(self.host) == self.num_free_swap - taken:
+                self.evict(self.host[0])
+                covered["cached blocks that made room for swapped sequences"] += 1
         self.free(seq_id)
         self.swapped[seq_id] = self.blocks_for(num_tokens) - self.behind(num_tokens)
 
@@ -234,19 +285,20 @@ class Mirror:
     """What somebody knows who observes the cache from its beginning: each hash, and what was said of it."""
 
     def __init__(self) -> None:
-        self.known: Counter[int] = Counter()
+        self.known: Counter[tuple[int, int]] = Counter()  # by tier and hash
         self.said: dict[int, tuple[int | None, bytes, str]] = {}
 
-    def stored(self, block_hash: int, parent_hash: int | None, tokens: bytes, salt: str) -> None:
-        assert parent_hash is None or self.known[parent_hash]
-        self.known[block_hash] += 1
+    def stored(self, block_hash: int, parent_hash: int | None, tokens: bytes, salt: str, tier: int) -> None:
+        assert parent_hash is None or self.known[0, parent_hash] or self.known[1, parent_hash]
+        self.known[tier, block_hash] += 1
         self.said[block_hash] = parent_hash, tokens, salt
 
-    def removed(self, block_hash: int) -> None:
-        assert self.known[block_hash] > 0
-        self.known[block_hash] -= 1
+    def removed(self, block_hash: int, tier: int) -> None:
+        assert self.known[tier, block_hash] > 0
+        self.known[tier, block_hash] -= 1
 
     def cleared(self) -> None:
+        assert not any(count and tier for (tier, _), count in self.known.items()), "what is offloaded is not"
         self.known.clear()
 
 
@@ -272,6 +324,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         num_swap_blocks=st.sampled_from([0, 1, 2, 3, 5, 8]),
         hash_block=st.sampled_from([chained_hash, chained_hash, two_bits, constant]),
         window=st.sampled_from([0, 0, 0, 1, 2, 3, 4, 5, 7, 9]),
+        offloads=st.booleans(),
     )
     def configure(
         self,
@@ -281,9 +334,12 @@ class BlockManagerMachine(RuleBasedStateMachine):
         num_swap_blocks: int,
         hash_block: Hash,
         window: int,
+        offloads: bool,
     ) -> None:
-        self.manager = BlockManager(num_blocks, block_size, caches, num_swap_blocks, hash_block, window)
-        self.model = NaiveManager(num_blocks, block_size, caches, num_swap_blocks, window)
+        self.manager = BlockManager(
+            num_blocks, block_size, caches, num_swap_blocks, hash_block, window, offloads
+        )
+        self.model = NaiveManager(num_blocks, block_size, caches, num_swap_blocks, window, offloads)
         self.memory = Memory(num_blocks, block_size, num_swap_blocks, window)
         self.mirror = Mirror()
         self.manager.observe_cache(self.mirror)
@@ -402,6 +458,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         table, num_transfers = list(sequence.block_table), len(self.manager.transfers)
         self.manager.swap_out(sequence)
         transfers = list(self.manager.transfers)[num_transfers:]
+        assert len(set(sequence.swap_table)) == len(sequence.swap_table)
         self.model.swap_out(sequence.seq_id, sequence.num_computed_tokens)
         assert [(t.kind, t.source) for t in transfers] == [
             (TransferKind.SWAP_OUT, block) for block in table[behind : behind + num_blocks]
@@ -423,6 +480,17 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self._free(sequence)
         self.manager.free(sequence)
         (self.running if sequence in self.running else self.waiting).remove(sequence)
+
+    @precondition(lambda self: self.model.offloads and self.model.idle)
+    @rule()
+    def evict_all_that_is_free(self) -> None:
+        """One takes all free blocks and goes at once."""
+        sequence = self._new([2], "", False)
+        self.waiting.append(sequence)
+        self._admit(sequence, self.model.num_free * self.manager.block_size - 1)
+        assert not self.model.idle
+        self._free(sequence)
+        self.running.remove(sequence)
 
     @precondition(lambda self: self.running and self.model.cached)
     @rule(tokens=st.lists(token_ids, min_size=3, max_size=6))
@@ -459,13 +527,14 @@ class BlockManagerMachine(RuleBasedStateMachine):
                 written[block] = max(written[block], filled)
         references = self.model.references
         counts = [references[name_of[b]] if b in name_of else 0 for b in range(self.manager.num_blocks)]
-        assert list(self.manager._reference_counts) == counts
+        assert list(self.manager._reference_counts)[: self.manager.num_blocks] == counts
         assert self.manager.usage() == BlockUsage(
             used=len(references),
             free=self.model.num_free,
             shared=references.total() - len(references),
             unwritten_slots=len(references) * size - written.total(),
             swap_used=self.model.num_swap_blocks - self.model.num_free_swap,
+            swap_cached=len(self.model.host),
         )
         assert self.manager.num_swapped == len(self.model.swapped)
 
@@ -494,7 +563,8 @@ class BlockManagerMachine(RuleBasedStateMachine):
     @invariant()
     def who_observes_the_cache_knows_what_it_knows(self) -> None:
         cache = self.manager._cache
-        assert self.mirror.known == Counter(cache.hash_of(block) for block in cache)
+        tiers = ((int(block >= self.manager.num_blocks), cache.hash_of(block)) for block in cache)
+        assert +self.mirror.known == Counter(tiers)
         if not self.collides:
             for block in cache:
                 before = cache.before(block)
@@ -513,7 +583,8 @@ class BlockManagerMachine(RuleBasedStateMachine):
                 assert not self.manager.prefix_grew(sequence, hits)
             num_tokens = len(hits) * self.manager.block_size
             assert GIVEN_BACK not in hits
-            assert self.memory.holds(sequence, num_tokens, hits), f"a wrong hit: {sequence}"
+            after = self.memory.moved(self.manager.transfers)
+            assert after.holds(sequence, num_tokens, hits), f"a wrong hit: {sequence}"
 
     def teardown(self) -> None:
         """When all sequences are gone, all blocks are free: the next one can have every one of them."""
@@ -559,10 +630,12 @@ class BlockManagerMachine(RuleBasedStateMachine):
         if not fits:
             return
         behind = self.model.behind(num_computed)
+        num_transfers = len(self.manager.transfers)
+        loaded = [block for block in prefix[behind:] if block >= self.manager.num_blocks]
         if swapped:
-            num_transfers = len(self.manager.transfers)
             self.manager.swap_in(sequence, prefix, num_tokens)
-            assert list(self.manager.transfers)[num_transfers:] == [
+            moved = list(self.manager.transfers)[num_transfers:]
+            assert [t for t in moved if t.kind is TransferKind.SWAP_IN] == [
                 (TransferKind.SWAP_IN, slot, block, sequence)
                 for slot, block in list(zip(swapped, sequence.block_table[behind:], strict=False))[
                     max(0, len(prefix) - behind) :
@@ -577,8 +650,15 @@ class BlockManagerMachine(RuleBasedStateMachine):
             if self.model.caches and sequence.reads_cache and not sequence.was_admitted:
                 self.model.stats.queries += sequence.num_tokens
                 self.model.stats.hits += len(hits) * size
+                self.model.stats.host_hits += len(set(hits) & set(self.model.host)) * size
         self.model.admit(sequence.seq_id, num_tokens, hits, num_computed)
         covered["hits behind the window"] += len(hits) > behind > 0
+        moved = [t for t in list(self.manager.transfers)[num_transfers:] if t.kind is TransferKind.LOAD]
+        assert [t.source + self.manager.num_blocks for t in moved] == loaded
+        assert all(t.sequence is sequence for t in moved)
+        covered["hits in the second tier"] += bool(loaded)
+        targets = {t.source + self.manager.num_blocks: t.target for t in moved}
+        prefix = [targets.get(block, block) for block in prefix]
         sequence.was_admitted = True
         covered["cache hits"] += bool(hits)
         covered["cache hits under colliding hashes"] += bool(hits) and self.collides
@@ -605,7 +685,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         assert can_grow == (not needs or self.model.num_free > 0)
         if not can_grow:
             return
-        before, transfers = list(sequence.block_table), list(self.manager.transfers)
+        before, transfers = list(sequence.block_table), self._moved_for_sequences()
         self.manager.grow(sequence)
         after = sequence.block_table
         if needs and self.model.grow(sequence.seq_id, index):
@@ -617,8 +697,12 @@ class BlockManagerMachine(RuleBasedStateMachine):
             assert after[: len(before)] == before
             assert len(after) == len(before) + needs
         self.manager.grow(sequence)
-        assert list(self.manager.transfers) == transfers, "growing twice for one token changes nothing"
+        assert self._moved_for_sequences() == transfers, "growing twice for one token changes nothing"
         assert sequence.num_slots >= sequence.num_tokens
+
+    def _moved_for_sequences(self) -> list[Transfer]:
+        """What is not: blocks that are offloaded, whose content the memory shows to be in the right place."""
+        return [transfer for transfer in self.manager.transfers if transfer.kind is not OFFLOAD]
 
     def _decode_all(self, tokens: list[int]) -> None:
         """What comes after one step of each, as far as blocks go."""

@@ -28,6 +28,7 @@ MOST_ALIVE = 8
 def configs(draw: st.DrawFn) -> dict[str, Any]:
     names = {setting: draw(st.sampled_from(choices)) for setting, choices in extensions.NAMES.items()}
     preemption = draw(st.sampled_from(["recompute", "swap", "auto"]))
+    offloads = draw(st.booleans())
     return {
         "block_size": draw(st.integers(1, 3)),
         "num_blocks": draw(st.integers(2, 10)),
@@ -37,7 +38,8 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         "max_preemptions": draw(st.sampled_from([1, 2, 8])),
         "window": draw(st.sampled_from([None, None, None, 2, 5])),
         "preemption": preemption,
-        "num_swap_blocks": draw(st.integers(1, 6)) if preemption == "swap" else None,
+        "enable_hierarchical_cache": offloads,
+        "num_swap_blocks": draw(st.integers(1, 6)) if preemption == "swap" or offloads else None,
         **names,
     }
 
@@ -114,7 +116,7 @@ def _told(batch: ScheduledBatch) -> list[Any]:
         [(s.seq_id, list(s.block_table)) for s in batch.sequences],
         batch.num_new_tokens,
         [(p.sequence.seq_id, p.by) for p in batch.preempted],
-        [(a.sequence.seq_id, a.num_cached_tokens) for a in batch.admitted],
+        [(a.sequence.seq_id, a.num_cached_tokens, a.num_host_tokens) for a in batch.admitted],
         [(t.kind, t.source, t.target) for t in batch.transfers],
         [s.seq_id for s in batch.shed],
     ]

@@ -58,6 +58,7 @@ class Side:
             self.config.num_swap_blocks,
             self.hash_block,
             self.config.window,
+            self.config.enable_hierarchical_cache,
         )
         self.scheduler = Scheduler(self.config, self.manager)
 
@@ -442,8 +443,8 @@ class Driver:
                     (p.sequence.seq_id, p.by, p.needed_by.seq_id, p.num_computed_tokens)
                     for p in batch.preempted
                 ],
-                [(x.sequence.seq_id, x.was, x.num_cached_tokens) for x in batch.admitted],
-                [(t.kind, t.source, t.target, t.sequence.seq_id) for t in batch.transfers],
+                [(x.sequence.seq_id, x.was, x.num_cached_tokens, x.num_host_tokens) for x in batch.admitted],
+                [(*t[:3], t.sequence and t.sequence.seq_id) for t in batch.transfers],
             )
             for batch in self.batches
         )
@@ -473,28 +474,38 @@ class Driver:
         self.ran = True
 
     def _transfer(self, fails: bool) -> None:
-        """Does the next transfer; one that fails costs its sequence what it had, and no one else anything."""
+        """Does the next transfer; one that fails costs those who count on it what they had, and nobody else.
+
+        From then on nothing is offloaded, and what is in the second tier is not found any more.
+        """
         a, b = (side.manager.transfers[0] for side in self.sides)
         assert a[:3] == b[:3]
         self.memory.move(a, fails)
         covered["failed transfers" if fails else f"transfers: {a.kind.value}"] += 1
         for side, batch in zip(self.sides, self.batches, strict=True):
-            transfer, sequence = side.manager.transfers[0], side.manager.transfers[0].sequence
-            side.manager.transferred()
+            transfer = side.manager.transfers[0]
             if not fails:
+                side.manager.transferred()
                 continue
             self.rules.preemption = "recompute"
-            tokens, num_preemptions = list(sequence.token_ids), sequence.num_preemptions
-            is_finished = sequence.status is FINISHED
+            lost = [] if transfer.sequence is None else [transfer.sequence]
+            if side.manager.offloads:
+                targets = {t.target for t in side.manager.transfers if t.kind is TransferKind.LOAD}
+                lost += [s for s in side.scheduler.running if targets & set(s.block_table) and s not in lost]
+            before = [(list(s.token_ids), s.num_preemptions, s.status) for s in lost]
             side.scheduler.transfer_failed(transfer, batch)
-            if is_finished:
-                assert sequence.status is FINISHED
-                continue
-            assert (sequence.status, sequence.num_computed_tokens) == (WAITING, 0)
-            assert sequence.block_table == sequence.swap_table == []
-            assert (list(sequence.token_ids), sequence.num_preemptions) == (tokens, num_preemptions)
-            assert sequence not in batch.sequences
-            assert sequence not in batch.sampled
+            side.manager.transferred()
+            assert not side.manager.offloads
+            assert side.manager.num_offloaded_blocks == 0
+            for sequence, (tokens, num_preemptions, status) in zip(lost, before, strict=True):
+                assert (list(sequence.token_ids), sequence.num_preemptions) == (tokens, num_preemptions)
+                if status is FINISHED:
+                    assert sequence.status is FINISHED
+                    continue
+                assert (sequence.status, sequence.num_computed_tokens) == (WAITING, 0)
+                assert sequence.block_table == sequence.swap_table == []
+                assert sequence not in batch.sequences
+                assert sequence not in batch.sampled
             side.check()
 
     def interrupt(self, num_transfers: int) -> None:
@@ -714,7 +725,9 @@ class Driver:
             else:
                 assert sequence.num_computed_tokens == num_cached
                 assert num_cached == 0 or (self.config.enable_prefix_caching and sequence.reads_cache)
+            assert record.num_host_tokens <= num_cached
             covered["cache hits"] += num_cached > 0
+            covered["hits in the second tier"] += record.num_host_tokens > 0
             covered["cache hits under colliding hashes"] += num_cached > 0 and self.collides
             remaining = sequence.num_tokens - sequence.num_computed_tokens
             assert num_new == min(remaining, budget, self.config.max_prefill_chunk)
@@ -765,7 +778,7 @@ class Driver:
                     self.rules.behind(sequence.num_computed_tokens),
                     self.manager.cached_prefix(alike),
                 )
-                if not (self.config.window and self.manager.stats.evictions):
+                if not (self.config.window and self.manager.stats.evictions + self.manager.stats.offloads):
                     assert len(hits) == full
                     assert hits[behind:] == sequence.block_table[behind:full]
                 covered["blocks behind the window"] += behind
@@ -782,12 +795,15 @@ def configs(draw: st.DrawFn) -> CompleteConfig:
     block_size = draw(st.integers(1, 4))
     num_blocks = draw(st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 10, 12]))
     preemption = draw(st.sampled_from(["recompute", "swap", "swap", "auto", "auto"]))
-    swap_blocks = {"recompute": st.none(), "swap": st.integers(1, 8), "auto": st.none() | st.integers(1, 8)}
+    caches, offloads = draw(st.sampled_from([(True, False), (True, True), (True, True), (False, False)]))
+    some = st.integers(1, 8)
+    swap_blocks = {"recompute": some if offloads else st.none(), "swap": some, "auto": st.none() | some}
     policy = draw(st.sampled_from([*POLICIES, *POLICIES, *CUSTOM]))
     return EngineConfig(
         block_size=block_size,
         num_blocks=num_blocks,
-        enable_prefix_caching=draw(st.sampled_from([True, True, False])),
+        enable_prefix_caching=caches,
+        enable_hierarchical_cache=offloads,
         max_num_seqs=draw(st.sampled_from([1, 2, 3, 5, 5, 8])),
         max_num_batched_tokens=draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12, 12])),
         max_model_len=draw(st.none() | st.none() | st.integers(1, block_size * num_blocks + 2)),

@@ -61,16 +61,18 @@ def choices(setting: str) -> list[str | None]:
 def configs(draw: st.DrawFn) -> dict[str, Any]:
     size = draw(st.sampled_from([1, 2, 4, 16]))
     preemption = draw(st.sampled_from(["recompute", "recompute", "swap", "auto"]))
+    caches, offloads = draw(st.sampled_from([(True, False), (True, True), (False, False)]))
     return {
         "block_size": size,
         "num_blocks": draw(st.sampled_from([12, 40, 60, 400])) * 16 // size,
         "max_num_seqs": draw(st.sampled_from([1, 3, 8, 40])),
         "max_num_batched_tokens": draw(st.sampled_from([8, 64, 512])),
         "max_prefill_chunk": draw(st.sampled_from([None, 7])),
-        "enable_prefix_caching": draw(st.sampled_from([True, True, False])),
+        "enable_prefix_caching": caches,
+        "enable_hierarchical_cache": offloads,
         "window": draw(st.sampled_from([None, None, None, 2, 33])),
         "preemption": preemption,
-        "num_swap_blocks": draw(st.integers(1, 60)) if preemption == "swap" else None,
+        "num_swap_blocks": draw(st.integers(1, 60)) if preemption == "swap" or offloads else None,
         "max_preemptions": draw(st.sampled_from([1, 8])),
         "watermark": draw(st.sampled_from([0.0, 0.01, 0.1])),
         **{setting: draw(st.sampled_from(choices(setting))) for setting in CLASSES},

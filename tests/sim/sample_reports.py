@@ -121,6 +121,8 @@ def _summary(
             "hit_tokens": prompt_tokens * 9 // 20,
             "hit_rate": 0.45,
             "evicted_tokens": 120_000,
+            "host_hit_tokens": 400,
+            "offloaded_tokens": 900,
         },
         "preemptions": {
             "recompute": sum(timeline["preemptions"]) * 2 // 3,

@@ -185,6 +185,7 @@ def test_the_text_of_a_report() -> None:
         "goodput       8.000 requests/s, 100.0 % within TTFT 200 ms\n"
         "prefix cache  - hit of 0 prompt tokens\n"
         "              120,000 tokens evicted\n"
+        "              900 to the second tier, 400 hit there\n"
         "preemptions   0 by recompute, 0 by swap\n"
         "              of 41 requests, at most 3 of one\n"
         "KV blocks     71 of 512 at the peak, 71.0 MiB\n"

@@ -10,8 +10,9 @@ class EvictionPolicy(Policy):
     """The least recently used first.
 
     Free blocks that hold a known prefix are asked about; one that others follow is never given up before
-    them, because nobody could find them any more. needs_future: whether `BlockView.next_use` is asked for,
-    which only the replay of a trace knows.
+    them, because nobody could find them any more. Where there is a second tier, that is of the first alone:
+    what is given up goes to the second, and a block that comes back has become known. needs_future: whether
+    `BlockView.next_use` is asked for, which only the replay of a trace knows.
     """
 
     needs_future = False

@@ -10,7 +10,7 @@ const DISTRIBUTIONS = [
 ];
 
 function metricValue(metric, report) {
-  return metric.path.split(".").reduce((value, name) => (value === null ? null : value[name]), report.summary);
+  return metric.path.split(".").reduce((value, name) => value?.[name] ?? null, report.summary);
 }
 
 // Key figures
@@ -38,7 +38,8 @@ function keyFigures(report) {
       [`${grouped(kv.peak_blocks)} of ${grouped(kv.num_blocks)} blocks`,
         kv.peak_bytes === null ? null : FORMATS.bytes(kv.peak_bytes)].filter(Boolean).join(", ")],
     ["Prefix hits", [FORMATS.share(cache.hit_rate), ""],
-      `of ${grouped(cache.query_tokens)} prompt tokens, ${grouped(cache.evicted_tokens)} evicted`],
+      `of ${grouped(cache.query_tokens)} prompt tokens, ${grouped(cache.evicted_tokens)} evicted` +
+        (cache.host_hit_tokens === undefined ? "" : `, ${grouped(cache.host_hit_tokens)} hit in the second tier`)],
     ["Preemptions", [grouped(preemptions.recompute + preemptions.swap), ""],
       `${grouped(preemptions.recompute)} by recompute, ${grouped(preemptions.swap)} by swap`],
     ["Duration", secondsParts(summary.duration_s),
@@ -121,7 +122,7 @@ function difference(metric, base, value) {
 function goodDirection({ group, unit, path }) {
   if (group === "throughput") return path === "duration_s" ? -1 : 1;
   if (unit === "s" || group === "preemptions") return -1;
-  if (path === "cache.hit_rate") return 1;
+  if (path === "cache.hit_rate" || path === "cache.host_hit_tokens") return 1;
   return ["num_timed_out", "num_rejected", "kv.mean_unwritten_share", "cache.evicted_tokens"].includes(path) ? -1 : 0;
 }
 

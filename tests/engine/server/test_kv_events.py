@@ -40,6 +40,7 @@ class Subscriber:
         self.topic = source["topic"].encode()
         self.next = 0
         self.known: dict[int, list[int]] = {}
+        self.offloaded: dict[int, list[int]] = {}
         self.events: list[Any] = []
 
     def close(self) -> None:
@@ -83,7 +84,12 @@ class Subscriber:
             elif event["type"] == "BlockRemoved":
                 assert set(event) == {"type", "block_hashes", "medium", "group_idx"}
                 for one in event["block_hashes"]:
-                    del self.known[one]
+                    del (self.known if event["medium"] == "GPU" else self.offloaded)[one]
+            elif event["medium"] == "CPU":
+                assert set(event) == STORED
+                assert (event["parent_block_hash"], event["token_ids"]) == (None, [])
+                for one in event["block_hashes"]:
+                    self.offloaded[one] = self.known[one]
             else:
                 assert event["type"] == "BlockStored"
                 assert set(event) == STORED
@@ -91,21 +97,22 @@ class Subscriber:
                 assert len(event["token_ids"]) == size * len(event["block_hashes"])
                 parent = event["parent_block_hash"]
                 for index, one in enumerate(event["block_hashes"]):
-                    before = [] if parent is None else self.known[parent]
+                    before = [] if parent is None else (self.known | self.offloaded)[parent]
                     assert one not in self.known
                     self.known[one] = [*before, *event["token_ids"][index * size : (index + 1) * size]]
                     parent = one
 
 
 @pytest.fixture
-def published(thinker: Path) -> Iterator[Any]:
+def published(thinker: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
     """A server that publishes its events, and a subscriber from the beginning."""
     from pagellm.engine.server.kv_events import KvEvents
 
     events = KvEvents("tcp://127.0.0.1:0", "tcp://127.0.0.1:0", "kv@tiny")
     subscriber = Subscriber(events.sources)
     try:
-        load = events.of(lambda: LLM(thinker, show_progress=False, **settings()))
+        more = getattr(request, "param", {})
+        load = events.of(lambda: LLM(thinker, show_progress=False, **settings(), **more))
         with serving(load, "tiny") as service:
             service.kv_event_sources = events.sources
             wait_until_ready(service)
@@ -130,7 +137,7 @@ def cached(service: Any) -> dict[int, list[int]]:
 
 def agree(service: Any, subscriber: Subscriber) -> bool:
     subscriber.read(50)
-    return subscriber.known == cached(service)
+    return subscriber.known | subscriber.offloaded == cached(service)
 
 
 def test_a_subscriber_knows_what_the_cache_knows_also_after_evictions(published: Any) -> None:
@@ -145,6 +152,36 @@ def test_a_subscriber_knows_what_the_cache_knows_also_after_evictions(published:
     assert eventually(lambda: agree(service, subscriber))
     assert subscriber.events[-1] == {"type": "AllBlocksCleared"}
     assert subscriber.known == {}
+
+
+@pytest.mark.parametrize("published", [{"enable_hierarchical_cache": True}], indirect=True)
+def test_a_subscriber_knows_in_which_tier_a_block_is(published: Any) -> None:
+    service, subscriber = published
+    for first in [*range(5, 41, 3), 5, 38]:
+        ask(service, "/v1/completions", {"prompt": [first] * 40, "max_tokens": 30, "seed": 1})
+        assert eventually(lambda: agree(service, subscriber))
+    manager = service.llm.engine.block_manager
+    assert manager.stats.host_hits > 0
+    assert not subscriber.known.keys() & subscriber.offloaded.keys()
+    sizes = len(subscriber.known), len(subscriber.offloaded)
+    assert sizes == (manager.num_cached_blocks, manager.num_offloaded_blocks)
+    lines = request(service, "/metrics")[2].splitlines()
+    counts = dict(line.rsplit(" ", 1) for line in lines if line.startswith("vllm:") and "created" not in line)
+    labels = '{engine="0",model_name="tiny"'
+    host, stats = manager.stats.host_hits, manager.stats
+    for name, expected in (
+        ("external_prefix_cache_hits_total" + labels, host),
+        ("external_prefix_cache_queries_total" + labels, stats.queries - stats.hits + host),
+        ("prefix_cache_hits_total" + labels, stats.hits - host),
+        ("prompt_tokens_cached_by_source_total" + labels + ',source="host"', host),
+        ("prompt_tokens_by_source_total" + labels + ',source="external_kv_transfer"', host),
+        ("prompt_tokens_by_source_total" + labels + ',source="local_cache_hit"', stats.hits - host),
+    ):
+        assert float(counts[f"vllm:{name}}}"]) == expected, name
+    assert request(service, "/reset_prefix_cache", {})[0] == 200
+    assert eventually(lambda: agree(service, subscriber))
+    assert subscriber.events[-1] == {"type": "AllBlocksCleared"}
+    assert subscriber.offloaded == {}
 
 
 def test_the_blocks_of_a_prompt_are_told_as_one_chain(published: Any) -> None:
