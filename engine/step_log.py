@@ -154,6 +154,10 @@ class StepRecorder(StepListener):
         self._ended.append(_end_of(sequence))
         self._forget(sequence)
 
+    def left(self, sequence: Sequence, why: str) -> None:
+        self._ended.append((sequence.seq_id, why))
+        self._forget(sequence)
+
     def scheduled(self, batch: ScheduledBatch, now: float) -> None:
         if self._record is not None:  # that step was given up, and nothing of it was computed
             self._record["scheduled"] = []

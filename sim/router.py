@@ -172,12 +172,16 @@ def load_router(name: str) -> Router:
 class CheckedRouter:
     """A router whose every answer is checked. Raises `PolicyError` for a bad one: a replay ends with it."""
 
-    def __init__(self, name: str, replicas: Items["Replica"]) -> None:
+    def __init__(self, name: str) -> None:
         self._router = load_router(name)
+        self._views: list[ReplicaView] = []
+
+    def show(self, replicas: Items["Replica"]) -> None:
+        """Lets it choose from these from now on."""
         self._views = [ReplicaView(replica) for replica in replicas]
 
     def choose(self, sequence: Sequence, model: str | None = None) -> int:
-        """The place of a replica among those given. model: that the request asks for."""
+        """The place of a replica among those shown. model: that the request asks for."""
         try:
             answer: Any = self._router.choose(ArrivingView(sequence, model), list(self._views))
             if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(self._views):

@@ -34,7 +34,7 @@ from pagellm.sim.fleet.pools import Pools
 from pagellm.sim.fleet.replica import Replica
 from pagellm.sim.report.metrics import MetricsCollector
 from pagellm.sim.report.perfetto import PerfettoTrace
-from pagellm.sim.report.schema import Report
+from pagellm.sim.report.schema import FleetData, Report
 from pagellm.sim.router import load_router
 from pagellm.sim.traces.prompt_tokens import PromptTokens
 from pagellm.sim.traces.request import MAX_LEN, TraceRequest
@@ -47,8 +47,12 @@ class EventKind(IntEnum):
 
     STEP_END = 0
     TIMEOUT = 1
-    ARRIVAL = 2
-    STEP_START = 3
+    FAILURE = 2
+    READY = 3
+    KV_ARRIVAL = 4
+    ARRIVAL = 5
+    SCALING = 6
+    STEP_START = 7
 
 
 # Sampling parameters that are kept to be used again.
@@ -60,7 +64,9 @@ _THEN = "the replay ends here"  # after a policy has failed
 Event = tuple[float, EventKind, int, Any]
 
 
-def foresee(schedulers: list[Scheduler], trace: Trace, prompt_tokens: PromptTokens) -> None:
+def foresee(
+    schedulers: list[Scheduler], trace: Trace, prompt_tokens: PromptTokens, num_replicas: int = 1
+) -> None:
     """Tells a policy that needs it which prompts are to come, in the trace's order.
 
     Raises `ConfigError` where that is not known: which of several engines gets a request depends on the run,
@@ -68,8 +74,8 @@ def foresee(schedulers: list[Scheduler], trace: Trace, prompt_tokens: PromptToke
     """
     if not schedulers[0].policies.needs_future:
         return
-    if len(schedulers) > 1 or trace.has_sessions():
-        why = f"{len(schedulers)} replicas" if len(schedulers) > 1 else "a trace whose turns wait for answers"
+    if num_replicas > 1 or trace.has_sessions():
+        why = f"{num_replicas} replicas" if num_replicas > 1 else "a trace whose turns wait for answers"
         raise ConfigError(
             f"eviction: found a policy that needs to know the requests to come with {why}, expected one "
             "engine and prompts that are known"
@@ -146,6 +152,13 @@ class Simulator:
         first = fleet.groups[0]
         return cls(first.config, first.costs, fleet=fleet, **options)
 
+    def _new_replay(self, trace: Trace) -> "Replay":
+        if not self._fleet.moves:
+            return Replay(self, trace)
+        from pagellm.sim.fleet.moving import MovingReplay
+
+        return MovingReplay(self, trace)
+
     @cached_property
     def _fleet(self) -> Fleet:
         """The fleet that was given, or one of replicas that are alike."""
@@ -170,7 +183,7 @@ class Simulator:
         begin = time.perf_counter()
         fleet = self._fleet
         fleet.begin()
-        replay = _Replay(self, trace)
+        replay = self._new_replay(trace)
         with closing(replay):
             replay.run()
         return replay.metrics.report(
@@ -187,19 +200,19 @@ class Simulator:
                 "rate_factor": self.rate_factor,
                 "clients": self.clients,
                 "replicas": fleet.num_replicas,
-                "router": self.router if fleet.num_replicas > 1 else None,
+                "router": self.router if fleet.max_replicas > 1 else None,
                 "timeout_s": self.timeout_s,
             },
-            fleet=account(fleet, replay.replicas, replay.metrics),
+            fleet=replay.account(),
             wall_s=time.perf_counter() - begin,
         )
 
 
-class _Replay:
-    """One replay of one trace: the events to come, and what they do."""
+class Replay:
+    """One replay of one trace: the events to come, and what they do. Its replicas stay as they are."""
 
     def __init__(self, simulator: Simulator, trace: Trace) -> None:
-        fleet = simulator._fleet
+        self.fleet = fleet = simulator._fleet
         config = fleet.groups[0].complete
         self._simulator = simulator
         self._frontend_s = fleet.groups[0].costs.frontend_s
@@ -208,40 +221,65 @@ class _Replay:
         self._sessions = Sessions(scaled, keeps_times=simulator.clients is None)
         self._requests = self._sessions.openers()
         self._requests_of: dict[Sequence, TraceRequest] = {}  # where there are sessions
-        groups = [group for group in fleet.groups for _ in range(group.count)]
-        self.replicas = [Replica(number, group) for number, group in enumerate(groups)]
-        self._pools = Pools(fleet, simulator.router, self.replicas)
+        self.replicas: list[Replica] = []
+        self._pools = Pools(fleet, simulator.router)
         sizes = {group.costs.block_bytes(group.config.block_size) for group in fleet.groups}
         self.metrics = MetricsCollector(
-            [replica.scheduler for replica in self.replicas],
+            [],
             simulator.slo,
             simulator.results,
             sizes.pop() if len(sizes) == 1 else None,
-            [replica.group.name for replica in self.replicas] if len(fleet.groups) > 1 else None,
+            fleet.max_replicas > 1,
         )
         self._step_log = None if config.step_log is None else StepLogFile(config.step_log, is_live=False)
         self._perfetto = None if simulator.perfetto is None else PerfettoTrace(simulator.perfetto)
-        for replica in self.replicas:
-            replica.loop.listen(self.metrics.listener(replica.number))
-            if self._step_log is not None:
-                number = replica.number if len(self.replicas) > 1 else None
-                settings = replica.group.complete
-                replica.loop.listen(StepRecorder(replica.scheduler, self._record, settings, number))
-            if self._perfetto is not None:
-                replica.loop.listen(self._perfetto.listener(replica.scheduler, replica.number))
         self._output_tokens = (simulator.prompt_tokens.vocab_size,)  # of a sequence in a step
         self._params: dict[tuple[Any, ...], SamplingParams] = {}
         self._events: list[Event] = []
-        self._num_arrivals = self._num_sequences = self._num_ended = 0
-        foresee([replica.scheduler for replica in self.replicas], trace, simulator.prompt_tokens)
+        self._num_arrivals = self._num_sequences = self._num_ended = self._num_pushed = 0
+        self._make_replicas()
+        num_replicas = 2 if fleet.moves else len(self.replicas)
+        foresee([one.scheduler for one in self.replicas], trace, simulator.prompt_tokens, num_replicas)
+
+    def _make_replicas(self) -> None:
+        for group in self.fleet.groups:
+            for _ in range(group.count):
+                self._new_replica(group)
+        self._pools.update(self.replicas)
+
+    def _new_replica(self, group: Group) -> Replica:
+        """One more replica, and all that listen to it."""
+        replica = Replica(len(self.replicas), group)
+        self.replicas.append(replica)
+        kind = group.name if len(self.fleet.groups) > 1 else None
+        replica.loop.listen(self.metrics.add(replica.scheduler, kind))
+        if self._step_log is not None:
+            number = replica.number if self.fleet.max_replicas > 1 else None
+            replica.loop.listen(StepRecorder(replica.scheduler, self._record, group.complete, number))
+        if self._perfetto is not None:
+            replica.loop.listen(self._perfetto.listener(replica.scheduler, replica.number))
+        return replica
+
+    def account(self) -> FleetData:
+        """What the fleet took, when the replay is over."""
+        return account(self.fleet, self.replicas, self.metrics)
+
+    def _handlers(self) -> dict[EventKind, Callable[[float, Any], Event | None]]:
+        """What happens at each kind of event; each may return an event that follows."""
+        return {
+            EventKind.STEP_END: self._end_step,
+            EventKind.TIMEOUT: self._time_out,
+            EventKind.ARRIVAL: self._arrive,
+            EventKind.STEP_START: self._start_step,
+        }
 
     def run(self) -> None:
         """Lets everything happen, in order."""
         events = self._events
         events += self._first_arrivals()
         heapify(events)
-        # By kind; each may return an event that follows.
-        handlers = (self._end_step, self._time_out, self._arrive, self._start_step)
+        found = self._handlers()
+        handlers = [found.get(kind, self._end_step) for kind in EventKind]  # by kind
         following: Event | None = None
         while events or following:
             now, kind, _, subject = heappop(events) if following is None else heappushpop(events, following)
@@ -296,12 +334,10 @@ class _Replay:
         sequence = self._new_sequence(request)
         if self._sessions:
             self._requests_of[sequence] = request
-        try:
-            replica = self._pools.choose(sequence, request)
-        except TraceError as error:
-            raise self._error(request, error) from None
-        replica.inbox.append((sent_s, sequence, request))
-        replica.unfinished.add(sequence)
+        replica = self._place(sent_s, sequence, request)
+        if replica is not None:
+            replica.inbox.append((sent_s, sequence, request))
+            replica.unfinished.add(sequence)
         if self._simulator.timeout_s is not None:
             timeout = max(now, sent_s + self._simulator.timeout_s)
             heappush(self._events, (timeout, EventKind.TIMEOUT, sequence.seq_id, (replica, sequence)))
@@ -309,7 +345,14 @@ class _Replay:
             upcoming = next(self._requests, None)
             if upcoming is not None:
                 heappush(self._events, self._arrival(upcoming.arrival_time, upcoming))
-        return None if replica.is_busy else self._next_start(now, replica)
+        return None if replica is None or replica.is_busy else self._next_start(now, replica)
+
+    def _place(self, sent_s: float, sequence: Sequence, request: TraceRequest) -> Replica | None:
+        """Who gets a request that has come; None where nobody is there."""
+        try:
+            return self._pools.choose(sequence, request)
+        except TraceError as error:
+            raise self._error(request, error) from None
 
     def _new_sequence(self, request: TraceRequest) -> Sequence:
         try:
@@ -351,8 +394,8 @@ class _Replay:
             for sequence in batch.shed:
                 self._note_end(now, replica, sequence)
             if not batch.sequences and not batch.shed:
-                waiting = scheduler.stats.num_waiting
-                raise PagellmError(f"the scheduler has {waiting} requests and computes none")
+                self._none_computed(replica, batch, now)
+                return None
             duration_s = _duration_s(replica.costs, batch)
             end_s = now + duration_s
             following_s = self._stride(now, end_s, replica, batch, duration_s)
@@ -394,9 +437,20 @@ class _Replay:
             except RequestError as error:
                 if not self._simulator.skip_bad:
                     raise self._error(request, f"{error}; {SKIP_BAD}") from None
-                self.metrics.rejected(request.id, time_s, tenant=request.tenant, class_=request.class_)
-                self._note_end(now, replica, sequence)
+                self._reject(now, replica, sequence, request, time_s)
         replica.inbox.clear()
+
+    def _reject(
+        self, now: float, replica: Replica, sequence: Sequence, request: TraceRequest, time_s: float
+    ) -> None:
+        """A request can never be computed."""
+        self.metrics.rejected(request.id, time_s, tenant=request.tenant, class_=request.class_)
+        self._note_end(now, replica, sequence)
+
+    def _none_computed(self, replica: Replica, batch: ScheduledBatch, now: float) -> None:
+        """A scheduler that has requests computes none, and sheds none."""
+        num_waiting = replica.scheduler.stats.num_waiting
+        raise PagellmError(f"the scheduler has {num_waiting} requests and computes none")
 
     def _end_step(self, now: float, step: tuple[Replica, ScheduledBatch, float]) -> Event | None:
         """The replica has its step's tokens; what came meanwhile is for the next one."""

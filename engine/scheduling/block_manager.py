@@ -253,13 +253,16 @@ class BlockManager:
         return self.blocks_for(num_tokens) - num_reused + reused + spare <= len(self._free)
 
     def allocate(self, sequence: Sequence, prefix: list[int], num_tokens: int) -> None:
-        """Gives a sequence without blocks its cached prefix and new blocks, `num_tokens` tokens in all."""
+        """Gives a sequence without blocks its cached prefix and new blocks, `num_tokens` tokens in all.
+
+        What it has computed elsewhere (see `hand_over`) is taken to be in them.
+        """
         if self.enable_prefix_caching and sequence.reads_cache and not sequence.was_admitted:
             self.stats.queries += sequence.num_tokens
             self.stats.hits += len(prefix) * self.block_size
             if self.offloads:
                 self.stats.host_hits += self.num_offloaded_tokens(prefix)
-        sequence.num_computed_tokens = len(prefix) * self.block_size
+        sequence.num_computed_tokens = max(sequence.num_computed_tokens, len(prefix) * self.block_size)
         self._fill_table(sequence, prefix, num_tokens)
 
     def can_grow(self, sequence: Sequence, num_tokens: int | None = None) -> bool:
@@ -404,6 +407,20 @@ class BlockManager:
                 self._release_swap(slot)
             sequence.swap_table.clear()
         sequence.num_computed_tokens = 0
+
+    def hand_over(self, sequence: Sequence) -> Sequence:
+        """Takes a running sequence's blocks from it; returns one that keeps them until it is freed.
+
+        The sequence keeps its computed tokens: their content goes with it, to another block manager.
+        """
+        keeper = Sequence(sequence.seq_id, sequence.token_ids, sequence.sampling_params)
+        keeper.block_table, keeper.block_hashes = sequence.block_table, sequence.block_hashes
+        keeper.num_computed_tokens, keeper.num_slots = sequence.num_computed_tokens, sequence.num_slots
+        keeper.num_registered_blocks = sequence.num_registered_blocks
+        self._holders[keeper.seq_id] = keeper
+        self._changed_tables.pop(sequence, None)
+        sequence.leave()
+        return keeper
 
     def can_swap_out(self, sequence: Sequence) -> bool:
         """Whether the second tier has room for what a running sequence has computed."""

@@ -212,6 +212,16 @@ class Scheduler:
             else:
                 self.waiting.push(successor, self.stats)
 
+    def hand_over(self, sequence: Sequence) -> Sequence:
+        """Lets a running sequence go, between two steps, that is to go on with another scheduler.
+
+        Returns who keeps its blocks until `block_manager.free` is called with that. Where the sequence is
+        added next, what it has computed counts as computed.
+        """
+        self.running.remove(sequence)
+        self.policies.on_finish(sequence, self.stats)
+        return self.block_manager.hand_over(sequence)
+
     def transfer_failed(self, transfer: Transfer, batch: ScheduledBatch) -> None:
         """Takes note that a transfer could not be done: who counts on it is computed again.
 
@@ -310,7 +320,8 @@ class Scheduler:
             self._num_arrived += 1
             # A prompt that fills everything still gives one token, which needs no slot of its own.
             max_tokens = new.sampling_params.max_tokens
-            new.max_len = self.max_len if max_tokens is None else min(length + max_tokens, self.max_len)
+            most = new.num_prompt_tokens + (max_tokens or 0)  # it may come with tokens that it got elsewhere
+            new.max_len = self.max_len if max_tokens is None else min(most, self.max_len)
             new.group = group if forks else None
             self.policies.on_add(new, self.stats)
 
@@ -428,7 +439,7 @@ class Scheduler:
             num_tokens = max(num_tokens, sequence.max_len - 1)  # the last token needs no slot
             fits = not manager.window or self._can_guarantee(sequence)
         swapped = sequence.status is SequenceStatus.SWAPPED
-        num_computed = sequence.num_computed_tokens if swapped else len(prefix) * manager.block_size
+        num_computed = max(sequence.num_computed_tokens, len(prefix) * manager.block_size)
         if manager.window:
             most = manager.window.num_behind(num_computed) + self._most_blocks(num_tokens)
             num_tokens = min(num_tokens, most * manager.block_size)

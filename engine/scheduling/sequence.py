@@ -139,6 +139,13 @@ class Sequence:
         """Tokens generated so far."""
         return len(self.token_ids) - self.num_prompt_tokens
 
+    def leave(self) -> None:
+        """Forgets what its block manager knew of it; what it has computed goes with it, to another one."""
+        self.block_table = []
+        self.num_slots = self.num_registered_blocks = 0
+        self.cached_hint = 0, 0, 0
+        self.view = None
+
     def restart(self, num_tokens: int) -> None:
         """Leaves it its first `num_tokens` tokens, waiting without blocks: nothing of it is computed."""
         self.token_ids = self.token_ids[:num_tokens]

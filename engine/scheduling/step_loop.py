@@ -52,6 +52,9 @@ class StepListener:
     def ended(self, sequence: Sequence) -> None:
         """A sequence has ended otherwise: it was aborted or shed, or its text had a stop string."""
 
+    def left(self, sequence: Sequence, why: str) -> None:
+        """A sequence goes on elsewhere, because it was handed over or because what was there is lost."""
+
 
 class StepLoop:
     """Drives one scheduler and tells its listeners, in their order."""
@@ -88,6 +91,25 @@ class StepLoop:
         self._aborted.add(sequence)
         for listener in self.listeners:
             listener.ended(sequence)
+
+    def hand_over(self, sequence: Sequence) -> Sequence:
+        """Lets a running sequence go that is to go on elsewhere: see `Scheduler.hand_over`."""
+        keeper = self.scheduler.hand_over(sequence)
+        for listener in self.listeners:
+            listener.left(sequence, "handed over")
+        return keeper
+
+    def lose(self, sequences: Iterable[Sequence]) -> None:
+        """Takes note that all content of blocks is lost, in the middle of a step or not; nothing is left.
+
+        sequences: those that had not ended. Each keeps its tokens, to be added and computed anew.
+        """
+        self.scheduler.recover({})
+        for sequence in sequences:
+            sequence.restart(sequence.num_tokens)
+            sequence.leave()
+            for listener in self.listeners:
+                listener.left(sequence, "lost")
 
     def begin(
         self, now: float, costs: PreemptionCosts | None = None, limits: StepLimits | None = None

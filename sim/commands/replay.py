@@ -15,7 +15,9 @@ from pagellm.engine.user_policy import import_policy
 from pagellm.sim.commands.sweep import add_accept_profile_error, add_roofline, cost_source
 from pagellm.sim.commands.trace import PROGRESS_INTERVAL_S, add_trace_input, list_skipped, load_trace
 from pagellm.sim.costs.cost_model import CostModel
+from pagellm.sim.costs.devices import known
 from pagellm.sim.costs.profile import ProfileCostModel
+from pagellm.sim.fleet.fleet import disaggregated, known_link
 from pagellm.sim.report.metrics import SLO_NAMES
 from pagellm.sim.report.report import compare, compare_json, to_html, to_text
 from pagellm.sim.report.schema import Report, load_report
@@ -50,6 +52,11 @@ def add_replay(commands: "argparse._SubParsersAction[Any]") -> None:
         "--fleet", metavar="FILE",
         help="replicas that differ, as TOML or JSON; step times and settings are those of groups without any",
     )  # fmt: skip
+    load.add_argument(
+        "--disaggregate", type=_disaggregation, metavar="P:D",
+        help="P replicas that compute prompts, and D that go on with them, over --link",
+    )  # fmt: skip
+    load.add_argument("--link", metavar="NAME", help=f"what KV goes over: {', '.join(known()['links'])}")
     load.add_argument("--price", type=float, metavar="X", help="of a device an hour, in any unit")
     load.add_argument("--timeout-s", type=float, metavar="S", help="seconds after which a client gives up")
     results = replay.add_argument_group("results")
@@ -82,6 +89,13 @@ def _slo(text: str) -> dict[str, float]:
         except ValueError:
             raise argparse.ArgumentTypeError(f"{name}: found {number!r}, expected seconds") from None
     return limits
+
+
+def _disaggregation(text: str) -> tuple[int, int]:
+    prefill, _, decode = text.partition(":")
+    if not (prefill.isdecimal() and decode.isdecimal() and int(prefill) and int(decode)):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected P:D, two numbers of replicas from 1")
+    return int(prefill), int(decode)
 
 
 def _flag(name: str) -> str:
@@ -140,9 +154,21 @@ def _simulate(trace: Trace, options: argparse.Namespace) -> Report:
 
 
 def _simulator(options: argparse.Namespace, **others: Any) -> Simulator:
+    for name in ("disaggregate", "link"):
+        other = "link" if name == "disaggregate" else "disaggregate"
+        if getattr(options, name) is not None and getattr(options, other) is None:
+            raise ConfigError(f"{_flag(name)}: not without {_flag(other)}")
     if options.fleet is None:
         alike = _cost_model(options)
-        return Simulator(alike.settings(given_settings(options)), alike, **others)
+        config = alike.settings(given_settings(options))
+        if options.disaggregate is None:
+            return Simulator(config, alike, **others)
+        prefill, decode = options.disaggregate
+        price = others.pop("price_per_h")
+        fleet = disaggregated(alike, config, prefill, decode, known_link(options.link), price)
+        return Simulator.of_fleet(fleet, **others)
+    if options.disaggregate is not None:
+        raise ConfigError("--disaggregate: not with --fleet, whose groups have roles")
     from pagellm.sim.fleet.file import read_fleet
 
     has_costs = options.profile is not None or options.roofline is not None
@@ -172,7 +198,7 @@ def _cost_model(options: argparse.Namespace) -> CostModel:
 
 def _replay_for_real(trace: Trace, options: argparse.Namespace) -> Report:
     simulated = ("profile", "roofline", "set_cost", "costs", "timeout_s", "accept_profile_error")
-    for name in (*simulated, "fleet", "price"):
+    for name in (*simulated, "fleet", "disaggregate", "link", "price"):
         if getattr(options, name):
             raise ConfigError(f"{_flag(name)}: not with --real, which serves on this machine")
     if options.replicas != 1:

@@ -1,6 +1,6 @@
 """What a replay took: how long devices were paid for and computed, their energy, and what that costs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from pagellm.sim.fleet.fleet import Fleet, Group
 from pagellm.sim.fleet.replica import Replica
@@ -10,15 +10,26 @@ from pagellm.sim.report.schema import FleetData, FleetGroup
 _HOUR_S = 3600.0
 
 
-def account(fleet: Fleet, replicas: list[Replica], metrics: MetricsCollector) -> FleetData:
-    """The figures of a fleet when its replay is over.
+# When each replica was paid for, seconds from and to; all of a replay where nothing is said.
+Spans = Mapping[int, list[tuple[float, float]]]
+
+
+def account(
+    fleet: Fleet, replicas: list[Replica], metrics: MetricsCollector, paid: Spans | None = None
+) -> FleetData:
+    """The figures of a fleet when its replay is over. paid: when each replica was paid for, by number.
 
     A device draws what it does while it computes for as long as a step is under way, and else what it does
     while it is idle. Only devices are counted, not the machines around them.
     """
-    groups = [
-        _figures(group, [one for one in replicas if one.group is group], metrics) for group in fleet.groups
-    ]
+    groups = []
+    for group in fleet.groups:
+        alike = [replica for replica in replicas if replica.group is group]
+        if paid is None:
+            spans = [metrics.span] * len(alike)
+        else:
+            spans = [part for one in alike for part in _within(paid[one.number], metrics.span)]
+        groups.append(_figures(group, alike, spans, metrics))
     energy, cost = (_sum(group[name] for group in groups) for name in ("energy_wh", "cost"))
     millions = metrics.output_tokens / 1e6
     return {
@@ -30,9 +41,26 @@ def account(fleet: Fleet, replicas: list[Replica], metrics: MetricsCollector) ->
     }
 
 
-def _figures(group: Group, replicas: list[Replica], metrics: MetricsCollector) -> FleetGroup:
-    first_s, last_s = metrics.span
-    paid_s = len(replicas) * (last_s - first_s)
+def _within(spans: Iterable[tuple[float, float]], whole: tuple[float, float]) -> list[tuple[float, float]]:
+    """The parts of some spans that are within one."""
+    cut = [(max(begin, whole[0]), min(end, whole[1])) for begin, end in spans]
+    return [(begin, end) for begin, end in cut if begin <= end]
+
+
+def _most_at_once(spans: list[tuple[float, float]]) -> int:
+    """How many spans overlap at most; of two where one ends when the other begins, only one."""
+    changes = sorted([(begin, 1) for begin, _ in spans] + [(end, -1) for begin, end in spans if begin < end])
+    count = most = 0
+    for _, change in changes:
+        count += change
+        most = max(most, count)
+    return most
+
+
+def _figures(
+    group: Group, replicas: list[Replica], spans: list[tuple[float, float]], metrics: MetricsCollector
+) -> FleetGroup:
+    paid_s = sum(end - begin for begin, end in spans)
     busy_s = sum(metrics.busy_s(replica.number) for replica in replicas)
     energy = None
     if group.powers_w is not None:
@@ -43,7 +71,7 @@ def _figures(group: Group, replicas: list[Replica], metrics: MetricsCollector) -
         "name": group.name,
         "role": group.role,
         "model": group.model,
-        "replicas": len(replicas),
+        "replicas": _most_at_once(spans),
         "devices": group.num_devices,
         "paid_s": paid_s,
         "busy_s": busy_s,

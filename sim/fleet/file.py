@@ -14,6 +14,28 @@
     price_per_h = 2.5               # of a device, in any unit
     power_w = 700                   # of a device while it computes; default: as hardware.json has it
     idle_power_w = 140              # and while it does not
+    role = "prefill"                # or "decode", beside each other; default: "both"
+    link = "infiniband-ndr"         # which KV goes over between them: one of [[link]], or of hardware.json
+    start_s = 60                    # from starting a replica to its being ready; default: 0
+    autoscale = {rule = "concurrency", target = 32, min = 1, max = 8, interval_s = 15, down_after_s = 300}
+
+    [[link]]
+    name = "slow"
+    bytes_per_s = 1e9               # of each device, as they are reached
+    latency_s = 1e-4
+    shared = false                  # one transfer at a time in all, not one to and one from each replica
+
+    [[failure]]                     # of a replica, counted from 0 in its group
+    time_s = 100
+    group = "large"
+    replica = 1
+    down_s = 30                     # until it is repaired; then it starts
+
+    [failures]                      # exponential ones, of all replicas or those of some groups
+    mtbf_s = 86400
+    mttr_s = 600
+    seed = 1
+    groups = ["large"]
 
 A group that says neither what its hardware and model are nor its profile has the step times of the caller.
 Paths are looked for beside the file first.
@@ -21,23 +43,26 @@ Paths are looked for beside the file first.
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
+from dataclasses import fields as fields_of
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pagellm.engine.checks import flag
 from pagellm.engine.checks import path as checked_path
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError, PagellmError
 from pagellm.engine.step_log import NO_DECISIONS
 from pagellm.sim.costs.cost_model import CostModel
 from pagellm.sim.fields import Fields, read_json
-from pagellm.sim.fleet.fleet import Fleet, Group
+from pagellm.sim.fleet.fleet import Autoscale, Failure, Fleet, Group, Link, RandomFailures, known_link
 from pagellm.sim.sweep.sweep import CostSource
 
+_Made = TypeVar("_Made", Link, Failure, RandomFailures, Autoscale)
 _TIMES = ("hardware", "model", "tensor_parallel", "set_cost", "costs", "profile")
 _NUMBERS = ("price_per_h", "power_w", "idle_power_w")
-_GROUP = ("name", "count", "role", "serves", "engine", *_TIMES, *_NUMBERS)
-_TOP = ("group",)
+_GROUP = ("name", "count", "role", "serves", "engine", "link", "start_s", "autoscale", *_TIMES, *_NUMBERS)
+_TOP = ("group", "link", "failure", "failures")
 # Settings of an engine that a group may have: those which decisions follow from.
 _ENGINE = tuple(name for name in EngineConfig.__dataclass_fields__ if name not in NO_DECISIONS)
 
@@ -63,11 +88,18 @@ class _Reader:
 
     def fleet(self) -> Fleet:
         top = self._section(self._read(), "", _TOP, "a fleet")
-        groups = [
-            self._group(number, values) for number, values in enumerate(_tables(top, "group", needed=True))
+        links = [self._made(Link, values, f"link[{n}]") for n, values in enumerate(top.entries("link"))]
+        self._links = {link.name: link for link in links}
+        tables = _tables(top, "group", needed=True)
+        groups = [self._group(number, values) for number, values in enumerate(tables)]
+        failures = [
+            self._made(Failure, values, f"failure[{n}]") for n, values in enumerate(top.entries("failure"))
         ]
+        at_random = None
+        if top.has("failures"):
+            at_random = self._made(RandomFailures, top.get("failures"), "failures")
         try:
-            return Fleet(tuple(groups))
+            return Fleet(tuple(groups), tuple(failures), at_random)
         except ConfigError as error:
             raise ConfigError(f"{self.path}: {str(error).removeprefix('fleet: ')}") from None
 
@@ -89,19 +121,58 @@ class _Reader:
                 raise fields.bad(str(name), fields.get(name), f"no such key: one of {', '.join(names)}")
         return fields
 
+    def _made(self, kind: type[_Made], values: Any, place: str) -> _Made:
+        """One of the small parts, whose keys are the fields of its class."""
+        known = fields_of(kind)
+        fields = self._section(values, f"{place}.", tuple(one.name for one in known), place)
+        given: dict[str, Any] = {}
+        for one in known:
+            if one.default is MISSING and not fields.has(one.name):
+                raise fields.bad(one.name, None, "a value")
+            if fields.has(one.name):
+                given[one.name] = self._typed(fields, one.name, one.type)
+        try:
+            return kind(**given)
+        except ConfigError as error:
+            raise _placed(error, f"{self.path}: {place}") from None
+
+    def _typed(self, fields: Fields, name: str, kind: Any) -> Any:
+        if kind is str:
+            return fields.text(name)
+        if kind is bool:
+            return flag(f"{fields.place}: {fields.prefix}{name}", fields.get(name), ConfigError)
+        if kind is int:
+            return fields.integer(name, 0)
+        return fields.number(name) if kind is float else tuple(_texts(fields, name))
+
+    def _link(self, fields: Fields) -> Link | None:
+        if not fields.has("link"):
+            return None
+        try:
+            return self._links.get(name := fields.text("link")) or known_link(name, self._links)
+        except ConfigError as error:
+            raise ConfigError(f"{fields.place}: {fields.prefix}{error}") from None
+
     def _group(self, number: int, values: Any) -> Group:
         fields = self._section(values, f"group[{number}].", _GROUP, "a group")
         name = fields.text("name") if fields.has("name") else f"group {number + 1}"
         costs = self._costs(fields)
+        place = f"group[{number}].autoscale"
+        autoscale = self._made(Autoscale, fields.get("autoscale"), place) if fields.has("autoscale") else None
+        least = 1 if autoscale is None else max(1, autoscale.min)
+        numbers: dict[str, Any] = {key: fields.number(key) if fields.has(key) else None for key in _NUMBERS}
         try:
             return Group(
                 costs=costs,
                 config=costs.settings({**self.settings, **self._engine(fields, number)}),
                 name=name,
-                count=fields.integer("count") if fields.has("count") else 1,
+                count=fields.integer("count") if fields.has("count") else least,
                 role=fields.text("role") if fields.has("role") else "both",
                 serves=tuple(_texts(fields, "serves")),
-                **{key: fields.number(key) if fields.has(key) else None for key in _NUMBERS},
+                link=self._link(fields),
+                start_s=fields.seconds("start_s") if fields.has("start_s") else 0.0,
+                autoscale=autoscale,
+                **numbers,
             )
         except ConfigError as error:
             raise _placed(error, f"{self.path}: group[{number}]") from None

@@ -10,7 +10,8 @@ from pagellm.sim.traces.request import TraceRequest
 class Replica:
     """One engine: the step loop, what came for it since it scheduled last, and the step under way.
 
-    unfinished: requests that were sent to it and have not ended.
+    unfinished: requests that were sent to it and have not ended. num_kept: those whose KV is kept here until
+    it is taken in elsewhere.
     """
 
     def __init__(self, number: int, group: Group) -> None:
@@ -22,6 +23,7 @@ class Replica:
         self.inbox: list[tuple[float, Sequence, TraceRequest | None]] = []  # without a request: a timeout
         self.is_busy = False  # a step is under way, or about to start
         self.unfinished: set[Sequence] = set()
+        self.num_kept = 0
 
     @property
     def num_unfinished(self) -> int:

@@ -19,7 +19,7 @@ from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.engine.scheduling.step_loop import StepEnd, StepListener
 from pagellm.engine.scheduling.stride import Stride
 from pagellm.sim.quantiles import Exact, LogHistogram
-from pagellm.sim.report.groups import GroupFigures, Groups
+from pagellm.sim.report.groups import PLACES, GroupFigures, Groups
 from pagellm.sim.report.results_file import ResultsFile
 from pagellm.sim.report.timeline import Bucket, Timeline
 
@@ -32,17 +32,19 @@ class _Request:
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
     groups: list[GroupFigures] = field(default_factory=list)
+    # Of one that went on elsewhere: tokens of its answer that are counted where it was before.
+    counted_tokens: int | None = None
 
 
 class Collected:
     """What the replicas of one run have seen together.
 
     slo: the most seconds of a good request, by the names in `SLO_NAMES`. results: a file that gets a line of
-    JSON for each request when it ends. num_replicas: so many there will be.
+    JSON for each request when it ends. names_replicas: whether figures are told by replica.
     """
 
     def __init__(
-        self, slo: Mapping[str, float], results: str | os.PathLike[str] | None, num_replicas: int
+        self, slo: Mapping[str, float], results: str | os.PathLike[str] | None, names_replicas: bool
     ) -> None:
         self.slo = dict(slo)
         self.results = None if results is None else ResultsFile(results)
@@ -53,7 +55,7 @@ class Collected:
         self.itl = LogHistogram()
         self.timeline = Timeline()
         self.counts: Counter[str] = Counter()
-        self.groups = Groups(num_replicas)
+        self.groups = Groups(names_replicas)
         # Of requests whose class is known, until they are added: by sequence, or by request_id.
         self.classes: dict[Sequence | str, str] = {}
         self.preempted: Counter[str] = Counter()
@@ -110,11 +112,37 @@ class ReplicaListener(StepListener):
 
     def added(self, sequence: Sequence) -> None:
         run = self._run
+        if sequence in run.requests:
+            self._take_over(sequence)
+            return
         run.arrive(sequence.arrival_time)
         class_ = run.classes.pop(sequence, None) or run.classes.pop(sequence.request_id, None)
         request = run.requests[sequence] = _Request(sequence.arrival_time)
         request.groups = run.groups.of(self._number, sequence.sampling_params.tenant, class_, self._group)
         for group in request.groups:
+            group.counts["requests"] += 1
+
+    def left(self, sequence: Sequence, why: str) -> None:
+        """It goes on elsewhere; what it got here is counted here."""
+        run = self._run
+        request = run.requests[sequence]
+        self.swapped.discard(sequence)
+        if sequence in self.last_sampled:
+            self.last_sampled = [other for other in self.last_sampled if other is not sequence]
+            run.last_token_s[sequence] = self._last_token_s
+        for group in request.groups:
+            if group.kind in PLACES:
+                self._count_tokens(group, sequence, request)
+        request.counted_tokens = sequence.num_output_tokens
+        self._note_used(self.manager.num_free_blocks)
+
+    def _take_over(self, sequence: Sequence) -> None:
+        """A request that was elsewhere before comes here."""
+        request = self._run.requests[sequence]
+        self._run.classes.pop(sequence, None)
+        here = self._run.groups.of(self._number, None, None, self._group)
+        request.groups = here + [group for group in request.groups if group.kind not in PLACES]
+        for group in here:
             group.counts["requests"] += 1
 
     def scheduled(self, batch: ScheduledBatch, now: float) -> None:
@@ -198,6 +226,10 @@ class ReplicaListener(StepListener):
             if request.first_scheduled_s is None:
                 request.first_scheduled_s = time_s
                 self._run.latencies["queue"].add(time_s - request.arrival_s)
+
+    def note_used(self) -> None:
+        """Looks at how many blocks are in use."""
+        self._note_used(self.manager.num_free_blocks)
 
     def _note_used(self, num_free_blocks: int) -> None:
         run = self._run
@@ -326,12 +358,19 @@ class ReplicaListener(StepListener):
                 group.counts["good"] += 1
         self._end(sequence, request, "finished", time_s)
 
+    def _count_tokens(self, group: GroupFigures, sequence: Sequence, request: _Request) -> None:
+        counts, before = group.counts, request.counted_tokens
+        counts["output_tokens"] += sequence.num_output_tokens
+        if before is not None and group.kind in PLACES:
+            counts["output_tokens"] -= before
+            return
+        counts["prompt_tokens"] += sequence.num_prompt_tokens
+        counts["cached_tokens"] += sequence.num_cached_tokens
+
     def _end(self, sequence: Sequence, request: _Request, outcome: str, last_token_s: float | None) -> None:
         run = self._run
         for group in request.groups:
-            group.counts["prompt_tokens"] += sequence.num_prompt_tokens
-            group.counts["cached_tokens"] += sequence.num_cached_tokens
-            group.counts["output_tokens"] += sequence.num_output_tokens
+            self._count_tokens(group, sequence, request)
         if sequence.num_preemptions:
             run.counts["preempted"] += 1
             run.most_preemptions = max(run.most_preemptions, sequence.num_preemptions)

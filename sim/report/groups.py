@@ -9,6 +9,7 @@ from pagellm.sim.report.schema import Group
 MAX_GROUPS = 200  # of a kind; what comes beyond is counted together
 OTHERS = "all others"
 Kind = Literal["group", "replica", "tenant", "class"]
+PLACES = ("group", "replica")  # where a request is, which may change
 
 
 class GroupFigures:
@@ -42,12 +43,14 @@ class GroupFigures:
 class Groups:
     """All parts of one run, by their kinds and names."""
 
-    def __init__(self, num_replicas: int) -> None:
+    def __init__(self, names_replicas: bool) -> None:
         self._found: dict[tuple[Kind, str], GroupFigures] = {}
         self._sizes: Counter[str] = Counter()
-        self._has_replicas = num_replicas > 1
-        for number in range(num_replicas if self._has_replicas else 0):
-            self._group("replica", str(number))
+        self._has_replicas = names_replicas
+
+    def add_replica(self, number: int, group: str | None) -> None:
+        """There is one more replica, whether it gets a request or not."""
+        self.of(number, None, None, group)
 
     def of(
         self, replica: int | None, tenant: str | None, class_: str | None, group: str | None = None
@@ -71,7 +74,7 @@ class Groups:
             self._found.values(),
             key=lambda g: (
                 order.index(g.kind),
-                0 if g.kind in ("group", "replica") else -g.counts["requests"],
+                0 if g.kind in PLACES else -g.counts["requests"],
             ),
         )
         return [group.to_dict(duration_s, has_slo) for group in found]
@@ -79,7 +82,7 @@ class Groups:
     def _group(self, kind: Kind, name: str) -> GroupFigures:
         group = self._found.get((kind, name))
         if group is None:
-            if kind not in ("group", "replica") and self._sizes[kind] >= MAX_GROUPS:
+            if kind not in PLACES and self._sizes[kind] >= MAX_GROUPS:
                 name = OTHERS
             self._sizes[kind] += (kind, name) not in self._found
             group = self._found.setdefault((kind, name), GroupFigures(kind, name))

@@ -41,8 +41,8 @@ class MetricsCollector:
 
     schedulers: one for each replica, before they are used. slo: the most seconds of a good request, by the
     names in `SLO_NAMES`. results: a file that gets a line of JSON for each request when it ends.
-    block_bytes: of a KV block, where that is known. groups: the kind of each replica, where there are
-    several. Raises `ConfigError`.
+    block_bytes: of a KV block, where that is known. names_replicas: whether figures are told by replica; by
+    default where there are several. Raises `ConfigError`.
 
     The shares of unwritten slots and of cached blocks are sampled, once for each bucket of the timeline.
     """
@@ -53,17 +53,25 @@ class MetricsCollector:
         slo: Mapping[str, float] | None = None,
         results: str | os.PathLike[str] | None = None,
         block_bytes: int | None = None,
-        groups: list[str] | None = None,
+        names_replicas: bool | None = None,
     ) -> None:
         for name, value in (slo or {}).items():
             if name not in SLO_NAMES:
                 raise ConfigError(f"slo: found {found(name)}, expected one of {', '.join(SLO_NAMES)}")
             number(f"slo: {name}", value, SMALLEST, error=ConfigError, expected="seconds above 0")
         self._block_bytes = block_bytes
-        self._run = run = Collected(slo or {}, results, len(schedulers))
-        for index, scheduler in enumerate(schedulers):
-            group = None if groups is None else groups[index]
-            run.replicas.append(ReplicaListener(index, scheduler, run, group))
+        names_replicas = len(schedulers) > 1 if names_replicas is None else names_replicas
+        self._run = Collected(slo or {}, results, names_replicas)
+        for scheduler in schedulers:
+            self.add(scheduler)
+
+    def add(self, scheduler: Scheduler, group: str | None = None) -> StepListener:
+        """What is to listen to the step loop of one more replica. group: of those that are alike, by name."""
+        run = self._run
+        number = len(run.replicas)
+        run.replicas.append(ReplicaListener(number, scheduler, run, group))
+        run.groups.add_replica(number, group)
+        return run.replicas[number]
 
     def listener(self, replica: int = 0) -> StepListener:
         """What is to listen to the step loop of one of the replicas; of several completions each is one."""
@@ -126,6 +134,10 @@ class MetricsCollector:
         if fleet is not None:
             report["fleet"] = fleet
         return Report(report)
+
+    def note_blocks(self, replica: int) -> None:
+        """Blocks of a replica were freed between its steps."""
+        self._run.replicas[replica].note_used()
 
     def busy_s(self, replica: int) -> float:
         """The seconds in which a replica had a step under way."""

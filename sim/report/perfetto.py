@@ -230,6 +230,12 @@ class _Listener(StepListener):
         for sequence in batch.sequences:
             self._requests[sequence].tokens += len(durations_s) - 1
 
+    def left(self, sequence: Sequence, why: str) -> None:
+        if sequence in self._requests:
+            self._finish(sequence, self._end, why)
+        else:
+            self._added.remove(sequence)
+
     def close(self) -> None:
         """Ends the phases of what is in flight."""
         self._let_go()

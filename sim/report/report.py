@@ -220,16 +220,29 @@ def _fleet(fleet: FleetData | None) -> Iterator[tuple[str, str]]:
     if fleet["cost"] is not None:
         million = f", {number_text(fleet['cost_per_million'])} a million output tokens"
         yield "cost", f"{number_text(fleet['cost'])} in the unit of prices{million}"
+    for link in fleet.get("links", []):
+        waited = f"after {seconds_text(link['mean_wait_s'])} of waiting"
+        sent = f"{link['transfers']:,} times KV{_bytes(link['bytes'])} in all"
+        yield "transfers", f"{sent}, over {_name(link['name'], 20)}"
+        yield "", f"each in {seconds_text(link['mean_transfer_s'])} {waited}, on average"
+    failures = fleet.get("failures")
+    if failures is not None:
+        mean_s = failures["mean_down_s"]
+        down = "" if mean_s is None else f", each down for {seconds_text(mean_s)} on average"
+        yield "failures", f"{failures['failures']:,} of replicas{down}"
+        lost = f"{failures['lost_tokens']:,} tokens computed anew"
+        yield "", f"{failures['lost_requests']:,} requests began anew, {lost}"
+    if fleet.get("scaling"):
+        yield "scaling", f"{len(fleet['scaling']):,} times replicas were started or stopped"
 
 
 def _fleet_table(report: AnyReport) -> Iterator[str]:
     """What served, where that is more than replicas that are alike."""
     fleet = report.get("fleet")
-    if fleet is None or len(fleet["groups"]) < 2:
+    if fleet is None or (len(fleet["groups"]) < 2 and not fleet.get("scaling")):
         return
     yield ""
-    head = f"{'fleet':<14}{'role':<9}{'replicas':>9}{'devices':>9}{'busy':>9}{'Wh':>10}{'cost':>10}"
-    yield head
+    yield f"{'fleet':<14}{'role':<9}{'replicas':>9}{'devices':>9}{'busy':>9}{'Wh':>10}{'cost':>10}"
     for group in fleet["groups"]:
         busy = share_text(group["busy_s"] / group["paid_s"] if group["paid_s"] else None)
         counts = f"{group['replicas']:>9,}{group['replicas'] * group['devices']:>9,}{busy:>9}"

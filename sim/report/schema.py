@@ -224,13 +224,48 @@ class FleetGroup(TypedDict):
     cost: float | None
 
 
+class LinkFigures(TypedDict):
+    """What KV went over a link, how long each transfer waited for it, and how long it then took."""
+
+    name: str
+    transfers: int
+    bytes: int
+    mean_wait_s: float
+    mean_transfer_s: float
+
+
+class FailureFigures(TypedDict):
+    """Replicas that failed, and what was lost with them.
+
+    lost_requests: that were there, or whose KV was; lost_tokens: of theirs that were computed and had to be
+    once more. mean_down_s: from a failure to being ready again.
+    """
+
+    failures: int
+    lost_requests: int
+    lost_tokens: int
+    mean_down_s: float | None
+
+
+class ScalingEvent(TypedDict):
+    """A group has so many replicas from now on: started ones count, those that are to stop do not."""
+
+    time_s: float
+    group: str
+    replicas: int
+
+
 class FleetData(TypedDict):
     """What served, and what that took, from the first arrival to the last token.
 
-    wh_per_million, cost_per_million: of output tokens. cost: in the unit of the prices.
+    wh_per_million, cost_per_million: of output tokens. cost: in the unit of the prices. links, failures,
+    scaling: where there are any.
     """
 
     groups: list[FleetGroup]
+    links: NotRequired[list[LinkFigures]]
+    failures: NotRequired[FailureFigures]
+    scaling: NotRequired[list[ScalingEvent]]
     energy_wh: float | None
     wh_per_million: float | None
     cost: float | None

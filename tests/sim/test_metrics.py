@@ -24,7 +24,7 @@ from pagellm.sim import MetricsCollector, Report, Simulator, Workload, synthesis
 from pagellm.sim.costs.decoder import Layers, Model
 from pagellm.sim.costs.devices import Hardware
 from pagellm.sim.costs.roofline import RooflineCostModel
-from pagellm.sim.simulator import _Replay
+from pagellm.sim.simulator import Replay
 from tests.conftest import at_most
 
 # A toy of which steps differ much in their length.
@@ -231,7 +231,7 @@ def test_nothing_is_kept_of_requests_that_have_ended() -> None:
     config = EngineConfig(block_size=4, num_blocks=30, max_num_seqs=6, preemption="swap")
     simulator = Simulator(config, COSTS, timeout_s=0.3)
     workload = Workload(num_requests=200, arrivals="poisson:40", prompt_len="uniform:1,60")
-    replay = _Replay(simulator, synthesise(replace(workload, output_len="uniform:1,40")))
+    replay = Replay(simulator, synthesise(replace(workload, output_len="uniform:1,40")))
     simulator.cost_model.begin(config)
     replay.run()
     metrics = replay.metrics
