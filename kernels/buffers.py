@@ -132,6 +132,10 @@ class Workspace(NamedTuple):
     vocab_scratch: NDArray[np.float32]  # [num_threads, 3, padded vocab_size]
     counts: NDArray[np.int32]  # [num_threads, vocab_size], zeros
     counters: NDArray[np.int64]  # of kernels.threads
+    # Sums of the squares of the inputs of matrices, and where those of the matrix that begins at a panel are,
+    # or -1; empty where nobody wants to know.
+    squares: NDArray[np.float64]
+    squares_start: NDArray[np.int64]  # [panels of all matrices]
 
 
 def new_plan(arch: Architecture, max_tokens: int, max_seqs: int, num_chunks: int) -> Plan:
@@ -208,6 +212,8 @@ def new_workspace(arch: Architecture, max_tokens: int, num_threads: int) -> Work
         vocab_scratch=np.zeros((num_threads, 3, padded(arch.vocab_size)), np.float32),
         counts=np.zeros((num_threads, arch.vocab_size), np.int32),
         counters=new_counters(),
+        squares=np.zeros(0, np.float64),
+        squares_start=np.zeros(0, np.int64),
     )
 
 

@@ -17,7 +17,16 @@ from pagellm.kernels.jit import kernel, plain
 from pagellm.kernels.kv_cache import LayerCache, store_kv
 from pagellm.kernels.matmul import expert_matmul, matmul, stacked_matmul
 from pagellm.kernels.norm import normalize
-from pagellm.kernels.packing import pack_row, padded, unpack_column
+from pagellm.kernels.packing import (
+    CHUNK,
+    FLOAT32,
+    GROUP,
+    activation_place,
+    activation_words,
+    pack_row,
+    padded,
+    unpack_column,
+)
 from pagellm.kernels.rope import rotate
 from pagellm.kernels.simd import LANES, broadcast, fma, load, store
 from pagellm.kernels.threads import barrier, next_rows
@@ -112,11 +121,26 @@ def add_branch(member, arch, weights, features, scale, bias, num_rows, work):
 
 
 @kernel
+def _add_squares(num_rows, K, start, work):
+    """Adds the squares of the packed activations [num_rows, K], float32, to `work.squares[start:]`."""
+    if start < 0:
+        return
+    size = activation_words(plain(FLOAT32), K)
+    for row in range(num_rows):
+        at = row // GROUP * GROUP * size + row % GROUP * CHUNK
+        for k in range(K):
+            value = np.float64(work.packed[at + activation_place(k)])
+            work.squares[start + k] += value * value
+
+
+@kernel
 def linear(member, weights, part, bias, num_rows, K, N, out, accumulate, work):
     """The packed activations [num_rows, K] times a part [N, K], plus its bias.
 
     out: flat, rows `padded(N)` apart, which are written or, with `accumulate`, added to.
     """
+    if work.squares.size > 0 and member.thread == 0:
+        _add_squares(num_rows, K, work.squares_start[part.panel], work)
     matmul(
         member.counters, member.num_threads, weights.panels[part.panel :], work.packed, num_rows, K,
         weights.values, bias.start, N, out, accumulate, member.scratch,

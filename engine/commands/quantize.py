@@ -28,6 +28,12 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
         "--pure", action="store_true", help="every matrix in that type, none in one of more bits"
     )
     parser.add_argument(
+        "--imatrix",
+        type=Path,
+        metavar="FILE",
+        help="round with more care where inputs are large: on this text, or by llama.cpp's importance matrix",
+    )
+    parser.add_argument(
         "--kl-text", type=Path, metavar="TEXT",
         help="measure what it costs on this text (default: a page of Jane Austen's)",
     )  # fmt: skip
@@ -52,6 +58,7 @@ def _quantize(options: argparse.Namespace) -> None:
     settings = Settings(
         type=options.type or DEFAULT_MIXTURE,
         pure=options.pure,
+        imatrix=options.imatrix,
         text=options.kl_text,
         text_tokens=options.kl_tokens,
         allow_requantize=options.allow_requantize,
@@ -76,6 +83,7 @@ def _lines(report: "Report") -> list[str]:
         f"in {report.seconds:.1f} s",
         f"tensors: {types}",
         *written.notes,
+        *_without_importance(report),
     ]
     cost = report.divergence
     if cost is None:
@@ -90,3 +98,9 @@ def _lines(report: "Report") -> list[str]:
     if cost.perplexity is not None:
         lines.append(f"perplexity: {cost.perplexity:.3f}, of the source {cost.source_perplexity:.3f}")
     return lines
+
+
+def _without_importance(report: "Report") -> list[str]:
+    names = report.written.without_importance
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return [f"no importance is known of {names[0]}{more}: all their inputs count alike"] if names else []

@@ -32,8 +32,8 @@ class Divergence:
     perplexity: float | None
 
 
-def windows(llm: LLM, text: str, max_tokens: int) -> list[list[int]]:
-    """The first tokens of a text, at most `WINDOW` at a time, fewer where the model takes fewer.
+def windows(llm: LLM, text: str, max_tokens: int | None) -> list[list[int]]:
+    """The first tokens of a text, or all, at most `WINDOW` at a time, fewer where the model takes fewer.
 
     Raises `ConfigError` if there are none, or the model has no tokenizer.
     """

@@ -1,21 +1,27 @@
 """`pagellm quantize`: a model is checked, measured, written and compared with what it came from."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pagellm.engine.checkpoints import Checkpoint, open_checkpoint, resolve_model
+from pagellm.engine.checkpoints.gguf import MAGIC
 from pagellm.engine.config import usable_cores
 from pagellm.engine.errors import ConfigError, PagellmError, found
 from pagellm.engine.execution.memory import read_memory
 from pagellm.engine.execution.weights import formats_of
-from pagellm.engine.files import read_plain_text
+from pagellm.engine.files import open_plain, read_plain_text
 from pagellm.engine.llm import LLM
 from pagellm.engine.models import ModelSpec, read_spec
 from pagellm.engine.quantization.divergence import Divergence, divergence, engine_settings, windows
+from pagellm.engine.quantization.importance import MeanSquares, by_tensor, mean_squares, read_importance
 from pagellm.engine.quantization.mixtures import ALIASES, MIXTURES
 from pagellm.engine.quantization.writing import Written, check_free, requantized, whole_file, write_gguf
 from pagellm.kernels.architecture import lay_out
@@ -71,16 +77,22 @@ def quantize_model(model: str, out: Path, settings: Settings, show: bool = False
         raise ConfigError(f"type: found {found(settings.type)}, expected one of {expected}")
     check_free(out, settings.force)
     text = _text(settings)
+    given, calibration = _importance(settings.imatrix)
     path = resolve_model(model, show)
     start = perf_counter()
     with open_checkpoint(path) as checkpoint:
         spec = read_spec(checkpoint)
         _check(checkpoint, spec, out, settings)
         source_bytes = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
+        means = None if calibration is None else _measure(path, spec, calibration, show)
         with whole_file(out, settings.force) as (file, temporary):
             written = write_gguf(
                 checkpoint, spec, file, temporary, mixture,
-                pure=settings.pure, num_threads=usable_cores(), show=show,
+                pure=settings.pure,
+                importance=lambda written: given if means is None else by_tensor(means, written),
+                provenance=_provenance(settings.imatrix),
+                num_threads=usable_cores(),
+                show=show,
             )  # fmt: skip
         seconds = perf_counter() - start
         reference = _reference(checkpoint, spec, written)
@@ -124,6 +136,28 @@ def _read_text(path: Path) -> str:
         return read_plain_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a UTF-8 text: {error}") from error
+
+
+def _importance(path: Path | None) -> tuple[Mapping[str, NDArray[np.float32]], str | None]:
+    """By tensor, if it is an importance matrix; else the text to measure one on, if there is any."""
+    if path is None:
+        return {}, None
+    try:
+        with open_plain(path) as file:
+            is_matrix = file.read(len(MAGIC)) == MAGIC
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    return (read_importance(path), None) if is_matrix else ({}, _read_text(path))
+
+
+def _measure(path: Path, spec: ModelSpec, text: str, show: bool) -> MeanSquares:
+    with LLM(path, config=engine_settings("none", spec.max_positions), show_progress=False) as llm:
+        return mean_squares(llm, windows(llm, text, None), show)
+
+
+def _provenance(imatrix: Path | None) -> dict[str, str | int]:
+    """What the file says of its making, as llama.cpp has it."""
+    return {} if imatrix is None else {"quantize.imatrix.file": imatrix.name}
 
 
 def _reference(checkpoint: Checkpoint, spec: ModelSpec, written: Written) -> str:

@@ -132,6 +132,8 @@ def write_gguf(
     check_same(checkpoint.path, spec, written)
     writer.reserve()
     counts = importance(written)
+    for info in infos:
+        _check_importance(checkpoint, info, counts.get(info.name))
     segments = _gguf_segments(checkpoint) if is_gguf else _hub_segments(checkpoint, spec, written)
     work = [(info, segment) for info in infos if info.name in segments for segment in segments[info.name]]
     total = sum(info.num_bytes for info in infos)
@@ -150,6 +152,15 @@ def write_gguf(
             f"llama.cpp lets every layer of {architecture} see everything, this engine obeys the window"
         )
     return Written(architecture, writer.num_bytes, weights, dict(types), tuple(missing), tuple(notes))
+
+
+def _check_importance(checkpoint: Checkpoint, info: TensorInfo, count: NDArray[np.float32] | None) -> None:
+    shapes = ((info.shape[-1],), (*info.shape[:-2], info.shape[-1]))
+    if count is not None and count.shape not in shapes:
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {info.name}: found an importance of {list(count.shape)}, expected "
+            f"{list(shapes[-1])}, one for each input"
+        )
 
 
 def requantized(checkpoint: Checkpoint, spec: ModelSpec) -> list[str]:
