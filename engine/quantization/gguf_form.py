@@ -120,6 +120,11 @@ def gguf_form(checkpoint: Checkpoint, spec: ModelSpec) -> GgufModel:
 
 def _check(checkpoint: Checkpoint, form: Form, spec: ModelSpec) -> None:
     """Refuses what this engine would read and llama.cpp would not."""
+    if (spec.arch.layers["num_experts"] > 0).any():
+        raise CheckpointError(
+            f"{checkpoint.path}: found a mixture of experts in a directory, expected a dense model, or a "
+            "mixture's GGUF file"
+        )
     refused = []
     biases = {part for parts in spec.layers for part in parts if part in _LINEAR}
     for wrong, what in ((biases - set(form.biases), "a bias of"), (set(form.needed) - biases, "no bias of")):
