@@ -8,6 +8,7 @@ from pagellm.engine.checks import flag, integer, is_path, number
 from pagellm.engine.errors import ConfigError, found
 from pagellm.engine.requests.reasoning import AUTO, NO_MARKERS, Markers
 from pagellm.engine.scheduling.block_window import BlockWindow
+from pagellm.engine.scheduling.policies.load import KINDS
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MAX_THREADS = 1024
@@ -20,7 +21,6 @@ TOOL_CALL_PARSERS = (
     "mistral",
     "gpt_oss",
 )  # as in tool_calls.py, which takes 3 ms to import
-SCHEDULER_POLICIES = ("policy", "victim", "admission", "eviction", "budget")
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class EngineConfig:
                 raise ConfigError(
                     f"{name}: found {found(getattr(self, name))}, expected one of {', '.join(choices)}"
                 )
-        for name in (*SCHEDULER_POLICIES, "swap_dir", "step_log"):
+        for name in (*KINDS, "swap_dir", "step_log"):
             value = getattr(self, name)
             optional = name in ("victim", "swap_dir", "step_log")
             if not (optional and value is None) and not (isinstance(value, str) and value):

@@ -17,7 +17,6 @@ from pagellm.engine.config import (
     GENERATION_CONFIGS,
     PREEMPTIONS,
     QUANTIZATIONS,
-    SCHEDULER_POLICIES,
     TOOL_CALL_PARSERS,
     EngineConfig,
 )
@@ -25,7 +24,7 @@ from pagellm.engine.errors import ConfigError, RequestError
 from pagellm.engine.progress import say, say_piece
 from pagellm.engine.requests.outputs import RequestOutput
 from pagellm.engine.requests.sampling_params import SamplingParams
-from pagellm.engine.scheduling.policies import POLICIES
+from pagellm.engine.scheduling.policies import KINDS, POLICIES
 from pagellm.engine.user_policy import import_policy
 
 if TYPE_CHECKING:
@@ -196,7 +195,7 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given, by the names of `EngineConfig`. Raises `ConfigError`."""
     settings = given(options, EngineConfig)
-    for setting in SCHEDULER_POLICIES:
+    for setting in KINDS:
         import_policy(settings.get(setting), setting)
     return settings
 

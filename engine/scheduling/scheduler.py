@@ -102,11 +102,14 @@ class Scheduler:
     def fork(self, parent: Sequence, child: Sequence, now: float = 0.0, forks: Items[Sequence] = ()) -> None:
         """Takes a new sequence in that begins like a running one, to share the blocks of what they share.
 
-        Where the parent does not run or has not computed so much, the child is computed by itself. Raises
-        `RequestError` like `add`.
+        Where the parent does not run or has not computed so much, the child is computed by itself; so it is
+        where the admission policy, which is asked at once, does not accept it now. Raises `RequestError` like
+        `add`.
         """
         self._accept(child, now, forks)
-        if not self._share(parent, child, child.num_tokens - 1):
+        if self.policies.admits and self.policies.admit(child, self.stats) is not Admission.ACCEPT:
+            self._held[child.seq_id] = child
+        elif not self._share(parent, child, child.num_tokens - 1):
             self.waiting.push(child, self.stats)
 
     def schedule(
@@ -326,10 +329,11 @@ class Scheduler:
             self.policies.on_add(new, self.stats)
 
     def _update_stats(self, now: float) -> None:
-        stats = self.stats
-        stats.now = now
-        stats.num_waiting, stats.num_running = self.num_waiting, len(self.running)
-        stats.num_free_blocks = self.block_manager.num_free_blocks
+        manager = self.block_manager
+        num_waiting, num_running = self.num_waiting, len(self.running)
+        self.stats = SchedulerStats(
+            now, num_waiting, num_running, manager.num_free_blocks, manager.num_blocks, manager.block_size
+        )
 
     def _let_in(self, batch: ScheduledBatch) -> None:
         """Asks about those that are held back; the first goes on where there is nothing else to do."""

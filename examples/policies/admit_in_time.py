@@ -1,6 +1,7 @@
 """Early rejection: who could not be served in time is told at once, and who might be waits at the door.
 
-Qin et al., "Mooncake: Trading More Storage for Less Computation", FAST 2025, section 6.
+Qin et al., "Mooncake: A KVCache-centric Disaggregated Architecture for LLM Serving", arXiv:2407.00079, on
+overload-oriented scheduling.
 """
 
 from pagellm import AdmissionPolicy

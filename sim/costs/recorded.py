@@ -9,9 +9,10 @@ from typing import Any
 
 from pagellm.engine import checks
 from pagellm.engine.checks import JsonError, parse_json
-from pagellm.engine.config import SCHEDULER_POLICIES, CompleteConfig, EngineConfig
+from pagellm.engine.config import CompleteConfig, EngineConfig
 from pagellm.engine.errors import ConfigError, ProfileError
 from pagellm.engine.scheduling.batch import PreemptionCosts, ScheduledBatch
+from pagellm.engine.scheduling.policies import KINDS
 from pagellm.engine.step_log import NO_DECISIONS
 from pagellm.sim.costs.cost_model import CostModel
 from pagellm.sim.fields import Fields, read_lines
@@ -74,7 +75,7 @@ class RecordedCostModel(CostModel):
         if self._config is None:
             return super().settings(given)
         recorded = {name: getattr(self._config, name) for name in _DECISIONS}
-        for name in SCHEDULER_POLICIES:
+        for name in KINDS:
             if ":" in (recorded[name] or "") and name not in given:
                 raise ConfigError(
                     f"{name}: found nothing, expected {recorded[name]!r}, with which {self._path} was "

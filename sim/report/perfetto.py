@@ -5,12 +5,14 @@ Chrome's Trace Event Format: complete events (X) on threads, counters (C), and m
 microseconds from the first that happened. Counters are written when they change.
 
 A replica is two processes. One has its steps, with the moving of blocks inside them, and the counters; the
-other a thread for each request, whose phases follow each other without a gap: queued, prefill, decode, and
-after a preemption preempted or swapped, until it is admitted again.
+other as many threads, called slots, as there were requests in flight at once. A request has one to itself,
+and another one after it. Its phases follow each other without a gap: queued, prefill, decode, and after a
+preemption preempted or swapped, until it is admitted again; each names its request.
 """
 
 from collections import Counter
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from os import PathLike
 from types import TracebackType
 from typing import Any
@@ -113,7 +115,8 @@ class _Request:
     since: when that began. args: what is shown of it. tokens: computed in it.
     """
 
-    thread: int
+    number: int
+    slot: int
     phase: str
     since: int
     args: dict[str, Any]
@@ -138,6 +141,9 @@ class _Listener(StepListener):
         self._at = ""  # the former, as it is written
         self._is_stepping = False
         self._requests: dict[Sequence, _Request] = {}
+        self._threads: list[int] = []  # of each slot
+        self._free_slots: list[int] = []  # a heap
+        self._free_since: list[int] = []  # of each slot, once it is free
         self._added: list[Sequence] = []  # since the last step began
         self._ended: list[Sequence] = []
         self._tokens: tuple[int, int] | None = None  # the counters as written last
@@ -254,7 +260,7 @@ class _Listener(StepListener):
         self._metadata(self._process, self._thread, "thread_name", '"name":"steps"')
 
     def _arrive(self, sequence: Sequence) -> None:
-        number, thread, params = sequence.seq_id, self._trace.new_thread(), sequence.sampling_params
+        number, params = sequence.seq_id, sequence.sampling_params
         args = {
             "sequence": number,
             "num_prompt_tokens": sequence.num_prompt_tokens,
@@ -265,9 +271,25 @@ class _Listener(StepListener):
         if params.deadline_s is not None:
             args["deadline_s"] = params.deadline_s
         arrival = self._trace.nanoseconds(sequence.arrival_time)
-        self._requests[sequence] = _Request(thread, "queued", arrival, args)
-        self._metadata(self._requests_process, thread, "thread_name", f'"name":"request {number}"')
-        self._metadata(self._requests_process, thread, "thread_sort_index", f'"sort_index":{thread}')
+        self._requests[sequence] = _Request(number, self._slot(arrival), "queued", arrival, args)
+
+    def _slot(self, since: int) -> int:
+        """The first slot that is free from a time on. A request may have come before others ended."""
+        taken = []
+        while self._free_slots:
+            slot = heappop(self._free_slots)
+            if self._free_since[slot] <= since:
+                break
+            taken.append(slot)
+        else:
+            slot, thread = len(self._threads), self._trace.new_thread()
+            self._threads.append(thread)
+            self._free_since.append(0)
+            self._metadata(self._requests_process, thread, "thread_name", f'"name":"slot {slot}"')
+            self._metadata(self._requests_process, thread, "thread_sort_index", f'"sort_index":{thread}')
+        for other in taken:
+            heappush(self._free_slots, other)
+        return slot
 
     def _let_go(self) -> None:
         """Ends those that have ended since the step before, otherwise than by its tokens."""
@@ -348,7 +370,8 @@ class _Listener(StepListener):
         if at > since:
             if request.phase in ("prefill", "decode"):
                 request.args["tokens"] = request.tokens
-            self._slice(self._requests_process, request.thread, request.phase, since, at, request.args)
+            shown = {"request": request.number, **request.args}
+            self._slice(self._requests_process, self._threads[request.slot], request.phase, since, at, shown)
             request.since = at
         request.phase, request.args, request.tokens = phase, args, 0
 
@@ -356,6 +379,8 @@ class _Listener(StepListener):
         request = self._requests.pop(sequence)
         request.args = request.args | {"ended": why or sequence.finish_reason}
         self._change(request, "", at, {})
+        self._free_since[request.slot] = max(at, request.since)
+        heappush(self._free_slots, request.slot)
 
     # One event each
 

@@ -17,8 +17,9 @@ from textwrap import wrap
 from typing import Any, cast
 
 from pagellm.engine import checks
-from pagellm.engine.config import SCHEDULER_POLICIES, EngineConfig
+from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ReportError
+from pagellm.engine.scheduling.policies import KINDS
 from pagellm.sim.costs.cost_model import FIT_METRICS, CostConstant, FitError, StepTimeError
 from pagellm.sim.report.schema import (
     Cache,
@@ -287,10 +288,9 @@ def _goodput(goodput: Goodput | None) -> Iterator[tuple[str, str]]:
 
 def _policies_given(config: dict[str, Any]) -> list[str]:
     """The policies beside the scheduling policy that are not the default ones."""
-    others = SCHEDULER_POLICIES[1:]
     return [
         name
-        for name in others
+        for name in list(KINDS)[1:]
         if config.get(name, getattr(EngineConfig, name)) != getattr(EngineConfig, name)
     ]
 

@@ -11,7 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
 from pagellm.engine.checks import SMALLEST, number
-from pagellm.engine.config import SCHEDULER_POLICIES, EngineConfig
+from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError
 from pagellm.engine.scheduling.policies import KINDS, load_policy
 from pagellm.engine.user_policy import import_policy
@@ -22,7 +22,7 @@ from pagellm.sim.simulator import Simulator
 Value = int | float | bool | str | None
 Settings = Mapping[str, Value]
 
-POLICY_SETTINGS = (*SCHEDULER_POLICIES, "router")
+POLICY_SETTINGS = (*KINDS, "router")
 REPLAY_SETTINGS = ("rate_factor", "clients", "replicas", "router", "timeout_s")
 # Of a sweep itself: the device, as NAME or NAME*N; and the order of the gaps between arrivals, 0 as they are.
 SWEEP_SETTINGS = ("hardware", "seed")

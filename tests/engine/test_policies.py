@@ -351,7 +351,43 @@ def test_who_is_held_back_stays_so_when_all_begins_anew_with_every_completion() 
     s.policies.raise_error()
 
 
+class AcceptsAll(AdmissionPolicy):
+    def admit(self, sequence: SequenceView, stats: SchedulerStats) -> str:
+        return "accept"
+
+
+@pytest.mark.parametrize(("policy", "is_let_in"), [("OneAtATime", False), ("AcceptsAll", True)])
+def test_a_fork_is_let_in_by_the_admission_policy_as_all_are(policy: str, is_let_in: bool) -> None:
+    s = scheduler("fcfs", admission=f"{__name__}:{policy}")
+    parent = add(s, 4, max_tokens=3)
+    step(s)
+    child = Sequence(next(_ids), [*parent.token_ids[:4], 7], SamplingParams(max_tokens=1))
+    s.fork(parent, child)
+    s.check()
+    assert (child.status is SequenceStatus.RUNNING) == is_let_in
+    assert (child.block_table == parent.block_table) == is_let_in, "who is let in shares blocks"
+    order_of_service(s)
+    assert child.finish_reason == "length"
+
+
 # Policies that go wrong
+
+
+class ChangesStats(SchedulingPolicy):
+    def order(self, sequence: SequenceView, stats: SchedulerStats) -> float:
+        stats.num_free_blocks = 0  # type: ignore[misc]
+        return 0.0
+
+
+def test_a_policy_cannot_change_how_things_stand() -> None:
+    s = scheduler(ChangesStats())
+    add(s)
+    with pytest.raises(PolicyError, match=r"sets 'num_free_blocks', and a policy cannot change how things"):
+        s.policies.raise_error()
+    assert s.stats.num_free_blocks == s.block_manager.num_free_blocks
+    before = s.stats
+    step(s)
+    assert before.num_waiting == 0 < s.stats.num_waiting, "what a policy has kept stays as it was"
 
 
 def answering(method: str, answer: Any) -> SchedulingPolicy:
@@ -461,7 +497,7 @@ def test_a_policy_is_told_the_time_and_how_things_stand() -> None:
 
     class Curious(SchedulingPolicy):
         def on_commit(self, batch: ScheduledBatch, stats: SchedulerStats) -> None:
-            told.append(SchedulerStats(**vars(stats)))
+            told.append(stats)
 
     s = scheduler(Curious(), max_num_seqs=1)
     add(s, 4, now=1.0)

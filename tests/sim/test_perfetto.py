@@ -75,9 +75,15 @@ def test_steps_do_not_overlap_and_hold_their_transfers(events: Events) -> None:
 
 
 def test_the_phases_of_a_request_follow_each_other_without_gap_or_overlap(events: Events) -> None:
-    requests = {name: slices for name, slices in tracks(events).items() if name.startswith("request ")}
+    requests = defaultdict(list)
+    for name, slices in tracks(events).items():
+        if name.startswith("slot "):
+            assert all(a[1] <= b[0] for a, b in pairwise(slices)), "requests share a slot at once"
+            for one in slices:
+                requests[one[2]["args"]["request"]].append(one)
     assert len(requests) == 9
     for slices in requests.values():
+        assert len({one[2]["tid"] for one in slices}) == 1
         assert all(a[1] == b[0] for a, b in pairwise(slices))
         names = [s[2]["name"] for s in slices]
         assert names[-1] == "decode"
@@ -133,6 +139,25 @@ def simulator(perfetto: Path, **options: Any) -> Simulator:
     config = EngineConfig(num_blocks=30, block_size=4, preemption="swap")
     costs = CostModel.roofline("l4", "smollm2-135m", product_flops=1e-3, product_bytes=1e-3)
     return Simulator(config, costs, perfetto=perfetto, skip_bad=True, **options)
+
+
+@pytest.mark.parametrize("clients", [None, 3])
+def test_there_are_as_many_slots_as_requests_were_in_flight_at_once(
+    tmp_path: Path, clients: int | None
+) -> None:
+    simulator(tmp_path / "out.json", clients=clients).replay(synthesise(WORKLOAD).scaled(50))
+    events = events_of(tmp_path / "out.json")
+    slots = [slices for name, slices in tracks(events).items() if name.startswith("slot ")]
+    assert sum("ended" in event["args"] for slices in slots for *_, event in slices) == 40
+    for slices in slots:
+        assert all(a[1] <= b[0] for a, b in pairwise(slices))
+    lives: dict[int, tuple[int, int]] = {}
+    for begin, end, event in (one for slices in slots for one in slices):
+        number = event["args"]["request"]
+        first, last = lives.get(number, (begin, end))
+        lives[number] = min(first, begin), max(last, end)
+    most = max(sum(begin <= at < end for begin, end in lives.values()) for at, _ in lives.values())
+    assert most <= len(slots) <= most + 1, "one that comes while the last step of another runs has its own"
 
 
 WORKLOAD = Workload(num_requests=40, prompt_len="uniform:5,60", output_len="uniform:1,40", seed=3)

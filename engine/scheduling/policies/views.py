@@ -1,8 +1,7 @@
 """What a policy sees: facts of requests, steps and blocks as they are now, to be read and not changed."""
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
@@ -12,9 +11,8 @@ if TYPE_CHECKING:
     from pagellm.engine.scheduling.block_manager import BlockManager
 
 
-@dataclass
-class SchedulerStats:
-    """How things stand; the scheduler keeps one and brings it up to date when a step begins."""
+class SchedulerStats(NamedTuple):
+    """How things stand; the scheduler makes a new one when a step begins or somebody comes."""
 
     now: float = 0.0  # seconds, on the clock of SequenceView.arrival_time
     num_waiting: int = 0
@@ -22,6 +20,9 @@ class SchedulerStats:
     num_free_blocks: int = 0
     num_blocks: int = 0
     block_size: int = 0  # tokens of a block
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"sets {name!r}, and a policy cannot change how things stand")
 
 
 class View:
