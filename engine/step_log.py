@@ -204,9 +204,7 @@ class StepRecorder(StepListener):
             return  # this began to listen in the middle of the step
         record["duration_s"], record["transfer_s"] = end.duration_s, end.transfer_s
         if end.finished:
-            record["finished"] = list(map(_end_of, end.finished))
-            for sequence in end.finished:
-                self._forget(sequence)
+            record["finished"] = self._finished(end.finished)
         self._write(record)
 
     def strode(self, stride: Stride) -> None:
@@ -245,6 +243,8 @@ class StepRecorder(StepListener):
                     change = next(changes)
                 record["blocks"] = blocks
             record["duration_s"] = duration_s
+            if step == len(stride.durations_s) - 1 and stride.finished:
+                record["finished"] = self._finished(stride.finished)
             self._write(record)
         self._record = None
 
@@ -301,6 +301,11 @@ class StepRecorder(StepListener):
             return []
         recorded[same:] = table[same:]
         return [(seq_id, same, table[same:])]
+
+    def _finished(self, sequences: list[Sequence]) -> list[tuple[int, str]]:
+        for sequence in sequences:
+            self._forget(sequence)
+        return list(map(_end_of, sequences))
 
     def _forget(self, sequence: Sequence) -> None:
         self._tables.pop(sequence.seq_id, None)

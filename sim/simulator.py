@@ -397,32 +397,37 @@ class Replay:
                 self._none_computed(replica, batch, now)
                 return None
             duration_s = _duration_s(replica.costs, batch)
-            end_s = now + duration_s
-            following_s = self._stride(now, end_s, replica, batch, duration_s)
-            if following_s is None:
-                return (end_s, EventKind.STEP_END, replica.number, (replica, batch, duration_s))
-            now = following_s
+            times, durations_s = self._next_steps(now, replica, batch, duration_s)
+            if len(durations_s) < 2:
+                break
+            last_s = durations_s.pop()
+            del times[-1]
+            stride, following = replica.loop.advance(batch, self._output_tokens[0], times, durations_s)
+            now = stride.times[-1]
+            if stride.finished:
+                return self._ended(now, replica, stride.finished)
+            replica.scheduler.policies.raise_error(_THEN)
+            if following is not None:
+                batch, duration_s = following, last_s
+                break
+        return (now + duration_s, EventKind.STEP_END, replica.number, (replica, batch, duration_s))
 
-    def _stride(
-        self, now: float, end_s: float, replica: Replica, batch: ScheduledBatch, duration_s: float
-    ) -> float | None:
-        """Ends a step that has begun, and those behind it that begin before anything else happens.
+    def _next_steps(
+        self, now: float, replica: Replica, batch: ScheduledBatch, duration_s: float
+    ) -> tuple[list[float], list[float]]:
+        """The step that has begun and those behind it that are like it, up to one in which something happens.
 
-        Returns when the last of them ended, and hence the next one starts; None if it ended none.
+        When they begin, and how long they take; of the last one it is not sure that it is like the others.
         """
         next_s = self._events[0][0] if self._events else math.inf
-        most = replica.loop.most_alike(batch) if end_s < next_s else 0
-        if most == 0:
-            return None
-        durations_s = replica.costs.stride_times(batch, duration_s, most, next_s - now)
+        most = replica.loop.most_alike(batch) if now + duration_s < next_s else 0
+        if most < 2:
+            return [], []
+        durations_s = replica.costs.stride_times(batch, duration_s, most + 1, next_s - now)
         times = list(accumulate(durations_s, initial=now))
-        num_steps = bisect_left(times, next_s) - 1  # the last one ends before that
-        if num_steps < 1:
-            return None
+        num_steps = bisect_left(times, next_s)
         del times[num_steps + 1 :], durations_s[num_steps:]
-        following_s = replica.loop.advance(batch, self._output_tokens[0], times, durations_s)
-        replica.scheduler.policies.raise_error(_THEN)
-        return following_s
+        return times, durations_s
 
     def _empty_inbox(self, now: float, replica: Replica) -> None:
         for time_s, sequence, request in replica.inbox:
@@ -456,7 +461,10 @@ class Replay:
         """The replica has its step's tokens; what came meanwhile is for the next one."""
         replica, batch, duration_s = step
         token_ids = [self._output_tokens] * len(batch.sampled)
-        finished = replica.loop.end(batch, token_ids, now, duration_s=duration_s)
+        return self._ended(now, replica, replica.loop.end(batch, token_ids, now, duration_s=duration_s))
+
+    def _ended(self, now: float, replica: Replica, finished: list[Sequence]) -> Event | None:
+        """A replica's step is over, and some of its sequences with it."""
         replica.scheduler.policies.raise_error(_THEN)
         for sequence in finished:
             self._note_end(now, replica, sequence)

@@ -125,8 +125,8 @@ BUGS = (
         "a reference count is not decremented for shared blocks",
         MANAGER,
         "BlockManager._release",
-        "counts[block] -= 1",
-        "counts[block] -= counts[block] == 1",
+        "counts[block] - 1",
+        "counts[block] - (counts[block] == 1)",
     ),
     Bug(
         "a fork does not count its references",
@@ -194,8 +194,8 @@ BUGS = (
         "the most recently used block is evicted first",
         MANAGER,
         "BlockManager._release",
-        "self._free.extend(known)",
-        "for block in known:\n    self._free.prepend(block)",
+        "self._free.extend(self._cache.known(freed) if caches else ())",
+        "for block in self._cache.known(freed) if caches else ():\n    self._free.prepend(block)",
     ),
     Bug(
         "cached blocks are evicted while others are free",
@@ -315,14 +315,14 @@ BUGS = (
         "who observes the cache is told that a block follows none",
         CACHE,
         "PrefixCache.add",
-        "self._hashes[before]",
+        "all_hashes[before]",
         "None",
     ),
     Bug(
         "who observes the cache does not hear of what is forgotten",
         CACHE,
         "PrefixCache.remove",
-        "self.observer.removed(self._hashes[block], int(is_offloaded))",
+        "observer.removed(hashes[block], int(is_offloaded))",
         "pass",
     ),
     Bug(
@@ -864,7 +864,7 @@ BUGS = (
         "a reference that is given back is still counted",
         MANAGER,
         "BlockManager._release",
-        "self._num_references -= 1",
+        "num_references -= 1",
     ),
     Bug(
         "a fork's shared blocks are not counted in the report",

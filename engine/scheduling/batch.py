@@ -40,7 +40,7 @@ class Preempted:
     swap_s: float
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: see `StepEnd`
 class Admitted:
     """One that began, or went on, in this step."""
 
@@ -58,7 +58,7 @@ class StepLimits:
     max_prefill_chunk: int
 
 
-@dataclass
+@dataclass(slots=True)
 class ScheduledBatch:
     """The work of one step: of each sequence the next so many tokens after its computed ones.
 

@@ -600,9 +600,9 @@ class BlockManager:
         if len(hashes) <= index:
             previous = hashes[-1] if hashes else self._root_hash(sequence.sampling_params.cache_salt)
             run = sequence.token_ids[len(hashes) * self.block_size : (index + 1) * self.block_size].tobytes()
-            num_bytes = self.block_size * sequence.token_ids.itemsize
+            num_bytes, hash_block = self.block_size * sequence.token_ids.itemsize, self._hash_block
             for start in range(0, len(run), num_bytes):
-                previous = self._hash_block(previous, run[start : start + num_bytes])
+                previous = hash_block(previous, run[start : start + num_bytes])
                 hashes.append(previous)
         return hashes[index]
 
@@ -712,19 +712,20 @@ class BlockManager:
 
     def _release(self, blocks: Iterable[int]) -> None:
         """Takes a reference from each of some blocks, one after the other."""
-        freed, counts = [], self._reference_counts
+        freed, counts, num_references = [], self._reference_counts, self._num_references
         for block in blocks:
-            counts[block] -= 1
-            self._num_references -= 1
-            if counts[block] == 0:
+            count = counts[block] - 1
+            counts[block] = count
+            num_references -= 1
+            if count == 0:
                 freed.append(block)
+        self._num_references = num_references
         if not freed:
             return
         self.num_releases += len(freed)
-        self._partly_shared.difference_update(freed)
-        known = self._cache.known(freed) if self.enable_prefix_caching else []
-        self._free.extend(known)
-        if len(known) < len(freed):
-            for block in freed:
-                if not self._knows(block):
-                    self._free.prepend(block)
+        if self._partly_shared:
+            self._partly_shared.difference_update(freed)
+        caches = self.enable_prefix_caching
+        self._free.extend(self._cache.known(freed) if caches else ())
+        for block in self._cache.unknown(freed) if caches else freed:
+            self._free.prepend(block)

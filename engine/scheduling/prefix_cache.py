@@ -94,28 +94,32 @@ class PrefixCache:
         before: what the first one follows. run: the tokens of all. Returns how many became known.
         """
         first, following, mask, size = self._first, self._next, self._mask, self._block_bytes
+        all_hashes, all_before, known_since = self._hashes, self._before, self._known_since
+        contents, observer = self._tokens, self.observer
         start = 0
         for block, block_hash in zip(blocks, hashes, strict=True):
             tokens, bucket = run[start : start + size], block_hash & mask
             other = first[bucket]
+            while other != _NONE and all_hashes[other] != block_hash:
+                other = following[other]
             if other != _NONE and self.find(block_hash, before, tokens, salt) is not None:
                 break
-            following[block], first[bucket] = other, block
-            self._hashes[block] = block_hash
-            self._before[block] = before
-            self._num_known += 1
+            following[block], first[bucket] = first[bucket], block
+            all_hashes[block] = block_hash
+            all_before[block] = before
             self.num_changes += 1
-            self._known_since[block] = self.num_changes
-            self._tokens[block * size : (block + 1) * size] = tokens
+            known_since[block] = self.num_changes
+            contents[block * size : (block + 1) * size] = tokens
             if before == ROOT and salt:
                 self._salts[block] = salt
             if self._followers is not None and before != ROOT:
                 self._followers.add(block, before)
-            if self.observer is not None:
-                parent_hash = None if before == ROOT else self._hashes[before]
-                self.observer.stored(block_hash, parent_hash, tokens, salt if before == ROOT else "", 0)
+            if observer is not None:
+                parent_hash = None if before == ROOT else all_hashes[before]
+                observer.stored(block_hash, parent_hash, tokens, salt if before == ROOT else "", 0)
             before = block
             start += size
+        self._num_known += start // size
         return start // size
 
     def move(self, source: int, target: int) -> None:
@@ -178,14 +182,20 @@ class PrefixCache:
 
     def known(self, blocks: Iterable[int]) -> list[int]:
         """Those of some blocks that are known, in order."""
-        known = self._before
-        return [block for block in blocks if known[block] != _UNKNOWN]
+        before = self._before
+        return [block for block in blocks if before[block] != _UNKNOWN]
+
+    def unknown(self, blocks: Iterable[int]) -> list[int]:
+        """The others."""
+        before = self._before
+        return [block for block in blocks if before[block] == _UNKNOWN]
 
     def remove(self, blocks: Iterable[int]) -> None:
         """Forgets known blocks, in order. Those that follow one must be forgotten, too."""
         first, following, mask = self._first, self._next, self._mask
+        hashes, all_before, observer = self._hashes, self._before, self.observer
         for block in blocks:
-            bucket = self._hashes[block] & mask
+            bucket = hashes[block] & mask
             other = first[bucket]
             if other == block:
                 first[bucket] = following[block]
@@ -194,18 +204,18 @@ class PrefixCache:
                     other = following[other]
                 following[other] = following[block]
             is_offloaded = block >= self._num_first
-            if self._followers is not None and self._before[block] != ROOT:
+            if self._followers is not None and all_before[block] != ROOT:
                 followers = self._offloaded_followers if is_offloaded else self._followers
                 assert followers is not None
-                followers.remove(block, self._before[block])
-            self._before[block] = _UNKNOWN
+                followers.remove(block, all_before[block])
+            all_before[block] = _UNKNOWN
             self._num_known -= 1
             self.num_offloaded -= is_offloaded
             self.num_changes += 1
             if self._salts:
                 self._salts.pop(block, None)
-            if self.observer is not None:
-                self.observer.removed(self._hashes[block], int(is_offloaded))
+            if observer is not None:
+                observer.removed(hashes[block], int(is_offloaded))
 
     def clear(self) -> None:
         """Forgets all."""

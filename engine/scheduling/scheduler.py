@@ -49,7 +49,8 @@ class Scheduler:
         self.costs = PreemptionCosts()  # as `schedule` was told last
         self.policies = CheckedPolicies.load(config, block_manager)
         block_manager.evict_by(self.policies)
-        self.stats = SchedulerStats(num_blocks=block_manager.num_blocks, block_size=block_manager.block_size)
+        self._standing = 0.0, 0, 0, 0  # the first of `SchedulerStats`, as it was noted last
+        self._stats: SchedulerStats | None = None  # the same, if somebody has asked since
         self.waiting = WaitingQueue(self.policies)
         self._held: dict[int, Sequence] = {}  # by seq_id: those that are not let in yet, in order of arrival
         self._num_changes = 0  # of the cache, when the order was asked for last
@@ -71,6 +72,14 @@ class Scheduler:
             offloads=config.enable_hierarchical_cache,
         )
         return cls(config, manager)
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """How things stood when the step began, or when the last sequence came."""
+        if self._stats is None:
+            manager = self.block_manager
+            self._stats = SchedulerStats(*self._standing, manager.num_blocks, manager.block_size)
+        return self._stats
 
     @property
     def num_waiting(self) -> int:
@@ -122,7 +131,7 @@ class Scheduler:
 
         Raises `SequenceError` if one sequence cannot be dealt with; `recover` must follow.
         """
-        self._update_stats(now)
+        self.update_stats(now)
         self.costs = costs or self.costs
         batch = ScheduledBatch()
         if self._held:
@@ -167,22 +176,22 @@ class Scheduler:
         registers, block_size = manager.enable_prefix_caching or bool(manager.window), manager.block_size
         num_dropped = 0
         given, to_forks = batch.by_sequence(token_ids)
-        work = zip(batch.sequences, batch.num_new_tokens, given, strict=True)
         try:
-            for sequence, count, new in work:
+            for sequence, count, new in zip(batch.sequences, batch.num_new_tokens, given, strict=True):
                 if sequence.block_table:
-                    computed = sequence.num_computed_tokens = sequence.num_computed_tokens + count
-                    if registers and computed // block_size > sequence.num_registered_blocks:
+                    computed = sequence.num_computed_tokens + count
+                    sequence.num_computed_tokens = computed
+                    if registers and computed >= (sequence.num_registered_blocks + 1) * block_size:
                         manager.register(sequence)
                 else:  # it was aborted
                     num_dropped += len(new)
                     new = ()
                 if to_forks and sequence in to_forks:
                     num_dropped += self._commit_forks(sequence, to_forks[sequence], finished)
-                own = sequence.token_ids
+                own, most, stops = sequence.token_ids, sequence.max_len, sequence.stop_token_ids
                 for token_id in new:
                     own.append(token_id)
-                    ends = len(own) >= sequence.max_len or token_id in sequence.stop_token_ids
+                    ends = len(own) >= most or (stops and token_id in stops)
                     if ends and self._finish_if_ended(sequence, finished):
                         num_dropped += computed + len(new) - len(own)
                         break
@@ -205,7 +214,7 @@ class Scheduler:
             self.running.remove(sequence)
         elif not is_held:
             self.waiting.remove(sequence)
-        self._finish(sequence, reason)
+        self.finish(sequence, reason)
         if sequence.group is not None:
             _, successor, *_ = sequence.group
             _leave_group(sequence)
@@ -264,6 +273,20 @@ class Scheduler:
             if sequence.seq_id not in self._held:
                 self.waiting.push(sequence, self.stats, guaranteed=self._is_guaranteed(sequence))
 
+    def update_stats(self, now: float) -> None:
+        """Notes how things stand when a step begins, for policies."""
+        num_waiting, num_running = len(self.waiting) + len(self._held), len(self.running)
+        self._standing = now, num_waiting, num_running, self.block_manager.num_free_blocks
+        self._stats = None
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Ends a sequence that is in no queue any more, or is about to leave the running ones."""
+        self.block_manager.free(sequence)
+        sequence.finish_reason = reason
+        if not sequence.was_admitted:
+            self._no_longer_to_come(sequence)
+        self.policies.on_finish(sequence, self.stats)
+
     def lets_nobody_in(self, num_decodes: int) -> bool:
         """Whether a step of so many decodes lets nobody in, and asks no policy for it."""
         if self._held:
@@ -316,7 +339,7 @@ class Scheduler:
                 f"prompt: found {length} tokens, expected at most {self.max_len}, what max_model_len and the "
                 "KV cache allow"
             )
-        self._update_stats(now)
+        self.update_stats(now)
         group = [sequence, *forks]
         for new in group:
             new.arrival_index, new.arrival_time = self._num_arrived, now
@@ -327,13 +350,6 @@ class Scheduler:
             new.max_len = self.max_len if max_tokens is None else min(most, self.max_len)
             new.group = group if forks else None
             self.policies.on_add(new, self.stats)
-
-    def _update_stats(self, now: float) -> None:
-        manager = self.block_manager
-        num_waiting, num_running = self.num_waiting, len(self.running)
-        self.stats = SchedulerStats(
-            now, num_waiting, num_running, manager.num_free_blocks, manager.num_blocks, manager.block_size
-        )
 
     def _let_in(self, batch: ScheduledBatch) -> None:
         """Asks about those that are held back; the first goes on where there is nothing else to do."""
@@ -564,20 +580,13 @@ class Scheduler:
         params = sequence.sampling_params
         stops = sequence.token_ids[-1] in sequence.stop_token_ids
         if stops and sequence.num_output_tokens > params.min_tokens:
-            self._finish(sequence, FinishReason.STOP)
+            self.finish(sequence, FinishReason.STOP)
         elif len(sequence.token_ids) >= sequence.max_len:
-            self._finish(sequence, FinishReason.LENGTH)
+            self.finish(sequence, FinishReason.LENGTH)
         else:
             return False
         finished.append(sequence)
         return True
-
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        self.block_manager.free(sequence)
-        sequence.finish_reason = reason
-        if not sequence.was_admitted:
-            self._no_longer_to_come(sequence)
-        self.policies.on_finish(sequence, self.stats)
 
     def _no_longer_to_come(self, sequence: Sequence) -> None:
         if self.policies.future is not None:

@@ -171,15 +171,19 @@ class StepLoop:
 
     def advance(
         self, batch: ScheduledBatch, token_id: int, times: Items[float], durations_s: Items[float]
-    ) -> float:
-        """Ends the step that has begun and takes those behind it; returns when the last of them ended.
+    ) -> tuple[Stride, ScheduledBatch | None]:
+        """Ends the step that has begun and takes those behind it: see `stride.advance`.
 
-        times, durations_s: of `most_alike` steps at most. It may take fewer.
+        What it returns as the batch behind them has begun; where it is None, `begin` must follow.
         """
-        stride = advance(self.scheduler, batch, token_id, times, durations_s)
+        stride, following = advance(self.scheduler, batch, token_id, times, durations_s)
         for listener in self.listeners:
             listener.strode(stride)
-        return stride.times[-1]
+        if following is not None:
+            self._start_s = stride.times[-1]
+            for listener in self.listeners:
+                listener.scheduled(following, self._start_s)
+        return stride, following
 
     def _tell_added(self, sequences: Items[Sequence]) -> None:
         for sequence in sequences:

@@ -72,8 +72,7 @@ class Collected:
 
     def unwritten_share(self, num_more: int = 0) -> float:
         """Of the slots in blocks in use, the share that holds no token yet. num_more: than there are now."""
-        running = (s for replica in self.replicas for s in replica.scheduler.running)
-        unwritten = sum(s.num_slots - s.num_computed_tokens for s in running) + num_more
+        unwritten = sum(_num_unwritten(replica.scheduler.running) for replica in self.replicas) + num_more
         slots = sum(replica.used_blocks * replica.manager.block_size for replica in self.replicas)
         return unwritten / slots if slots else 0.0
 
@@ -185,11 +184,7 @@ class ReplicaListener(StepListener):
                 self._itl.add(0.0, num_tokens - len(sampled))
             self._run.last_token_at_s = now
         if finished:
-            done = set(finished)
-            self.last_sampled = [sequence for sequence in self.last_sampled if sequence not in done]
-            for sequence in finished:
-                self._finish(sequence, now)
-            self._note_used(self.manager.num_free_blocks)
+            self._finish_all(finished, now)
 
     def strode(self, stride: Stride) -> None:
         run, times, sequences = self._run, stride.times, stride.batch.sampled
@@ -206,6 +201,8 @@ class ReplicaListener(StepListener):
         self._itl.add_each(map(sub, times[2:], times[1:]), num_sequences)
         self._last_token_s = run.last_token_at_s = times[-1]
         self._counts["output_tokens"] += num_steps * num_sequences
+        if stride.finished:
+            self._finish_all(stride.finished, times[-1])
 
     def ended(self, sequence: Sequence) -> None:
         run = self._run
@@ -293,13 +290,13 @@ class ReplicaListener(StepListener):
         """The shares as they were when a step of a stride had been scheduled, which is over by now."""
         run = self._run
         bucket.num_samples = 1
-        num_new_slots = sum(change.num_new_slots for change in stride.changes if change.step > step)
-        num_written = (len(stride.times) - 1 - step) * len(stride.batch.sequences)
-        bucket.unwritten_shares = run.unwritten_share(num_written - num_new_slots)
+        num_unwritten = stride.num_unwritten_slots - step * len(stride.batch.sequences)
         num_cached = stride.num_cached_blocks
         for change in stride.changes:
             if change.step <= step:
+                num_unwritten += change.num_new_slots
                 num_cached = change.num_cached_blocks
+        bucket.unwritten_shares = run.unwritten_share(num_unwritten - _num_unwritten(self.scheduler.running))
         bucket.cached_shares = run.cached_share(num_cached - self.manager.num_cached_blocks)
 
     def _note_tokens(self, sampled: list[Sequence], time_s: float) -> None:
@@ -307,12 +304,22 @@ class ReplicaListener(StepListener):
         if sampled == self.last_sampled:
             self._itl.add(time_s - self._last_token_s, len(sampled))
         else:
-            last = self._run.last_token_s
+            last, before = self._run.last_token_s, self.last_sampled
+            num_same = len(before)
+            if sampled[:num_same] == before and last.keys().isdisjoint(sampled[num_same:]):
+                # Those of the step before, and behind them some that begin.
+                if before:
+                    self._itl.add(time_s - self._last_token_s, num_same)
+                for sequence in sampled[num_same:]:
+                    self._first_token(sequence, time_s)
+                self.last_sampled = sampled
+                self._last_token_s = time_s
+                return
             last.update(dict.fromkeys(self.last_sampled, self._last_token_s))
             gaps = Counter(map(last.get, sampled))
-            for before, count in gaps.items():
-                if before is not None:
-                    self._itl.add(time_s - before, count)
+            for before_s, count in gaps.items():
+                if before_s is not None:
+                    self._itl.add(time_s - before_s, count)
             for sequence in sampled:
                 if last.pop(sequence, None) is None:
                     self._first_token(sequence, time_s)
@@ -326,6 +333,13 @@ class ReplicaListener(StepListener):
         for group in request.groups:
             group.latencies["ttft_s"].add(time_s - request.arrival_s)
         self._run.counts["prompt_tokens"] += sequence.num_prompt_tokens
+
+    def _finish_all(self, finished: list[Sequence], time_s: float) -> None:
+        done = set(finished)
+        self.last_sampled = [sequence for sequence in self.last_sampled if sequence not in done]
+        for sequence in finished:
+            self._finish(sequence, time_s)
+        self._note_used(self.manager.num_free_blocks)
 
     def _finish(self, sequence: Sequence, time_s: float) -> None:
         run = self._run
@@ -388,3 +402,7 @@ class ReplicaListener(StepListener):
                 cached_tokens=sequence.num_cached_tokens,
                 preemptions=sequence.num_preemptions,
             )
+
+
+def _num_unwritten(running: list[Sequence]) -> int:
+    return sum(sequence.num_slots - sequence.num_computed_tokens for sequence in running)

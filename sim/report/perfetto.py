@@ -201,18 +201,16 @@ class _Listener(StepListener):
         for parent, forks in batch.forks.items():
             for child in forks:  # which wait for the step that they are in
                 self._change(requests[child], "queued", at, {"forked_from": parent.seq_id})
-        for sequence in end.finished:
-            self._finish(sequence, at)
+        self._finish_all(end.finished)
         for request in began:  # they got their first token
             if request.phase == "prefill":  # else it was their last one, too
                 self._change(request, "decode", at, {})
         self._trace.flush_if_many()
-        if not requests:  # else the counters would hold through the idle time that follows
-            self._count_states((0, 0, 0), _microseconds(at))
 
     def strode(self, stride: Stride) -> None:
         batch, times, durations_s = stride.batch, stride.times, stride.durations_s
-        self.committed(StepEnd(batch, batch.sequences, [], times[1], durations_s[0], 0.0))
+        finished = stride.finished if len(durations_s) == 1 else []
+        self.committed(StepEnd(batch, batch.sequences, finished, times[1], durations_s[0], 0.0))
         num_blocks, num_sequences = self._scheduler.block_manager.num_blocks, len(batch.sequences)
         args = (
             f'"args":{{"tokens":{num_sequences},"prefill_tokens":0,"decode_tokens":{num_sequences},'
@@ -233,8 +231,10 @@ class _Listener(StepListener):
             self._count_tokens((0, num_sequences))
             self._num_steps += 1
             self._trace.flush_if_many()
-        for sequence in batch.sequences:
-            self._requests[sequence].tokens += len(durations_s) - 1
+        if len(durations_s) > 1:
+            for sequence in batch.sequences:
+                self._requests[sequence].tokens += len(durations_s) - 1
+            self._finish_all(stride.finished)
 
     def left(self, sequence: Sequence, why: str) -> None:
         if sequence in self._requests:
@@ -374,6 +374,13 @@ class _Listener(StepListener):
             self._slice(self._requests_process, self._threads[request.slot], request.phase, since, at, shown)
             request.since = at
         request.phase, request.args, request.tokens = phase, args, 0
+
+    def _finish_all(self, sequences: list[Sequence]) -> None:
+        """Ends those that a step has ended."""
+        for sequence in sequences:
+            self._finish(sequence, self._end)
+        if not self._requests:  # else the counters would hold through the idle time that follows
+            self._count_states((0, 0, 0), _microseconds(self._end))
 
     def _finish(self, sequence: Sequence, at: int, why: str | None = None) -> None:
         request = self._requests.pop(sequence)

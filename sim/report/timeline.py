@@ -4,7 +4,7 @@ When a run outgrows them, every two become one of twice the width.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from operator import sub
 from typing import Any, cast
 
@@ -77,17 +77,21 @@ class Timeline:
             index = self._make(index)
         return self.buckets[index]
 
-    def during(self, start_s: float, end_s: float) -> Iterator[tuple[Bucket, float]]:
+    def during(self, start_s: float, end_s: float) -> list[tuple[Bucket, float]]:
         """The buckets that a span of time touches, and the seconds of it in each."""
-        self.at(end_s)
+        bucket = self.at(end_s)
         assert self.start_s is not None
         start, end = start_s - self.start_s, end_s - self.start_s
         width = self.width_s
-        last = int(end / width)
-        for index in range(int(start / width), last + 1):
+        first, last = int(start / width), int(end / width)
+        if first == last and start >= first * width:  # as mostly
+            return [(bucket, end - start)]
+        spans = []
+        for index in range(first, last + 1):
             begin = max(start, index * width)
             seconds = (end if index == last else (index + 1) * width) - begin
-            yield self.buckets[index], max(seconds, 0.0)  # a border may round to before the start
+            spans.append((self.buckets[index], max(seconds, 0.0)))  # a border may round to before the start
+        return spans
 
     def spans(self, times: Sequence[float], begin: int, end: int) -> list[float]:
         """The seconds between times that follow each other, as `during` has them where that is one bucket.

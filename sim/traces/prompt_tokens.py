@@ -78,6 +78,8 @@ class PromptTokens:
         return tokens[len(begin) :] if begin and tokens[: len(begin)] == begin else tokens
 
     def _piece(self, content: int, size: int) -> "array[int]":
+        if content < self._prime:  # a polynomial of one coefficient is the same everywhere
+            return array("i", (content,)) * size
         digits = []
         while content:
             content, digit = divmod(content, self._prime)

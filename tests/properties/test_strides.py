@@ -176,4 +176,4 @@ def test_most_steps_of_long_answers_are_taken_at_once(monkeypatch: pytest.Monkey
         .summary
     )
     assert summary["num_steps"] == 20 * 200
-    assert len(begun) == 20 * 3  # a prompt's, one that begins the stride, and the last
+    assert len(begun) == 20 * 2  # a prompt's, and one that begins the stride
