@@ -12,7 +12,8 @@ import pytest
 
 from pagellm.__main__ import main
 from pagellm.engine import ConfigError
-from pagellm.sim import CostSource, Grid, Simulator, Slo, Sweep, TraceFile, Workload, synthesise
+from pagellm.engine.scheduling.batch import ScheduledBatch
+from pagellm.sim import CostSource, Grid, Simulator, Slo, Sweep, Trace, TraceFile, Workload, synthesise
 from pagellm.sim.report.steady import MIN_REQUESTS
 from pagellm.sim.sweep.plan import plan
 from tests.sim.test_simulator import CONFIG, Seconds
@@ -61,6 +62,47 @@ def test_a_steady_run_an_overloaded_one_and_one_too_short() -> None:
     short = verdict(5.0, number=MIN_REQUESTS)
     assert short["verdict"] == "short"
     assert f"expected at least {MIN_REQUESTS}" in short["reason"]
+
+
+@pytest.mark.parametrize("max_num_seqs", [8, 1000])
+def test_a_load_that_grows_is_no_overload_as_long_as_it_is_served(max_num_seqs: int) -> None:
+    """A second of steps gives 10 tokens to each of those that run; at 1,000 nobody ever waits."""
+
+    def replayed(rates: tuple[float, float]) -> dict[str, Any]:
+        halves = [
+            synthesise(
+                Workload(
+                    num_requests=300,
+                    arrivals=f"poisson:{rate}",
+                    prompt_len="fixed:8",
+                    output_len="fixed:20",
+                    seed=i,
+                )
+            )
+            for i, rate in enumerate(rates)
+        ]
+        first, then = (list(half) for half in halves)
+        start = first[-1].arrival_time
+        then = [replace(r, arrival_time=start + r.arrival_time, id=f"b{r.id}") for r in then]
+        config = replace(CONFIG, max_num_seqs=max_num_seqs, num_blocks=100_000)
+        costs = Saturating(0.1, most=8)
+        return dict(Simulator(config, costs).replay(Trace.from_requests([*first, *then])).summary["steady"])
+
+    assert replayed((0.5, 3.0))["verdict"] != "overloaded", "at most 6 of 8 run on average"
+    assert replayed((3.0, 3.0))["verdict"] == "steady"
+    over = replayed((4.5, 4.5))
+    assert over["verdict"] == "overloaded"
+
+
+class Saturating(Seconds):
+    """Steps of so many seconds for up to `most` sequences, and longer in proportion for more."""
+
+    def __init__(self, seconds: float, most: int) -> None:
+        super().__init__(seconds)
+        self._most = most
+
+    def step_time(self, batch: ScheduledBatch) -> float:
+        return super().step_time(batch) * max(1.0, len(batch.sequences) / self._most)
 
 
 def test_the_warm_up_is_left_out_of_the_attainment() -> None:
