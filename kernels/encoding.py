@@ -5,6 +5,7 @@ types mean is defined by https://github.com/ggml-org/ggml/blob/master/src/ggml-c
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from pagellm.kernels.packing import (
     INT5_MIN,
     INT6_K,
     INT8,
+    INT8_ROW,
     LAYOUTS,
     TABLE4,
     TABLE4_K,
@@ -101,7 +103,7 @@ def encode(format: int, weights: NDArray[np.float32]) -> Blocks:
 def _planes(format: int, levels: Bytes) -> NDArray[np.uint32]:
     """The words [N, blocks, words] that hold levels [N, blocks, BLOCK]."""
     layout = LAYOUTS[format]
-    if format == INT8:
+    if format in (INT8, INT8_ROW):
         return (levels ^ np.uint8(128 ^ INT8_OFFSET)).view(np.uint32)
     planes = [_plane(layout.low_bits, levels & np.uint8((1 << layout.low_bits) - 1))]
     if layout.high_bits:
@@ -127,6 +129,46 @@ def _shifted(bytes: Bytes, num_bits: int, run: int) -> Bytes:
     shifts = np.arange(0, 8, num_bits, dtype=np.uint8)[:, None]
     fields = (runs >> shifts) & np.uint8((1 << num_bits) - 1)
     return fields.reshape(*bytes.shape[:-1], -1)
+
+
+def from_levels(
+    format: int,
+    levels: Bytes,
+    scales: NDArray[np.float32],
+    zeros: Bytes | None = None,
+    group_size: int = 0,
+) -> Blocks:
+    """Levels [N, K] as whole spans of blocks of a format that has a scale and perhaps a zero point a column.
+
+    scales, zeros: [N, groups] of `group_size` inputs each, which are whole spans, or one group; signed levels
+    are as two's complement has them. Nothing is rounded: for INT4 the scales are float16 already.
+    """
+    layout, (N, K) = LAYOUTS[format], levels.shape
+    inputs = layout.span * BLOCK
+    num_spans = -(-K // inputs)
+    if format == INT8_ROW:
+        levels = levels ^ np.uint8(128)
+    if K % inputs:
+        levels = np.pad(levels, ((0, 0), (0, -K % inputs)), constant_values=layout.zero)
+    blocks = np.ascontiguousarray(levels).reshape(N, -1, BLOCK)
+    if layout.float_scale:
+        spread = _spread(scales.astype(np.float32), group_size, inputs, num_spans)
+        halves = spread.view(np.uint16).reshape(N, num_spans, 2)
+    else:
+        spread = _spread(scales.astype(np.float16), group_size, inputs, num_spans)
+        halves = spread.view(np.uint16).reshape(N, num_spans, 1)
+    if layout.num_bytes:
+        assert zeros is not None
+        bytes = _spread(zeros, group_size, BLOCK, blocks.shape[1]).reshape(N, -1, 1)
+    else:
+        bytes = np.zeros((N, blocks.shape[1], 0), np.uint8)
+    return Blocks(_planes(format, blocks), bytes, halves)
+
+
+def _spread(of_groups: NDArray[Any], group_size: int, inputs: int, count: int) -> NDArray[Any]:
+    """What each of `count` runs of so many inputs has of the group that it begins in, [N, count]."""
+    groups = np.minimum(np.arange(count) * inputs // group_size, of_groups.shape[1] - 1)
+    return np.ascontiguousarray(of_groups[:, groups])
 
 
 def from_gguf(dtype: str, raw: Bytes) -> Blocks:

@@ -1,31 +1,47 @@
-"""Blocks of a panel on their way into a product: levels of few bits as bytes, scales and minima as floats.
+"""Blocks of a panel on their way into a product: levels as bytes, scales and minima as floats; or all floats.
 
 A prepared block is rows of `PANEL` words: eight rows of bytes as INT8 has them, from `SCALES` on the scales
 of the block, or of its halves, and from `MINIMA` on their minima. So few kernels multiply all formats, and
-what is expanded serves all rows that meet the panel.
+what is expanded serves all rows that meet the panel. Of formats whose levels stand for floats a block becomes
+32 rows of these, as FLOAT32 has them.
 """
 
 import numpy as np
 
 from pagellm.kernels.jit import kernel, shared
 from pagellm.kernels.packing import (
+    BLOCK,
+    FLOAT8,
+    FLOAT32,
+    FP4,
+    FP4_TABLE,
     GROUP,
     INT2,
     INT2_K,
     INT3_K,
     INT4_K,
     INT4_MIN,
+    INT4_ZERO,
+    INT4_ZERO_32,
     INT5,
     INT5_K,
     INT5_MIN,
     INT6_K,
+    INT8,
+    INT8_127,
+    INT8_STEP,
+    NF4_TABLE,
     PANEL,
     TABLE,
     TABLE4,
     TABLE4_K,
+    block_place,
     block_words,
+    halves_place,
+    has_float_scales,
     has_minima,
     has_scale_bytes,
+    inputs_of,
     panel_block_words,
     span_halves,
     span_shift,
@@ -33,7 +49,12 @@ from pagellm.kernels.packing import (
 from pagellm.kernels.simd import (
     LANES,
     broadcast,
+    expand_e4m3,
+    expand_int8,
     expand_levels,
+    expand_nibbles,
+    expand_table,
+    load,
     load_float16,
     load_high_nibbles,
     load_int8,
@@ -47,12 +68,20 @@ SCALES, MINIMA = 8 * PANEL, 10 * PANEL
 PREPARED_WORDS = 12 * PANEL
 _VECTORS = PANEL // LANES
 _expand_table, dot_table = table_intrinsics(TABLE)
+_expand_int8 = expand_int8(INT8_STEP)
+_expand_nf4, _expand_fp4 = expand_table(NF4_TABLE), expand_table(FP4_TABLE)
 
 
 @shared
 def is_expanded(format: int, rows: int) -> bool:
     """Whether so many rows of activations meet prepared blocks, not the panel as it is."""
-    return format > INT4_MIN and (format != INT4_K or rows > GROUP)
+    return inputs_of(format) == INT8 and format > INT4_MIN and (format != INT4_K or rows > GROUP)
+
+
+@shared
+def is_decoded(format: int) -> bool:
+    """Whether its levels become floats that are multiplied as FLOAT32 is."""
+    return format != FLOAT32 and inputs_of(format) == FLOAT32
 
 
 @shared
@@ -91,8 +120,32 @@ def _expand_block(format, w, place, out, at):
         expand_levels(2, 0, _VECTORS, w, place, 1 if format == INT2 else 0, out, at)
     elif format in (TABLE4, TABLE4_K):
         _expand_table(_VECTORS, w, place, out, at)
+    elif format in (INT4_ZERO, INT4_ZERO_32):
+        expand_nibbles(_VECTORS, w, place, place + block_words(format) * PANEL, out, at)
     else:
         expand_levels(4, 0, _VECTORS, w, place, 0, out, at)
+
+
+@kernel
+def decode_blocks(format, w, panel, first, count, ahead, out, at):
+    """Writes blocks `first : first + count` of the panel at word `panel` to `out[at:]` as rows of floats.
+
+    ahead: as in `prepare_blocks`.
+    """
+    for block in range(first, first + count):
+        place, scales = panel + block_place(format, block), panel + halves_place(format, block)
+        if ahead > 0:
+            for i in range(0, panel_block_words(format), LANES):
+                prefetch(w, place + ahead + i)
+        if format == FLOAT8:
+            expand_e4m3(_VECTORS, w, place, scales, out, at)
+        elif format == INT8_127:
+            _expand_int8(_VECTORS, w, place, scales, out, at)
+        elif format == FP4:
+            _expand_fp4(_VECTORS, w, place, scales, out, at)
+        else:
+            _expand_nf4(_VECTORS, w, place, scales, out, at)
+        at += BLOCK * PANEL
 
 
 @kernel
@@ -100,7 +153,9 @@ def prepare_scales(format, w, place, halves, out, at):
     """Writes the scales and minima of the block at word `place`, whose halves begin at another."""
     bytes, minima = place + block_words(format) * PANEL, has_minima(format)
     for v in range(0, PANEL, LANES):
-        if has_scale_bytes(format):
+        if has_float_scales(format):
+            store(out, at + v + SCALES, load(w, halves + v))
+        elif has_scale_bytes(format):
             _multiply_scales(format, w, bytes + v // 4, halves + v // 2, out, at + v)
         else:
             store(out, at + v + SCALES, load_float16(w, halves + v // 2))

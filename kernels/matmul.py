@@ -11,6 +11,8 @@ Only M and N are ever split; a tile keeps all of its accumulators in registers.
 
 from pagellm.kernels.expansion import (
     PREPARED_WORDS,
+    decode_blocks,
+    is_decoded,
     is_expanded,
     prepare_blocks,
 )
@@ -18,16 +20,20 @@ from pagellm.kernels.jit import kernel, plain, shared
 from pagellm.kernels.matmul_tiles import (
     INT_HEIGHTS,
     LEVEL_ROWS,
+    multiply_decoded,
     multiply_levels,
     multiply_panel,
     multiply_prepared,
 )
 from pagellm.kernels.packing import (
     BFLOAT16,
+    BLOCK,
     GROUP,
     INT_CHUNK,
     PANEL,
+    activation_place,
     activation_words,
+    inputs_of,
     num_blocks,
     padded,
     padded_rows,
@@ -49,6 +55,9 @@ _WORDS_PER_ITEM = 16384
 # cache. Behind them in the scratch memory are the sums of the rows of an item.
 _RUN_BLOCKS = 18
 _SUMS = _RUN_BLOCKS * PREPARED_WORDS
+# Of formats whose blocks become floats fewer fit, and more rows are worth the work.
+_DECODED_BLOCKS = 4
+_DECODED_ROWS = 4 * _LEAST_ROWS
 # How far ahead of a product the weights are asked for: the processor's own prefetching ends at each page.
 _PREFETCH_WORDS = 2048
 
@@ -103,6 +112,37 @@ def _multiply_expanded(
 
 
 @kernel
+def _multiply_decoded(
+    format, rows, x, x_start, K, w, w_start, ahead, bias_start, out, out_start, out_stride, accumulate,
+    scratch
+):  # fmt: skip
+    """Like `_multiply_expanded` for formats whose blocks become floats: a chain is that of FLOAT32."""
+    blocks, group_words = num_blocks(K), GROUP * activation_words(format, K)
+    for first in range(0, blocks, _DECODED_BLOCKS):
+        count = min(_DECODED_BLOCKS, blocks - first)
+        is_last = first + count == blocks
+        decode_blocks(format, w, w_start, first, count, ahead, scratch, 0)
+        row = 0
+        while row < rows:  # whole groups, then the rest
+            groups, in_group = max((rows - row) // GROUP, 1), min(GROUP, rows - row)
+            x_at = x_start + row // GROUP * group_words + activation_place(first * BLOCK)
+            start, start_at, start_stride = scratch, _SUMS + row * PANEL, plain(PANEL)
+            if first == 0:
+                start, start_at, start_stride = w, bias_start, plain(0)
+            if is_last:
+                multiply_decoded(
+                    in_group, groups, group_words, x, x_at, scratch, count * BLOCK, start, start_at,
+                    start_stride, out, out_start + row * out_stride, out_stride, accumulate,
+                )  # fmt: skip
+            else:
+                multiply_decoded(
+                    in_group, groups, group_words, x, x_at, scratch, count * BLOCK, start, start_at,
+                    start_stride, scratch, _SUMS + row * PANEL, plain(PANEL), plain(False),
+                )  # fmt: skip
+            row += groups * GROUP
+
+
+@kernel
 def _run_of_panels(item, num_panels, num_threads, shortest):
     """The panels of a work item where weights are read once: (first, end), with first >= end for no more.
 
@@ -124,7 +164,9 @@ def _rows_of_item(format, M, K, num_panels, num_threads):
     most = _LEAST_ROWS
     if is_expanded(format, M):
         most = _MOST_ROWS
-    elif format > BFLOAT16:
+    elif is_decoded(format):
+        most = _DECODED_ROWS
+    elif inputs_of(format) > BFLOAT16:
         most = min(max(_WORDS_OF_ROWS // activation_words(format, K), most), _MOST_ROWS)
     cut = min(-(-M // _LEAST_ROWS), _ITEMS_PER_THREAD * num_threads // num_panels)
     return padded_rows(-(-M // max(-(-M // most), cut)))
@@ -152,6 +194,12 @@ def _multiply_rows(
 
     start, bias_start: where in `weights` the panel and its bias begin; distance, step: of `_prefetching`.
     """
+    if is_decoded(format):
+        _multiply_decoded(
+            format, rows, x, x_start, K, weights, start, distance, bias_start, out, out_start, out_stride,
+            accumulate, scratch,
+        )  # fmt: skip
+        return
     if is_expanded(format, M):
         _multiply_expanded(
             format, rows, x, x_start, K, weights, start, distance, bias_start, out, out_start, out_stride,
@@ -221,8 +269,8 @@ def matmul(
     x: packed activations of M rows for the panels' formats; weights: the buffer that holds the panels, each
     from word `panels[panel, 0]` on in format `panels[panel, 1]`, and the bias (floats, padded to whole
     panels) at `bias_start`; out: flat, its rows `padded(N)` apart, `padded_rows(M)` of them; scratch:
-    `scratch_size` words of this thread's own. All panels have the same float format, or all have integer
-    formats. All threads of the team call it; a barrier must follow.
+    `scratch_size` words of this thread's own. All panels have the same float format, or all have formats whose
+    activations are blocks of integers. All threads of the team call it; a barrier must follow.
     """
     stacked_matmul(
         counters, num_threads, panels, x, M, K, weights, bias_start, N, plain(1), padded(N), out, accumulate,

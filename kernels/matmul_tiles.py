@@ -27,10 +27,13 @@ from pagellm.kernels.packing import (
     INT4,
     INT4_K,
     INT4_MIN,
+    INT4_ZERO,
+    INT4_ZERO_32,
     INT5,
     INT5_K,
     INT6_K,
     INT8,
+    INT8_ROW,
     INT_CHUNK,
     PANEL,
     SCALE,
@@ -63,6 +66,7 @@ from pagellm.kernels.simd import (
     dot_int4,
     dot_int8,
     dot_levels,
+    dot_nibbles,
     int4_sums,
     load_tile,
     outer_product,
@@ -138,6 +142,33 @@ def _int8_tile(height: int) -> Any:
                     ints = dot_int8(ints, height, x, at + word, INT_CHUNK, w, column)
                     column += PANEL
                 tile = add_scaled_float16(tile, ints, height, x, at + SCALE, INT_CHUNK, w, column)
+            write_tile(tile, height, out, out_at, out_stride, accumulate)
+            x_at += group_words
+            out_at += GROUP * out_stride
+            ahead = 0
+
+    return multiply
+
+
+def _int8_row_tile(height: int) -> Any:
+    """For INT8_ROW: see `_float_tile`. The sums are integers up to the end: both scales are of all inputs."""
+
+    @kernel
+    def multiply(
+        groups, group_words, x, x_at, w, w_at, ahead, blocks, words, bias, bias_at, out, out_at, out_stride,
+        accumulate
+    ):  # fmt: skip
+        scales = w_at + halves_place(INT8_ROW, 0)
+        for _ in range(groups):
+            ints = start_int_tile(height, _VECTORS, x, x_at + START_INT8, INT_CHUNK)
+            for block in range(blocks):
+                at, column = x_at + block * (GROUP * INT_CHUNK), w_at + block_place(INT8_ROW, block)
+                for word in range(words):
+                    _prefetch_weights(w, ahead + column)
+                    ints = dot_int8(ints, height, x, at + word, INT_CHUNK, w, column)
+                    column += PANEL
+            tile = start_tile(height, _VECTORS, bias, bias_at)
+            tile = add_scaled(tile, ints, height, x, x_at + SCALE, INT_CHUNK, w, scales)
             write_tile(tile, height, out, out_at, out_stride, accumulate)
             x_at += group_words
             out_at += GROUP * out_stride
@@ -291,7 +322,10 @@ def _level_tile(height: int) -> Any:
                     tile = outer_product(tile, height, x, at + SCALED_SECOND, INT_CHUNK, scratch, row)
             else:
                 ints = start_int_tile(height, _VECTORS, x, at + START_INT8, INT_CHUNK)
-                if format in (TABLE4, TABLE4_K):
+                if format in (INT4_ZERO, INT4_ZERO_32):
+                    zeros = column + block_words(format) * PANEL
+                    ints = dot_nibbles(ints, height, x, at, INT_CHUNK, w, column, zeros)
+                elif format in (TABLE4, TABLE4_K):
                     ints = dot_table(ints, height, x, at, INT_CHUNK, w, column)
                 elif format == INT2:
                     ints = dot_levels(ints, height, x, at, INT_CHUNK, w, column, 2, 0, zero, 0, 8)
@@ -305,9 +339,31 @@ def _level_tile(height: int) -> Any:
     return multiply
 
 
+def _decoded_tile(height: int) -> Any:
+    """For `inputs` rows of floats at the beginning of `w`: see `_prepared_tile`."""
+
+    @kernel
+    def multiply(
+        groups, group_words, x, x_at, w, inputs, start, start_at, start_stride, out, out_at, out_stride,
+        accumulate
+    ):  # fmt: skip
+        for _ in range(groups):
+            tile = load_tile(height, _VECTORS, start, start_at, start_stride)
+            for k in range(inputs):
+                tile = outer_product(tile, height, x, x_at + activation_place(k), CHUNK, w, k * PANEL)
+            write_tile(tile, height, out, out_at, out_stride, accumulate)
+            x_at += group_words
+            start_at += GROUP * start_stride
+            out_at += GROUP * out_stride
+
+    return multiply
+
+
 _multiply_float32 = by_height(_HEIGHTS, partial(_float_tile, outer_product, 1))
 _multiply_bfloat16 = by_height(_HEIGHTS, partial(_float_tile, dot_bfloat16, PAIR_WORDS))
 _multiply_int8 = by_height(INT_HEIGHTS, _int8_tile)
+_multiply_int8_row = by_height(_heights(1, 4, 6), _int8_row_tile)
+multiply_decoded = by_height(tuple(sorted({1, min(4, GROUP), GROUP})), _decoded_tile)
 _multiply_int4 = by_height(INT_HEIGHTS, _int4_tile)
 _multiply_int4_k = by_height(_heights(1, 4, 6), _int4_k_tile)
 multiply_levels = by_height(_heights(1, LEVEL_ROWS), _level_tile)
@@ -347,6 +403,11 @@ def multiply_panel(
             x_at, out_at = x_start + first * INT_CHUNK, out_start + first * out_stride
             if format == INT8:
                 _multiply_int8(
+                    rows - first, groups, group_words, x, x_at, w, w_start, ahead, blocks, words, bias,
+                    bias_start, out, out_at, out_stride, accumulate,
+                )  # fmt: skip
+            elif format == INT8_ROW:
+                _multiply_int8_row(
                     rows - first, groups, group_words, x, x_at, w, w_start, ahead, blocks, words, bias,
                     bias_start, out, out_at, out_stride, accumulate,
                 )  # fmt: skip

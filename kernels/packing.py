@@ -21,6 +21,16 @@ blocks of its span. A quantized weight is a level q, unsigned, of so many bits:
     INT2           2            d       8    d * (q - 1)                            (TQ1_0, TQ2_0)
     TABLE4         4            d       1    d * TABLE[q]                           (IQ4_NL)
     TABLE4_K       4    s       d       8    d * s * TABLE[q]                       (IQ4_XS)
+    INT4_ZERO      4    z       d d     4    d * (q - z)
+    INT4_ZERO_32   4    z       d d     1    d * (q - z)
+    INT8_ROW       8            d d     8    d * (q - 128)
+    FLOAT8         8            d d     4    d * q, q an E4M3
+    INT8_127       8            d d     8    d * q / 127, q signed
+    NF4, FP4       4            d d     2    d * a table of floats[q]
+
+Two halves d are one float32 a column, a word each. INT8_ROW multiplies activations of which each row has one
+scale: its products are integers to the end. FLOAT8 and those after it become floats in the nearest cache and
+meet activations as FLOAT32 does, with its bits.
 
 The bits of the levels lie in one or two planes, of 8, 4, 2 or 1 bits: with b bits, byte j of word i % b holds
 those of input 4 * i + j from bit i // b * b on. INT8's levels are the bytes that the host multiplies best, as
@@ -64,8 +74,8 @@ from pagellm.kernels.simd import (
 
 (
     FLOAT32, BFLOAT16, INT8, INT4, INT4_MIN, INT5, INT5_MIN, INT4_K, INT5_K, INT6_K, INT3_K, INT2_K, INT2,
-    TABLE4, TABLE4_K,
-) = range(15)  # fmt: skip
+    TABLE4, TABLE4_K, INT4_ZERO, INT4_ZERO_32, INT8_ROW, FLOAT8, INT8_127, NF4, FP4,
+) = range(22)  # fmt: skip
 BLOCK = 32
 K_SPAN = 8  # blocks that share halves in the formats that have bytes, too
 
@@ -80,11 +90,13 @@ class Layout(NamedTuple):
     num_halves: int = 0  # of a span
     span: int = 1  # blocks
     zero: int = 0  # the level of a weight of zero
+    float_scale: bool = False  # two halves are one float32
+    inputs: int = INT8  # the format whose activations it multiplies
 
 
 LAYOUTS = (
-    Layout("float32", 32),
-    Layout("bfloat16", 16),
+    Layout("float32", 32, inputs=FLOAT32),
+    Layout("bfloat16", 16, inputs=BFLOAT16),
     Layout("int8", 8, num_halves=1, zero=128),
     Layout("int4", 4, num_halves=1, zero=8),
     Layout("int4 with minimum", 4, num_halves=2),
@@ -98,9 +110,30 @@ LAYOUTS = (
     Layout("int2", 2, num_halves=1, span=K_SPAN, zero=1),
     Layout("table4", 4, num_halves=1),
     Layout("table4_k", 4, num_bytes=1, num_halves=1, span=K_SPAN),
+    Layout("int4 with zero point", 4, num_bytes=1, num_halves=2, span=4, float_scale=True),
+    Layout("int4 with zero point, 32", 4, num_bytes=1, num_halves=2, float_scale=True),
+    Layout("int8 by row", 8, num_halves=2, span=8, zero=128, float_scale=True, inputs=INT8_ROW),
+    Layout("float8", 8, num_halves=2, span=4, float_scale=True, inputs=FLOAT32),
+    Layout("int8 / 127", 8, num_halves=2, span=8, float_scale=True, inputs=FLOAT32),
+    Layout("nf4", 4, num_halves=2, span=2, float_scale=True, inputs=FLOAT32),
+    Layout("fp4", 4, num_halves=2, span=2, float_scale=True, inputs=FLOAT32),
 )
 # The values of the levels of IQ4_NL and IQ4_XS.
 TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+# Those of bitsandbytes' levels: NF4 (Dettmers et al. 2023, appendix E), and its own float of 4 bits.
+NF4_TABLE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+FP4_TABLE = tuple(
+    float(np.float32(twelfths) / np.float32(12))
+    for sign in (1, -1)
+    for twelfths in (0.0, *(sign * value for value in (0.0625, 8, 12, 4, 6, 2, 3)))
+)
+# A level of INT8_127 is one of 127 steps; bitsandbytes multiplies by this.
+INT8_STEP = float(np.float32(7.874015718698502e-3))
 
 # What kernels read of the table.
 _LOW_BITS = tuple(layout.low_bits for layout in LAYOUTS)
@@ -108,7 +141,10 @@ _HIGH_BITS = tuple(layout.high_bits for layout in LAYOUTS)
 _NUM_BYTES = tuple(layout.num_bytes for layout in LAYOUTS)
 _NUM_HALVES = tuple(layout.num_halves for layout in LAYOUTS)
 _SPANS = tuple(layout.span for layout in LAYOUTS)
+_SHIFTS = tuple(layout.span.bit_length() - 1 for layout in LAYOUTS)
 _ZEROS = tuple(layout.zero for layout in LAYOUTS)
+_FLOAT_SCALES = tuple(layout.float_scale for layout in LAYOUTS)
+_INPUTS = tuple(layout.inputs for layout in LAYOUTS)
 
 if host_has("avx512f"):  # 32 registers of 16 floats: 24 accumulators
     GROUP, PANEL = 12, 2 * LANES
@@ -165,7 +201,19 @@ def span_halves(format: int) -> int:
 @shared
 def has_minima(format: int) -> bool:
     """Whether a weight is its level times a scale, plus a minimum."""
-    return _NUM_HALVES[format] == 2
+    return _NUM_HALVES[format] == 2 and not _FLOAT_SCALES[format]
+
+
+@shared
+def has_float_scales(format: int) -> bool:
+    """Whether a span has a float32, in a word for each column, in the place of halves."""
+    return _FLOAT_SCALES[format]
+
+
+@shared
+def inputs_of(format: int) -> int:
+    """The format whose packed activations this one multiplies: FLOAT32, BFLOAT16, INT8 or INT8_ROW."""
+    return _INPUTS[format]
 
 
 @shared
@@ -177,13 +225,13 @@ def level_of_zero(format: int) -> int:
 @shared
 def has_scale_bytes(format: int) -> bool:
     """Whether scales are bytes times a half."""
-    return _NUM_BYTES[format] > 0
+    return _NUM_BYTES[format] > 0 and not _FLOAT_SCALES[format]
 
 
 @shared
 def span_shift(format: int) -> int:
     """The number of a block's span is the block's, shifted to the right by this."""
-    return 3 if _SPANS[format] == K_SPAN else 0
+    return _SHIFTS[format]
 
 
 @shared
@@ -215,9 +263,10 @@ def panels_size(format: int, N: int, K: int) -> int:
 @shared
 def activation_words(format: int, K: int) -> int:
     """Words of one row of `K` packed activations that a matrix of this format multiplies."""
-    if format > BFLOAT16:
+    inputs = inputs_of(format)
+    if inputs > BFLOAT16:
         return num_blocks(K) * INT_CHUNK
-    return num_blocks(K) * (BLOCK if format == FLOAT32 else BLOCK // 2 * PAIR_WORDS)
+    return num_blocks(K) * (BLOCK if inputs == FLOAT32 else BLOCK // 2 * PAIR_WORDS)
 
 
 @shared
@@ -262,6 +311,9 @@ def pack_blocks(format, words, bytes, halves, first_column, first_block, K, pane
                 panels[word] = kept | (np.uint32(bytes[n, block, i]) << shift)
         for span in range(halves.shape[1]):
             at = base + halves_place(format, first_block + (span << span_shift(format)))
+            if has_float_scales(format):
+                panels[at + column] = np.uint32(halves[n, span, 0]) | (np.uint32(halves[n, span, 1]) << 16)
+                continue
             for i in range(halves.shape[2]):
                 word, shift = at + i * (PANEL // 2) + column // 2, np.uint32(16 * (column % 2))
                 kept = panels[word] & ~(np.uint32(0xFFFF) << shift)
@@ -297,6 +349,8 @@ def _bits_at(num_bits, panels, at, i):
 def _scale_at(format, panels, panel, block, half, column):
     """The (scale, minimum) of half a block of an output column, of the panel at word `panel`."""
     halves = panel + halves_place(format, block)
+    if has_float_scales(format):
+        return panels[halves + column], np.float32(0.0)
     scale, minimum = _float16_at(panels, halves, column), np.float32(0.0)
     if has_minima(format):
         minimum = _float16_at(panels, halves + PANEL // 2, column)
@@ -312,6 +366,22 @@ def _scale_at(format, panels, panel, block, half, column):
             return scale * np.float32(first & 15), -(minimum * np.float32((first >> 4) & 15))
         scale *= np.float32(first)
     return scale, minimum
+
+
+@kernel
+def _float_of(format, level):
+    """What a level of a format stands for that becomes floats before it is multiplied."""
+    if format == NF4:
+        return np.float32(NF4_TABLE[level])
+    if format == FP4:
+        return np.float32(FP4_TABLE[level])
+    if format == INT8_127:
+        return np.float32((level ^ 0x80) - 0x80)
+    exponent, mantissa = (level >> 3) & 15, level & 7
+    magnitude = np.float32(mantissa) * np.float32(2.0**-9)
+    if exponent > 0:
+        magnitude = np.float32(mantissa + 8) * np.float32(2.0 ** (exponent - 10))
+    return -magnitude if level & 0x80 else magnitude
 
 
 @kernel
@@ -334,8 +404,15 @@ def unpack_column(format, panels, start, K, column, out, out_start):
         level = _bits_at(low, panels, at, i)
         if high > 0:
             level |= _bits_at(high, panels, at + low * PANEL, i) << low
-        if format == INT8:
+        if inputs_of(format) == FLOAT32:
+            out[out_start + k] = _float_of(format, level) * scale
+            if format == INT8_127:
+                out[out_start + k] *= np.float32(INT8_STEP)
+            continue
+        if format in (INT8, INT8_ROW):
             level ^= 128 ^ INT8_OFFSET
+        elif format in (INT4_ZERO, INT4_ZERO_32):
+            level -= _byte_at(panels, at - position + block_words(format) * PANEL, position)
         elif format in (TABLE4, TABLE4_K):
             level = TABLE[level]
         value = np.float32(level - _ZEROS[format]) * scale
@@ -380,6 +457,28 @@ def _pack_int8(source, i, packed, at):
 
 
 @kernel
+def _pack_int8_row(source, start, blocks, packed, at):
+    """Whole blocks from `start` on as int8 of one scale; that, and where the sums start, are in the first."""
+    zero = broadcast(np.float32(0.0))
+    magnitudes, broken = zero, zero
+    for i in range(start, start + blocks * BLOCK, LANES):
+        magnitudes = maximum(magnitudes, absolute(load(source, i)))
+        broken = broken + load(source, i) * zero  # as in `_pack_int8`
+    greatest = reduce_max(magnitudes)
+    inverse = np.float32(127.0) / greatest if greatest > np.float32(1e-30) else np.float32(0.0)
+    packed[at + SCALE] = greatest * np.float32(1.0 / 127.0) + reduce_add(broken)
+    total, place = np.int32(0), at
+    for i in range(start, start + blocks * BLOCK, BLOCK):
+        first = nearest(load(source, i) * broadcast(inverse))
+        second = nearest(load(source, i + LANES) * broadcast(inverse))
+        store_int8(packed, place, first)
+        store_int8(packed, place + LANES // 4, second)
+        total += np.int32(reduce_add(first) + reduce_add(second))
+        place += GROUP * INT_CHUNK
+    store_int32(packed, at + START_INT8, np.int32(-INT8_OFFSET * total))
+
+
+@kernel
 def pack_row(format, source, source_start, K, row, packed, packed_start):
     """Puts `source[source_start : + K]` in its place as row `row` of the activations at `packed_start`.
 
@@ -388,17 +487,20 @@ def pack_row(format, source, source_start, K, row, packed, packed_start):
     for k in range(K, num_blocks(K) * BLOCK):
         source[source_start + k] = 0.0
     at = packed_start + row // GROUP * GROUP * activation_words(format, K)
-    if format == FLOAT32 or (format == BFLOAT16 and PAIR_WORDS == 2):
+    inputs = inputs_of(format)
+    if inputs == FLOAT32 or (inputs == BFLOAT16 and PAIR_WORDS == 2):
         at += row % GROUP * CHUNK
         for k in range(0, num_blocks(K) * BLOCK, CHUNK):
             store(packed, at, load(source, source_start + k))
             at += GROUP * CHUNK
-    elif format == BFLOAT16:
+    elif inputs == BFLOAT16:
         at += row % GROUP * CHUNK
         for k in range(0, num_blocks(K) * BLOCK, BLOCK):
             store_bfloat16(packed, at, load(source, source_start + k))
             store_bfloat16(packed, at + LANES // 2, load(source, source_start + k + LANES))
             at += GROUP * CHUNK
+    elif inputs == INT8_ROW:
+        _pack_int8_row(source, source_start, num_blocks(K), packed, at + row % GROUP * INT_CHUNK)
     else:
         at += row % GROUP * INT_CHUNK
         for k in range(0, num_blocks(K) * BLOCK, BLOCK):

@@ -44,6 +44,23 @@ def quantized_blocks(x: ArrayLike) -> tuple[Floats, Floats]:
         return _exact(np.rint(blocks * inverse[..., None])), _exact(greatest) / 127
 
 
+def quantized_rows(x: ArrayLike) -> tuple[Floats, Floats]:
+    """Like `quantized_blocks`, where a whole row has one scale: the numbers [M, K] and the scales [M]."""
+    x = np.asarray(x, np.float32)
+    greatest = np.abs(x).max(axis=1)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        inverse = np.where(greatest > 1e-30, np.float32(127) / greatest, np.float32(0))
+        return _exact(np.rint(x * inverse[:, None])), _exact(greatest) / 127
+
+
+def e4m3(bytes: ArrayLike) -> Floats:
+    """What bytes stand for as E4M3 (Micikevicius et al. 2022): sign, four bits of exponent, mantissa."""
+    byte = np.asarray(bytes, np.int64)
+    exponent, mantissa = (byte >> 3) & 15, byte & 7
+    magnitude = np.where(exponent > 0, (1 + mantissa / 8) * 2.0 ** (exponent - 7), mantissa / 8 * 2.0**-6)
+    return np.where(byte >> 7 == 1, -magnitude, magnitude)
+
+
 # Linear algebra
 
 

@@ -35,10 +35,13 @@ from pagellm.kernels.simd.byte_tiles import (
     zero_int_tile,
 )
 from pagellm.kernels.simd.calls import call_again, this_call
+from pagellm.kernels.simd.float_levels import expand_e4m3, expand_int8, expand_table
 from pagellm.kernels.simd.llvm import LANES, REGISTERS_PER_VECTOR, host_has
 from pagellm.kernels.simd.planes import (
     dot_levels,
+    dot_nibbles,
     expand_levels,
+    expand_nibbles,
     load_float16,
     load_high_nibbles,
     load_int8,
@@ -99,8 +102,13 @@ __all__ = [
     "dot_int4",
     "dot_int8",
     "dot_levels",
+    "dot_nibbles",
     "exp",
+    "expand_e4m3",
+    "expand_int8",
     "expand_levels",
+    "expand_nibbles",
+    "expand_table",
     "first_lane",
     "fma",
     "host_has",

@@ -121,27 +121,42 @@ def _less(builder: Any, zero: Any) -> Any:
     added = builder.and_(builder.sub(I32(INT8_OFFSET), builder.trunc(zero, I32)), I32(0xFF))
     added = builder.bitcast(splat(builder, builder.mul(added, I32(0x01010101))), _BYTES)
 
-    def convert(builder: Any, levels: Any) -> Any:
+    def convert(builder: Any, levels: Any, _v: int) -> Any:
         return builder.bitcast(builder.add(builder.bitcast(levels, _BYTES), added), INT_VECTOR)
 
     return convert
 
 
+def _less_zeros(builder: Any, zeros: Any, num_vectors: int) -> Any:
+    """Like `_less`, where each column has its own zero: bytes, one after the other, from `zeros` on."""
+    added = []
+    for v in range(num_vectors):
+        bytes = load_at(builder, zeros, ir.VectorType(I8, LANES), v * LANES // 4)
+        less = builder.sub(int_splat(INT8_OFFSET), builder.zext(bytes, INT_VECTOR))
+        less = builder.mul(builder.and_(less, int_splat(0xFF)), int_splat(0x01010101))
+        added.append(builder.bitcast(less, _BYTES))
+
+    def convert(builder: Any, levels: Any, v: int) -> Any:
+        return builder.bitcast(builder.add(builder.bitcast(levels, _BYTES), added[v]), INT_VECTOR)
+
+    return convert
+
+
 def _expand(low_bits: int, high_bits: int, num_vectors: int, convert: Any) -> Any:
-    """Emits a block of `num_vectors` vectors of columns: `convert(builder, levels)` of each of its words."""
+    """Emits a block of `num_vectors` vectors of columns: `convert(builder, levels, v)` of each word."""
 
     def emit(builder: Any, source: Any, target: Any) -> None:
         for v in range(num_vectors):
             planes = _load_planes(builder, source, low_bits + high_bits, num_vectors, v)
             for word in range(_BLOCK_WORDS):
                 levels = _levels(builder, planes, low_bits, high_bits, word)
-                store_at(builder, target, convert(builder, levels), (word * num_vectors + v) * LANES)
+                store_at(builder, target, convert(builder, levels, v), (word * num_vectors + v) * LANES)
 
     return emit
 
 
 def _dot(low_bits: int, high_bits: int, convert: Any, tile: Any, literals: tuple[Any, ...]) -> Any:
-    """Emits the products of some words of a block: `convert(builder, levels)` of each, times those of `x`.
+    """Emits the products of some words of a block: `convert(builder, levels, v)` of each, times those of `x`.
 
     literals: the rows of the tile, the words between rows of `x`, the first word and their number.
     """
@@ -160,7 +175,7 @@ def _dot(low_bits: int, high_bits: int, convert: Any, tile: Any, literals: tuple
             weights = []
             for v in range(num_vectors):
                 levels = _levels(builder, planes[v], low_bits, high_bits, word)
-                weights.append(int8_weights(builder, convert(builder, levels)))
+                weights.append(int8_weights(builder, convert(builder, levels, v)))
             for row in range(num_rows):
                 inputs = splat(builder, load_at(builder, x_pointer, I32, row * stride + word))
                 for v in range(num_vectors):
@@ -219,6 +234,48 @@ def expand_levels(
 
     signature = types.void(low_bits, high_bits, vectors, w, types.intp, types.int64, out, types.intp)
     return signature, emit
+
+
+@intrinsic(prefer_literal=True)
+def dot_nibbles(
+    _typing: Any, tile: Any, rows: Any, x: Any, x_index: Any, x_stride: Any, w: Any, w_index: Any, zeros: Any
+) -> Any:
+    """Like `dot_levels` for all words of a block of levels of four bits, less the zero of each column.
+
+    zeros: the word of `w` from which on the columns' zeros are, a byte each.
+    """
+    all_words = types.IntegerLiteral(0), types.IntegerLiteral(_BLOCK_WORDS)
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        num_vectors = tile.count // literal(rows)
+        place = element_pointer(
+            context, builder, signature.args[5], arguments[5], arguments[7], count=num_vectors * LANES // 4
+        )
+        convert = _less_zeros(builder, place, num_vectors)
+        emit_dot = _dot(4, 0, convert, tile, (rows, x_stride, *all_words))
+        return emit_dot(context, builder, signature, (arguments[0], *arguments[2:4], *arguments[5:7]))
+
+    return tile(tile, rows, x, types.intp, x_stride, w, types.intp, types.intp), emit
+
+
+@intrinsic(prefer_literal=True)
+def expand_nibbles(_typing: Any, vectors: Any, w: Any, w_at: Any, zeros: Any, out: Any, out_at: Any) -> Any:
+    """Like `expand_levels` for levels of four bits, less the zero of each column: see `dot_nibbles`."""
+    num_vectors = literal(vectors)
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, w_value, w_index, zeros_index, out_value, out_index = arguments
+        place = element_pointer(
+            context, builder, signature.args[1], w_value, zeros_index, count=num_vectors * LANES // 4
+        )
+        convert = _less_zeros(builder, place, num_vectors)
+        words = 4 * num_vectors * LANES
+        source = element_pointer(context, builder, signature.args[1], w_value, w_index, count=words)
+        target = element_pointer(context, builder, signature.args[4], out_value, out_index, count=2 * words)
+        _expand(4, 0, num_vectors, convert)(builder, source, target)
+        return context.get_dummy_value()
+
+    return types.void(vectors, w, types.intp, types.intp, out, types.intp), emit
 
 
 _SHUFFLE_BYTES = first_known(
@@ -280,7 +337,7 @@ def table_intrinsics(values: tuple[int, ...]) -> tuple[Any, Any]:
     """
     table = [(value + INT8_OFFSET) % 256 for value in values]
 
-    def convert(builder: Any, levels: Any) -> Any:
+    def convert(builder: Any, levels: Any, _v: int) -> Any:
         return _look_up(builder, table, levels)
 
     @intrinsic(prefer_literal=True)

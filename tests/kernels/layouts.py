@@ -2,6 +2,7 @@
 
 import platform
 import zlib
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,14 +11,24 @@ from pagellm.kernels.encoding import encode
 from pagellm.kernels.packing import (
     BFLOAT16,
     BLOCK,
+    FLOAT8,
     FLOAT32,
+    FP4,
+    FP4_TABLE,
     GROUP,
     INT2_K,
     INT4_K,
     INT4_MIN,
+    INT4_ZERO,
+    INT4_ZERO_32,
     INT5_K,
     INT8,
+    INT8_127,
+    INT8_ROW,
+    INT8_STEP,
     LAYOUTS,
+    NF4,
+    NF4_TABLE,
     PANEL,
     TABLE,
     TABLE4,
@@ -36,6 +47,9 @@ Exact = NDArray[np.float64]
 
 FORMATS = {format: layout.name.replace(" ", "_") for format, layout in enumerate(LAYOUTS)}
 ENCODED = {format: FORMATS[format] for format in range(INT4_MIN + 1)}  # what floats can be made to
+# Those that multiply activations as integers, and of these the ones that scale blocks of activations.
+INTEGER_FORMATS = tuple(format for format, layout in enumerate(LAYOUTS) if layout.inputs in (INT8, INT8_ROW))
+BLOCKWISE_FORMATS = tuple(format for format in INTEGER_FORMATS if format != INT8_ROW)
 # A NaN as a float32, and two of them as bfloat16 or as float16.
 POISON = np.array([0xFFFFFFFF], np.uint32).view(np.float32)[0]
 
@@ -74,9 +88,17 @@ def random_blocks(format: int, rng: np.random.Generator, N: int, K: int) -> Bloc
     """Every level and byte that there is, times scales and minima of either sign."""
     layout, blocks = LAYOUTS[format], num_blocks(K)
     words = rng.integers(0, 1 << 32, (N, blocks, layout.low_bits + layout.high_bits), np.uint32)
-    most = 64 if format in (INT4_K, INT5_K) else 256
+    if format == FLOAT8:  # whose last two are no numbers
+        levels = words.view(np.uint8)
+        levels[levels & 127 == 127] -= 1
+    most = 64 if format in (INT4_K, INT5_K) else 17 if format in (INT4_ZERO, INT4_ZERO_32) else 256
     bytes = rng.integers(0, most, (N, blocks, layout.num_bytes)).astype(np.uint8)
-    halves = rng.standard_normal((N, -(-blocks // layout.span), layout.num_halves)) / 100
+    spans = -(-blocks // layout.span)
+    if layout.float_scale:
+        scales = rng.standard_normal((N, 1 if format == INT8_ROW else spans, 1)) / 100
+        scales = np.broadcast_to(scales.astype(np.float32), (N, spans, 1))
+        return Blocks(words, bytes, np.ascontiguousarray(scales).view(np.uint16))
+    halves = rng.standard_normal((N, spans, layout.num_halves)) / 100
     return Blocks(words, bytes, halves.astype(np.float16).view(np.uint16))
 
 
@@ -106,15 +128,22 @@ def _scaled_and_minima(format: int, blocks: Blocks) -> tuple[Exact, Exact]:
         upper = blocks.words.view(np.uint16).astype(np.uint32) << 16
         return upper.view(np.float32).astype(np.float64), none
     scales, minima = scales_of(format, blocks)
+    if format == INT8_127:  # rounded twice, as bitsandbytes has it
+        once = (levels_of(format, blocks) * scales.repeat(BLOCK // 2, axis=2)).astype(np.float32)
+        return (once * np.float32(INT8_STEP)).astype(np.float64), none
     scaled = levels_of(format, blocks) * scales.repeat(BLOCK // 2, axis=2)
     return scaled, minima.repeat(BLOCK // 2, axis=2) if minima.size else none
 
 
-def levels_of(format: int, blocks: Blocks) -> NDArray[np.int64]:
+def levels_of(format: int, blocks: Blocks) -> NDArray[Any]:
     """What is multiplied by the scales, [N, blocks, BLOCK]: levels less their zero, or of the table."""
     layout, bytes = LAYOUTS[format], blocks.words.view(np.uint8).astype(np.int64)
-    if format == INT8:
+    if format in (INT8, INT8_ROW):
         return int8_values(bytes)
+    if format == INT8_127:
+        return (bytes + 128) % 256 - 128
+    if format == FLOAT8:
+        return oracles.e4m3(bytes)
     levels = np.zeros((*bytes.shape[:2], BLOCK), np.int64)
     planes = (
         (layout.low_bits, 0, bytes),
@@ -125,13 +154,17 @@ def levels_of(format: int, blocks: Blocks) -> NDArray[np.int64]:
             word, byte = i // 4, i % 4
             field = plane[..., word % num_bits * 4 + byte] >> word // num_bits * num_bits
             levels[..., i] |= (field & ((1 << num_bits) - 1)) << position
-    return np.array(TABLE)[levels] if format in (TABLE4, TABLE4_K) else levels - layout.zero
+    if format in (INT4_ZERO, INT4_ZERO_32):
+        return levels - blocks.bytes.astype(np.int64)
+    tables = {TABLE4: TABLE, TABLE4_K: TABLE, NF4: NF4_TABLE, FP4: FP4_TABLE}
+    return np.array(tables[format])[levels] if format in tables else levels - layout.zero
 
 
 def scales_of(format: int, blocks: Blocks) -> tuple[Exact, Exact]:
     """The scales of the halves of the blocks, [N, blocks, 2], and their minima, or none."""
     layout = LAYOUTS[format]
-    halves = blocks.halves.view(np.float16).astype(np.float64).repeat(layout.span, axis=1)
+    kind = np.float32 if layout.float_scale else np.float16
+    halves = blocks.halves.view(kind).astype(np.float64).repeat(layout.span, axis=1)
     halves = halves[:, : blocks.words.shape[1]]
     scales, minima = halves[..., :1].repeat(2, axis=2), halves[..., 1:].repeat(2, axis=2)
     bytes = blocks.bytes.view(np.int8).astype(np.float64)
@@ -139,7 +172,7 @@ def scales_of(format: int, blocks: Blocks) -> tuple[Exact, Exact]:
         return scales * bytes[..., :1], -minima * bytes[..., 1:]
     if format == INT2_K:
         return scales * (blocks.bytes & 15), -minima * (blocks.bytes >> 4)
-    return scales * bytes if layout.num_bytes else scales, minima
+    return scales * bytes if layout.num_bytes and not layout.float_scale else scales, minima
 
 
 def packed_weights(format: int, weights: Matrix | Blocks, bias: Matrix, K: int) -> tuple[Matrix, int, int]:
@@ -161,7 +194,8 @@ def packed_weights(format: int, weights: Matrix | Blocks, bias: Matrix, K: int) 
 
 def are_floats(format: int) -> bool:
     """Whether activations stay floats: bfloat16 ones are for machines that multiply them."""
-    return format == FLOAT32 or (format == BFLOAT16 and PAIR_WORDS == 2)
+    inputs = LAYOUTS[format].inputs
+    return inputs == FLOAT32 or (inputs == BFLOAT16 and PAIR_WORDS == 2)
 
 
 def multiplied(format: int, x: Matrix) -> Exact:
@@ -170,6 +204,9 @@ def multiplied(format: int, x: Matrix) -> Exact:
         return x.astype(np.float64)
     if format == BFLOAT16:
         return oracles.bfloat16(x)
+    if format == INT8_ROW:
+        row_levels, row_scales = oracles.quantized_rows(x)
+        return row_levels * row_scales[:, None]
     levels, scales = oracles.quantized_blocks(x)
     return (levels * scales[..., None]).reshape(len(x), -1)[:, : x.shape[1]]
 
@@ -183,6 +220,8 @@ def chunks(format: int, x: Matrix) -> NDArray[np.uint32]:
     if format == BFLOAT16:
         upper = oracles.bfloat16(whole).astype(np.float32).view(np.uint32) >> 16
         return upper.astype(np.uint16).view(np.uint32).reshape(M, -1, 16)
+    if format == INT8_ROW:
+        return _row_chunks(whole)
     levels, scales = oracles.quantized_blocks(x)
     with np.errstate(invalid="ignore"):  # what is no number has a scale that tells
         totals = levels.sum(axis=2).astype(np.int64)
@@ -193,6 +232,19 @@ def chunks(format: int, x: Matrix) -> NDArray[np.uint32]:
     offsets = [-INT8_OFFSET * total for total in (totals, first, totals - first)]
     starts = np.stack([*offsets, int4_starts(-8 * totals)], axis=2).astype(np.int32)
     return np.concatenate([bytes.view(np.uint32), floats.view(np.uint32), starts.view(np.uint32)], axis=2)
+
+
+def _row_chunks(x: Matrix) -> NDArray[np.uint32]:
+    """For INT8_ROW: the first chunk of a row has its scale and its sum; other words mean nothing."""
+    levels, scales = oracles.quantized_rows(x)
+    words = np.full((len(x), x.shape[1] // BLOCK, 16), 0xFFFFFFFF, np.uint32)
+    with np.errstate(invalid="ignore"):
+        words[..., :8] = levels.astype(np.int8).view(np.uint32).reshape(len(x), -1, 8)
+        words[:, 0, 8] = scales.astype(np.float32).view(np.uint32)
+        words[:, 0, 12] = (
+            (-INT8_OFFSET * levels.sum(axis=1).astype(np.int64)).astype(np.int32).view(np.uint32)
+        )
+    return words
 
 
 def int4_starts(sums: NDArray[np.int64]) -> NDArray[np.int32]:
@@ -240,11 +292,22 @@ def chained_product(format: int, x: Matrix, blocks: Blocks, bias: Matrix) -> Mat
     products, times the product of the scales, and then the sum of the activations times the minimum.
     """
     by_row = chunks(format, x)
+    if format == INT8_ROW:
+        activations = by_row[..., :8].copy().view(np.int8).reshape(len(x), -1).astype(np.int64)
+        sums = (activations @ levels_of(format, blocks).reshape(len(bias), -1).T).astype(np.float32)
+        of_rows = by_row[:, :1, 8].copy().view(np.float32)
+        of_columns = scales_of(format, blocks)[0][:, 0, 0].astype(np.float32)
+        return multiply_add(sums, of_rows * of_columns, np.broadcast_to(bias, sums.shape))
     inputs = by_row[..., :8].copy().view(np.int8).astype(np.int64)
-    scale, *sums = (word[:, :, 0] for word in np.split(by_row[..., 8:12].view(np.float32), 4, axis=2))
+    scale, *totals = (word[:, :, 0] for word in np.split(by_row[..., 8:12].view(np.float32), 4, axis=2))
     levels, (scales, minima) = levels_of(format, blocks), scales_of(format, blocks)
     scales, minima = scales.astype(np.float32), minima.astype(np.float32)
-    apart = format not in ENCODED and LAYOUTS[format].num_bytes == 2 and format not in (INT4_K, INT5_K)
+    apart = (
+        format not in ENCODED
+        and not LAYOUTS[format].float_scale
+        and LAYOUTS[format].num_bytes == 2
+        and format not in (INT4_K, INT5_K)
+    )
     total = np.broadcast_to(bias, (len(x), len(bias))).copy()
     for block in range(inputs.shape[1]):
         for half in range(2 if apart else 1):
@@ -254,6 +317,6 @@ def chained_product(format: int, x: Matrix, blocks: Blocks, bias: Matrix) -> Mat
             total = multiply_add(dots.astype(np.float32), factor, total)
             if minima.size:
                 total = multiply_add(
-                    sums[half + 1 if apart else 0][:, block, None], minima[None, :, block, half], total
+                    totals[half + 1 if apart else 0][:, block, None], minima[None, :, block, half], total
                 )
     return total

@@ -14,9 +14,13 @@ from pagellm.kernels.matmul import _rows_of_item, _run_of_panels, matmul, scratc
 from pagellm.kernels.packing import (
     BFLOAT16,
     BLOCK,
+    FLOAT8,
     FLOAT32,
+    FP4,
     GROUP,
     INT8,
+    INT8_127,
+    NF4,
     PANEL,
     Blocks,
     num_blocks,
@@ -29,7 +33,9 @@ from pagellm.kernels.threads import new_counters
 from tests import oracles
 from tests.conftest import at_most
 from tests.kernels.layouts import (
+    BLOCKWISE_FORMATS,
     FORMATS,
+    INTEGER_FORMATS,
     Exact,
     Matrix,
     blocks_of,
@@ -54,10 +60,8 @@ FORMAT = st.sampled_from(sorted(FORMATS))
 ROWS = around(GROUP // 2, GROUP, 2 * GROUP, 8 * GROUP, 16 * GROUP)
 COLUMNS = around(PANEL, 2 * PANEL, 67)
 DEPTHS = around(16, BLOCK, 2 * BLOCK, 257)
-INTEGER = st.sampled_from([format for format in FORMATS if format > BFLOAT16])
-integer_formats = pytest.mark.parametrize(
-    "format", [format for format in FORMATS if format > BFLOAT16], ids=FORMATS.get
-)
+INTEGER = st.sampled_from(INTEGER_FORMATS)
+integer_formats = pytest.mark.parametrize("format", INTEGER_FORMATS, ids=FORMATS.get)
 all_formats = pytest.mark.parametrize("format", FORMATS, ids=FORMATS.get)
 
 
@@ -134,7 +138,7 @@ def expected(format: int, x: Matrix, weights: Matrix, bias: Matrix) -> tuple[Exa
     seen = multiplied(format, x)
     # A product of floats is rounded and goes through K more sums; one of integers goes through those of
     # the scales and through one or two sums a block.
-    roundings = K + 2 if format in (FLOAT32, BFLOAT16) else 4 * num_blocks(K) + 6
+    roundings = 4 * num_blocks(K) + 6 if format in INTEGER_FORMATS else K + 4
     return oracles.matmul(seen, held, bias), oracles.rounding_bound(seen, parts, bias, roundings)
 
 
@@ -174,9 +178,19 @@ def test_the_greatest_levels_have_exact_sums(format: int, byte: int, sign: int) 
         np.testing.assert_array_equal(found, chained_product(format, x, extreme, bias))
 
 
+@at_most(100)
+@given(format=st.sampled_from([FLOAT8, INT8_127, NF4, FP4]), M=ROWS, N=COLUMNS, K=DEPTHS)
+def test_levels_that_become_floats_have_the_bits_of_float32(format: int, M: int, N: int, K: int) -> None:
+    """Each value rounded to a float32 once, and then the chain of that format."""
+    x, weights, bias = operands(M, N, K)
+    blocks = blocks_of(format, weights)
+    held = dequantized(format, blocks)[:, :K].astype(np.float32)
+    np.testing.assert_array_equal(multiply(format, x, blocks, bias), multiply(FLOAT32, x, held, bias))
+
+
 def test_panels_may_have_different_formats() -> None:
     """Integer ones in any order: each column has the bits that it has beside its like."""
-    K, formats = 16 * BLOCK, [format for format in FORMATS if format > BFLOAT16]
+    K, formats = 16 * BLOCK, BLOCKWISE_FORMATS
     N = PANEL * len(formats)
     for M in (1, GROUP, 9 * GROUP + 2):
         x, weights, bias = operands(M, N, K)
@@ -313,7 +327,7 @@ def test_items_are_whole_groups_of_rows_and_as_few_as_they_may_be(
     assert rows % GROUP == 0
     assert 0 < rows <= 43 * GROUP  # what there is room for
     items = panels * -(-M // rows)
-    if format > BFLOAT16 and items < threads:
+    if format in INTEGER_FORMATS and items < threads:
         assert rows <= 8 * GROUP  # then they are as small as they get
 
 
