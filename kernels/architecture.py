@@ -194,6 +194,7 @@ class Run(NamedTuple):
 
     columns: int
     format: int  # of kernels.packing
+    ordered: bool = False  # whether the inputs have an order of their own, as all of a part's runs have then
 
 
 class Part(NamedTuple):
@@ -384,8 +385,9 @@ REST_PARTS = (
 PARTS = {part.name: part for part in LAYER_PARTS + REST_PARTS}
 
 # Where a part begins in the weights' buffer, in words. For a matrix also which of `Weights.panels` is its
-# first, and that one's format: the other panels take their activations in the same form.
-_PLACE = np.dtype([("start", np.int64), ("format", np.int64), ("panel", np.int64)], align=True)
+# first, and that one's format: the other panels take their activations in the same form; and from which word
+# on the order of its inputs is kept, an int32 each, or -1 where they are in the model's.
+_PLACE = np.dtype([(name, np.int64) for name in ("start", "format", "panel", "order")], align=True)
 LAYER_PLACES = np.dtype([(part.name, _PLACE) for part in LAYER_PARTS], align=True)
 REST_PLACES = np.dtype([(part.name, _PLACE) for part in REST_PARTS], align=True)
 
@@ -426,10 +428,13 @@ def lay_out(arch: Architecture, formats: Formats) -> Places:
         nonlocal end
         for part in parts:
             if part.kind is not Kind.MATRIX:
-                places[part.name] = end, FLOAT32, 0
+                places[part.name] = end, FLOAT32, 0, -1
                 end += part.size(arch, row)
             elif not part.of_experts:
                 place_matrices({part.name: _panels_of(part, arch, row, by_part)}, places, 1)
+                if part.runs(arch, row, by_part)[0].ordered:
+                    places[part.name]["order"] = end
+                    end += -(-part.shape(arch, row)[1] // LANES) * LANES
         experts = {part.name: _panels_of(part, arch, row, by_part) for part in parts if part.of_experts}
         if experts:
             place_matrices(experts, places, max(1, int(row["num_experts"])))
@@ -443,7 +448,7 @@ def lay_out(arch: Architecture, formats: Formats) -> Places:
         columns = np.cumsum([size.shape[1] for size in sizes])[:-1]
         for (name, table), own in zip(tables.items(), np.split(starts, columns, axis=1), strict=True):
             placed = np.stack([own.ravel(), table[:, 1]], axis=1)
-            places[name] = *(placed[0] if len(placed) else (end, FLOAT32)), num_panels
+            places[name] = *(placed[0] if len(placed) else (end, FLOAT32)), num_panels, -1
             panels.append(placed)
             num_panels += len(table)
         end += sum(int(size.sum()) for size in sizes)

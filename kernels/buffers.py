@@ -189,7 +189,7 @@ def new_workspace(arch: Architecture, max_tokens: int, num_threads: int) -> Work
     expert_up = max(padded(int(row["expert_size"])) * (1 + int(row["gated"])) for row in layers)
     routers = padded(int((layers["num_experts"] + layers["shared_gate"]).max()))
     per_thread = max(
-        max(widest_input, expert_input) + PANEL + BLOCK,
+        max(2 * widest_input, expert_input) + PANEL + BLOCK,
         store_scratch_size(head_dim),
         matmul_scratch_size(),
         router_scratch_size(num_experts),

@@ -13,20 +13,26 @@ from numpy.typing import NDArray
 from pagellm.kernels.packing import (
     BFLOAT16,
     BLOCK,
+    FLOAT8,
     FLOAT32,
+    FP4,
     INT2,
     INT2_K,
     INT3_K,
     INT4,
     INT4_K,
     INT4_MIN,
+    INT4_ZERO,
+    INT4_ZERO_32,
     INT5,
     INT5_K,
     INT5_MIN,
     INT6_K,
     INT8,
+    INT8_127,
     INT8_ROW,
     LAYOUTS,
+    NF4,
     TABLE4,
     TABLE4_K,
     Blocks,
@@ -51,6 +57,18 @@ GGUF_FORMATS = {
     "IQ4_XS": TABLE4_K,
     "TQ1_0": INT2,
     "TQ2_0": INT2,
+}
+
+# Those that hold levels of a quantizer's directory, by what they stand for (`engine.checkpoints.quantized`);
+# of several the first one whose spans are no longer than a group.
+LEVEL_FORMATS = {
+    "INT4": (INT4,),
+    "INT4_ZERO": (INT4_ZERO, INT4_ZERO_32),
+    "INT8": (INT8_ROW,),
+    "INT8_127": (INT8_127,),
+    "E4M3": (FLOAT8,),
+    "NF4": (NF4,),
+    "FP4": (FP4,),
 }
 
 

@@ -15,7 +15,7 @@ from pagellm.kernels.attention import merge_states
 from pagellm.kernels.jit import kernel, plain
 from pagellm.kernels.kv_cache import store_kv
 from pagellm.kernels.norm import normalize
-from pagellm.kernels.packing import activation_words, pack_row, padded, padded_rows
+from pagellm.kernels.packing import activation_words, pack_inputs, pack_row, padded, padded_rows
 from pagellm.kernels.rope import rotate
 from pagellm.kernels.threads import barrier, next_rows
 
@@ -74,7 +74,7 @@ def keep_latents(member, layer, arch, weights, cache, num_rows, plan, work):
                 _normalize(
                     member, features, weights, start, rank, parts.query_norm, parts.query_norm_b, work
                 )  # fmt: skip
-                pack_row(parts.query_up.format, member.scratch, 0, rank, row, work.packed, 0)
+                pack_inputs(parts.query_up, weights.values, member.scratch, rank, row, work.packed)
         first, end = next_rows(member.counters, num_rows, member.num_threads)
     barrier(member.counters, member.num_threads)
 
@@ -135,7 +135,7 @@ def merge_latents(member, layer, arch, weights, num_rows, plan, work):
 @kernel
 def join_heads(member, layer, arch, weights, num_rows, work):
     """Packs the heads' outputs in `work.wide`, whole panels each, as [num_rows, num_heads * value_dim]."""
-    features, format = arch.layers[layer], weights.layers[layer].output.format
+    features, output = arch.layers[layer], weights.layers[layer].output
     heads, size = features.num_heads, features.value_dim
     first, end = next_rows(member.counters, num_rows, member.num_threads)
     while first < end:
@@ -144,6 +144,6 @@ def join_heads(member, layer, arch, weights, num_rows, work):
                 start = (row * heads + head) * padded(size)
                 for i in range(size):
                     member.scratch[head * size + i] = work.wide[start + i]
-            pack_row(format, member.scratch, 0, heads * size, row, work.packed, 0)
+            pack_inputs(output, weights.values, member.scratch, heads * size, row, work.packed)
         first, end = next_rows(member.counters, num_rows, member.num_threads)
     barrier(member.counters, member.num_threads)

@@ -269,8 +269,8 @@ def matmul(
     x: packed activations of M rows for the panels' formats; weights: the buffer that holds the panels, each
     from word `panels[panel, 0]` on in format `panels[panel, 1]`, and the bias (floats, padded to whole
     panels) at `bias_start`; out: flat, its rows `padded(N)` apart, `padded_rows(M)` of them; scratch:
-    `scratch_size` words of this thread's own. All panels have the same float format, or all have formats whose
-    activations are blocks of integers. All threads of the team call it; a barrier must follow.
+    `scratch_size` words of this thread's own. All panels have the same float format, or all have formats
+    whose activations are blocks of integers. All threads of the team call it; a barrier must follow.
     """
     stacked_matmul(
         counters, num_threads, panels, x, M, K, weights, bias_start, N, plain(1), padded(N), out, accumulate,

@@ -506,3 +506,18 @@ def pack_row(format, source, source_start, K, row, packed, packed_start):
         for k in range(0, num_blocks(K) * BLOCK, BLOCK):
             _pack_int8(source, source_start + k, packed, at)
             at += GROUP * INT_CHUNK
+
+
+@kernel
+def pack_inputs(part, values, source, K, row, packed):
+    """Packs `source[:K]` for a matrix, whose inputs may have an order of their own: see `pack_row`.
+
+    part: the matrix's place in the weights' buffer `values`, as kernels.architecture has it. Behind the K
+    floats, up to a whole block, the source needs room for as many again.
+    """
+    start = 0
+    if part.order >= 0:
+        start = num_blocks(K) * BLOCK
+        for k in range(K):
+            source[start + k] = source[load_int32(values, part.order + k)]
+    pack_row(part.format, source, start, K, row, packed, 0)

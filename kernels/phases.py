@@ -23,6 +23,7 @@ from pagellm.kernels.packing import (
     GROUP,
     activation_place,
     activation_words,
+    pack_inputs,
     pack_row,
     padded,
     unpack_column,
@@ -79,8 +80,8 @@ def _normalize(member, arch, weights, x, start, size, scale, bias):
 
 
 @kernel
-def normalize_rows(member, arch, weights, normalized, scale, bias, num_rows, format, work):
-    """Packs the hidden states [num_rows, hidden_size] of the first `work.rows` for a matrix of a format.
+def normalize_rows(member, arch, weights, normalized, scale, bias, num_rows, part, work):
+    """Packs the hidden states [num_rows, hidden_size] of the first `work.rows` for a matrix.
 
     normalized: whether they are normalised before; if so, scale and bias are the places of the norm's parts.
     """
@@ -94,7 +95,7 @@ def normalize_rows(member, arch, weights, normalized, scale, bias, num_rows, for
             else:
                 for i in range(arch.hidden_size):
                     member.scratch[i] = work.hidden[start + i]
-            pack_row(format, member.scratch, 0, arch.hidden_size, row, work.packed, 0)
+            pack_inputs(part, weights.values, member.scratch, arch.hidden_size, row, work.packed)
         first, end = next_rows(member.counters, num_rows, member.num_threads)
     barrier(member.counters, member.num_threads)
 
@@ -275,7 +276,7 @@ def merge_rows(member, layer, arch, weights, num_rows, plan, work):
                     member, arch, weights, member.scratch, 0, size, parts.attention_sub_norm,
                     parts.attention_sub_norm_b,
                 )  # fmt: skip
-            pack_row(parts.output.format, member.scratch, 0, size, row, work.packed, 0)
+            pack_inputs(parts.output, weights.values, member.scratch, size, row, work.packed)
         first, end = next_rows(member.counters, num_rows, member.num_threads)
     barrier(member.counters, member.num_threads)
 
@@ -301,7 +302,7 @@ def activate_rows(member, layer, arch, weights, num_rows, work):
             if features.shared_gate:
                 for i in range(size):
                     member.scratch[i] *= work.groups.gates[row]
-            pack_row(parts.down.format, member.scratch, 0, size, row, work.packed, 0)
+            pack_inputs(parts.down, weights.values, member.scratch, size, row, work.packed)
         first, end = next_rows(member.counters, num_rows, member.num_threads)
     barrier(member.counters, member.num_threads)
 

@@ -39,7 +39,7 @@ def _attention_block(member, layer, arch, weights, cache, batch, plan, out, accu
     heads, kv_heads, head_dim = features.num_heads, features.num_kv_heads, features.head_dim
     normalize_rows(
         member, arch, weights, features.pre_norm, parts.attention_norm, parts.attention_norm_b, num_rows,
-        parts.qkv.format, work,
+        parts.qkv, work,
     )  # fmt: skip
     linear(
         member, weights, parts.qkv, parts.qkv_b, num_rows, arch.hidden_size,
@@ -62,7 +62,7 @@ def _latent_attention_block(member, layer, arch, weights, cache, batch, plan, ou
     value_dim, rotary = features.value_dim, features.head_dim - latent
     normalize_rows(
         member, arch, weights, features.pre_norm, parts.attention_norm, parts.attention_norm_b, num_rows,
-        parts.qkv.format, work,
+        parts.qkv, work,
     )  # fmt: skip
     linear(
         member, weights, parts.qkv, parts.qkv_b, num_rows, arch.hidden_size, qkv_size(features), work.wide,
@@ -99,8 +99,7 @@ def _feed_forward_block(member, layer, arch, weights, num_rows, out, accumulate,
     size = features.intermediate_size
     up_size = 2 * padded(size) if features.gated else size  # each half begins on a panel
     normalize_rows(
-        member, arch, weights, features.pre_norm, parts.mlp_norm, parts.mlp_norm_b, num_rows, parts.up.format,
-        work,
+        member, arch, weights, features.pre_norm, parts.mlp_norm, parts.mlp_norm_b, num_rows, parts.up, work,
     )  # fmt: skip
     linear(
         member, weights, parts.up, parts.up_b, num_rows, arch.hidden_size, up_size, work.wide, plain(False),
@@ -119,7 +118,7 @@ def _experts_block(member, layer, arch, weights, num_rows, out, accumulate, work
     size = features.expert_size
     normalize_rows(
         member, arch, weights, features.pre_norm, parts.mlp_norm, parts.mlp_norm_b, num_rows,
-        parts.router.format, work,
+        parts.router, work,
     )  # fmt: skip
     linear(
         member, weights, parts.router, parts.router_b, num_rows, arch.hidden_size,
@@ -181,7 +180,7 @@ def _answer(member, arch, weights, outputs, work):
         barrier(counters, num_threads)
         normalize_rows(
             member, arch, weights, plain(1), parts.final_norm, parts.final_norm_b, num_rows,
-            parts.lm_head.format, work,
+            parts.lm_head, work,
         )  # fmt: skip
         linear(
             member, weights, parts.lm_head, parts.lm_head_b, num_rows, arch.hidden_size, arch.vocab_size,

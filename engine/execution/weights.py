@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagellm.engine.checkpoints import BLOCK_SIZES, Checkpoint, Tensor, bits_per_weight
+from pagellm.engine.checkpoints.quantized import QuantizedTensor
 from pagellm.engine.errors import CheckpointError
 from pagellm.engine.models import ModelSpec, Source
 from pagellm.engine.models.rope import RopeTable
@@ -26,7 +27,7 @@ from pagellm.kernels.architecture import (
     cached_value_dim,
     lay_out,
 )
-from pagellm.kernels.encoding import GGUF_FORMATS, encode, from_gguf
+from pagellm.kernels.encoding import GGUF_FORMATS, LEVEL_FORMATS, encode, from_gguf, from_levels
 from pagellm.kernels.kv_cache import token_words
 from pagellm.kernels.packing import (
     BFLOAT16,
@@ -36,7 +37,9 @@ from pagellm.kernels.packing import (
     INT8,
     LAYOUTS,
     PANEL,
+    Blocks,
     aligned_zeros,
+    has_float_scales,
     pack_blocks,
     padded,
 )
@@ -48,9 +51,26 @@ _READ_BYTES = 8 << 20
 FORMAT_NAMES = {format: layout.name for format, layout in enumerate(LAYOUTS)}
 
 
+# Matrices whose inputs may have an order of their own.
+_ORDERED_PARTS = ("qkv", "query_up", "output", "up", "down", "lm_head")
+
+
 def is_kept(dtype: str, format: int) -> bool:
     """Whether a format holds a checkpoint's type as it is, without conversion."""
+    if dtype in LEVEL_FORMATS:
+        return format in LEVEL_FORMATS[dtype]
     return ({"F32": FLOAT32, "BF16": BFLOAT16} | GGUF_FORMATS).get(dtype) == format
+
+
+def _kept_format(tensor: Tensor) -> int:
+    """The format that holds a matrix as it is; FLOAT32 where none does."""
+    if not isinstance(tensor, QuantizedTensor):
+        return GGUF_FORMATS.get(tensor.dtype, FLOAT32)
+    for format in LEVEL_FORMATS[tensor.dtype] if tensor.is_kept else ():
+        inputs = LAYOUTS[format].span * BLOCK
+        if tensor.group_size % inputs == 0 or tensor.group_size == tensor.shape[1]:
+            return format
+    return FLOAT32
 
 
 def formats_of(checkpoint: Checkpoint, spec: ModelSpec, quantization: str) -> Formats:
@@ -64,7 +84,8 @@ def formats_of(checkpoint: Checkpoint, spec: ModelSpec, quantization: str) -> Fo
                 by_source = [_format_of(checkpoint, source, quantization, in_layer) for source in sources]
                 if name == "router":  # a rounded logit would choose another expert
                     by_source = [FLOAT32] * len(sources)
-                by_part[name] = _runs(PARTS[name], row, sources, by_source)
+                runs = _runs(PARTS[name], row, sources, by_source)
+                by_part[name] = _in_order(checkpoint, name, sources, runs)
         formats.append(by_part)
     return formats
 
@@ -87,7 +108,7 @@ def converted_types(checkpoint: Checkpoint, spec: ModelSpec, formats: Formats) -
 
 def _format_of(checkpoint: Checkpoint, source: Source, quantization: str, in_layer: bool) -> int:
     """The format of the output columns that come from one tensor."""
-    kept = GGUF_FORMATS.get(checkpoint.tensors[source.tensor].dtype, FLOAT32)
+    kept = _kept_format(checkpoint.tensors[source.tensor])
     if source.transposed or source.add:
         kept = FLOAT32
     if quantization == "auto":
@@ -95,7 +116,8 @@ def _format_of(checkpoint: Checkpoint, source: Source, quantization: str, in_lay
     if quantization == "int4":
         # Four bits are too few for the embedding and for the logits: llama.cpp keeps more for them, too.
         most = 4 if in_layer else 8
-        if LAYOUTS[kept].low_bits + LAYOUTS[kept].high_bits <= most:
+        layout = LAYOUTS[kept]
+        if layout.low_bits + layout.high_bits <= most and layout.inputs == INT8:
             return kept
         return INT4_MIN if in_layer else INT8
     return {"none": FLOAT32, "bf16": BFLOAT16, "int8": INT8}[quantization]
@@ -108,11 +130,33 @@ def _runs(part: Part, row: Any, sources: tuple[Source, ...], formats: list[int])
     """
     pieces = part.pieces(row)
     columns = [padded(source.outputs) if pieces > 1 else source.outputs for source in sources]
-    if len(set(formats)) > 1 and (min(formats) <= BFLOAT16 or any(size % PANEL for size in columns[:-1])):
+    mixes = all(LAYOUTS[format].inputs == INT8 for format in formats)
+    if len(set(formats)) > 1 and (not mixes or any(size % PANEL for size in columns[:-1])):
         formats = [FLOAT32] * len(formats)
     if len(set(formats)) == 1:
         return (Run(sum(columns), formats[0]),)
     return tuple(Run(*run) for run in zip(columns, formats, strict=True))
+
+
+def _in_order(
+    checkpoint: Checkpoint, name: str, sources: tuple[Source, ...], runs: tuple[Run, ...]
+) -> tuple[Run, ...]:
+    """The runs, with an order of inputs where matrices that are kept as they are have one.
+
+    All of a part share their activations: where their orders differ, all is float32.
+    """
+    orders = []
+    for index, source in enumerate(sources):
+        tensor, run = checkpoint.tensors[source.tensor], runs[index if len(runs) > 1 else 0]
+        is_as_it_is = isinstance(tensor, QuantizedTensor) and is_kept(tensor.dtype, run.format)
+        orders.append(tensor.order() if is_as_it_is and isinstance(tensor, QuantizedTensor) else None)
+    if all(order is None for order in orders):
+        return runs
+    first = orders[0]
+    same = all(order is not None and first is not None and np.array_equal(order, first) for order in orders)
+    if name in _ORDERED_PARTS and same:
+        return tuple(run._replace(ordered=True) for run in runs)
+    return (Run(sum(run.columns for run in runs), FLOAT32),)
 
 
 def kv_format(formats: Formats) -> int:
@@ -143,7 +187,9 @@ def load_weights(
         for row, parts, places in rows:
             for name, sources in parts.items():
                 part, column = PARTS[name], 0
-                start, _, first_panel = places[name].tolist()
+                start, _, first_panel, order = places[name].tolist()
+                if order >= 0:
+                    _load_order(checkpoint.tensors[sources[0].tensor], order, values)
                 for source in sources:
                     tensor = checkpoint.tensors[source.tensor]
                     if tensor.shape != source.shape:
@@ -167,14 +213,18 @@ def _load_matrix(
 ) -> None:
     """Puts one matrix into the panels at `values[start:]`, as output columns from `column` on."""
     for first, last, offset in _chunks(source):
-        if GGUF_FORMATS.get(tensor.dtype) == format and not source.transposed and source.add == 0.0:
+        as_it_is = is_kept(tensor.dtype, format) and not source.transposed and source.add == 0.0
+        if as_it_is and isinstance(tensor, QuantizedTensor):
+            blocks = _kept_blocks(tensor, source, first, last, format)
+        elif as_it_is and tensor.dtype in GGUF_FORMATS:
             blocks = from_gguf(tensor.dtype, _unpair(tensor.quantized_rows(first, last), source))
         elif source.transposed:
             [(begin, end)] = source.ranges
             blocks = encode(format, plain_rows(tensor, source, first, last).T[begin:end])
         else:
             blocks = encode(format, plain_rows(tensor, source, first, last))
-        if not np.isfinite(blocks.halves.view(np.float16)).all():
+        halves = blocks.halves.view(np.float32 if has_float_scales(format) else np.float16)
+        if not np.isfinite(halves).all():
             raise CheckpointError(
                 f"{tensor.file.path}: tensor {tensor.name} has a block whose scale or minimum is no finite "
                 f"float16, in rows {first} to {last - 1}"
@@ -183,6 +233,26 @@ def _load_matrix(
         pack_blocks(
             format, *blocks, first_column, first_block, source.inputs or 1, values.view(np.uint32), start
         )
+
+
+def _kept_blocks(tensor: QuantizedTensor, source: Source, first: int, last: int, format: int) -> Blocks:
+    """Rows of a matrix of levels as they are, their inputs in the order of their groups."""
+    levels, scales, zeros = tensor.pieces(first, last)
+    order = tensor.order()
+    if order is not None:
+        levels = levels[:, order]
+    words, bytes, halves = from_levels(format, levels, scales, zeros, tensor.group_size)
+    return Blocks(
+        _unpair(words, source), _unpair(bytes, source) if bytes.size else bytes, _unpair(halves, source)
+    )
+
+
+def _load_order(tensor: Tensor, start: int, values: NDArray[np.float32]) -> None:
+    """Puts the order of a matrix's inputs at `values[start:]`."""
+    assert isinstance(tensor, QuantizedTensor)
+    order = tensor.order()
+    assert order is not None
+    values.view(np.int32)[start : start + len(order)] = order
 
 
 def _load_plain(tensor: Tensor, source: Source, values: NDArray[np.float32], start: int) -> None:
