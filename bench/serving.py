@@ -1,14 +1,15 @@
 """The HTTP servers side by side: pagellm's and llama.cpp's, one model file, one load generator, one run.
 
-    python -m bench.serving                     # about six minutes, once aiperf and llama-server are there
+    python -m bench.serving                     # up to eight minutes, once aiperf and llama-server are there
     python -m bench.serving --levels 16 --json
 
 The load generator is AIPerf (NVIDIA's; it needs no torch, runs without a network and streams). It and
 `llama-server` are fetched and built once, into pagellm's cache directory: the latter from the source
 distribution of llama-cpp-python, which has it. Both servers are up; one at a time is asked, at each level
-first the one and then the other, `rounds` times, for texts that neither has seen. Printed are medians over
-the rounds, and beside the comparison two figures of the server's own: its throughput against the bare
-engine's (`pagellm bench`) at 16 streams, and the CPU time of its event loop for each token.
+first the one and then the other, for texts that neither has seen, and again as long as `minutes` last.
+Printed are medians over the rounds, and beside the comparison two figures of the server's own: its throughput
+against the bare engine's (`pagellm bench`) at 16 streams, and the CPU time of its event loop for each token.
+A run of the load generator that fails, or whose answers are not whole, is repeated once, and then missing.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -37,11 +38,11 @@ from pagellm.engine.cache import cache_dir
 AIPERF = "aiperf==0.13.0"
 LLAMA_CPP = "llama-cpp-python==0.3.36"
 STREAMS = 16  # of the two figures of the server's own, and slots of llama-server
-REQUESTS = {1: 6, 4: 16, 16: 64, 64: 128}
+REQUESTS = {1: 4, 4: 12, 16: 48, 64: 96}
 OUTPUT_TOKENS = 64
-PROMPT_WORDS = 100  # a token each, or a little more
-TRIES = 3
-LIMIT_S = 240  # of one level of one server
+PROMPT_WORDS = 64  # a token each, or a little more
+TRIES = 2
+LIMIT_S = 120  # of one run of the load generator
 # Its tokenizer is loaded by AIPerf, and then not used: the servers count the tokens.
 TOKENIZER = Path(__file__).parents[1] / "tests/fixtures/models/llama_tiny"
 WORDS = [
@@ -152,14 +153,40 @@ def loop_seconds(pid: int) -> float:
     return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[0]) / 1e9
 
 
-def measure(command: Path, server: Server, streams: int, rng: random.Random) -> Figures:
-    """Asks a server with so many streams at once; again, if some of the requests were not answered whole."""
+def measure(command: Path, server: Server, streams: int, rng: random.Random) -> list[Figures]:
+    """Asks a server with so many streams at once; nothing if it was not answered whole, `TRIES` times."""
     for _ in range(TRIES):
         figures, told = ask(command, server, streams, rng)
         if figures is not None:
-            return figures
-        print(f"{server.name}, {streams} streams: {told}; asked again", file=sys.stderr)
-    sys.exit(f"{server.name}: found answers that are not whole {TRIES} times, expected all of them")
+            return [figures]
+        print(f"{server.name}, {streams} streams: {told}", file=sys.stderr, flush=True)
+    return []
+
+
+def run_for(command: Sequence[Any], seconds: float) -> tuple[int | None, str]:
+    """The status that a command ends with, None if it takes longer, and what it says. Its children end."""
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        log.seek(0)
+        return status, log.read().decode(errors="replace")
+
+
+def warm_up(server: Server) -> None:
+    """Lets a server answer something, so that nothing is done for the first time when it is measured."""
+    body = {"model": "model", "prompt": " ".join(WORDS), "max_tokens": 8}
+    data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{server.url}/v1/completions", data, headers)
+    ) as answer:
+        answer.read()
 
 
 def ask(command: Path, server: Server, streams: int, rng: random.Random) -> tuple[Figures | None, str]:
@@ -174,7 +201,7 @@ def ask(command: Path, server: Server, streams: int, rng: random.Random) -> tupl
             )
         )
         before_s = loop_seconds(server.pid)
-        run = subprocess.run(
+        status, said = run_for(
             [
                 command, "profile", "-m", "model", "--url", server.url, "--endpoint-type", "completions",
                 "--streaming", "--tokenizer", TOKENIZER, "--use-server-token-count", "--ui", "none",
@@ -182,13 +209,16 @@ def ask(command: Path, server: Server, streams: int, rng: random.Random) -> tupl
                 "--custom-dataset-type", "single_turn", "--concurrency", str(streams),
                 "--request-count", str(number), "--artifact-dir", directory,
                 "--extra-inputs", f"max_tokens:{OUTPUT_TOKENS}", "ignore_eos:true", "temperature:0",
+                "--workers-max", "2", "--record-processor-service-count", "1",
             ],
-            capture_output=True, text=True, timeout=LIMIT_S,
+            LIMIT_S,
         )  # fmt: skip
         loop_s = loop_seconds(server.pid) - before_s
         found = Path(directory) / "profile_export_aiperf.json"
-        if run.returncode or not found.exists():
-            return None, f"aiperf failed: {(run.stdout + run.stderr)[-1000:]}"
+        if status is None:
+            return None, f"aiperf took more than {LIMIT_S} s"
+        if status or not found.exists():
+            return None, f"aiperf failed: {said[-1000:]}"
         told = json.loads(found.read_text())
     tokens = told["total_output_tokens"]["avg"]
     if tokens != number * OUTPUT_TOKENS:
@@ -225,7 +255,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--levels", default="1,4,16,64", help="streams at once (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=2, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="at most (default: %(default)s)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=8.0,
+        help="after which nothing more is measured (default: %(default)g)",
+    )
     parser.add_argument("--model", type=Path, help="a GGUF file (default: the default model's)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--aiperf", type=Path, help="the load generator, where it is installed")
@@ -254,23 +290,30 @@ def main() -> None:
                  str(STREAMS), "-cb", "-c", str(context), "-t", str(options.threads), "-a", "model"],
             )
         )  # fmt: skip
+    end_s = time.monotonic() + 60 * options.minutes
     engine_tokens_per_s = bare_engine(model, options.threads)
     rng = random.Random(0)
-    runs: dict[int, dict[str, list[Figures]]] = {}
     with ExitStack() as stack:
         servers = [
             stack.enter_context(serving(name, command, port))
             for (name, command), port in zip(commands, ports, strict=False)
         ]
         for server in servers:
-            measure(generator, server, 1, rng)  # which warms it up
-        for level in levels:
-            runs[level] = {server.name: [] for server in servers}
-            for _ in range(options.rounds):
+            warm_up(server)
+        runs = {level: {server.name: [] for server in servers} for level in levels}
+        for number in range(1, options.rounds + 1):
+            round_s = time.monotonic()
+            for level in levels:
                 for server in servers:
-                    runs[level][server.name].append(measure(generator, server, level, rng))
-            if not options.json:
-                show(level, runs[level])
+                    if time.monotonic() < end_s:
+                        runs[level][server.name] += measure(generator, server, level, rng)
+            took_s = time.monotonic() - round_s
+            print(f"round {number}: {took_s:.0f} s", file=sys.stderr, flush=True)
+            if time.monotonic() + took_s > end_s:
+                break
+    if not options.json:
+        for level in levels:
+            show(level, runs[level])
     report(runs, engine_tokens_per_s, options.json)
 
 
@@ -284,8 +327,9 @@ def show(level: int, run: dict[str, list[Figures]]) -> None:
     names = ("tokens_per_s", "ttft_p50", "ttft_p99", "itl_p50", "itl_p99")
     print(f"\n{level} streams" + "".join(f"{name:>14}" for name in names))
     for server, figures in run.items():
-        print(f"  {server:<12}" + "".join(f"{middle(figures, name):>14.1f}" for name in names), flush=True)
-    if len(run) == 2:
+        cells = [f"{middle(figures, name):>14.1f}" if figures else f"{'-':>14}" for name in names]
+        print(f"  {server:<12}" + "".join(cells), flush=True)
+    if len(run) == 2 and all(run.values()):
         ours, theirs = run.values()
         print(f"  {'ratio':<12}" + "".join(f"{middle(ours, n) / middle(theirs, n):>14.2f}" for n in names))
 
@@ -293,8 +337,8 @@ def show(level: int, run: dict[str, list[Figures]]) -> None:
 def report(runs: dict[int, dict[str, list[Figures]]], engine_tokens_per_s: float, as_json: bool) -> None:
     """Prints what is the server's own, or everything as JSON."""
     own: dict[str, float] = {"engine_tokens_per_s": engine_tokens_per_s}
-    if STREAMS in runs:
-        ours = runs[STREAMS]["pagellm"]
+    ours = runs.get(STREAMS, {}).get("pagellm")
+    if ours:
         own["share_of_engine"] = middle(ours, "tokens_per_s") / engine_tokens_per_s
         own["loop_us_per_token"] = middle(ours, "loop_us_per_token")
     if as_json:
