@@ -208,6 +208,7 @@ class Definition:
 
     def __init__(self, arch: Architecture, plain: list[Parts]) -> None:
         self.arch, self.layers, self.rest = arch, plain[:-1], plain[-1]
+        self.chosen: list[list[int]] = []  # the experts of each token in each layer that has any
 
     def logits(self, token_ids: NDArray[np.int32]) -> Exact:
         arch, rest = self.arch, self.rest
@@ -316,7 +317,9 @@ class Definition:
         logits = oracles.matmul(x, parts["router"], parts["router_b"])
         out = np.zeros_like(x)
         for token in range(len(x)):
-            for expert, weight in zip(*router.choose(logits[token, :count]), strict=True):
+            chosen, weights = router.choose(logits[token, :count])
+            self.chosen.append(chosen.tolist())
+            for expert, weight in zip(chosen, weights, strict=True):
                 passed = self.activated(oracles.matmul(x[token][None], up[expert], up_b[expert]), row)
                 out[token] += weight * oracles.matmul(passed, down[expert], down_b[expert])[0]
         if row["intermediate_size"]:
