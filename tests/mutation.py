@@ -1,4 +1,4 @@
-"""Seeds plausible bugs into the block manager, the scheduler and the policies, one at a time.
+"""Seeds plausible bugs into block manager, scheduler, policies and mixtures of experts, one at a time.
 
 A bug is a change of the syntax tree: in a function, what reads like `before` becomes `after`. So it is found
 whatever the layout, the comments and the rest of the file are. Runs the tests that should notice, and fails
@@ -47,7 +47,12 @@ MANAGER, CACHE, WINDOW, SCHEDULER, BATCH, POLICIES, QUEUE, CHECKED, RANKED, USAG
         "block_usage",
     )
 )
-TIMEOUT_S = 300
+EXPERTS, MATMUL, PHASES = (f"kernels/{name}.py" for name in ("experts", "matmul", "phases"))
+# What runs for a bug in a mixture of experts: its kernels are compiled anew each time.
+ROUTING = ("tests/kernels/test_experts.py", "-k", "chosen or slot")
+PRODUCTS = ("tests/kernels/test_experts.py", "-k", "bits")
+STEP = ("tests/kernels/test_transformer.py", "-k", "every_feature and float32 and mixture")
+TIMEOUT_S = 600
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Bug:
 
     function: the name of a function, behind that of its class. before: statements, or an expression, that
     must occur in it once. after: what stands there then; nothing for statements, and for an operand of `and`
-    and `or`, that are left out.
+    and `or`, that are left out. suite: of pytest, the tests that should notice.
     """
 
     name: str
@@ -64,6 +69,7 @@ class Bug:
     function: str
     before: str
     after: str = ""
+    suite: tuple[str, ...] = SUITE
 
     def seeded(self, code: str) -> str:
         """The code with the bug. Raises `LookupError` if there is not one place for it."""
@@ -970,6 +976,127 @@ BUGS = (
         "sum(map(len, islice(given, num_samples)))",
         "len(list(islice(given, num_samples)))",
     ),
+    Bug(
+        "the last of equal scores goes first",
+        EXPERTS,
+        "_take_best",
+        "x[i] > x[best]",
+        "x[i] >= x[best]",
+        ROUTING,
+    ),
+    Bug("an expert is chosen twice", EXPERTS, "_take_best", "free[best] = 0.0", suite=ROUTING),
+    Bug(
+        "the bias that experts are chosen by weighs them, too",
+        EXPERTS,
+        "choose_experts",
+        "weights[rank] = scores[chosen[rank]]",
+        "weights[rank] = selection[chosen[rank]]",
+        ROUTING,
+    ),
+    Bug(
+        "weights are renormalised where they are not to be",
+        EXPERTS,
+        "choose_experts",
+        "if features.renormalize:\n    divisor = np.float32(0.0)\n    for rank in range(k):\n"
+        "        divisor += weights[rank]\n    divisor = max(divisor, np.float32(features.score_floor))",
+        "divisor = np.float32(0.0)\nfor rank in range(k):\n    divisor += weights[rank]",
+        ROUTING,
+    ),
+    Bug(
+        "a sum of scores below the floor is divided by",
+        EXPERTS,
+        "choose_experts",
+        "divisor = max(divisor, np.float32(features.score_floor))",
+        suite=ROUTING,
+    ),
+    Bug(
+        "weights are not scaled",
+        EXPERTS,
+        "choose_experts",
+        "features.router_scale",
+        "1.0",
+        ROUTING,
+    ),
+    Bug(
+        "the softmax of the chosen is left out",
+        EXPERTS,
+        "choose_experts",
+        "features.router == TOP_SOFTMAX",
+        "False",
+        ROUTING,
+    ),
+    Bug(
+        "experts of all groups are free",
+        EXPERTS,
+        "_free_best_groups",
+        "1.0 - free[i // size]",
+        "1.0",
+        ROUTING,
+    ),
+    Bug(
+        "as many groups stay as a token has experts",
+        EXPERTS,
+        "_free_best_groups",
+        "features.groups_per_token",
+        "min(features.experts_per_token, count)",
+        ROUTING,
+    ),
+    Bug(
+        "two experts share a group of packed rows",
+        EXPERTS,
+        "group_rows",
+        "slot += padded_rows(rows)",
+        "slot += rows",
+        ROUTING,
+    ),
+    Bug("all rows of an expert get one slot", EXPERTS, "group_rows", "next_slot[expert] += 1", suite=ROUTING),
+    Bug(
+        "the last expert's rows count as the most",
+        EXPERTS,
+        "group_rows",
+        "max(most, rows)",
+        "rows",
+        ROUTING,
+    ),
+    Bug(
+        "all rows meet the first expert's matrix",
+        MATMUL,
+        "expert_matmul",
+        "expert * num_panels + panel",
+        "panel",
+        PRODUCTS,
+    ),
+    Bug(
+        "all experts have the first one's bias",
+        MATMUL,
+        "expert_matmul",
+        "own_biases * expert * num_panels + panel",
+        "panel",
+        PRODUCTS,
+    ),
+    Bug(
+        "rows beyond the first ones of an item are left out",
+        MATMUL,
+        "expert_matmul",
+        "slot * row_words",
+        "groups.first_slot[index] * row_words",
+        PRODUCTS,
+    ),
+    Bug(
+        "what a token's experts give is added up unweighted",
+        PHASES,
+        "combine_experts",
+        "groups.weights[i]",
+        "np.float32(1.0)",
+        STEP,
+    ),
+    Bug(
+        "experts replace what the feed-forward beside them gave",
+        PHASES,
+        "combine_experts",
+        "if accumulate:\n    total = load(out, row * stride + column) + total",
+        suite=STEP,
+    ),
 )
 
 
@@ -977,7 +1104,7 @@ def unnoticed(bug: Bug) -> str | None:
     """Runs the suite on a copy with the bug; None if it fails, as it should."""
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory)
-        for folder in ("pagellm", "engine", "tests"):
+        for folder in ("pagellm", "engine", "kernels", "tests"):
             ignored = shutil.ignore_patterns("__pycache__", "fixtures")
             shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=ignored)
         path = copy / bug.file
@@ -998,7 +1125,7 @@ def unnoticed(bug: Bug) -> str | None:
         environment = os.environ | {"PYTHONPATH": directory, "PYTHONDONTWRITEBYTECODE": "1"}
         try:
             done = subprocess.run(
-                [*command, *SUITE],
+                [*command, *bug.suite],
                 cwd=copy,
                 env=environment,
                 capture_output=True,
