@@ -100,13 +100,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser; the simulator is imported only where the command is not one of the engine's."""
+    """The parser. Of the simulator no more is imported than the command needs."""
     parser = _Parser(prog="pagellm", description="Serve small language models on CPUs.")
     parser.add_argument("--version", action="version", version=f"pagellm {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     cli.add_commands(commands)
-    if not (arguments and arguments[0] in commands.choices):
+    chosen = arguments[0] if arguments else None
+    if chosen not in commands.choices:
         from pagellm.sim.commands import add_commands
 
-        add_commands(commands)
+        add_commands(commands, chosen)
     return parser

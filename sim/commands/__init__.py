@@ -1,28 +1,18 @@
-"""The simulator's commands. `add_commands` puts them into a parser."""
+"""The simulator's commands, a module each. `add_commands` puts them into a parser."""
 
 import argparse
+from importlib import import_module
 from typing import Any
 
-from pagellm.sim.commands.calibrate import add_calibrate
-from pagellm.sim.commands.capacity import add_capacity
-from pagellm.sim.commands.explore import add_explore
-from pagellm.sim.commands.fit import add_fit
-from pagellm.sim.commands.lab import add_lab
-from pagellm.sim.commands.replay import add_replay
-from pagellm.sim.commands.sweep import add_sweep
-from pagellm.sim.commands.trace import add_trace
+# In the order in which the help shows them. The module of each has a function `add_` and its name.
+COMMANDS = ("replay", "calibrate", "fit", "sweep", "capacity", "explore", "lab", "trace")
 
 
-def add_commands(commands: "argparse._SubParsersAction[Any]") -> None:
-    """Adds `replay`, `calibrate`, `fit`, `sweep`, `capacity`, `explore`, `lab` and `trace`.
+def add_commands(commands: "argparse._SubParsersAction[Any]", chosen: str | None = None) -> None:
+    """Adds all commands, or where one of them is chosen that one alone: the others need not be imported.
 
     After parsing, `options.command(options)` runs the chosen one, which raises `PagellmError` for bad input.
     """
-    add_replay(commands)
-    add_calibrate(commands)
-    add_fit(commands)
-    add_sweep(commands)
-    add_capacity(commands)
-    add_explore(commands)
-    add_lab(commands)
-    add_trace(commands)
+    for name in [chosen] if chosen in COMMANDS else COMMANDS:
+        module = import_module(f"{__name__}.{name}")
+        getattr(module, f"add_{name}")(commands)

@@ -32,3 +32,26 @@ def test_a_trace_is_replayed_without_numpy_and_numba() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n\n", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "others"), [("trace", ("replay", "sweep", "fit")), ("replay", ("fit", "lab", "calibrate"))]
+)
+def test_of_the_simulators_commands_the_chosen_one_alone_is_imported(
+    command: str, others: tuple[str, ...]
+) -> None:
+    program = (
+        "import sys\nfrom pagellm.__main__ import main\n"
+        "try:\n    main([sys.argv[1], '--help'])\nexcept SystemExit:\n    pass\n"
+        "print(*sorted(set(sys.argv[2:]) & {name.rpartition('.')[2] for name in sys.modules"
+        " if name.startswith('pagellm.sim.commands.')}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, command, *others],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.splitlines()[-1] == ""
+    assert f"usage: pagellm {command}" in done.stdout
