@@ -14,6 +14,7 @@ from pagellm.engine.checkpoints import BLOCK_SIZES
 from pagellm.engine.execution.weights import FORMAT_NAMES, is_kept
 from pagellm.engine.models import GGUF_READERS, HUGGINGFACE_READERS
 from pagellm.engine.models.multimodal import TEXT_TYPES
+from pagellm.kernels.encoding import LEVEL_FORMATS
 from pagellm.kernels.packing import FLOAT32, panels_size
 
 README = Path(__file__).parents[1] / "README.md"
@@ -56,12 +57,34 @@ def _codes(names: list[str]) -> str:
 
 
 def types_table() -> str:
-    """A line for each type of weights, in the order of `BLOCK_SIZES`, with what it is in memory."""
+    """A line for each type of weights, in the order of `BLOCK_SIZES`, with what it is in memory.
+
+    And one for each that quantizers write in directories, where "in the file" leaves out the scales.
+    """
     head = [
         "| type | bytes a weight in the file | in memory | bytes a weight |",
         "| --- | --- | --- | --- |",
     ]
-    return "\n".join(head + list(_type_rows()))
+    return "\n".join(head + list(_type_rows()) + list(_level_rows()))
+
+
+# Types of `LEVEL_FORMATS`: what has them, and bytes of a level.
+_LEVELS = {
+    "INT4": ("GPTQ and compressed-tensors W4A16, symmetric, float16 scales", 0.5),
+    "INT4_ZERO": ("AWQ, and GPTQ and W4A16 with zero points or other scales", 0.5),
+    "INT8": ("compressed-tensors W8A8", 1.0),
+    "INT8_127": ("LLM.int8()", 1.0),
+    "E4M3": ("FP8 (E4M3)", 1.0),
+    "NF4": ("bitsandbytes NF4", 0.5),
+    "FP4": ("bitsandbytes FP4", 0.5),
+}
+
+
+def _level_rows() -> Iterator[str]:
+    for dtype, formats in LEVEL_FORMATS.items():
+        title, in_file = _LEVELS[dtype]
+        sizes = [f"{4 * panels_size(format, _SIDE, _SIDE) / _SIDE**2:.4g}" for format in formats]
+        yield f"| {title} | {in_file:.4g} and scales | as it is | {' or '.join(sizes)} |"
 
 
 def _type_rows() -> Iterator[str]:

@@ -187,6 +187,8 @@ def _rotation(rope: dict[str, Any], head_dim: int) -> str:
 
 
 def _weights(weights: dict[str, Any]) -> Iterator[str]:
+    if weights["quantization"]:
+        yield f"quantized: {weights['quantization']}"
     yield f"in the file: {_shares(weights['file'], 'type')}"
     if weights["memory"]:
         total = sum(entry["bytes"] for entry in weights["memory"])

@@ -107,8 +107,9 @@ def inspect_model(model: str | PathLike[str], quantization: str = "auto") -> Rep
         architecture            its name, the numbers of the whole model, its RoPE tables, and its layers: the
                                 features of each kind of layer beside the layers that have them; left_alone
                                 says what of the checkpoint is no language model
-        weights                 how many there are; types in the file and formats in memory with bytes and
-                                share; what is converted, with bytes a weight, and whether that rounds
+        weights                 how many there are; by what method a directory's were quantized; types in the
+                                file and formats in memory with bytes and share; what is converted, with
+                                bytes a weight, and whether that rounds
         kv_cache                its format, bytes a token, bytes of the blocks of one sequence as long as the
                                 context
         context                 in tokens
@@ -198,6 +199,7 @@ def _of_checkpoint(checkpoint: Checkpoint) -> Report:
         if not types
         else {
             "count": sum(prod(tensor.shape) for tensor in checkpoint.tensors.values()),
+            "quantization": checkpoint.quantization or None,
             "file": _shares(types, "type"),
             "memory": None,
             "converted": None,

@@ -69,6 +69,8 @@ FEATURES = (
     ("qwen2_moe", "int8"),  # which is gated
     ("ernie4_5_moe", "none"),  # experts chosen with a bias, in some layers
 )
+# Models that quantizers wrote: each format of their levels, with inputs in an order of their own or not.
+QUANTIZED = ("gptq_order", "gptq_zeros_order", "awq_32", "w8a8", "fp8_block", "llm_int8", "nf4", "fp4")
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,6 +230,12 @@ def test_an_answer_does_not_depend_on_how_it_was_served(model: str, quantization
 @serving(examples=30)
 def test_nor_does_it_with_any_feature_of_a_layer(model: str, quantization: str, **drawn: Any) -> None:
     check_serving(model, quantization, **drawn)
+
+
+@pytest.mark.parametrize("model", QUANTIZED)
+@serving(examples=30)
+def test_nor_does_it_with_any_format_of_a_quantizer(model: str, **drawn: Any) -> None:
+    check_serving(model, "auto", **drawn)
 
 
 def check_serving(
