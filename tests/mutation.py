@@ -1,4 +1,4 @@
-"""Seeds plausible bugs into block manager, scheduler, policies and mixtures of experts, one at a time.
+"""Seeds plausible bugs into scheduling, mixtures of experts and what reads quantizers' files, one at a time.
 
 A bug is a change of the syntax tree: in a function, what reads like `before` becomes `after`. So it is found
 whatever the layout, the comments and the rest of the file are. Runs the tests that should notice, and fails
@@ -52,6 +52,14 @@ EXPERTS, MATMUL, PHASES = (f"kernels/{name}.py" for name in ("experts", "matmul"
 ROUTING = ("tests/kernels/test_experts.py", "-k", "chosen or slot")
 PRODUCTS = ("tests/kernels/test_experts.py", "-k", "bits")
 STEP = ("tests/kernels/test_transformer.py", "-k", "every_feature and float32 and mixture")
+# And for one in what reads a quantizer's directory: its values, its refusals, and how it is kept.
+NIBBLES, TABLES, BYTES, MODULES, GPTQ = (
+    f"engine/checkpoints/quantized/{name}.py"
+    for name in ("nibbles", "bitsandbytes", "bytes", "modules", "gptq")
+)
+VALUES = ("tests/engine/test_quantized.py", "-k", "own_library")
+KEPT = ("tests/engine/test_quantized.py", "-k", "every_value and (order or awq)")
+REFUSALS = ("tests/engine/test_quantized_refusals.py",)
 TIMEOUT_S = 600
 
 
@@ -1097,6 +1105,83 @@ BUGS = (
         "if accumulate:\n    total = load(out, row * stride + column) + total",
         suite=STEP,
     ),
+    Bug(
+        "zero points of GPTQ's first version are one too small",
+        GPTQ,
+        "read_gptq",
+        "1 if version == 'gptq' else 0",
+        "0",
+        VALUES,
+    ),
+    Bug(
+        "AWQ's levels are taken in the order of their places",
+        NIBBLES,
+        "Words._of_outputs",
+        "fields = fields[..., _AWQ_PLACES]",
+        suite=VALUES,
+    ),
+    Bug(
+        "zero points that a symmetric matrix must not have are passed over",
+        NIBBLES,
+        "Words.read",
+        "(zeros != 8).any()",
+        "False",
+        suite=REFUSALS,
+    ),
+    Bug(
+        "levels of four bits are taken lower half first",
+        TABLES,
+        "TableMatrix.read",
+        "fields[::2], fields[1::2] = raw >> 4, raw & 15",
+        "fields[::2], fields[1::2] = raw & 15, raw >> 4",
+        VALUES,
+    ),
+    Bug(
+        "what doubly quantized scales are short of is not added",
+        TABLES,
+        "TableMatrix._scales",
+        "floats(self.nested_table)[levels] * nested + np.float32(self.state.nested_offset)",
+        "floats(self.nested_table)[levels] * nested",
+        VALUES,
+    ),
+    Bug(
+        "rows read later have the scales of the first ones",
+        BYTES,
+        "ByteMatrix.read",
+        "np.arange(start, stop) // rows",
+        "np.arange(stop - start) // rows",
+        VALUES,
+    ),
+    Bug(
+        "inputs stay in the order of the file though their groups do not",
+        "engine/execution/weights.py",
+        "_kept_blocks",
+        "levels = levels[:, order]",
+        suite=KEPT,
+    ),
+    Bug(
+        "matrices whose inputs are in different orders share their activations",
+        "engine/execution/weights.py",
+        "_in_order",
+        "name in _ORDERED_PARTS and same",
+        "name in _ORDERED_PARTS",
+        REFUSALS,
+    ),
+    Bug(
+        "zero points lie in the order of blocks, not of groups",
+        "kernels/encoding.py",
+        "_spread",
+        "np.arange(count) * inputs // group_size",
+        "np.arange(count)",
+        KEPT,
+    ),
+    Bug(
+        "a module that the configuration excludes must be quantized",
+        MODULES,
+        "Modules.check",
+        "not excluded(module)",
+        suite=REFUSALS,
+    ),
 )
 
 
@@ -1107,6 +1192,7 @@ def unnoticed(bug: Bug) -> str | None:
         for folder in ("pagellm", "engine", "kernels", "tests"):
             ignored = shutil.ignore_patterns("__pycache__", "fixtures")
             shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=ignored)
+        (copy / "tests" / "fixtures").symlink_to(ROOT / "tests" / "fixtures")
         path = copy / bug.file
         try:
             path.write_text(bug.seeded(path.read_text("utf-8")), "utf-8")
