@@ -15,7 +15,7 @@ from pagellm.engine.checkpoints import Checkpoint, open_checkpoint, resolve_mode
 from pagellm.engine.config import CompleteConfig, EngineConfig
 from pagellm.engine.errors import CheckpointError, ConfigError
 from pagellm.engine.execution.compilation import compile_kernels
-from pagellm.engine.execution.memory import Memory, give_back, read_memory
+from pagellm.engine.execution.memory import Memory, read_memory
 from pagellm.engine.execution.model_runner import ModelRunner, chunks_to_plan
 from pagellm.engine.execution.weights import (
     converted_types,
@@ -104,9 +104,7 @@ def load_engine(
         if show_progress and asked.num_blocks is None:
             say(f"{_size_chosen(complete, block_bytes, memory)}; {_beside_cache(needed)}")
         compile_kernels(show_progress)
-        _forget_vocabulary(checkpoint)
         weights = load_weights(checkpoint, spec, formats, complete.max_model_len, show_progress)
-    give_back()
     runner = ModelRunner(spec.arch, weights, cache_format, complete)
     costs = PreemptionCosts(swap_block_s=runner.measure_swap_s())
     return EngineParts(
@@ -121,13 +119,6 @@ def load_engine(
         generation_defaults,
         needed,
     )
-
-
-def _forget_vocabulary(checkpoint: Checkpoint) -> None:
-    """Drops what the tokenizer was made of before the weights come: the lists of a large vocabulary."""
-    for key in [key for key in checkpoint.config if key.startswith("tokenizer.")]:
-        del checkpoint.config[key]
-    give_back()
 
 
 def memory_needed(

@@ -114,21 +114,25 @@ def _architecture(facts: dict[str, Any], weights: dict[str, Any] | None) -> Iter
 
 def _layer(features: dict[str, Any], rope: list[dict[str, Any]]) -> list[str]:
     """What one kind of layer is like."""
-    heads, kv_heads = features["num_heads"], features["num_kv_heads"]
-    texts = [f"{heads} heads of {features['head_dim']}"]
-    if kv_heads < heads:
-        texts.append("one KV head for all" if kv_heads == 1 else f"{kv_heads} KV heads")
+    heads, kv_heads, head_dim = features["num_heads"], features["num_kv_heads"], features["head_dim"]
+    rotated_of = head_dim
+    if features["latent_dim"]:
+        rotated_of = head_dim - features["latent_dim"]
+        head_dim = features["nope_dim"] + rotated_of
+        texts = [_latent(features, head_dim)]
+    else:
+        texts = [f"{heads} heads of {head_dim}"]
+        if kv_heads < heads:
+            texts.append("one KV head for all" if kv_heads == 1 else f"{kv_heads} KV heads")
     texts.append(f"a window of {features['window']:,} tokens" if features["window"] else "full attention")
     texts.append(
-        _rotation(rope[features["rope_table"]], features["head_dim"])
-        if features["rope_table"] >= 0
-        else "no rotation"
+        _rotation(rope[features["rope_table"]], rotated_of) if features["rope_table"] >= 0 else "no rotation"
     )
     if features["qk_norm"] != "none":
         texts.append(
             "QK-norm of each head" if features["qk_norm"] == "per head" else "QK-norm of all heads together"
         )
-    if not isclose(features["attention_scale"], features["head_dim"] ** -0.5, rel_tol=1e-6):
+    if not isclose(features["attention_scale"], head_dim**-0.5, rel_tol=1e-6):
         texts.append(f"scores times {features['attention_scale']:.5g}")
     if features["attention_softcap"]:
         texts.append(f"scores softly capped at {features['attention_softcap']:g}")
@@ -157,6 +161,18 @@ def _layer(features: dict[str, Any], rope: list[dict[str, Any]]) -> list[str]:
         gate = " times a gate of its own" if features["shared_gate"] else ""
         texts.append(f"{name} {features['intermediate_size']:,} wide{beside}{gate}")
     return texts
+
+
+def _latent(features: dict[str, Any], head_dim: int) -> str:
+    """40 heads of 96 (64 + 32 rotated) with values of 64, and what is kept of a token in their place."""
+    rotated, nope = features["head_dim"] - features["latent_dim"], features["nope_dim"]
+    text = (
+        f"{features['num_heads']} heads of {head_dim} ({nope} + {rotated} rotated) with values of "
+        f"{features['value_dim']}, latent attention that keeps {features['latent_dim']} + {rotated} "
+        "numbers of a token"
+    )
+    rank = features["query_rank"]
+    return text + (f", queries compressed to {rank}" if rank else "")
 
 
 def _experts(features: dict[str, Any], activation: str) -> str:

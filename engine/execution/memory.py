@@ -3,9 +3,7 @@
 Pages that only hold what files hold count as available: the system gives them away before it runs out.
 """
 
-import ctypes
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from os import sysconf
 from pathlib import Path, PurePosixPath
@@ -60,15 +58,6 @@ def read_memory(root: Path = Path("/")) -> Memory:
     bounds = [_of_system(root), *_of_groups(root), *_of_process(root)]
     tightest = min(bounds, key=lambda bound: bound.available)
     return Memory(max(0, tightest.available), min(bound.total for bound in bounds), tightest.source)
-
-
-def give_back() -> None:
-    """Lets the system have the memory that was freed and kept for later, where the C library can be asked to.
-
-    Its allocator keeps what it once held, which after reading a large header is as much as a tokenizer.
-    """
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _of_system(root: Path) -> Memory:

@@ -15,11 +15,13 @@ from pagellm.engine.models import (
     bitnet,
     cohere,
     dbrx,
+    deepseek,
     ernie4_5,
     falcon,
     gemma2,
     gemma3,
     glm4,
+    glm4_moe_lite,
     gpt2,
     gpt_bigcode,
     gpt_neox,
@@ -27,6 +29,7 @@ from pagellm.engine.models import (
     granite,
     llama,
     minicpm,
+    minicpm3,
     ministral3,
     mistral,
     mixtral,
@@ -53,6 +56,8 @@ HUGGINGFACE_READERS = {
     "cohere": cohere.from_huggingface,
     "cohere2": cohere.cohere2_from_huggingface,
     "dbrx": dbrx.from_huggingface,
+    "deepseek_v2": deepseek.from_huggingface,
+    "deepseek_v3": deepseek.v3_from_huggingface,
     "ernie4_5": ernie4_5.from_huggingface,
     "ernie4_5_moe": ernie4_5.mixture_from_huggingface,
     "falcon": falcon.from_huggingface,
@@ -60,6 +65,7 @@ HUGGINGFACE_READERS = {
     "gemma3_text": gemma3.from_huggingface,
     "glm": glm4.from_huggingface,
     "glm4": glm4.from_huggingface,
+    "glm4_moe_lite": glm4_moe_lite.from_huggingface,
     "gpt2": gpt2.from_huggingface,
     "gpt_bigcode": gpt_bigcode.from_huggingface,
     "gpt_neox": gpt_neox.from_huggingface,
@@ -70,6 +76,7 @@ HUGGINGFACE_READERS = {
     "granitemoeshared": granite.mixture_from_huggingface,
     "llama": llama.from_huggingface,
     "minicpm": minicpm.from_huggingface,
+    "minicpm3": minicpm3.from_huggingface,
     "ministral3": ministral3.from_huggingface,
     "mistral": mistral.from_huggingface,
     "mixtral": mixtral.from_huggingface,
@@ -92,6 +99,7 @@ GGUF_READERS = {
     "cohere2": cohere.from_gguf,
     "command-r": cohere.from_gguf,
     "dbrx": dbrx.from_gguf,
+    "deepseek2": deepseek.from_gguf,
     "ernie4_5": ernie4_5.from_gguf,
     "ernie4_5-moe": ernie4_5.mixture_from_gguf,
     "falcon": falcon.from_gguf,
@@ -105,6 +113,7 @@ GGUF_READERS = {
     "granitemoe": granite.from_gguf,
     "llama": llama.from_gguf,
     "minicpm": minicpm.from_gguf,
+    "minicpm3": minicpm3.from_gguf,
     "mistral3": ministral3.from_gguf,
     "olmo2": olmo2.from_gguf,
     "olmoe": olmoe.from_gguf,
@@ -157,7 +166,8 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
                 f"{key}: found {found(name)}, expected an architecture that is supported: "
                 f"{', '.join(sorted({*readers, *wrapped}))}"
             )
-        spec = replace(readers[name](checkpoint), left_alone=left_alone)
+        spec = readers[name](checkpoint)
+        spec = replace(spec, left_alone=left_alone or spec.left_alone)
     except CheckpointError as error:
         if str(error).startswith(str(checkpoint.path)):
             raise

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
 from pagellm.engine.errors import CheckpointError
+from pagellm.engine.models import latent
 from pagellm.engine.models.rope import RopeTable
 from pagellm.engine.models.spec import ModelSpec, Parts, Source
 from pagellm.kernels.architecture import (
@@ -127,11 +128,10 @@ class Decoder:
             if shape[0] == 0 or (part.kind is Kind.BIAS and name not in self.biases):
                 continue
             if name in ("expert_up", "expert_down"):
-                parts[part.name] = tuple(self._expert_sources(part, index, shape, row))
+                sources = self._expert_sources(part, index, shape, row)
             else:
-                tensors = self._tensors(part, index, row)
-                pieces = self._pieces(name, shape[0], row, fused=len(tensors) == 1)
-                parts[part.name] = tuple(self._sources(part, tensors, pieces, shape, row))
+                sources = self._sources_of(part, self._tensors(part, index, row), shape, row)
+            parts[part.name] = tuple(sources)
         return parts
 
     def _tensors(self, part: Part, index: int | None, row: Any) -> list[str]:
@@ -164,6 +164,23 @@ class Decoder:
                     rows=((half * outputs, (half + 1) * outputs),) if fused else None,
                     stack=None if "{}" in tensor else (expert, experts),
                 )
+
+    def _sources_of(
+        self, part: Part, tensors: list[str], shape: tuple[int, ...], row: Any
+    ) -> Iterator[Source]:
+        if row is not None and row["latent_dim"]:
+            own = latent.sources(
+                part,
+                tensors,
+                shape,
+                row,
+                paired=self._paired_dim(row) > 0,
+                split=self.names["key_up"] != self.names["value_up"],
+            )
+            if own is not None:
+                return own
+        pieces = self._pieces(part.name.removesuffix("_b"), shape[0], row, fused=len(tensors) == 1)
+        return self._sources(part, tensors, pieces, shape, row)
 
     def _sources(
         self, part: Part, tensors: list[str], pieces: list["_Piece"], shape: tuple[int, ...], row: Any

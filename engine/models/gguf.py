@@ -70,8 +70,9 @@ class GgufModel:
         self.head_dim = fields.integer("attention.key_length", self.hidden_size // self.num_heads)
         self.num_layers = count_layers(fields, "block_count", checkpoint)
         self.max_positions = fields.integer("context_length", maximum=1 << 30)
+        latent = "attention.kv_lora_rank" in fields.values  # then `gguf_latent` reads the values' size
         for name, expected in (
-            ("attention.value_length", self.head_dim),
+            *([] if latent else [("attention.value_length", self.head_dim)]),
             ("embedding_length_out", self.hidden_size),
         ):
             if fields.integer(name, expected) != expected:
@@ -144,7 +145,7 @@ class GgufModel:
             architecture=self.architecture,
             num_layers=self.num_layers,
             hidden_size=self.hidden_size,
-            vocab_size=self._vocabulary(f"{names['embedding']}.weight"),
+            vocab_size=self.vocabulary(f"{names['embedding']}.weight"),
             max_positions=self.max_positions,
             norm_epsilon=fields.number(
                 "attention.layer_norm_epsilon"
@@ -199,7 +200,7 @@ class GgufModel:
         prefixes = ("", *(str(names["layer"]).format(index) for index in range(self.num_layers)))
         return any(f"{prefix}{tensor}" in self.checkpoint.tensors for prefix in prefixes)
 
-    def _vocabulary(self, embedding: str) -> int:
+    def vocabulary(self, embedding: str) -> int:
         """The rows of the embedding, which is what decides."""
         tensor = self.checkpoint.tensors.get(embedding)
         if tensor is None:

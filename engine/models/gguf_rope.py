@@ -27,12 +27,14 @@ def table(
     *,
     partial: bool = False,
     scales_queries: bool = False,
+    scales_scores: bool = False,
 ) -> RopeTable:
     """The rotary embeddings of the layers that see everything.
 
     max_positions: the file's context_length. partial: whether the architecture rotates a part of a head where
-    rope.dimension_count says so. scales_queries: whether it obeys attention.temperature_scale. Keys of YaRN
-    are obeyed for every architecture; llama.cpp reads some of them for a few alone. Raises `CheckpointError`.
+    rope.dimension_count says so. scales_queries: whether it obeys attention.temperature_scale. scales_scores:
+    whether YaRN's log_multiplier is for `score_factor`, and nothing to do with magnitudes. Keys of YaRN are
+    obeyed for every architecture; llama.cpp reads some of them for a few alone. Raises `CheckpointError`.
     """
     dim = fields.integer("rope.dimension_count", head_dim)
     if dim % 2 or dim > head_dim or not (partial or dim == head_dim):
@@ -45,7 +47,7 @@ def table(
     magnitude = fields.number("rope.scaling.attn_factor", 1.0)
     turned, reach = rope.linear(rope.frequencies(dim, theta), factor), 0
     if kind == "yarn":
-        turned, own = _yarn(fields, dim, theta, factor, original)
+        turned, own = _yarn(fields, dim, theta, factor, original, scales_scores)
         magnitude *= own
         reach = int(factor * original)
     query_scale = None
@@ -71,6 +73,22 @@ def table(
     )
 
 
+def score_factor(fields: Fields, table: RopeTable) -> float:
+    """What scores of architecture deepseek2 are multiplied by for YaRN's sake.
+
+    Its files have a tenth of the logarithm's multiplier that others have, and no other scaling.
+    """
+    kind = fields.choice("rope.scaling.type", _KINDS, "linear")
+    factor = _factor(fields, kind)
+    if kind != "yarn":
+        if factor != 1.0:
+            raise fields.error("rope.scaling.factor", factor, "1, or rope.scaling.type yarn")
+        return table.attention_factor**2
+    name = "rope.scaling.yarn_log_multiplier"
+    weight = 10 * fields.number(name) if fields.number_or_zero(name) else 0.0
+    return (table.attention_factor * rope.yarn_magnitude(factor, weight)) ** 2
+
+
 def _factor(fields: Fields, kind: str) -> float:
     """What positions are divided by: the new key goes first, and 0 is no scaling."""
     old, new = fields.get("rope.scale_linear", 0), fields.get("rope.scaling.factor")
@@ -81,7 +99,7 @@ def _factor(fields: Fields, kind: str) -> float:
 
 
 def _yarn(
-    fields: Fields, dim: int, theta: float, factor: float, original: int
+    fields: Fields, dim: int, theta: float, factor: float, original: int, scales_scores: bool
 ) -> tuple[tuple[float, ...], float]:
     """YaRN's frequencies, and what queries and keys are multiplied by."""
 
@@ -109,7 +127,7 @@ def _yarn(
         return turned, said
     magnitude = rope.yarn_magnitude(factor)
     if weight:
-        magnitude /= rope.yarn_magnitude(factor, weight)
+        magnitude = 1.0 if scales_scores else magnitude / rope.yarn_magnitude(factor, weight)
     return turned, magnitude
 
 

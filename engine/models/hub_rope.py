@@ -52,6 +52,19 @@ def table(
     return asked.table("rope_theta", original)
 
 
+def score_factor(fields: Fields) -> float:
+    """What DeepSeek's classes multiply the scores of a model with scaled rotary embeddings by: 1 without.
+
+    It is YaRN's magnitude of `mscale_all_dim`, squared, whatever the kind of scaling. Raises
+    `CheckpointError`.
+    """
+    section = fields.section("rope_scaling") or fields.section("rope_parameters")
+    if section is None or section.get("rope_type", section.get("type", "default")) == "default":
+        return 1.0
+    weight = section.number_or_zero("mscale_all_dim")
+    return rope.yarn_magnitude(section.number("factor"), weight) ** 2 if weight else 1.0
+
+
 def tables_by_layer_type(
     fields: Fields, head_dim: int, max_positions: int, thetas: Mapping[str, str | float]
 ) -> dict[str, RopeTable]:

@@ -18,7 +18,10 @@ from pagellm.engine.checkpoints.json_files import CONFIG_FILE, read_json_object
 from pagellm.engine.errors import CheckpointError
 from pagellm.engine.models import read_spec
 from pagellm.engine.models.spec import ModelSpec, Parts, Source
-from pagellm.kernels.architecture import PARTS, Kind
+from pagellm.kernels.architecture import PARTS, Kind, latent_query_dim
+
+# Norms of less than whole hidden states.
+_OTHER_NORMS = ("q_norm", "k_norm", "query_norm", "latent_norm")
 
 
 def read_shape(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -64,7 +67,7 @@ def _of_spec(spec: ModelSpec) -> dict[str, Any]:
     layers = [{"count": count} | dict(kind) for kind, count in kinds.items()]
     # Two parts may read one tensor.
     tensors = {
-        (source.tensor, source.ranges, source.stack): source.size
+        (source.tensor, source.ranges, source.inputs_taken, source.stack): source.size
         for parts in (*spec.layers, spec.rest)
         for sources in parts.values()
         for source in sources
@@ -84,7 +87,7 @@ def _of_spec(spec: ModelSpec) -> dict[str, Any]:
 
 def _layer(row: Any, parts: Parts) -> dict[str, int]:
     """What of one layer matters."""
-    num_norms = sum(name.endswith("norm") and name not in ("q_norm", "k_norm") for name in parts)
+    num_norms = sum(name.endswith("norm") and name not in _OTHER_NORMS for name in parts)
     if row["parallel"] and parts["attention_norm"] == parts["mlp_norm"]:
         num_norms -= 1
     names = ("num_heads", "num_kv_heads", "head_dim", "window", "num_experts", "experts_per_token")
@@ -92,13 +95,27 @@ def _layer(row: Any, parts: Parts) -> dict[str, int]:
         sum(source.size for name in _products(parts, experts) for source in parts[name])
         for experts in (False, True)
     )
-    return {name: int(row[name]) for name in names} | {
-        "gated": bool(row["gated"]),
-        "num_norms": num_norms,
-        "intermediate_size": int(row["intermediate_size"] + row["experts_per_token"] * row["expert_size"]),
-        "product_parameters": size,
-        "expert_parameters": of_experts // max(1, int(row["num_experts"])),
-    }
+    latent = {}
+    if row["latent_dim"]:
+        latent = {
+            "head_dim": int(latent_query_dim(row)),
+            "latent_dim": int(row["latent_dim"]),
+            "rope_dim": int(row["head_dim"] - row["latent_dim"]),
+            "value_dim": int(row["value_dim"]),
+        }
+    return (
+        {name: int(row[name]) for name in names}
+        | latent
+        | {
+            "gated": bool(row["gated"]),
+            "num_norms": num_norms,
+            "intermediate_size": int(
+                row["intermediate_size"] + row["experts_per_token"] * row["expert_size"]
+            ),
+            "product_parameters": size,
+            "expert_parameters": of_experts // max(1, int(row["num_experts"])),
+        }
+    )
 
 
 def _products(parts: Parts, of_experts: bool) -> list[str]:

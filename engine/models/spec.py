@@ -116,6 +116,8 @@ class ModelSpec:
                     f"{where}: {rotary_dim} dimensions of a head are rotated, expected at most "
                     f"{row['head_dim']}, its size"
                 )
+            if row["latent_dim"]:
+                _check_latent(where, row, rotary_dim if table >= 0 else None)
             self._check_parts(where, LAYER_PARTS, row, self.layers[index])
         self._check_parts(self.architecture, REST_PARTS, None, self.rest)
 
@@ -179,3 +181,20 @@ class ModelSpec:
         """Tokens that a token sees in the layer that sees the most, itself included; 0: one sees all."""
         windows = self.arch.layers["window"]
         return int(windows.max()) if (windows > 0).all() else 0
+
+
+def _check_latent(where: str, row: Any, rotary_dim: int | None) -> None:
+    """The numbers of latent attention fit each other. rotary_dim: of the layer's RoPE table, if any."""
+    latent, rotary = int(row["latent_dim"]), int(row["head_dim"] - row["latent_dim"])
+    for name in ("num_heads", "latent_dim", "nope_dim", "value_dim"):
+        if row[name] < 1:
+            raise CheckpointError(f"{where}: {name}: found {row[name]}, expected a number from 1 on")
+    if row["num_kv_heads"] != 1:
+        raise CheckpointError(
+            f"{where}: found {row['num_kv_heads']} KV heads, expected one for all with latent attention"
+        )
+    if rotary < 0 or rotary % 2 or rotary_dim not in (None, rotary):
+        raise CheckpointError(
+            f"{where}: found {rotary} dimensions of a key beside {latent} latent ones, expected "
+            + (f"{rotary_dim}, which are rotated" if rotary_dim is not None else "an even number")
+        )

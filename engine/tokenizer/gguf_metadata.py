@@ -119,8 +119,7 @@ def _read_byte_level(
         say(f"{PREFIX}pre: 'default', of a converter that did not know the model: words may be cut wrongly")
     if named.characters:
         return _read_characters(metadata, vocab, types, pretokenizer, named)
-    if UNUSED in types:
-        vocab = {token: id_ for token, id_ in vocab.items() if types[id_] != UNUSED}
+    vocab = {token: id_ for token, id_ in vocab.items() if types[id_] != UNUSED}
     spec = TokenizerSpec(
         vocab=vocab,
         model=Bpe(vocab, _strings(metadata, "merges"), ignore_merges=named.ignore_merges),

@@ -139,6 +139,11 @@ FEATURES = {
     "gpt_neox": ["LayerNorm", "on 4 of 16 dimensions"],
     "llama_rope_yarn": ["scaled by frequency (times"],
     "opt": ["learned positions", "ReLU"],
+    "minicpm3": [
+        "3 heads of 23 (7 + 16 rotated) with values of 11",
+        "latent attention that keeps 20 + 16 numbers of a token, queries compressed to 18",
+    ],
+    "deepseek_v3": ["3 of 6 experts", "the layers that predict tokens further on are left alone"],
 }
 
 

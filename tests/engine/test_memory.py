@@ -1,6 +1,5 @@
 """What memory is available: the system's word and every limit around it, each in a made-up /proc and /sys."""
 
-import ctypes
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import pytest
 
 from pagellm.engine import LLM, ConfigError, EngineConfig
 from pagellm.engine.execution import memory as memory_module
-from pagellm.engine.execution.memory import Memory, give_back, read_memory
+from pagellm.engine.execution.memory import Memory, read_memory
 from pagellm.engine.loading import size_cache
 from tests.conftest import model_path
 
@@ -213,16 +212,3 @@ def test_a_real_limit_of_the_address_space_shows() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert int(done.stdout) <= 6 << 30
-
-
-@pytest.mark.parametrize("fault", [OSError("no library"), AttributeError("malloc_trim")])
-def test_where_freed_memory_cannot_be_given_back_nothing_happens(
-    fault: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    give_back()
-
-    def fails(_name: None) -> None:
-        raise fault
-
-    monkeypatch.setattr(ctypes, "CDLL", fails)
-    give_back()

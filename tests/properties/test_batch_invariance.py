@@ -61,6 +61,10 @@ FEATURES = (
     ("cohere2", "none"),  # LayerNorm without a bias, windows
     ("cohere2", "bf16"),
     ("opt", "none"),  # learned positions that begin at row 2
+    ("minicpm3", "none"),  # latent attention, queries compressed
+    ("minicpm3_plain", "bf16"),  # and not, in a cache of bfloat16
+    ("deepseek_v2_lite", "int8"),  # and experts, in many layers
+    ("deepseek_v3", "none"),  # and experts chosen by groups
     ("bitnet", "none"),  # norms before the last products, ReLU squared
     ("bitnet", "int4"),
     ("qwen3_moe", "none"),  # experts that a softmax of all chooses
