@@ -6,9 +6,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3, li
 """
 
 import io
-import os
 import struct
-import threading
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
@@ -29,6 +27,7 @@ from pagellm.engine.checkpoints.gguf import (
     UINT64,
     VERSIONS,
 )
+from pagellm.engine.checkpoints.placed_file import PlacedFile
 
 _ALIGNMENT_KEY = "general.alignment"
 
@@ -54,7 +53,6 @@ class GgufWriter:
     """
 
     def __init__(self, file: io.FileIO, metadata: Mapping[str, bytes], tensors: Sequence[TensorInfo]) -> None:
-        self._file = file
         entries = {key: value for key, value in metadata.items() if key != _ALIGNMENT_KEY}
         header = [MAGIC, struct.pack("<IQQ", VERSIONS[-1], len(tensors), len(entries))]
         header += [part for key, value in entries.items() for part in (_text(key), value)]
@@ -69,25 +67,16 @@ class GgufWriter:
         start = _aligned(sum(map(len, header)))
         self._places = {name: start + place for name, place in self._places.items()}
         self.num_bytes = start + offset
-        self._lock = threading.Lock()
-        file.truncate(self.num_bytes)
-        self._write(0, b"".join(header))
+        self._file = PlacedFile(file, self.num_bytes)
+        self._file.write(0, b"".join(header))
 
     def reserve(self) -> None:
         """Asks for the room of the whole file. Raises `OSError` if there is less."""
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(self._file.fileno(), 0, self.num_bytes)
+        self._file.reserve()
 
     def write(self, name: str, offset: int, data: Any) -> None:
         """Puts bytes into a tensor, `offset` bytes behind its first; any thread may."""
-        self._write(self._places[name] + offset, data)
-
-    def _write(self, place: int, data: Any) -> None:
-        left = memoryview(data).cast("B")
-        with self._lock:
-            self._file.seek(place)
-            while left:
-                left = left[self._file.write(left) :]
+        self._file.write(self._places[name] + offset, data)
 
 
 def encode_value(value: Any) -> bytes:

@@ -18,11 +18,11 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="a known name, a path or a hub id")
     parser.add_argument(
-        "-o", "--output", required=True, type=Path, metavar="OUT", help="a new file, OUT.gguf"
+        "-o", "--output", required=True, type=Path, metavar="OUT", help="a new .gguf file, or a new directory"
     )
     parser.add_argument(
         "--type", metavar="TYPE",
-        help="F32, F16, BF16, Q8_0, Q4_0, or Q4_K_M (the default), which is also called Q4_K",
+        help="F32, F16, BF16, Q8_0, Q4_0, or Q4_K_M, also called Q4_K (default: Q4_K_M; of a directory BF16)",
     )  # fmt: skip
     parser.add_argument(
         "--pure", action="store_true", help="every matrix in that type, none in one of more bits"
@@ -51,12 +51,14 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
 def _quantize(options: argparse.Namespace) -> None:
     """Write a model as a smaller GGUF file, for this engine and llama.cpp, and say what that costs.
 
+    Where OUT does not end with .gguf it becomes a directory of safetensors in F32, F16 or BF16.
+
     The cost is the Kullback-Leibler divergence of what the file predicts from what the model predicts.
     """
-    from pagellm.engine.quantization.model import DEFAULT_MIXTURE, Settings, quantize_model
+    from pagellm.engine.quantization.model import Settings, quantize_model
 
     settings = Settings(
-        type=options.type or DEFAULT_MIXTURE,
+        type=options.type,
         pure=options.pure,
         imatrix=options.imatrix,
         text=options.kl_text,

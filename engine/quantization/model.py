@@ -23,22 +23,28 @@ from pagellm.engine.models import ModelSpec, read_spec
 from pagellm.engine.quantization.divergence import Divergence, divergence, engine_settings, windows
 from pagellm.engine.quantization.importance import MeanSquares, by_tensor, mean_squares, read_importance
 from pagellm.engine.quantization.mixtures import ALIASES, MIXTURES
-from pagellm.engine.quantization.writing import Written, check_free, requantized, whole_file, write_gguf
+from pagellm.engine.quantization.pieces import check_free, whole_directory, whole_file
+from pagellm.engine.quantization.safetensors_form import TYPES, write_safetensors
+from pagellm.engine.quantization.writing import Written, requantized, write_gguf
 from pagellm.kernels.architecture import lay_out
 
 SUFFIX = ".gguf"
 DEFAULT_MIXTURE = "Q4_K_M"
+DEFAULT_TYPE = "BF16"
 # Of the memory that is available, what the source's engine may take beside the quantized model's.
 _SHARE = 0.9
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked for. type: a mixture; imatrix: a text, or an importance matrix of llama.cpp's; text: what
-    the model is compared on, the package's own where that is None; text_tokens: how many of it, 0 for no
-    comparison."""
+    """What is asked for.
 
-    type: str = DEFAULT_MIXTURE
+    type: a mixture, or of a directory an element type; None: the usual one. imatrix: a text, or an importance
+    matrix of llama.cpp's. text: what the model is compared on; None: the package's own. text_tokens: how many
+    of it, 0 for no comparison.
+    """
+
+    type: str | None = None
     pure: bool = False
     imatrix: Path | None = None
     text: Path | None = None
@@ -66,15 +72,12 @@ class Report:
 
 
 def quantize_model(model: str, out: Path, settings: Settings, show: bool = False) -> Report:
-    """Writes a model to a GGUF file, and compares the two.
+    """Writes a model to a GGUF file, or to a directory of safetensors, and compares the two.
 
     Raises `CheckpointError` for a model that cannot be written so, and `ConfigError` for a place where it
     cannot be written, or for settings that contradict each other.
     """
-    mixture = ALIASES.get(settings.type, settings.type)
-    if mixture not in MIXTURES:
-        expected = ", ".join([*MIXTURES, *ALIASES])
-        raise ConfigError(f"type: found {found(settings.type)}, expected one of {expected}")
+    mixture = _type(out, settings)
     check_free(out, settings.force)
     text = _text(settings)
     given, calibration = _importance(settings.imatrix)
@@ -85,15 +88,19 @@ def quantize_model(model: str, out: Path, settings: Settings, show: bool = False
         _check(checkpoint, spec, out, settings)
         source_bytes = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
         means = None if calibration is None else _measure(path, spec, calibration, show)
-        with whole_file(out, settings.force) as (file, temporary):
-            written = write_gguf(
-                checkpoint, spec, file, temporary, mixture,
-                pure=settings.pure,
-                importance=lambda written: given if means is None else by_tensor(means, written),
-                provenance=_provenance(settings.imatrix),
-                num_threads=usable_cores(),
-                show=show,
-            )  # fmt: skip
+        if is_gguf(out):
+            with whole_file(out, settings.force) as (file, temporary):
+                written = write_gguf(
+                    checkpoint, spec, file, temporary, mixture,
+                    pure=settings.pure,
+                    importance=lambda written: given if means is None else by_tensor(means, written),
+                    provenance=_provenance(settings.imatrix),
+                    num_threads=usable_cores(),
+                    show=show,
+                )  # fmt: skip
+        else:
+            with whole_directory(out) as directory:
+                written = write_safetensors(checkpoint, directory, mixture, usable_cores(), show)
         seconds = perf_counter() - start
         reference = _reference(checkpoint, spec, written)
         context = spec.max_positions
@@ -107,6 +114,26 @@ def quantize_model(model: str, out: Path, settings: Settings, show: bool = False
     return Report(
         model, str(out), mixture, source_bytes, written, seconds, cost, reference if cost else None, reason
     )
+
+
+def is_gguf(out: Path) -> bool:
+    """Whether it is to be a GGUF file: what has another name is a directory of safetensors."""
+    return out.suffix == SUFFIX
+
+
+def _type(out: Path, settings: Settings) -> str:
+    """What most matrices are to be. Raises `ConfigError` for what a file, or a directory, cannot have."""
+    known = [*MIXTURES, *ALIASES] if is_gguf(out) else [*TYPES]
+    mixture = settings.type or (DEFAULT_MIXTURE if is_gguf(out) else DEFAULT_TYPE)
+    if mixture not in known:
+        where = "" if is_gguf(out) else f" of a directory of safetensors, or an OUT that ends with {SUFFIX}"
+        raise ConfigError(f"type: found {found(mixture)}, expected one of {', '.join(known)}{where}")
+    for name, given in (("imatrix", settings.imatrix), ("pure", settings.pure)):
+        if given and not is_gguf(out):
+            raise ConfigError(
+                f"{name}: found {found(given)}, expected none beside a directory of safetensors"
+            )
+    return ALIASES.get(mixture, mixture)
 
 
 def _check(checkpoint: Checkpoint, spec: ModelSpec, out: Path, settings: Settings) -> None:

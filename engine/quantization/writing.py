@@ -1,16 +1,12 @@
 """A model as a smaller file: from a checkpoint to GGUF in one of the mixtures.
 
-Tensors are read, quantized and written a few rows at a time, so that no tensor is ever held. A file appears
-under its name when it is whole, and only then.
+Tensors are read, quantized and written a few rows at a time, so that no tensor is ever held.
 """
 
 import io
-import os
-import secrets
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -23,18 +19,16 @@ from numpy.typing import NDArray
 from pagellm.engine.checkpoints import BLOCK_SIZES, Checkpoint, Tensor, bits_per_weight
 from pagellm.engine.checkpoints.gguf import read_gguf, read_metadata_bytes
 from pagellm.engine.checkpoints.gguf_writer import GgufWriter, TensorInfo, encode_value
-from pagellm.engine.errors import CheckpointError, ConfigError, named
+from pagellm.engine.errors import CheckpointError
 from pagellm.engine.execution.weights import pair, plain_rows
 from pagellm.engine.models import ModelSpec, Source, gguf_rope, read_spec
 from pagellm.engine.progress import progress
 from pagellm.engine.quantization.gguf_form import WITHOUT_WINDOWS, check_same, gguf_form
 from pagellm.engine.quantization.mixtures import MIXTURES, Matrices, type_of
+from pagellm.engine.quantization.pieces import PIECE_BYTES, in_turn, quantized
 from pagellm.engine.tokenizer.to_gguf_metadata import tokenizer_metadata
 from pagellm.kernels.architecture import PARTS, Kind
-from pagellm.kernels.quantizers import UnscalableError, quantize
 
-# Of what a thread works on, in float32: what it needs besides is a few times as much.
-_PIECE_BYTES = 2 << 20
 _QUANTIZATION_VERSION = 2
 # Of a weight that may be rounded once more.
 _FULL_BITS = 8
@@ -139,7 +133,7 @@ def write_gguf(
     total = sum(info.num_bytes for info in infos)
     with progress("Quantizing", total, "bytes", show) as advance, ThreadPoolExecutor(num_threads) as pool:
         jobs = (job for info, segment in work for job in _jobs(checkpoint, writer, info, segment, counts))
-        for num_bytes in _in_turn(pool, jobs, 2 * num_threads):
+        for num_bytes in in_turn(pool, jobs, 2 * num_threads):
             advance(num_bytes)
     weights = sum(prod(info.shape) for info in infos)
     types = Counter(info.dtype for info in infos)
@@ -250,7 +244,7 @@ def _jobs(
 ) -> Iterator[Callable[[], int]]:
     """Pieces of work that each give the bytes that they wrote."""
     columns = info.shape[-1] if len(info.shape) > 1 else 1
-    step = max(1, _PIECE_BYTES // (4 * columns) // segment.unit) * segment.unit
+    step = max(1, PIECE_BYTES // (4 * columns) // segment.unit) * segment.unit
     own = checkpoint.tensors.get(info.name)
     copied = own if checkpoint.format == "gguf" and own is not None and own.dtype == info.dtype else None
     count = counts.get(info.name)
@@ -280,59 +274,7 @@ def _quantize(
     checkpoint: Checkpoint, writer: GgufWriter, info: TensorInfo, rows: Rows, columns: int, first: int,
     end: int, importance: NDArray[np.float32] | None,
 ) -> int:  # fmt: skip
-    try:
-        data = quantize(info.dtype, rows(first, end).reshape(-1, columns), importance)
-    except UnscalableError as error:
-        raise CheckpointError(
-            f"{checkpoint.path}: tensor {info.name}: found values that are {error} in rows {first} to "
-            f"{end - 1}, expected such as {info.dtype} holds"
-        ) from None
+    values = rows(first, end).reshape(-1, columns)
+    data = quantized(f"{checkpoint.path}: tensor {info.name}", info.dtype, values, first, importance)
     writer.write(info.name, _place(info, columns, first), data)
     return data.nbytes
-
-
-def _in_turn(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], int]], ahead: int) -> Iterator[int]:
-    """What jobs give, in their order; no more than `ahead` of them wait."""
-    under_way: deque[Future[int]] = deque()
-    for job in jobs:
-        under_way.append(pool.submit(job))
-        if len(under_way) > ahead:
-            yield under_way.popleft().result()
-    while under_way:
-        yield under_way.popleft().result()
-
-
-@contextmanager
-def whole_file(path: Path, force: bool = False) -> Iterator[tuple[io.FileIO, Path]]:
-    """A new file, and where it lies until it is whole; then it is at `path`, and if that fails nowhere.
-
-    force: whether a file that is there is replaced. Raises `ConfigError` if it is not to be, and for a place
-    where nothing can be written, or where there is no more room.
-    """
-    check_free(path, force)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with temporary.open("x+b", buffering=0) as file:
-            yield file, temporary
-            os.fsync(file.fileno())
-        check_free(path, force)
-        temporary.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def check_free(path: Path, force: bool = False) -> None:
-    """Raises `ConfigError` if there is something that is not to be replaced."""
-    try:
-        is_there, is_file = os.path.lexists(path), path.is_file()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{named(str(path))}: cannot be written: {error}") from None
-    if is_there and not is_file:
-        raise ConfigError(f"{path}: found something that is no plain file, expected a name that is free")
-    if is_there and not force:
-        raise ConfigError(
-            f"{path}: found a file, expected a name that is free, or --force, which replaces it"
-        )

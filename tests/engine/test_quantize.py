@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 from gguf.quants import dequantize
+from safetensors import safe_open
 
 from pagellm.__main__ import main
 from pagellm.engine import LLM, CheckpointError, ConfigError, EngineConfig, PagellmError, SamplingParams
 from pagellm.engine.checkpoints import open_checkpoint
 from pagellm.engine.models import read_spec
-from pagellm.engine.quantization import writing
+from pagellm.engine.quantization import pieces, writing
 from pagellm.engine.quantization.mixtures import Matrices, type_of
 from pagellm.engine.quantization.model import Settings, quantize_model
 from pagellm.engine.tokenizer import load_tokenizer
@@ -79,7 +80,7 @@ UNCOMPARED = Settings(text_tokens=0)
 def written(name: str, out: Path, mixture: str, **options: Any) -> writing.Written:
     with open_checkpoint(model_path(name)) as checkpoint:
         spec = read_spec(checkpoint)
-        with writing.whole_file(out) as (file, path):
+        with pieces.whole_file(out) as (file, path):
             return writing.write_gguf(checkpoint, spec, file, path, mixture, **options)
 
 
@@ -252,8 +253,8 @@ def test_a_file_that_is_not_whole_goes_away(
             raise fault
         return quantize(*arguments)
 
-    quantize = writing.quantize
-    monkeypatch.setattr(writing, "quantize", fails)
+    quantize = pieces.quantize
+    monkeypatch.setattr(pieces, "quantize", fails)
     expected = KeyboardInterrupt if isinstance(fault, KeyboardInterrupt) else ConfigError
     with pytest.raises(expected):
         quantize_model(str(MODELS / "gguf_llama_f32"), tmp_path / "out.gguf", Settings("Q8_0", text_tokens=0))
@@ -320,3 +321,64 @@ def test_errors_are_the_projects_own(tmp_path: Path) -> None:
     for model in ("nowhere", str(tmp_path)):
         with pytest.raises(PagellmError):
             quantize_model(model, tmp_path / "out.gguf", UNCOMPARED)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("name", ["llama_tiny", "llama_sharded", "gpt_neox"])
+def test_a_directory_becomes_one_of_another_type(name: str, dtype: str, tmp_path: Path) -> None:
+    source, out = model_path(name), tmp_path / "out"
+    report = quantize_model(str(source), out, Settings(dtype, text_tokens=0))
+    with open_checkpoint(source) as one, open_checkpoint(out) as other:
+        assert one.tensors.keys() == other.tensors.keys()
+        for tensor in one.tensors.values():
+            kept = other.tensors[tensor.name]
+            is_converted = tensor.shape != () and tensor.dtype != "BOOL"
+            assert (kept.shape, kept.dtype) == (tensor.shape, dtype if is_converted else tensor.dtype)
+            if is_converted:
+                rows = tensor.rows(0, tensor.shape[0])
+                expected = torch_like(rows, dtype)
+                np.testing.assert_array_equal(kept.rows(0, kept.shape[0]), expected)
+    assert report.written.num_bytes == (out / "model.safetensors").stat().st_size
+    kept_files = {path.name for path in source.iterdir() if path.suffix == ".json"} - {
+        "model.safetensors.index.json"
+    }
+    assert {path.name for path in out.iterdir()} >= kept_files
+    # The library reads it, too.
+    with safe_open(out / "model.safetensors", "np") as file:
+        assert set(file.keys()) == set(report_names(out))
+
+
+def torch_like(rows: np.ndarray, dtype: str) -> np.ndarray:
+    """Rounded to the nearest, halves to even."""
+    if dtype == "F32":
+        return rows
+    if dtype == "F16":
+        return rows.astype(np.float16).astype(np.float32)
+    words = rows.view(np.uint32).astype(np.uint64)
+    kept, rest = words >> 16, words & 0xFFFF
+    up = (rest > 0x8000) | ((rest == 0x8000) & (kept & 1 == 1))
+    return ((kept + up) << 16).astype(np.uint32).view(np.float32)
+
+
+def report_names(directory: Path) -> list[str]:
+    with open_checkpoint(directory) as checkpoint:
+        return list(checkpoint.tensors)
+
+
+def test_a_directory_is_not_made_of_or_over_what_it_cannot_be(tmp_path: Path) -> None:
+    tiny = str(MODELS / "llama_tiny")
+    with pytest.raises(ConfigError, match="type: found 'Q4_0', expected one of F32, F16, BF16"):
+        quantize_model(tiny, tmp_path / "out", Settings("Q4_0", text_tokens=0))
+    with pytest.raises(CheckpointError, match="found a GGUF file"):
+        quantize_model(str(MODELS / "gguf_llama_f32"), tmp_path / "out", Settings(text_tokens=0))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("precious")
+    with pytest.raises(ConfigError, match="expected a name that is free"):
+        quantize_model(tiny, tmp_path / "full", Settings(text_tokens=0, force=True))
+    assert (tmp_path / "full" / "file").read_text() == "precious"
+    assert {path.name for path in tmp_path.iterdir()} == {"full"}
+    (tmp_path / "empty").mkdir()
+    report = quantize_model(tiny, tmp_path / "empty", Settings(text_tokens=20))
+    assert report.divergence is not None
+    config = json.loads((tmp_path / "empty" / "config.json").read_text())
+    assert "bfloat16" in (config.get("dtype"), config.get("torch_dtype"))
