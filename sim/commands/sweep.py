@@ -132,7 +132,7 @@ def add_roofline(choice: "argparse._ActionsContainer", parser: "argparse._Action
     parser.add_argument(
         "--set-cost", action="append", default=[], metavar="KEY=VALUE",
         help=f"a constant of --roofline; may be given repeatedly: weights and kv ({', '.join(FORMATS)}), "
-        f"experts ({', '.join(CHOICES['experts'])}), or one of {', '.join(CONSTANTS)}",
+        f"experts ({', '.join(CHOICES['experts'])}), expert_loads (a file), or one of {', '.join(CONSTANTS)}",
     )  # fmt: skip
     parser.add_argument(
         "--costs", metavar="FILE", help="constants of --roofline that `pagellm fit` has written"

@@ -7,7 +7,7 @@ all, so where one is known better, of a device or of a server, it is better give
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from pagellm.engine.checks import LARGEST, SMALLEST, number
+from pagellm.engine.checks import LARGEST, SMALLEST, is_path, number
 from pagellm.engine.errors import ConfigError, found
 from pagellm.sim.costs.cost_model import CostConstant
 
@@ -22,6 +22,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kv": tuple(FORMATS),
     "experts": ("tensor", "expert"),
 }
+# What is read from a file: how often each expert is chosen, see experts.py; AUTO: as expert_skew has it.
+FILES = ("expert_loads",)
 _GIB = 2**30
 
 
@@ -67,6 +69,10 @@ CONSTANTS = {
     "step_overhead_s": _amount(
         3e-4, "scheduling, launching and fetching tokens of a step: fits vLLM 0.15 on H100, 0.19 on RTX 4090"
     ),
+    "expert_skew": Constant(
+        0.0, 0.0, 10.0, "of how often experts are chosen, the exponent of Zipf's law: none, as training "
+        "balances them"
+    ),
     "layer_overhead_s": _amount(
         1.2e-5, "starting the kernels of a layer from a CUDA graph, about ten: fits the same runs"
     ),
@@ -106,9 +112,14 @@ class Constants:
         fitted: Mapping[str, Any] | None = None,
     ) -> None:
         self.given, self.fitted, self.of_device = dict(given or {}), dict(fitted or {}), dict(of_device or {})
-        self.formats = dict.fromkeys(CHOICES, AUTO)
+        self.formats = dict.fromkeys((*CHOICES, *FILES), AUTO)
         self._values = {name: constant.default for name, constant in CONSTANTS.items()}
         for name, value in {**self.of_device, **self.fitted, **self.given}.items():
+            if name in FILES:
+                if not isinstance(value, str) or not value or not is_path(value):
+                    raise ConfigError(f"{name}: found {found(value)}, expected the path of a file")
+                self.formats[name] = value
+                continue
             if name in self.formats:
                 choices = (AUTO, *CHOICES[name])
                 if not isinstance(value, str) or value not in choices:
@@ -120,6 +131,7 @@ class Constants:
                 raise ConfigError(f"roofline: found {found(name)}, expected {expected}")
             _, low, high, _ = CONSTANTS[name]
             words = "a number above 0 and up to 1" if high == 1 else "a finite number from 0"
+            words += f" to {high:g}" if 1 < high < LARGEST else ""
             self._values[name] = number(name, value, low, high, error=ConfigError, expected=words)
 
     def __getitem__(self, name: str) -> float:

@@ -18,6 +18,7 @@ from pagellm.sim.costs.constants import AUTO, FORMATS, Constants
 from pagellm.sim.costs.cost_model import CostConstant, CostModel, decode_contexts, shape_of
 from pagellm.sim.costs.decoder import Layers, Model, load_model
 from pagellm.sim.costs.devices import Hardware, load_hardware
+from pagellm.sim.costs.experts import UnevenExperts, check_loads, read_loads, zipf_loads
 from pagellm.sim.costs.fitted import FittedCosts, read_costs
 
 # Hidden states, logits that are exchanged, and norms are in 16 bits; so are embedding and head, which
@@ -41,9 +42,9 @@ class RooflineCostModel(CostModel):
         communication       a ring all-reduce after attention and after the feed-forward, and of the logits;
                             where devices have whole experts, an all-to-all to them and one back
 
-    and an overhead a step, a layer and a sequence. fitted: constants with how far they are off. given:
-    constants by name, of `Constants`.
-    Raises `ConfigError`.
+    and an overhead a step, a layer and a sequence. Experts are chosen alike, or as expert_skew and
+    expert_loads say; devices that have whole ones then wait for the busiest. fitted: constants with how far
+    they are off. given: constants by name, of `Constants`. Raises `ConfigError`.
     """
 
     def __init__(
@@ -86,6 +87,13 @@ class RooflineCostModel(CostModel):
             for layer in model.layers
             if layer.num_experts
         ]
+        self._loads = self._read_loads()
+        whole = c.formats["experts"] == "expert" and n > 1
+        self._uneven = {
+            layer: UnevenExperts(layer, self._loads_of(layer), n if whole else 1)
+            for layer, *_ in self._experts
+            if self._loads is not None or c["expert_skew"]
+        }
         self._head_token_s = 2 * model.head_parameters / (flops * c["head_flops"] * n)
         self._head_s = model.head_parameters * self._head_bytes / (bytes_per_s * c["head_bytes"] * n)
         vector_rate = bytes_per_s * c["vector_bytes"]
@@ -107,7 +115,8 @@ class RooflineCostModel(CostModel):
                         )
                     if layer.num_experts:
                         reductions -= layer.count
-                        sent += 2 * layer.count * layer.experts_per_token * (n - 1) / n**2
+                        busiest = self._uneven[layer].imbalance if layer in self._uneven else 1.0
+                        sent += busiest * 2 * layer.count * layer.experts_per_token * (n - 1) / n**2
             # An all-reduce in whose place two all-to-alls stand.
             num_exchanges = reductions + 2 * (2 * model.num_layers - reductions)
             self._exchange_s = num_exchanges * hardware.link_latency_s
@@ -143,6 +152,21 @@ class RooflineCostModel(CostModel):
         made = cls(device, decoder, num_devices, name=name, fitted=fitted, **given)
         made.model_name = _short(model)
         return made
+
+    def _read_loads(self) -> list[list[float]] | None:
+        """How often each expert was measured to be chosen, if a file is given."""
+        path = self.constants.formats["expert_loads"]
+        if path == AUTO:
+            return None
+        rows = read_loads(path)
+        if not self._experts:
+            raise ConfigError(f"expert_loads: found {path} for a model without experts, expected none")
+        for layer, *_ in self._experts:
+            check_loads(path, rows, layer)
+        return rows
+
+    def _loads_of(self, layer: Layers) -> list[list[float]]:
+        return self._loads or [zipf_loads(layer.num_experts, self.constants["expert_skew"])]
 
     def _choose_formats(self) -> None:
         """Bytes of weights and KV, by the formats asked for."""
@@ -245,6 +269,9 @@ class RooflineCostModel(CostModel):
         if num_samples:
             total += max(num_samples * self._head_token_s, self._head_s)
         for layer, token_s, expert_s in self._experts:
+            if layer in self._uneven:
+                total += self._uneven[layer].seconds(num_tokens, token_s, expert_s, self._fill_tokens)
+                continue
             touched, chosen = layer.touched_experts(num_tokens), num_tokens * layer.experts_per_token
             filled = 1 + self._fill_tokens / (chosen / touched + self._fill_tokens)
             total += max(chosen * filled * token_s, touched * expert_s)
@@ -269,7 +296,7 @@ class RooflineCostModel(CostModel):
     def identity(self) -> str:
         """All that its times follow from, as JSON."""
         parts = asdict(self._hardware), asdict(self._model), self.num_devices, self.constants.formats
-        return json.dumps([*parts, self.constants_table(), self.fit])
+        return json.dumps([*parts, self._loads, self.constants_table(), self.fit])
 
     def _free_bytes(self, config: EngineConfig) -> float:
         """Of one device: what weights, libraries and the largest step leave for KV blocks.

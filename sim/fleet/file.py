@@ -53,6 +53,7 @@ from pagellm.engine.checks import path as checked_path
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError, PagellmError
 from pagellm.engine.step_log import NO_DECISIONS
+from pagellm.sim.costs.constants import FILES
 from pagellm.sim.costs.cost_model import CostModel
 from pagellm.sim.fields import Fields, read_json
 from pagellm.sim.fleet.fleet import Autoscale, Failure, Fleet, Group, Link, RandomFailures, known_link
@@ -203,9 +204,12 @@ class _Reader:
             return CostSource(profile=self._beside(fields.text("profile")))
         devices = fields.integer("tensor_parallel") if fields.has("tensor_parallel") else 1
         hardware, model = (self._beside(fields.text(name)) for name in ("hardware", "model"))
-        constants = tuple(fields.section("set_cost").values.items()) if fields.has("set_cost") else ()
+        constants: Mapping[str, Any] = fields.section("set_cost").values if fields.has("set_cost") else {}
+        files = {
+            name: self._beside(constants[name]) for name in FILES if isinstance(constants.get(name), str)
+        }
         costs = self._beside(fields.text("costs")) if fields.has("costs") else None
-        return CostSource(None, (hardware, model, devices), constants, costs)
+        return CostSource(None, (hardware, model, devices), tuple({**constants, **files}.items()), costs)
 
     def _beside(self, name: str) -> str:
         """A path as it is from here, where the file's own directory has it; else as it is."""

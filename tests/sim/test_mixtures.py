@@ -11,6 +11,7 @@ from pagellm.engine import CheckpointError, ConfigError, EngineConfig
 from pagellm.engine.scheduling.batch import PreemptionCosts
 from pagellm.sim import CostModel
 from pagellm.sim.costs.decoder import Layers, Model, load_model
+from pagellm.sim.costs.experts import UnevenExperts, read_loads, zipf_loads
 from tests.sim.batches import batch_of
 from tests.sim.test_roofline import bare
 
@@ -229,3 +230,115 @@ def test_latent_attention_meets_what_is_kept_or_widens_it() -> None:
     pairs = 300 * 100 + 300 * 301 // 2
     widened = 100 * 2 * 2 * 10 * 2 * (4 + 4) / 1e6
     assert prefill == pytest.approx(pairs * 2 * 2 * 2 * (7 + 4) / 1e6 + widened + 300 * vectors)
+
+
+FOUR = Layers(
+    1, num_heads=2, num_kv_heads=2, head_dim=5, intermediate_size=12, product_parameters=100,
+    num_experts=4, experts_per_token=2, expert_parameters=50,
+)  # fmt: skip
+
+
+def test_experts_that_are_chosen_alike_are_as_if_nothing_was_said_of_them() -> None:
+    for num_tokens in (1, 7, 300):
+        even = UnevenExperts(FOUR, [[1.0] * 4]).seconds(num_tokens, 2.0, 3.0, 0.0)
+        chosen, met = 2 * num_tokens, 4 * (1 - 0.5**num_tokens)
+        assert even == pytest.approx(max(chosen * 2.0, met * 3.0))
+        assert UnevenExperts(FOUR, [[1.0] * 4], 2).seconds(num_tokens, 2.0, 3.0, 0.0) == pytest.approx(even)
+    assert UnevenExperts(FOUR, [[1.0] * 4], 2).imbalance == 1.0
+
+
+def test_the_device_with_the_busiest_experts_is_waited_for() -> None:
+    # Of two choices a token, 0.8, 0.4, 0.4 and 0.4: the first two experts have 1.2 of them.
+    uneven = UnevenExperts(FOUR, [[2.0, 1.0, 1.0, 1.0]], 2)
+    assert uneven.imbalance == pytest.approx(1.2)
+    # Arithmetic of 1.2 choices a token by one device of two, which has half of what all have.
+    assert uneven.seconds(10, 1.0, 0.0, 0.0) == pytest.approx(2 * 10 * 1.2)
+    met = 2 - 0.2**3 - 0.6**3
+    assert uneven.seconds(3, 0.0, 5.0, 0.0) == pytest.approx(2 * met * 5)
+    # Where all share each expert nobody waits, and fewer are met than if they were chosen alike.
+    shared = UnevenExperts(FOUR, [[2.0, 1.0, 1.0, 1.0]])
+    assert shared.imbalance == 1.0
+    assert shared.seconds(10, 1.0, 0.0, 0.0) == pytest.approx(20)
+    assert shared.seconds(3, 0.0, 5.0, 0.0) == pytest.approx(5 * (4 - 0.2**3 - 3 * 0.6**3))
+
+
+def test_nothing_is_chosen_twice_by_one_token() -> None:
+    # Of 2 choices the first takes one at most; the others share the second.
+    uneven = UnevenExperts(FOUR, [[1000.0, 1.0, 1.0, 1.0]], 4)
+    assert uneven.imbalance == pytest.approx(1 / 0.5)
+    assert uneven.seconds(3, 1.0, 0.0, 0.0) == pytest.approx(4 * 3)
+
+
+def test_each_layer_has_its_own_loads() -> None:
+    two = replace(FOUR, count=2)
+    rows = [[2.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]
+    assert UnevenExperts(two, rows, 2).imbalance == pytest.approx((1.2 + 1.0) / 2)
+    assert UnevenExperts(two, rows, 2).seconds(10, 1.0, 0.0, 0.0) == pytest.approx((2 * 12 + 2 * 10) / 2)
+
+
+def test_zipf_gives_each_rank_its_share() -> None:
+    assert sorted(zipf_loads(4, 1.0), reverse=True) == [1.0, 1 / 2, 1 / 3, 1 / 4]
+    assert zipf_loads(64, 1.0) == zipf_loads(64, 1.0) != sorted(zipf_loads(64, 1.0))
+
+
+def test_a_skew_slows_devices_with_whole_experts_more(tmp_path: Path) -> None:
+    batch = batch_of(*[(1, 100)] * 64)
+
+    def slower(**given: Any) -> float:
+        times = [
+            CostModel.roofline("h100-sxm", "qwen3-30b-a3b", 4, expert_skew=skew, **given).step_time(batch)
+            for skew in (0.0, 1.0)
+        ]
+        return times[1] / times[0]
+
+    # A few tokens meet fewer experts, most of all where nobody waits for the busiest device.
+    assert slower(experts="tensor") < slower(experts="expert") < 1.0
+    prompt = batch_of((4000, 0))
+    even, skewed = (
+        CostModel.roofline("h100-sxm", "qwen3-30b-a3b", 4, experts="expert", expert_skew=skew).step_time(
+            prompt
+        )
+        for skew in (0.0, 1.0)
+    )
+    assert skewed > 1.2 * even
+    # A file of what was measured says the same as the law that it follows.
+    loads = tmp_path / "loads.json"
+    loads.write_text(json.dumps(zipf_loads(128, 1.0)))
+    measured = CostModel.roofline("h100-sxm", "qwen3-30b-a3b", 4, experts="expert", expert_loads=str(loads))
+    assert measured.step_time(prompt) == pytest.approx(skewed)
+    assert read_loads(str(loads)) == [zipf_loads(128, 1.0)]
+    loads.write_text(json.dumps([[1] * 128] * 48))
+    alike = CostModel.roofline("h100-sxm", "qwen3-30b-a3b", 4, experts="expert", expert_loads=str(loads))
+    assert alike.step_time(prompt) == pytest.approx(even)
+    assert alike.identity() != measured.identity()
+
+
+@pytest.mark.parametrize(
+    ("loads", "model", "message"),
+    [
+        ([1] * 127, "qwen3-30b-a3b", "loads.json: found loads of 127 experts, expected 128"),
+        ([[1] * 128] * 3, "qwen3-30b-a3b", "loads.json: found 3 lists, expected one for all layers, or one"),
+        ([1] * 7 + [0] * 121, "qwen3-30b-a3b", "found 7 experts that are chosen, expected at least 8"),
+        ([-1] * 128, "qwen3-30b-a3b", "loads.json: found -1, expected a number from 0"),
+        ([0] * 128, "qwen3-30b-a3b", "loads.json: found an expert layer of zeros"),
+        ([], "qwen3-30b-a3b", r"loads.json: found \[\], expected a list of how often"),
+        ({"a": 1}, "qwen3-30b-a3b", "loads.json: found {'a': 1}, expected a list of how often"),
+        ([1] * 8, "llama-3.1-8b", "expert_loads: found .*loads.json for a model without experts, expected"),
+    ],
+)  # fmt: skip
+def test_loads_that_are_not_of_these_experts_are_refused(
+    loads: Any, model: str, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "loads.json"
+    file.write_text(json.dumps(loads))
+    with pytest.raises(ConfigError, match=message):
+        CostModel.roofline("h100-sxm", model, 4, expert_loads=str(file))
+
+
+def test_a_skew_has_its_limits() -> None:
+    with pytest.raises(ConfigError, match="expert_skew: found 11, expected a finite number from 0 to 10"):
+        CostModel.roofline("h100-sxm", "qwen3-30b-a3b", expert_skew=11)
+    with pytest.raises(ConfigError, match="expert_loads: found 3, expected the path of a file"):
+        CostModel.roofline("h100-sxm", "qwen3-30b-a3b", expert_loads=3)
+    with pytest.raises(ConfigError, match=r"no\.json: cannot be read"):
+        CostModel.roofline("h100-sxm", "qwen3-30b-a3b", expert_loads="no.json")

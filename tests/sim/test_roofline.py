@@ -339,7 +339,7 @@ def test_an_estimate_that_cannot_be_is_refused(arguments: tuple[Any, ...], messa
         ({"step_overhead_s": -1}, "step_overhead_s: found -1, expected a finite number from 0"),
         (
             {"efficency": 0.5},
-            "roofline: found 'efficency', expected one of weights, kv, experts, product_flops",
+            "roofline: found 'efficency', expected one of weights, kv, experts, expert_loads, ",
         ),
         ({"weights": "fp6"}, "weights: found 'fp6', expected auto, fp16, bf16, fp8, int8, int4, fp4"),
         ({"kv": 8.0}, "kv: found 8.0, expected auto, fp16"),
