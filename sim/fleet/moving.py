@@ -192,6 +192,8 @@ class MovingReplay(Replay):
             self._stop_if_empty(now, replica)
             return None
         time_s, kind, number, step = event
+        if kind is EventKind.STEP_START:  # some ended with a stride
+            return event
         return time_s, kind, generation << 32 | number, (step, generation)
 
     def _end_step(self, now: float, subject: Any) -> Event | None:
@@ -199,7 +201,10 @@ class MovingReplay(Replay):
         replica = step[0]
         if self._generations[replica].generation != generation:
             return None
-        following = super()._end_step(now, step)
+        return super()._end_step(now, step)
+
+    def _ended(self, now: float, replica: Replica, finished: list[Sequence]) -> Event | None:
+        following = super()._ended(now, replica, finished)
         if following is None:
             self._stop_if_empty(now, replica)
         return following
