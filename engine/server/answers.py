@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pagellm import __version__
 from pagellm.engine.requests.outputs import FinishReason, TokenLogprob
 from pagellm.engine.server.engine_thread import Generation, LiveRequest, State
-from pagellm.engine.server.errors import ApiError, too_late
+from pagellm.engine.server.errors import ApiError, not_ready, too_late
 from pagellm.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
@@ -61,7 +61,7 @@ class Reader:
         if new.finish_reason is FinishReason.ABORT:
             raise ApiError(503, "the server shut down before the completion had ended")
         if new.finish_reason is FinishReason.SHED:
-            raise ApiError(503, "the admission policy of this server does not let the request in now")
+            raise _shed()
         self._seen = new
         number, self._number = self._number, self._number + 1
         if self._hides:
@@ -85,6 +85,16 @@ class Reader:
         if self._hides or (reason in tokenizer.eos_token_ids and reason not in asked_for):
             return None
         return reason
+
+
+def check_shed(generation: Generation) -> None:
+    """Raises `ApiError` if any of it was not let in."""
+    if any(s.finish_reason is FinishReason.SHED for live in generation.requests for s in live.states):
+        raise _shed()
+
+
+def _shed() -> ApiError:
+    return not_ready("the admission policy of this server does not let the request in now")
 
 
 def readers_of(generation: Generation, hides_output: bool) -> list[Reader]:

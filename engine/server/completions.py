@@ -18,6 +18,7 @@ from pagellm.engine.server.answers import (
     Delta,
     Reader,
     chat_logprobs,
+    check_shed,
     frame,
     joined_logprobs,
     now,
@@ -105,6 +106,7 @@ async def generate(
     request_id = body.request_id or request.state.request_id
     if body.stream:
         generation = await submit(service, request, prepared, start_s)
+        await check_admission(service, request, generation)
         answer = answer_kind(service, body, prepared, generation, request_id)
         return EventStream(_stream(service, generation, answer), generation.close, answer.done)
 
@@ -154,6 +156,21 @@ async def submit(service: Service, request: Request, prepared: Prepared, start_s
     if end_s is not None and most_s is not None:
         generation.expire_at(end_s, most_s)
     return generation
+
+
+async def check_admission(service: Service, request: Request, generation: Generation) -> None:
+    """Waits, where a policy decides on who is let in, until it has. Raises `ApiError` if it does not let in.
+
+    So that whoever asks for a stream is told so by a status, too.
+    """
+    if not service.llm.engine.scheduler.policies.admits:
+        return
+    try:
+        await unless_gone(request, generation.changed.wait())
+        check_shed(generation)
+    except BaseException:
+        generation.close()
+        raise
 
 
 async def _stream(service: Service, generation: Generation, answer: "Answer") -> AsyncIterator[bytes]:
@@ -212,7 +229,7 @@ class Answer:
         self.readers = readers_of(generation, prepared.hides_output)
         self.options = body.stream_options or StreamOptions()
         self._model = body.model or service.names[0]
-        self._id = f"{self.prefix}-{request_id[:200] or uuid4().hex}"
+        self._id = f"{self.prefix}{request_id[:200] or uuid4().hex}"
         self._created = now()
         self._names_ids = bool(body.return_tokens_as_token_ids)
         self._returns_ids = bool(body.return_token_ids)
@@ -270,7 +287,7 @@ class CompletionAnswer(Answer):
     """An answer of `/v1/completions`."""
 
     object_name = chunk_name = "text_completion"
-    prefix = "cmpl"
+    prefix = "cmpl-"
 
     def __init__(
         self,
@@ -335,7 +352,7 @@ class ChatAnswer(Answer):
 
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
-    prefix = "chatcmpl"
+    prefix = "chatcmpl-"
 
     def __init__(
         self,

@@ -29,7 +29,7 @@ async def respond(service: Service, request: Request) -> Response:
 class ResponseAnswer(ChatAnswer):
     """An answer of `/v1/responses`."""
 
-    prefix = "resp"
+    prefix = "resp_"  # by which clients know one
     done = b""
 
     def __init__(

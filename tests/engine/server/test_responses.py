@@ -28,6 +28,8 @@ def test_a_response_is_what_chat_gives(llm: LLM, client: Any, settings: Any) -> 
     assert response.output_text == expected.text
     assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     assert (response.object, response.error, response.model) == ("response", None, "tiny")
+    assert response.id.startswith("resp_")
+    assert message.id.startswith("msg_")
     assert response.temperature == settings["temperature"]
     assert response.to_dict()["store"] is False
     usage = response.usage
