@@ -1,6 +1,7 @@
 """The page at `/` in a real browser, at the width of a desk's screen and of a phone's; and what feeds it."""
 
 import json
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from pagellm.engine import LLM, SamplingParams
 from tests.engine.server.conftest import eventually
 from tests.engine.server.test_clients import request
 from tests.engine.server.test_lifetime import open_stream
-from tests.sim.browser import browse_address
+from tests.sim.browser import Driven, browse_address
 
 pytest.importorskip("fastapi", reason="the server's tests need the extra serve")
 LONG = {"prompt": "the quick brown fox jumps over it", "max_tokens": 60, "ignore_eos": True, "stream": True}
@@ -99,6 +101,42 @@ def test_the_page_shows_it(server: Any, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert height.startswith("height: ")
     width = int(page.one("canvas").attributes["width"])
     assert width <= max(int(size.split(",")[0]), 500)  # the least that a browser without a window has
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
+def test_the_chat_box_talks_with_the_model(
+    server: Any, llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, height: int
+) -> None:
+    monkeypatch.setattr(server.llm.engine, "generation_defaults", {"temperature": 0.0, "max_tokens": 24})
+    greedy = SamplingParams(temperature=0, max_tokens=24)
+    conversation: list[dict[str, str]] = []
+    with Driven(f"{server.url}/", tmp_path, width, height) as page:
+        assert page.until("document.title === 'tiny' && $('state').textContent === 'live'")
+        for number, said in enumerate(["hello there", "and\n<b>you</b>?"], 1):
+            page.evaluate(f"$('say').value = {json.dumps(said)}; $('chat').requestSubmit()")
+            page.until(f"messages.length === {2 * number}")
+            conversation.append({"role": "user", "content": said})
+            [expected] = llm.chat(conversation, greedy)
+            shown = page.evaluate("[...$('talk').children].map(one => [one.className, one.textContent])")
+            mine = [["user", said], ["thought", expected.reasoning], ["assistant", expected.text]]
+            assert shown[-len([one for one in mine if one[1]]) :] == [one for one in mine if one[1]]
+            conversation.append({"role": "assistant", "content": expected.text})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.evaluate("$('anew').click()")
+        assert page.evaluate("[messages.length, $('talk').children.length]") == [0, 0]
+        # An answer is stopped in its midst, which frees what it held.
+        monkeypatch.setattr(
+            server.llm.engine, "generation_defaults", {"temperature": 0.0, "ignore_eos": True}
+        )
+        step = server.llm.engine.step
+        monkeypatch.setattr(server.llm.engine, "step", lambda: time.sleep(0.02) or step())
+        page.evaluate("$('say').value = 'hello'; $('chat').requestSubmit()")
+        page.until("!$('stop').hidden && $('talk').children.length > 1")
+        page.evaluate("$('stop').click()")
+        page.until("$('stop').hidden")
+        assert eventually(lambda: not server.llm.engine.has_unfinished)
+        assert page.console == []
+    assert eventually(lambda: server.feed._num_watchers == 0)
 
 
 def test_nothing_of_the_page_comes_from_elsewhere(server: Any) -> None:
