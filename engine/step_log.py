@@ -236,6 +236,7 @@ class StepRecorder(StepListener):
                     used = self._scheduler.block_manager.num_blocks - change.num_free_blocks
                     blocks["used"], blocks["free"] = used, change.num_free_blocks
                     blocks["shared"] = change.num_shared
+                    blocks["swap_cached"] = change.num_offloaded_blocks
                     blocks["unwritten_slots"] += change.num_new_slots
                     quiet["cache"] = record["cache"] = record["cache"] | {
                         "evictions": change.num_evicted_tokens

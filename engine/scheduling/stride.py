@@ -35,6 +35,7 @@ class Change:
     num_free_blocks: int
     num_shared: int
     num_cached_blocks: int
+    num_offloaded_blocks: int
     num_evicted_tokens: int  # by the prefix cache, since its start
 
 
@@ -185,6 +186,7 @@ def _change(step: int, num_new_blocks: int, manager: "BlockManager") -> Change:
         manager.num_free_blocks,
         manager.num_shared,
         manager.num_cached_blocks,
+        manager.num_offloaded_blocks,
         manager.stats.evictions,
     )
 

@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Callable
+from typing import NoReturn
 
 import pytest
 
@@ -705,6 +706,24 @@ def test_the_report_counts_blocks_references_and_slots_that_nobody_has_written()
     swapped = serve(manager, 9)
     swap_out(manager, swapped)
     assert manager.usage() == BlockUsage(used=3, free=3, shared=1, unwritten_slots=5, swap_used=1)
+
+
+class Unread(list[int]):
+    """A block table that nobody may walk through."""
+
+    def __iter__(self) -> NoReturn:
+        raise AssertionError("a report counts every block of every sequence")
+
+    __getitem__ = __iter__  # type: ignore[assignment]
+
+
+def test_a_report_costs_the_same_however_long_sequences_are() -> None:
+    manager = BlockManager(num_blocks=2000, block_size=2, num_swap_blocks=10)
+    running = [serve(manager, *[i] * 900) for i in range(4)]
+    expected = BlockUsage(used=1800, free=200, shared=0, unwritten_slots=0, swap_used=0)
+    for sequence in running:
+        sequence.block_table = Unread(sequence.block_table)
+    assert manager.usage() == expected
 
 
 def test_a_slot_that_is_shared_counts_once_and_as_written_if_one_of_its_holders_has_written_it() -> None:

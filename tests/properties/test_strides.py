@@ -4,8 +4,10 @@ Random traces are replayed twice, on caches that are often too small: with step 
 steps to come, and with the same times asked for one by one.
 """
 
+import json
 import random
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -159,6 +161,35 @@ def test_strides_are_steps(config: dict[str, Any], load: dict[str, Any], trace: 
     assert replayed(RooflineCostModel, model, config, load, trace) == replayed(
         StepByStep, model, config, load, trace
     )
+
+
+def test_a_stride_tells_of_the_second_tier_what_its_steps_tell() -> None:
+    """Equal answers: what is computed again of them is no longer in the second tier."""
+    crowds = ([0], range(1, 7), range(7, 13), [0])
+    trace = Trace.from_requests(
+        TraceRequest(
+            arrival_time=20.0 * i, prompt_len=64, hash_ids=[one] * 8, hash_block_size=8, output_len=300
+        )
+        for i, crowd in enumerate(crowds)
+        for one in crowd
+    )
+    config = {
+        "block_size": 16,
+        "num_blocks": 160,
+        "num_swap_blocks": 400,
+        "window": None,
+        "enable_hierarchical_cache": True,
+    }
+    strides, steps = (
+        replayed(kind, "llama-3.1-8b", config, {}, trace) for kind in (RooflineCostModel, StepByStep)
+    )
+    assert strides == steps
+    records = [json.loads(line) for line in strides["step_log"].splitlines()]
+    assert any(
+        b["blocks"]["swap_cached"] < a["blocks"]["swap_cached"] and not b["transfers"]
+        for a, b in pairwise(records)
+    )
+    assert json.loads(strides["report"])["summary"]["cache"]["host_hit_tokens"] > 0
 
 
 def test_most_steps_of_long_answers_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

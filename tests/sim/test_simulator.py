@@ -300,7 +300,9 @@ class Failing(SchedulingPolicy):
 
 def test_a_policy_that_fails_ends_the_replay() -> None:
     config = replace(CONFIG, policy="tests.sim.test_simulator:Failing")
-    with pytest.raises(PolicyError, match=r"policy Failing: order\(\): KeyError: 'oops'"):
+    with pytest.raises(
+        PolicyError, match=r"policy Failing: order\(\): KeyError: 'oops'; the replay ends here"
+    ):
         Simulator(config, Seconds()).replay(trace_of((0, 4, 1)))
 
 
