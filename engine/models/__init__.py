@@ -185,11 +185,21 @@ def _check_tensors(checkpoint: Checkpoint, spec: ModelSpec, redundant: re.Patter
                 _check_shape(checkpoint, source)
                 used.add(source.tensor)
     for name in checkpoint.tensors:
-        if name not in used and not redundant.fullmatch(name):
+        if name not in used and not redundant.fullmatch(name) and not _is_left_over(checkpoint, name):
             raise CheckpointError(
                 f"{checkpoint.path}: tensor {named(name)} has no place in architecture {spec.architecture} "
                 "with this configuration"
             )
+
+
+def _is_left_over(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether it is the zero bias of a quantized matrix: older versions of AutoGPTQ gave one to each."""
+    weight = checkpoint.tensors.get(f"{name.removesuffix('.bias')}.weight")
+    if not name.endswith(".bias") or not isinstance(weight, QuantizedTensor):
+        return False
+    bias = checkpoint.tensors[name]
+    is_vector = bias.shape == weight.shape[:1] and bias.dtype in BLOCK_SIZES
+    return is_vector and (checkpoint.headers_only or not bias.rows(0, bias.shape[0]).any())
 
 
 def _check_shape(checkpoint: Checkpoint, source: Source) -> None:

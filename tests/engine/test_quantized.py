@@ -2,11 +2,15 @@
 
 import hashlib
 import json
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from pagellm.engine import LLM, loading
+from pagellm.engine import LLM, CheckpointError, loading
 from pagellm.engine.checkpoints import open_checkpoint
 from pagellm.engine.checkpoints.quantized import QuantizedTensor
 from pagellm.engine.execution.weights import formats_of, load_weights
@@ -24,7 +28,7 @@ from pagellm.kernels.packing import (
     PANEL,
     unpack_column,
 )
-from tests.conftest import QUANTIZED
+from tests.conftest import QUANTIZED, model_path
 
 DIRECTORIES = sorted(path.parent.name for path in QUANTIZED.glob("*/config.json"))
 
@@ -132,3 +136,98 @@ def test_products_that_round_no_activation_but_as_they_are_asked_to(
     errors = np.abs(logits - expected["logits"]).max(axis=1) / np.ptp(expected["logits"])
     assert (errors < 1e-5).mean() >= (0.9 if name == "w8a8" else 1.0)
     assert (errors < 0.01).all()
+
+
+def quantized_gptq(weight: np.ndarray) -> dict[str, np.ndarray]:
+    """Any levels and zero points in groups of 32, near the weights [outputs, inputs]."""
+    outputs, inputs = weight.shape
+    groups = -(-inputs // 32)
+    scales = np.full((groups, outputs), np.abs(weight).max() / 6, np.float16)
+    zeros = np.random.default_rng(outputs).integers(6, 10, (groups, outputs))
+    levels = np.rint(weight.T / scales.repeat(32, axis=0)[:inputs]) + zeros.repeat(32, axis=0)[:inputs]
+    levels = levels.clip(0, 15).astype(np.uint32)
+    shifts = 4 * np.arange(8, dtype=np.uint32)
+    words = (levels.reshape(-1, 8, outputs) << shifts[:, None]).sum(axis=1, dtype=np.uint32)
+    stored = np.pad(zeros - 1, ((0, 0), (0, -outputs % 8))).astype(np.uint32).reshape(groups, -1, 8)
+    packed = (stored << shifts).sum(axis=2, dtype=np.uint32)
+    return {"qweight": words.view(np.int32), "qzeros": packed.view(np.int32), "scales": scales}
+
+
+def quantized_int8(weight: np.ndarray) -> dict[str, np.ndarray]:
+    greatest = np.abs(weight).max(axis=1)
+    levels = np.rint(weight * (127 / greatest)[:, None]).astype(np.int8)
+    return {"weight": levels, "SCB": greatest, "weight_format": np.zeros(1, np.uint8)}
+
+
+METHODS = {
+    "gptq": (quantized_gptq, {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}),
+    "llm_int8": (quantized_int8, {"quant_method": "bitsandbytes", "load_in_8bit": True}),
+}
+# Fused projections, grouped or not; biases; rotary pairs; experts, one a matrix.
+ARCHITECTURES = ("qwen2", "cohere", "glm4", "falcon_40b", "starcoder2", "mixtral", "qwen2_moe", "qwen3_moe")
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [*((name, method) for name in ARCHITECTURES for method in METHODS), ("phi3", "llm_int8")],
+)
+def test_every_architecture_computes_with_what_is_quantized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, method: str
+) -> None:
+    """Its logits are those of the same values in float32, also as they are kept where these become floats."""
+    quantize, section = METHODS[method]
+    for copy in ("quantized", "plain"):
+        shutil.copytree(model_path(name), tmp_path / copy)
+    with open_checkpoint(model_path(name)) as checkpoint:
+        tensors = {
+            key: tensor.rows(0, tensor.shape[0]) for key, tensor in checkpoint.tensors.items() if tensor.shape
+        }
+    quantized, named = {}, set()
+    for key, value in tensors.items():
+        module = key.removesuffix(".weight")
+        of_layer = re.search(r"\.\d+\.(.*)\.weight", key)
+        whole = value.ndim == 2 and (method != "gptq" or value.shape[1] % 8 == 0)
+        if of_layer and whole and not re.search(r"(gate|router)\.weight", key):
+            named.add(of_layer[1])
+            parts = quantize(value)
+            quantized |= {f"{module}.{part}": np.ascontiguousarray(one) for part, one in parts.items()}
+        else:
+            quantized[key] = value
+    save_file(quantized, tmp_path / "quantized" / "model.safetensors")
+    config = json.loads((tmp_path / "quantized" / "config.json").read_text())
+    if method == "gptq":
+        section = section | {"modules_in_block_to_quantize": [sorted(named)]}
+    (tmp_path / "quantized" / "config.json").write_text(json.dumps(config | {"quantization_config": section}))
+    with open_checkpoint(tmp_path / "quantized") as checkpoint:
+        for key, tensor in checkpoint.tensors.items():
+            if isinstance(tensor, QuantizedTensor):
+                tensors[key] = tensor.rows(0, tensor.shape[0])
+    save_file(tensors, tmp_path / "plain" / "model.safetensors")
+    monkeypatch.setattr(loading, "kv_format", lambda formats: FLOAT32)
+    tokens = np.load(model_path(name) / "expected.npz")["input_ids"].tolist()
+    logits = []
+    for copy, quantization in (("plain", "none"), ("quantized", "none"), ("quantized", "auto")):
+        llm = LLM(str(tmp_path / copy), num_blocks=16, quantization=quantization, show_progress=False)
+        logits.append(llm.logits(tokens))
+        llm.close()
+    np.testing.assert_array_equal(logits[1], logits[0])
+    if method == "llm_int8":
+        np.testing.assert_array_equal(logits[2], logits[0])
+    else:
+        assert 0 < np.abs(logits[2] - logits[0]).mean() < 0.05 * np.ptp(logits[0])
+
+
+def test_zero_biases_that_nobody_asked_for_are_left_alone(tmp_path: Path) -> None:
+    shutil.copytree(QUANTIZED / "gptq", tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.bias"] = np.zeros(256, np.float16)
+    save_file(tensors, tmp_path / "m" / "model.safetensors")
+    with open_checkpoint(tmp_path / "m") as checkpoint:
+        read_spec(checkpoint)
+    tensors["model.layers.0.mlp.up_proj.bias"][3] = 1
+    save_file(tensors, tmp_path / "m" / "model.safetensors")
+    with (
+        open_checkpoint(tmp_path / "m") as checkpoint,
+        pytest.raises(CheckpointError, match=r"up_proj\.bias has no place"),
+    ):
+        read_spec(checkpoint)
