@@ -71,11 +71,7 @@ class LogHistogram:
 
     def add(self, value: float, count: int = 1) -> None:
         """Counts a value, from 0, so many times."""
-        if value > 0:
-            clamped = min(max(value, self._SMALLEST), self._LARGEST)
-            key = math.ceil(math.log(clamped) * self._PER_LOG)
-        else:
-            key = self._ZERO
+        key = self._bin(value)
         self._counts[key] = self._counts.get(key, 0) + count
         self._count += count
         self._sum += value * count
@@ -84,10 +80,21 @@ class LogHistogram:
         if value > self._max:
             self._max = value
 
-    def add_each(self, values: Iterable[float], count: int) -> None:
-        """Counts each of several values above 0 so many times, as `add` does."""
+    def add_each(self, values: Sequence[float], count: int) -> None:
+        """Counts each of several values so many times, as `add` does one after the other."""
+        if not values:
+            return
+        low, high = min(values), max(values)
+        if self._bin(low) == self._bin(high):
+            key = self._bin(low)
+            self._counts[key] = self._counts.get(key, 0) + count * len(values)
+        else:
+            for key in map(self._bin, values):
+                self._counts[key] = self._counts.get(key, 0) + count
+        self._count += count * len(values)
         for value in values:
-            self.add(value, count)
+            self._sum += value * count
+        self._min, self._max = min(self._min, low), max(self._max, high)
 
     def merge(self, other: "LogHistogram") -> None:
         """Counts all that another one has counted."""
@@ -121,6 +128,12 @@ class LogHistogram:
     def summary(self) -> Distribution:
         """The distribution of the values; percentiles are off by half a percent at most."""
         return _summary(self, self._count, self._sum)
+
+    def _bin(self, value: float) -> int:
+        if value > 0:
+            clamped = min(max(value, self._SMALLEST), self._LARGEST)
+            return math.ceil(math.log(clamped) * self._PER_LOG)
+        return self._ZERO
 
     def _value(self, key: int) -> float:
         if key == self._ZERO:

@@ -175,6 +175,7 @@ class ReplicaListener(StepListener):
         if num_tokens > num_decodes:
             num_decodes = batch.num_new_tokens.count(1)
         self._note_step(self._start_s, now, num_tokens, num_decodes)
+        self._counts["steps"] += 1
         self.busy_s += now - self._start_s
         if sampled:
             self._note_tokens(sampled, now)
@@ -189,16 +190,12 @@ class ReplicaListener(StepListener):
     def strode(self, stride: Stride) -> None:
         run, times, sequences = self._run, stride.times, stride.batch.sampled
         num_steps, num_sequences = len(times) - 1, len(sequences)
-        begin = 0
-        for change in stride.changes:
-            self._note_steps(stride, begin, change.step)
-            self._note_used(change.num_free_blocks)
-            begin = change.step
-        self._note_steps(stride, begin, num_steps)
-        for span_s in map(sub, times[1:], times):
+        self._note_steps(stride)
+        spans = list(map(sub, times[1:], times))
+        for span_s in spans:
             self.busy_s += span_s
         self._note_tokens(sequences, times[1])
-        self._itl.add_each(map(sub, times[2:], times[1:]), num_sequences)
+        self._itl.add_each(spans[1:], num_sequences)
         self._last_token_s = run.last_token_at_s = times[-1]
         self._counts["output_tokens"] += num_steps * num_sequences
         if stride.finished:
@@ -249,42 +246,55 @@ class ReplicaListener(StepListener):
                 bucket.peak_blocks = run.used_blocks
         bucket.prefill_tokens += num_tokens - num_decodes
         bucket.decode_tokens += num_decodes
-        self._counts["steps"] += 1
 
-    def _note_steps(self, stride: Stride, begin: int, end: int) -> None:
-        """Counts the steps of a stride from one to another, with as many blocks in use in all of them.
-
-        Most of them end in the bucket in which they begin.
-        """
-        timeline, times, num_decodes = self._timeline, stride.times, len(stride.batch.sequences)
-        running, waiting, swapped = self._running, self._waiting, len(self.swapped)
-        used = self.used_blocks
-        while begin < end:
+    def _note_steps(self, stride: Stride) -> None:
+        """Counts the steps of a stride as `_note_step` does. Most end in the bucket in which they begin."""
+        run, timeline, times, num_decodes = (
+            self._run,
+            self._timeline,
+            stride.times,
+            len(stride.batch.sequences),
+        )
+        waiting, swapped = self._waiting, len(self.swapped)
+        begin, last = 0, len(times) - 1
+        changes = iter((*stride.changes, None))
+        change = next(changes)
+        while begin < last:
+            if change is not None and change.step == begin:
+                self._note_used(change.num_free_blocks)
+                change = next(changes)
             bucket = timeline.at(times[begin])
             if bucket.num_samples == 0:
                 self._sample(bucket, stride, begin)
-            spans = timeline.spans(times, begin, end)
+            spans = timeline.spans(times, begin)
             if not spans:
                 self._note_step(times[begin], times[begin + 1], num_decodes, num_decodes)
                 begin += 1
                 continue
-            sums = bucket.running_time, bucket.waiting_time, bucket.swapped_time
-            running_time, waiting_time, swapped_time = sums
-            batch_tokens_time, used_blocks_time = bucket.batch_tokens_time, bucket.used_blocks_time
-            for span_s in spans:
-                running_time += running * span_s
-                waiting_time += waiting * span_s
-                swapped_time += swapped * span_s
-                batch_tokens_time += num_decodes * span_s
-                used_blocks_time += used * span_s
-            bucket.running_time, bucket.waiting_time, bucket.swapped_time = (
-                running_time, waiting_time, swapped_time,
-            )  # fmt: skip
-            bucket.batch_tokens_time, bucket.used_blocks_time = batch_tokens_time, used_blocks_time
+            end = begin + len(spans)
+            running_time, batch_tokens_time = bucket.running_time, bucket.batch_tokens_time
+            used_blocks_time = bucket.used_blocks_time
+            while begin < end:
+                if change is not None and change.step == begin:
+                    self._note_used(change.num_free_blocks)
+                    change = next(changes)
+                used, following = self.used_blocks, end if change is None else min(end, change.step)
+                for span_s in spans[begin - end : following - end or None]:
+                    decodes_time = num_decodes * span_s  # all that run decode
+                    running_time += decodes_time
+                    batch_tokens_time += decodes_time
+                    used_blocks_time += used * span_s
+                if run.used_blocks > bucket.peak_blocks:
+                    bucket.peak_blocks = run.used_blocks
+                begin = following
+            bucket.running_time, bucket.batch_tokens_time = running_time, batch_tokens_time
+            bucket.used_blocks_time = used_blocks_time
+            for span_s in spans if waiting else ():
+                bucket.waiting_time += waiting * span_s
+            for span_s in spans if swapped else ():
+                bucket.swapped_time += swapped * span_s
             bucket.decode_tokens += num_decodes * len(spans)
-            bucket.peak_blocks = max(bucket.peak_blocks, self._run.used_blocks)
-            self._counts["steps"] += len(spans)
-            begin += len(spans)
+        self._counts["steps"] += last
 
     def _sample(self, bucket: Bucket, stride: Stride, step: int) -> None:
         """The shares as they were when a step of a stride had been scheduled, which is over by now."""

@@ -93,21 +93,22 @@ class Timeline:
             spans.append((self.buckets[index], max(seconds, 0.0)))  # a border may round to before the start
         return spans
 
-    def spans(self, times: Sequence[float], begin: int, end: int) -> list[float]:
-        """The seconds between times that follow each other, as `during` has them where that is one bucket.
+    def spans(self, times: Sequence[float], begin: int) -> list[float]:
+        """The seconds between times that follow each other, from times[begin] on, as `during` has them.
 
-        From times[begin] up to times[end] at most; as many of them as end in the bucket in which the first
-        begins, none where that is on a border.
+        As many of them as end in the bucket in which the first begins; none where that is on a border.
         """
         assert self.start_s is not None
         start_s, width = self.start_s, self.width_s
         index = int((times[begin] - start_s) / width)
         if times[begin] - start_s < index * width:
             return []
-        end = bisect_right(times, index, begin, end + 1, key=lambda time: int((time - start_s) / width))
-        starts = [time - start_s for time in times[begin:end]]
-        if starts and times[end - 1] > self.end_s:
+        end = len(times)
+        if int((times[-1] - start_s) / width) > index:
+            end = bisect_right(times, index, begin, key=lambda time: int((time - start_s) / width))
+        if times[end - 1] > self.end_s:
             self.end_s = times[end - 1]
+        starts = [time - start_s for time in times[begin:end]]
         return list(map(sub, starts[1:], starts))
 
     def sampled(self, sums: str) -> list[float]:
