@@ -460,7 +460,7 @@ class Replay:
     def _end_step(self, now: float, step: tuple[Replica, ScheduledBatch, float]) -> Event | None:
         """The replica has its step's tokens; what came meanwhile is for the next one."""
         replica, batch, duration_s = step
-        token_ids = [self._output_tokens] * len(batch.sampled)
+        token_ids = [self._output_tokens] * batch.num_sampled
         return self._ended(now, replica, replica.loop.end(batch, token_ids, now, duration_s=duration_s))
 
     def _ended(self, now: float, replica: Replica, finished: list[Sequence]) -> Event | None:

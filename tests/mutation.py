@@ -948,8 +948,8 @@ BUGS = (
         "what is moved is given to the driver in no order",
         SCHEDULER,
         "Scheduler.schedule",
-        "self.block_manager.transfers",
-        "reversed(self.block_manager.transfers)",
+        "batch.transfers += self.block_manager.transfers",
+        "batch.transfers += reversed(self.block_manager.transfers)",
     ),
     Bug("tokens behind one that ends a sequence are kept", SCHEDULER, "Scheduler.commit", "break"),
     Bug(

@@ -90,6 +90,11 @@ class ScheduledBatch:
         return sum(map(len, self.token_ids)) - self.num_dropped_tokens
 
     @property
+    def num_sampled(self) -> int:
+        """How many get a token."""
+        return sum(self.samples) + sum(map(len, self.forks.values()))
+
+    @property
     def sampled(self) -> list[Sequence]:
         """Those that get a token, in the order in which `commit` wants the tokens: each before its forks."""
         if not self.forks:
@@ -105,7 +110,9 @@ class ScheduledBatch:
         self.sequences += sequences
         self.num_new_tokens += [1] * len(sequences)
         self.samples += [True] * len(sequences)
-        self.forks |= {s: s.forks for s in sequences if s.group}
+        for sequence in sequences:
+            if sequence.group:
+                self.forks[sequence] = sequence.forks
 
     def add(self, sequence: Sequence, num_new_tokens: int) -> None:
         """Enters the next tokens of a sequence."""

@@ -249,7 +249,7 @@ class BlockManager:
         if self.window:
             behind = self.window.num_behind(num_computed or len(prefix) * self.block_size)
             prefix, num_reused = prefix[behind:], max(behind, num_reused)
-        reused = sum(1 for block in prefix if self._reference_counts[block] == 0)
+        reused = sum(1 for block in prefix if self._reference_counts[block] == 0) if prefix else 0
         return self.blocks_for(num_tokens) - num_reused + reused + spare <= len(self._free)
 
     def allocate(self, sequence: Sequence, prefix: list[int], num_tokens: int) -> None:

@@ -146,16 +146,20 @@ class Scheduler:
         prefills_alone = self.policies.prefills_alone  # a policy that goes wrong in this step changes it
         if not prefills_alone:
             self._make_room(decodes, batch)
-        self._make_room(prefills, batch)  # for those that got several tokens at once
+        if prefills:
+            self._make_room(prefills, batch)  # for those that got several tokens at once
         if not prefills_alone:
             batch.add_decodes([s for s in decodes if s.block_table] if batch.preempted else decodes)
         budget = self._schedule_prefills(prefills, batch, limits)
-        if not batch.preempted or all(preempted.needed_by is None for preempted in batch.preempted):
+        if self.waiting and (
+            not batch.preempted or all(preempted.needed_by is None for preempted in batch.preempted)
+        ):
             self._admit(batch, budget, limits)
         if prefills_alone and not batch.sequences:
             self._make_room(decodes, batch)
             batch.add_decodes([s for s in decodes if s.block_table])
-        batch.transfers += self.block_manager.transfers
+        if self.block_manager.transfers:
+            batch.transfers += self.block_manager.transfers
         batch.changed_tables = self.block_manager.take_changed_tables()
         return batch
 
@@ -421,7 +425,7 @@ class Scheduler:
 
     def _admit(self, batch: ScheduledBatch, budget: int, limits: StepLimits) -> None:
         """Lets those in that wait, first come what the policy puts first, until one does not fit."""
-        if budget > 0 and self.waiting and len(self.running) < self.max_num_running:
+        if budget > 0 and len(self.running) < self.max_num_running:
             self._ask_for_order()
         while budget > 0 and self.waiting and len(self.running) < self.max_num_running:
             sequence = self.waiting.first(self.stats)

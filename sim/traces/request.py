@@ -65,16 +65,26 @@ class TraceRequest:
     index: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "arrival_time", check_seconds("arrival_time", self.arrival_time))
-        object.__setattr__(self, "output_len", check_integer("output_len", self.output_len, 1))
-        object.__setattr__(self, "priority", check_integer("priority", self.priority, -MAX_LEN))
+        if type(self.arrival_time) is not float or not 0 <= self.arrival_time <= checks.LARGEST:
+            object.__setattr__(self, "arrival_time", check_seconds("arrival_time", self.arrival_time))
+        if type(self.output_len) is not int or not 1 <= self.output_len <= MAX_LEN:
+            object.__setattr__(self, "output_len", check_integer("output_len", self.output_len, 1))
+        if self.priority != 0 or type(self.priority) is not int:
+            object.__setattr__(self, "priority", check_integer("priority", self.priority, -MAX_LEN))
         check_text("id", self.id, empty=True)
-        for name in ("session", "tenant", "class_", "model", "continues"):
-            if getattr(self, name) is not None:
-                check_text(name.removesuffix("_"), getattr(self, name))
-        for name in ("deadline_s", "delay_s"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, check_seconds(name, getattr(self, name)))
+        for name, value in (
+            ("session", self.session),
+            ("tenant", self.tenant),
+            ("class", self.class_),
+            ("model", self.model),
+            ("continues", self.continues),
+        ):
+            if value is not None:
+                check_text(name, value)
+        if self.deadline_s is not None:
+            object.__setattr__(self, "deadline_s", check_seconds("deadline_s", self.deadline_s))
+        if self.delay_s is not None:
+            object.__setattr__(self, "delay_s", check_seconds("delay_s", self.delay_s))
         if self.after is not None:
             object.__setattr__(self, "after", _texts("after", self.after))
         if self.num_context_chars is not None:
@@ -91,11 +101,10 @@ class TraceRequest:
             raise bad_value("hash_ids", None, "the ids of the pieces that hash_block_size speaks of")
 
     def _check_prompt(self) -> None:
-        given = [name for name in ("prompt", "prompt_token_ids") if getattr(self, name) is not None]
-        if len(given) == 2 or (self.prompt is not None and self.prompt_len is not None):
-            others = "prompt_token_ids and prompt_len"
-            raise bad_value("prompt", self.prompt, f"none beside {others}, or it alone")
         if self.prompt is not None:
+            if self.prompt_token_ids is not None or self.prompt_len is not None:
+                others = "prompt_token_ids and prompt_len"
+                raise bad_value("prompt", self.prompt, f"none beside {others}, or it alone")
             check_text("prompt", self.prompt)
         elif self.prompt_token_ids is not None:
             ids = _integers("prompt_token_ids", self.prompt_token_ids, MAX_LEN)
@@ -107,7 +116,7 @@ class TraceRequest:
             object.__setattr__(self, "prompt_len", len(ids))
         elif self.prompt_len is None:
             raise bad_value("prompt_len", None, "one of prompt, prompt_token_ids, prompt_len")
-        else:
+        elif type(self.prompt_len) is not int or not 1 <= self.prompt_len <= MAX_LEN:
             object.__setattr__(self, "prompt_len", check_integer("prompt_len", self.prompt_len, 1))
 
     def _check_hash_ids(self) -> None:
