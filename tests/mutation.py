@@ -335,8 +335,8 @@ BUGS = (
     Bug(
         "who observes the cache does not hear of what is forgotten",
         CACHE,
-        "PrefixCache.remove",
-        "observer.removed(hashes[block], int(is_offloaded))",
+        "PrefixCache._note_removed",
+        "self.observer.removed(self._hashes[block], int(is_offloaded))",
         "pass",
     ),
     Bug(
@@ -878,7 +878,7 @@ BUGS = (
         "a reference that is given back is still counted",
         MANAGER,
         "BlockManager._release",
-        "num_references -= 1",
+        "num_references += 1",
     ),
     Bug(
         "a fork's shared blocks are not counted in the report",

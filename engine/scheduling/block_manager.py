@@ -637,8 +637,9 @@ class BlockManager:
             evicted = self._cache.known(blocks)
             self._cache.remove(evicted)
             self.stats.evictions += self.block_size * len(evicted)
+        counts = self._reference_counts
         for block in blocks:
-            self._reference_counts[block] = 1
+            counts[block] = 1
         self._num_references += count
         return blocks
 
@@ -712,14 +713,13 @@ class BlockManager:
 
     def _release(self, blocks: Iterable[int]) -> None:
         """Takes a reference from each of some blocks, one after the other."""
-        freed, counts, num_references = [], self._reference_counts, self._num_references
+        freed, counts, num_references = [], self._reference_counts, 0
         for block in blocks:
-            count = counts[block] - 1
-            counts[block] = count
-            num_references -= 1
-            if count == 0:
+            counts[block] = count = counts[block] - 1
+            num_references += 1
+            if not count:
                 freed.append(block)
-        self._num_references = num_references
+        self._num_references -= num_references
         if not freed:
             return
         self.num_releases += len(freed)

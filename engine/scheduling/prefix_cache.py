@@ -95,30 +95,33 @@ class PrefixCache:
         """
         first, following, mask, size = self._first, self._next, self._mask, self._block_bytes
         all_hashes, all_before, known_since = self._hashes, self._before, self._known_since
-        contents, observer = self._tokens, self.observer
-        start = 0
+        contents, followers, observer = self._tokens, self._followers, self.observer
+        start, num_changes = 0, self.num_changes
         for block, block_hash in zip(blocks, hashes, strict=True):
             tokens, bucket = run[start : start + size], block_hash & mask
-            other = first[bucket]
-            while other != _NONE and all_hashes[other] != block_hash:
+            head = other = first[bucket]
+            while other >= 0 and all_hashes[other] != block_hash:
                 other = following[other]
-            if other != _NONE and self.find(block_hash, before, tokens, salt) is not None:
+            if other >= 0 and self.find(block_hash, before, tokens, salt) is not None:
                 break
-            following[block], first[bucket] = first[bucket], block
+            following[block] = head
+            first[bucket] = block
             all_hashes[block] = block_hash
             all_before[block] = before
-            self.num_changes += 1
-            known_since[block] = self.num_changes
-            contents[block * size : (block + 1) * size] = tokens
-            if before == ROOT and salt:
+            num_changes += 1
+            known_since[block] = num_changes
+            place = block * size
+            contents[place : place + size] = tokens
+            if salt and before == ROOT:
                 self._salts[block] = salt
-            if self._followers is not None and before != ROOT:
-                self._followers.add(block, before)
+            if followers is not None and before != ROOT:
+                followers.add(block, before)
             if observer is not None:
                 parent_hash = None if before == ROOT else all_hashes[before]
                 observer.stored(block_hash, parent_hash, tokens, salt if before == ROOT else "", 0)
             before = block
             start += size
+        self.num_changes = num_changes
         self._num_known += start // size
         return start // size
 
@@ -193,7 +196,9 @@ class PrefixCache:
     def remove(self, blocks: Iterable[int]) -> None:
         """Forgets known blocks, in order. Those that follow one must be forgotten, too."""
         first, following, mask = self._first, self._next, self._mask
-        hashes, all_before, observer = self._hashes, self._before, self.observer
+        hashes, all_before = self._hashes, self._before
+        is_heard = self._followers is not None or self.observer is not None or bool(self._salts)
+        num_removed = 0
         for block in blocks:
             bucket = hashes[block] & mask
             other = first[bucket]
@@ -203,19 +208,25 @@ class PrefixCache:
                 while following[other] != block:
                     other = following[other]
                 following[other] = following[block]
-            is_offloaded = block >= self._num_first
-            if self._followers is not None and all_before[block] != ROOT:
-                followers = self._offloaded_followers if is_offloaded else self._followers
-                assert followers is not None
-                followers.remove(block, all_before[block])
+            before = all_before[block]
             all_before[block] = _UNKNOWN
-            self._num_known -= 1
-            self.num_offloaded -= is_offloaded
-            self.num_changes += 1
-            if self._salts:
-                self._salts.pop(block, None)
-            if observer is not None:
-                observer.removed(hashes[block], int(is_offloaded))
+            num_removed += 1
+            if is_heard:
+                self._note_removed(block, before)
+        self._num_known -= num_removed
+        self.num_changes += num_removed
+
+    def _note_removed(self, block: int, before: int) -> None:
+        """Takes note of it where a block that is known no more, and followed another, was listed beside."""
+        is_offloaded = block >= self._num_first
+        if self._followers is not None and before != ROOT:
+            followers = self._offloaded_followers if is_offloaded else self._followers
+            assert followers is not None
+            followers.remove(block, before)
+        self.num_offloaded -= is_offloaded
+        self._salts.pop(block, None)
+        if self.observer is not None:
+            self.observer.removed(self._hashes[block], int(is_offloaded))
 
     def clear(self) -> None:
         """Forgets all."""
