@@ -45,6 +45,8 @@ class PromptTokens:
         while self._prime**num_digits < 2**_CONTENT_BITS:
             num_digits += 1
         self._points = range(num_digits)
+        # What a content's digits but the lowest add at each point, of the content that was asked for last.
+        self._rest, self._values = -1, [0]
 
     def __call__(self, request: TraceRequest) -> "array[int]":
         """The tokens of a request's prompt, `array("i")` of prompt_len items.
@@ -80,18 +82,22 @@ class PromptTokens:
     def _piece(self, content: int, size: int) -> "array[int]":
         if content < self._prime:  # a polynomial of one coefficient is the same everywhere
             return array("i", (content,)) * size
+        rest, lowest = divmod(content, self._prime)
+        if rest != self._rest:  # of contents that follow each other it is the same
+            self._rest, self._values = rest, [point * self._value(rest, point) for point in self._points]
+        group = array("i", [(value + lowest) % self._prime for value in self._values])
+        return (group * -(-size // len(group)))[:size]
+
+    def _value(self, content: int, point: int) -> int:
+        """The polynomial of a content's digits at a point, modulo p."""
         digits = []
         while content:
             content, digit = divmod(content, self._prime)
             digits.append(digit)
-        digits.reverse()
-        group = array("i")
-        for point in self._points:
-            value = 0
-            for digit in digits:
-                value = value * point + digit
-            group.append(value % self._prime)
-        return (group * -(-size // len(group)))[:size]
+        value = 0
+        for digit in reversed(digits):
+            value = (value * point + digit) % self._prime
+        return value
 
     def _checked(self, tokens: "array[int]") -> "array[int]":
         if not tokens:

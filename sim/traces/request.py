@@ -20,9 +20,11 @@ DEFAULT_HASH_BLOCK_SIZE = 512
 BYTES_PER_TOKEN = 4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, unsafe_hash=True)
 class TraceRequest:
-    """A request as a trace has it; a bad value is a `TraceError` that names the field.
+    """A request as a trace has it; a bad value is a `TraceError` that names the field. Nobody changes one.
+
+    It is not a frozen class, because such a one takes thrice as long to make.
 
     arrival_time: seconds from the trace's start.
     prompt, prompt_token_ids, prompt_len: text, ids, or only a length; exactly one is given. With ids,
@@ -66,11 +68,11 @@ class TraceRequest:
 
     def __post_init__(self) -> None:
         if type(self.arrival_time) is not float or not 0 <= self.arrival_time <= checks.LARGEST:
-            object.__setattr__(self, "arrival_time", check_seconds("arrival_time", self.arrival_time))
+            self.arrival_time = check_seconds("arrival_time", self.arrival_time)
         if type(self.output_len) is not int or not 1 <= self.output_len <= MAX_LEN:
-            object.__setattr__(self, "output_len", check_integer("output_len", self.output_len, 1))
+            self.output_len = check_integer("output_len", self.output_len, 1)
         if self.priority != 0 or type(self.priority) is not int:
-            object.__setattr__(self, "priority", check_integer("priority", self.priority, -MAX_LEN))
+            self.priority = check_integer("priority", self.priority, -MAX_LEN)
         check_text("id", self.id, empty=True)
         for name, value in (
             ("session", self.session),
@@ -82,11 +84,11 @@ class TraceRequest:
             if value is not None:
                 check_text(name, value)
         if self.deadline_s is not None:
-            object.__setattr__(self, "deadline_s", check_seconds("deadline_s", self.deadline_s))
+            self.deadline_s = check_seconds("deadline_s", self.deadline_s)
         if self.delay_s is not None:
-            object.__setattr__(self, "delay_s", check_seconds("delay_s", self.delay_s))
+            self.delay_s = check_seconds("delay_s", self.delay_s)
         if self.after is not None:
-            object.__setattr__(self, "after", _texts("after", self.after))
+            self.after = _texts("after", self.after)
         if self.num_context_chars is not None:
             num_chars = len(self.prompt or "")
             check_integer("num_context_chars", self.num_context_chars, 1, max(1, num_chars - 1))
@@ -108,26 +110,26 @@ class TraceRequest:
             check_text("prompt", self.prompt)
         elif self.prompt_token_ids is not None:
             ids = _integers("prompt_token_ids", self.prompt_token_ids, MAX_LEN)
-            object.__setattr__(self, "prompt_token_ids", ids)
+            self.prompt_token_ids = ids
             if self.prompt_len is not None and self.prompt_len != len(ids):
                 raise bad_value("prompt_len", self.prompt_len, f"{len(ids)}, as many as prompt_token_ids")
             if not ids:
                 raise bad_value("prompt_token_ids", [], "at least one id")
-            object.__setattr__(self, "prompt_len", len(ids))
+            self.prompt_len = len(ids)
         elif self.prompt_len is None:
             raise bad_value("prompt_len", None, "one of prompt, prompt_token_ids, prompt_len")
         elif type(self.prompt_len) is not int or not 1 <= self.prompt_len <= MAX_LEN:
-            object.__setattr__(self, "prompt_len", check_integer("prompt_len", self.prompt_len, 1))
+            self.prompt_len = check_integer("prompt_len", self.prompt_len, 1)
 
     def _check_hash_ids(self) -> None:
         if self.prompt_len is None or self.prompt_token_ids is not None:
             raise TraceError("hash_ids: found them beside a known prompt, expected them with prompt_len only")
         if self.hash_block_size is None:
-            object.__setattr__(self, "hash_block_size", DEFAULT_HASH_BLOCK_SIZE)
+            self.hash_block_size = DEFAULT_HASH_BLOCK_SIZE
         size = check_integer("hash_block_size", self.hash_block_size, 1)
-        object.__setattr__(self, "hash_block_size", size)
+        self.hash_block_size = size
         ids = _integers("hash_ids", self.hash_ids, MAX_HASH_ID)
-        object.__setattr__(self, "hash_ids", ids)
+        self.hash_ids = ids
         expected = -(-self.prompt_len // size)
         if len(ids) != expected:
             pieces = f"one for each {size} of {self.prompt_len} tokens"
