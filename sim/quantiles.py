@@ -130,10 +130,11 @@ class LogHistogram:
         return _summary(self, self._count, self._sum)
 
     def _bin(self, value: float) -> int:
-        if value > 0:
-            clamped = min(max(value, self._SMALLEST), self._LARGEST)
-            return math.ceil(math.log(clamped) * self._PER_LOG)
-        return self._ZERO
+        if not self._SMALLEST <= value <= self._LARGEST:
+            if value <= 0:
+                return self._ZERO
+            value = min(max(value, self._SMALLEST), self._LARGEST)
+        return math.ceil(math.log(value) * self._PER_LOG)
 
     def _value(self, key: int) -> float:
         if key == self._ZERO:

@@ -238,8 +238,10 @@ class ReplicaListener(StepListener):
         running, waiting, swapped = self._running, self._waiting, len(self.swapped)
         for bucket, span_s in self._timeline.during(start_s, time_s):
             bucket.running_time += running * span_s
-            bucket.waiting_time += waiting * span_s
-            bucket.swapped_time += swapped * span_s
+            if waiting:
+                bucket.waiting_time += waiting * span_s
+            if swapped:
+                bucket.swapped_time += swapped * span_s
             bucket.batch_tokens_time += num_tokens * span_s
             bucket.used_blocks_time += self.used_blocks * span_s
             if run.used_blocks > bucket.peak_blocks:

@@ -81,8 +81,7 @@ class Timeline:
         """The buckets that a span of time touches, and the seconds of it in each."""
         bucket = self.at(end_s)
         assert self.start_s is not None
-        start, end = start_s - self.start_s, end_s - self.start_s
-        width = self.width_s
+        start, end, width = start_s - self.start_s, end_s - self.start_s, self.width_s
         first, last = int(start / width), int(end / width)
         if first == last and start >= first * width:  # as mostly
             return [(bucket, end - start)]
