@@ -3,23 +3,31 @@
 A policy is confirmed on the real engine in two ways. Its decisions: a trace is served with a step log, and a
 simulation whose steps take as long decides the same, step by step. And its bits: every token of every answer
 and its log-probability are those that the same request gets alone.
+
+A router is confirmed on several real engines. Measured times would tell which of them is ahead, so they take
+their steps in turns: a round is a second for each, and some requests come with it. The simulation of that has
+steps of a second, and must send each request to the same engine, whose steps it must decide alike.
 """
 
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError, PagellmError
+from pagellm.engine.scheduling.batch import ScheduledBatch
 from pagellm.engine.scheduling.policies import KINDS
+from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.engine.user_policy import user_module
 from pagellm.sim.costs.cost_model import CostModel
+from pagellm.sim.fleet.fleet import Group
+from pagellm.sim.fleet.replica import Replica
 from pagellm.sim.report.schema import Report
-from pagellm.sim.router import Router
+from pagellm.sim.router import CheckedRouter, Router
 from pagellm.sim.simulator import Simulator, foresee
 from pagellm.sim.traces.prompt_tokens import PromptTokens
 from pagellm.sim.traces.request import TraceRequest
@@ -27,11 +35,15 @@ from pagellm.sim.traces.trace import Trace
 
 if TYPE_CHECKING:
     from pagellm.engine.llm_engine import LLMEngine
+    from pagellm.engine.requests.outputs import RequestOutput
 
 _LONGEST_PROMPT, _LONGEST_ANSWER = 48, 12  # tokens of a request that is served to confirm
 _PIECE, _MOST_PIECES = 8, 6  # tokens of one piece of a prompt whose pieces the trace tells apart, and pieces
 # What of a step is a measurement and no decision.
 _MEASURED = ("transfer_s", "duration_s")
+# And what is, too, where rounds take the place of time.
+_TIMES = ("step", "start_s", "costs", "replica", "config")
+_ENGINES, _A_ROUND = 2, 2  # engines that a router chooses between, and requests that come in a round
 
 
 @dataclass(frozen=True)
@@ -135,6 +147,8 @@ class Confirmation:
 
     def __call__(self, entry: Entry) -> tuple[int, int]:
         """How many steps and tokens were the same. Raises `PagellmError` for the first that was not."""
+        if entry.setting == "router":
+            return self._route(entry)
         with tempfile.TemporaryDirectory() as folder:
             real, simulated = Path(folder, "real.jsonl"), Path(folder, "simulated.jsonl")
             config = replace(self._config, **entry.settings, step_log=str(real))
@@ -154,6 +168,74 @@ class Confirmation:
             Simulator(complete, CostModel.load(real), prompt_tokens=self._prompt_tokens).replay(trace)
             self._compare(entry, happened, _steps(simulated), answers)
         return len(happened), sum(len(answer) for answer in answers)
+
+    def _route(self, entry: Entry) -> tuple[int, int]:
+        """The same of several engines and the router between them."""
+        requests = [replace(one, arrival_time=float(i // _A_ROUND)) for i, one in enumerate(self._requests)]
+        with tempfile.TemporaryDirectory() as folder:
+            logs = [Path(folder, f"{number}.jsonl") for number in range(_ENGINES)]
+            simulated, results = Path(folder, "simulated.jsonl"), Path(folder, "results.jsonl")
+            # What is measured would say how one makes way.
+            config = replace(self._config, preemption="recompute")
+            engines = [self._engine(replace(config, step_log=str(log))) for log in logs]
+            try:
+                chosen, answers = self._serve_in_rounds(entry, engines, requests)
+                complete = replace(engines[0].config, step_log=str(simulated))
+            finally:
+                for engine in engines:
+                    engine.close()
+            Simulator(
+                complete,
+                _Rounds(),
+                prompt_tokens=self._prompt_tokens,
+                replicas=_ENGINES,
+                router=str(entry.value),
+                results=results,
+            ).replay(Trace.from_requests(requests))
+            sent = {one["id"]: one["replica"] for one in map(json.loads, results.read_text().splitlines())}
+            for request, number in zip(requests, chosen, strict=True):
+                place = sent[request.id]
+                if place != number:
+                    raise PagellmError(
+                        f"{entry.name}: request {request.id} went to engine {number}, simulated {place}"
+                    )
+            decided = _steps(simulated)
+            for number, log in enumerate(logs):
+                happened = _without_times(_steps(log))
+                of_engine = _without_times([step for step in decided if step["replica"] == number])
+                self._compare(entry, happened, of_engine, answers)
+        return len(decided), sum(len(answer) for answer in answers)
+
+    def _serve_in_rounds(
+        self, entry: Entry, engines: list["LLMEngine"], requests: list[TraceRequest]
+    ) -> tuple[list[int], list[list[Any]]]:
+        """The engine that each request was sent to, and the answers."""
+        router, group = CheckedRouter(str(entry.value)), Group(costs=_Rounds(), config=engines[0].config)
+        replicas = [Replica(number, group) for number in range(len(engines))]
+        for replica, engine in zip(replicas, engines, strict=True):
+            replica.scheduler, replica.loop = engine.scheduler, engine.loop
+        router.show(replicas)
+        chosen: list[int] = []
+        outputs: dict[str, RequestOutput] = {}
+        under_way: dict[str, tuple[Replica, Sequence]] = {}
+        for now in count():
+            came: list[list[TraceRequest]] = [[] for _ in engines]
+            for request in [one for one in requests if one.arrival_time == now]:
+                sequence = Sequence(len(chosen), self._prompt_tokens(request), request.sampling_params())
+                chosen.append(router.choose(sequence))
+                came[chosen[-1]].append(request)
+                replicas[chosen[-1]].unfinished.add(sequence)
+                under_way[request.id] = replicas[chosen[-1]], sequence
+            for engine, new in zip(engines, came, strict=True):
+                for request in new:
+                    outputs[request.id] = self._add(engine, request)
+                for output in engine.step():
+                    if output.finished:
+                        replica, sequence = under_way.pop(output.request_id)
+                        replica.unfinished.remove(sequence)
+            if len(chosen) == len(requests) and not under_way:
+                break
+        return chosen, [_answer(outputs[request.id]) for request in requests]
 
     def _compare(
         self,
@@ -181,16 +263,51 @@ class Confirmation:
 
     def _served(self, engine: "LLMEngine", requests: list[TraceRequest]) -> list[list[Any]]:
         """The tokens of each answer with their log-probabilities."""
-        outputs = []
         engine.restart_clock()
-        for request in requests:
-            params = replace(request.sampling_params(), logprobs=0)
-            outputs.append(engine.add_request(request.id, self._prompt_tokens(request).tolist(), params))
+        outputs = [self._add(engine, request) for request in requests]
         while engine.has_unfinished:
             engine.step()
-        return [
-            [(one.token_id, one.logprob) for one in output.outputs[0].logprobs or []] for output in outputs
+        return list(map(_answer, outputs))
+
+    def _add(self, engine: "LLMEngine", request: TraceRequest) -> "RequestOutput":
+        params = replace(request.sampling_params(), logprobs=0)
+        return engine.add_request(request.id, self._prompt_tokens(request).tolist(), params)
+
+
+class _Rounds(CostModel):
+    """Every step is a round."""
+
+    name = "a second a step"
+
+    def step_time(self, batch: ScheduledBatch) -> float:
+        return 1.0
+
+
+def _answer(output: "RequestOutput") -> list[Any]:
+    """Its tokens with their log-probabilities."""
+    return [(one.token_id, one.logprob) for one in output.outputs[0].logprobs or []]
+
+
+def _without_times(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What one engine's scheduler decided, its sequences numbered as they came to it."""
+    numbers: dict[int, int] = {}
+    told = []
+    for step in steps:
+        for added in step["added"]:
+            numbers[added["sequence"]] = len(numbers)
+        kept = {name: value for name, value in step.items() if name not in _TIMES}
+        for name in ("scheduled", "admitted", "tables", "finished", "ended"):
+            kept[name] = [[numbers[one], *rest] for one, *rest in step[name]]
+        kept["forked"] = [[numbers[child], numbers[parent]] for child, parent in step["forked"]]
+        kept["added"] = [
+            {**one, "sequence": numbers[one["sequence"]], "arrival_s": 0} for one in step["added"]
         ]
+        kept["preempted"] = [
+            [numbers[one["sequence"]], one["by"], numbers[one["needed_by"]], one["num_computed_tokens"]]
+            for one in step["preempted"]
+        ]
+        told.append(kept)
+    return told
 
 
 def _steps(path: Path) -> list[dict[str, Any]]:

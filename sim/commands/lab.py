@@ -109,12 +109,11 @@ def _confirm(options: argparse.Namespace, trace: Trace, found: list[Entry]) -> l
     results = []
     for entry in found:
         result: dict[str, Any] = {"policy": entry.name, "steps": None, "tokens": None, "error": None}
-        if entry.setting != "router":  # an engine that is alone has nothing to route
-            print(f"{entry.name} on {options.confirm} ...", file=sys.stderr, flush=True)
-            try:
-                result["steps"], result["tokens"] = confirm(entry)
-            except PagellmError as error:
-                result["error"] = str(error)
+        print(f"{entry.name} on {options.confirm} ...", file=sys.stderr, flush=True)
+        try:
+            result["steps"], result["tokens"] = confirm(entry)
+        except PagellmError as error:
+            result["error"] = str(error)
         results.append(result)
     return results
 
@@ -122,8 +121,6 @@ def _confirm(options: argparse.Namespace, trace: Trace, found: list[Entry]) -> l
 def _confirmed_text(result: dict[str, Any]) -> str:
     if result["error"]:
         return f"{result['policy']}: NOT confirmed: {result['error']}"
-    if result["steps"] is None:
-        return f"{result['policy']}: chooses between engines, so one engine cannot confirm it"
     return (
         f"{result['policy']}: confirmed: {result['steps']} steps decided alike, {result['tokens']} tokens to "
         "the bit"

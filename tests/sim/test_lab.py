@@ -7,6 +7,7 @@ import pytest
 
 from pagellm.__main__ import main
 from pagellm.engine import ConfigError
+from pagellm.engine.errors import PagellmError
 from pagellm.sim import Trace, TraceRequest
 from pagellm.sim.lab import Confirmation, entries, small
 from tests.conftest import model_path
@@ -47,9 +48,26 @@ def test_each_policy_is_short_and_its_decisions_and_bits_are_the_engines(
 ) -> None:
     assert len(Path(path).read_text("utf-8").splitlines()) < 40
     for entry in entries([path]):
-        if entry.setting != "router":
-            steps, _ = confirm(entry)
-            assert steps > 60
+        steps, _ = confirm(entry)
+        assert steps > 60
+
+
+def test_a_router_that_decides_otherwise_on_real_engines_is_not_confirmed(
+    confirm: Confirmation, tmp_path: Path
+) -> None:
+    path = tmp_path / "moody.py"
+    path.write_text(
+        "from pagellm.sim import Router\n"
+        "class Moody(Router):\n"
+        "    made = 0\n"
+        "    def __init__(self):\n"
+        "        Moody.made += 1\n"
+        "    def choose(self, sequence, replicas):\n"
+        "        return 1 if Moody.made > 2 and len(sequence.token_ids) == 33 else 0\n"
+    )
+    [entry] = entries([str(path)])
+    with pytest.raises(PagellmError, match=r"^Moody: request \d+ went to engine 0, simulated 1"):
+        confirm(entry)
 
 
 def test_the_laboratory_prints_a_row_for_each(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
