@@ -46,6 +46,48 @@ def json_rule(schema: Any, form: Mapping[str, Any]) -> str:
     return "%json " + json.dumps({"x-guidance": _json_options(form), **schema})
 
 
+def closed_where_unsaid(schema: Any) -> Any:
+    """A schema whose objects have the properties that it names, and others only where it says so.
+
+    Where it leaves that open JSON Schema lets anything come, and a small model goes on with properties until
+    its tokens are spent; OpenAI's strict mode and vLLM's default backend take it so as well. A schema that
+    puts objects together of parts stays as it is: each part would exclude what the others name.
+    """
+    return _closed_at(schema, 0) if not _has_part(schema, 0) else schema
+
+
+# What puts an object together, or says what else it may have.
+_PARTS = frozenset({"allOf", "if", "then", "else", "dependentSchemas", "unevaluatedProperties"})
+_BESIDE = frozenset({"additionalProperties", "patternProperties", "$ref", "anyOf", "oneOf", "not"})
+_VALUES = frozenset({"enum", "const", "default", "examples"})  # which are no schemas
+_DEEPEST = 200  # a deeper one is refused anyway
+
+
+def _has_part(value: Any, depth: int) -> bool:
+    if depth > _DEEPEST:
+        return True
+    if isinstance(value, list):
+        return any(_has_part(one, depth + 1) for one in value)
+    if not isinstance(value, Mapping):
+        return False
+    return bool(_PARTS & value.keys()) or any(
+        _has_part(one, depth + 1) for name, one in value.items() if name not in _VALUES
+    )
+
+
+def _closed_at(value: Any, depth: int) -> Any:
+    if isinstance(value, list):
+        return [_closed_at(one, depth + 1) for one in value]
+    if not isinstance(value, Mapping):
+        return value
+    closed = {name: one if name in _VALUES else _closed_at(one, depth + 1) for name, one in value.items()}
+    named, required = value.get("properties"), value.get("required", [])
+    says_all = value.get("type") == "object" and isinstance(required, list) and not _BESIDE & value.keys()
+    if says_all and isinstance(named, Mapping) and all(one in named for one in required):
+        closed["additionalProperties"] = False
+    return closed
+
+
 def _with_closed(schema: Any, form: Mapping[str, Any]) -> Any:
     return _closed(schema) if form.get("disable_additional_properties") else schema
 

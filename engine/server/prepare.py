@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from pagellm.engine.checks import JsonError, integer, integers, parse_json, text
 from pagellm.engine.errors import RequestError, found
+from pagellm.engine.grammar.forms import closed_where_unsaid
 from pagellm.engine.llm import LLM
 from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.requests.structured import StructuredOutputs
@@ -175,7 +176,7 @@ def _form_of_response(response_format: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if kind == "json_object":
         schema = response_format.get("schema")  # llama.cpp's server has one here
-        return {"json_object": True} if schema is None else {"json": schema}
+        return {"json_object": True} if schema is None else {"json": closed_where_unsaid(schema)}
     if kind == "structural_tag":
         return {"structural_tag": response_format}
     described = response_format.get("json_schema", response_format if "schema" in response_format else None)
@@ -188,7 +189,7 @@ def _form_of_response(response_format: dict[str, Any]) -> dict[str, Any] | None:
         raise RequestError(
             f"response_format.json_schema: found {found(described)}, expected an object with a schema"
         )
-    return {"json": described.get("schema", {"type": "object"})}
+    return {"json": closed_where_unsaid(described.get("schema", {"type": "object"}))}
 
 
 def compile_form(llm: LLM, request: GenerationRequest, form: StructuredOutputs) -> None:

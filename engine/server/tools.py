@@ -25,6 +25,7 @@ from uuid import uuid4
 
 from pagellm.engine.checks import flag
 from pagellm.engine.errors import RequestError, found
+from pagellm.engine.grammar.forms import closed_where_unsaid
 from pagellm.engine.grammar.tool_grammar import Tool, ToolGrammars, answer_rule
 from pagellm.engine.llm import LLM
 from pagellm.engine.requests.structured import StructuredOutputs
@@ -161,7 +162,8 @@ def read_tools(tools: Any) -> list[Tool]:
             )
         is_strict = strict is not None and flag(f"tools[{index}].function.strict", strict)
         schema = parameters or {"type": "object", "properties": {}}
-        known[name] = Tool(name, {"type": "object", **schema}, is_strict, index)
+        whole = closed_where_unsaid({"type": "object", **schema})
+        known[name] = Tool(name, whole, is_strict, index)
     return list(known.values())
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pagellm.engine import LLM, SamplingParams
+from pagellm.engine.grammar.forms import closed_where_unsaid
 from tests.engine.server.test_clients import HELLO, ask, refusal
 
 pytest.importorskip("fastapi", reason="the server's tests need the extra serve")
@@ -87,6 +88,47 @@ def test_vllms_and_llama_cpps_fields_are_obeyed_at_both_endpoints(
         "choices"
     ]
     assert (said["text"] in allowed, said["finish_reason"]) == (True, "stop")
+
+
+OPEN = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+CLOSED = OPEN | {"additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("schema", "closed"),
+    [
+        (OPEN, CLOSED),
+        ({"type": "array", "items": OPEN}, {"type": "array", "items": CLOSED}),
+        ({"$ref": "#/$defs/x", "$defs": {"x": OPEN}}, {"$ref": "#/$defs/x", "$defs": {"x": CLOSED}}),
+        ({"anyOf": [OPEN, {"type": "null"}]}, {"anyOf": [CLOSED, {"type": "null"}]}),
+        *(
+            (as_it_is, as_it_is)
+            for as_it_is in (
+                OPEN | {"additionalProperties": True},
+                OPEN | {"additionalProperties": {"type": "string"}},
+                OPEN | {"patternProperties": {"^x": {}}},
+                OPEN | {"required": ["a", "b"]},
+                OPEN | {"anyOf": [{"required": ["b"]}]},
+                {"allOf": [OPEN, {"properties": {"b": {}}}]},
+                {"enum": [OPEN]},
+                {"type": "object"},
+                True,
+                [3],
+            )
+        ),
+    ],
+)
+def test_an_object_has_what_its_schema_names_unless_it_says_more(schema: Any, closed: Any) -> None:
+    assert closed_where_unsaid(schema) == closed
+
+
+def test_an_answer_ends_where_its_schema_does(server: Any) -> None:
+    """As OpenAI's strict mode has it."""
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": OPEN}}
+    body = {"prompt": "a", "max_tokens": 90, "n": 12, "seed": 1, "response_format": form}
+    choices = ask(server, "/v1/completions", body)["choices"]
+    assert {choice["finish_reason"] for choice in choices} == {"stop"}
+    assert all(json.loads(choice["text"]).keys() == {"a"} for choice in choices)
 
 
 @pytest.mark.parametrize(
