@@ -21,7 +21,7 @@ Importance = NDArray[np.float32] | None
 
 _SPAN = BLOCK * K_SPAN
 # How often units are made better.
-_ROUNDS = 2
+_ROUNDS = 1
 # More than a float16 scales in any type, and small enough for sums of its powers.
 _LARGEST = 1e9
 _TOO_LARGE = "too large for a float16 to scale them"

@@ -71,26 +71,28 @@ def search_steps_and_offsets(values, weights, size, highest, steps, offsets):
             least, greatest = min(least, values[i]), max(greatest, values[i])
             sum_w += weights[i]
             sum_x += weights[i] * values[i]
-        steps[block], offsets[block] = np.float32(0.0), -least
-        if not greatest > least:
+        spread = greatest - least
+        steps[block], offsets[block] = spread / np.float32(highest), -least
+        if not spread > np.float32(0.0):
             continue
-        best = np.float32(np.inf)
+        best = np.float32(-np.inf)
         for _ in range(_PASSES):
             trial_offset = offsets[block]
-            spread = greatest + trial_offset
             for trial in range(-_STEPS, _STEPS + 1):
-                inverse = (np.float32(highest) + _REACH * np.float32(trial) / np.float32(_STEPS)) / spread
+                levels = np.float32(highest) + _REACH * np.float32(trial) / np.float32(_STEPS)
+                inverse = levels / (greatest + trial_offset)
                 sum_l, sum_ll, sum_lx = _fit(values, weights, start, size, trial_offset, inverse, 0, highest)
-                step, offset = np.float32(1.0) / inverse, trial_offset
                 determinant = sum_w * sum_ll - sum_l * sum_l
-                if determinant > np.float32(0.0):
-                    step = (sum_w * sum_lx - sum_x * sum_l) / determinant
-                    offset = (sum_l * sum_lx - sum_ll * sum_x) / determinant
-                    if offset < np.float32(0.0):
-                        step, offset = sum_lx / sum_ll, np.float32(0.0)
-                loss = _loss(values, weights, start, size, step, offset, trial_offset, inverse, 0, highest)
-                if loss < best and step > np.float32(0.0):
-                    best = loss
+                if not determinant > np.float32(0.0):
+                    continue
+                step = (sum_w * sum_lx - sum_x * sum_l) / determinant
+                offset = (sum_l * sum_lx - sum_ll * sum_x) / determinant
+                if offset < np.float32(0.0):
+                    step, offset = sum_lx / sum_ll, np.float32(0.0)
+                # The loss is that of all zeros less this, for the step and the offset that fit best.
+                gain = step * sum_lx - offset * sum_x
+                if gain > best and step > np.float32(0.0):
+                    best = gain
                     steps[block], offsets[block] = step, offset
 
 
