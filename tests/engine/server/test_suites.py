@@ -5,6 +5,7 @@ what is not installed is skipped.
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -30,6 +31,21 @@ doc_to_choice: "{{{{choices}}}}"
 doc_to_target: "{{{{gold}}}}"
 target_delimiter: ""
 metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+
+
+PERPLEXITY = """
+task: perplexity_here
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list:
+  - metric: byte_perplexity
 """
 
 
@@ -95,14 +111,39 @@ def test_lm_evals_cloze_task_gets_the_log_probabilities_of_the_engine(
     assert len(read) == 3
     for doc, sample in zip(docs, read, strict=True):
         for choice, (score, _) in zip(doc["choices"], (one[0] for one in sample["resps"]), strict=True):
-            assert float(score) == pytest.approx(loglikelihood(llm, doc["query"], choice), rel=1e-12)
+            whole, before = llm.tokenizer.encode(doc["query"] + choice), llm.tokenizer.encode(doc["query"])
+            expected = loglikelihood(llm, before, whole[len(before) :])
+            assert float(score) == pytest.approx(expected, rel=1e-12)
 
 
-def loglikelihood(llm: LLM, context: str, choice: str) -> float:
-    """The sum of the choice's tokens behind the context, as lm-eval defines it."""
-    whole, before = llm.tokenizer.encode(context + choice), llm.tokenizer.encode(context)
+def test_lm_evals_perplexity_is_that_of_the_engine(llm: LLM, server: Any, tmp_path: Path) -> None:
+    """By `echo`, in windows of the context's length, with the tokenizer that the server tells of."""
+    texts = ["hello world and the quick brown fox", "the quick, the brown and the fox " * 3]
+    data = tmp_path / "docs.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "perplexity_here.yaml").write_text(PERPLEXITY.format(data=data))
+    url = f"base_url={server.url}/v1/completions,model=tiny,tokenizer_backend=remote,tokenized_requests=True"
+    run(
+        [
+            tool("lm_eval"), "--model", "local-completions", "--model_args", f"{url},max_length=200",
+            "--tasks", "perplexity_here", "--include_path", str(tmp_path),
+            "--output_path", str(tmp_path / "out"),
+        ],
+        tmp_path, OPENAI_API_KEY="unused",
+    )  # fmt: skip
+    [found] = (tmp_path / "out").glob("**/results_*.json")
+    tokenizer = llm.tokenizer
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    total = sum(loglikelihood(llm, [first], tokenizer.encode(text)) for text in texts)
+    expected = math.exp(-total / sum(len(text.encode()) for text in texts))
+    scores = json.loads(found.read_text())["results"]["perplexity_here"]
+    assert scores["byte_perplexity,none"] == pytest.approx(expected, rel=1e-12)
+
+
+def loglikelihood(llm: LLM, before: list[int], behind: list[int]) -> float:
+    """The sum of the log-probabilities of the tokens behind others, as lm-eval defines it."""
     params = SamplingParams(max_tokens=1, prompt_logprobs=1, temperature=0)
-    [output] = llm.generate({"prompt_token_ids": whole}, params)
+    [output] = llm.generate({"prompt_token_ids": before + behind}, params)
     return sum(one.logprob for one in output.prompt_logprobs[len(before) :])
 
 
