@@ -5,13 +5,14 @@ import numpy as np
 from pagellm.kernels.jit import kernel
 from pagellm.kernels.simd import LANES, absolute, broadcast, exp, fma, load, maximum, store, where_at_least
 
-SILU, GELU_TANH, GELU, RELU, RELU_SQUARED = range(5)
+SILU, GELU_TANH, GELU, RELU, RELU_SQUARED, CLAMPED_SWIGLU = range(6)
 KINDS = {
     "silu": SILU,
     "gelu_tanh": GELU_TANH,
     "gelu": GELU,
     "relu": RELU,
     "relu_squared": RELU_SQUARED,
+    "clamped_swiglu": CLAMPED_SWIGLU,
 }
 
 _SQRT_2_OVER_PI = 0.7978845608028654
@@ -41,10 +42,19 @@ def _upper_tail(t):
 def activate(kind, gated, x, start, size, up_offset, out):
     """`out[i] = f(x[start + i])` for i < size; if gated, times `x[start + up_offset + i]` (Shazeer 2020).
 
-    x and out: flat, readable and writable up to a whole vector.
+    CLAMPED_SWIGLU is GPT-OSS's (OpenAI 2025): min(x, 7) sigmoid(1.702 min(x, 7)), and the other half stays
+    within +- 7 and is added to 1. x and out: flat, readable and writable up to a whole vector.
     """
     one = broadcast(np.float32(1.0))
     zero = broadcast(np.float32(0.0))
+    if kind == CLAMPED_SWIGLU:
+        least, factor = broadcast(np.float32(-7.0)), broadcast(np.float32(-1.702))
+        for i in range(0, size, LANES):  # of a NaN and a number the second is the greater
+            value = zero - maximum(least, zero - load(x, start + i))
+            linear = zero - maximum(least, zero - load(x, start + up_offset + i))
+            linear = maximum(least, linear)
+            store(out, i, (linear + one) * (value / (one + exp(factor * value))))
+        return
     if kind == SILU:  # x / (1 + exp(-x)) (Hendrycks and Gimpel 2016)
         for i in range(0, size, LANES):
             value = load(x, start + i)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pagellm.kernels.activation import CLAMPED_SWIGLU
 from pagellm.kernels.jit import shared
 from pagellm.kernels.packing import FLOAT32, PANEL, padded, panel_words
 from pagellm.kernels.simd import LANES
@@ -43,6 +44,7 @@ LAYER = np.dtype(
         ("value_dim", np.int64),  # of what each head gives
         ("query_rank", np.int64),  # what queries are compressed to before; 0: they are not
         ("latent_epsilon", np.float64),  # of the norms of what is compressed
+        ("sinks", np.int64),  # whether each head gives a learned share of its weights to nothing
         ("qkv_clip", np.float64),  # queries, keys and values stay within +- this; 0: they stay as they are
         ("num_experts", np.int64),  # feed-forwards of which each token passes through a few; 0: none
         ("experts_per_token", np.int64),
@@ -74,6 +76,7 @@ _DEFAULTS: dict[str, Any] = {
     "value_dim": 0,
     "query_rank": 0,
     "latent_epsilon": 0.0,
+    "sinks": 0,
     "qkv_clip": 0.0,
     "num_experts": 0,
     "experts_per_token": 0,
@@ -112,6 +115,10 @@ def layer_rows(num_layers: int, **features: Any) -> NDArray[np.void]:
         rows[name] = value
     if (rows["parallel"] & rows["post_norm"]).any():
         raise ValueError("features: found post_norm in a parallel layer, expected one of the two")
+    if ((rows["latent_dim"] > 0) & (rows["sinks"] != 0)).any():
+        raise ValueError("features: found sinks beside latent_dim, expected one of the two")
+    if ((rows["activation"] == CLAMPED_SWIGLU) & (rows["gated"] == 0)).any():
+        raise ValueError("features: found clamped_swiglu without a gate, expected one")
     if ((rows["latent_dim"] > 0) & ((rows["qk_norm"] != NONE) | (rows["sub_norm"] != 0))).any():
         raise ValueError("features: found qk_norm or sub_norm beside latent_dim, expected neither")
     return rows
@@ -320,6 +327,7 @@ LAYER_PARTS = (
         "value_up_b", lambda arch, row: (int(row["num_heads"] * row["value_dim"]),), Kind.BIAS, _latent_heads
     ),
     *_norm("attention_sub_norm", "sub_norm", lambda arch, row: heads_size(row)),
+    Part("sinks", lambda arch, row: (int(row["num_heads"]) if row["sinks"] else 0,), Kind.VECTOR),
     Part("output", lambda arch, row: (arch.hidden_size, heads_size(row)), Kind.MATRIX),
     Part("output_b", lambda arch, row: (arch.hidden_size,), Kind.BIAS),
     *_norm("attention_post_norm", "post_norm", _hidden_size),

@@ -481,10 +481,12 @@ def attention(
 
 
 @kernel
-def merge_states(states, first, end, num_heads, value_dim, out):
+def merge_states(states, first, end, num_heads, value_dim, sinks, sinks_start, out):
     """Joins one token's states `first` to `end`, in order, to the attention's output [num_heads * value_dim].
 
-    out: up to a whole vector more. Overwrites the first state.
+    sinks: holds at `sinks_start` the score of each head that no value belongs to, a share of the weights that
+    is given to nothing (Xiao et al. 2023); sinks_start < 0: heads have none. out: up to a whole vector more.
+    Overwrites the first state.
     """
     row_words, size = state_words(value_dim), _num_sums(value_dim)
     for head in range(num_heads):
@@ -492,5 +494,10 @@ def merge_states(states, first, end, num_heads, value_dim, out):
         for state in range(first + 1, end):
             _merge(states, total, states, (state * num_heads + head) * row_words, size)
         inverse = broadcast(np.float32(1.0) / states[total + size + 1])
+        if sinks_start >= 0:
+            sink, greatest = sinks[sinks_start + head], states[total + size]
+            old = first_lane(exp(broadcast(greatest - max(greatest, sink))))
+            new = first_lane(exp(broadcast(sink - max(greatest, sink))))
+            inverse = broadcast(old / (states[total + size + 1] * old + new))
         for d in range(0, value_dim, LANES):
             store(out, head * value_dim + d, load(states, total + d) * inverse)

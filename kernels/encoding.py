@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pagellm.kernels.packing import (
     BFLOAT16,
     BLOCK,
+    FLOAT4,
     FLOAT8,
     FLOAT32,
     FP4,
@@ -57,6 +58,7 @@ GGUF_FORMATS = {
     "IQ4_XS": TABLE4_K,
     "TQ1_0": INT2,
     "TQ2_0": INT2,
+    "MXFP4": FLOAT4,
 }
 
 # Those that hold levels of a quantizer's directory, by what they stand for (`engine.checkpoints.quantized`);
@@ -195,10 +197,11 @@ def from_gguf(dtype: str, raw: Bytes) -> Blocks:
     levels, scales, halves = _READERS[dtype](raw)
     blocks = np.ascontiguousarray(levels).reshape(N, -1, BLOCK)
     num_bytes, num_halves = LAYOUTS[format].num_bytes, LAYOUTS[format].num_halves
+    spans = -(-blocks.shape[1] // LAYOUTS[format].span)
     return Blocks(
         _planes(format, blocks),
         np.ascontiguousarray(scales).view(np.uint8).reshape(*blocks.shape[:2], num_bytes),
-        np.ascontiguousarray(halves).view(np.uint16).reshape(N, -1, num_halves),
+        np.ascontiguousarray(halves).view(np.uint16).reshape(N, spans, num_halves),
     )
 
 
@@ -273,6 +276,10 @@ def _tq1_0(raw: Bytes) -> _Parts:
     return np.concatenate(parts, axis=-1), raw[..., :0], raw[..., 52:]
 
 
+def _mxfp4(raw: Bytes) -> _Parts:
+    return _shifted(raw[..., 1:], 4, BLOCK // 2), raw[..., :1], raw[..., :0]
+
+
 def _tq2_0(raw: Bytes) -> _Parts:
     return _shifted(raw[..., :64], 2, BLOCK), raw[..., :0], raw[..., 64:]
 
@@ -292,4 +299,5 @@ _READERS: dict[str, Callable[[Bytes], _Parts]] = {
     "IQ4_XS": _iq4_xs,
     "TQ1_0": _tq1_0,
     "TQ2_0": _tq2_0,
+    "MXFP4": _mxfp4,
 }

@@ -11,6 +11,8 @@ import numpy as np
 from pagellm.kernels.jit import kernel, shared
 from pagellm.kernels.packing import (
     BLOCK,
+    FLOAT4,
+    FLOAT4_TABLE,
     FLOAT8,
     FLOAT32,
     FP4,
@@ -59,6 +61,7 @@ from pagellm.kernels.simd import (
     load_high_nibbles,
     load_int8,
     load_low_nibbles,
+    load_powers,
     prefetch,
     store,
     table_intrinsics,
@@ -68,6 +71,7 @@ SCALES, MINIMA = 8 * PANEL, 10 * PANEL
 PREPARED_WORDS = 12 * PANEL
 _VECTORS = PANEL // LANES
 _expand_table, dot_table = table_intrinsics(TABLE)
+_expand_float4, dot_float4 = table_intrinsics(FLOAT4_TABLE)
 _expand_int8 = expand_int8(INT8_STEP)
 _expand_nf4, _expand_fp4 = expand_table(NF4_TABLE), expand_table(FP4_TABLE)
 
@@ -120,6 +124,8 @@ def _expand_block(format, w, place, out, at):
         expand_levels(2, 0, _VECTORS, w, place, 1 if format == INT2 else 0, out, at)
     elif format in (TABLE4, TABLE4_K):
         _expand_table(_VECTORS, w, place, out, at)
+    elif format == FLOAT4:
+        _expand_float4(_VECTORS, w, place, out, at)
     elif format in (INT4_ZERO, INT4_ZERO_32):
         expand_nibbles(_VECTORS, w, place, place + block_words(format) * PANEL, out, at)
     else:
@@ -155,6 +161,8 @@ def prepare_scales(format, w, place, halves, out, at):
     for v in range(0, PANEL, LANES):
         if has_float_scales(format):
             store(out, at + v + SCALES, load(w, halves + v))
+        elif format == FLOAT4:
+            store(out, at + v + SCALES, load_powers(w, bytes + v // 4))
         elif has_scale_bytes(format):
             _multiply_scales(format, w, bytes + v // 4, halves + v // 2, out, at + v)
         else:

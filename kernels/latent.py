@@ -121,7 +121,8 @@ def merge_latents(member, layer, arch, weights, num_rows, plan, work):
     while first < end:
         for row in range(first, end):
             merge_states(
-                plan.states, state_start[row], state_start[row + 1], heads, latent, member.scratch
+                plan.states, state_start[row], state_start[row + 1], heads, latent, weights.values, plain(-1),
+                member.scratch,
             )  # fmt: skip
             # From the last on: packing a head spoils what is behind it.
             for head in range(heads - 1, -1, -1):

@@ -11,6 +11,7 @@ from pagellm.kernels.expansion import (
     MINIMA,
     PREPARED_WORDS,
     SCALES,
+    dot_float4,
     dot_table,
     has_halves_apart,
     prepare_scales,
@@ -20,6 +21,7 @@ from pagellm.kernels.packing import (
     BFLOAT16,
     BLOCK,
     CHUNK,
+    FLOAT4,
     FLOAT32,
     GROUP,
     INT2,
@@ -299,6 +301,8 @@ def _level_tile(height: int) -> Any:
                 prepare_scales(INT5_K, w, column, halves, scratch, 0)
             elif format in (INT5, TABLE4, INT2):  # they are halves in all of these
                 prepare_scales(INT5, w, column, halves, scratch, 0)
+            elif format == FLOAT4:
+                prepare_scales(FLOAT4, w, column, halves, scratch, 0)
             else:
                 prepare_scales(format, w, column, halves, scratch, 0)
             if has_halves_apart(format):
@@ -327,6 +331,8 @@ def _level_tile(height: int) -> Any:
                     ints = dot_nibbles(ints, height, x, at, INT_CHUNK, w, column, zeros)
                 elif format in (TABLE4, TABLE4_K):
                     ints = dot_table(ints, height, x, at, INT_CHUNK, w, column)
+                elif format == FLOAT4:
+                    ints = dot_float4(ints, height, x, at, INT_CHUNK, w, column)
                 elif format == INT2:
                     ints = dot_levels(ints, height, x, at, INT_CHUNK, w, column, 2, 0, zero, 0, 8)
                 else:

@@ -27,9 +27,10 @@ blocks of its span. A quantized weight is a level q, unsigned, of so many bits:
     FLOAT8         8            d d     4    d * q, q an E4M3
     INT8_127       8            d d     8    d * q / 127, q signed
     NF4, FP4       4            d d     2    d * a table of floats[q]
+    FLOAT4         4    e               1    2^(e - 128) * FLOAT4_TABLE[q]          (MXFP4)
 
 Two halves d are one float32 a column, a word each. INT8_ROW multiplies activations of which each row has one
-scale: its products are integers to the end. FLOAT8 and those after it become floats in the nearest cache and
+scale: its products are integers to the end. FLOAT8 to FP4 become floats in the nearest cache and
 meet activations as FLOAT32 does, with its bits.
 
 The bits of the levels lie in one or two planes, of 8, 4, 2 or 1 bits: with b bits, byte j of word i % b holds
@@ -74,8 +75,8 @@ from pagellm.kernels.simd import (
 
 (
     FLOAT32, BFLOAT16, INT8, INT4, INT4_MIN, INT5, INT5_MIN, INT4_K, INT5_K, INT6_K, INT3_K, INT2_K, INT2,
-    TABLE4, TABLE4_K, INT4_ZERO, INT4_ZERO_32, INT8_ROW, FLOAT8, INT8_127, NF4, FP4,
-) = range(22)  # fmt: skip
+    TABLE4, TABLE4_K, INT4_ZERO, INT4_ZERO_32, INT8_ROW, FLOAT8, INT8_127, NF4, FP4, FLOAT4,
+) = range(23)  # fmt: skip
 BLOCK = 32
 K_SPAN = 8  # blocks that share halves in the formats that have bytes, too
 
@@ -117,9 +118,12 @@ LAYOUTS = (
     Layout("int8 / 127", 8, num_halves=2, span=8, float_scale=True, inputs=FLOAT32),
     Layout("nf4", 4, num_halves=2, span=2, float_scale=True, inputs=FLOAT32),
     Layout("fp4", 4, num_halves=2, span=2, float_scale=True, inputs=FLOAT32),
+    Layout("float4", 4, num_bytes=1),
 )
 # The values of the levels of IQ4_NL and IQ4_XS.
 TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+# The doubled values of the floats of 4 bits, E2M1 (Rouhani et al. 2023).
+FLOAT4_TABLE = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 # Those of bitsandbytes' levels: NF4 (Dettmers et al. 2023, appendix E), and its own float of 4 bits.
 NF4_TABLE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -351,6 +355,9 @@ def _scale_at(format, panels, panel, block, half, column):
     halves = panel + halves_place(format, block)
     if has_float_scales(format):
         return panels[halves + column], np.float32(0.0)
+    if format == FLOAT4:
+        exponent = _byte_at(panels, panel + block_place(format, block) + block_words(format) * PANEL, column)
+        return np.float32(2.0 ** ((exponent & 0xFF) - 128)), np.float32(0.0)
     scale, minimum = _float16_at(panels, halves, column), np.float32(0.0)
     if has_minima(format):
         minimum = _float16_at(panels, halves + PANEL // 2, column)
@@ -415,6 +422,8 @@ def unpack_column(format, panels, start, K, column, out, out_start):
             level -= _byte_at(panels, at - position + block_words(format) * PANEL, position)
         elif format in (TABLE4, TABLE4_K):
             level = TABLE[level]
+        elif format == FLOAT4:
+            level = FLOAT4_TABLE[level]
         value = np.float32(level - _ZEROS[format]) * scale
         out[out_start + k] = value + minimum if has_minima(format) else value
 

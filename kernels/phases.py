@@ -269,7 +269,8 @@ def merge_rows(member, layer, arch, weights, num_rows, plan, work):
     while first < end:
         for row in range(first, end):
             merge_states(
-                plan.states, state_start[row], state_start[row + 1], heads, head_dim, member.scratch
+                plan.states, state_start[row], state_start[row + 1], heads, head_dim, weights.values,
+                parts.sinks.start if features.sinks else -1, member.scratch,
             )  # fmt: skip
             if features.sub_norm:
                 _normalize(

@@ -163,6 +163,12 @@ def relu(x: ArrayLike) -> Floats:
     return np.clip(_exact(x), 0.0, None)
 
 
+def clamped_swiglu(gate: ArrayLike, linear: ArrayLike) -> Floats:
+    """OpenAI 2025: both halves clamped at 7, from below the linear one alone."""
+    gate, linear = np.minimum(_exact(gate), 7), np.clip(_exact(linear), -7, 7)
+    return gate / (1 + np.exp(-1.702 * gate)) * (linear + 1)
+
+
 def relu_squared(x: ArrayLike) -> Floats:
     """So et al. 2021: the square of the positive part."""
     return relu(x) ** 2
@@ -189,13 +195,20 @@ def rotary(x: ArrayLike, position: int, frequencies: ArrayLike) -> Floats:
 
 
 def attention(
-    queries: ArrayLike, keys: ArrayLike, values: ArrayLike, scale: float, window: int = 0, cap: float = 0.0
+    queries: ArrayLike,
+    keys: ArrayLike,
+    values: ArrayLike,
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+    sinks: ArrayLike | None = None,
 ) -> Floats:
     """Causal attention (Vaswani et al. 2017) of one sequence's last T tokens to all of its S tokens.
 
     queries: [T, num_heads, head_dim]; keys, values: [S, num_kv_heads, own size]. Consecutive query heads
     share a KV head (Ainslie et al. 2023). window: the last tokens that each sees, itself included (Beltagy
-    et al. 2020), or 0; cap: of `softcap`, for the scores.
+    et al. 2020), or 0; cap: of `softcap`, for the scores. sinks: [num_heads], a score each that no value
+    belongs to (Xiao et al. 2023).
     """
     queries, keys, values = _exact(queries), _exact(keys), _exact(values)
     num_queries, num_heads, _ = queries.shape
@@ -207,8 +220,10 @@ def attention(
         for head in range(num_heads):
             kv_head = head * num_kv_heads // num_heads
             scores = softcap(keys[seen, kv_head] @ queries[t, head] * scale, cap)
-            weights = np.exp(scores - scores.max())
-            out[t, head] = weights @ values[seen, kv_head] / weights.sum()
+            greatest = scores.max() if sinks is None else max(scores.max(), _exact(sinks)[head])
+            weights = np.exp(scores - greatest)
+            given = weights.sum() + (0 if sinks is None else np.exp(_exact(sinks)[head] - greatest))
+            out[t, head] = weights @ values[seen, kv_head] / given
     return out
 
 

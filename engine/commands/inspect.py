@@ -11,7 +11,13 @@ from pagellm.engine.config import QUANTIZATIONS
 
 _LABEL_WIDTH = 15
 _LINE_WIDTH = 110
-_GATED_NAMES = {"silu": "SwiGLU", "gelu_tanh": "GeGLU (tanh)", "gelu": "GeGLU", "relu": "ReGLU"}
+_GATED_NAMES = {
+    "silu": "SwiGLU",
+    "gelu_tanh": "GeGLU (tanh)",
+    "gelu": "GeGLU",
+    "relu": "ReGLU",
+    "clamped_swiglu": "clamped SwiGLU",
+}
 _PLAIN_NAMES = {"silu": "SiLU", "gelu_tanh": "GELU (tanh)", "gelu": "GELU", "relu": "ReLU"}
 
 
@@ -146,6 +152,8 @@ def _layer(features: dict[str, Any], rope: list[dict[str, Any]]) -> list[str]:
         texts.append("norms inside attention and feed-forward")
     if features["parallel"]:
         texts.append("attention and feed-forward in parallel")
+    if features["sinks"]:
+        texts.append("attention sinks")
     if features["qkv_clip"]:
         texts.append(f"queries, keys and values clipped at {features['qkv_clip']:g}")
     if features["residual_scale"] != 1:

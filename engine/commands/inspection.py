@@ -67,7 +67,7 @@ _QK_NORMS = {NONE: "none", PER_HEAD: "per head", WHOLE: "whole"}
 _ROUTERS = {SOFTMAX: "softmax", TOP_SOFTMAX: "softmax of the chosen", SIGMOID: "sigmoid"}
 _SWITCHES = (
     *("gated", "pre_norm", "post_norm", "sub_norm", "parallel"),
-    *("renormalize", "selection_bias", "expert_bias", "shared_gate"),
+    *("sinks", "renormalize", "selection_bias", "expert_bias", "shared_gate"),
 )
 # Where a configuration says what can be told of a model that no reader takes: GGUF's key, config.json's.
 _FACTS = {

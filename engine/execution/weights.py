@@ -217,10 +217,12 @@ def _load_matrix(
         if as_it_is and isinstance(tensor, QuantizedTensor):
             blocks = _kept_blocks(tensor, source, first, last, format)
         elif as_it_is and tensor.dtype in GGUF_FORMATS:
-            blocks = from_gguf(tensor.dtype, _unpair(tensor.quantized_rows(first, last), source))
+            blocks = from_gguf(
+                tensor.dtype, _unpair(tensor.quantized_rows(first, last)[:: source.step], source)
+            )
         elif source.transposed:
             [(begin, end)] = source.ranges
-            blocks = encode(format, plain_rows(tensor, source, first, last).T[begin:end])
+            blocks = encode(format, plain_rows(tensor, source, first, last).T[begin : end : source.step])
         else:
             blocks = encode(format, plain_rows(tensor, source, first, last))
         halves = blocks.halves.view(np.float32 if has_float_scales(format) else np.float16)
@@ -271,19 +273,21 @@ def _chunks(source: Source) -> Iterator[tuple[int, int, int]]:
     ranges = (source.input_range,) if source.transposed else source.ranges
     width = source.shape[1] if len(source.shape) == 2 else 1
     head_dim = source.outputs // source.paired_heads if source.paired_heads else 1
-    unit = BLOCK if source.transposed else head_dim  # rows that belong together
+    every = 1 if source.transposed else source.step
+    unit = BLOCK if source.transposed else max(head_dim, every)  # rows that belong together
     step = max(1, _READ_BYTES // (4 * width) // unit) * unit
     offset = 0
     for begin, end in ranges:
         for first in range(begin, end, step):
             last = min(first + step, end)
-            yield first, last, offset + first - begin
-        offset += end - begin
+            yield first, last, offset + (first - begin) // every
+        offset += -(-(end - begin) // every)
 
 
 def plain_rows(tensor: Tensor, source: Source, first: int, last: int) -> NDArray[np.float32]:
     """Rows of a tensor in float32, in the order and with the summand that the source says."""
-    rows = _unpair(tensor.rows(first, last), source)
+    rows = tensor.rows(first, last)
+    rows = _unpair(rows if source.transposed else rows[:: source.step], source)
     return rows + np.float32(source.add) if source.add else rows
 
 

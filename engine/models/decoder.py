@@ -28,7 +28,7 @@ from pagellm.kernels.architecture import (
 # biases ("_b") among them, and have {} in the place of the expert's number where each expert has its own
 # tensors. "shared_up" and "shared_down" are the feed-forward beside experts, where it has other names.
 Names = Mapping[str, str | tuple[str, ...]]
-_NAMED_IN_FULL = ("expert_up", "expert_down", "expert_up_b", "expert_down_b", "selection_bias")
+_NAMED_IN_FULL = ("expert_up", "expert_down", "expert_up_b", "expert_down_b", "selection_bias", "sinks")
 # Of all layers together: more than any model has, and few enough to be listed in a second or two.
 _MAX_EXPERTS = 1 << 17
 
@@ -43,6 +43,7 @@ class Differences(TypedDict, total=False):
     grouped_qkv: bool
     transposed: bool
     transposed_experts: Collection[str]
+    interleaved_experts: bool
     num_positions: int
     first_position: int
     embedding_scale: float
@@ -58,7 +59,8 @@ class Decoder:
     features: of `layer_rows`, a number for all layers or one for each. biases: the parts that have one.
     norm_add: added to the weights of norms. paired: Q and K are stored as neighbouring rotary pairs.
     grouped_qkv: a fused QKV tensor has, for each KV head, its queries, the key and the value. transposed:
-    the matrices of layers are stored as [inputs, outputs]; transposed_experts: the parts of experts that are.
+    the matrices of layers are stored as [inputs, outputs]; transposed_experts: the parts of experts that are;
+    interleaved_experts: outputs of an expert's gate and of its linear half take turns in one tensor.
     first_position: the row of the learned positions
     that is position 0's. repeated: of `ModelSpec`. max_positions: what the
     checkpoint says; its RoPE tables may be made for more.
@@ -80,6 +82,7 @@ class Decoder:
     grouped_qkv: bool = False
     transposed: bool = False
     transposed_experts: Collection[str] = ()
+    interleaved_experts: bool = False
     num_positions: int = 0
     first_position: int = 0
     embedding_scale: float = 1.0
@@ -157,11 +160,14 @@ class Decoder:
         for expert in range(experts):
             for half in range(halves):
                 tensor = tensors[0 if fused else half]
+                step = halves if fused and self.interleaved_experts else 1
+                first = half if step > 1 else half * outputs
                 yield Source(
                     tensor.format(expert),
                     stored[::-1] if transposed else stored,
                     transposed=transposed,
-                    rows=((half * outputs, (half + 1) * outputs),) if fused else None,
+                    rows=((first, first + outputs if step == 1 else halves * outputs),) if fused else None,
+                    step=step,
                     stack=None if "{}" in tensor else (expert, experts),
                 )
 

@@ -46,6 +46,7 @@ NAMES: Names = {
     "up": ("ffn_gate", "ffn_up"),
     "mlp_sub_norm": "ffn_sub_norm",
     "down": "ffn_down",
+    "sinks": "attn_sinks.weight",
     "router": "ffn_gate_inp",
     "selection_bias": "exp_probs_b.bias",
     "expert_up": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),

@@ -18,18 +18,19 @@ class Source:
     """One tensor of a checkpoint and how its rows become output columns of a part.
 
     shape: as the checkpoint stores it, [outputs, inputs], or [inputs, outputs] where `transposed`; one number
-    for vectors. rows: the ranges of outputs that are taken, in this order; None: all. inputs_taken: the range
-    of inputs that are, where `transposed`; None: all. paired_heads: the outputs are so many heads, of each of
-    which rotary_dim (0: all), from rotary_start on, are stored as rotary pairs (0, 1), (2, 3), ... and not as
-    (0, D/2), (1, D/2 + 1), ...; a range holds whole heads. add: what is added to each element.
-    stack: which of how many is meant where the tensor has several of this shape, one after the other:
-    [count, *shape], or [count * shape[0], ...].
+    for vectors. rows: the ranges of outputs that are taken, in this order; None: all. step: of a range every
+    step-th output is, from the first on. inputs_taken: the range of inputs, where `transposed`; None:
+    all. paired_heads: the outputs are so many heads, of each of which rotary_dim (0: all), from rotary_start
+    on, are stored as rotary pairs (0, 1), (2, 3), ... and not as (0, D/2), (1, D/2 + 1), ...; a range holds
+    whole heads. add: what is added to each element. stack: which of how many is meant where the tensor has
+    several of this shape, one after the other: [count, *shape], or [count * shape[0], ...].
     """
 
     tensor: str
     shape: tuple[int, ...]
     transposed: bool = False
     rows: tuple[tuple[int, int], ...] | None = None
+    step: int = 1
     inputs_taken: tuple[int, int] | None = None
     paired_heads: int = 0
     rotary_dim: int = 0
@@ -54,7 +55,7 @@ class Source:
     @property
     def outputs(self) -> int:
         """The output columns that it becomes."""
-        return sum(end - first for first, end in self.ranges)
+        return sum(-(-(end - first) // self.step) for first, end in self.ranges)
 
     @property
     def size(self) -> int:

@@ -46,6 +46,7 @@ from pagellm.kernels.simd.planes import (
     load_high_nibbles,
     load_int8,
     load_low_nibbles,
+    load_powers,
     table_intrinsics,
 )
 from pagellm.kernels.simd.tiles import (
@@ -120,6 +121,7 @@ __all__ = [
     "load_int8",
     "load_int32",
     "load_low_nibbles",
+    "load_powers",
     "load_tile",
     "maximum",
     "nearest",

@@ -89,6 +89,22 @@ def load_high_nibbles(typing: Any, array: Any, index: Any) -> Any:
     return _load_bytes(convert)(typing, array, index)
 
 
+@intrinsic
+def load_powers(_typing: Any, array: Any, index: Any) -> Any:
+    """2 to the power of (e - 128) for `LANES` bytes e from word `index` on; the least two are subnormal."""
+    require_float32(array)
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = element_pointer(context, builder, signature.args[0], *arguments, count=LANES // 4)
+        exponent = builder.zext(load_at(builder, pointer, ir.VectorType(I8, LANES)), INT_VECTOR)
+        is_subnormal = builder.icmp_signed("<", exponent, int_splat(2))
+        normal = builder.shl(builder.sub(exponent, int_splat(1)), int_splat(23))
+        subnormal = builder.add(builder.shl(exponent, int_splat(21)), int_splat(1 << 21))
+        return builder.bitcast(builder.select(is_subnormal, subnormal, normal), VECTOR)
+
+    return vector(array, types.intp), emit
+
+
 def _plane_bits(builder: Any, words: list[Any], num_bits: int, word: int, position: int) -> Any:
     """What a plane of `num_bits` bits has for input word `word`, moved up to bit `position` of each byte."""
     mask = ((1 << num_bits) - 1 << position) * 0x01010101

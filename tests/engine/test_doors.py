@@ -96,7 +96,7 @@ UNKNOWN_KEYS: list[tuple[dict[str, Any], str]] = [
     # Which mixtures know: they have not so many.
     (
         {"num_local_experts": 8, "num_experts_per_tok": 2},
-        r"num_|(router\.layer|gate)\.weight (has|is missing)",
+        r"num_|(router(\.layer)?|gate)\.weight (has|is missing)",
     ),
     ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "rope_"),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config: found 'gptq'"),

@@ -11,6 +11,8 @@ from pagellm.kernels.encoding import encode
 from pagellm.kernels.packing import (
     BFLOAT16,
     BLOCK,
+    FLOAT4,
+    FLOAT4_TABLE,
     FLOAT8,
     FLOAT32,
     FP4,
@@ -98,6 +100,8 @@ def random_blocks(format: int, rng: np.random.Generator, N: int, K: int) -> Bloc
         scales = rng.standard_normal((N, 1 if format == INT8_ROW else spans, 1)) / 100
         scales = np.broadcast_to(scales.astype(np.float32), (N, spans, 1))
         return Blocks(words, bytes, np.ascontiguousarray(scales).view(np.uint16))
+    if format == FLOAT4:  # around 1; a byte more or less is twice or half as much
+        bytes = bytes % 8 + np.uint8(122)
     halves = rng.standard_normal((N, spans, layout.num_halves)) / 100
     return Blocks(words, bytes, halves.astype(np.float16).view(np.uint16))
 
@@ -156,13 +160,15 @@ def levels_of(format: int, blocks: Blocks) -> NDArray[Any]:
             levels[..., i] |= (field & ((1 << num_bits) - 1)) << position
     if format in (INT4_ZERO, INT4_ZERO_32):
         return levels - blocks.bytes.astype(np.int64)
-    tables = {TABLE4: TABLE, TABLE4_K: TABLE, NF4: NF4_TABLE, FP4: FP4_TABLE}
+    tables = {TABLE4: TABLE, TABLE4_K: TABLE, NF4: NF4_TABLE, FP4: FP4_TABLE, FLOAT4: FLOAT4_TABLE}
     return np.array(tables[format])[levels] if format in tables else levels - layout.zero
 
 
 def scales_of(format: int, blocks: Blocks) -> tuple[Exact, Exact]:
     """The scales of the halves of the blocks, [N, blocks, 2], and their minima, or none."""
     layout = LAYOUTS[format]
+    if format == FLOAT4:
+        return np.ldexp(1.0, blocks.bytes.astype(np.int64) - 128).repeat(2, axis=2), np.zeros(0)
     kind = np.float32 if layout.float_scale else np.float16
     halves = blocks.halves.view(kind).astype(np.float64).repeat(layout.span, axis=1)
     halves = halves[:, : blocks.words.shape[1]]

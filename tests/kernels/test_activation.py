@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pagellm.kernels.activation import GELU, GELU_TANH, KINDS, RELU, RELU_SQUARED, SILU, activate, softcap
+from pagellm.kernels.activation import (
+    CLAMPED_SWIGLU,
+    GELU,
+    GELU_TANH,
+    KINDS,
+    RELU,
+    RELU_SQUARED,
+    SILU,
+    activate,
+    softcap,
+)
 from pagellm.kernels.simd import LANES
 from tests import oracles
 from tests.kernels.layouts import Matrix, random_matrix, whole_panels
@@ -18,7 +28,8 @@ ORACLES = {
     RELU_SQUARED: oracles.relu_squared,
 }
 both = pytest.mark.parametrize("gated", [False, True])
-each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+# Of the other kind the gate is no factor of its own.
+each_kind = pytest.mark.parametrize("kind", ORACLES, ids=lambda kind: list(KINDS)[kind])
 
 
 def activated(kind: int, gated: bool, x: Matrix, up: Matrix) -> Matrix:
@@ -65,6 +76,17 @@ def test_zero_stays_exactly_zero_and_large_values_themselves(kind: int, gated: b
     x, ones = np.array([0.0, 100.0, 1e6], np.float32), np.ones(3, np.float32)
     expected = x * x if kind == RELU_SQUARED else x
     np.testing.assert_array_equal(activated(kind, gated, x, ones), expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_both_halves_of_a_clamped_swiglu_are_clamped(size: int) -> None:
+    rng = np.random.default_rng(size)
+    x, up = random_matrix(rng, size) * 8, random_matrix(rng, size) * 8
+    found = activated(CLAMPED_SWIGLU, True, x, up)
+    np.testing.assert_allclose(found, oracles.clamped_swiglu(x, up), rtol=3e-6, atol=2e-6)
+    x[0] = np.nan
+    assert np.isnan(activated(CLAMPED_SWIGLU, True, x, up)[0])
+    assert np.isnan(activated(CLAMPED_SWIGLU, True, up, x)[0])
 
 
 def test_the_gate_is_the_first_half() -> None:

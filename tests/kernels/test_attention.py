@@ -261,7 +261,7 @@ def attend(
     rows = np.full((num_tokens, size + LANES + 8), 7.0, np.float32)
     for token in range(num_tokens):
         first, end = state_start[token], state_start[token + 1]
-        merge_states(states, first, end, heads.num_heads, heads.value_dim, rows[token])
+        merge_states(states, first, end, heads.num_heads, heads.value_dim, rows[token], -1, rows[token])
     assert (rows[:, -8:] == 7.0).all(), "wrote past the output"
     outputs = rows[:, :size].reshape(num_tokens, heads.num_heads, heads.value_dim)
     return np.split(outputs, query_start_loc[1:-1])

@@ -112,8 +112,10 @@ MIXTURE = layer_rows(
     attention_scale=0.3,
     rope_table=0,
     intermediate_size=[0, 48, 12, 0, 30, 20, 0],
-    activation=[0, 1, 0, 4, 1, 0, 0],
+    activation=[0, 1, 0, 5, 1, 0, 5],
     gated=[1, 1, 0, 1, 1, 0, 1],
+    sinks=[0, 1, 0, 1, 0, 0, 1],
+    window=[0, 5, 0, 0, 0, 0, 0],
     parallel=[0, 0, 0, 0, 0, 1, 0],
     post_norm=[0, 0, 0, 0, 1, 0, 0],
     pre_norm=[1, 1, 1, 1, 0, 1, 1],
@@ -286,7 +288,8 @@ class Definition:
                 heads_of[:] = turned
             q *= QUERY_SCALES[table, : len(x), None, None]
         scale, cap = float(row["attention_scale"]), float(row["attention_softcap"])
-        attended = oracles.attention(q, k, v, scale, int(row["window"]), cap).reshape(len(x), -1)
+        sinks = parts["sinks"] if row["sinks"] else None
+        attended = oracles.attention(q, k, v, scale, int(row["window"]), cap, sinks).reshape(len(x), -1)
         attended = self.norm(attended, parts, "attention_sub_norm")
         return oracles.matmul(attended, parts["output"], parts["output_b"])
 
@@ -298,6 +301,8 @@ class Definition:
 
     def activated(self, x: Exact, row: NDArray[np.void]) -> Exact:
         gate, *linear = np.split(x, 2, axis=1) if row["gated"] else (x,)
+        if row["activation"] == activation.CLAMPED_SWIGLU:
+            return oracles.clamped_swiglu(gate, *linear)
         return ACTIVATIONS[row["activation"]](gate) * (linear[0] if linear else 1)
 
     def experts(self, x: Exact, row: NDArray[np.void], parts: Parts) -> Exact:

@@ -72,6 +72,7 @@ FEATURES = (
     ("granitemoeshared", "bf16"),  # a softmax of the chosen, and a feed-forward beside the experts
     ("qwen2_moe", "int8"),  # which is gated
     ("ernie4_5_moe", "none"),  # experts chosen with a bias, in some layers
+    ("gpt_oss_mxfp4", "auto"),  # attention sinks, experts in MXFP4 with biases
 )
 # Models that quantizers wrote: each format of their levels, with inputs in an order of their own or not.
 QUANTIZED = ("gptq_order", "gptq_zeros_order", "awq_32", "w8a8", "fp8_block", "llm_int8", "nf4", "fp4")

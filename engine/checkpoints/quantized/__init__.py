@@ -1,8 +1,8 @@
 """Hugging Face directories whose weights a quantizer wrote: several tensors a matrix become one again.
 
-Knows GPTQ, AWQ, compressed-tensors, FP8 and bitsandbytes: their keys, each of which is obeyed, known to
-change nothing, or refused by name; their tensors; and what their levels stand for. Other methods are left as
-they are, for `models.hub_quantization` to refuse.
+Knows GPTQ, AWQ, compressed-tensors, FP8, bitsandbytes and MXFP4: their keys, each of which is obeyed, known
+to change nothing, or refused by name; their tensors; and what their levels stand for. Other methods are left
+as they are, for `models.hub_quantization` to refuse.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +17,7 @@ from pagellm.engine.checkpoints.quantized.fp8 import read_fp8
 from pagellm.engine.checkpoints.quantized.gptq import read_awq, read_gptq
 from pagellm.engine.checkpoints.quantized.matrix import QuantizedTensor
 from pagellm.engine.checkpoints.quantized.modules import Modules
+from pagellm.engine.checkpoints.quantized.mxfp4 import read_mxfp4
 from pagellm.engine.checkpoints.quantized.section import Section
 from pagellm.engine.errors import found
 
@@ -28,6 +29,7 @@ _READERS: Mapping[str, Callable[[Section, Modules], str]] = {
     "compressed-tensors": read_compressed_tensors,
     "fp8": read_fp8,
     "bitsandbytes": read_bitsandbytes,
+    "mxfp4": read_mxfp4,
 }
 _KEYS = ("quantization_config", "compression_config")
 # What older quantizers write beside a config.json, and what of it must agree with what that says.
