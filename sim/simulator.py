@@ -28,7 +28,7 @@ from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.engine.step_log import StepLogFile, StepRecord, StepRecorder
 from pagellm.sim.costs.cost_model import CostConstant, CostModel
-from pagellm.sim.fleet.account import account
+from pagellm.sim.fleet.account import Use, account
 from pagellm.sim.fleet.fleet import Fleet, Group
 from pagellm.sim.fleet.pools import Pools
 from pagellm.sim.fleet.replica import Replica
@@ -200,7 +200,7 @@ class Simulator:
                 "rate_factor": self.rate_factor,
                 "clients": self.clients,
                 "replicas": fleet.num_replicas,
-                "router": self.router if fleet.max_replicas > 1 else None,
+                "router": self.router if fleet.max_engines > 1 else None,
                 "timeout_s": self.timeout_s,
             },
             fleet=replay.account(),
@@ -229,7 +229,7 @@ class Replay:
             simulator.slo,
             simulator.results,
             sizes.pop() if len(sizes) == 1 else None,
-            fleet.max_replicas > 1,
+            fleet.max_engines > 1,
         )
         self._step_log = None if config.step_log is None else StepLogFile(config.step_log, is_live=False)
         self._perfetto = None if simulator.perfetto is None else PerfettoTrace(simulator.perfetto)
@@ -254,7 +254,7 @@ class Replay:
         kind = group.name if len(self.fleet.groups) > 1 else None
         replica.loop.listen(self.metrics.add(replica.scheduler, kind))
         if self._step_log is not None:
-            number = replica.number if self.fleet.max_replicas > 1 else None
+            number = replica.number if self.fleet.max_engines > 1 else None
             replica.loop.listen(StepRecorder(replica.scheduler, self._record, group.complete, number))
         if self._perfetto is not None:
             replica.loop.listen(self._perfetto.listener(replica.scheduler, replica.number))
@@ -262,7 +262,9 @@ class Replay:
 
     def account(self) -> FleetData:
         """What the fleet took, when the replay is over."""
-        return account(self.fleet, self.replicas, self.metrics)
+        whole = [(-math.inf, math.inf)]
+        uses = [Use(one.group, whole, self.metrics.busy_s(one.number)) for one in self.replicas]
+        return account(self.fleet, uses, self.metrics)
 
     def _handlers(self) -> dict[EventKind, Callable[[float, Any], Event | None]]:
         """What happens at each kind of event; each may return an event that follows."""
@@ -396,7 +398,7 @@ class Replay:
             if not batch.sequences and not batch.shed:
                 self._none_computed(replica, batch, now)
                 return None
-            duration_s = _duration_s(replica.costs, batch)
+            duration_s = self._duration_s(now, replica, batch)
             times, durations_s = self._next_steps(now, replica, batch, duration_s)
             if len(durations_s) < 2:
                 break
@@ -411,6 +413,12 @@ class Replay:
                 batch, duration_s = following, last_s
                 break
         return (now + duration_s, EventKind.STEP_END, replica.number, (replica, batch, duration_s))
+
+    def _duration_s(self, now: float, replica: Replica, batch: ScheduledBatch) -> float:
+        """Seconds of a step that begins now."""
+        costs = replica.costs
+        seconds = costs.step_time(batch) if batch.sequences else costs.empty_step_time()
+        return checked_seconds(costs, seconds)
 
     def _next_steps(
         self, now: float, replica: Replica, batch: ScheduledBatch, duration_s: float
@@ -501,13 +509,11 @@ class Replay:
         return TraceError(f"{self._trace.name}: request {request.id!r}: {error}")
 
 
-def _duration_s(costs: CostModel, batch: ScheduledBatch) -> float:
-    duration_s = costs.step_time(batch) if batch.sequences else costs.empty_step_time()
-    if not duration_s >= 0:
-        raise ConfigError(
-            f"cost_model: {costs.name}: found {duration_s} seconds for a step, expected 0 or more"
-        )
-    return duration_s
+def checked_seconds(costs: CostModel, seconds: float) -> float:
+    """What a step takes, as step times have it. Raises `ConfigError`."""
+    if not seconds >= 0:
+        raise ConfigError(f"cost_model: {costs.name}: found {seconds} seconds for a step, expected 0 or more")
+    return seconds
 
 
 def _constants(fleet: Fleet) -> list[CostConstant]:

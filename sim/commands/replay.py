@@ -172,7 +172,7 @@ def _simulator(options: argparse.Namespace, **others: Any) -> Simulator:
     from pagellm.sim.fleet.file import read_fleet
 
     has_costs = options.profile is not None or options.roofline is not None
-    for name in ("set_cost", "costs"):
+    for name in ("set_cost", "costs", "pipeline_parallel", "data_parallel"):
         if getattr(options, name) and not has_costs:
             raise ConfigError(f"{_flag(name)}: not without step times of all groups; a group has its own")
     costs = _cost_model(options) if has_costs else None
@@ -198,7 +198,8 @@ def _cost_model(options: argparse.Namespace) -> CostModel:
 
 def _replay_for_real(trace: Trace, options: argparse.Namespace) -> Report:
     simulated = ("profile", "roofline", "set_cost", "costs", "timeout_s", "accept_profile_error")
-    for name in (*simulated, "fleet", "disaggregate", "link", "price"):
+    ways = "pipeline_parallel", "data_parallel", "disaggregate"
+    for name in (*simulated, *ways, "fleet", "link", "price"):
         if getattr(options, name):
             raise ConfigError(f"{_flag(name)}: not with --real, which serves on this machine")
     if options.replicas != 1:

@@ -135,6 +135,16 @@ def add_roofline(choice: "argparse._ActionsContainer", parser: "argparse._Action
         f"experts ({', '.join(CHOICES['experts'])}), expert_loads (a file), or one of {', '.join(CONSTANTS)}",
     )  # fmt: skip
     parser.add_argument(
+        "--pipeline-parallel",
+        type=int,
+        metavar="N",
+        help="N stages of --roofline's devices have the layers in turn",
+    )
+    parser.add_argument(
+        "--data-parallel", type=int, metavar="N",
+        help="N ranks of --roofline's devices, each with a scheduler; of a mixture, they share the experts",
+    )  # fmt: skip
+    parser.add_argument(
         "--costs", metavar="FILE", help="constants of --roofline that `pagellm fit` has written"
     )
 
@@ -143,7 +153,9 @@ def cost_source(options: argparse.Namespace) -> CostSource:
     """What step times come from, of the options of a command. Raises `ConfigError`."""
     roofline = None if options.roofline is None else parse_roofline(options.roofline)
     constants = tuple(parse_constants(options.set_cost).items())
-    return CostSource(options.profile, roofline, constants, options.costs)
+    ways = options.pipeline_parallel, options.data_parallel
+    pipeline, data = (1 if way is None else way for way in ways)
+    return CostSource(options.profile, roofline, constants, options.costs, pipeline, data)
 
 
 def parse_roofline(text: str) -> tuple[str, str, int]:

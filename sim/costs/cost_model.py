@@ -86,8 +86,9 @@ class CostModel(ABC):
     constants that were fitted to a recorded run.
     frontend_s: seconds from a client's sending to an engine's having a request. place: the file that it is
     from. max_model_len: tokens that the model takes, if that is known. window: of the model, if that is
-    known: see `EngineConfig`. model_name: as a request may name it. num_devices: that one engine takes.
-    power_w, idle_power_w: of one of them while it computes, and while it does not, if that is known.
+    known: see `EngineConfig`. model_name: as a request may name it. num_devices: of one replica. num_stages:
+    of its pipeline; data_parallel: its ranks. power_w, idle_power_w: of a device while it computes, and while
+    it does not, if that is known.
     """
 
     name: str
@@ -100,8 +101,24 @@ class CostModel(ABC):
     window: int | None = None
     model_name: str | None = None
     num_devices: int = 1
+    num_stages: int = 1
+    data_parallel: int = 1
     power_w: float | None = None
     idle_power_w: float | None = None
+
+    @property
+    def num_engines(self) -> int:
+        """Engines of one replica, each with a scheduler and a KV cache of its own.
+
+        A data parallel rank is one. A pipeline has as many batches under way as it has stages, of as many
+        engines, among which its memory is divided: vLLM's virtual engines.
+        """
+        return self.num_stages * self.data_parallel
+
+    @property
+    def is_lockstep(self) -> bool:
+        """Whether the ranks of a replica have their steps together."""
+        return False
 
     @property
     def extrapolated(self) -> int:
@@ -129,10 +146,14 @@ class CostModel(ABC):
         model: str,
         num_devices: int = 1,
         *,
+        pipeline_parallel: int = 1,
+        data_parallel: int = 1,
         costs: str | os.PathLike[str] | None = None,
         **constants: float | str,
     ) -> "RooflineCostModel":
         """The estimate of a model on so many devices, by the rates of the hardware.
+
+        num_devices: that share each layer. pipeline_parallel, data_parallel: see `RooflineCostModel`.
 
         hardware: a name in hardware.json, or a JSON file like an entry of it. model: a name there, a
         config.json, a directory that has one, or a GGUF file. costs: a file of fitted constants, see
@@ -141,7 +162,9 @@ class CostModel(ABC):
         """
         from pagellm.sim.costs.roofline import RooflineCostModel
 
-        return RooflineCostModel.of_names(hardware, model, num_devices, costs=costs, **constants)
+        return RooflineCostModel.of_names(
+            hardware, model, num_devices, pipeline_parallel, data_parallel, costs=costs, **constants
+        )
 
     def settings(self, given: Mapping[str, Any]) -> EngineConfig:
         """The engine's settings: those given, else those of the run that was recorded, else the defaults.
@@ -203,6 +226,14 @@ class CostModel(ABC):
         the batch alone, and `next_start` is not asked.
         """
         return []
+
+    def stage_times(self, batch: ScheduledBatch) -> list[float]:
+        """Seconds of a step in each stage of a pipeline."""
+        return [self.step_time(batch)]
+
+    def joint_time(self, batches: Items[ScheduledBatch]) -> float:
+        """Seconds of a step that ranks have together, each with a batch of its own."""
+        return max(map(self.step_time, batches), default=0.0)
 
     def empty_step_time(self) -> float:
         """Seconds of a step that computes nothing, because all that waited has been shed."""

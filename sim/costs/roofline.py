@@ -7,6 +7,7 @@ computes a prompt and decodes beside it takes the time of both, as on a device.
 import json
 import os
 from collections.abc import Mapping
+from collections.abc import Sequence as Items
 from dataclasses import asdict
 from typing import Any
 
@@ -29,7 +30,11 @@ _LOGIT_PASSES = 3
 
 
 class RooflineCostModel(CostModel):
-    """Estimated step times of a model whose layers are spread over devices by tensor parallelism.
+    """Estimated step times of a model that is spread over devices.
+
+    num_devices share each layer (tensor parallelism). pipeline_parallel: so many stages of such devices have
+    the layers one after the other. data_parallel: so many ranks of all that have sequences of their own; of a
+    mixture, they share the experts.
 
     The operators are these, each at its own achieved shares of the peak rates (`constants.CONSTANTS`):
 
@@ -52,19 +57,30 @@ class RooflineCostModel(CostModel):
         hardware: Hardware,
         model: Model,
         num_devices: int = 1,
+        pipeline_parallel: int = 1,
+        data_parallel: int = 1,
         *,
         name: str = "roofline",
         fitted: FittedCosts | None = None,
         **given: float | str,
     ) -> None:
         integer("num_devices", num_devices, 1, error=ConfigError)
+        integer("data_parallel", data_parallel, 1, error=ConfigError)
+        integer("pipeline_parallel", pipeline_parallel, 1, error=ConfigError)
         model.check_devices(num_devices)
+        if pipeline_parallel > model.num_layers:
+            expected = f"at most as many stages as the {model.num_layers} layers of the model"
+            raise ConfigError(f"pipeline_parallel: found {pipeline_parallel}, expected {expected}")
         self.constants = c = Constants(given, hardware.constants, fitted and fitted.constants)
         self.name = name + _words(c)
         if fitted is not None:
             self.fit = fitted.error
         self.max_model_len, self.window = model.max_model_len, model.window or None
-        self._hardware, self._model, self.num_devices = hardware, model, num_devices
+        self._hardware, self._model, self._tensor = hardware, model, num_devices
+        self.num_stages, self.data_parallel = pipeline_parallel, data_parallel
+        self.num_devices = num_devices * pipeline_parallel * data_parallel
+        self._shares = _stage_shares(model.num_layers, pipeline_parallel)
+        self._num_groups = self._groups_of_experts()
         self.power_w, self.idle_power_w = hardware.power_w, hardware.idle_power_w
         self._choose_formats()
         flops, bytes_per_s, n = hardware.flops_per_s, hardware.memory_bytes_per_s, num_devices
@@ -77,20 +93,20 @@ class RooflineCostModel(CostModel):
         )
         # Of each kind of expert layers: the kind, seconds of a token and an expert by arithmetic, and of an
         # expert by traffic.
-        expert_rate = bytes_per_s * c["product_bytes"] * n
+        num_sharing = n * (data_parallel if self.is_lockstep else 1)
+        expert_rate = bytes_per_s * c["product_bytes"] * num_sharing
         self._experts = [
             (
                 layer,
-                2 * layer.count * layer.expert_parameters / product_flops,
+                2 * layer.count * layer.expert_parameters / (product_flops * num_sharing / n),
                 layer.count * layer.expert_parameters * self._layer_bytes / expert_rate,
             )
             for layer in model.layers
             if layer.num_experts
         ]
         self._loads = self._read_loads()
-        whole = c.formats["experts"] == "expert" and n > 1
         self._uneven = {
-            layer: UnevenExperts(layer, self._loads_of(layer), n if whole else 1)
+            layer: UnevenExperts(layer, self._loads_of(layer), self._num_groups)
             for layer, *_ in self._experts
             if self._loads is not None or c["expert_skew"]
         }
@@ -100,39 +116,63 @@ class RooflineCostModel(CostModel):
         vectors = sum(layer.count * _vector_numbers(layer, model.hidden_size, n) for layer in model.layers)
         self._vector_token_s = vectors * _STATE_BYTES / vector_rate
         self._sample_s = _LOGIT_PASSES * 4 * model.vocab_size / vector_rate
-        self._exchange_s = self._exchange_token_s = self._exchange_sample_s = 0.0
-        if n > 1:
-            link = hardware.link_bytes_per_s * c["link_bytes"]
-            ring = 2 * (n - 1) / n
-            state = model.hidden_size * _STATE_BYTES
-            reductions, sent = 2 * model.num_layers, 0.0
-            if c.formats["experts"] == "expert":
-                for layer in model.layers:
-                    if layer.num_experts % n:
-                        raise ConfigError(
-                            f"num_devices: found {n} for {layer.num_experts} experts, expected a number that "
-                            "divides them"
-                        )
-                    if layer.num_experts:
-                        reductions -= layer.count
-                        busiest = self._uneven[layer].imbalance if layer in self._uneven else 1.0
-                        sent += busiest * 2 * layer.count * layer.experts_per_token * (n - 1) / n**2
-            # An all-reduce in whose place two all-to-alls stand.
-            num_exchanges = reductions + 2 * (2 * model.num_layers - reductions)
-            self._exchange_s = num_exchanges * hardware.link_latency_s
-            self._exchange_token_s = (reductions * ring + sent) * state / link
-            self._exchange_sample_s = model.vocab_size * _STATE_BYTES * (n - 1) / n / link
+        self._set_exchanges()
         self._overhead_s = c["step_overhead_s"] + model.num_layers * c["layer_overhead_s"]
         self._sequence_overhead_s = c["sequence_overhead_s"]
         self.frontend_s = c["frontend_s"]
         self._copy_block_s = 0.0
         self._attention: list[tuple[int, float, float, float, float]] = []
         self._set_windows(0)
-        if self._free_bytes(EngineConfig()) < self._kv_token_bytes:
+        if self._room(EngineConfig()) < self._kv_token_bytes * max(self._shares):
             raise ConfigError(
-                f"num_devices: found {n} for {self._weight_bytes / 1e9:.1f} GB of weights, expected more: "
-                f"one has {hardware.memory_bytes / 1e9:.1f} GB"
+                f"num_devices: found {self.num_devices} for {self._weight_bytes / 1e9:.1f} GB of weights, "
+                f"expected more: one has {hardware.memory_bytes / 1e9:.1f} GB"
             )
+
+    @property
+    def is_lockstep(self) -> bool:
+        """Whether data parallel ranks share experts, and hence have each layer together."""
+        return self.data_parallel > 1 and any(layer.num_experts for layer in self._model.layers)
+
+    def _groups_of_experts(self) -> int:
+        """Devices that have whole experts, 1 where all share each. Raises `ConfigError`."""
+        way = self.constants.formats["experts"]
+        if self.is_lockstep:
+            if way == "tensor":
+                raise ConfigError(
+                    f"experts: found 'tensor' with data_parallel {self.data_parallel}, expected 'expert': "
+                    "each device has whole ones"
+                )
+            if self.num_stages > 1:
+                raise ConfigError(
+                    f"pipeline_parallel: found {self.num_stages} with data_parallel {self.data_parallel} of "
+                    "a mixture, expected 1"
+                )
+            return self._tensor * self.data_parallel
+        return self._tensor if way == "expert" else 1
+
+    def _set_exchanges(self) -> None:
+        """Prepares communication: for a step, for each of its tokens, and for each that is sampled."""
+        c, hardware, model, n = self.constants, self._hardware, self._model, self._tensor
+        link = hardware.link_bytes_per_s * c["link_bytes"]
+        state = model.hidden_size * _STATE_BYTES
+        reductions, all_to_alls, sent = (2 * model.num_layers if n > 1 else 0), 0, 0.0
+        groups = self._num_groups
+        for layer in model.layers if groups > 1 else ():
+            if layer.num_experts % groups:
+                raise ConfigError(
+                    f"num_devices: found {groups} for {layer.num_experts} experts, expected a number that "
+                    "divides them"
+                )
+            if layer.num_experts:  # in the place of an all-reduce there are two all-to-alls
+                reductions -= layer.count if n > 1 else 0
+                all_to_alls += 2 * layer.count
+                busiest = self._uneven[layer].imbalance if layer in self._uneven else 1.0
+                sent += busiest * 2 * layer.count * layer.experts_per_token * (groups - 1) / (groups * n)
+        self._exchange_s = (reductions + all_to_alls) * hardware.link_latency_s
+        self._exchange_token_s = (reductions * 2 * (n - 1) / n + sent) * state / link
+        self._exchange_sample_s = model.vocab_size * _STATE_BYTES * (n - 1) / n / link
+        self._send_token_s = state / n / link  # from stage to stage, a part by each device
 
     @classmethod
     def of_names(
@@ -140,6 +180,8 @@ class RooflineCostModel(CostModel):
         hardware: str,
         model: str,
         num_devices: int = 1,
+        pipeline_parallel: int = 1,
+        data_parallel: int = 1,
         *,
         costs: str | os.PathLike[str] | None = None,
         **given: float | str,
@@ -148,8 +190,17 @@ class RooflineCostModel(CostModel):
         Constants(given)
         fitted = None if costs is None else read_costs(costs)
         device, decoder = load_hardware(hardware), load_model(model)
-        name = name_of(hardware, model, num_devices)
-        made = cls(device, decoder, num_devices, name=name, fitted=fitted, **given)
+        name = name_of(hardware, model, num_devices, pipeline_parallel, data_parallel)
+        made = cls(
+            device,
+            decoder,
+            num_devices,
+            pipeline_parallel,
+            data_parallel,
+            name=name,
+            fitted=fitted,
+            **given,
+        )
         made.model_name = _short(model)
         return made
 
@@ -182,7 +233,7 @@ class RooflineCostModel(CostModel):
         self._weight_bytes = matrices * layer + heads * head + others * sixteen_bits
         # Of one device; where it has a copy of a KV head that another has, too, that is a whole one.
         self._kv_token_bytes = kv * sum(
-            layers.count * layers.kv_numbers / min(self.num_devices, layers.num_kv_heads)
+            layers.count * layers.kv_numbers / min(self._tensor, layers.num_kv_heads)
             for layers in model.layers
         )
 
@@ -196,8 +247,8 @@ class RooflineCostModel(CostModel):
         by_window: dict[int, list[float]] = {}
         for layer in self._model.layers:
             seen = min(filter(None, (layer.window, window)), default=0)
-            operation_s = layer.count / self.num_devices / hardware.flops_per_s
-            numbers = layer.kv_numbers / min(self.num_devices, layer.num_kv_heads)
+            operation_s = layer.count / self._tensor / hardware.flops_per_s
+            numbers = layer.kv_numbers / min(self._tensor, layer.num_kv_heads)
             traffic = layer.count * numbers * self._kv_bytes / hardware.memory_bytes_per_s
             decode_s = layer.decode_operations * operation_s / c["decode_flops"]
             sums = by_window.setdefault(seen, [0.0, 0.0, 0.0, 0.0])
@@ -218,7 +269,7 @@ class RooflineCostModel(CostModel):
 
     def begin(self, config: EngineConfig, num_replicas: int = 1) -> None:
         self._set_windows(config.window or 0)
-        block_bytes = self._kv_token_bytes * config.block_size
+        block_bytes = self._kv_token_bytes * config.block_size * max(self._shares)
         copy_rate = self._hardware.memory_bytes_per_s * self.constants["vector_bytes"]
         self._copy_block_s = 2 * block_bytes / copy_rate
         swap_block_s = block_bytes / self._hardware.host_bytes_per_s
@@ -227,8 +278,30 @@ class RooflineCostModel(CostModel):
         self.costs = PreemptionCosts(token_s, swap_block_s)
 
     def step_time(self, batch: ScheduledBatch) -> float:
+        return self._time(batch, sum(batch.num_new_tokens))
+
+    def joint_time(self, batches: Items[ScheduledBatch]) -> float:
+        """Each rank attends to its own sequences; all meet in the layers that have experts."""
+        num_tokens = sum(sum(batch.num_new_tokens) for batch in batches)
+        return max((self._time(batch, num_tokens) for batch in batches), default=0.0)
+
+    def stage_times(self, batch: ScheduledBatch) -> list[float]:
+        """Each stage computes its layers, starts its own kernels, and sends; the last has the head, too."""
+        num_tokens, num_samples = sum(batch.num_new_tokens), sum(batch.samples)
+        step_s = self.constants["step_overhead_s"]
+        last_s = len(batch.sequences) * self._sequence_overhead_s
+        last_s += num_samples * (self._sample_s + self._exchange_sample_s)
+        if num_samples:
+            last_s += max(num_samples * self._head_token_s, self._head_s)
+        layers_s = self.step_time(batch) - step_s - last_s
+        send_s = self._hardware.link_latency_s + num_tokens * self._send_token_s
+        *others, last = (step_s + share * layers_s for share in self._shares)
+        return [*(stage_s + send_s for stage_s in others), last + last_s]
+
+    def _time(self, batch: ScheduledBatch, num_expert_tokens: int) -> float:
+        """Seconds of a step in which experts have so many tokens."""
         num_samples, num_tokens = sum(batch.samples), sum(batch.num_new_tokens)
-        total = self._before_attention(len(batch.sequences), num_tokens, num_samples)
+        total = self._before_attention(len(batch.sequences), num_tokens, num_samples, num_expert_tokens)
         for window, decode_s, pair_s, token_s, widen_s in self._attention:
             num_decodes, context, prefills = shape_of(batch, window)
             total += (context + num_decodes) * decode_s
@@ -246,8 +319,10 @@ class RooflineCostModel(CostModel):
 
     def stride_times(self, batch: ScheduledBatch, duration_s: float, most: int, span_s: float) -> list[float]:
         """The sums of `step_time`, in its order, of which attention alone is another in each step."""
+        if self.num_stages > 1 or self.is_lockstep:
+            return []  # others have a part in how long it takes
         count = len(batch.sequences)
-        before = self._before_attention(count, count, count)
+        before = self._before_attention(count, count, count, count)
         vectors_s = count * (self._vector_token_s + self._exchange_token_s) + self._exchange_s
         samples_s = count * (self._sample_s + self._exchange_sample_s)
         # None of them takes less than without attention.
@@ -260,7 +335,9 @@ class RooflineCostModel(CostModel):
             ]
         return [duration_s, *(total + vectors_s + samples_s for total in times)]
 
-    def _before_attention(self, num_sequences: int, num_tokens: int, num_samples: int) -> float:
+    def _before_attention(
+        self, num_sequences: int, num_tokens: int, num_samples: int, num_expert_tokens: int
+    ) -> float:
         """Seconds of a step for what comes before its attention in the sum."""
         total = self._overhead_s + num_sequences * self._sequence_overhead_s
         # Fewer tokens than fill the device leave much of it idle.
@@ -270,18 +347,21 @@ class RooflineCostModel(CostModel):
             total += max(num_samples * self._head_token_s, self._head_s)
         for layer, token_s, expert_s in self._experts:
             if layer in self._uneven:
-                total += self._uneven[layer].seconds(num_tokens, token_s, expert_s, self._fill_tokens)
+                total += self._uneven[layer].seconds(num_expert_tokens, token_s, expert_s, self._fill_tokens)
                 continue
-            touched, chosen = layer.touched_experts(num_tokens), num_tokens * layer.experts_per_token
+            touched = layer.touched_experts(num_expert_tokens)
+            chosen = num_expert_tokens * layer.experts_per_token
             filled = 1 + self._fill_tokens / (chosen / touched + self._fill_tokens)
             total += max(chosen * filled * token_s, touched * expert_s)
         return total
 
     def block_bytes(self, block_size: int) -> int:
-        return int(self._kv_token_bytes * block_size * self.num_devices)
+        return int(self._kv_token_bytes * block_size * self._tensor)
 
     def num_blocks(self, config: EngineConfig) -> int:
-        num_blocks = int(self._free_bytes(config) // (self._kv_token_bytes * config.block_size))
+        """Of one engine; those whose batches are in a pipeline at once share what there is."""
+        num_blocks = int(self._room(config) // (self._kv_token_bytes * max(self._shares) * config.block_size))
+        num_blocks //= self.num_stages
         if num_blocks < 1:
             raise ConfigError(
                 f"num_devices: found {self.num_devices}, whose memory has no room for a KV block beside "
@@ -295,29 +375,61 @@ class RooflineCostModel(CostModel):
 
     def identity(self) -> str:
         """All that its times follow from, as JSON."""
-        parts = asdict(self._hardware), asdict(self._model), self.num_devices, self.constants.formats
-        return json.dumps([*parts, self._loads, self.constants_table(), self.fit])
+        parts = asdict(self._hardware), asdict(self._model), self._tensor, self.constants.formats
+        parallel = self.num_stages, self.data_parallel
+        return json.dumps([*parts, parallel, self._loads, self.constants_table(), self.fit])
 
-    def _free_bytes(self, config: EngineConfig) -> float:
+    def _room(self, config: EngineConfig) -> float:
+        """Bytes for KV blocks of the device that has the least, in the stage with the most layers."""
+        return min(self._free_bytes(config, weights) for weights in self._weights_of_devices())
+
+    def _weights_of_devices(self) -> list[float]:
+        """Bytes of weights of a device in each stage: the first has the embedding, the last the head."""
+        model, n = self._model, self._tensor
+        experts = model.expert_parameters * self._layer_bytes
+        if self.num_stages == 1:
+            shared = experts * (1 - 1 / self.data_parallel) if self.is_lockstep else 0.0
+            return [(self._weight_bytes - shared) / n]
+        embedding, head = model.head_parameters * FORMATS["bf16"], model.head_parameters * self._head_bytes
+        between = self._weight_bytes - head - (0.0 if model.tied_embeddings else embedding)
+        weights = [between * share for share in self._shares]
+        weights[0] += embedding
+        weights[-1] += head
+        return [stage / n for stage in weights]
+
+    def _free_bytes(self, config: EngineConfig, weights: float) -> float:
         """Of one device: what weights, libraries and the largest step leave for KV blocks.
 
         The largest step has its hidden states thrice, and the feed-forward's inner states thrice, and of a
         mixture what each expert that a token meets makes of it; or it samples for all sequences.
         """
-        c, model, n = self.constants, self._model, self.num_devices
+        c, model, n = self.constants, self._model, self._tensor
         inner = max(layer.intermediate_size for layer in model.layers) / n
         chosen = max(layer.experts_per_token for layer in model.layers)
         numbers = 3 * (inner + model.hidden_size) + chosen * model.hidden_size
         states = config.max_num_batched_tokens * numbers * _STATE_BYTES
         logits = config.max_num_seqs * model.vocab_size * c["sampler_bytes"]
-        reserved = c["runtime_bytes"] + c["graph_bytes"] + (c["exchange_bytes"] if n > 1 else 0.0)
+        reserved = c["runtime_bytes"] + c["graph_bytes"]
+        reserved += c["exchange_bytes"] if self.num_devices > 1 else 0.0
         usable = c["memory_utilization"] * (self._hardware.memory_bytes - c["driver_bytes"])
-        return usable - reserved - max(states, logits) - self._weight_bytes / n
+        return usable - reserved - max(states, logits) - weights
 
 
-def name_of(hardware: str, model: str, num_devices: int) -> str:
+def name_of(hardware: str, model: str, num_devices: int, pipeline: int = 1, data: int = 1) -> str:
     """What an estimate is of, by the names of files where they are files."""
-    return f"{_short(model)} on {num_devices} x {_short(hardware)}, roofline"
+    ways = [f"{pipeline} stages"] * (pipeline > 1) + [f"{data} data parallel"] * (data > 1)
+    return f"{', '.join([f'{_short(model)} on {num_devices} x {_short(hardware)}', *ways])}, roofline"
+
+
+def _stage_shares(num_layers: int, num_stages: int) -> list[float]:
+    """Of all layers, the share of each stage: as many for each, and of those left over one for some.
+
+    The later ones get them, but for the last, which has the head, as in vLLM.
+    """
+    counts = [num_layers // num_stages] * num_stages
+    for place in range(num_layers % num_stages):
+        counts[-2 - place] += 1
+    return [count / num_layers for count in counts]
 
 
 def _short(name: str) -> str:

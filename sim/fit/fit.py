@@ -134,7 +134,7 @@ def cost_model(
     hardware: Hardware, model: Model, num_devices: int, values: Mapping[str, float | str]
 ) -> RooflineCostModel:
     """The estimate with constants."""
-    return RooflineCostModel(hardware, model, num_devices, name="fit", fitted=None, **values)
+    return RooflineCostModel(hardware, model, num_devices, 1, 1, name="fit", fitted=None, **values)
 
 
 def replayed(

@@ -1,35 +1,32 @@
 """What a replay took: how long devices were paid for and computed, their energy, and what that costs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from pagellm.sim.fleet.fleet import Fleet, Group
-from pagellm.sim.fleet.replica import Replica
 from pagellm.sim.report.metrics import MetricsCollector
 from pagellm.sim.report.schema import FleetData, FleetGroup
 
 _HOUR_S = 3600.0
 
 
-# When each replica was paid for, seconds from and to; all of a replay where nothing is said.
-Spans = Mapping[int, list[tuple[float, float]]]
+class Use(NamedTuple):
+    """A replica of a group: when it was paid for, seconds from and to, and how long all of it computed."""
+
+    group: Group
+    paid: list[tuple[float, float]]
+    busy_s: float
 
 
-def account(
-    fleet: Fleet, replicas: list[Replica], metrics: MetricsCollector, paid: Spans | None = None
-) -> FleetData:
-    """The figures of a fleet when its replay is over. paid: when each replica was paid for, by number.
+def account(fleet: Fleet, uses: list[Use], metrics: MetricsCollector) -> FleetData:
+    """The figures of a fleet when its replay is over.
 
     A device draws what it does while it computes for as long as a step is under way, and else what it does
     while it is idle. Only devices are counted, not the machines around them.
     """
-    groups = []
-    for group in fleet.groups:
-        alike = [replica for replica in replicas if replica.group is group]
-        if paid is None:
-            spans = [metrics.span] * len(alike)
-        else:
-            spans = [part for one in alike for part in _within(paid[one.number], metrics.span)]
-        groups.append(_figures(group, alike, spans, metrics))
+    groups = [
+        _figures(group, [use for use in uses if use.group is group], metrics.span) for group in fleet.groups
+    ]
     energy, cost = (_sum(group[name] for group in groups) for name in ("energy_wh", "cost"))
     millions = metrics.output_tokens / 1e6
     return {
@@ -57,11 +54,10 @@ def _most_at_once(spans: list[tuple[float, float]]) -> int:
     return most
 
 
-def _figures(
-    group: Group, replicas: list[Replica], spans: list[tuple[float, float]], metrics: MetricsCollector
-) -> FleetGroup:
+def _figures(group: Group, uses: list[Use], whole: tuple[float, float]) -> FleetGroup:
+    spans = [part for use in uses for part in _within(use.paid, whole)]
     paid_s = sum(end - begin for begin, end in spans)
-    busy_s = sum(metrics.busy_s(replica.number) for replica in replicas)
+    busy_s = sum(use.busy_s for use in uses)
     energy = None
     if group.powers_w is not None:
         idle_w, busy_w = group.powers_w

@@ -5,7 +5,9 @@
     count = 2                       # replicas; default: 1
     hardware = "h100-sxm"           # a name in hardware.json, or a file of that form
     model = "llama-3.1-8b"          # a name there, a config.json, or a GGUF file
-    tensor_parallel = 2             # devices of a replica; default: 1
+    tensor_parallel = 2             # devices that share each layer; default: 1
+    pipeline_parallel = 2           # stages of so many devices; default: 1
+    data_parallel = 4               # ranks of all these; default: 1
     set_cost = {product_flops = 0.7}    # constants of its step times
     costs = "costs.json"            # constants that `pagellm fit` has written
     profile = "profile.json"        # in the place of hardware and model
@@ -60,7 +62,8 @@ from pagellm.sim.fleet.fleet import Autoscale, Failure, Fleet, Group, Link, Rand
 from pagellm.sim.sweep.sweep import CostSource
 
 _Made = TypeVar("_Made", Link, Failure, RandomFailures, Autoscale)
-_TIMES = ("hardware", "model", "tensor_parallel", "set_cost", "costs", "profile")
+_WAYS = ("tensor_parallel", "pipeline_parallel", "data_parallel")
+_TIMES = ("hardware", "model", *_WAYS, "set_cost", "costs", "profile")
 _NUMBERS = ("price_per_h", "power_w", "idle_power_w")
 _GROUP = ("name", "count", "role", "serves", "engine", "link", "start_s", "autoscale", *_TIMES, *_NUMBERS)
 _TOP = ("group", "link", "failure", "failures")
@@ -202,14 +205,15 @@ class _Reader:
             if len(given) > 1:
                 raise fields.bad(given[0], fields.get(given[0]), "no such key beside a profile")
             return CostSource(profile=self._beside(fields.text("profile")))
-        devices = fields.integer("tensor_parallel") if fields.has("tensor_parallel") else 1
+        devices, stages, ranks = (fields.integer(way) if fields.has(way) else 1 for way in _WAYS)
         hardware, model = (self._beside(fields.text(name)) for name in ("hardware", "model"))
         constants: Mapping[str, Any] = fields.section("set_cost").values if fields.has("set_cost") else {}
         files = {
             name: self._beside(constants[name]) for name in FILES if isinstance(constants.get(name), str)
         }
         costs = self._beside(fields.text("costs")) if fields.has("costs") else None
-        return CostSource(None, (hardware, model, devices), tuple({**constants, **files}.items()), costs)
+        given_constants = tuple({**constants, **files}.items())
+        return CostSource(None, (hardware, model, devices), given_constants, costs, stages, ranks)
 
     def _beside(self, name: str) -> str:
         """A path as it is from here, where the file's own directory has it; else as it is."""

@@ -167,6 +167,11 @@ class Group:
         return self.costs.num_devices
 
     @property
+    def engine_devices(self) -> int:
+        """Of these, those that have the KV of one engine."""
+        return max(1, self.costs.num_devices // self.costs.data_parallel)
+
+    @property
     def powers_w(self) -> tuple[float, float] | None:
         """Of one of its devices, while it does not compute and while it does, if that is known."""
         idle = self.costs.idle_power_w if self.idle_power_w is None else self.idle_power_w
@@ -215,11 +220,12 @@ class Fleet:
 
     @property
     def moves(self) -> bool:
-        """Whether requests may go from one replica to another, or replicas come and go."""
+        """Whether requests go from one replica to another, replicas come and go, or several share devices."""
         return (
             bool(self.failures)
             or self.random_failures is not None
             or any(group.role != "both" or group.autoscale is not None for group in self.groups)
+            or any(group.costs.num_engines > 1 for group in self.groups)
         )
 
     @property
@@ -228,9 +234,9 @@ class Fleet:
         return sum(group.count for group in self.groups)
 
     @property
-    def max_replicas(self) -> int:
-        """The most that there may be."""
-        return sum(group.max_count for group in self.groups)
+    def max_engines(self) -> int:
+        """The most engines that there may be; a router chooses among them."""
+        return sum(group.max_count * group.costs.num_engines for group in self.groups)
 
     @property
     def cost_models(self) -> list[CostModel]:

@@ -32,7 +32,9 @@ class Links:
         out, into = source.group.link, target.group.link
         assert out is not None
         assert into is not None
-        rate = min(out.bytes_per_s * source.group.num_devices, into.bytes_per_s * target.group.num_devices)
+        rate = min(
+            out.bytes_per_s * source.group.engine_devices, into.bytes_per_s * target.group.engine_devices
+        )
         ends = [_end(out, "from", source), _end(into, "to", target)]
         start = max(now, *(self._free_s.get(end, 0.0) for end in ends))
         took_s = num_bytes / rate

@@ -1,4 +1,4 @@
-"""A replay in which requests go from replica to replica, and replicas come and go.
+"""A replay in which requests go from engine to engine, replicas come and go, or several engines are one.
 
 Prefill and decode. A prefill replica's scheduler computes a prompt and gives the first token, as in SGLang,
 TensorRT-LLM and Splitwise. Then the sequence is handed over: its KV travels, without what the decode replica
@@ -10,6 +10,11 @@ Failures. A replica that fails loses its KV, its cache and the step under way; s
 devices. Its requests keep the tokens that their clients have: they go to others at once, which compute prompt
 and tokens anew and go on (Dynamo calls that request migration). It comes back after its repair and start-up,
 with an empty cache.
+
+Engines that share devices. A pipeline of so many stages has as many engines, each with a part of its memory,
+whose batches follow each other through the stages: vLLM's virtual engines. Data parallel ranks of a mixture
+begin their steps together, those that have any, and end together; of other models they know nothing of each
+other.
 
 Scaling. A replica that is started takes requests after its start-up time. One that is to stop takes no more,
 and is gone when it has none.
@@ -26,14 +31,14 @@ from pagellm.engine.requests.outputs import FinishReason
 from pagellm.engine.scheduling.batch import ScheduledBatch
 from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.engine.scheduling.step_loop import StepEnd, StepListener
-from pagellm.sim.fleet.account import account
+from pagellm.sim.fleet.account import Use, account
 from pagellm.sim.fleet.fleet import Group
 from pagellm.sim.fleet.instance import Instance
 from pagellm.sim.fleet.links import Links
 from pagellm.sim.fleet.replica import Replica
 from pagellm.sim.fleet.scaling import Scaler
 from pagellm.sim.report.schema import FailureFigures, FleetData, ScalingEvent
-from pagellm.sim.simulator import Event, EventKind, Replay, Simulator
+from pagellm.sim.simulator import Event, EventKind, Replay, Simulator, checked_seconds
 from pagellm.sim.traces.request import TraceRequest
 from pagellm.sim.traces.trace import Trace
 
@@ -100,7 +105,7 @@ class MovingReplay(Replay):
         self._down_s: list[float] = []
         self._journeys: dict[Sequence, Journey] = {}
         self._held_back: dict[Sequence, Journey] = {}  # that wait for a replica, in order
-        self._generations: dict[Replica, Instance] = {}
+        self._instance_of: dict[Replica, Instance] = {}
         super().__init__(simulator, trace)
         self._scalers = {
             group.name: Scaler(group.autoscale) for group in self.fleet.groups if group.autoscale is not None
@@ -118,23 +123,23 @@ class MovingReplay(Replay):
         self._update_pools()
 
     def _new_instance(self, group: Group) -> Instance:
-        replica = self._new_replica(group)
-        if group.role == "prefill":
-            replica.loop.listen(_HandsOver(self, replica))
-        elif any(other.role == "prefill" for other in self.fleet.groups):
-            replica.loop.listen(_TakesOver(self))
+        replicas = [self._new_replica(group) for _ in range(group.costs.num_engines)]
+        for replica in replicas:
+            if group.role == "prefill":
+                replica.loop.listen(_HandsOver(self, replica))
+            elif any(other.role == "prefill" for other in self.fleet.groups):
+                replica.loop.listen(_TakesOver(self))
         place = sum(instance.group is group for instance in self.instances)
-        instance = Instance(group, place, replica)
+        instance = Instance(group, place, replicas)
         self.instances.append(instance)
-        self._generations[replica] = instance
+        self._instance_of |= dict.fromkeys(replicas, instance)
         return instance
 
     def _update_pools(self) -> None:
-        self._pools.update([one.replica for one in self.instances if one.takes_requests])
+        self._pools.update([one for i in self.instances if i.takes_requests for one in i.replicas])
 
     def account(self) -> FleetData:
-        paid = {instance.replica.number: instance.paid_spans for instance in self.instances}
-        data = account(self.fleet, self.replicas, self.metrics, paid)
+        data = account(self.fleet, list(map(self._use, self.instances)), self.metrics)
         if self.links.figures():
             data["links"] = self.links.figures()
         if self.losses["failures"]:
@@ -142,6 +147,13 @@ class MovingReplay(Replay):
         if self.scaling:
             data["scaling"] = self.scaling
         return data
+
+    def _use(self, instance: Instance) -> Use:
+        busy_s = instance.busy_s
+        if not instance.shares_devices:
+            each = [self.metrics.busy_s(replica.number) for replica in instance.replicas]
+            busy_s = sum(each) / len(each)
+        return Use(instance.group, instance.paid_spans, busy_s)
 
     def _is_over(self) -> bool:
         """Whether all requests have ended, and no more come."""
@@ -180,12 +192,19 @@ class MovingReplay(Replay):
 
     def _next_start(self, now: float, replica: Replica) -> Event:
         time_s, kind, number, _ = super()._next_start(now, replica)
-        generation = self._generations[replica].generation
+        generation = self._instance_of[replica].generation
         return time_s, kind, generation << 32 | number, (replica, generation)
 
     def _start_step(self, now: float, subject: Any) -> Event | None:
         replica, generation = subject
-        if self._generations[replica].generation != generation:
+        instance = self._instance_of[replica]
+        if instance.generation != generation or replica in instance.stepping:
+            return None
+        free_s = instance.step_end_s if replica.costs.is_lockstep else instance.free_s(replica)
+        if free_s > now:
+            return free_s, EventKind.STEP_START, generation << 32 | replica.number, subject
+        if replica.costs.is_lockstep:
+            self._start_together(now, instance)
             return None
         event = super()._start_step(now, replica)
         if event is None:
@@ -199,9 +218,47 @@ class MovingReplay(Replay):
     def _end_step(self, now: float, subject: Any) -> Event | None:
         step, generation = subject
         replica = step[0]
-        if self._generations[replica].generation != generation:
+        instance = self._instance_of[replica]
+        if instance.generation != generation:
             return None
+        instance.stepping.discard(replica)
         return super()._end_step(now, step)
+
+    def _start_together(self, now: float, instance: Instance) -> None:
+        """Begins a step of each of some engines that has requests; they end together."""
+        steps = []
+        for replica in instance.replicas:
+            if replica.inbox:
+                self._empty_inbox(now, replica)
+            replica.is_busy = replica.scheduler.has_unfinished
+            if not replica.is_busy:
+                continue
+            batch = replica.loop.begin(now, replica.costs.costs)
+            for sequence in batch.shed:
+                self._note_end(now, replica, sequence)
+            if batch.sequences or batch.shed:
+                steps.append((replica, batch))
+            else:
+                self._none_computed(replica, batch, now)
+        if steps:
+            costs = instance.group.costs
+            seconds = costs.joint_time([batch for _, batch in steps if batch.sequences])
+            seconds = checked_seconds(costs, seconds)
+            instance.step_end_s = now + seconds
+            instance.busy_s += seconds
+        for replica, batch in steps:
+            instance.stepping.add(replica)
+            number = instance.generation << 32 | replica.number
+            step = (replica, batch, seconds), instance.generation
+            heappush(self._events, (instance.step_end_s, EventKind.STEP_END, number, step))
+        self._stop_if_empty(now, instance.replicas[0])
+
+    def _duration_s(self, now: float, replica: Replica, batch: ScheduledBatch) -> float:
+        instance = self._instance_of[replica]
+        if not (instance.shares_devices and batch.sequences):
+            return super()._duration_s(now, replica, batch)
+        times = [checked_seconds(replica.costs, seconds) for seconds in replica.costs.stage_times(batch)]
+        return instance.through_stages(now, replica, times) - now
 
     def _ended(self, now: float, replica: Replica, finished: list[Sequence]) -> Event | None:
         following = super()._ended(now, replica, finished)
@@ -356,7 +413,7 @@ class MovingReplay(Replay):
         instance.fail(now)
         self._update_pools()
         self.losses["failures"] += 1
-        lost = list(self._lose(instance.replica))
+        lost = [journey for replica in instance.replicas for journey in self._lose(replica)]
         if was_draining:
             instance.stop(now)
         else:
@@ -422,17 +479,17 @@ class MovingReplay(Replay):
         scaler = self._scalers[group.name]
         paid = [one for one in self.instances if one.group is group and one.is_paid and not one.is_draining]
         up = [one for one in paid if one.is_up]
-        wanted = scaler.wanted(now, [one.replica for one in up], len(self._held_back))
+        wanted = scaler.wanted(now, up, len(self._held_back))
         if wanted > len(paid):
             for _ in range(wanted - len(paid)):
                 self._start(now, group)
         elif scaler.most_wanted() < len(paid):
-            idle_first = sorted(up, key=lambda one: (one.replica.num_unfinished, -one.place))
+            idle_first = sorted(up, key=lambda one: (one.num_unfinished, -one.place))
             for instance in idle_first[: len(paid) - scaler.most_wanted()]:
                 instance.is_draining = True
                 self._update_pools()
                 self._note_scaling(now, group)
-                self._stop_if_empty(now, instance.replica)
+                self._stop_if_empty(now, instance.replicas[0])
         self._push(now + group.autoscale.interval_s, EventKind.SCALING, group)
         return None
 
@@ -444,11 +501,12 @@ class MovingReplay(Replay):
         self._push(now + group.start_s, EventKind.READY, (instance, instance.generation))
 
     def _stop_if_empty(self, now: float, replica: Replica) -> None:
-        instance = self._generations[replica]
-        if instance.is_draining and not replica.unfinished and not replica.num_kept:
+        instance = self._instance_of[replica]
+        if instance.is_draining and instance.is_empty:
             instance.stop(now)
-            replica.is_busy = False
-            replica.loop.lose([])
+            for one in instance.replicas:
+                one.is_busy = False
+                one.loop.lose([])
 
     def _note_scaling(self, now: float, group: Group) -> None:
         count = sum(one.group is group and one.is_paid and not one.is_draining for one in self.instances)

@@ -4,6 +4,7 @@ import math
 from collections import deque
 
 from pagellm.sim.fleet.fleet import Autoscale
+from pagellm.sim.fleet.instance import Instance
 from pagellm.sim.fleet.replica import Replica
 
 
@@ -14,14 +15,14 @@ class Scaler:
         self._settings = settings
         self._wanted: deque[tuple[float, int]] = deque()  # when, and how many, as long as that matters
 
-    def wanted(self, now: float, replicas: list[Replica], num_held_back: int) -> int:
-        """How many there shall be. replicas: that are up. num_held_back: requests that wait for one to be."""
+    def wanted(self, now: float, instances: list[Instance], num_held_back: int) -> int:
+        """How many there shall be. instances: that are up. num_held_back: requests that wait for one."""
         settings = self._settings
-        figure = sum(map(self._figure, replicas))
+        figure = sum(sum(map(self._figure, instance.replicas)) for instance in instances)
         if settings.rule != "kv_usage":
             figure += num_held_back
         count = math.ceil(figure / settings.target - 1e-9)
-        if num_held_back and not replicas:
+        if num_held_back and not instances:
             count = max(1, count)
         count = min(settings.max, max(settings.min, count))
         while self._wanted and self._wanted[0][0] < now - settings.down_after_s:
@@ -39,4 +40,4 @@ class Scaler:
         if self._settings.rule == "waiting":
             return replica.scheduler.num_waiting + len(replica.inbox)
         manager = replica.scheduler.block_manager
-        return 1 - manager.num_free_blocks / manager.num_blocks
+        return (1 - manager.num_free_blocks / manager.num_blocks) / replica.costs.num_engines

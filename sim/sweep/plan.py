@@ -181,6 +181,7 @@ def _priced(answer: Answer, sweep: Sweep, prices: Mapping[str, float]) -> Answer
     if answer.refused is not None or name not in prices or answer.replicas is None:
         return answer
     devices = int(number_of) if number_of else (sweep.costs.roofline or ("", "", 1))[2]
+    devices *= sweep.costs.pipeline_parallel * sweep.costs.data_parallel
     cost = prices[name] * devices * answer.replicas
     tokens = answer.tokens_per_s or 0.0
     per_million = cost / (tokens * 3600) * 1e6 if tokens else None

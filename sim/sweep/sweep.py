@@ -90,13 +90,15 @@ class CostSource:
     """Step times by where they come from: the file of a profile or step log, or an estimate.
 
     roofline: hardware, model and number of devices as in `CostModel.roofline`. constants: those that are
-    given to it, names and values. costs: a file of fitted ones.
+    given to it, names and values. costs: a file of fitted ones. pipeline_parallel, data_parallel: of it.
     """
 
     profile: str | None = None
     roofline: tuple[str, str, int] | None = None
     constants: tuple[tuple[str, float | str], ...] = ()
     costs: str | None = None
+    pipeline_parallel: int = 1
+    data_parallel: int = 1
 
     def __post_init__(self) -> None:
         if (self.profile is None) == (self.roofline is None):
@@ -106,6 +108,9 @@ class CostSource:
             raise ConfigError(f"set-cost: found {self.constants[0][0]} without --roofline, expected none")
         if self.costs is not None and self.roofline is None:
             raise ConfigError(f"costs: found {self.costs} without --roofline, expected none")
+        for name in ("pipeline_parallel", "data_parallel"):
+            if getattr(self, name) != 1 and self.roofline is None:
+                raise ConfigError(f"{name}: found {getattr(self, name)} without --roofline, expected 1")
 
     def on(self, hardware: str) -> "CostSource":
         """The same on another device, NAME or NAME*N. Raises `ConfigError`."""
@@ -129,7 +134,15 @@ class CostSource:
         """Kept, and taken along to other processes: to read a model's shape takes a second."""
         assert self.roofline is not None
         hardware, model, num_devices = self.roofline
-        return CostModel.roofline(hardware, model, num_devices, costs=self.costs, **dict(self.constants))
+        return CostModel.roofline(
+            hardware,
+            model,
+            num_devices,
+            pipeline_parallel=self.pipeline_parallel,
+            data_parallel=self.data_parallel,
+            costs=self.costs,
+            **dict(self.constants),
+        )
 
     def hash(self) -> str:
         """SHA-256 of the file, or of all that an estimate follows from."""

@@ -252,6 +252,28 @@ def test_other_rules_see_those_that_wait_and_the_blocks_in_use(rule: str, target
     assert report["fleet"]["scaling"][-1]["replicas"] == 3
 
 
+class Stages(Seconds):
+    """A pipeline of two stages."""
+
+    num_stages = 2
+
+    def stage_times(self, batch: Any) -> list[float]:
+        return [0.25, 0.5]
+
+
+class Together(Seconds):
+    """Three ranks that have their steps together."""
+
+    data_parallel = 3
+    is_lockstep = True
+
+
+@st.composite
+def costs(draw: st.DrawFn) -> Seconds:
+    kind = draw(st.sampled_from([Seconds, Seconds, Stages, Together]))
+    return kind(draw(st.sampled_from([0.5, 1.0])))
+
+
 @st.composite
 def fleets(draw: st.DrawFn) -> Fleet:
     config = EngineConfig(
@@ -273,7 +295,7 @@ def fleets(draw: st.DrawFn) -> Fleet:
         )  # fmt: skip
         groups.append(
             group(
-                Seconds(draw(st.sampled_from([0.5, 1.0]))), config, name=str(number), role=role, count=count,
+                draw(costs()), config, name=str(number), role=role, count=count,
                 link=link, start_s=draw(st.sampled_from([0.0, 1.5])),
                 autoscale=scaled if draw(st.booleans()) else None,
             )
