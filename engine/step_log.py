@@ -7,6 +7,7 @@ this runs unless somebody asks for it.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import repeat
 from typing import Any, NotRequired, TypedDict
 
 import orjson
@@ -226,9 +227,8 @@ class StepRecorder(StepListener):
                 record = quiet.copy()
                 record["step"], record["start_s"] = self._num_steps, start_s
                 self._num_steps += 1
-                record["scheduled"] = [
-                    (seq_id, before + step, 1, True) for seq_id, before in zip(seq_ids, computed, strict=True)
-                ]
+                computed = [num_computed + 1 for num_computed in computed]
+                record["scheduled"] = list(zip(seq_ids, computed, repeat(1), repeat(True), strict=False))
                 blocks = blocks.copy()
                 blocks["unwritten_slots"] -= len(seq_ids)
                 if change is not None and change.step == step:

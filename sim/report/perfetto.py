@@ -216,21 +216,23 @@ class _Listener(StepListener):
             f'"args":{{"tokens":{num_sequences},"prefill_tokens":0,"decode_tokens":{num_sequences},'
             f'"sequences":{num_sequences},"admitted":0,"preempted":0}}}}'
         )
-        used = {change.step: change for change in stride.changes}
+        changes = {change.step: change for change in stride.changes}
+        nanoseconds, add, end = self._trace.nanoseconds, self._add, self._end
         for step in range(1, len(durations_s)):
-            self._start = start = max(self._trace.nanoseconds(times[step]), self._end)
-            self._end = start + round(durations_s[step] * _NS)
-            self._at = _microseconds(start)
-            if step in used:
-                change = used[step]
+            start = nanoseconds(times[step])
+            if start < end:
+                start = end
+            end = start + round(durations_s[step] * _NS)
+            self._at = at = f"{start / 1000:.3f}"
+            if step in changes:
+                change = changes[step]
                 self._count_blocks((num_blocks - change.num_free_blocks, change.num_shared))
-            self._add(
-                f'{self._step_head}{self._num_steps}",'
-                f'"ts":{self._at},"dur":{(self._end - start) / 1000:.3f},{args}'
-            )
-            self._count_tokens((0, num_sequences))
+            add(f'{self._step_head}{self._num_steps}","ts":{at},"dur":{(end - start) / 1000:.3f},{args}')
+            if step == 1:
+                self._count_tokens((0, num_sequences))
             self._num_steps += 1
-            self._trace.flush_if_many()
+        self._end = end
+        self._trace.flush_if_many()
         if len(durations_s) > 1:
             for sequence in batch.sequences:
                 self._requests[sequence].tokens += len(durations_s) - 1
