@@ -27,12 +27,13 @@ SUITE = (
     "tests/engine/test_hierarchical_cache.py",
     "tests/engine/test_scheduler.py",
     "tests/engine/test_step_loop.py",
+    "tests/engine/test_stride.py",
     "tests/engine/test_policies.py",
     "tests/properties/test_extension_points.py",
     "tests/properties/test_block_manager.py",
     "tests/properties/test_scheduler.py",
 )
-MANAGER, CACHE, WINDOW, SCHEDULER, BATCH, POLICIES, QUEUE, CHECKED, RANKED, USAGE = (
+MANAGER, CACHE, WINDOW, SCHEDULER, BATCH, POLICIES, QUEUE, CHECKED, RANKED, USAGE, STRIDE = (
     f"engine/scheduling/{name}.py"
     for name in (
         "block_manager",
@@ -45,6 +46,7 @@ MANAGER, CACHE, WINDOW, SCHEDULER, BATCH, POLICIES, QUEUE, CHECKED, RANKED, USAG
         "policies/checked",
         "ranked_blocks",
         "block_usage",
+        "stride",
     )
 )
 EXPERTS, MATMUL, PHASES = (f"kernels/{name}.py" for name in ("experts", "matmul", "phases"))
@@ -135,6 +137,45 @@ def _operands(function: ast.AST, wanted: ast.expr) -> list[tuple[Any, Any]]:
 
 
 BUGS = (
+    Bug(
+        "a stride goes on where blocks run out",
+        STRIDE,
+        "advance",
+        "len(growing) > manager.num_free_blocks",
+    ),
+    Bug(
+        "a stride goes on where somebody who waits may be let in",
+        STRIDE,
+        "advance",
+        "not scheduler.lets_nobody_in(len(sequences))",
+    ),
+    Bug(
+        "a stride goes on behind an end",
+        STRIDE,
+        "_next_event",
+        "if sequence.max_len <= full:\n    full = sequence.max_len - 1",
+    ),
+    Bug(
+        "the last step of a stride is taken for one that ends nobody",
+        STRIDE,
+        "advance",
+        "if len(sequence.token_ids) >= sequence.max_len:\n"
+        "    scheduler.finish(sequence, FinishReason.LENGTH)\n"
+        "    stride.finished.append(sequence)",
+    ),
+    Bug(
+        "in a stride nobody looks whether one that waits still finds no room",
+        SCHEDULER,
+        "Scheduler.lets_nobody_in",
+        "self._is_still_blocked(self.waiting.first(self.stats))",
+        "True",
+    ),
+    Bug(
+        "a stride does not ask a policy about each step that asks for it",
+        STRIDE,
+        "most_alike",
+        "policies.counts_batches",
+    ),
     Bug(
         "a reference count is not decremented for shared blocks",
         MANAGER,
