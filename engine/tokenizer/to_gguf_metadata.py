@@ -11,6 +11,7 @@ from typing import Any
 from pagellm.engine.checks import JsonError, parse_json
 from pagellm.engine.errors import CheckpointError, PagellmError, found
 from pagellm.engine.files import read_plain
+from pagellm.engine.progress import say
 from pagellm.engine.tokenizer.bpe import Bpe, CharacterBpe
 from pagellm.engine.tokenizer.decoders import byte_of_token
 from pagellm.engine.tokenizer.directory import read_directory
@@ -59,24 +60,32 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
         return {f"{PREFIX}model": "none"}
     own = Tokenizer(spec)
     common = _common(spec, own)
-    reasons = []
+    reasons, nearly = [], None
     for candidate in _candidates(directory, spec, max(vocab_size, own.vocab_size)):
         metadata = {**candidate, **common}
         try:
             written = Tokenizer(read_gguf_metadata(metadata))
-            differing = next((text for text in _SAMPLES if own.encode(text) != written.encode(text)), None)
+            differing = [text for text in _SAMPLES if own.encode(text) != written.encode(text)]
         except PagellmError as error:
             reasons.append(str(error))
             continue
-        if differing is None and set(own.eos_token_ids) - set(written.eos_token_ids):
+        if set(own.eos_token_ids) - set(written.eos_token_ids):
             raise CheckpointError(
                 f"{directory}: eos_token_id: found {found(list(own.eos_token_ids))}, expected at most three "
                 "that are not known as ends of a turn, as many as a GGUF file names"
             )
-        if differing is None:
+        if not differing:
             return metadata
-        reasons.append("other tokens")
-    reason = reasons[0] if reasons else "no kind of GGUF's"
+        if all(text.startswith(" ") for text in differing):
+            nearly = nearly or metadata
+        reasons.append(f"other tokens for {found(differing[0])}")
+    if nearly is not None:
+        say(
+            f"{directory}: a text that begins with a space gets other tokens in a GGUF file: one more space "
+            "is put before it"
+        )
+        return nearly
+    reason = reasons[0] if reasons else "of none of its kinds"
     raise CheckpointError(
         f"{directory}: tokenizer: found one that GGUF has no form for ({reason}), expected one whose tokens "
         "a pre-tokenizer of its names, or SentencePiece's scores, give"
@@ -170,7 +179,7 @@ def _pre_names(spec: TokenizerSpec) -> list[str]:
         if named.family in families and not named.characters and name != "default"
     ]
 
-    def order(name: str) -> tuple[bool, bool, bool, int]:
+    def order(name: str) -> tuple[bool, bool, int]:
         named = GGUF_PRETOKENIZERS[name]
         ignores = bool(getattr(spec.model, "ignore_merges", False))
         rank = _PREFERRED.index(name) if name in _PREFERRED else len(_PREFERRED)
