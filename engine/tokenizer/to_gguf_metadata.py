@@ -183,11 +183,6 @@ def _pre_names(spec: TokenizerSpec) -> list[str]:
         named = GGUF_PRETOKENIZERS[name]
         ignores = bool(getattr(spec.model, "ignore_merges", False))
         rank = _PREFERRED.index(name) if name in _PREFERRED else len(_PREFERRED)
-        return (
-            named.normalize_nfc != normalizes,
-            named.ignore_merges != ignores,
-            bool(named.add_bos) != bool(spec.prefix_ids),
-            rank,
-        )
+        return named.normalize_nfc != normalizes, named.ignore_merges != ignores, rank
 
     return sorted(matching, key=order)[:8]
