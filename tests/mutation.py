@@ -54,6 +54,11 @@ EXPERTS, MATMUL, PHASES = (f"kernels/{name}.py" for name in ("experts", "matmul"
 ROUTING = ("tests/kernels/test_experts.py", "-k", "chosen or slot")
 PRODUCTS = ("tests/kernels/test_experts.py", "-k", "bits")
 STEP = ("tests/kernels/test_transformer.py", "-k", "every_feature and float32 and mixture")
+# For one in latent attention: the step against its definition, or what files say of it.
+LATENT = "kernels/latent.py"
+LATENT_STEP = ("tests/kernels/test_transformer.py", "-k", "every_feature and float32 and latent")
+LATENT_FILES = ("tests/engine/test_latent.py",)
+LATENT_MODELS = ("tests/engine/test_architectures.py", "-k", "(minicpm3 or deepseek) and safetensors")
 # And for one in what reads a quantizer's directory: its values, its refusals, and how it is kept.
 NIBBLES, TABLES, BYTES, MODULES, GPTQ = (
     f"engine/checkpoints/quantized/{name}.py"
@@ -1222,6 +1227,83 @@ BUGS = (
         "Modules.check",
         "not excluded(module)",
         suite=REFUSALS,
+    ),
+    Bug(
+        "the rotated key beside the latents is not rotated",
+        LATENT,
+        "keep_latents",
+        "_rotate(weights, features, plan.positions[row], kept, work)",
+        suite=LATENT_STEP,
+    ),
+    Bug(
+        "latents are kept as they are, without their norm",
+        LATENT,
+        "keep_latents",
+        "for i in range(latent):\n    work.wide[kept + rotary + i] = member.scratch[i]",
+        suite=LATENT_STEP,
+    ),
+    Bug(
+        "the part of a query that meets the latents is not scaled by its position",
+        LATENT,
+        "split_queries",
+        "work.wide[query + i] * scale",
+        "work.wide[query + i]",
+        LATENT_STEP,
+    ),
+    Bug(
+        "sums of latents are packed from the first head on, each over the next one's",
+        LATENT,
+        "merge_latents",
+        "range(heads - 1, -1, -1)",
+        "range(heads)",
+        LATENT_STEP,
+    ),
+    Bug(
+        "values of latent attention are the first part of its keys",
+        "kernels/attention.py",
+        "_attend_chunk",
+        "heads.value_start // per_word",
+        "0",
+        LATENT_STEP,
+    ),
+    Bug(
+        "the latent products of all heads read the first one's input",
+        MATMUL,
+        "stacked_matmul",
+        "x_start += index * input_words",
+        suite=("tests/kernels/test_matmul.py", "-k", "several_inputs and float32"),
+    ),
+    Bug(
+        "latent keys are widened by the rows of values",
+        "engine/models/latent.py",
+        "sources",
+        "(start, start + nope)",
+        "(start + value, start + value + nope)",
+        LATENT_MODELS,
+    ),
+    Bug(
+        "scores of latent attention are multiplied by YaRN's magnitude once",
+        "engine/models/hub_rope.py",
+        "score_factor",
+        "rope.yarn_magnitude(section.number('factor'), weight) ** 2",
+        "rope.yarn_magnitude(section.number('factor'), weight)",
+        LATENT_FILES,
+    ),
+    Bug(
+        "a token of latent attention counts with values of its own",
+        "kernels/architecture.py",
+        "cached_value_dim",
+        "0 if row['latent_dim'] > 0 else row['head_dim']",
+        "row['head_dim']",
+        LATENT_FILES,
+    ),
+    Bug(
+        "latent layers that predict tokens further on must have a place",
+        "engine/models/deepseek.py",
+        "without_prediction",
+        "int(found[1]) in behind",
+        "False",
+        LATENT_FILES,
     ),
 )
 
