@@ -5,7 +5,6 @@ Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units" (
 text was cut into words.
 """
 
-from array import array
 from collections.abc import Collection, Mapping, Sequence
 from heapq import heappop, heappush
 from itertools import chain, pairwise
@@ -13,6 +12,7 @@ from itertools import chain, pairwise
 from pagellm.engine.errors import CheckpointError, found
 from pagellm.engine.tokenizer.byte_alphabet import CHAR_OF_BYTE, token_to_bytes
 from pagellm.engine.tokenizer.fallback import Fallback
+from pagellm.engine.tokenizer.long_texts import numbers
 from pagellm.engine.tokenizer.segments import Segments
 from pagellm.engine.tokenizer.word_cache import WordCache
 
@@ -20,7 +20,6 @@ from pagellm.engine.tokenizer.word_cache import WordCache
 Merges = Sequence[str] | Sequence[Sequence[str]]
 
 _SHORT = 48
-_AT_ONCE = 1 << 16  # so many at once, so that other threads wait for a millisecond at most
 _NO_MERGE = -1
 _MERGED_AWAY = -1
 
@@ -205,7 +204,7 @@ class MergeTable:
         size = len(ids)
         rank_at.append(_NO_MERGE)
         ids = ids.copy()
-        next_of, previous_of = _numbers(1, size), _numbers(-1, size)
+        next_of, previous_of = numbers(1, size), numbers(-1, size)
         # Ranks that had to give way to a lower one that their own merge made: their positions are a heap.
         # A merge never makes its own pair again, so that all other lists are whole when their turn comes.
         resumed: set[int] = set()
@@ -254,11 +253,3 @@ class MergeTable:
                 positions.reverse()
                 resumed.add(rank)
         return [id_ for id_ in ids if id_ != _MERGED_AWAY]
-
-
-def _numbers(first: int, count: int) -> "array[int]":
-    """The integers from `first` on."""
-    numbers = array("i")
-    for start in range(first, first + count, _AT_ONCE):
-        numbers.extend(range(start, min(start + _AT_ONCE, first + count)))
-    return numbers

@@ -12,7 +12,7 @@ from itertools import pairwise
 from operator import add
 
 from pagellm.engine.tokenizer.decoders import SPACE
-from pagellm.engine.tokenizer.long_texts import find_all
+from pagellm.engine.tokenizer.long_texts import find_all, pairs_in
 
 # No character of any text: what stands between two entries makes no pair with them.
 _BETWEEN = "\udfff"
@@ -43,12 +43,13 @@ class Segments:
     def _pairs(self) -> frozenset[str]:
         """All characters that stand beside each other in an entry."""
         joined = _BETWEEN.join(self._pieces)
-        return frozenset(map(add, joined, joined[1:]))
+        return pairs_in(joined)
 
     @cached_property
     def _word(self) -> re.Pattern[str]:
         # The few characters that a space follows in some entry: there the part goes on.
         joined = _BETWEEN.join(self._pieces)
-        before = "".join(sorted(set(re.findall(f"([^{SPACE}{_BETWEEN}]){SPACE}", joined))))
+        followed = find_all(re.compile(f"[^{SPACE}{_BETWEEN}]{SPACE}"), joined)
+        before = "".join(sorted({pair[0] for pair in followed}))
         goes_on = f"(?:(?<=[{re.escape(before)}]){SPACE}+[^{SPACE}]*)*" if before else ""
         return re.compile(f"{SPACE}*[^{SPACE}]+{goes_on}|{SPACE}+")

@@ -13,6 +13,7 @@ from itertools import chain, pairwise
 
 from pagellm.engine.errors import CheckpointError
 from pagellm.engine.tokenizer.fallback import Fallback
+from pagellm.engine.tokenizer.long_texts import numbers
 from pagellm.engine.tokenizer.segments import Segments
 from pagellm.engine.tokenizer.word_cache import WordCache
 
@@ -113,8 +114,7 @@ class SentencePieceBpe:
                 positions_of.setdefault(rank, []).append(position)
         ranks = sorted(positions_of)
         rank_at.append(math.inf)
-        next_of = list(range(1, size + 1))
-        previous_of = list(range(-1, size - 1))
+        next_of, previous_of = numbers(1, size), numbers(-1, size)
         # Ranks whose positions are a heap: those that had to give way to a better one that their own merge
         # made, or that got another position of their own.
         heaps: set[float] = set()

@@ -260,6 +260,8 @@ def test_long_texts_are_looked_through_in_parts(at_once: int, text: str) -> None
         assert long_texts.find_all(words, text) == words.findall(text)
         found = {place for start, stop in long_texts.spans(part, text) for place in range(start, stop)}
         assert found == {place for match in part.finditer(text) for place in range(*match.span())}
+        assert long_texts.pairs_in(text) == {text[at : at + 2] for at in range(len(text) - 1)}
+        assert list(long_texts.numbers(-1, len(text))) == list(range(-1, len(text) - 1))
         in_parts = to_nfc(text)
     assert in_parts == to_nfc(text)
 
