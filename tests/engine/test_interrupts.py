@@ -58,7 +58,7 @@ BEAMS = BeamSearchParams(2, 3, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    """So little memory that sequences are preempted and swapped, under a policy that counts."""
+    """So little memory that sequences are swapped and cached blocks offloaded, under a policy that counts."""
     llm = LLM(
         TINY,
         num_blocks=14,
@@ -66,11 +66,14 @@ def llm() -> Iterator[LLM]:
         max_num_seqs=4,
         max_num_batched_tokens=8,
         preemption="swap",
+        num_swap_blocks=30,
+        enable_hierarchical_cache=True,
         policy="fair",
         reasoning_markers=MARKERS,
         show_progress=False,
     )
     yield llm
+    assert llm.engine.block_manager.stats.offloads > 0
     llm.close()
 
 
