@@ -345,8 +345,13 @@ class _Growing(Generic[_Piece]):
         return self
 
     def __next__(self) -> _Piece:
-        with self._reading:
+        # Not `with`: where something is raised as one ends with a StopIteration, CPython goes on to take that
+        # for the one being handled, and it keeps all other streams of the call alive.
+        self._reading.acquire()
+        try:
             return _all_or_nothing(self._next_piece, self.close)
+        finally:
+            self._reading.release()
 
     def close(self) -> None:
         """Gives the completion up if it has not ended."""

@@ -541,13 +541,6 @@ BUGS = (
         "for index in reversed(offloaded):\n    self._release_swap(prefix[index] - self.num_blocks)",
     ),
     Bug(
-        "a hit in the second tier may be evicted while others are moved",
-        MANAGER,
-        "BlockManager._reference",
-        "self._free_swap.remove(block - self.num_blocks)",
-        "pass",
-    ),
-    Bug(
         "the most recently offloaded makes room in the second tier",
         MANAGER,
         "BlockManager._release_swap",
