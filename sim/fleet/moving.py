@@ -185,6 +185,8 @@ class MovingReplay(Replay):
         super().run()
         for instance in self.instances:
             instance.end(float("inf"))
+        if self.losses["failures"] or self.scaling:
+            self.metrics.up = [span for instance in self.instances for span in instance.spans]
 
     def _push(self, time_s: float, kind: EventKind, subject: Any) -> None:
         self._num_pushed += 1

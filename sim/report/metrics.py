@@ -60,6 +60,7 @@ class MetricsCollector:
                 raise ConfigError(f"slo: found {found(name)}, expected one of {', '.join(SLO_NAMES)}")
             number(f"slo: {name}", value, SMALLEST, error=ConfigError, expected="seconds above 0")
         self._block_bytes = block_bytes
+        self.up: list[tuple[float, float]] | None = None  # when each replica was, where they come and go
         names_replicas = len(schedulers) > 1 if names_replicas is None else names_replicas
         self._run = Collected(slo or {}, results, names_replicas)
         for scheduler in schedulers:
@@ -210,7 +211,7 @@ class MetricsCollector:
         """The report's timeline so far."""
         run = self._run
         has_cache = any(seen.manager.enable_prefix_caching for seen in run.replicas)
-        return run.timeline.to_dict(has_cache, bool(run.slo))
+        return run.timeline.to_dict(has_cache, bool(run.slo), self.up)
 
     def latencies(self) -> Latencies:
         """Of each latency the values at 0, 0.5, 1, ... 100 percent; empty where none was measured."""

@@ -37,7 +37,7 @@ from pagellm.sim.report.schema import (
 AnyReport = Report | Mapping[str, Any]
 _WIDTH = 80
 _PAGE = Path(__file__).with_name("page")
-_SCRIPTS = ("draw.js", "summary.js", "timeline.js", "distributions.js", "page.js")
+_SCRIPTS = ("draw.js", "summary.js", "fleet.js", "timeline.js", "distributions.js", "page.js")
 # Six digits are more than a plot shows, and half the size.
 _PAGE_DIGITS = 6
 _NAMES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "E2E", "queue_s": "queue"}

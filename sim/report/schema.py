@@ -161,8 +161,8 @@ class TimelineData(TypedDict):
 
     time_s: where each begins. running, waiting, swapped, batch_tokens, used_blocks: means weighted by time.
     unwritten_share, of the slots of used blocks, and cached_share, of all blocks those that hold a known
-    prefix: sampled. good: finished requests within the SLO. hit_rate: null where nothing was looked up. The
-    others are counts and sums.
+    prefix: sampled. good: finished requests within the SLO. replicas: those that are up, on average, where
+    they come and go. hit_rate: null where nothing was looked up. The others are counts and sums.
     """
 
     bucket_s: float
@@ -182,6 +182,7 @@ class TimelineData(TypedDict):
     prefill_tokens: list[float]
     decode_tokens: list[float]
     good: NotRequired[list[float]]
+    replicas: NotRequired[list[float]]
 
 
 class Latencies(TypedDict):

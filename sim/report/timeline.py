@@ -4,7 +4,7 @@ When a run outgrows them, every two become one of twice the width.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import sub
 from typing import Any, cast
 
@@ -12,6 +12,10 @@ from pagellm.sim.report.schema import TimelineData
 
 MAX_BUCKETS = 2000
 _FIRST_WIDTH_S = 1e-3
+
+
+# Of time, in seconds from and to.
+Spans = Iterable[tuple[float, float]]
 
 
 class Bucket:
@@ -119,8 +123,11 @@ class Timeline:
             means.append(last)
         return means
 
-    def to_dict(self, has_cache: bool, has_slo: bool = False) -> TimelineData:
-        """The report's timeline; the last bucket is as wide as there is something to say of it."""
+    def to_dict(self, has_cache: bool, has_slo: bool = False, up: Spans | None = None) -> TimelineData:
+        """The report's timeline; the last bucket is as wide as there is something to say of it.
+
+        up: spans of time, in seconds from and to, in which each replica was up, where they come and go.
+        """
         start_s, width = self.start_s or 0.0, self.width_s
         begins = [start_s + index * width for index in range(len(self.buckets))]
         spans = [min(width, max(self.end_s - begin, 0.0)) for begin in begins]
@@ -138,6 +145,11 @@ class Timeline:
             bucket.hit_tokens / bucket.query_tokens if has_cache and bucket.query_tokens else None
             for bucket in self.buckets
         ]
+        if up is not None:
+            series["replicas"] = [
+                _overlap(up, begin, begin + span) / span if span else 0.0
+                for begin, span in zip(begins, spans, strict=True)
+            ]
         return cast(TimelineData, series)
 
     def _make(self, index: int) -> int:
@@ -153,3 +165,8 @@ class Timeline:
             index //= 2
         self.buckets += [Bucket() for _ in range(index + 1 - len(self.buckets))]
         return index
+
+
+def _overlap(spans: Spans, begin: float, end: float) -> float:
+    """The seconds of some spans that lie in one."""
+    return sum(max(0.0, min(end, to) - max(begin, since)) for since, to in spans)

@@ -161,6 +161,16 @@ def test_requests_wait_where_nobody_is_there_and_a_client_may_give_up_meanwhile(
     assert [(row["id"], row["outcome"]) for row in rows] == [("0", "timed_out"), ("1", "timed_out")]
 
 
+def test_replicas_that_stay_have_no_series_over_time() -> None:
+    report = Simulator.of_fleet(Fleet(apart())).replay(requests((0, 4, 2)))
+    assert "replicas" not in report["timeline"]
+    fails = Fleet((group(count=2),), (Failure(0.5, "all", 0, 4.0),))
+    report = Simulator.of_fleet(fails).replay(requests((0, 4, 2), (9, 4, 1)))
+    width = report["timeline"]["bucket_s"]
+    # From 0 to 10 two are up, but for four seconds one.
+    assert sum(report["timeline"]["replicas"]) * width == pytest.approx(2 * 10 - 4, rel=1e-2)
+
+
 def test_a_cache_is_cold_after_a_failure(tmp_path: Path) -> None:
     trace = Trace.from_requests(
         TraceRequest(arrival_time=time, prompt_token_ids=range(9), output_len=1) for time in (0, 2, 9)
@@ -216,6 +226,10 @@ def test_replicas_are_started_and_stopped_as_the_rule_says(tmp_path: Path) -> No
     ]  # fmt: skip
     [figures] = report["fleet"]["groups"]
     assert (figures["replicas"], figures["paid_s"]) == (3, 61.0 + 40.0 + 40.0)
+    timeline = report["timeline"]
+    up = dict(zip(timeline["time_s"], timeline["replicas"], strict=True))
+    means = {time: next(up[t] for t in up if t <= time < t + timeline["bucket_s"]) for time in (5, 20, 55)}
+    assert means == pytest.approx({5: 1.0, 20: 3.0, 55: 1.0})
     # Those that came at 16 went to the two that were ready at 15.
     found = ends(fleet, trace, tmp_path, router="least_loaded")
     assert [(name, replica) for name, replica, *_ in found if name in "678"] == [("6", 1), ("7", 2), ("8", 0)]

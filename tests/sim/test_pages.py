@@ -21,6 +21,7 @@ from pagellm.sim import (
     synthesise,
     to_html,
 )
+from pagellm.sim.fleet.fleet import Autoscale, Failure, Fleet, Group, known_link
 from pagellm.sim.sweep import report as sweep_report
 from tests.sim.browser import Element, browse
 from tests.sim.sample_reports import one_request, sample_report
@@ -102,6 +103,34 @@ def test_what_goes_wrong_on_a_page_is_seen(tmp_path: Path) -> None:
     assert document.one("p").text == "before"
     assert len(console) == 1
     assert "TypeError" in console[0]
+
+
+def test_a_page_tells_of_a_fleet(tmp_path: Path) -> None:
+    costs, link = CostModel.roofline("l4", "smollm2-135m"), known_link("roce")
+    config = EngineConfig(num_blocks=200, max_num_seqs=24)
+    alike: dict[str, Any] = {"costs": costs, "config": config, "link": link, "price_per_h": 0.5}
+    fleet = Fleet(
+        (
+            Group(name="p", role="prefill", count=2, start_s=1.0, **alike),
+            Group(name="d", role="decode", autoscale=Autoscale(max=3, target=2.0, interval_s=1.0), **alike),
+        ),
+        (Failure(2.0, "p", 1),),
+    )
+    workload = Workload(num_requests=100, arrivals="poisson:20", prompt_len="uniform:20,300", seed=5)
+    report = Simulator.of_fleet(fleet).replay(synthesise(workload))
+    document = page(tmp_path, report)
+    head, *rows = document.one("table", _class="comparison groups fleet").rows()
+    assert head == [
+        "group", "role", "model", "replicas", "devices of each", "hours", "busy", "Wh", "cost",
+    ]  # fmt: skip
+    assert [(row[0], row[1], row[3]) for row in rows] == [("p", "prefill", "2"), ("d", "decode", "3")]
+    assert_shows(rows[0][7], report["fleet"]["groups"][0]["energy_wh"])
+    assert_shows(rows[1][8], report["fleet"]["groups"][1]["cost"])
+    section = next(one for one in document.all("section") if one.attributes.get("aria-label") == "Fleet")
+    facts = {one.one("dt").text: one.one("dd").text for one in section.all("div") if one.all("dt")}
+    assert list(facts) == ["energy", "cost", "KV over roce", "failures", "scaling"]
+    assert facts["failures"].startswith("1 of replicas, down for 1.00 s on average; ")
+    assert "Replicas" in [one.text.split(" ")[0] for one in document.all("figcaption")]
 
 
 def test_a_report_is_shown_as_it_is(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ function begin() {
     letter: String.fromCharCode(65 + (index % 26)) + (index >= 26 ? Math.floor(index / 26) : ""),
     name: shortName(`${report.trace}, ${report.kind} on ${report.model}`),
   }));
-  for (const panel of PANELS) { // goodput is known with an SLO alone
+  for (const panel of PANELS) { // goodput is known with an SLO alone, replicas where they come and go
     panel.series = panel.series.filter(({ needs }) => !needs || reports.every((report) => report.timeline[needs]));
   }
+  PANELS.splice(0, PANELS.length, ...PANELS.filter(({ series }) => series.length));
   const timeline = new Timeline(entries);
   const distributions = new Distributions(entries);
   const several = entries.length > 1;
@@ -24,6 +25,8 @@ function begin() {
         several ? null : latencyTable(reports[0])),
       ...entries.filter(({ report }) => report.groups?.length).map((entry) => section("By replica, tenant and class",
         several ? `of ${entry.letter}` : null, groupTables(entry.report))),
+      ...entries.filter(({ report }) => hasFleet(report)).map((entry) => section("Fleet",
+        several ? `of ${entry.letter}` : "what served, and what it took", fleetParts(entry.report))),
       section("Configuration", several ? "what differs comes first" : null, settings(entries)),
       ...entries.filter(({ report }) => report.constants?.length).map((entry) => section("Step times",
         `estimated, not measured${several ? `; of ${entry.letter}` : ""}`, constantsTable(entry.report)))));

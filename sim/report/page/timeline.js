@@ -27,6 +27,8 @@ const PANELS = [
     { name: "arrived", values: (t) => perSecond(t.arrivals, t), fill: true },
     { name: "finished", values: (t) => perSecond(t.finished, t) },
     { name: "within the SLO", needs: "good", values: (t) => perSecond(t.good, t) }] },
+  { title: "Replicas", unit: "up", format: "count", series: [
+    { name: "up", needs: "replicas", values: (t) => t.replicas, fill: true }] },
   { title: "Preemptions", unit: "most in a bucket", format: "count", whole: true, series: [
     { name: "preemptions", values: (t) => t.preemptions, fill: true, combine: highestOf }] },
 ];
