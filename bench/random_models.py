@@ -44,7 +44,13 @@ _SCALED = {
     "IQ4_NL": (0, None, 70.0, 0.0),
     "IQ4_XS": (0, None, 1300.0, 0.0),
 }
-_TOKENIZERS = {"llama": "llama-bpe", "qwen2": "qwen2", "qwen3": "qwen2", "gemma3": "qwen2"}
+_TOKENIZERS = {
+    "llama": "llama-bpe",
+    "qwen2": "qwen2",
+    "qwen3": "qwen2",
+    "qwen3moe": "qwen2",
+    "gemma3": "qwen2",
+}
 
 
 def random_model(shape_name: str, mix: str) -> Path:
@@ -80,7 +86,11 @@ def write_random_model(path: Path, shape: Shape, mix: str) -> None:
         block, block_bytes = GGML_QUANT_SIZES[kind]
         sizes.append(rows * columns // block * block_bytes)
         writer.add_tensor_info(
-            name, (rows, columns // block * block_bytes), np.dtype(np.uint8), sizes[-1], kind
+            name,
+            shape.stored_shape(name, rows, columns // block * block_bytes),
+            np.dtype(np.uint8),
+            sizes[-1],
+            kind,
         )
     for name, size in vectors:
         writer.add_tensor_info(name, (size,), np.dtype(np.float32), 4 * size)
@@ -115,6 +125,10 @@ def _add_metadata(writer: GGUFWriter, shape: Shape, mix: str) -> None:
     writer.add_vocab_size(shape.vocab)
     if shape.architecture == "llama":
         writer.add_rope_dimension_count(shape.head_dim)
+    if shape.experts:
+        writer.add_expert_count(shape.experts)
+        writer.add_expert_used_count(shape.per_token)
+        writer.add_expert_feed_forward_length(shape.intermediate)
     if shape.window is not None:
         writer.add_sliding_window(shape.window)
     # OpenVINO fails on a vocabulary without control tokens.

@@ -12,7 +12,10 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
 @dataclass(frozen=True)
 class Shape:
-    """A dense decoder. rope_factors: whether it has those of Llama 3's scaling; window: of most layers."""
+    """A decoder. rope_factors: whether it has those of Llama 3's scaling; window: of most layers.
+
+    experts: of each layer, or 0; then intermediate is the width of each; a token passes through per_token.
+    """
 
     architecture: str
     layers: int
@@ -28,9 +31,11 @@ class Shape:
     norm_epsilon: float
     rope_factors: bool = False
     window: int | None = None
+    experts: int = 0
+    per_token: int = 0
 
     def matrices(self) -> Iterator[tuple[str, int, int]]:
-        """Name, rows and columns of each matrix, in the order of a file."""
+        """Name, rows of all experts together and columns of each matrix, in the order of a file."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         yield "token_embd.weight", self.vocab, self.hidden
         if not self.tied:
@@ -41,17 +46,28 @@ class Shape:
                 ("attn_k", kv, self.hidden),
                 ("attn_v", kv, self.hidden),
                 ("attn_output", self.hidden, q),
-                ("ffn_gate", self.intermediate, self.hidden),
-                ("ffn_up", self.intermediate, self.hidden),
-                ("ffn_down", self.hidden, self.intermediate),
+                *self._feed_forward(),
             ):
                 yield f"blk.{layer}.{name}.weight", rows, columns
+
+    def _feed_forward(self) -> Iterator[tuple[str, int, int]]:
+        suffix, count = ("_exps", self.experts) if self.experts else ("", 1)
+        if self.experts:
+            yield "ffn_gate_inp", self.experts, self.hidden
+        yield f"ffn_gate{suffix}", count * self.intermediate, self.hidden
+        yield f"ffn_up{suffix}", count * self.intermediate, self.hidden
+        yield f"ffn_down{suffix}", count * self.hidden, self.intermediate
+
+    def stored_shape(self, name: str, rows: int, row_bytes: int) -> tuple[int, ...]:
+        """How a file has a matrix: those of experts one behind the other."""
+        stacked = (self.experts, rows // self.experts) if "_exps." in name else (rows,)
+        return (*stacked, row_bytes)
 
     def vectors(self) -> Iterator[tuple[str, int]]:
         """Name and size of each norm and bias."""
         yield "output_norm.weight", self.hidden
         names = [("attn_norm.weight", self.hidden), ("ffn_norm.weight", self.hidden)]
-        if self.architecture in ("qwen3", "gemma3"):
+        if self.architecture in ("qwen3", "qwen3moe", "gemma3"):
             names += [("attn_q_norm.weight", self.head_dim), ("attn_k_norm.weight", self.head_dim)]
         if self.architecture == "gemma3":
             names += [("post_attention_norm.weight", self.hidden), ("post_ffw_norm.weight", self.hidden)]
@@ -94,6 +110,10 @@ SHAPES = {
     "qwen3-1.7b": _qwen3(28, 2048, 16, 6144, True),
     "llama-3.2-3b": _llama3(28, 3072, 24, 128, 8192, True),
     "qwen3-4b": _qwen3(36, 2560, 32, 9728, True),
+    # Eight of its 48 layers: the whole takes 18 GB in Q4_K_M.
+    "qwen3-30b-a3b-8-layers": Shape(
+        "qwen3moe", 8, 2048, 32, 4, 128, 768, 151936, False, 40960, 1e6, 1e-6, experts=128, per_token=8
+    ),
     "llama-3.1-8b": _llama3(32, 4096, 32, 128, 14336, False),
     "qwen3-8b": _qwen3(36, 4096, 32, 12288, False),
 }
@@ -134,6 +154,8 @@ def type_of(shape: Shape, mix: str, name: str, columns: int) -> str:
     base = MIXES[mix][1]
     if base in ("F32", "F16", "BF16"):
         return base
+    if ".ffn_gate_inp." in name:
+        return "F32"
     chosen = _before_fallback(shape, mix, base, name, columns)
     if columns % _block(chosen):
         chosen = _FALLBACKS.get(chosen, chosen)
@@ -145,7 +167,7 @@ def _before_fallback(shape: Shape, mix: str, base: str, name: str, columns: int)
         return "Q8_0" if base == "Q8_0" or columns % _block(base) else "Q6_K"
     if name == "token_embd.weight":
         return base
-    layer, part = int(name.split(".")[1]), name.split(".")[2]
+    layer, part = int(name.split(".")[1]), name.split(".")[2].removesuffix("_exps")
     eighth, sixteenth = shape.layers // 8, shape.layers // 16
     # The first and the last eighth of the layers, and every third between them.
     more = layer < eighth or layer >= 7 * shape.layers // 8 or (layer - eighth) % 3 == 2

@@ -28,6 +28,11 @@ TINY = replace(
 )
 
 
+TINY_MIXTURE = replace(
+    SHAPES["qwen3-30b-a3b-8-layers"], hidden=256, heads=8, head_dim=32, intermediate=256, vocab=512, experts=9
+)
+
+
 def types(shape_name: str, mix: str) -> Counter[str]:
     shape = SHAPES[shape_name]
     return Counter(type_of(shape, mix, name, columns) for name, _, columns in shape.matrices())
@@ -41,6 +46,19 @@ def test_a_mix_is_what_llama_cpp_makes_of_the_shape() -> None:
     assert types("qwen3-4b", "Q4_0") == {"Q4_0": 252, "Q6_K": 1}
     assert types("qwen3-4b", "Q8_0") == {"Q8_0": 253}
     assert types("smollm2-135m", "Q4_0") == {"Q4_0": 210, "Q8_0": 1}
+
+
+@pytest.mark.parametrize("mix", ["Q4_K_M", "Q8_0"])
+def test_a_mixture_of_a_shape_is_served(tmp_path: Path, mix: str) -> None:
+    path = tmp_path / "m.gguf"
+    write_random_model(path, TINY_MIXTURE, mix)
+    with open_checkpoint(path) as checkpoint:
+        kinds = Counter(tensor.dtype for name, tensor in checkpoint.tensors.items() if "exps" in name)
+    assert kinds == ({"Q4_K": 20, "Q6_K": 4} if mix == "Q4_K_M" else {"Q8_0": 24})
+    llm = LLM(str(path), num_blocks=8, show_progress=False)
+    [output] = llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+    assert len(output.token_ids) == 3
+    llm.close()
 
 
 @pytest.mark.parametrize("mix", MIXES)

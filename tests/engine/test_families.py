@@ -147,6 +147,25 @@ def test_a_number_under_an_unknown_key_is_refused_by_its_name(tmp_path: Path, na
         ("gpt_bigcode", {"num_key_value_heads": 2}, "num_key_value_heads: found 2, expected 1"),
         ("gpt_neox", {"rope_theta": 5e5}, "rope_theta: found 500000.0, expected rotary_emb_base alone, or"),
         ("gpt_neox", {"rotary_pct": 0.01}, "rotary_pct: found 0.01, expected a share"),
+        ("qwen3_moe", {"num_experts_per_tok": 9}, "experts_per_token: found 9 with 7 experts in 1 groups"),
+        ("qwen3_moe", {"num_experts_per_tok": 0}, "num_experts_per_tok: found 0, expected an integer"),
+        ("qwen3_moe", {"mlp_only_layers": "all"}, "mlp_only_layers: found 'all', expected a list"),
+        ("qwen3_moe", {"num_experts": 8}, "num_local_experts: found 7, expected the same as num_experts"),
+        ("qwen3_moe", {"moe_intermediate_size": 24}, r"gate_proj\.weight has shape \(20, 32\)"),
+        ("qwen3_moe_stacked", {"num_local_experts": 6}, r"gate\.weight has shape \(7, 32\)"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 20}, r"shared_expert\..* has shape"),
+        ("mixtral", {"num_local_experts": 1 << 20}, "2097152 experts in all layers, expected at most 131072"),
+        ("mixtral", {"router_aux_loss_coef": 0.1, "router_gain": 2}, "router_gain: found 2, expected"),
+        ("ernie4_5_moe", {"moe_layer_end_index": -2}, "moe_layer_end_index: found -2, expected a layer's"),
+        ("ernie4_5_moe", {"moe_num_shared_experts": -1}, "moe_num_shared_experts: found -1, expected"),
+        ("olmoe_clip", {"clip_qkv": -1.0}, "clip_qkv: found -1.0, expected a positive number"),
+        ("dbrx", {"moe_normalize_expert_weights": 2.0}, "ffn_config.moe_normalize_expert_weights: found 1.0"),
+        ("dbrx", {"ffn_config": {"moe_normalize_expert_weights": 2.0}}, "found 2.0, expected 1 or null"),
+        ("dbrx", {"ffn_config": {"gain": 2.0}}, "gain: found 2.0, expected no such key"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit: found 5.0, expected 7.0"),
+        ("gpt_oss", {"experts_per_token": 3}, "experts_per_token: found 3, expected 2"),
+        ("gpt_oss_mxfp4", {"quantization_config": {"quant_method": "mxfp4", "block": 64}}, "block"),
+        ("granitemoe", {"num_experts_per_tok": 6}, "experts_per_token: found 6 with 5 experts"),
         ("gptj", {"rotary_dim": None}, "rotary_dim: found None, expected an integer"),
         ("gptj", {"rotary_dim": 16}, "16 dimensions of a head are rotated, expected at most 12"),
         ("gptj", {"scale_attn_weights": False}, "scale_attn_weights: found False"),
@@ -429,3 +448,34 @@ def test_the_readme_shows_an_architecture_as_it_is() -> None:
     root = Path(__file__).parents[2]
     shown = (root / "README.md").read_text("utf-8")
     assert f"```python\n{(root / 'engine' / 'models' / 'qwen3.py').read_text('utf-8')}```\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"experts_per_token": 0},
+            "experts_per_token: found 0 with 7 experts in 1 groups, expected from 1 to 7",
+        ),
+        ({"expert_groups": 0}, "expert_groups: found 0 .* expected from 1 to 7"),
+        ({"expert_groups": 2}, "7 experts cannot be in 2 equal groups"),
+        ({"expert_groups": 7, "groups_per_token": 8}, "groups_per_token: found 8 .* expected from 1 to 7"),
+        ({"expert_groups": 7, "groups_per_token": 2}, "experts_per_token: found 3 .* expected from 1 to 2"),
+        ({"group_best": 8}, "group_best: found 8 .* expected from 1 to 7"),
+        ({"expert_size": 0}, "expert_size: found 0"),
+        ({"shared_gate": 1}, "intermediate_size: found 0 .* expected 1 or more"),
+        ({"num_experts": 0}, "experts_per_token: found 3, expected 0 without experts"),
+        ({"num_experts": 0, "experts_per_token": 0}, "found neither a feed-forward nor experts"),
+    ],
+)
+def test_numbers_of_a_mixture_that_do_not_fit_each_other_are_refused(
+    changes: dict[str, int], message: str
+) -> None:
+    """Else a kernel would look for an expert that there is not."""
+    with open_checkpoint(ARCHITECTURES / "qwen3_moe") as checkpoint:
+        spec = read_spec(checkpoint)
+    layers = spec.arch.layers.copy()
+    for name, value in changes.items():
+        layers[name][1] = value
+    with pytest.raises(CheckpointError, match=f"qwen3_moe: layer 1: {message}"):
+        replace(spec, arch=spec.arch._replace(layers=layers))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pagellm.engine import LLM, ConfigError, EngineConfig
+from pagellm.engine import LLM, ConfigError, EngineConfig, loading
 from pagellm.engine.execution import memory as memory_module
 from pagellm.engine.execution.memory import Memory, read_memory
 from pagellm.engine.loading import size_cache
@@ -175,6 +175,27 @@ def test_a_cache_beyond_all_memory_is_refused() -> None:
         size_cache(EngineConfig(block_size=4, num_blocks=26), 1000, 10, memory)
     with pytest.raises(ConfigError, match="num_swap_blocks: found 13 beside 13 blocks"):
         size_cache(EngineConfig(block_size=4, num_blocks=13, preemption="swap"), 1000, 10, memory)
+
+
+def test_weights_beyond_what_the_cache_leaves_are_refused_with_the_sum() -> None:
+    memory = Memory(available=8000, total=100_000, source="of a test")
+    config = EngineConfig(block_size=4, num_blocks=50)
+    assert size_cache(config, 1000, 10, memory, weight_bytes=6000).num_blocks == 50
+    found = (
+        r"weights: found 6001 bytes, expected at most 6000: 8000 bytes are available of a test, less 2000 "
+    )
+    with pytest.raises(ConfigError, match=f"{found}of 50 KV blocks"):
+        size_cache(config, 1000, 10, memory, weight_bytes=6001)
+    with pytest.raises(ConfigError, match="weights: found 9000 bytes, expected at most 7960"):
+        size_cache(EngineConfig(block_size=4), 1000, 10, memory, weight_bytes=9000)
+
+
+def test_weights_are_refused_before_any_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "read_memory", lambda: Memory(100_000, 10**9, "of a test"))
+    monkeypatch.setattr(loading, "load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(loading, "compile_kernels", lambda *_: pytest.fail("kernels were compiled"))
+    with pytest.raises(ConfigError, match="weights: found"):
+        LLM(str(model_path("qwen3_moe")))
 
 
 def test_what_was_found_and_chosen_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
