@@ -38,7 +38,12 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
         help="measure what it costs on this text (default: a page of Jane Austen's)",
     )  # fmt: skip
     parser.add_argument(
-        "--kl-tokens", type=int, default=2048, metavar="N", help="on so many tokens of it; 0: not at all"
+        "--kl-tokens",
+        dest="text_tokens",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="on so many tokens of it; 0: not at all",
     )
     parser.add_argument(
         "--allow-requantize", action="store_true", help="also of a model that has few bits already"
@@ -62,7 +67,7 @@ def _quantize(options: argparse.Namespace) -> None:
         pure=options.pure,
         imatrix=options.imatrix,
         text=options.kl_text,
-        text_tokens=options.kl_tokens,
+        text_tokens=options.text_tokens,
         allow_requantize=options.allow_requantize,
         force=options.force,
     )

@@ -131,7 +131,7 @@ def _type(out: Path, settings: Settings) -> str:
     for name, given in (("imatrix", settings.imatrix), ("pure", settings.pure)):
         if given and not is_gguf(out):
             raise ConfigError(
-                f"{name}: found {found(given)}, expected none beside a directory of safetensors"
+                f"{name}: found {found(str(given))}, expected none beside a directory of safetensors"
             )
     return ALIASES.get(mixture, mixture)
 
@@ -151,6 +151,8 @@ def _check(checkpoint: Checkpoint, spec: ModelSpec, out: Path, settings: Setting
 
 def _text(settings: Settings) -> str | None:
     """The text to compare on. Raises `ConfigError` if it cannot be read."""
+    if settings.text_tokens < 0:
+        raise ConfigError(f"text_tokens: found {settings.text_tokens}, expected a number from 0 on")
     if not settings.text_tokens:
         return None
     if settings.text is None:

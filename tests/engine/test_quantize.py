@@ -315,6 +315,8 @@ def test_the_command_prints_what_it_did(tmp_path: Path, capsys: pytest.CaptureFi
     assert "KL divergence: not measured" in capsys.readouterr().out
     assert main(["quantize", model, "-o", str(tmp_path / "c.gguf"), "--type", "Q9"]) == 2
     assert "type: found 'Q9'" in capsys.readouterr().err
+    assert main(["quantize", model, "-o", str(tmp_path / "c.gguf"), "--kl-tokens", "-1"]) == 2
+    assert "text_tokens: found -1, expected a number from 0 on (--kl-tokens)" in capsys.readouterr().err
 
 
 def test_errors_are_the_projects_own(tmp_path: Path) -> None:
