@@ -32,6 +32,10 @@ _NAMES = {
     "response_format": "text",
 }  # fmt: skip
 _OWN = ("n", "max_tokens", "prompt_logprobs", "return_token_ids", "response_format", "stream_options")
+_KNOWN_WITHIN = {
+    "stream_options": ("include_obfuscation",), "text": ("format", "verbosity"),
+    "reasoning": ("effort", "summary", "generate_summary"),
+}  # fmt: skip
 Items = Annotated[
     Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]})
 ]
@@ -86,8 +90,10 @@ class ResponseChat(ChatCompletionRequest):
     def unknown_fields(self) -> list[str]:
         """The names of fields that mean nothing here."""
         names = self._asked.unknown_fields
-        options = self._asked.stream_options or {}
-        return names + [f"stream_options.{name}" for name in options if name != "include_obfuscation"]
+        for field, known in _KNOWN_WITHIN.items():
+            given = getattr(self._asked, field) or {}
+            names += [f"{field}.{name}" for name in given if name not in known]
+        return names
 
 
 def read_response_request(body: bytes) -> ResponseChat:

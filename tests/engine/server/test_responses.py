@@ -7,6 +7,7 @@ import pytest
 
 from pagellm.engine import LLM, SamplingParams
 from tests.engine.server.test_clients import HELLO, ask, refusal, request
+from tests.engine.server.test_lifetime import value_of
 
 pytest.importorskip("fastapi", reason="the server's tests need the extra serve")
 openai = pytest.importorskip("openai", reason="the server's tests need the client openai")
@@ -152,6 +153,19 @@ def test_what_would_have_to_be_kept_or_is_not_there_is_refused_by_its_name(serve
     for kept in ({"store": False}, {"background": False}, {"truncation": "disabled"}, {"store": None}):
         body = {"input": "x", "max_output_tokens": 1, "include": ["reasoning.encrypted_content"]}
         assert ask(server, "/responses", body | kept)["status"] == "incomplete"
+
+
+def test_what_means_nothing_within_a_field_is_counted(server: Any) -> None:
+    before = value_of(server, "pagellm:unknown_request_fields_total")
+    body = {
+        "input": "hi",
+        "max_output_tokens": 1,
+        "reasoning": {"depth": 3},
+        "text": {"colour": "red"},
+        "x": 1,
+    }
+    ask(server, "/v1/responses", body)
+    assert value_of(server, "pagellm:unknown_request_fields_total") == before + 3
 
 
 def test_what_a_client_sent_comes_back_also_where_its_integers_are_long(server: Any) -> None:
