@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagellm.engine import ConfigError, ReportError, TraceError
-from pagellm.sim import Workload, synthesise
+from pagellm.sim import Trace, TraceRequest, Workload, synthesise
 from pagellm.sim.commands.sweep import add_sweep
 from pagellm.sim.sweep.capacity import HIGHEST, LOWEST, Bracket, search
 from pagellm.sim.sweep.grid import Grid, Slo
@@ -378,3 +378,23 @@ def test_the_page_asks_for_nothing_and_no_name_breaks_out_of_it(tmp_path: Path, 
     assert page.links == ["data:,"]
     data, _ = page.texts["script"]
     assert json.loads(data)["trace"] == json.loads(to_json(result))["trace"] == str(trace)
+
+
+def test_the_second_tier_of_the_prefix_cache_is_an_axis(tmp_path: Path) -> None:
+    """Eight prompts of 12 blocks in turns, of which the first tier holds two."""
+    path = tmp_path / "turns.jsonl"
+    Trace.from_requests(
+        TraceRequest(
+            arrival_time=10.0 * i, prompt_len=192, hash_ids=[i % 8] * 12, hash_block_size=16, output_len=2
+        )
+        for i in range(24)
+    ).save(path)
+    grid = Grid.parse(["num_blocks=30", "enable_hierarchical_cache=false,true", "num_swap_blocks=50,200"])
+    points = (
+        Sweep(TraceFile(str(path)), CostSource(roofline=("l4", "smollm2-135m", 1)), grid, jobs=1).run().points
+    )
+    found = [point.summary["cache"] for point in points if point.summary is not None]
+    assert [cache.get("host_hit_tokens", 0) for cache in found] == [0, 0, 0, 16 * 11 * 16]
+    assert [round(cache["hit_rate"] or 0, 3) for cache in found] == [0, 0, 0, round(16 * 176 / (24 * 192), 3)]
+    off, small, large = (points[i].summary["ttft_s"]["mean"] for i in (0, 2, 3))  # type: ignore[index]
+    assert small > off > large, "blocks that go out for nothing cost time, and hits gain it"
