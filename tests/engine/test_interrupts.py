@@ -4,6 +4,7 @@ Raised at every line of what drives a model, one at a time, and by a signal at r
 request, block or wrong table is there, and the next call gives the bits that it always gives.
 """
 
+import dis
 import gc
 import random
 import signal
@@ -128,13 +129,16 @@ def assert_nothing_is_left(llm: LLM) -> None:
 
 
 Place = tuple[str, int]
+TAKES_OVER = dis.opmap["PUSH_EXC_INFO"]
 
 
 def traced(call: Callable[[], object], at_line: Callable[[Place], None], files: list[str]) -> object:
     """What a call gives, if `at_line` is called before each line of the files and raises nothing."""
 
     def in_frame(frame: FrameType, event: str, _: object) -> Any:
-        if event == "line":
+        # Where a handler has not yet taken its exception over, CPython loses track of what is handled if the
+        # trace function raises another; a signal never comes there.
+        if event == "line" and frame.f_code.co_code[frame.f_lasti] != TAKES_OVER:
             at_line((Path(frame.f_code.co_filename).name, frame.f_lineno))
         return in_frame
 
