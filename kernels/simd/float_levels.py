@@ -12,6 +12,7 @@ from pagellm.kernels.simd.llvm import (
     HALF_VECTOR,
     INT_VECTOR,
     LANES,
+    SHORT_PAIRS,
     SHORT_VECTOR,
     VECTOR,
     element_pointer,
@@ -32,7 +33,8 @@ def _expand_floats(num_bits: int, convert: Callable[..., Any]) -> Any:
 
     w: the rows of the block's plane, from word `w_at` on, as kernels.packing has them, and the columns'
     scales, from word `scales` on; out: a row of floats for each of the 32 inputs. `convert(builder, words,
-    shift, scale)` makes of the levels at bit `shift` of each word the floats, times the scale.
+    scale)` makes of each word's levels, from its lowest byte on and of each byte the lower half first, the
+    floats, times the scale.
     """
 
     def intrinsic_of(
@@ -54,11 +56,11 @@ def _expand_floats(num_bits: int, convert: Callable[..., Any]) -> Any:
                 scale = load_at(builder, factors, VECTOR, v * LANES)
                 for row in range(num_bits):
                     words = load_at(builder, source, INT_VECTOR, (row * num_vectors + v) * LANES)
-                    for word in range(row, _BLOCK_WORDS, num_bits):
-                        for byte in range(4):
-                            value = convert(builder, words, 8 * byte + word // num_bits * num_bits, scale)
-                            place = ((4 * word + byte) * num_vectors + v) * LANES
-                            store_at(builder, target, value, place)
+                    values = convert(builder, words, scale)
+                    fields = len(values) // 4  # of a byte
+                    for i, value in enumerate(values):
+                        word = row + i % fields * num_bits
+                        store_at(builder, target, value, ((4 * word + i // fields) * num_vectors + v) * LANES)
             return context.get_dummy_value()
 
         return types.void(vectors, w, types.intp, types.intp, out, types.intp), emit
@@ -66,27 +68,44 @@ def _expand_floats(num_bits: int, convert: Callable[..., Any]) -> Any:
     return intrinsic_of
 
 
-def _from_e4m3(builder: Any, words: Any, shift: int, scale: Any) -> Any:
-    # Its sign, and its exponent and mantissa one bit lower, are a float16 of 2^-8 times the value.
-    top = builder.shl(words, int_splat(24 - shift)) if shift < 24 else words
-    bits = builder.and_(builder.ashr(top, int_splat(1)), int_splat(0xBF800000 - (1 << 32)))
-    halves = builder.bitcast(builder.trunc(builder.lshr(bits, int_splat(16)), SHORT_VECTOR), HALF_VECTOR)
-    return builder.fmul(from_float16(builder, halves), builder.fmul(scale, float_splat(256.0)))
+def _from_e4m3(builder: Any, words: Any, scale: Any) -> list[Any]:
+    # Its sign, and its exponent and mantissa one bit lower, are a float16 of 2^-8 times the value. Bytes 0 and 2
+    # of a word become a pair of these, and bytes 1 and 3.
+    scale = builder.fmul(scale, float_splat(256.0))
+    pairs = builder.bitcast(words, SHORT_PAIRS)
+    values = []
+    for tops in (builder.shl(pairs, _shorts(8)), pairs):
+        halves = builder.and_(builder.ashr(tops, _shorts(1)), _shorts(0xBF80 - (1 << 16)))
+        halves = builder.bitcast(halves, INT_VECTOR)
+        for both in (halves, builder.lshr(halves, int_splat(16))):
+            one = builder.bitcast(builder.trunc(both, SHORT_VECTOR), HALF_VECTOR)
+            values.append(builder.fmul(from_float16(builder, one), scale))
+    first, third, second, fourth = values
+    return [first, second, third, fourth]
+
+
+def _shorts(value: int) -> Any:
+    return ir.Constant(SHORT_PAIRS, [value] * SHORT_PAIRS.count)
 
 
 def _from_int8(step: float) -> Callable[..., Any]:
-    def convert(builder: Any, words: Any, shift: int, scale: Any) -> Any:
-        top = builder.shl(words, int_splat(24 - shift)) if shift < 24 else words
-        value = builder.sitofp(builder.ashr(top, int_splat(24)), VECTOR)
-        return builder.fmul(builder.fmul(value, scale), float_splat(step))
+    def convert(builder: Any, words: Any, scale: Any) -> list[Any]:
+        values = []
+        for byte in range(4):
+            top = builder.shl(words, int_splat(24 - 8 * byte)) if byte < 3 else words
+            value = builder.sitofp(builder.ashr(top, int_splat(24)), VECTOR)
+            values.append(builder.fmul(builder.fmul(value, scale), float_splat(step)))
+        return values
 
     return convert
 
 
 def _from_table(values: tuple[float, ...]) -> Callable[..., Any]:
-    def convert(builder: Any, words: Any, shift: int, scale: Any) -> Any:
-        indices = builder.and_(builder.lshr(words, int_splat(shift)), int_splat(15))
-        return builder.fmul(_look_up(builder, values, indices), scale)
+    def convert(builder: Any, words: Any, scale: Any) -> list[Any]:
+        indices = [
+            builder.and_(builder.lshr(words, int_splat(shift)), int_splat(15)) for shift in range(0, 32, 4)
+        ]
+        return [builder.fmul(_look_up(builder, values, index), scale) for index in indices]
 
     return convert
 

@@ -3,6 +3,7 @@
 Their activations are quantized, too, where a GPU computes with them; here they stay floats.
 """
 
+from pagellm.engine.checkpoints.base import Tensor
 from pagellm.engine.checkpoints.quantized.bytes import SCALES, ByteMatrix
 from pagellm.engine.checkpoints.quantized.modules import Modules
 from pagellm.engine.checkpoints.quantized.section import Section, by_parts
@@ -11,6 +12,16 @@ _FLOATS = "activations stay floats"
 _HARMLESS = frozenset(
     {"quant_method", "activation_scheme", "scale_fmt", "dequantize", "is_checkpoint_fp8_serialized"}
 )
+
+
+# What transformers takes for a `weight_block_size` that is not there.
+_BLOCK = (128, 128)
+
+
+def _has_blocks(weight: Tensor, scales: Tensor) -> bool:
+    """Whether there is a scale for each block of a matrix, and more than one of them."""
+    blocks = tuple(-(-size // side) for size, side in zip(weight.shape, _BLOCK, strict=False))
+    return scales.shape == blocks and blocks != (1, 1)
 
 
 def read_fp8(section: Section, modules: Modules) -> str:
@@ -34,7 +45,10 @@ def read_fp8(section: Section, modules: Modules) -> str:
         if scales is None:
             scales = modules.take(module, "weight_scale_inv", SCALES)
         modules.take_any(module, ("input_scale", "activation_scale"), SCALES)
-        modules.put(module, ByteMatrix(weight, scales, "E4M3", tuple(block) if block else None).tensor())
+        size = tuple(block) if block else None
+        if "weight_block_size" not in section.values and _has_blocks(weight, scales):
+            size = _BLOCK
+        modules.put(module, ByteMatrix(weight, scales, "E4M3", size).tensor())
     modules.check(section, key, excluded)
     how = "one scale a matrix or output" if block is None else f"blocks of {block[0]} x {block[1]}"
     return f"FP8 (E4M3), {how}, {_FLOATS}"

@@ -98,6 +98,13 @@ def read_awq(section: Section, modules: Modules) -> str:
     version = section.get("version", section.get("format", "gemm"))
     if not isinstance(version, str) or version.lower() != "gemm":
         raise section.error("version", version, "'gemm'")
+    section.only("desc_act", False, default=False)
+    section.only("checkpoint_format", "gemm", default="gemm")
+    section.only("pack_dtype", "int32", default="int32")
+    section.get("sym")  # of GPTQ, whose keys transformers writes, too: zero_point says it here
+    if section.get("modules_in_block_to_quantize"):
+        value = section.get("modules_in_block_to_quantize")
+        raise section.error("modules_in_block_to_quantize", value, "none: modules_to_not_convert says it")
     excluded = by_parts(section.names("modules_to_not_convert"), section, "modules_to_not_convert")
     section.refuse_others(_HARMLESS)
     for module in modules.with_tensor("qweight"):
