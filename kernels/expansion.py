@@ -51,11 +51,11 @@ from pagellm.kernels.packing import (
 from pagellm.kernels.simd import (
     LANES,
     broadcast,
-    expand_e4m3,
-    expand_int8,
+    e4m3_intrinsics,
     expand_levels,
     expand_nibbles,
-    expand_table,
+    float_table_intrinsics,
+    int8_intrinsics,
     load,
     load_float16,
     load_high_nibbles,
@@ -72,8 +72,10 @@ PREPARED_WORDS = 12 * PANEL
 _VECTORS = PANEL // LANES
 _expand_table, dot_table = table_intrinsics(TABLE)
 _expand_float4, dot_float4 = table_intrinsics(FLOAT4_TABLE)
-_expand_int8 = expand_int8(INT8_STEP)
-_expand_nf4, _expand_fp4 = expand_table(NF4_TABLE), expand_table(FP4_TABLE)
+_expand_e4m3, dot_e4m3 = e4m3_intrinsics()
+_expand_int8, dot_int8_127 = int8_intrinsics(INT8_STEP)
+_expand_nf4, dot_nf4 = float_table_intrinsics(NF4_TABLE)
+_expand_fp4, dot_fp4 = float_table_intrinsics(FP4_TABLE)
 
 
 @shared
@@ -144,7 +146,7 @@ def decode_blocks(format, w, panel, first, count, ahead, out, at):
             for i in range(0, panel_block_words(format), LANES):
                 prefetch(w, place + ahead + i)
         if format == FLOAT8:
-            expand_e4m3(_VECTORS, w, place, scales, out, at)
+            _expand_e4m3(_VECTORS, w, place, scales, out, at)
         elif format == INT8_127:
             _expand_int8(_VECTORS, w, place, scales, out, at)
         elif format == FP4:

@@ -21,6 +21,7 @@ from pagellm.kernels.matmul_tiles import (
     INT_HEIGHTS,
     LEVEL_ROWS,
     multiply_decoded,
+    multiply_decoded_row,
     multiply_levels,
     multiply_panel,
     multiply_prepared,
@@ -118,6 +119,11 @@ def _multiply_decoded(
 ):  # fmt: skip
     """Like `_multiply_expanded` for formats whose blocks become floats: a chain is that of FLOAT32."""
     blocks, group_words = num_blocks(K), GROUP * activation_words(format, K)
+    if rows == 1:
+        multiply_decoded_row(
+            format, x, x_start, w, w_start, ahead, blocks, bias_start, out, out_start, accumulate
+        )  # fmt: skip
+        return
     for first in range(0, blocks, _DECODED_BLOCKS):
         count = min(_DECODED_BLOCKS, blocks - first)
         is_last = first + count == blocks

@@ -11,7 +11,11 @@ from pagellm.kernels.expansion import (
     MINIMA,
     PREPARED_WORDS,
     SCALES,
+    dot_e4m3,
     dot_float4,
+    dot_fp4,
+    dot_int8_127,
+    dot_nf4,
     dot_table,
     has_halves_apart,
     prepare_scales,
@@ -22,7 +26,9 @@ from pagellm.kernels.packing import (
     BLOCK,
     CHUNK,
     FLOAT4,
+    FLOAT8,
     FLOAT32,
+    FP4,
     GROUP,
     INT2,
     INT3_K,
@@ -35,6 +41,7 @@ from pagellm.kernels.packing import (
     INT5_K,
     INT6_K,
     INT8,
+    INT8_127,
     INT8_ROW,
     INT_CHUNK,
     PANEL,
@@ -81,6 +88,7 @@ from pagellm.kernels.simd import (
 )
 
 _VECTORS = PANEL // LANES
+_NEXT_CHUNK = GROUP * CHUNK  # how far behind a chunk of a row its next one begins
 # Rows of a tile of 32-bit sums; the integer formats keep two sums an element, so theirs has half as many.
 _HEIGHTS = tuple(height for height in (1, 2, 3, 4, 6, 8, 12) if height <= GROUP)
 INT_HEIGHTS = tuple(height for height in (1, 2, 3, 4, 6) if height <= max(1, GROUP // 2))
@@ -363,6 +371,26 @@ def _decoded_tile(height: int) -> Any:
             out_at += GROUP * out_stride
 
     return multiply
+
+
+@kernel
+def multiply_decoded_row(format, x, x_at, w, w_at, ahead, blocks, bias_at, out, out_at, accumulate):
+    """One row of a format whose levels become floats, in registers: the chain of `_decoded_tile`."""
+    tile = start_tile(1, _VECTORS, w, bias_at)
+    for block in range(blocks):
+        at, column = x_at + activation_place(block * BLOCK), w_at + block_place(format, block)
+        scales = w_at + halves_place(format, block)
+        for i in range(0, panel_block_words(format), LANES):
+            prefetch(w, column + ahead + i)
+        if format == FLOAT8:
+            tile = dot_e4m3(tile, x, at, _NEXT_CHUNK, w, column, scales)
+        elif format == INT8_127:
+            tile = dot_int8_127(tile, x, at, _NEXT_CHUNK, w, column, scales)
+        elif format == FP4:
+            tile = dot_fp4(tile, x, at, _NEXT_CHUNK, w, column, scales)
+        else:
+            tile = dot_nf4(tile, x, at, _NEXT_CHUNK, w, column, scales)
+    write_tile(tile, 1, out, out_at, PANEL, accumulate)
 
 
 _multiply_float32 = by_height(_HEIGHTS, partial(_float_tile, outer_product, 1))

@@ -35,7 +35,7 @@ from pagellm.kernels.simd.byte_tiles import (
     zero_int_tile,
 )
 from pagellm.kernels.simd.calls import call_again, this_call
-from pagellm.kernels.simd.float_levels import expand_e4m3, expand_int8, expand_table
+from pagellm.kernels.simd.float_levels import e4m3_intrinsics, float_table_intrinsics, int8_intrinsics
 from pagellm.kernels.simd.llvm import LANES, REGISTERS_PER_VECTOR, host_has
 from pagellm.kernels.simd.planes import (
     dot_levels,
@@ -104,16 +104,16 @@ __all__ = [
     "dot_int8",
     "dot_levels",
     "dot_nibbles",
+    "e4m3_intrinsics",
     "exp",
-    "expand_e4m3",
-    "expand_int8",
     "expand_levels",
     "expand_nibbles",
-    "expand_table",
     "first_lane",
+    "float_table_intrinsics",
     "fma",
     "host_has",
     "int4_sums",
+    "int8_intrinsics",
     "load",
     "load_bfloat16",
     "load_float16",

@@ -10,6 +10,7 @@ from numba.extending import intrinsic
 
 from pagellm.kernels.simd.llvm import (
     HALF_VECTOR,
+    I64,
     INT_VECTOR,
     LANES,
     SHORT_PAIRS,
@@ -22,19 +23,34 @@ from pagellm.kernels.simd.llvm import (
     load_at,
     store_at,
 )
-from pagellm.kernels.simd.tiles import literal
+from pagellm.kernels.simd.tiles import add_product, float_row, literal
 from pagellm.kernels.simd.vectors import from_float16
 
 _BLOCK_WORDS = 8  # of four inputs
+
+
+def _values(builder: Any, convert: Callable[..., Any], source: Any, scales: list[Any], num_bits: int) -> Any:
+    """Emits a block: of each of its words of four inputs in turn, (word, vector of columns, four floats).
+
+    source: the rows of its plane; scales: of each vector of columns. `convert(builder, words, field, scale)`
+    makes of the `field`-th levels from below of each word's bytes, from the lowest byte on, the floats.
+    """
+    num_vectors = len(scales)
+    for word in range(_BLOCK_WORDS):
+        for v, scale in enumerate(scales):
+            words = load_at(builder, source, INT_VECTOR, (word % num_bits * num_vectors + v) * LANES)
+            yield word, v, convert(builder, words, word // num_bits, scale)
+
+
+def _load_scales(builder: Any, pointer: Any, num_vectors: int) -> list[Any]:
+    return [load_at(builder, pointer, VECTOR, v * LANES) for v in range(num_vectors)]
 
 
 def _expand_floats(num_bits: int, convert: Callable[..., Any]) -> Any:
     """The body of an intrinsic `(vectors, w, w_at, scales, out, out_at)` for a block of levels of these bits.
 
     w: the rows of the block's plane, from word `w_at` on, as kernels.packing has them, and the columns'
-    scales, from word `scales` on; out: a row of floats for each of the 32 inputs. `convert(builder, words,
-    scale)` makes of each word's levels, from its lowest byte on and of each byte the lower half first, the
-    floats, times the scale.
+    scales, from word `scales` on; out: a row of floats for each of the 32 inputs. convert: of `_values`.
     """
 
     def intrinsic_of(
@@ -52,15 +68,10 @@ def _expand_floats(num_bits: int, convert: Callable[..., Any]) -> Any:
             target = element_pointer(
                 context, builder, signature.args[4], out_value, out_index, count=32 * size
             )
-            for v in range(num_vectors):
-                scale = load_at(builder, factors, VECTOR, v * LANES)
-                for row in range(num_bits):
-                    words = load_at(builder, source, INT_VECTOR, (row * num_vectors + v) * LANES)
-                    values = convert(builder, words, scale)
-                    fields = len(values) // 4  # of a byte
-                    for i, value in enumerate(values):
-                        word = row + i % fields * num_bits
-                        store_at(builder, target, value, ((4 * word + i // fields) * num_vectors + v) * LANES)
+            loaded = _load_scales(builder, factors, num_vectors)
+            for word, v, values in _values(builder, convert, source, loaded, num_bits):
+                for byte, value in enumerate(values):
+                    store_at(builder, target, value, ((4 * word + byte) * num_vectors + v) * LANES)
             return context.get_dummy_value()
 
         return types.void(vectors, w, types.intp, types.intp, out, types.intp), emit
@@ -68,9 +79,45 @@ def _expand_floats(num_bits: int, convert: Callable[..., Any]) -> Any:
     return intrinsic_of
 
 
-def _from_e4m3(builder: Any, words: Any, scale: Any) -> list[Any]:
-    # Its sign, and its exponent and mantissa one bit lower, are a float16 of 2^-8 times the value. Bytes 0 and 2
-    # of a word become a pair of these, and bytes 1 and 3.
+def _dot_floats(num_bits: int, convert: Callable[..., Any]) -> Any:
+    """The body of an intrinsic `(tile, x, x_at, stride, w, w_at, scales)`: a row times a block of levels.
+
+    Adds to the row's sums its 32 inputs times the floats that `_expand_floats` would write, one after the
+    other. x: 16 of the inputs begin at word `x_at`, the others `stride` further, a compile-time constant.
+    """
+
+    def intrinsic_of(
+        _typing: Any, tile: Any, x: Any, x_at: Any, stride: Any, w: Any, w_at: Any, scales: Any
+    ) -> Any:
+        num_vectors, distance = tile.count, literal(stride)
+
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            tile_value, x_value, x_index, _, w_value, w_index, scales_index = arguments
+            size = num_vectors * LANES
+            inputs = element_pointer(
+                context, builder, signature.args[1], x_value, x_index, count=distance + 16
+            )
+            source = element_pointer(
+                context, builder, signature.args[4], w_value, w_index, count=num_bits * size
+            )
+            factors = element_pointer(context, builder, signature.args[4], w_value, scales_index, count=size)
+            sums = [builder.extract_value(tile_value, v) for v in range(num_vectors)]
+            loaded = _load_scales(builder, factors, num_vectors)
+            for word, v, values in _values(builder, convert, source, loaded, num_bits):
+                for byte, value in enumerate(values):
+                    place = 4 * word + byte
+                    pointer = builder.gep(inputs, [I64(place // 16 * distance + place % 16)])
+                    sums[v] = add_product(builder, float_row(builder, pointer), value, sums[v])
+            return context.make_tuple(builder, signature.return_type, sums)
+
+        return tile(tile, x, types.intp, stride, w, types.intp, types.intp), emit
+
+    return intrinsic_of
+
+
+def _from_e4m3(builder: Any, words: Any, _field: int, scale: Any) -> list[Any]:
+    # Its sign, and its exponent and mantissa one bit lower, are a float16 of 2^-8 times the value. Bytes 0
+    # and 2 of a word become a pair of these, and bytes 1 and 3.
     scale = builder.fmul(scale, float_splat(256.0))
     pairs = builder.bitcast(words, SHORT_PAIRS)
     values = []
@@ -89,7 +136,7 @@ def _shorts(value: int) -> Any:
 
 
 def _from_int8(step: float) -> Callable[..., Any]:
-    def convert(builder: Any, words: Any, scale: Any) -> list[Any]:
+    def convert(builder: Any, words: Any, _field: int, scale: Any) -> list[Any]:
         values = []
         for byte in range(4):
             top = builder.shl(words, int_splat(24 - 8 * byte)) if byte < 3 else words
@@ -101,11 +148,12 @@ def _from_int8(step: float) -> Callable[..., Any]:
 
 
 def _from_table(values: tuple[float, ...]) -> Callable[..., Any]:
-    def convert(builder: Any, words: Any, scale: Any) -> list[Any]:
-        indices = [
-            builder.and_(builder.lshr(words, int_splat(shift)), int_splat(15)) for shift in range(0, 32, 4)
-        ]
-        return [builder.fmul(_look_up(builder, values, index), scale) for index in indices]
+    def convert(builder: Any, words: Any, field: int, scale: Any) -> list[Any]:
+        found = []
+        for shift in range(4 * field, 32, 8):
+            index = builder.and_(builder.lshr(words, int_splat(shift)), int_splat(15))
+            found.append(builder.fmul(_look_up(builder, values, index), scale))
+        return found
 
     return convert
 
@@ -129,27 +177,30 @@ def _look_up(builder: Any, values: tuple[float, ...], indices: Any) -> Any:
     return choices[0]
 
 
-@intrinsic(prefer_literal=True)
-def expand_e4m3(typing: Any, vectors: Any, w: Any, w_at: Any, scales: Any, out: Any, out_at: Any) -> Any:
-    """Writes a block of E4M3 floats (Micikevicius et al. 2022), which are numbers: see `_expand_floats`."""
-    return _expand_floats(8, _from_e4m3)(typing, vectors, w, w_at, scales, out, out_at)
-
-
-def expand_int8(step: float) -> Any:
-    """An intrinsic like `expand_e4m3` for signed bytes, multiplied by a number after their scale."""
+def _intrinsics(num_bits: int, convert: Callable[..., Any]) -> tuple[Any, Any]:
+    expand_body, dot_body = _expand_floats(num_bits, convert), _dot_floats(num_bits, convert)
 
     @intrinsic(prefer_literal=True)
     def expand(typing: Any, vectors: Any, w: Any, w_at: Any, scales: Any, out: Any, out_at: Any) -> Any:
-        return _expand_floats(8, _from_int8(step))(typing, vectors, w, w_at, scales, out, out_at)
-
-    return expand
-
-
-def expand_table(values: tuple[float, ...]) -> Any:
-    """An intrinsic like `expand_e4m3` for levels of four bits that stand for these 16 floats."""
+        return expand_body(typing, vectors, w, w_at, scales, out, out_at)
 
     @intrinsic(prefer_literal=True)
-    def expand(typing: Any, vectors: Any, w: Any, w_at: Any, scales: Any, out: Any, out_at: Any) -> Any:
-        return _expand_floats(4, _from_table(values))(typing, vectors, w, w_at, scales, out, out_at)
+    def dot(typing: Any, tile: Any, x: Any, x_at: Any, stride: Any, w: Any, w_at: Any, scales: Any) -> Any:
+        return dot_body(typing, tile, x, x_at, stride, w, w_at, scales)
 
-    return expand
+    return expand, dot
+
+
+def e4m3_intrinsics() -> tuple[Any, Any]:
+    """Intrinsics of `_expand_floats` and `_dot_floats` for E4M3 (Micikevicius et al. 2022), numbers alone."""
+    return _intrinsics(8, _from_e4m3)
+
+
+def int8_intrinsics(step: float) -> tuple[Any, Any]:
+    """The same for signed bytes, multiplied by a number after their scale."""
+    return _intrinsics(8, _from_int8(step))
+
+
+def float_table_intrinsics(values: tuple[float, ...]) -> tuple[Any, Any]:
+    """The same for levels of four bits that stand for these 16 floats."""
+    return _intrinsics(4, _from_table(values))
