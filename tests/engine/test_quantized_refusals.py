@@ -81,7 +81,6 @@ def loaded(directory: Path) -> None:
         ("w8a8", GROUP, {"input_activations": None}, "input_activations: found None, expected those of W8A8"),
         ("fp8_block", (), {"fmt": "e5m2"}, "fmt: found 'e5m2', expected 'e4m3'"),
         ("fp8_block", (), {"weight_block_size": [64, 64]}, r"has shape \(1, 2\), expected \(2, 4\)"),
-        ("fp8_block", (), {"weight_block_size": None}, "weight_scale_inv has shape"),
         ("fp8_block", (), {"weight_block_size": 128}, "weight_block_size: found 128, expected two positive"),
         ("fp8_tensor", (), {"activation_scheme": "block"}, "activation_scheme: found 'block'"),
         ("fp8_tensor", (), {"modules_to_not_convert": ["model.layers.0"]}, "modules_to_not_convert excludes"),
@@ -166,6 +165,10 @@ def test_tensors_that_do_not_fit_are_refused_by_name(
     save_file(tensors, directory / "model.safetensors")
     with pytest.raises(CheckpointError, match=message):
         loaded(directory)
+
+
+def test_blocks_of_fp8_are_those_of_transformers_where_nothing_is_said(tmp_path: Path) -> None:
+    loaded(edited(tmp_path, "fp8_block", {"weight_block_size": None}))
 
 
 def test_a_weight_that_is_not_a_number_is_refused(tmp_path: Path) -> None:
