@@ -172,7 +172,16 @@ def _simulator(options: argparse.Namespace, **others: Any) -> Simulator:
     from pagellm.sim.fleet.file import read_fleet
 
     has_costs = options.profile is not None or options.roofline is not None
-    for name in ("set_cost", "costs", "pipeline_parallel", "data_parallel"):
+    of_costs = (
+        "set_cost",
+        "costs",
+        "pipeline_parallel",
+        "data_parallel",
+        "model",
+        "quantization",
+        "num_threads",
+    )
+    for name in of_costs:
         if getattr(options, name) and not has_costs:
             raise ConfigError(f"{_flag(name)}: not without step times of all groups; a group has its own")
     costs = _cost_model(options) if has_costs else None

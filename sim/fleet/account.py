@@ -57,7 +57,8 @@ def _most_at_once(spans: list[tuple[float, float]]) -> int:
 def _figures(group: Group, uses: list[Use], whole: tuple[float, float]) -> FleetGroup:
     spans = [part for use in uses for part in _within(use.paid, whole)]
     paid_s = sum(end - begin for begin, end in spans)
-    busy_s = sum(use.busy_s for use in uses)
+    # Steps of requests whose clients gave up may go on after the last token.
+    busy_s = min(paid_s, sum(use.busy_s for use in uses))
     energy = None
     if group.powers_w is not None:
         idle_w, busy_w = group.powers_w

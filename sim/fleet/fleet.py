@@ -200,6 +200,12 @@ class Fleet:
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"fleet: found two groups called {found(name)}, expected one name for each")
+        delays = sorted({group.costs.frontend_s for group in self.groups})
+        if len(delays) > 1:
+            found_s = " and ".join(f"{delay:g}" for delay in delays)
+            raise ConfigError(
+                f"fleet: found frontend_s {found_s}, expected one for all groups, which have one front end"
+            )
         for name, groups in self.by_name.items():
             sizes = sorted({group.config.block_size for group in groups})
             if len(sizes) > 1:

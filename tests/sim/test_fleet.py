@@ -1,6 +1,7 @@
 """Fleets: replicas that differ, several models, and what a replay took; each figure by hand."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,26 @@ def test_a_file_says_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "group 2: product_flops" in {one["name"] for one in report["constants"]}
 
 
+def test_the_fleet_in_the_readme_is_one(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    [described] = re.findall(r"```toml\n(.*?)```", readme, re.DOTALL)
+    (tmp_path / "fleet.toml").write_text(described)
+    fleet = read_fleet(str(tmp_path / "fleet.toml"))
+    assert [(one.name, one.count, one.num_devices) for one in fleet.groups] == [
+        ("large", 2, 4),
+        ("small", 1, 1),
+    ]
+    assert fleet.random_failures is not None
+
+
+def test_devices_are_not_busy_for_longer_than_they_are_paid_for() -> None:
+    # The last token is there at 2; the step behind it is of a request whose client has given up by then.
+    fleet = Fleet((group(),))
+    report = Simulator.of_fleet(fleet, timeout_s=2.5).replay(requests((0, 4, 2), (1.5, 100, 9)))
+    [figures] = report["fleet"]["groups"]
+    assert figures["busy_s"] <= figures["paid_s"]
+
+
 def test_groups_without_step_times_have_those_of_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,6 +263,10 @@ L4 = {"hardware": "l4", "model": "smollm2-135m"}
         ({"group": [{"hardware": "l4"}]}, r"group\[0\].model: found nothing, expected a string"),
         ({"group": [L4 | {"name": "a"}, L4 | {"name": "a"}]}, "found two groups called "),
         ({"group": [L4, L4 | {"engine": {"block_size": 32}}]}, "found block_size 16 and 32 for "),
+        (
+            {"group": [L4, L4 | {"set_cost": {"frontend_s": 0.5}}]},
+            "found frontend_s 0 and 0.5, expected one for all groups",
+        ),
         ({"group": 5}, "group: found 5, expected a list"),
         ({"group": [5]}, r"group\[0\]: found 5, expected an object with named fields"),
     ],
@@ -267,6 +292,9 @@ def test_a_file_that_is_no_fleet_is_refused(tmp_path: Path) -> None:
         (["--fleet", "f.toml", "--replicas", "2"], "replicas: found 2 with a fleet, whose groups say that"),
         (["--fleet", "f.toml", "--price", "2"], "price_per_h: found 2.0 with a fleet, whose groups say that"),
         (["--fleet", "f.toml", "--set-cost", "weights=fp8"], "--set-cost: not without step times of all"),
+        (["--fleet", "f.toml", "--model", "x"], "--model: not without step times of all groups"),
+        (["--fleet", "f.toml", "--num-threads", "3"], "--num-threads: not without step times of all groups"),
+        (["--fleet", "f.toml", "--data-parallel", "3"], "--data-parallel: not without step times of all"),
         (["--fleet", "f.toml", "--real"], "--fleet: not with --real"),
         (["--roofline", "l4,smollm2-135m", "--price", "-2"], "price_per_h: found -2.0, expected"),
     ],
