@@ -24,6 +24,7 @@ from pagellm.sim import CostModel, Simulator, Trace, TraceRequest
 from pagellm.sim.costs.decoder import load_model
 from pagellm.sim.costs.devices import load_hardware
 from pagellm.sim.costs.roofline import RooflineCostModel
+from pagellm.sim.fleet.fleet import Autoscale, Fleet, Group, Link, RandomFailures
 from pagellm.sim.router import ROUTERS
 from tests.conftest import at_most
 from tests.properties import extensions
@@ -131,21 +132,25 @@ def costs_of(kind: type[RooflineCostModel], model: str, window: int | None) -> R
 
 
 def replayed(
-    kind: type[RooflineCostModel], model: str, config: dict[str, Any], load: dict[str, Any], trace: Trace
+    kind: type[RooflineCostModel],
+    model: str,
+    config: dict[str, Any],
+    load: dict[str, Any],
+    trace: Trace,
+    fleet: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All that is left of a replay; of one that ends with an error, that and what was written before."""
     with TemporaryDirectory() as folder:
         paths = {name: Path(folder, name) for name in ("step_log", "results", "perfetto")}
         settings = EngineConfig(**config, max_model_len=1000, step_log=str(paths["step_log"]))
+        costs = costs_of(kind, model, config["window"])
+        options = load | {"results": paths["results"], "perfetto": paths["perfetto"]}
         left: dict[str, Any] = {}
         try:
-            simulator = Simulator(
-                settings,
-                costs_of(kind, model, config["window"]),
-                results=paths["results"],
-                perfetto=paths["perfetto"],
-                **load,
-            )
+            if fleet is None:
+                simulator = Simulator(settings, costs, **options)
+            else:
+                simulator = Simulator.of_fleet(fleet_of(costs, settings, **fleet), **options)
             report = simulator.replay(trace)
             report.summary["wall_s"] = 0.0
             report["config"]["step_log"] = None
@@ -153,6 +158,31 @@ def replayed(
         except PagellmError as error:
             left["error"] = str(error)
         return left | {name: path.read_text() for name, path in paths.items() if path.exists()}
+
+
+def fleet_of(
+    costs: RooflineCostModel, config: EngineConfig, counts: tuple[int, int], scale: str | None, mtbf_s: float
+) -> Fleet:
+    """Replicas that prefill, if there are any, and others; they may be scaled, and fail."""
+    num_prefill, count = counts
+    link = Link("a link", 1e9, 0.001)
+    scaled = None if scale is None else Autoscale(max=count + 1, target=0.5, rule=scale, interval_s=0.3)
+    role = "decode" if num_prefill else "both"
+    alike: dict[str, Any] = {"costs": costs, "config": config, "link": link}
+    groups = [Group(name="d", count=count, role=role, start_s=0.2, autoscale=scaled, **alike)]
+    if num_prefill:
+        groups.append(Group(name="p", count=num_prefill, role="prefill", **alike))
+    failures = RandomFailures(mtbf_s, 0.1) if mtbf_s else None
+    return Fleet(tuple(groups), random_failures=failures)
+
+
+@st.composite
+def fleets(draw: st.DrawFn) -> dict[str, Any]:
+    return {
+        "counts": draw(st.sampled_from([(0, 1), (0, 2), (1, 1), (2, 1)])),
+        "scale": draw(st.sampled_from([None, "concurrency", "waiting", "kv_usage"])),
+        "mtbf_s": draw(st.sampled_from([0.0, 0.5, 5.0])),
+    }
 
 
 @at_most(200)
@@ -190,6 +220,18 @@ def test_a_stride_tells_of_the_second_tier_what_its_steps_tell() -> None:
         for a, b in pairwise(records)
     )
     assert json.loads(strides["report"])["summary"]["cache"]["host_hit_tokens"] > 0
+
+
+@at_most(100)
+@given(configs(), loads(), traces(), fleets())
+def test_strides_of_fleets_are_steps(
+    config: dict[str, Any], load: dict[str, Any], trace: Trace, fleet: dict[str, Any]
+) -> None:
+    del load["replicas"]
+    one, other = (
+        replayed(kind, "llama-3.1-8b", config, load, trace, fleet) for kind in (RooflineCostModel, StepByStep)
+    )
+    assert one == other
 
 
 def test_most_steps_of_long_answers_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
