@@ -78,7 +78,8 @@ def _layers(config: Fields, num_experts: int) -> Iterator[dict[str, Any]]:
     inner = config.integer("intermediate_size")
     expert_size = config.integer("moe_intermediate_size") if config.has("moe_intermediate_size") else inner
     shared = _first(config, ("n_shared_experts",), 0) * expert_size
-    shared += _first(config, ("shared_expert_intermediate_size",), 0)
+    gated = _first(config, ("shared_expert_intermediate_size",), 0)
+    shared += gated + _first(config, ("shared_intermediate_size",), 0)
     if config.get("model_type") == "llama4_text":  # each expert layer has one that all tokens pass
         shared += expert_size
     # A layer without experts may be wider.
@@ -93,7 +94,8 @@ def _layers(config: Fields, num_experts: int) -> Iterator[dict[str, Any]]:
                 "experts_per_token": per_token,
                 "expert_parameters": 3 * hidden * expert_size,
             }
-            layer["product_parameters"] += num_experts * hidden + 3 * hidden * shared
+            # What the experts share may have a gate, which is a row of the router's.
+            layer["product_parameters"] += (num_experts + bool(gated)) * hidden + 3 * hidden * shared
         else:
             layer |= {"intermediate_size": dense, "num_experts": 0, "experts_per_token": 0}
             layer |= {"expert_parameters": 0}

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 
 from pagellm.engine import CheckpointError, ConfigError, EngineConfig
+from pagellm.engine.models.shape import read_shape
 from pagellm.engine.scheduling.batch import PreemptionCosts
 from pagellm.sim import CostModel
 from pagellm.sim.costs.decoder import Layers, Model, load_model
 from pagellm.sim.costs.experts import UnevenExperts, read_loads, zipf_loads
+from pagellm.sim.costs.mixtures import read_mixture
+from tests.conftest import ARCHITECTURES
 from tests.sim.batches import batch_of
 from tests.sim.test_roofline import bare
 
@@ -342,3 +345,31 @@ def test_a_skew_has_its_limits() -> None:
         CostModel.roofline("h100-sxm", "qwen3-30b-a3b", expert_loads=3)
     with pytest.raises(ConfigError, match=r"no\.json: cannot be read"):
         CostModel.roofline("h100-sxm", "qwen3-30b-a3b", expert_loads="no.json")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mixtral", "qwen2_moe", "qwen2_moe_dense", "qwen3_moe", "qwen3_moe_dense", "olmoe", "granitemoe"),
+        *("granitemoeshared", "gpt_oss", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
+    ],
+)
+def test_what_is_read_of_a_mixture_is_what_the_engine_serves(name: str) -> None:
+    """Read in this process, without the compiler, and by the engine's own readers: the same layers."""
+    served, read = read_shape(ARCHITECTURES / name / "config.json"), read_mixture(ARCHITECTURES / name)
+    assert read is not None
+    for own, engines in zip(read["layers"], served["layers"], strict=True):
+        assert {key: own.get(key, engines[key]) for key in engines} == engines
+    for key in ("hidden_size", "vocab_size", "tied_embeddings", "max_model_len"):
+        assert read[key] == served[key]
+
+
+@pytest.mark.parametrize("name", ["dbrx", "ernie4_5_moe"])
+def test_of_other_mixtures_the_engine_is_asked(name: str) -> None:
+    model = load_model(str(ARCHITECTURES / name / "config.json"))
+    layers = model.layers[-1]
+    assert layers.num_experts > layers.experts_per_token > 1
+    assert layers.touched_experts(1) == pytest.approx(layers.experts_per_token)
+    assert layers.touched_experts(1000) == pytest.approx(layers.num_experts)
+    shape = read_shape(ARCHITECTURES / name / "config.json")
+    assert model.num_parameters == shape["num_parameters"]
