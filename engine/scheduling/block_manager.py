@@ -411,7 +411,8 @@ class BlockManager:
     def hand_over(self, sequence: Sequence) -> Sequence:
         """Takes a running sequence's blocks from it; returns one that keeps them until it is freed.
 
-        The sequence keeps its computed tokens: their content goes with it, to another block manager.
+        The sequence keeps its computed tokens: their content goes with it, to another block manager. It must
+        not come back before that one is freed.
         """
         keeper = Sequence(sequence.seq_id, sequence.token_ids, sequence.sampling_params)
         keeper.block_table, keeper.block_hashes = sequence.block_table, sequence.block_hashes

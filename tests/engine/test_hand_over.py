@@ -1,5 +1,8 @@
 """A sequence that goes on with another scheduler: what was computed counts there, its blocks stay here."""
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from pagellm.engine import EngineConfig, SamplingParams
 from pagellm.engine.requests.outputs import FinishReason
 from pagellm.engine.scheduling.block_manager import BlockManager
@@ -119,3 +122,50 @@ def test_a_loop_says_who_left_and_why() -> None:
     assert batch.num_new_tokens == [4, 4]
     loop.end(batch, [[7]] * 2, 3.0)
     loop.scheduler.check()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    asked=st.lists(st.tuples(st.integers(1, 20), st.integers(2, 8)), min_size=1, max_size=8),
+    moves=st.lists(st.tuples(st.integers(0, 7), st.booleans()), max_size=40),
+    window=st.sampled_from([0, 8]),
+)
+def test_whatever_is_handed_over_when_every_sequence_gets_all_its_tokens(
+    asked: list[tuple[int, int]], moves: list[tuple[int, bool]], window: int
+) -> None:
+    """Between two schedulers, back and forth, at any step, while blocks run short on both sides."""
+    sides = scheduler(8, window), scheduler(8, window)
+    sequences = [
+        Sequence(number, range(length), SamplingParams(max_tokens=most))
+        for number, (length, most) in enumerate(asked)
+    ]
+    for sequence in sequences:
+        sides[0].add(sequence)
+    kept: list[tuple[Scheduler, Sequence]] = []
+    turns = iter(moves)
+    while any(side.has_unfinished for side in sides):
+        for side, other in (sides, sides[::-1]):
+            if side.has_unfinished and not step(side):  # all blocks are kept for those that left
+                for owner, keeper in kept:
+                    owner.block_manager.free(keeper)
+                kept.clear()
+            number, is_freed = next(turns, (0, True))
+            moving = [one for one in side.running if one.num_output_tokens and one.seq_id % 8 == number]
+            there = {keeper.seq_id for owner, keeper in kept if owner is other}
+            for sequence in [one for one in moving if one.seq_id not in there][:1]:
+                keeper = side.hand_over(sequence)
+                other.add(sequence)
+                kept.append((side, keeper))
+            if is_freed:
+                for owner, keeper in kept:
+                    owner.block_manager.free(keeper)
+                kept.clear()
+            side.block_manager.check()
+    for owner, keeper in kept:
+        owner.block_manager.free(keeper)
+    for side in sides:
+        side.check()
+        assert side.block_manager.num_free_blocks == 8
+    for sequence, (length, most) in zip(sequences, asked, strict=True):
+        assert sequence.num_output_tokens == min(most, sequence.max_len - length)
+        assert list(sequence.token_ids[:length]) == list(range(length))
