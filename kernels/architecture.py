@@ -238,9 +238,10 @@ def qkv_size(row: Any) -> Any:
     return (row["num_heads"] + 2 * row["num_kv_heads"]) * row["head_dim"]
 
 
-def heads_size(row: Any) -> int:
+@shared
+def heads_size(row: Any) -> Any:
     """Inputs of the last product of attention."""
-    return int(row["num_heads"] * (row["value_dim"] if row["latent_dim"] else row["head_dim"]))
+    return row["num_heads"] * (row["value_dim"] if row["latent_dim"] > 0 else row["head_dim"])
 
 
 def _latent_heads(row: Any) -> int:
@@ -326,9 +327,9 @@ LAYER_PARTS = (
     Part(
         "value_up_b", lambda arch, row: (int(row["num_heads"] * row["value_dim"]),), Kind.BIAS, _latent_heads
     ),
-    *_norm("attention_sub_norm", "sub_norm", lambda arch, row: heads_size(row)),
+    *_norm("attention_sub_norm", "sub_norm", lambda arch, row: int(heads_size(row))),
     Part("sinks", lambda arch, row: (int(row["num_heads"]) if row["sinks"] else 0,), Kind.VECTOR),
-    Part("output", lambda arch, row: (arch.hidden_size, heads_size(row)), Kind.MATRIX),
+    Part("output", lambda arch, row: (arch.hidden_size, int(heads_size(row))), Kind.MATRIX),
     Part("output_b", lambda arch, row: (arch.hidden_size,), Kind.BIAS),
     *_norm("attention_post_norm", "post_norm", _hidden_size),
     *_norm("mlp_norm", "pre_norm", _hidden_size),

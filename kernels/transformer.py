@@ -6,7 +6,13 @@ signature serves every model in every format: what tells models and layers apart
 """
 
 from pagellm.kernels.answer import answer_row
-from pagellm.kernels.architecture import adds_at_once, latent_query_dim, latent_query_stride, qkv_size
+from pagellm.kernels.architecture import (
+    adds_at_once,
+    heads_size,
+    latent_query_dim,
+    latent_query_stride,
+    qkv_size,
+)
 from pagellm.kernels.buffers import LOGIT_ROWS
 from pagellm.kernels.jit import entry_point, kernel, plain
 from pagellm.kernels.latent import join_heads, keep_latents, merge_latents, split_queries
@@ -33,41 +39,10 @@ from pagellm.kernels.threads import barrier, next_item, share_call
 
 
 @kernel
-def _attention_block(member, layer, arch, weights, cache, batch, plan, out, accumulate, work):
-    """output(attention(qkv(norm(hidden)))) for all new tokens, [num_tokens, hidden_size]."""
-    features, parts, num_rows = arch.layers[layer], weights.layers[layer], batch.token_ids.size
-    heads, kv_heads, head_dim = features.num_heads, features.num_kv_heads, features.head_dim
-    normalize_rows(
-        member, arch, weights, features.pre_norm, parts.attention_norm, parts.attention_norm_b, num_rows,
-        parts.qkv, work,
-    )  # fmt: skip
-    linear(
-        member, weights, parts.qkv, parts.qkv_b, num_rows, arch.hidden_size,
-        (heads + 2 * kv_heads) * head_dim, work.wide, plain(False), work,
-    )  # fmt: skip
-    rotate_and_store(member, layer, arch, weights, cache, num_rows, plan, work)
-    attend(member, layer, arch, cache, batch, plan, work)
-    merge_rows(member, layer, arch, weights, num_rows, plan, work)
-    linear(
-        member, weights, parts.output, parts.output_b, num_rows, heads * head_dim, arch.hidden_size, out,
-        accumulate, work,
-    )  # fmt: skip
-
-
-@kernel
-def _latent_attention_block(member, layer, arch, weights, cache, batch, plan, out, accumulate, work):
-    """The same where what is kept of a token is one latent vector: see kernels.latent."""
-    features, parts, num_rows = arch.layers[layer], weights.layers[layer], batch.token_ids.size
+def _latent_queries(member, layer, arch, weights, cache, num_rows, plan, work):
+    """From the first product of latent attention to what is kept of tokens, and to queries that meet it."""
+    features, parts = arch.layers[layer], weights.layers[layer]
     heads, latent, rank = features.num_heads, features.latent_dim, features.query_rank
-    value_dim, rotary = features.value_dim, features.head_dim - latent
-    normalize_rows(
-        member, arch, weights, features.pre_norm, parts.attention_norm, parts.attention_norm_b, num_rows,
-        parts.qkv, work,
-    )  # fmt: skip
-    linear(
-        member, weights, parts.qkv, parts.qkv_b, num_rows, arch.hidden_size, qkv_size(features), work.wide,
-        plain(False), work,
-    )  # fmt: skip
     keep_latents(member, layer, arch, weights, cache, num_rows, plan, work)
     if rank > 0:
         linear(
@@ -77,17 +52,46 @@ def _latent_attention_block(member, layer, arch, weights, cache, batch, plan, ou
     split_queries(member, layer, arch, weights, num_rows, plan, work)
     linear_by_head(
         member, weights, parts.key_up, parts.key_up_b, num_rows, features.nope_dim, latent, heads,
-        latent_query_stride(features), work.queries[rotary:], work,
+        latent_query_stride(features), work.queries[features.head_dim - latent :], work,
     )  # fmt: skip
-    attend(member, layer, arch, cache, batch, plan, work)
+
+
+@kernel
+def _latent_values(member, layer, arch, weights, num_rows, plan, work):
+    """From the states that latent attention left to what the heads give, packed for the last product."""
+    features, parts = arch.layers[layer], weights.layers[layer]
     merge_latents(member, layer, arch, weights, num_rows, plan, work)
     linear_by_head(
-        member, weights, parts.value_up, parts.value_up_b, num_rows, latent, value_dim, heads,
-        padded(value_dim), work.wide, work,
+        member, weights, parts.value_up, parts.value_up_b, num_rows, features.latent_dim, features.value_dim,
+        features.num_heads, padded(features.value_dim), work.wide, work,
     )  # fmt: skip
     join_heads(member, layer, arch, weights, num_rows, work)
+
+
+@kernel
+def _attention_block(member, layer, arch, weights, cache, batch, plan, out, accumulate, work):
+    """output(attention(qkv(norm(hidden)))) for all new tokens, [num_tokens, hidden_size]."""
+    features, parts, num_rows = arch.layers[layer], weights.layers[layer], batch.token_ids.size
+    latent = features.latent_dim > 0
+    normalize_rows(
+        member, arch, weights, features.pre_norm, parts.attention_norm, parts.attention_norm_b, num_rows,
+        parts.qkv, work,
+    )  # fmt: skip
     linear(
-        member, weights, parts.output, parts.output_b, num_rows, heads * value_dim, arch.hidden_size, out,
+        member, weights, parts.qkv, parts.qkv_b, num_rows, arch.hidden_size, qkv_size(features), work.wide,
+        plain(False), work,
+    )  # fmt: skip
+    if latent:
+        _latent_queries(member, layer, arch, weights, cache, num_rows, plan, work)
+    else:
+        rotate_and_store(member, layer, arch, weights, cache, num_rows, plan, work)
+    attend(member, layer, arch, cache, batch, plan, work)
+    if latent:
+        _latent_values(member, layer, arch, weights, num_rows, plan, work)
+    else:
+        merge_rows(member, layer, arch, weights, num_rows, plan, work)
+    linear(
+        member, weights, parts.output, parts.output_b, num_rows, heads_size(features), arch.hidden_size, out,
         accumulate, work,
     )  # fmt: skip
 
@@ -151,10 +155,7 @@ def _layer(member, layer, arch, weights, cache, batch, plan, work):
     features, parts, num_rows = arch.layers[layer], weights.layers[layer], batch.token_ids.size
     at_once, parallel = adds_at_once(features), features.parallel != 0
     out = work.hidden if at_once else work.branch
-    if features.latent_dim > 0:
-        _latent_attention_block(member, layer, arch, weights, cache, batch, plan, out, at_once, work)
-    else:
-        _attention_block(member, layer, arch, weights, cache, batch, plan, out, at_once, work)
+    _attention_block(member, layer, arch, weights, cache, batch, plan, out, at_once, work)
     if not at_once and not parallel:
         norm, bias = parts.attention_post_norm, parts.attention_post_norm_b
         add_branch(member, arch, weights, features, norm, bias, num_rows, work)
