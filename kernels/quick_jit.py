@@ -6,26 +6,52 @@ compilation take 1.7 times as long; it has no option for that, so three of its c
 are no part of what Numba promises: `kernels.jit` tries them out, and does without them where they fail.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
 import numba
-from numba.core.codegen import JITCodeLibrary
+from llvmlite.binding import Linkage
+from numba.core.codegen import CPUCodeLibrary, JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.registry import CPUDispatcher
 from numba.core.sigutils import normalize_signature
 
 
 class _LinkedLibrary(JITCodeLibrary):
-    """Code that is there to be linked into other code, and neither optimised nor run where it is."""
+    """Code that is there to be linked into other code, and neither optimised nor run where it is.
 
-    def _optimize_final_module(self) -> None:
-        pass
+    Numba links what a function calls into it, and the whole into its callers, and so what is deep down once
+    for each level above. Here everything is linked once, where it is asked for.
+    """
 
-    def _finalize_final_module(self) -> None:
+    def finalize(self) -> None:
         self._finalize_dynamic_globals()
+        for function in self._final_module.functions:
+            if not function.is_declaration and function.linkage == Linkage.external:
+                function.linkage = "linkonce_odr"  # several of the libraries that are linked may have it
+        for library in self._linking_libraries:
+            self._reload_init.update(library._reload_init)
         self._finalized = True
+
+    def _get_module_for_linking(self) -> Any:
+        if self._shared_module is None:
+            self._shared_module = self._final_module.clone()
+            # Callers come first: of what nobody calls yet, nothing is linked.
+            for library in self._called({self}):
+                is_linked = isinstance(library, _LinkedLibrary)
+                module = library._final_module if is_linked else library._get_module_for_linking()
+                self._shared_module.link_in(module, preserve=True)
+        return self._shared_module
+
+    def _called(self, seen: set[CPUCodeLibrary]) -> Iterator[CPUCodeLibrary]:
+        """All that is called in here, directly or not, each once and behind one that calls it."""
+        for library in self._linking_libraries:
+            if library not in seen:
+                seen.add(library)
+                yield library
+                if isinstance(library, _LinkedLibrary):
+                    yield from library._called(seen)
 
 
 class _KernelCompiler(CompilerBase):
