@@ -20,7 +20,10 @@ from tests.kernels.layouts import FORMATS
 NEEDED: dict[tuple[str, ...], str] = {
     ("sse3", "avx"): r"(haddp|movshdup|movsldup|movddup|lddqu)",
     ("ssse3", "avx"): r"(pshufb|phadd|pmaddubsw|palignr|psign|pabs|pmulhrsw)",
-    ("sse4.1", "avx"): r"(roundp|rounds|pmulld|p?blend|pmov[sz]x|p(ins|ext)r[bdq]|ptest|p(min|max)(sb|sd|u[wd]))",
+    (
+        "sse4.1",
+        "avx",
+    ): r"(roundp|rounds|pmulld|p?blend|pmov[sz]x|p(ins|ext)r[bdq]|ptest|p(min|max)(sb|sd|u[wd]))",
     ("popcnt", "avx"): r"popcnt",
     ("avx", "f16c", "fma"): r"(v[a-z0-9]+ .*%[xyz]mm|.*%[yz]mm)",
     ("avx2",): r"v(broadcast\w+ %xmm|perm(d|q|ps|pd) .*%ymm|p(add|sub|mul|s[lr]l|sra|madd|and|or)\w* .*%ymm)",

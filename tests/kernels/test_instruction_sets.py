@@ -7,12 +7,15 @@ processor. A set that this processor lacks is skipped.
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from llvmlite import binding
 
+from pagellm.engine.config import usable_cores
 from tests.kernels.machine_code import (  # noqa: F401  of this machine
     test_code_keeps_to_its_machine,
     test_code_makes_use_of_its_machine,
@@ -50,13 +53,14 @@ class Machine:
             "NUMBA_CPU_FEATURES": ",".join(f"+{feature}" for feature in self.features.split()),
         }
 
-    def skip_if_lacking(self) -> None:
-        host = binding.get_host_cpu_features()
+    @property
+    def lacking(self) -> str | None:
+        """What this processor has not; None if it has all that is needed."""
         if not binding.get_process_triple().startswith("x86_64"):
-            pytest.skip("this is no x86-64 processor")
-        lacking = [f for f in self.features.split() if f != "neon" and not host.get(f, False)]
-        if lacking:
-            pytest.skip(f"this processor has no {', '.join(lacking)}")
+            return "this is no x86-64 processor"
+        host = binding.get_host_cpu_features()
+        features = [f for f in self.features.split() if f != "neon" and not host.get(f, False)]
+        return f"this processor has no {', '.join(features)}" if features else None
 
 
 MACHINES = [
@@ -87,10 +91,28 @@ def run_tests(files: list[str], environment: dict[str, str]) -> None:
     run(["-m", "pytest", *options, *files], environment)
 
 
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[None]]]:
+    """The numerics on each machine that is asked for and can be, on all cores: most of it is compilation."""
+    asked = (
+        item.callspec.params["machine"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.originalname == test_the_numerics_hold_on.__name__
+    )
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        yield {
+            machine.name: pool.submit(run_tests, [*NUMERICS, CODE], machine.environment)
+            for machine in asked
+            if machine.lacking is None
+        }
+        pool.shutdown(cancel_futures=True)
+
+
 @each_machine
-def test_the_numerics_hold_on(machine: Machine) -> None:
-    machine.skip_if_lacking()
-    run_tests([*NUMERICS, CODE], machine.environment)
+def test_the_numerics_hold_on(machine: Machine, runs: dict[str, Future[None]]) -> None:
+    if machine.lacking is not None:
+        pytest.skip(machine.lacking)
+    runs[machine.name].result()
 
 
 @each_machine
