@@ -126,7 +126,7 @@ def test_idle_members_fall_asleep_and_wake_up_for_the_next_call(team: ThreadTeam
     team.run(count_items, counters, 2, 5, done)
     start = time.perf_counter()
     wait_until_asleep(team)
-    until_asleep = time.perf_counter() - start
+    until_asleep = min(time.perf_counter() - start, 0.05)  # longer where others use the cores
     for call in range(400):
         time.sleep(until_asleep * call / 200)
         team.run(count_items, counters, 2, 5, done)
