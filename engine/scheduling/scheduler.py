@@ -393,8 +393,6 @@ class Scheduler:
         """The tokens of this step as the policy has them, within the settings."""
         most = self.limits.max_num_batched_tokens, self.limits.max_prefill_chunk
         budget, chunk = self.policies.budget(most, decodes, prefills, self.stats)
-        if not decodes or self.policies.prefills_alone:
-            budget = max(1, budget)
         return StepLimits(budget, max(1, chunk))
 
     def _make_room(self, sequences: list[Sequence], batch: ScheduledBatch) -> None:
@@ -409,6 +407,8 @@ class Scheduler:
     def _schedule_prefills(self, prefills: list[Sequence], batch: ScheduledBatch, limits: StepLimits) -> int:
         """The next chunks of prompts under way, within what the decodes leave; returns the rest."""
         budget = limits.max_num_batched_tokens - len(batch.sequences)
+        if not batch.sequences:  # also where the decodes that a budget was meant for have made way
+            budget = max(1, budget)
         for sequence in prefills:
             if budget > 0 and sequence.block_table:
                 budget -= self._schedule_chunk(sequence, batch, budget, limits)

@@ -11,6 +11,7 @@ from pagellm.engine.requests.outputs import FinishReason
 from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.scheduling.batch import Admitted, Preempted, Preemption, PreemptionCosts, ScheduledBatch
 from pagellm.engine.scheduling.block_manager import Transfer, TransferKind
+from pagellm.engine.scheduling.policies import BudgetPolicy
 from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
 from tests.conftest import output_of
@@ -141,6 +142,29 @@ def test_a_budget_of_one_serves_the_oldest_first() -> None:
     a, b = add(s, prompt(1), max_tokens=2), add(s, prompt(1, 10), max_tokens=1)
     assert [step(s) for _ in range(3)] == [[(a, 1, True)], [(a, 1, True)], [(b, 1, True)]]
     assert not s.has_unfinished
+
+
+class NothingBesideDecodes(BudgetPolicy):
+    """Once somebody decodes, no prompt goes on."""
+
+    def budget(self, most: tuple[int, int], decodes: list[Any], *_: Any) -> tuple[int, int]:
+        return (0, 1) if decodes else most
+
+
+def test_a_step_whose_decodes_all_make_way_computes_something_whatever_the_budget() -> None:
+    s = scheduler(
+        block_size=1,
+        num_blocks=8,
+        max_num_batched_tokens=2,
+        max_prefill_chunk=1,
+        budget=f"{__name__}:NothingBesideDecodes",
+    )
+    a, b = add(s, prompt(5)), add(s, prompt(1, 10), max_tokens=9)
+    assert step(s) == [(a, 1, False), (b, 1, True)]
+    assert [step(s) for _ in range(2)] == [[(b, 1, True)]] * 2
+    batch = schedule(s)
+    assert [preempted.sequence for preempted in batch.preempted] == [b]
+    assert work(batch) == [(a, 1, False)]
 
 
 def test_no_more_than_max_num_seqs_run() -> None:
