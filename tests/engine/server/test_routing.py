@@ -109,7 +109,8 @@ def test_kv_aware_chooses_as_the_simulators_prefix_aware_does(routed: Any) -> No
         SimpleNamespace(number=i, scheduler=service.llm.engine.scheduler, num_unfinished=0)
         for i, service in enumerate(services)
     ]
-    simulated = CheckedRouter("prefix_aware", replicas)
+    simulated = CheckedRouter("prefix_aware")
+    simulated.show(replicas)
     num_ties = 0
     for number, prompt in enumerate(trace()):
         sequence = Sequence(10**6 + number, prompt, SamplingParams(max_tokens=1))
