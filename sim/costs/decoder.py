@@ -1,6 +1,6 @@
 """A decoder whose step times are estimated: its shape, by its name in hardware.json or from the model itself.
 
-A config.json of a mixture of experts is read by mixtures.py. Another one, or a GGUF file, is read by the
+A config.json of most mixtures of experts is read by mixtures.py. Another one, or a GGUF file, is read by the
 engine's own readers in a process of its own, because these load the compiler and a replay does not.
 """
 

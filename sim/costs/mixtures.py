@@ -19,7 +19,9 @@ _WHOLE, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_att
 
 
 def read_mixture(path: Path) -> dict[str, Any] | None:
-    """The shape of a model as `decoder.Model` has it; None of one without experts and latent attention.
+    """The shape of a model as `decoder.Model` has it; None where the engine is to be asked.
+
+    That is so of one without experts and latent attention, and of one that may have recurrent layers or not.
 
     path: a config.json, or a directory that has one. Raises `CheckpointError`.
     """
@@ -31,6 +33,8 @@ def read_mixture(path: Path) -> dict[str, Any] | None:
     num_experts = _first(config, _EXPERTS, 0)
     if num_experts < 2 and not config.has("kv_lora_rank"):
         return None
+    if config.get("model_type") == "granitemoehybrid":
+        return None  # it has the sizes of recurrent layers even where it has no such layers
     for name in ("index_topk", "linear_num_key_heads", "mamba_d_state", "state_size"):
         if config.has(name):
             raise config.bad(name, config.get(name), "attention over all or the latest tokens in each layer")

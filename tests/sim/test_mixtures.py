@@ -364,7 +364,7 @@ def test_what_is_read_of_a_mixture_is_what_the_engine_serves(name: str) -> None:
         assert read[key] == served[key]
 
 
-@pytest.mark.parametrize("name", ["dbrx", "ernie4_5_moe"])
+@pytest.mark.parametrize("name", ["dbrx", "ernie4_5_moe", "granitemoehybrid_experts"])
 def test_of_other_mixtures_the_engine_is_asked(name: str) -> None:
     model = load_model(str(ARCHITECTURES / name / "config.json"))
     layers = model.layers[-1]
@@ -373,3 +373,10 @@ def test_of_other_mixtures_the_engine_is_asked(name: str) -> None:
     assert layers.touched_experts(1000) == pytest.approx(layers.num_experts)
     shape = read_shape(ARCHITECTURES / name / "config.json")
     assert model.num_parameters == shape["num_parameters"]
+
+
+def test_recurrent_layers_are_refused_by_the_engine(tmp_path: Path) -> None:
+    config = json.loads((ARCHITECTURES / "granitemoehybrid_experts" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"layer_types": ["mamba", "attention"]}))
+    with pytest.raises(CheckpointError, match="layer_types: found "):
+        load_model(str(tmp_path / "config.json"))
