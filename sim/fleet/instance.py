@@ -21,7 +21,6 @@ class Instance:
         self.is_up = self.is_paid = False
         self.is_draining = False  # takes no more requests, and stops when it has none
         self.generation = 0
-        self.num_failures = 0
         self.spans: list[tuple[float, float]] = []
         self.paid_spans: list[tuple[float, float]] = []
         self._up_since_s = self._paid_since_s = 0.0
@@ -79,7 +78,6 @@ class Instance:
     def fail(self, now: float) -> None:
         """It is down; it goes on to be paid for."""
         self.generation += 1
-        self.num_failures += 1
         self.is_up = False
         self.spans.append((self._up_since_s, now))
         self._clear()
