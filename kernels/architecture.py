@@ -270,6 +270,18 @@ def _norm(name: str, feature: str, size: Callable[[Architecture, Any], int]) -> 
     return Part(name, shape, Kind.VECTOR), Part(f"{name}_b", shape, Kind.BIAS)
 
 
+def _linear(
+    name: str,
+    shape: Callable[[Architecture, Any], tuple[int, ...]],
+    pieces: Callable[[Any], int] = lambda row: 1,
+) -> tuple[Part, Part]:
+    """A matrix, and its bias."""
+    return (
+        Part(name, shape, Kind.MATRIX, pieces),
+        Part(f"{name}_b", lambda arch, row: shape(arch, row)[:1], Kind.BIAS, pieces),
+    )
+
+
 def _hidden_size(arch: Architecture, row: Any) -> int:
     return arch.hidden_size
 
@@ -299,56 +311,41 @@ def _biased_experts(row: Any) -> int:
 # The parts of a layer, in the order in which the step reads them; "_b" is the bias of the part before.
 LAYER_PARTS = (
     *_norm("attention_norm", "pre_norm", _hidden_size),
-    Part("qkv", lambda arch, row: (int(qkv_size(row)), arch.hidden_size), Kind.MATRIX),
-    Part("qkv_b", lambda arch, row: (int(qkv_size(row)),), Kind.BIAS),
+    *_linear("qkv", lambda arch, row: (int(qkv_size(row)), arch.hidden_size)),
     *_norm("q_norm", "qk_norm", _query_norm_size),
     *_norm("k_norm", "qk_norm", _key_norm_size),
     *_norm("latent_norm", "latent_dim", lambda arch, row: int(row["latent_dim"])),
     *_norm("query_norm", "query_rank", lambda arch, row: int(row["query_rank"])),
-    Part("query_up", _rank_to_queries, Kind.MATRIX),
-    Part("query_up_b", lambda arch, row: _rank_to_queries(arch, row)[:1], Kind.BIAS),
+    *_linear("query_up", _rank_to_queries),
     # Of each head, from the part of a query that is not rotated to one that meets the latents.
-    Part(
+    *_linear(
         "key_up",
         lambda arch, row: (int(row["num_heads"] * row["latent_dim"]), int(row["nope_dim"])),
-        Kind.MATRIX,
         _latent_heads,
-    ),
-    Part(
-        "key_up_b", lambda arch, row: (int(row["num_heads"] * row["latent_dim"]),), Kind.BIAS, _latent_heads
     ),
     # And from what it adds up of the latents to what it gives.
-    Part(
+    *_linear(
         "value_up",
         lambda arch, row: (int(row["num_heads"] * row["value_dim"]), int(row["latent_dim"])),
-        Kind.MATRIX,
         _latent_heads,
-    ),
-    Part(
-        "value_up_b", lambda arch, row: (int(row["num_heads"] * row["value_dim"]),), Kind.BIAS, _latent_heads
     ),
     *_norm("attention_sub_norm", "sub_norm", lambda arch, row: int(heads_size(row))),
     Part("sinks", lambda arch, row: (int(row["num_heads"]) if row["sinks"] else 0,), Kind.VECTOR),
-    Part("output", lambda arch, row: (arch.hidden_size, int(heads_size(row))), Kind.MATRIX),
-    Part("output_b", lambda arch, row: (arch.hidden_size,), Kind.BIAS),
+    *_linear("output", lambda arch, row: (arch.hidden_size, int(heads_size(row)))),
     *_norm("attention_post_norm", "post_norm", _hidden_size),
     *_norm("mlp_norm", "pre_norm", _hidden_size),
     # The gate, if there is one, and the linear half.
-    Part("up", lambda arch, row: (_up_size(row), arch.hidden_size), Kind.MATRIX, _up_pieces),
-    Part("up_b", lambda arch, row: (_up_size(row),), Kind.BIAS, _up_pieces),
+    *_linear("up", lambda arch, row: (_up_size(row), arch.hidden_size), _up_pieces),
     *_norm("mlp_sub_norm", "sub_norm", lambda arch, row: int(row["intermediate_size"])),
-    Part(
+    *_linear(
         "down",
         lambda arch, row: (
             arch.hidden_size if row["intermediate_size"] else 0,
             int(row["intermediate_size"]),
         ),
-        Kind.MATRIX,
     ),
-    Part("down_b", lambda arch, row: (arch.hidden_size if row["intermediate_size"] else 0,), Kind.BIAS),
     # Always in float32.
-    Part("router", lambda arch, row: (_router_size(row), arch.hidden_size), Kind.MATRIX),
-    Part("router_b", lambda arch, row: (_router_size(row),), Kind.BIAS),
+    *_linear("router", lambda arch, row: (_router_size(row), arch.hidden_size)),
     Part(
         "selection_bias",
         lambda arch, row: (int(row["num_experts"]) if row["selection_bias"] else 0,),
