@@ -63,8 +63,8 @@ class QuantizedTensor(Tensor):
     hold them.
     """
 
-    group_size: int = 0
-    read: Callable[[int, int], Pieces] = field(repr=False, compare=False, default=None)  # type: ignore[assignment]
+    group_size: int
+    read: Callable[[int, int], Pieces] = field(repr=False, compare=False)
     groups: NDArray[np.int32] | None = field(repr=False, compare=False, default=None)
     is_kept: bool = True
 

@@ -22,7 +22,7 @@ _BLOCK, _BYTES = 32, 16
 class Mxfp4Tensor(Tensor):
     """A tensor whose last dimension is in blocks; file, offset and bytes are those of the levels."""
 
-    scales: Tensor = field(repr=False, compare=False, default=None)  # type: ignore[assignment]
+    scales: Tensor = field(repr=False, compare=False)
 
     def rows(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         """As `Tensor.rows`."""
