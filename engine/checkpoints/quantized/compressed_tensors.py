@@ -11,7 +11,7 @@ import numpy as np
 
 from pagellm.engine.checkpoints.quantized.bytes import SCALES, ByteMatrix
 from pagellm.engine.checkpoints.quantized.modules import Modules, misshapen
-from pagellm.engine.checkpoints.quantized.nibbles import Words, integers
+from pagellm.engine.checkpoints.quantized.nibbles import Words, described_groups, integers
 from pagellm.engine.checkpoints.quantized.section import Section, by_regex
 from pagellm.engine.errors import CheckpointError, found, named
 
@@ -167,5 +167,4 @@ def _described(group: _Group) -> str:
         return "W8A8, activations quantized by token"
     if group.kind == "E4M3":
         return "FP8 (E4M3), activations stay floats"
-    size = "a scale for each column" if group.group_size == -1 else f"groups of {group.group_size}"
-    return f"W4A16, {size}{', with zero points' * (not group.symmetric)}"
+    return f"W4A16, {described_groups(group.group_size)}{', with zero points' * (not group.symmetric)}"

@@ -4,7 +4,7 @@ import numpy as np
 
 from pagellm.engine.checkpoints.base import Tensor
 from pagellm.engine.checkpoints.quantized.modules import Modules, misshapen
-from pagellm.engine.checkpoints.quantized.nibbles import Words, integers
+from pagellm.engine.checkpoints.quantized.nibbles import Words, described_groups, integers
 from pagellm.engine.checkpoints.quantized.section import Section, by_parts
 
 # How the weights were found, by whom, and what some kernels want to know.
@@ -85,7 +85,7 @@ def read_gptq(section: Section, modules: Modules) -> str:
         return bool(names) and not any(module.endswith(f".{name}") for name in names)
 
     modules.check(section, "modules_in_block_to_quantize", is_excluded)
-    return f"GPTQ, 4 bits, {_grouped(group_size)}"
+    return f"GPTQ, 4 bits, {described_groups(group_size)}"
 
 
 def read_awq(section: Section, modules: Modules) -> str:
@@ -113,7 +113,7 @@ def read_awq(section: Section, modules: Modules) -> str:
         matrix = Words(f"{module}.weight", shape, "awq", words, scales, zeros, group_size)
         modules.put(module, matrix.tensor())
     modules.check(section, "modules_to_not_convert", excluded)
-    return f"AWQ, 4 bits, {_grouped(group_size)}"
+    return f"AWQ, 4 bits, {described_groups(group_size)}"
 
 
 def _take(module: str, modules: Modules) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,7 +122,3 @@ def _take(module: str, modules: Modules) -> tuple[Tensor, Tensor, Tensor]:
         raise misshapen(words, (1, 1))
     scales = modules.take(module, "scales", ("F16", "BF16", "F32"))
     return words, scales, modules.take(module, "qzeros", ("I32",))
-
-
-def _grouped(group_size: int) -> str:
-    return "a scale for each column" if group_size == -1 else f"groups of {group_size}"

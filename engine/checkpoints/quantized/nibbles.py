@@ -62,12 +62,10 @@ class Words:
                     f"{tensor.file.path}: tensor {named(tensor.name)} has shape {tensor.shape}, expected "
                     f"{shape} for a matrix of {outputs} outputs and {inputs} inputs in groups of {size}"
                 )
-        own = self.zeros is not None and not self.symmetric
-        dtype = "INT4" if self.scales.dtype == "F16" and not own else "INT4_ZERO"
         return QuantizedTensor(
             self.name,
             self.shape,
-            dtype,
+            self._dtype,
             self.words.file,
             self.words.offset,
             sum(tensor.num_bytes for tensor in (self.words, self.scales, self.zeros) if tensor is not None),
@@ -116,13 +114,13 @@ class Words:
                     "expected 8 for all, as the configuration says that the weights are symmetric"
                 )
             zeros = None
-        if zeros is None and self.tensor_dtype == "INT4_ZERO":
+        if zeros is None and self._dtype == "INT4_ZERO":
             zeros = np.full(scales.shape, 8, np.uint8)
         return Pieces(np.ascontiguousarray(levels), scales, zeros)
 
     @property
-    def tensor_dtype(self) -> str:
-        """As `tensor` gives it."""
+    def _dtype(self) -> str:
+        """What `QuantizedTensor` calls the levels."""
         own = self.zeros is not None and not self.symmetric
         return "INT4" if self.scales.dtype == "F16" and not own else "INT4_ZERO"
 
@@ -167,6 +165,11 @@ def _fields(words: NDArray[np.uint32]) -> Bytes:
     fields = np.empty((*words.shape, _LEVELS), np.uint8)
     fields[..., ::2], fields[..., 1::2] = bytes & 15, bytes >> 4
     return fields
+
+
+def described_groups(group_size: int) -> str:
+    """How a report says which weights share a scale."""
+    return "a scale for each column" if group_size == -1 else f"groups of {group_size}"
 
 
 def integers(tensor: Tensor) -> NDArray[np.int64]:
