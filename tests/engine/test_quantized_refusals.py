@@ -168,7 +168,10 @@ def test_tensors_that_do_not_fit_are_refused_by_name(
 
 
 def test_blocks_of_fp8_are_those_of_transformers_where_nothing_is_said(tmp_path: Path) -> None:
-    loaded(edited(tmp_path, "fp8_block", {"weight_block_size": None}))
+    directory = edited(tmp_path, "fp8_block", {"weight_block_size": None})
+    loaded(directory)
+    with open_checkpoint(directory) as checkpoint:
+        assert "blocks of 128 x 128" in checkpoint.quantization
 
 
 def test_a_weight_that_is_not_a_number_is_refused(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def _read_group(whole: Section, name: str, format: str) -> _Group:
     symmetric = weights.only("symmetric", True, False, default=True)
     size = weights.get("group_size")
     strategy = weights.get("strategy", "tensor" if size is None else "channel" if size == -1 else "group")
-    block = weights.get("block_structure")
+    weights.get("block_structure")  # known, even where nothing is in blocks
     weights.refuse_others(_HARMLESS_ARGS)
     if (bits, kind) == (4, "int"):
         if own != "pack-quantized" or inputs is not None:
@@ -107,12 +107,9 @@ def _read_group(whole: Section, name: str, format: str) -> _Group:
         return _Group(group, targets, own, "INT8")
     if strategy not in ("channel", "tensor", "block"):
         raise weights.error("strategy", strategy, "'channel', 'tensor' or 'block'")
-    if strategy == "block" and not (
-        isinstance(block, list) and len(block) == 2 and all(type(one) is int and one > 0 for one in block)
-    ):
-        raise weights.error("block_structure", block, "two positive integers")
+    block = weights.pair("block_structure") if strategy == "block" else None
     _check_activations(group, inputs, "float", ("token", "tensor", "group"), must_be=False)
-    return _Group(group, targets, own, "E4M3", block=tuple(block) if strategy == "block" else None)
+    return _Group(group, targets, own, "E4M3", block=block)
 
 
 def _check_activations(

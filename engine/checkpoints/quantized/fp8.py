@@ -30,11 +30,8 @@ def read_fp8(section: Section, modules: Modules) -> str:
     section.only("fmt", "e4m3", "float8_e4m3fn", default="e4m3")
     section.only("scale_fmt", "float", "ue8m0", default="float")
     section.only("expert_dtype", "fp8", default="fp8")
-    block = section.get("weight_block_size")
-    if block is not None and not (
-        isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
-    ):
-        raise section.error("weight_block_size", block, "two positive integers")
+    block = None if section.get("weight_block_size") is None else section.pair("weight_block_size")
+    used = block
     key = "modules_to_not_convert" if section.get("modules_to_not_convert") else "ignored_layers"
     excluded = by_parts(section.names(key), section, key)
     section.get("modules_to_convert")
@@ -45,10 +42,10 @@ def read_fp8(section: Section, modules: Modules) -> str:
         if scales is None:
             scales = modules.take(module, "weight_scale_inv", SCALES)
         modules.take_any(module, ("input_scale", "activation_scale"), SCALES)
-        size = tuple(block) if block else None
-        if "weight_block_size" not in section.values and _has_blocks(weight, scales):
-            size = _BLOCK
+        implied = "weight_block_size" not in section.values and _has_blocks(weight, scales)
+        size = _BLOCK if implied else block
+        used = used or size
         modules.put(module, ByteMatrix(weight, scales, "E4M3", size).tensor())
     modules.check(section, key, excluded)
-    how = "one scale a matrix or output" if block is None else f"blocks of {block[0]} x {block[1]}"
+    how = "one scale a matrix or output" if used is None else f"blocks of {used[0]} x {used[1]}"
     return f"FP8 (E4M3), {how}, {_FLOATS}"

@@ -40,6 +40,14 @@ class Section:
             raise self.error(name, value, "a positive integer, or -1")
         return value
 
+    def pair(self, name: str) -> tuple[int, int]:
+        """Two positive integers."""
+        value = self.get(name)
+        is_pair = isinstance(value, list) and len(value) == 2
+        if not is_pair or not all(type(one) is int and one > 0 for one in value):
+            raise self.error(name, value, "two positive integers")
+        return value[0], value[1]
+
     def names(self, name: str) -> list[str]:
         """A list of names; empty where it is absent."""
         value = self.get(name, [])
