@@ -1293,7 +1293,7 @@ BUGS = (
     Bug(
         "latent layers that predict tokens further on must have a place",
         "engine/models/deepseek.py",
-        "without_prediction",
+        "_without_prediction",
         "int(found[1]) in behind",
         "False",
         LATENT_FILES,

@@ -71,7 +71,7 @@ _GREEDY, _GROUPS = "greedy", "group_limited_greedy"
 # a file does not say.
 _GATING = {1: SOFTMAX, 2: SIGMOID}
 _SIGMOID_LAYERS, _SIGMOID_VOCABULARY = (47, 48), 154880
-PREDICTION = "the layers that predict tokens further on are left alone"
+_PREDICTION = "the layers that predict tokens further on are left alone"
 
 
 def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
@@ -90,7 +90,7 @@ def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
         }
     for name in ("n_group", "topk_group"):
         fields.get(name)  # known where nothing is chosen by groups, too
-    features = mixture(model, _behind(model), router=SOFTMAX, **groups)
+    features = _mixture(model, _behind(model), router=SOFTMAX, **groups)
     return model.spec(
         {**attention.features, **features},
         {**model.expert_names(_NAMES), **attention.names},
@@ -113,16 +113,16 @@ def _behind(model: HubModel) -> list[bool]:
     return [index >= first for index in range(model.num_layers)]
 
 
-def sigmoid_spec(model: HubModel, sparse: Sequence[bool]) -> ModelSpec:
-    """A model of DeepSeek-V3's kind, of which these layers have experts."""
+def sigmoid_spec(model: HubModel, sparse: Sequence[bool], **rope: Any) -> ModelSpec:
+    """A model of DeepSeek-V3's kind, of which these layers have experts. rope: of `hub_rope.table`."""
     fields = model.fields
     fields.expect("topk_method", "noaux_tc")
     fields.expect("scoring_func", "sigmoid")
     interleaved = fields.get("rope_interleave")
     if interleaved is not None and not isinstance(interleaved, bool):
         raise fields.error("rope_interleave", interleaved, "true, false or null")
-    attention = hub_attention(model, partial=model.model_type == "glm4_moe_lite")
-    features = mixture(
+    attention = hub_attention(model, **rope)
+    features = _mixture(
         model,
         sparse,
         router=SIGMOID,
@@ -142,10 +142,10 @@ def sigmoid_spec(model: HubModel, sparse: Sequence[bool]) -> ModelSpec:
         rope_tables=(attention.rope,),
     )
     count = fields.whole_number("num_nextn_predict_layers", fields.get("num_mtp_layers", 1))
-    return without_prediction(spec, model.checkpoint, count)
+    return _without_prediction(spec, model.checkpoint, count)
 
 
-def mixture(model: HubModel, sparse: Sequence[bool], **features: Any) -> dict[str, Any]:
+def _mixture(model: HubModel, sparse: Sequence[bool], **features: Any) -> dict[str, Any]:
     """The features of layers of which some have experts, by the keys that all of these classes have."""
     fields = model.fields
     fields.expect("moe_layer_freq", 1)
@@ -167,7 +167,7 @@ def _of_layers(sparse: Sequence[bool], features: dict[str, Any], shared: int, de
     return {**features, **alone, "intermediate_size": [shared if one else dense for one in sparse]}
 
 
-def without_prediction(spec: ModelSpec, checkpoint: Checkpoint, count: int) -> ModelSpec:
+def _without_prediction(spec: ModelSpec, checkpoint: Checkpoint, count: int) -> ModelSpec:
     """The model without the `count` layers behind its last one, which are for speculation."""
     first = spec.arch.num_layers
     behind = range(first, first + count)
@@ -176,7 +176,7 @@ def without_prediction(spec: ModelSpec, checkpoint: Checkpoint, count: int) -> M
         for name in checkpoint.tensors
         if (found := re.search(r"\b(?:layers|blk)\.(\d{1,9})\.", name)) and int(found[1]) in behind
     )
-    return replace(spec, repeated=spec.repeated + names, left_alone=PREDICTION) if names else spec
+    return replace(spec, repeated=spec.repeated + names, left_alone=_PREDICTION) if names else spec
 
 
 def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
@@ -197,7 +197,7 @@ def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
         paired=True,
         rope_tables=(attention.rope,),
     )
-    return without_prediction(spec, checkpoint, predicted)
+    return _without_prediction(spec, checkpoint, predicted)
 
 
 def _gguf_dense(model: GgufModel) -> dict[str, Any]:

@@ -47,4 +47,4 @@ def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
     # The class passes over this number; in its own files it says the same.
     dense = kinds.index("sparse") if "sparse" in kinds else model.num_layers
     fields.expect("first_k_dense_replace", dense)
-    return deepseek.sigmoid_spec(model, [kind == "sparse" for kind in kinds])
+    return deepseek.sigmoid_spec(model, [kind == "sparse" for kind in kinds], partial=True)
