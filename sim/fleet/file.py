@@ -94,8 +94,9 @@ class _Reader:
         top = self._section(self._read(), "", _TOP, "a fleet")
         links = [self._made(Link, values, f"link[{n}]") for n, values in enumerate(top.entries("link"))]
         self._links = {link.name: link for link in links}
-        tables = _tables(top, "group", needed=True)
-        groups = [self._group(number, values) for number, values in enumerate(tables)]
+        groups = [self._group(number, values) for number, values in enumerate(top.entries("group"))]
+        if not groups:
+            raise top.bad("group", None, "at least one [[group]]")
         failures = [
             self._made(Failure, values, f"failure[{n}]") for n, values in enumerate(top.entries("failure"))
         ]
@@ -219,13 +220,6 @@ class _Reader:
         """A path as it is from here, where the file's own directory has it; else as it is."""
         beside = self.path.parent / checked_path("fleet", name, ConfigError)
         return str(beside) if beside.exists() else name
-
-
-def _tables(fields: Fields, name: str, needed: bool = False) -> list[Any]:
-    tables = fields.entries(name)
-    if needed and not tables:
-        raise fields.bad(name, None, f"at least one [[{name}]]")
-    return tables
 
 
 def _texts(fields: Fields, name: str) -> list[str]:

@@ -162,7 +162,7 @@ class MetricsCollector:
         """
         run = self._run
         counts = run.counts
-        duration_s = max(0.0, run.last_token_at_s - (run.first_arrival_s or 0.0))
+        duration_s = self._duration_s
         tokens = counts["prompt_tokens"], counts["output_tokens"]
         goodput: Goodput | None = None
         if run.slo:
@@ -204,8 +204,7 @@ class MetricsCollector:
     def groups(self) -> list[Group]:
         """The report's figures by replica, tenant and class so far."""
         run = self._run
-        duration_s = max(0.0, run.last_token_at_s - (run.first_arrival_s or 0.0))
-        return run.groups.to_list(duration_s, bool(run.slo))
+        return run.groups.to_list(self._duration_s, bool(run.slo))
 
     def timeline(self) -> TimelineData:
         """The report's timeline so far."""
@@ -228,6 +227,11 @@ class MetricsCollector:
             "e2e_s": curve(exact["e2e"]),
             "queue_s": curve(exact["queue"]),
         }
+
+    @property
+    def _duration_s(self) -> float:
+        begin_s, end_s = self.span
+        return end_s - begin_s
 
     def _cache(self) -> Cache:
         run = self._run
