@@ -13,13 +13,14 @@ from math import prod
 from pathlib import Path
 
 from pagellm.engine.checkpoints import BLOCK_SIZES, Checkpoint, Tensor
+from pagellm.engine.checkpoints.huggingface import WEIGHTS_FILE
+from pagellm.engine.checkpoints.json_files import CONFIG_FILE
 from pagellm.engine.checkpoints.placed_file import PlacedFile
 from pagellm.engine.errors import CheckpointError
 from pagellm.engine.progress import progress
 from pagellm.engine.quantization.pieces import PIECE_BYTES, in_turn, quantized
 from pagellm.engine.quantization.writing import Written
 
-WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 # What comes along of the other files, by how they end; not the indices of weights.

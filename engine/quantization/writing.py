@@ -62,7 +62,6 @@ class _Segment(NamedTuple):
     end: int
     rows: Rows
     unit: int = 1
-    importance: NDArray[np.float32] | None = None
 
 
 def write_gguf(
