@@ -15,6 +15,7 @@ from bench.shapes import MIXES, SHAPES, type_of
 from pagellm.engine import LLM, SamplingParams
 from pagellm.engine.checkpoints import open_checkpoint
 from pagellm.engine.commands.inspection import inspect_model
+from pagellm.engine.quantization import mixes
 
 TINY = replace(
     SHAPES["llama-3.2-1b"],
@@ -46,6 +47,17 @@ def test_a_mix_is_what_llama_cpp_makes_of_the_shape() -> None:
     assert types("qwen3-4b", "Q4_0") == {"Q4_0": 252, "Q6_K": 1}
     assert types("qwen3-4b", "Q8_0") == {"Q8_0": 253}
     assert types("smollm2-135m", "Q4_0") == {"Q4_0": 210, "Q8_0": 1}
+
+
+@pytest.mark.parametrize("mix", mixes.MIXES)
+def test_a_mix_is_what_the_engine_writes(mix: str) -> None:
+    """The benchmarks know more mixes; of those that `pagellm quantize` writes both have the same rules."""
+    assert MIXES[mix] == mixes.MIXES[mix]
+    for shape in SHAPES.values():
+        model = mixes.Matrices(shape.architecture, shape.layers, shape.tied, shape.experts)
+        for name, _, columns in shape.matrices():
+            if "ffn_gate_inp" not in name:  # which stays as it is
+                assert type_of(shape, mix, name, columns) == mixes.type_of(mix, False, model, name, columns)
 
 
 @pytest.mark.parametrize("mix", ["Q4_K_M", "Q8_0"])

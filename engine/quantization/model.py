@@ -22,14 +22,14 @@ from pagellm.engine.llm import LLM
 from pagellm.engine.models import ModelSpec, read_spec
 from pagellm.engine.quantization.divergence import Divergence, divergence, engine_settings, windows
 from pagellm.engine.quantization.importance import MeanSquares, by_tensor, mean_squares, read_importance
-from pagellm.engine.quantization.mixtures import ALIASES, MIXTURES
+from pagellm.engine.quantization.mixes import ALIASES, MIXES
 from pagellm.engine.quantization.pieces import check_free, whole_directory, whole_file
 from pagellm.engine.quantization.safetensors_form import TYPES, write_safetensors
 from pagellm.engine.quantization.writing import Written, requantized, write_gguf
 from pagellm.kernels.architecture import lay_out
 
 SUFFIX = ".gguf"
-DEFAULT_MIXTURE = "Q4_K_M"
+DEFAULT_MIX = "Q4_K_M"
 DEFAULT_TYPE = "BF16"
 # Of the memory that is available, what the source's engine may take beside the quantized model's.
 _SHARE = 0.9
@@ -39,7 +39,7 @@ _SHARE = 0.9
 class Settings:
     """What is asked for.
 
-    type: a mixture, or of a directory an element type; None: the usual one. imatrix: a text, or an importance
+    type: a mix, or of a directory an element type; None: the usual one. imatrix: a text, or an importance
     matrix of llama.cpp's. text: what the model is compared on; None: the package's own. text_tokens: how many
     of it, 0 for no comparison.
     """
@@ -77,7 +77,7 @@ def quantize_model(model: str, out: Path, settings: Settings, show: bool = False
     Raises `CheckpointError` for a model that cannot be written so, and `ConfigError` for a place where it
     cannot be written, or for settings that contradict each other.
     """
-    mixture = _type(out, settings)
+    mix = _type(out, settings)
     check_free(out, settings.force)
     text = _text(settings)
     given, calibration = _importance(settings.imatrix)
@@ -91,7 +91,7 @@ def quantize_model(model: str, out: Path, settings: Settings, show: bool = False
         if is_gguf(out):
             with whole_file(out, settings.force) as (file, temporary):
                 written = write_gguf(
-                    checkpoint, spec, file, temporary, mixture,
+                    checkpoint, spec, file, temporary, mix,
                     pure=settings.pure,
                     importance=lambda written: given if means is None else by_tensor(means, written),
                     provenance=_provenance(settings.imatrix),
@@ -100,7 +100,7 @@ def quantize_model(model: str, out: Path, settings: Settings, show: bool = False
                 )  # fmt: skip
         else:
             with whole_directory(out) as directory:
-                written = write_safetensors(checkpoint, directory, mixture, usable_cores(), show)
+                written = write_safetensors(checkpoint, directory, mix, usable_cores(), show)
         seconds = perf_counter() - start
         reference = _reference(checkpoint, spec, written)
         context = spec.max_positions
@@ -112,7 +112,7 @@ def quantize_model(model: str, out: Path, settings: Settings, show: bool = False
         except PagellmError as error:  # the file stands
             reason = str(error)
     return Report(
-        model, str(out), mixture, source_bytes, written, seconds, cost, reference if cost else None, reason
+        model, str(out), mix, source_bytes, written, seconds, cost, reference if cost else None, reason
     )
 
 
@@ -123,17 +123,17 @@ def is_gguf(out: Path) -> bool:
 
 def _type(out: Path, settings: Settings) -> str:
     """What most matrices are to be. Raises `ConfigError` for what a file, or a directory, cannot have."""
-    known = [*MIXTURES, *ALIASES] if is_gguf(out) else [*TYPES]
-    mixture = settings.type or (DEFAULT_MIXTURE if is_gguf(out) else DEFAULT_TYPE)
-    if mixture not in known:
+    known = [*MIXES, *ALIASES] if is_gguf(out) else [*TYPES]
+    mix = settings.type or (DEFAULT_MIX if is_gguf(out) else DEFAULT_TYPE)
+    if mix not in known:
         where = "" if is_gguf(out) else f" of a directory of safetensors, or an OUT that ends with {SUFFIX}"
-        raise ConfigError(f"type: found {found(mixture)}, expected one of {', '.join(known)}{where}")
+        raise ConfigError(f"type: found {found(mix)}, expected one of {', '.join(known)}{where}")
     for name, given in (("imatrix", settings.imatrix), ("pure", settings.pure)):
         if given and not is_gguf(out):
             raise ConfigError(
                 f"{name}: found {found(str(given))}, expected none beside a directory of safetensors"
             )
-    return ALIASES.get(mixture, mixture)
+    return ALIASES.get(mix, mix)
 
 
 def _check(checkpoint: Checkpoint, spec: ModelSpec, out: Path, settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""A model as a smaller file: from a checkpoint to GGUF in one of the mixtures.
+"""A model as a smaller file: from a checkpoint to GGUF in one of the mixes.
 
 Tensors are read, quantized and written a few rows at a time, so that no tensor is ever held.
 """
@@ -24,7 +24,7 @@ from pagellm.engine.execution.weights import pair, plain_rows
 from pagellm.engine.models import ModelSpec, Source, gguf_rope, read_spec
 from pagellm.engine.progress import progress
 from pagellm.engine.quantization.gguf_form import WITHOUT_WINDOWS, check_same, gguf_form
-from pagellm.engine.quantization.mixtures import MIXTURES, Matrices, type_of
+from pagellm.engine.quantization.mixes import MIXES, Matrices, type_of
 from pagellm.engine.quantization.pieces import PIECE_BYTES, in_turn, quantized
 from pagellm.engine.tokenizer.to_gguf_metadata import tokenizer_metadata
 from pagellm.kernels.architecture import PARTS, Kind
@@ -69,7 +69,7 @@ def write_gguf(
     spec: ModelSpec,
     file: io.FileIO,
     path: Path,
-    mixture: str,
+    mix: str,
     *,
     pure: bool = False,
     importance: Callable[[ModelSpec], Importance] = lambda _: {},
@@ -79,11 +79,11 @@ def write_gguf(
 ) -> Written:
     """Writes a model to a file that is open at `path`.
 
-    mixture: of `MIXTURES`; pure: all matrices in one type. importance: how much the inputs of matrices count,
+    mix: of `MIXES`; pure: all matrices in one type. importance: how much the inputs of matrices count,
     by tensors of the model that is written: [inputs], or [experts, inputs]. provenance: keys to add.
     Raises `CheckpointError` for a model that GGUF has no form for, and `OSError`.
     """
-    file_type, _ = MIXTURES[mixture]
+    file_type, _ = MIXES[mix]
     keys = {"general.file_type": int(file_type), "general.quantization_version": _QUANTIZATION_VERSION}
     added = {key: encode_value(value) for key, value in {**keys, **(provenance or {})}.items()}
     is_gguf = checkpoint.format == "gguf"
@@ -109,7 +109,7 @@ def write_gguf(
     for name, (shape, is_matrix) in shapes.items():
         dtype = "F32" if not is_gguf else checkpoint.tensors[name].dtype
         if is_matrix and "ffn_gate_inp" not in name:
-            dtype = type_of(mixture, pure, model, name, shape[-1])
+            dtype = type_of(mix, pure, model, name, shape[-1])
         infos.append(TensorInfo(name, shape, dtype))
     writer = GgufWriter(file, metadata, infos)
     for name, values in constants.items():

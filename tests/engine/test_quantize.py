@@ -24,7 +24,7 @@ from pagellm.engine.checkpoints import open_checkpoint
 from pagellm.engine.models import read_spec
 from pagellm.engine.quantization import pieces, writing
 from pagellm.engine.quantization.gguf_form import FORMS
-from pagellm.engine.quantization.mixtures import Matrices, type_of
+from pagellm.engine.quantization.mixes import Matrices, type_of
 from pagellm.engine.quantization.model import Settings, quantize_model
 from pagellm.engine.tokenizer import load_tokenizer
 from tests.conftest import ARCHITECTURES, MODELS, model_path
@@ -68,11 +68,11 @@ MIXTURES = [name for name in WITH_GGUF if refusal(name) is not None]
 UNCOMPARED = Settings(text_tokens=0)
 
 
-def written(name: str, out: Path, mixture: str, **options: Any) -> writing.Written:
+def written(name: str, out: Path, mix: str, **options: Any) -> writing.Written:
     with open_checkpoint(model_path(name)) as checkpoint:
         spec = read_spec(checkpoint)
         with pieces.whole_file(out) as (file, path):
-            return writing.write_gguf(checkpoint, spec, file, path, mixture, **options)
+            return writing.write_gguf(checkpoint, spec, file, path, mix, **options)
 
 
 def logits(path: Path, token_ids: list[int], **settings: Any) -> np.ndarray:
@@ -121,10 +121,10 @@ def test_a_directory_becomes_a_file_with_its_logits_or_is_refused_by_name(name: 
     assert np.abs(found - expected["logits"]).max() < 1e-4 * np.ptp(expected["logits"])
 
 
-@pytest.mark.parametrize("mixture", ["F32", "F16", "Q8_0", "Q4_0", "Q4_K_M"])
-def test_a_gguf_file_keeps_its_metadata_and_what_is_of_the_type_already(mixture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mix", ["F32", "F16", "Q8_0", "Q4_0", "Q4_K_M"])
+def test_a_gguf_file_keeps_its_metadata_and_what_is_of_the_type_already(mix: str, tmp_path: Path) -> None:
     source, out = MODELS / "gguf_llama_q8_0" / "model.gguf", tmp_path / "out.gguf"
-    report = written("gguf_llama_q8_0", out, mixture)
+    report = written("gguf_llama_q8_0", out, mix)
     with open_checkpoint(source) as one, open_checkpoint(out) as other:
         changed = {"general.file_type", "general.quantization_version"}
         assert {key: str(value) for key, value in one.config.items() if key not in changed} == {
@@ -156,7 +156,7 @@ def test_a_mixture_of_experts_keeps_its_logits_from_file_to_file(name: str, tmp_
             assert tensor.tensor_type.name in ("F32", "BF16")  # as it was
 
 
-def test_a_mixture_gives_more_bits_where_llama_cpp_does() -> None:
+def test_a_mix_gives_more_bits_where_llama_cpp_does() -> None:
     llama = Matrices("llama", num_layers=32, tied=False)
     types = [type_of("Q4_K_M", False, llama, f"blk.{layer}.ffn_down.weight", 4096) for layer in range(32)]
     more = [layer for layer, dtype in enumerate(types) if dtype == "Q6_K"]

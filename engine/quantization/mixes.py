@@ -1,8 +1,9 @@
-"""Which type each matrix of a GGUF file gets, in the mixtures that people know by llama.cpp's names.
+"""Which type each matrix of a GGUF file gets, in the mixes that people know by llama.cpp's names.
 
-A mixture gives more bits to the matrices that lose most: the output matrix, and some of those that make
+A mix gives more bits to the matrices that lose most: the output matrix, and some of those that make
 values and end a feed-forward. The rules are those of llama.cpp's `src/llama-quant.cpp` without an importance
-matrix, so that a mixture has the same size whichever of the two wrote it.
+matrix, so that a mix has the same size whichever of the two wrote it; only where llama.cpp falls back to Q5_1
+are rows Q8_0 here. Mixes are of types; a mixture is always one of experts.
 """
 
 import re
@@ -13,7 +14,7 @@ from gguf import LlamaFileType
 from pagellm.engine.checkpoints import BLOCK_SIZES
 
 # What each is called, `general.file_type`, and the type that most matrices get. Q4_K is Q4_K_M's short name.
-MIXTURES = {
+MIXES = {
     "F32": (LlamaFileType.ALL_F32, "F32"),
     "F16": (LlamaFileType.MOSTLY_F16, "F16"),
     "BF16": (LlamaFileType.MOSTLY_BF16, "BF16"),
@@ -39,20 +40,18 @@ class Matrices:
     num_experts: int = 0
 
 
-def type_of(mixture: str, pure: bool, model: Matrices, name: str, columns: int) -> str:
+def type_of(mix: str, pure: bool, model: Matrices, name: str, columns: int) -> str:
     """The type that a matrix gets, by its name and the length of its rows; pure: one type for all."""
-    base = MIXTURES[mixture][1]
+    base = MIXES[mix][1]
     chosen = (
-        base
-        if pure or base in ("F32", "F16", "BF16")
-        else _before_fallback(mixture, base, model, name, columns)
+        base if pure or base in ("F32", "F16", "BF16") else _before_fallback(mix, base, model, name, columns)
     )
     if columns % _block(chosen):
         chosen = _FALLBACKS.get(chosen, chosen)
     return chosen if columns % _block(chosen) == 0 else "F16"
 
 
-def _before_fallback(mixture: str, base: str, model: Matrices, name: str, columns: int) -> str:
+def _before_fallback(mix: str, base: str, model: Matrices, name: str, columns: int) -> str:
     is_falcon = model.architecture == "falcon"
     if name == "output.weight" or (name == "token_embd.weight" and model.tied):
         return "Q8_0" if base == "Q8_0" or is_falcon or columns % _block(base) else "Q6_K"
@@ -65,7 +64,7 @@ def _before_fallback(mixture: str, base: str, model: Matrices, name: str, column
     more = layer < eighth or layer >= 7 * model.num_layers // 8 or (layer - eighth) % 3 == 2
     if model.num_experts == 8 and part in ("attn_v", "attn_k"):
         return "Q8_0"
-    if mixture != "Q4_K_M":
+    if mix != "Q4_K_M":
         return base
     if part == "attn_v":
         return "Q6_K" if more else base
