@@ -7,13 +7,14 @@ if __name__ != "pagellm.sim":
 
 if TYPE_CHECKING:
     from pagellm.sim.costs.cost_model import CostModel
+    from pagellm.sim.costs.source import CostSource
     from pagellm.sim.report.metrics import MetricsCollector
     from pagellm.sim.report.report import compare, to_html
     from pagellm.sim.report.schema import Report, load_report
     from pagellm.sim.router import Router
     from pagellm.sim.simulator import Simulator
     from pagellm.sim.sweep.grid import Grid, Slo
-    from pagellm.sim.sweep.sweep import CostSource, Sweep, SweepResult, TraceFile
+    from pagellm.sim.sweep.sweep import Sweep, SweepResult, TraceFile
     from pagellm.sim.traces.prompt_tokens import PromptTokens
     from pagellm.sim.traces.request import TraceRequest
     from pagellm.sim.traces.synth import Workload, synthesise
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "CostModel": "costs.cost_model",
-    "CostSource": "sweep.sweep",
+    "CostSource": "costs.source",
     "Grid": "sweep.grid",
     "MetricsCollector": "report.metrics",
     "PromptTokens": "traces.prompt_tokens",

@@ -10,6 +10,7 @@ from pagellm.engine.errors import ConfigError, PagellmError
 from pagellm.sim.commands.trace import add_trace_input
 from pagellm.sim.costs.constants import CHOICES, CONSTANTS, FORMATS, parse_constants
 from pagellm.sim.costs.cost_model import MAX_PROFILE_ERROR
+from pagellm.sim.costs.source import CostSource
 from pagellm.sim.sweep.file import Point
 from pagellm.sim.sweep.grid import (
     REPLAY_SETTINGS,
@@ -20,7 +21,7 @@ from pagellm.sim.sweep.grid import (
     Slo,
 )
 from pagellm.sim.sweep.report import to_html, to_json, to_text, words
-from pagellm.sim.sweep.sweep import CostSource, Sweep, SweepResult, TraceFile
+from pagellm.sim.sweep.sweep import Sweep, SweepResult, TraceFile
 
 
 def add_sweep(commands: "argparse._SubParsersAction[Any]") -> None:

@@ -57,9 +57,9 @@ from pagellm.engine.errors import ConfigError, PagellmError
 from pagellm.engine.step_log import NO_DECISIONS
 from pagellm.sim.costs.constants import FILES
 from pagellm.sim.costs.cost_model import CostModel
+from pagellm.sim.costs.source import CostSource
 from pagellm.sim.fields import Fields, read_json
 from pagellm.sim.fleet.fleet import Autoscale, Failure, Fleet, Group, Link, RandomFailures, known_link
-from pagellm.sim.sweep.sweep import CostSource
 
 _Made = TypeVar("_Made", Link, Failure, RandomFailures, Autoscale)
 _WAYS = ("tensor_parallel", "pipeline_parallel", "data_parallel")

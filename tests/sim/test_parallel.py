@@ -11,9 +11,9 @@ from pagellm.engine import ConfigError
 from pagellm.sim import CostModel, Simulator
 from pagellm.sim.costs.decoder import Layers, Model
 from pagellm.sim.costs.roofline import _stage_shares
+from pagellm.sim.costs.source import CostSource
 from pagellm.sim.fleet.file import read_fleet
 from pagellm.sim.fleet.fleet import Autoscale, Failure, Fleet
-from pagellm.sim.sweep.sweep import CostSource
 from tests.sim.batches import batch_of
 from tests.sim.test_fleet import TRACE, Seconds, ends, group, requests
 from tests.sim.test_roofline import bare

@@ -21,7 +21,7 @@ from pagellm.sim.costs.constants import CONSTANTS, FORMATS
 from pagellm.sim.costs.decoder import Layers, Model, load_model
 from pagellm.sim.costs.devices import Hardware, known, load_hardware
 from pagellm.sim.costs.roofline import RooflineCostModel
-from pagellm.sim.sweep.sweep import CostSource
+from pagellm.sim.costs.source import CostSource
 from tests.conftest import model_path
 from tests.sim.batches import batch_of
 

@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from pagellm.engine import ConfigError, ReportError, TraceError
 from pagellm.sim import Trace, TraceRequest, Workload, synthesise
 from pagellm.sim.commands.sweep import add_sweep
+from pagellm.sim.costs.source import CostSource
 from pagellm.sim.sweep.capacity import HIGHEST, LOWEST, Bracket, search
 from pagellm.sim.sweep.grid import Grid, Slo
 from pagellm.sim.sweep.report import to_html, to_json
-from pagellm.sim.sweep.sweep import CostSource, Sweep, TraceFile
+from pagellm.sim.sweep.sweep import Sweep, TraceFile
 from tests.conftest import at_most
 from tests.sim.test_report import Page
 
