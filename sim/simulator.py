@@ -65,17 +65,24 @@ Event = tuple[float, EventKind, int, Any]
 
 
 def foresee(
-    schedulers: list[Scheduler], trace: Trace, prompt_tokens: PromptTokens, num_replicas: int = 1
+    schedulers: list[Scheduler], trace: Trace, prompt_tokens: PromptTokens, moves: bool = False
 ) -> None:
     """Tells a policy that needs it which prompts are to come, in the trace's order.
 
-    Raises `ConfigError` where that is not known: which of several engines gets a request depends on the run,
-    and so does a turn that goes on with an answer.
+    moves: as `Fleet.moves`. Raises `ConfigError` where the prompts are not known: which of several engines
+    gets a request depends on the run, and so does what is computed anew after a failure, and a turn that goes
+    on with an answer.
     """
-    if not schedulers[0].policies.needs_future:
+    if not any(scheduler.policies.needs_future for scheduler in schedulers):
         return
-    if num_replicas > 1 or trace.has_sessions():
-        why = f"{num_replicas} replicas" if num_replicas > 1 else "a trace whose turns wait for answers"
+    why = ""
+    if len(schedulers) > 1:
+        why = f"{len(schedulers)} replicas"
+    elif moves:
+        why = "replicas that fail, or come and go"
+    elif trace.has_sessions():
+        why = "a trace whose turns wait for answers"
+    if why:
         raise ConfigError(
             f"eviction: found a policy that needs to know the requests to come with {why}, expected one "
             "engine and prompts that are known"
@@ -236,10 +243,9 @@ class Replay:
         self._output_tokens = (simulator.prompt_tokens.vocab_size,)  # of a sequence in a step
         self._params: dict[tuple[Any, ...], SamplingParams] = {}
         self._events: list[Event] = []
-        self._num_arrivals = self._num_sequences = self._num_ended = self._num_pushed = 0
+        self._num_arrivals = self._num_sequences = self._num_ended = 0
         self._make_replicas()
-        num_replicas = 2 if fleet.moves else len(self.replicas)
-        foresee([one.scheduler for one in self.replicas], trace, simulator.prompt_tokens, num_replicas)
+        foresee([one.scheduler for one in self.replicas], trace, simulator.prompt_tokens, fleet.moves)
 
     def _make_replicas(self) -> None:
         for group in self.fleet.groups:

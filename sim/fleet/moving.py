@@ -106,6 +106,7 @@ class MovingReplay(Replay):
         self._journeys: dict[Sequence, Journey] = {}
         self._held_back: dict[Sequence, Journey] = {}  # that wait for a replica, in order
         self._instance_of: dict[Replica, Instance] = {}
+        self._num_pushed = 0  # events of its own
         super().__init__(simulator, trace)
         self._scalers = {
             group.name: Scaler(group.autoscale) for group in self.fleet.groups if group.autoscale is not None

@@ -161,6 +161,22 @@ def test_requests_wait_where_nobody_is_there_and_a_client_may_give_up_meanwhile(
     assert [(row["id"], row["outcome"]) for row in rows] == [("0", "timed_out"), ("1", "timed_out")]
 
 
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda one: Fleet((one,), (Failure(0.5, "b", 0, 4.0),)), "replicas that fail, or come and go"),
+        (lambda one: Fleet((group(name="a"), one)), "2 replicas"),
+    ],
+)
+def test_who_needs_to_know_the_prompts_to_come_is_refused_where_that_depends_on_the_run(
+    make: Any, why: str
+) -> None:
+    belady = f"{Path(__file__).parents[2] / 'examples' / 'policies' / 'belady.py'}:Belady"
+    fleet = make(group(name="b", config=replace(CONFIG, eviction=belady)))
+    with pytest.raises(ConfigError, match=f"the requests to come with {why}, expected one engine"):
+        Simulator.of_fleet(fleet, skip_bad=True).replay(requests((0, 6, 3)))
+
+
 def test_replicas_that_stay_have_no_series_over_time() -> None:
     report = Simulator.of_fleet(Fleet(apart())).replay(requests((0, 4, 2)))
     assert "replicas" not in report["timeline"]
