@@ -406,9 +406,9 @@ class LLMEngine:
     def _note_admissions(self, batch: ScheduledBatch) -> None:
         now = self.now()
         for admitted in batch.admitted:
-            for sequence in (admitted.sequence, *admitted.sequence.forks):
+            first = admitted.sequence
+            for sequence in (first, *first.forks):
                 _, completion = self._by_seq_id[sequence.seq_id]
-                first = admitted.sequence
                 completion.admitted(first.num_cached_tokens, first.num_host_tokens, now)
 
     def _outputs(
