@@ -121,6 +121,12 @@ def _replay(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Non
     print(report.to_json() if options.json else to_text(report))
 
 
+def _is_given(options: argparse.Namespace, name: str) -> bool:
+    """Whether an option was used; a number that is 0 was."""
+    value = getattr(options, name)
+    return value is not None and value is not False and value != []
+
+
 def _compare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     for name, value in vars(options).items():
         if value != parser.get_default(name) and name not in ("compare", "report", "json"):
@@ -182,7 +188,7 @@ def _simulator(options: argparse.Namespace, **others: Any) -> Simulator:
         "num_threads",
     )
     for name in of_costs:
-        if getattr(options, name) and not has_costs:
+        if _is_given(options, name) and not has_costs:
             raise ConfigError(f"{_flag(name)}: not without step times of all groups; a group has its own")
     costs = _cost_model(options) if has_costs else None
     fleet = read_fleet(options.fleet, costs, given_settings(options))
@@ -209,7 +215,7 @@ def _replay_for_real(trace: Trace, options: argparse.Namespace) -> Report:
     simulated = ("profile", "roofline", "set_cost", "costs", "timeout_s", "accept_profile_error")
     ways = "pipeline_parallel", "data_parallel", "disaggregate"
     for name in (*simulated, *ways, "fleet", "link", "price"):
-        if getattr(options, name):
+        if _is_given(options, name):
             raise ConfigError(f"{_flag(name)}: not with --real, which serves on this machine")
     if options.replicas != 1:
         raise ConfigError(f"--replicas: found {options.replicas} with --real, expected 1")

@@ -295,6 +295,7 @@ def test_a_file_that_is_no_fleet_is_refused(tmp_path: Path) -> None:
         (["--fleet", "f.toml", "--model", "x"], "--model: not without step times of all groups"),
         (["--fleet", "f.toml", "--num-threads", "3"], "--num-threads: not without step times of all groups"),
         (["--fleet", "f.toml", "--data-parallel", "3"], "--data-parallel: not without step times of all"),
+        (["--fleet", "f.toml", "--data-parallel", "0"], "--data-parallel: not without step times of all"),
         (["--fleet", "f.toml", "--real"], "--fleet: not with --real"),
         (["--roofline", "l4,smollm2-135m", "--price", "-2"], "price_per_h: found -2.0, expected"),
     ],

@@ -278,6 +278,7 @@ def test_a_real_replay_and_a_simulated_one_of_its_steps_agree(
         (("TRACE", "--roofline", "abacus,smollm2-135m"), "abacus"),
         (("TRACE", "--profile", "nowhere.json"), "nowhere.json: cannot be read: No such file"),
         (("TRACE", "--real", "--timeout-s", "2"), "--timeout-s: not with --real"),
+        (("TRACE", "--real", "--price", "0"), "--price: not with --real"),
         (("TRACE", *ROOFLINE, "--policy", "lottery"), "policy: found 'lottery'"),
         (("TRACE", *ROOFLINE, "--model", "gpt2"), "--model: not with step times that are of one model"),
         (("TRACE", *ROOFLINE, "--quantization", "int8"), "--quantization: not with step times"),
