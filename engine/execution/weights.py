@@ -50,7 +50,6 @@ _READ_BYTES = 8 << 20
 # What the formats are called in reports.
 FORMAT_NAMES = {format: layout.name for format, layout in enumerate(LAYOUTS)}
 
-
 # Matrices whose inputs may have an order of their own.
 _ORDERED_PARTS = ("qkv", "query_up", "output", "up", "down", "lm_head")
 
@@ -148,8 +147,11 @@ def _in_order(
     orders = []
     for index, source in enumerate(sources):
         tensor, run = checkpoint.tensors[source.tensor], runs[index if len(runs) > 1 else 0]
-        is_as_it_is = isinstance(tensor, QuantizedTensor) and is_kept(tensor.dtype, run.format)
-        orders.append(tensor.order() if is_as_it_is and isinstance(tensor, QuantizedTensor) else None)
+        orders.append(
+            tensor.order()
+            if isinstance(tensor, QuantizedTensor) and is_kept(tensor.dtype, run.format)
+            else None
+        )
     if all(order is None for order in orders):
         return runs
     first = orders[0]
@@ -292,28 +294,27 @@ def plain_rows(tensor: Tensor, source: Source, first: int, last: int) -> NDArray
 
 
 def _unpair(rows: NDArray[Any], source: Source) -> NDArray[Any]:
-    """Rows of whole heads, stored as rotary pairs, in the half-split order that the kernels rotate."""
-    if not source.paired_heads:
-        return rows
-    head_dim = source.outputs // source.paired_heads
-    start, rotary_dim = source.rotary_start, source.rotary_dim or head_dim
-    end = start + rotary_dim
-    heads = rows.reshape(-1, head_dim, rows.size // len(rows))
-    pairs = heads[:, start:end].reshape(len(heads), rotary_dim // 2, 2, -1)
-    halves = pairs.swapaxes(1, 2).reshape(len(heads), rotary_dim, -1)
-    return np.concatenate([heads[:, :start], halves, heads[:, end:]], axis=1).reshape(rows.shape)
+    """Rows of whole heads with each rotated part in half-split order, if the source has rotary pairs."""
+    return _by_head(rows, source, _half_split(source)) if source.paired_heads else rows
 
 
 def pair(rows: NDArray[Any], source: Source) -> NDArray[Any]:
     """Rows of whole heads in half-split order, as the source stores them: the reverse of `_unpair`."""
-    if not source.paired_heads:
-        return rows
-    head_dim = source.outputs // source.paired_heads
-    rotary_dim = source.rotary_dim or head_dim
-    heads = rows.reshape(-1, head_dim, rows.size // len(rows))
-    halves = heads[:, :rotary_dim].reshape(len(heads), 2, rotary_dim // 2, -1)
-    pairs = halves.swapaxes(1, 2).reshape(len(heads), rotary_dim, -1)
-    return np.concatenate([pairs, heads[:, rotary_dim:]], axis=1).reshape(rows.shape)
+    return _by_head(rows, source, np.argsort(_half_split(source))) if source.paired_heads else rows
+
+
+def _half_split(source: Source) -> NDArray[np.intp]:
+    """The dimensions of a head that the source stores, in half-split order."""
+    order = np.arange(source.outputs // source.paired_heads)
+    rotated = order[source.rotary_start :][: source.rotary_dim or None]
+    rotated[:] = rotated.reshape(-1, 2).T.reshape(-1)
+    return order
+
+
+def _by_head(rows: NDArray[Any], source: Source, order: NDArray[np.intp]) -> NDArray[Any]:
+    """Rows of whole heads, those of each head in an order."""
+    heads = rows.reshape(-1, len(order), rows.size // len(rows))
+    return heads[:, order].reshape(rows.shape)
 
 
 def _rotary_tables(

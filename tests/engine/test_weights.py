@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from pagellm.engine import LLM, CheckpointError, ConfigError, EngineConfig
 from pagellm.engine.checkpoints import open_checkpoint
-from pagellm.engine.execution.weights import _runs, formats_of, kv_format, load_weights
+from pagellm.engine.execution.weights import _runs, _unpair, formats_of, kv_format, load_weights, pair
 from pagellm.engine.models import Source, read_spec
 from pagellm.kernels.architecture import LAYER, PARTS, Run
 from pagellm.kernels.encoding import GGUF_FORMATS
@@ -175,3 +175,13 @@ def test_tensors_of_a_part_keep_a_format_each_where_panels_allow() -> None:
     halves = (Source("gate", (PANEL + 1, 256)), Source("up", (PANEL + 1, 256)))
     expected = (Run(2 * PANEL, INT4_K), Run(2 * PANEL, INT8))
     assert _runs(PARTS["up"], gated, halves, [INT4_K, INT8]) == expected
+
+
+def test_rotary_pairs_become_halves_and_pairs_again_wherever_they_begin() -> None:
+    """Two heads of 8 of which 4 dimensions are rotated: pairs (0, 1), (2, 3) of these to (0, 2), (1, 3)."""
+    for start, order in ((0, [0, 2, 1, 3, 4, 5, 6, 7]), (2, [0, 1, 2, 4, 3, 5, 6, 7])):
+        source = Source("q", (16, 3), paired_heads=2, rotary_dim=4, rotary_start=start)
+        stored = np.arange(48).reshape(16, 3)
+        halves = np.concatenate([stored[order], stored[8:][order]])
+        assert np.array_equal(_unpair(stored, source), halves)
+        assert np.array_equal(pair(halves, source), stored)
