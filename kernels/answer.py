@@ -3,7 +3,7 @@
 import numpy as np
 
 from pagellm.kernels.activation import softcap
-from pagellm.kernels.jit import kernel
+from pagellm.kernels.jit import kernel, plain
 from pagellm.kernels.sampling import apply_mask, has_softmax, log_sum_exp, penalize, sample, top_tokens
 
 
@@ -18,7 +18,7 @@ def answer_row(arch, outputs, row, logits, scratch, counts):
         for i in range(size):
             logits[i] *= np.float32(arch.logits_scale)
     if arch.logits_softcap > 0.0:
-        softcap(logits, 0, size, np.float32(arch.logits_softcap))
+        softcap(logits, plain(0), size, np.float32(arch.logits_softcap))
     if wanted.logits_row >= 0:
         copied = outputs.logits[wanted.logits_row]
         for i in range(size):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagellm.kernels.architecture import SIGMOID, SOFTMAX, TOP_SOFTMAX
-from pagellm.kernels.jit import kernel
+from pagellm.kernels.jit import kernel, plain
 from pagellm.kernels.packing import GROUP, padded, padded_rows
 from pagellm.kernels.simd import LANES, broadcast, exp, load, store
 
@@ -109,7 +109,7 @@ def _free_best_groups(features, selection, free, scores):
     for group in range(count):
         free[group] = 1.0
     for _ in range(features.groups_per_token):
-        _take_best(scores, free, 0, count)
+        _take_best(scores, free, plain(0), count)
     # The best groups are free no more; from the last expert on, because the first of `free` are the groups'.
     for i in range(features.num_experts - 1, -1, -1):
         free[i] = 1.0 - free[i // size]
@@ -140,12 +140,12 @@ def choose_experts(features, logits, start, bias, bias_start, scratch, chosen, w
     if features.expert_groups > 1:
         _free_best_groups(features, selection, free, scratch[3 * padded(size) :])
     for rank in range(k):
-        chosen[rank] = _take_best(selection, free, 0, size)
+        chosen[rank] = _take_best(selection, free, plain(0), size)
         weights[rank] = scores[chosen[rank]]
     if features.router == TOP_SOFTMAX:
         for rank in range(k):
             selection[rank] = weights[rank]
-        _softmax(selection, 0, k, scores)
+        _softmax(selection, plain(0), k, scores)
         for rank in range(k):
             weights[rank] = scores[rank]
     divisor = np.float32(1.0)

@@ -105,7 +105,9 @@ def split_queries(member, layer, arch, weights, num_rows, plan, work):
                     work.queries[target + i] = work.wide[query + nope + i] * scale
                 for i in range(nope):
                     member.scratch[i] = work.wide[query + i] * scale
-                pack_row(format, member.scratch, 0, nope, row, work.packed, head * input_words)
+                pack_row(
+                    format, member.scratch, plain(0), nope, row, work.packed, head * input_words
+                )  # fmt: skip
         first, end = next_rows(member.counters, num_rows, member.num_threads)
     barrier(member.counters, member.num_threads)
 

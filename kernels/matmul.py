@@ -90,7 +90,7 @@ def _multiply_expanded(
     for first in range(0, blocks, run):
         count = min(run, blocks - first)
         is_last = first + count == blocks
-        prepare_blocks(format, w, w_start, first, count, ahead, scratch, 0)
+        prepare_blocks(format, w, w_start, first, count, ahead, scratch, plain(0))
         row = 0
         while row < rows:  # whole groups, then the rest
             groups, in_group = max((rows - row) // GROUP, 1), min(GROUP, rows - row)
@@ -127,7 +127,7 @@ def _multiply_decoded(
     for first in range(0, blocks, _DECODED_BLOCKS):
         count = min(_DECODED_BLOCKS, blocks - first)
         is_last = first + count == blocks
-        decode_blocks(format, w, w_start, first, count, ahead, scratch, 0)
+        decode_blocks(format, w, w_start, first, count, ahead, scratch, plain(0))
         row = 0
         while row < rows:  # whole groups, then the rest
             groups, in_group = max((rows - row) // GROUP, 1), min(GROUP, rows - row)

@@ -20,7 +20,7 @@ from pagellm.kernels.expansion import (
     has_halves_apart,
     prepare_scales,
 )
-from pagellm.kernels.jit import by_height, kernel
+from pagellm.kernels.jit import by_height, kernel, plain
 from pagellm.kernels.packing import (
     BFLOAT16,
     BLOCK,
@@ -312,7 +312,7 @@ def _level_tile(height: int) -> Any:
             elif format == FLOAT4:
                 prepare_scales(FLOAT4, w, column, halves, scratch, 0)
             else:
-                prepare_scales(format, w, column, halves, scratch, 0)
+                prepare_scales(format, w, column, halves, scratch, plain(0))
             if has_halves_apart(format):
                 ints = start_int_tile(height, _VECTORS, x, at + START_FIRST, INT_CHUNK)
                 more = start_int_tile(height, _VECTORS, x, at + START_SECOND, INT_CHUNK)

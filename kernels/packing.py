@@ -52,7 +52,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pagellm.kernels.jit import entry_point, kernel, shared
+from pagellm.kernels.jit import entry_point, kernel, plain, shared
 from pagellm.kernels.simd import (
     INT4_PAIRS,
     INT8_OFFSET,
@@ -524,9 +524,9 @@ def pack_inputs(part, values, source, K, row, packed):
     part: the matrix's place in the weights' buffer `values`, as kernels.architecture has it. Behind the K
     floats, up to a whole block, the source needs room for as many again.
     """
-    start = 0
+    start = plain(0)
     if part.order >= 0:
         start = num_blocks(K) * BLOCK
         for k in range(K):
             source[start + k] = source[load_int32(values, part.order + k)]
-    pack_row(part.format, source, start, K, row, packed, 0)
+    pack_row(part.format, source, start, K, row, packed, plain(0))

@@ -274,7 +274,7 @@ def merge_rows(member, layer, arch, weights, num_rows, plan, work):
             )  # fmt: skip
             if features.sub_norm:
                 _normalize(
-                    member, arch, weights, member.scratch, 0, size, parts.attention_sub_norm,
+                    member, arch, weights, member.scratch, plain(0), size, parts.attention_sub_norm,
                     parts.attention_sub_norm_b,
                 )  # fmt: skip
             pack_inputs(parts.output, weights.values, member.scratch, size, row, work.packed)
@@ -298,7 +298,8 @@ def activate_rows(member, layer, arch, weights, num_rows, work):
             activate(kind, gated, work.wide, row * stride, size, up_offset, member.scratch)
             if features.sub_norm:
                 _normalize(
-                    member, arch, weights, member.scratch, 0, size, parts.mlp_sub_norm, parts.mlp_sub_norm_b
+                    member, arch, weights, member.scratch, plain(0), size, parts.mlp_sub_norm,
+                    parts.mlp_sub_norm_b,
                 )  # fmt: skip
             if features.shared_gate:
                 for i in range(size):
@@ -323,7 +324,7 @@ def route_rows(member, layer, arch, weights, num_rows, work):
             )  # fmt: skip
             if features.shared_gate:
                 member.scratch[0] = work.router[start + features.num_experts]
-                sigmoid(member.scratch, 0, 1, member.scratch)
+                sigmoid(member.scratch, plain(0), plain(1), member.scratch)
                 groups.gates[row] = member.scratch[0]
         first, end = next_rows(member.counters, num_rows, member.num_threads)
     barrier(member.counters, member.num_threads)
@@ -350,7 +351,8 @@ def gather_rows(member, layer, arch, weights, num_rows, work):
                     member.scratch[i] = work.hidden[start + i]
             for i in range(row * k, (row + 1) * k):
                 pack_row(
-                    parts.expert_up.format, member.scratch, 0, size, work.groups.slots[i], work.packed, 0
+                    parts.expert_up.format, member.scratch, plain(0), size, work.groups.slots[i], work.packed,
+                    plain(0),
                 )  # fmt: skip
         first, end = next_rows(member.counters, num_rows, member.num_threads)
     barrier(member.counters, member.num_threads)
@@ -379,7 +381,9 @@ def activate_slots(member, layer, arch, weights, num_rows, work):
             activate(
                 kind, gated, work.wide, slot * up_offset * (1 + gated), size, up_offset, member.scratch
             )  # fmt: skip
-            pack_row(parts.expert_down.format, member.scratch, 0, size, slot, work.packed, 0)
+            pack_row(
+                parts.expert_down.format, member.scratch, plain(0), size, slot, work.packed, plain(0)
+            )  # fmt: skip
         first, end = next_rows(member.counters, count, member.num_threads)
     barrier(member.counters, member.num_threads)
 
