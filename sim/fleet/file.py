@@ -53,7 +53,7 @@ from typing import Any, TypeVar
 from pagellm.engine.checks import flag
 from pagellm.engine.checks import path as checked_path
 from pagellm.engine.config import EngineConfig
-from pagellm.engine.errors import ConfigError, PagellmError
+from pagellm.engine.errors import ConfigError, PagellmError, found
 from pagellm.engine.step_log import NO_DECISIONS
 from pagellm.sim.costs.constants import FILES
 from pagellm.sim.costs.cost_model import CostModel
@@ -93,7 +93,13 @@ class _Reader:
     def fleet(self) -> Fleet:
         top = self._section(self._read(), "", _TOP, "a fleet")
         links = [self._made(Link, values, f"link[{n}]") for n, values in enumerate(top.entries("link"))]
-        self._links = {link.name: link for link in links}
+        self._links: dict[str, Link] = {}
+        for link in links:
+            if link.name in self._links:
+                raise ConfigError(
+                    f"{self.path}: link: found two called {found(link.name)}, expected one name for each"
+                )
+            self._links[link.name] = link
         groups = [self._group(number, values) for number, values in enumerate(top.entries("group"))]
         if not groups:
             raise top.bad("group", None, "at least one [[group]]")

@@ -1,6 +1,7 @@
 """Requests that go from replica to replica, and replicas that come and go: who does what when, by hand."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -437,14 +438,9 @@ def test_the_command_takes_prefill_and_decode_apart(capsys: pytest.CaptureFixtur
         (["--link", "roce", "--disaggregate", "2"], "found '2', expected P:D"),
         (["--link", "roce", "--replicas", "2"], "replicas: found 2 with a fleet"),
     ):
-        with pytest.raises(SystemExit) if "P:D" in message else nothing():
+        with pytest.raises(SystemExit) if "P:D" in message else nullcontext():
             assert main([*arguments, *wrong]) == 2
         assert message in capsys.readouterr().err
-
-
-class nothing:  # noqa: N801
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...
 
 
 @pytest.mark.parametrize(
@@ -481,6 +477,7 @@ def test_what_cannot_befall_a_fleet_is_refused(make: Any, message: str) -> None:
         ({"link": [{"name": "a"}]}, r"link\[0\].bytes_per_s: found nothing, expected a value"),
         ({"link": [{"name": "a", "bytes_per_s": 1, "speed": 2}]}, r"link\[0\].speed: found 2, expected no"),
         ({"link": [{"name": "a", "bytes_per_s": 1, "shared": 2}]}, r"link\[0\].shared: found 2, expected"),
+        ({"link": [{"name": "a", "bytes_per_s": 1}] * 2}, "link: found two called 'a', expected one name"),
         ({"failure": [{"time_s": 1}]}, r"failure\[0\].group: found nothing"),
         ({"failures": {"mtbf": 1}}, r"failures.mtbf: found 1, expected no such key: one of mtbf_s"),
         ({"failures": {"mtbf_s": -1}}, r"failures.*mtbf_s: found -1"),
