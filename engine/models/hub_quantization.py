@@ -15,8 +15,8 @@ from pagellm.engine.models.fields import Fields
 
 _SUPPORTED = (
     "weights in float32, float16 or bfloat16, which the setting quantization converts while loading, or "
-    "quantized by GPTQ, AWQ, compressed-tensors, FP8 or bitsandbytes, or a GGUF file of any of these types: "
-    f"{SUPPORTED_DTYPES}"
+    "quantized by GPTQ, AWQ, compressed-tensors, FP8, bitsandbytes or MXFP4, or a GGUF file of any of these "
+    f"types: {SUPPORTED_DTYPES}"
 )
 _KEYS = ("quantization_config", "compression_config", "quantization")
 _FILES = {
