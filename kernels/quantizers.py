@@ -18,10 +18,10 @@ from pagellm.kernels.scale_search import round_spans, search_steps, search_steps
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Importance = NDArray[np.float32] | None
+# From rows to blocks [blocks, bytes], and to the floats in them that must be finite.
+_Quantizer = Callable[[Floats, Importance], tuple[Bytes, NDArray[Any]]]
 
 _SPAN = BLOCK * K_SPAN
-# How often units are made better.
-_ROUNDS = 1
 # More than a float16 scales in any type, and small enough for sums of its powers.
 _LARGEST = 1e9
 _TOO_LARGE = "too large for a float16 to scale them"
@@ -65,7 +65,7 @@ def _inverse(scale: Floats) -> Floats:
     return np.where(scale == 0, np.float32(0), np.float32(1) / scale)
 
 
-def _plain(dtype: str) -> Callable[[Floats, Importance], tuple[Bytes, NDArray[Any]]]:
+def _plain(dtype: str) -> _Quantizer:
     """For F32, F16 and BF16: each value rounded to the nearest, halves to even."""
 
     def quantizer(rows: Floats, _: Importance) -> tuple[Bytes, NDArray[Any]]:
@@ -98,7 +98,7 @@ def _nibbles(levels: Bytes) -> Bytes:
     return levels[:, : BLOCK // 2] | (levels[:, BLOCK // 2 :] << np.uint8(4))
 
 
-def _symmetric(lowest: int) -> Callable[[Floats, Importance], tuple[Bytes, NDArray[Any]]]:
+def _symmetric(lowest: int) -> _Quantizer:
     """For Q4_0 and Q5_0, whose levels are from `lowest` to `-lowest - 1`."""
 
     def quantizer(rows: Floats, importance: Importance) -> tuple[Bytes, NDArray[Any]]:
@@ -165,23 +165,19 @@ def _best_rounded(
     """
     halves = units.astype(np.float16)
     best = _rounded(values, weights, bounds, halves.astype(np.float32), steps, offsets)
-    for _ in range(_ROUNDS):
-        aa, ab, bb, ax, bx = best.sums.T
-        determinant = aa * bb - ab * ab
-        solvable = determinant > 1e-6 * aa * bb
-        unit = np.where(solvable, ax * bb - ab * bx, ax) / np.where(solvable, determinant, aa)
-        offset_unit = np.where(solvable, (ab * ax - aa * bx) / determinant, halves[:, 1])
-        better = np.nan_to_num(np.stack([unit, offset_unit], axis=1)).astype(np.float16)
-        better[:, 1] = np.maximum(better[:, 1], 0)
-        better = np.where(np.isfinite(better), better, halves)
-        found = _rounded(values, weights, bounds, better.astype(np.float32), steps, offsets)
-        wins = found.losses < best.losses
-        if not wins.any():
-            break
-        halves = np.where(wins[:, None], better, halves)
-        both: Any = zip(found, best, strict=True)
-        best = _Rounded(*(_chosen(wins, new, old) for new, old in both))
-    return halves, best
+    aa, ab, bb, ax, bx = best.sums.T
+    determinant = aa * bb - ab * ab
+    solvable = determinant > 1e-6 * aa * bb
+    unit = np.where(solvable, ax * bb - ab * bx, ax) / np.where(solvable, determinant, aa)
+    offset_unit = np.where(solvable, (ab * ax - aa * bx) / determinant, halves[:, 1])
+    better = np.nan_to_num(np.stack([unit, offset_unit], axis=1)).astype(np.float16)
+    better[:, 1] = np.maximum(better[:, 1], 0)
+    better = np.where(np.isfinite(better), better, halves)
+    found = _rounded(values, weights, bounds, better.astype(np.float32), steps, offsets)
+    wins = found.losses < best.losses
+    halves = np.where(wins[:, None], better, halves)
+    both: Any = zip(found, best, strict=True)
+    return halves, _Rounded(*(_chosen(wins, new, old) for new, old in both))
 
 
 def _chosen(wins: NDArray[np.bool_], new: NDArray[Any], old: NDArray[Any]) -> NDArray[Any]:
@@ -190,7 +186,7 @@ def _chosen(wins: NDArray[np.bool_], new: NDArray[Any], old: NDArray[Any]) -> ND
     return by_span.reshape(new.shape)
 
 
-def _with_minima(high_bits: int) -> "_Quantizer":
+def _with_minima(high_bits: int) -> _Quantizer:
     """For Q4_K, and with a fifth bit Q5_K."""
     highest = (16 << high_bits) - 1
 
@@ -219,7 +215,7 @@ def _with_minima(high_bits: int) -> "_Quantizer":
     return quantizer
 
 
-def _six_bits(found: "_Rounded") -> Bytes:
+def _six_bits(found: _Rounded) -> Bytes:
     """The multiples of a span's steps and offsets [spans, 8], in 12 bytes."""
     scales, minima = found.multiples.astype(np.uint8), found.offsets.astype(np.uint8)
     return np.concatenate(
@@ -254,7 +250,6 @@ def _q6_k(rows: Floats, importance: Importance) -> tuple[Bytes, NDArray[Any]]:
     return _bytes_of(nibbles, pairs, found.multiples.astype(np.int8), halves), halves
 
 
-_Quantizer = Callable[[Floats, Importance], tuple[Bytes, NDArray[Any]]]
 QUANTIZERS: dict[str, _Quantizer] = {
     "F32": _plain("F32"),
     "F16": _plain("F16"),
