@@ -106,8 +106,7 @@ def _symmetric(lowest: int) -> _Quantizer:
         if importance is None:
             at = np.abs(blocks).argmax(axis=1, keepdims=True)
             scale = np.take_along_axis(blocks, at, axis=1) / np.float32(lowest)
-            # In float64, as with a fused multiplication and addition.
-            shifted = blocks * np.float64(1) * _inverse(scale) + (0.5 - lowest)
+            shifted = blocks * _inverse(scale) + np.float32(0.5 - lowest)
             levels = np.trunc(shifted).clip(0, -2 * lowest - 1).astype(np.uint8)
             halves = scale.astype(np.float16)
         else:
