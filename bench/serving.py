@@ -10,6 +10,10 @@ first the one and then the other, for texts that neither has seen, and again as 
 Printed are medians over the rounds, and beside the comparison two figures of the server's own: its throughput
 against the bare engine's (`pagellm bench`) at 16 streams, and the CPU time of its event loop for each token.
 A run of the load generator that fails, or whose answers are not whole, is repeated once, and then missing.
+
+Each request has a connection of its own: llama-server closes one after a stream, which it offered to keep,
+and the next request on it is lost. Threads of OpenMP do not spin at barriers: the load generator runs on the
+same cores, and llama-server's threads would mostly wait for one another's turns there.
 """
 
 import argparse
@@ -124,7 +128,8 @@ def llama_server() -> Path:
 def serving(name: str, command: Sequence[Any], port: int) -> Iterator[Server]:
     """A server, once its model is loaded."""
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
             url = f"http://127.0.0.1:{port}"
             for _ in range(600):
@@ -209,6 +214,7 @@ def ask(command: Path, server: Server, streams: int, rng: random.Random) -> tupl
                 "--custom-dataset-type", "single_turn", "--concurrency", str(streams),
                 "--request-count", str(number), "--artifact-dir", directory,
                 "--extra-inputs", f"max_tokens:{OUTPUT_TOKENS}", "ignore_eos:true", "temperature:0",
+                "--connection-reuse-strategy", "never",
                 "--workers-max", "2", "--record-processor-service-count", "1",
             ],
             LIMIT_S,
