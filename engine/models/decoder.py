@@ -4,7 +4,7 @@ Knows how the outputs of fused tensors are ordered; does not know where sizes an
 readers of the two formats, `hub` and `gguf`, find out.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
@@ -29,8 +29,21 @@ from pagellm.kernels.architecture import (
 # tensors. "shared_up" and "shared_down" are the feed-forward beside experts, where it has other names.
 Names = Mapping[str, str | tuple[str, ...]]
 _NAMED_IN_FULL = ("expert_up", "expert_down", "expert_up_b", "expert_down_b", "selection_bias", "sinks")
+# What layers without experts must not have.
+_OF_EXPERTS = ("num_experts", "experts_per_token", "selection_bias", "shared_gate")
 # Of all layers together: more than any model has, and few enough to be listed in a second or two.
 _MAX_EXPERTS = 1 << 17
+
+
+def some_with_experts(
+    sparse: Sequence[bool], features: Mapping[str, Any], shared: int, dense: int
+) -> dict[str, Any]:
+    """These features of experts for each layer: `sparse` says which have them.
+
+    shared: how wide the feed-forward beside the experts is, 0 where there is none; dense: that of the others.
+    """
+    alone = {name: [features[name] * one for one in sparse] for name in _OF_EXPERTS if name in features}
+    return {**features, **alone, "intermediate_size": [shared if one else dense for one in sparse]}
 
 
 class Differences(TypedDict, total=False):

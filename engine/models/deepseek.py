@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from pagellm.engine.checkpoints import Checkpoint
-from pagellm.engine.models.decoder import Names
+from pagellm.engine.models.decoder import Names, some_with_experts
 from pagellm.engine.models.gguf import GgufModel
 from pagellm.engine.models.gguf_latent import gguf_attention
 from pagellm.engine.models.hub import EXPERT_NAMES, MIXTURE_HARMLESS, MLP, HubModel
@@ -157,14 +157,7 @@ def _mixture(model: HubModel, sparse: Sequence[bool], **features: Any) -> dict[s
         "router_scale": fields.number("routed_scaling_factor", 1.0),
     }
     shared = fields.whole_number("n_shared_experts") * size
-    return _of_layers(sparse, features, shared, dense)
-
-
-def _of_layers(sparse: Sequence[bool], features: dict[str, Any], shared: int, dense: int) -> dict[str, Any]:
-    """Those features of experts that other layers must not have, for each layer."""
-    of_experts = ("num_experts", "experts_per_token", "selection_bias")
-    alone = {name: [features[name] * one for one in sparse] for name in of_experts if name in features}
-    return {**features, **alone, "intermediate_size": [shared if one else dense for one in sparse]}
+    return some_with_experts(sparse, features, shared, dense)
 
 
 def _without_prediction(spec: ModelSpec, checkpoint: Checkpoint, count: int) -> ModelSpec:
@@ -228,7 +221,7 @@ def _gguf_mixture(model: GgufModel, sparse: Sequence[bool]) -> tuple[dict[str, A
     )
     shared = fields.whole_number("expert_shared_count") * features["expert_size"]
     dense = fields.integer("feed_forward_length")
-    features = _of_layers(sparse, features, shared, dense)
+    features = some_with_experts(sparse, features, shared, dense)
     features["selection_bias"] = [
         one and f"blk.{index}.exp_probs_b.bias" in tensors for index, one in enumerate(sparse)
     ]

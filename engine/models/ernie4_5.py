@@ -1,9 +1,7 @@
 """ERNIE 4.5: Llama whose rotary pairs are neighbours, and with experts in its larger ones (Baidu 2025)."""
 
-from collections.abc import Sequence
-from typing import Any
-
 from pagellm.engine.checkpoints import Checkpoint
+from pagellm.engine.models.decoder import some_with_experts
 from pagellm.engine.models.gguf import GgufModel
 from pagellm.engine.models.hub import ATTENTION, EXPERT_NAMES, MIXTURE_HARMLESS, MLP, HubModel
 from pagellm.engine.models.spec import ModelSpec
@@ -57,38 +55,26 @@ def mixture_from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
     """Reads a config.json of model_type ernie4_5_moe."""
     model = HubModel(checkpoint, _MIXTURE_DEFAULTS)
     fields = model.fields
-    size, shared = (
-        fields.integer("moe_intermediate_size", 1536),
-        fields.whole_number("moe_num_shared_experts", 2),
-    )
+    size = fields.integer("moe_intermediate_size", 1536)
+    shared = fields.whole_number("moe_num_shared_experts", 2)
     first, last = fields.whole_number("moe_layer_start_index", 1), fields.get("moe_layer_end_index", -1)
     if type(last) is not int or last < -1:
         raise fields.error("moe_layer_end_index", last, "a layer's number, or -1 for the last")
     last = model.num_layers - 1 if last == -1 else last
     step, dense = fields.integer("moe_layer_interval", 1), fields.integer("intermediate_size")
     sparse = [first <= i <= last and (i + 1) % step == 0 for i in range(model.num_layers)]
-    features = _mixture(
-        sparse,
-        num_experts=fields.integer("moe_num_experts", 64),
-        experts_per_token=fields.integer("moe_k", 6),
-        expert_size=size,
-        intermediate_size=[shared * size if one else dense for one in sparse],
-        score_floor=fields.number("moe_norm_min", 1e-12),
-        selection_bias=True,
-    )
-    biases = model.biases(use_bias=(*ATTENTION, *MLP, "lm_head"))
-    return model.spec(features, model.expert_names(_NAMES), biases=biases, paired=True, harmless=_HARMLESS)
-
-
-def _mixture(sparse: Sequence[bool], **features: Any) -> dict[str, Any]:
-    """The features of layers of which some have experts."""
-    of_experts = ("num_experts", "experts_per_token", "selection_bias")
-    return {
+    features = {
+        "num_experts": fields.integer("moe_num_experts", 64),
+        "experts_per_token": fields.integer("moe_k", 6),
+        "expert_size": size,
         "router": SOFTMAX,
         "renormalize": True,
-        **features,
-        **{name: [features[name] * one for one in sparse] for name in of_experts},
+        "score_floor": fields.number("moe_norm_min", 1e-12),
+        "selection_bias": True,
     }
+    features = some_with_experts(sparse, features, shared * size, dense)
+    biases = model.biases(use_bias=(*ATTENTION, *MLP, "lm_head"))
+    return model.spec(features, model.expert_names(_NAMES), biases=biases, paired=True, harmless=_HARMLESS)
 
 
 def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
@@ -106,7 +92,7 @@ def mixture_from_gguf(checkpoint: Checkpoint) -> ModelSpec:
     fields.get("expert_shared_count")  # llama.cpp goes by their width alone
     sparse = [index >= first and (index + 1) % step == 0 for index in range(model.num_layers)]
     features = model.experts(
-        intermediate_size=[shared if one else dense for one in sparse],
+        renormalize=True,
         selection_bias=any(name.endswith("exp_probs_b.bias") for name in checkpoint.tensors),
     )
-    return model.spec(_mixture(sparse, **features), paired=True)
+    return model.spec(some_with_experts(sparse, features, shared, dense), paired=True)

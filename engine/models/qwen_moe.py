@@ -3,7 +3,7 @@
 from typing import Any
 
 from pagellm.engine.checkpoints import Checkpoint
-from pagellm.engine.models.decoder import Names
+from pagellm.engine.models.decoder import Names, some_with_experts
 from pagellm.engine.models.gguf import GgufModel
 from pagellm.engine.models.hub import ATTENTION, EXPERT_NAMES, MIXTURE_HARMLESS, HubModel
 from pagellm.engine.models.spec import ModelSpec
@@ -78,15 +78,15 @@ def _experts(model: HubModel, num_experts: int, shared: int = 0) -> dict[str, An
         raise fields.error("mlp_only_layers", dense, "a list of layers' numbers")
     sparse = [index not in dense and (index + 1) % step == 0 for index in range(model.num_layers)]
     size, count = fields.integer("intermediate_size"), model.num_experts(num_experts)
-    return {
-        "intermediate_size": [shared if one else size for one in sparse],
-        "num_experts": [count * one for one in sparse],
-        "experts_per_token": [fields.integer("num_experts_per_tok") * one for one in sparse],
+    features = {
+        "num_experts": count,
+        "experts_per_token": fields.integer("num_experts_per_tok"),
         "expert_size": fields.integer("moe_intermediate_size"),
         "router": SOFTMAX,
         "renormalize": fields.boolean("norm_topk_prob", False),
-        "shared_gate": [shared > 0 and one for one in sparse],
+        "shared_gate": shared > 0,
     }
+    return some_with_experts(sparse, features, shared, size)
 
 
 def _qwen2_windows(model: HubModel) -> list[int]:
