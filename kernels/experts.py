@@ -56,7 +56,7 @@ def new_groups(max_tokens: int, experts_per_token: int, num_experts: int) -> Gro
 
 def scratch_size(num_experts: int) -> int:
     """Words of scratch memory that `choose_experts` needs."""
-    return 5 * padded(num_experts)
+    return 4 * padded(num_experts)
 
 
 @kernel
