@@ -96,7 +96,7 @@ class CharacterBpe:
         self._vocab = vocab
         self._merges = MergeTable(vocab, merges)
         self._fallback = fallback
-        self.ignore_merges = ignore_merges
+        self._ignore_merges = ignore_merges
         self._fuse_unk = fuse_unk
         self._segments = None if self._merges.touches(fallback.all_ids) else Segments(vocab)
         self._words = WordCache(self._encode_word)
@@ -107,7 +107,7 @@ class CharacterBpe:
 
         Raises `UnicodeEncodeError` if the word has a lone surrogate.
         """
-        if self.ignore_merges and (whole := self._vocab.get(word)) is not None:
+        if self._ignore_merges and (whole := self._vocab.get(word)) is not None:
             return (whole,)
         if self._segments is None:
             return self._fused(self._encode_part(word))

@@ -111,7 +111,7 @@ def _candidates(directory: Path, spec: TokenizerSpec, size: int) -> Iterator[dic
     base = {f"{PREFIX}tokens": tokens, f"{PREFIX}token_type": types}
     if isinstance(spec.model, Bpe):
         base |= {f"{PREFIX}model": "gpt2", f"{PREFIX}merges": _merges(directory)}
-        for name in _pre_names(spec):
+        for name in _pre_names(spec, spec.model.ignore_merges):
             yield {**base, f"{PREFIX}pre": name}
         return
     if isinstance(spec.model, CharacterBpe):
@@ -163,8 +163,11 @@ def _merges(directory: Path) -> list[str]:
     return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
 
 
-def _pre_names(spec: TokenizerSpec) -> list[str]:
-    """The names of pre-tokenizers that cut the sample into the same words, the likeliest first."""
+def _pre_names(spec: TokenizerSpec, ignore_merges: bool) -> list[str]:
+    """The names of pre-tokenizers that cut the sample into the same words, the likeliest first.
+
+    ignore_merges: of the tokenizer's model.
+    """
     texts = [SAMPLE, spec.normalizer(SAMPLE)]
     expected = [spec.pretokenizer(text) for text in texts]
     families = {
@@ -181,8 +184,7 @@ def _pre_names(spec: TokenizerSpec) -> list[str]:
 
     def order(name: str) -> tuple[bool, bool, int]:
         named = GGUF_PRETOKENIZERS[name]
-        ignores = bool(getattr(spec.model, "ignore_merges", False))
         rank = _PREFERRED.index(name) if name in _PREFERRED else len(_PREFERRED)
-        return named.normalize_nfc != normalizes, named.ignore_merges != ignores, rank
+        return named.normalize_nfc != normalizes, named.ignore_merges != ignore_merges, rank
 
     return sorted(matching, key=order)[:8]
