@@ -155,8 +155,8 @@ def from_levels(
     format: int,
     levels: Bytes,
     scales: NDArray[np.float32],
-    zeros: Bytes | None = None,
-    group_size: int = 0,
+    zeros: Bytes | None,
+    group_size: int,
 ) -> Blocks:
     """Levels [N, K] as whole spans of blocks of a format that has a scale and perhaps a zero point a column.
 
@@ -171,12 +171,9 @@ def from_levels(
     if K % inputs:
         levels = np.pad(levels, ((0, 0), (0, -K % inputs)), constant_values=layout.zero)
     blocks = np.ascontiguousarray(levels).reshape(N, -1, BLOCK)
-    if layout.float_scale:
-        spread = _spread(scales.astype(np.float32), group_size, inputs, num_spans)
-        halves = spread.view(np.uint16).reshape(N, num_spans, 2)
-    else:
-        spread = _spread(scales.astype(np.float16), group_size, inputs, num_spans)
-        halves = spread.view(np.uint16).reshape(N, num_spans, 1)
+    kept = scales.astype(np.float32 if layout.float_scale else np.float16)
+    halves = _spread(kept, group_size, inputs, num_spans).view(np.uint16)
+    halves = halves.reshape(N, num_spans, layout.num_halves)
     if layout.num_bytes:
         assert zeros is not None
         bytes = _spread(zeros, group_size, BLOCK, blocks.shape[1]).reshape(N, -1, 1)
