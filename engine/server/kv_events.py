@@ -131,8 +131,7 @@ class KvEvents(StepListener):
         last = self._notes[-1] if self._notes else None
         if tier:
             parent_hash, tokens, salt = None, b"", ""
-        follows = parent_hash is not None and isinstance(last, _Stored) and last.hashes[-1] == parent_hash
-        if follows and isinstance(last, _Stored) and last.tier == 0:
+        if isinstance(last, _Stored) and last.tier == 0 and last.hashes[-1] == parent_hash:
             last.hashes.append(block_hash)
             last.tokens.append(tokens)
         else:
