@@ -309,9 +309,11 @@ class Tokenizer:
             text = self.apply_chat_template(messages, **options)
             self.check_length("messages", text, most_tokens)
             return self.encode(text, add_special_tokens=False)
-        return self._encode_sanitized(messages, options)
+        return self._encode_sanitized(messages, most_tokens, options)
 
-    def _encode_sanitized(self, messages: Sequence[Mapping[str, Any]], options: dict[str, Any]) -> list[int]:
+    def _encode_sanitized(
+        self, messages: Sequence[Mapping[str, Any]], most_tokens: int | None, options: dict[str, Any]
+    ) -> list[int]:
         chat_template = self._own_chat_template
         written = chat_template.template(options.get("chat_template"), options.get("tools")).literals
         contents = [
@@ -326,9 +328,11 @@ class Tokenizer:
                 break
         else:
             raise RequestError("messages: found code points of plane 16, which mean nothing, expected text")
+        pieces = list(control_tokens.pieces(rendered))
+        self.check_length("messages", "".join(piece.text for piece in pieces), most_tokens)
         ids: list[int] = []
         start = Start.TEXT
-        for piece in control_tokens.pieces(rendered):
+        for piece in pieces:
             if not piece.text:
                 continue
             if piece.is_forged:

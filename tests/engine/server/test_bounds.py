@@ -166,10 +166,12 @@ def test_a_text_that_cannot_fit_is_refused_before_its_tokens_are_looked_for(
     server: Any,
 ) -> None:
     text = "the quick brown fox " * 10_000
+    messages = [{"role": "user", "content": text}]
     for path, body in [
         ("/v1/completions", {"prompt": text}),
         ("/v1/completions", {"prompt": ["a", text]}),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
+        ("/v1/chat/completions", {"messages": messages}),
+        ("/v1/chat/completions", {"messages": messages, "sanitize_control_tokens": True}),
         ("/v1/responses", {"input": text}),
     ]:
         error = refusal(server, path, body)
