@@ -227,9 +227,9 @@ def _limit(contest: Contest, cell: Cell, bandwidth: float, peak: float) -> tuple
 
     Whichever is slower. Attention is not counted.
     """
-    num_bytes, layers, output = matrix_sizes(contest.ours)
-    reading = num_bytes / (bandwidth * 1e9)
     tokens = cell.prompt or cell.batch
+    num_bytes, layers, output = matrix_sizes(contest.ours, tokens)
+    reading = num_bytes / (bandwidth * 1e9)
     multiply_adds = tokens * layers + cell.batch * output
     return num_bytes, tokens / max(reading, 2 * multiply_adds / (peak * 1e9))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from pagellm.engine.cache import cache_dir
 from pagellm.engine.checkpoints import open_checkpoint, resolve_model
 from pagellm.engine.config import DEFAULT_MODEL
+from pagellm.engine.models import read_spec
 
 PUBLISHED = "Q4_1"
 EMBEDDING = "token_embd.weight"
@@ -30,14 +31,25 @@ def model_file(file_type: str) -> Path:
     return target
 
 
-def matrix_sizes(path: Path) -> tuple[int, int, int]:
+def matrix_sizes(path: Path, num_tokens: int = 1) -> tuple[int, float, int]:
     """Bytes of the weights that a step reads, and the multiply-adds of one token in layers and output matrix.
 
-    Of an embedding that is not the output matrix, too, a step reads a few rows.
+    Of an embedding that is not the output matrix, too, a step reads a few rows. Of a mixture's experts it
+    reads those that so many tokens choose, if every choice is as likely as any other, as of random weights.
     """
     with open_checkpoint(path) as checkpoint:
-        tensors = checkpoint.tensors
+        tensors, layers = checkpoint.tensors, read_spec(checkpoint).arch.layers
         output = OUTPUT if OUTPUT in tensors else EMBEDDING
-        read = [tensor for tensor in tensors.values() if output == EMBEDDING or tensor.name != EMBEDDING]
-        in_layers = [prod(t.shape) for t in read if len(t.shape) == 2 and t.name != output]
-        return sum(tensor.num_bytes for tensor in read), sum(in_layers), prod(tensors[output].shape)
+        num_bytes, in_layers = 0.0, 0.0
+        for tensor in tensors.values():
+            if tensor.name == EMBEDDING != output:
+                continue
+            read = computed = 1.0
+            if len(tensor.shape) == 3:
+                row = layers[int(tensor.name.split(".")[1])]
+                computed = row["experts_per_token"] / row["num_experts"]
+                read = 1 - (1 - computed) ** num_tokens
+            num_bytes += read * tensor.num_bytes
+            if len(tensor.shape) > 1 and tensor.name != output:
+                in_layers += computed * prod(tensor.shape)
+        return round(num_bytes), in_layers, prod(tensors[output].shape)

@@ -114,3 +114,20 @@ def test_a_step_reads_all_weights_but_an_embedding_that_is_no_output_matrix(
     vectors = sum(size for _, size in shape.vectors()) + shape.head_dim // 2
     assert num_bytes == (layers + output) // 32 * 34 + 4 * vectors
     assert contest_of_file("m", path).products == "int8"
+
+
+def test_a_step_reads_the_experts_that_its_tokens_choose(tmp_path: Path) -> None:
+    """Eight of nine for one token; of two tokens one chooses the ninth but in 1 of 81 cases."""
+    path = tmp_path / "m.gguf"
+    write_random_model(path, TINY_MIXTURE, "Q8_0")
+    sizes = {name: rows * columns for name, rows, columns in TINY_MIXTURE.matrices()}
+    experts = sum(size for name, size in sizes.items() if "_exps." in name)
+    with open_checkpoint(path) as checkpoint:
+        in_file = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
+        embedding = checkpoint.tensors["token_embd.weight"].num_bytes
+    every = in_file - embedding
+    one, multiply_adds, _ = matrix_sizes(path)
+    assert one == pytest.approx(every - experts * 34 / 32 / 9, abs=1)
+    assert matrix_sizes(path, 2)[0] == pytest.approx(every - experts * 34 / 32 / 81, abs=1)
+    others = sum(sizes.values()) - 2 * TINY_MIXTURE.vocab * TINY_MIXTURE.hidden - experts
+    assert multiply_adds == pytest.approx(others + experts * 8 / 9)
