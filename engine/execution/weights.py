@@ -107,7 +107,7 @@ def converted_types(checkpoint: Checkpoint, spec: ModelSpec, formats: Formats) -
 
 def _format_of(checkpoint: Checkpoint, source: Source, quantization: str, in_layer: bool) -> int:
     """The format of the output columns that come from one tensor."""
-    kept = _kept_format(checkpoint.tensors[source.tensor])
+    kept = _kept_format(tensor_of(checkpoint, source))
     if source.transposed or source.add:
         kept = FLOAT32
     if quantization == "auto":
@@ -146,7 +146,7 @@ def _in_order(
     """
     orders = []
     for index, source in enumerate(sources):
-        tensor, run = checkpoint.tensors[source.tensor], runs[index if len(runs) > 1 else 0]
+        tensor, run = tensor_of(checkpoint, source), runs[index if len(runs) > 1 else 0]
         orders.append(
             tensor.order()
             if isinstance(tensor, QuantizedTensor) and is_kept(tensor.dtype, run.format)
@@ -193,9 +193,7 @@ def load_weights(
                 if order >= 0:
                     _load_order(checkpoint.tensors[sources[0].tensor], order, values)
                 for source in sources:
-                    tensor = checkpoint.tensors[source.tensor]
-                    if tensor.shape != source.shape:
-                        tensor = tensor.part(source.shape, source.stack[0] if source.stack else 0)
+                    tensor = tensor_of(checkpoint, source)
                     if part.kind is Kind.MATRIX:
                         first, format = panels[first_panel + column // PANEL].tolist()
                         _load_matrix(tensor, source, first, format, values, column % PANEL)
@@ -284,6 +282,14 @@ def _chunks(source: Source) -> Iterator[tuple[int, int, int]]:
             last = min(first + step, end)
             yield first, last, offset + (first - begin) // every
         offset += -(-(end - begin) // every)
+
+
+def tensor_of(checkpoint: Checkpoint, source: Source) -> Tensor:
+    """The tensor of a source in the shape that the source says, one of several where they are stacked."""
+    tensor = checkpoint.tensors[source.tensor]
+    if tensor.shape != source.shape:
+        tensor = tensor.part(source.shape, source.stack[0] if source.stack else 0)
+    return tensor
 
 
 def plain_rows(tensor: Tensor, source: Source, first: int, last: int) -> NDArray[np.float32]:

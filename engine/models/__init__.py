@@ -49,7 +49,7 @@ from pagellm.engine.models import (
 from pagellm.engine.models.names import names_of
 from pagellm.engine.models.spec import ModelSpec, Source
 
-__all__ = ["GGUF_READERS", "HUGGINGFACE_READERS", "ModelSpec", "Source", "read_spec"]
+__all__ = ["GGUF_READERS", "HUGGINGFACE_READERS", "ModelSpec", "Source", "is_left_over", "read_spec"]
 
 # The readers of architectures, by the model_type of a config.json and by general.architecture of a GGUF file.
 HUGGINGFACE_READERS = {
@@ -188,14 +188,14 @@ def _check_tensors(checkpoint: Checkpoint, spec: ModelSpec, redundant: re.Patter
                 _check_shape(checkpoint, source)
                 used.add(source.tensor)
     for name in checkpoint.tensors:
-        if name not in used and not redundant.fullmatch(name) and not _is_left_over(checkpoint, name):
+        if name not in used and not redundant.fullmatch(name) and not is_left_over(checkpoint, name):
             raise CheckpointError(
                 f"{checkpoint.path}: tensor {named(name)} has no place in architecture {spec.architecture} "
                 "with this configuration"
             )
 
 
-def _is_left_over(checkpoint: Checkpoint, name: str) -> bool:
+def is_left_over(checkpoint: Checkpoint, name: str) -> bool:
     """Whether it is the zero bias of a quantized matrix: older versions of AutoGPTQ gave one to each."""
     weight = checkpoint.tensors.get(f"{name.removesuffix('.bias')}.weight")
     if not name.endswith(".bias") or not isinstance(weight, QuantizedTensor):

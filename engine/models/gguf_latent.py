@@ -19,6 +19,17 @@ _NAMES: Names = {
 }
 
 
+def latent_names(compressed: bool, split: bool) -> Names:
+    """The names of the tensors. compressed: whether queries are; split: whether what widens keys and values
+    is in tensors apart."""
+    return {
+        **_NAMES,
+        "qkv": ("attn_q_a" if compressed else "attn_q", "attn_kv_a_mqa"),
+        "key_up": "attn_k_b" if split else "attn_kv_b",
+        "value_up": "attn_v_b" if split else "attn_kv_b",
+    }
+
+
 class GgufAttention(NamedTuple):
     """What a file says of latent attention; names: of its tensors."""
 
@@ -57,13 +68,7 @@ def gguf_attention(model: GgufModel, scales_scores: bool = False) -> GgufAttenti
     table = gguf_rope.table(
         model.checkpoint, fields, rotary, model.max_positions, scales_scores=scales_scores
     )
-    queries = "attn_q" if sizes.query_rank is None else "attn_q_a"
-    names = {
-        **_NAMES,
-        "qkv": (queries, "attn_kv_a_mqa"),
-        "key_up": "attn_k_b" if split else "attn_kv_b",
-        "value_up": "attn_v_b" if split else "attn_kv_b",
-    }
+    names = latent_names(compressed=sizes.query_rank is not None, split=split)
     # In all of llama.cpp's norms.
     epsilon = fields.number("attention.layer_norm_rms_epsilon")
     score_factor = gguf_rope.score_factor(fields, table) if scales_scores else 1.0

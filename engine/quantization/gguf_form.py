@@ -9,7 +9,7 @@ the spec that was read back, too.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 from pagellm.engine.checkpoints import Checkpoint
 from pagellm.engine.errors import CheckpointError, found
 from pagellm.engine.models import ModelSpec
+from pagellm.engine.models.decoder import Decoder, Names
 from pagellm.engine.models.gguf import NAMES
+from pagellm.engine.models.gguf_latent import latent_names
 from pagellm.engine.models.multimodal import TEXT_TYPES
 from pagellm.engine.models.rope import LongRope, RopeTable
-from pagellm.kernels.architecture import PARTS, Kind
+from pagellm.kernels.architecture import LAYER, PARTS, SIGMOID, SOFTMAX, TOP_SOFTMAX, Architecture, Kind
 
 
 @dataclass(frozen=True)
@@ -29,69 +31,117 @@ class Form:
 
     names: of tensors that are called otherwise than llama's. biases: the parts that may have one; needed:
     that must. tied: whether the output matrix has to be the embedding, or may not; None: either. square:
-    whether a layer's heads together have to be as wide as its hidden state.
+    whether a layer's heads together have to be as wide as its hidden state. own_width: whether the width of
+    experts has a key of its own.
     """
 
     architecture: str
-    names: Mapping[str, str] = field(default_factory=dict)
+    names: Names = field(default_factory=dict)
     biases: tuple[str, ...] = ("qkv_b",)
     needed: tuple[str, ...] = ()
     tied: bool | None = None
     square: bool = False
+    own_width: bool = False
 
 
 _ONE_NORM = {"mlp_norm": "attn_norm"}
 _FUSED_QKV = {"qkv": "attn_qkv"}
 _FUSED_UP = {"up": "ffn_up"}
 _LINEAR = ("qkv_b", "output_b", "up_b", "down_b")
+_ATTENTION = _LINEAR[:2]
 _OF_GPT2: Any = {"names": _FUSED_QKV, "biases": _LINEAR, "needed": _LINEAR, "square": True}
+_DEEPSEEK = Form("deepseek2", biases=(), own_width=True)
+_GRANITE_MOE = Form("granitemoe", biases=_ATTENTION)
 FORMS = {
     "bitnet": Form("bitnet", biases=(), tied=True, square=True),
     "cohere": Form("command-r", _ONE_NORM, tied=True, square=True),
     "cohere2": Form("cohere2", _ONE_NORM, tied=True, square=True),
-    "ernie4_5": Form("ernie4_5", biases=("qkv_b", "output_b")),
+    "dbrx": Form("dbrx", {**_FUSED_QKV, "mlp_norm": "attn_output_norm"}, biases=(), tied=False, square=True),
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
+    "ernie4_5": Form("ernie4_5", biases=_ATTENTION),
+    "ernie4_5_moe": Form("ernie4_5-moe", biases=_ATTENTION, own_width=True),
     "falcon": Form("falcon", {**_FUSED_QKV, **_ONE_NORM}, biases=(), square=True),
     "gemma2": Form("gemma2", tied=True),
     "gemma3_text": Form("gemma3"),
     "glm": Form("chatglm", _FUSED_UP, square=True),
     "glm4": Form("glm4", _FUSED_UP),
+    "glm4_moe_lite": _DEEPSEEK,
     "gpt2": Form("gpt2", **_OF_GPT2),
     "gpt_bigcode": Form("starcoder", **_OF_GPT2),
     "gpt_neox": Form("gptneox", **_OF_GPT2, tied=False),
+    "gpt_oss": Form(
+        "gpt-oss", {"mlp_norm": "post_attention_norm"}, _ATTENTION, _ATTENTION, tied=False, own_width=True
+    ),
     "granite": Form("granite", biases=_LINEAR),
+    "granitemoe": _GRANITE_MOE,
+    "granitemoeshared": _GRANITE_MOE,
     "granitemoehybrid": Form("granite", biases=_LINEAR),
     "llama": Form("llama", biases=_LINEAR),
     "minicpm": Form("minicpm", biases=_LINEAR),
+    "minicpm3": Form("minicpm3", biases=()),
     "ministral3": Form("mistral3", biases=_LINEAR),
     "mistral": Form("llama", biases=_LINEAR),
+    "mixtral": Form("llama", biases=_ATTENTION),
     "olmo2": Form("olmo2", tied=False, square=True),
     "olmo3": Form("olmo2", tied=False, square=True),
+    "olmoe": Form("olmoe", tied=False, square=True),
     "phi": Form("phi2", _ONE_NORM, _LINEAR, _LINEAR[1:], tied=False, square=True),
     "phi3": Form("phi3", {**_FUSED_QKV, **_FUSED_UP}, biases=(), square=True),
     "qwen2": Form("qwen2", square=True),
+    "qwen2_moe": Form(
+        "qwen2moe",
+        {"router": ("ffn_gate_inp", "ffn_gate_inp_shexp")},
+        tied=False,
+        square=True,
+        own_width=True,
+    ),
     "qwen3": Form("qwen3"),
+    "qwen3_moe": Form("qwen3moe", own_width=True),
     "smollm3": Form("smollm3"),
     "starcoder2": Form("starcoder2", {}, _LINEAR, _LINEAR[1:], square=True),
 }
 # Architectures of which llama.cpp lets every layer see everything, whatever its window.
-WITHOUT_WINDOWS = ("llama", "phi3")
+_WITHOUT_WINDOWS = ("llama", "phi3")
 # Where llama.cpp reads what a scaling of RoPE needs.
 _READS_DIVISORS = ("llama",)
-_READS_LONGROPE = ("phi3", "minicpm")
+_READS_LONGROPE = ("phi3", "minicpm", "minicpm3")
+# The numbers of layers of DeepSeek's models that llama.cpp reads without compressed queries, and those alone;
+# and one more, with its vocabulary.
+_LITE_LAYERS, _OTHER_LITE = (26, 27), (48, 128256)
+_GATING = {SOFTMAX: 1, SIGMOID: 2}
+# Features that mean nothing in a layer without experts.
+_ROUTING = (
+    *("router", "renormalize", "score_floor", "router_scale", "expert_size"),
+    *("expert_groups", "groups_per_token", "group_best"),
+)
 
 # Of a number that float32 has rounded.
 _ROUNDED = 1e-6
 
 
+class Shape(NamedTuple):
+    """Of a tensor to write. packed: the type of blocks that all that it is made of has already, if it is one
+    of GGUF's."""
+
+    shape: tuple[int, ...]
+    is_matrix: bool
+    packed: str = ""
+
+
 @dataclass(frozen=True)
 class GgufModel:
-    """A model as it is written. tensors: their shapes and whether they are matrices; constants: tensors that
-    follow from the configuration, by their names."""
+    """A model as it is written.
+
+    constants: tensors that follow from the configuration, by their names. notes: why llama.cpp does not read
+    it, or reads it otherwise than this engine.
+    """
 
     architecture: str
     metadata: Mapping[str, Any]
-    tensors: Mapping[str, tuple[tuple[int, ...], bool]]
+    tensors: Mapping[str, Shape]
     constants: Mapping[str, NDArray[np.float32]]
+    notes: tuple[str, ...]
 
 
 def gguf_form(checkpoint: Checkpoint, spec: ModelSpec) -> GgufModel:
@@ -101,13 +151,15 @@ def gguf_form(checkpoint: Checkpoint, spec: ModelSpec) -> GgufModel:
     if model_type not in FORMS:
         raise CheckpointError(
             f"{checkpoint.path}: model_type: found {found(model_type)}, which has no GGUF form here, "
-            f"expected one of {', '.join(FORMS)}"
+            f"expected one of {', '.join(FORMS)}; or an OUT that is a directory of safetensors"
         )
     form = FORMS[model_type]
+    if model_type == "granitemoehybrid" and (spec.arch.layers["num_experts"] > 0).any():
+        form = _GRANITE_MOE
     _check(checkpoint, form, spec)
     keys, constants = _keys(form, config, spec, checkpoint)
-    tensors = dict(_tensors(_names(form, spec), spec))
-    tensors |= {name: (values.shape, False) for name, values in constants.items()}
+    tensors = dict(_tensors(checkpoint, _names(form, spec), spec))
+    tensors |= {name: Shape(values.shape, False) for name, values in constants.items()}
     name = str(config.get("_name_or_path") or checkpoint.path.resolve().name)
     metadata = {
         "general.architecture": form.architecture,
@@ -115,25 +167,39 @@ def gguf_form(checkpoint: Checkpoint, spec: ModelSpec) -> GgufModel:
         "general.name": name.rstrip("/").rpartition("/")[2],
         **{f"{form.architecture}.{key}": value for key, value in keys.items()},
     }
-    return GgufModel(form.architecture, metadata, tensors, constants)
+    return GgufModel(form.architecture, metadata, tensors, constants, tuple(_notes(form, spec)))
+
+
+def _notes(form: Form, spec: ModelSpec) -> Iterator[str]:
+    """What there is to say of llama.cpp and this model."""
+    name, layers = form.architecture, spec.arch.layers
+    if name in _WITHOUT_WINDOWS and (layers["window"] > 0).any():
+        yield f"llama.cpp lets every layer of {name} see everything, this engine obeys the window"
+    if name == "olmoe" and (layers["num_kv_heads"] != layers["num_heads"]).any():
+        yield "llama.cpp reads olmoe with as many KV heads as heads alone, this engine reads others, too"
+    if name == "deepseek2":
+        sizes, has_rank = (spec.arch.num_layers, spec.arch.vocab_size), (layers["query_rank"] > 0).all()
+        if has_rank == (sizes[0] in _LITE_LAYERS or sizes == _OTHER_LITE):
+            yield (
+                f"llama.cpp does not read deepseek2 with {sizes[0]} layers and queries that are "
+                f"{'' if has_rank else 'not '}compressed, this engine does"
+            )
 
 
 def _check(checkpoint: Checkpoint, form: Form, spec: ModelSpec) -> None:
     """Refuses what this engine would read and llama.cpp would not."""
-    if (spec.arch.layers["num_experts"] > 0).any():
-        raise CheckpointError(
-            f"{checkpoint.path}: found a mixture of experts in a directory, expected a dense model, or a "
-            "mixture's GGUF file"
-        )
     refused = []
     biases = {part for parts in spec.layers for part in parts if part in _LINEAR}
     for wrong, what in ((biases - set(form.biases), "a bias of"), (set(form.needed) - biases, "no bias of")):
         refused += [f"{what} {part.removesuffix('_b')}" for part in sorted(wrong)]
     if form.tied is not None and spec.arch.tied != form.tied:
         refused.append(f"an output matrix that is {'' if spec.arch.tied else 'not '}the embedding")
-    widths = spec.arch.layers["num_heads"] * spec.arch.layers["head_dim"]
+    layers = spec.arch.layers
+    widths = layers["num_heads"] * layers["head_dim"]
     if form.square and (widths != spec.arch.hidden_size).any():
         refused.append(f"heads that are {widths.max()} wide beside a hidden state of {spec.arch.hidden_size}")
+    if form.architecture == "minicpm3" and not (layers["query_rank"] > 0).all():
+        refused.append("queries that are not compressed")
     if refused:
         raise CheckpointError(
             f"{checkpoint.path}: found {refused[0]}, which llama.cpp's {form.architecture} has no place for"
@@ -147,39 +213,43 @@ def _text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     return {**config, **text} if config.get("model_type") in TEXT_TYPES and isinstance(text, dict) else config
 
 
-def _names(form: Form, spec: ModelSpec) -> dict[str, str | tuple[str, ...]]:
+def _names(form: Form, spec: ModelSpec) -> Names:
+    layer, row = spec.layers[0], spec.arch.layers[0]
     names: dict[str, str | tuple[str, ...]] = {**NAMES, **form.names}
-    layer = spec.layers[0]
-    if not spec.arch.layers[0]["gated"]:
+    if row["latent_dim"]:
+        split = form.architecture == "deepseek2"
+        names |= latent_names(compressed=bool(row["query_rank"]), split=split)
+    if not row["gated"]:
         names["up"] = "ffn_up"
     if form.architecture == "falcon" and layer["attention_norm"] != layer["mlp_norm"]:
         names["attention_norm"] = "attn_norm_2"
     return names
 
 
-def _tensors(
-    names: Mapping[str, str | tuple[str, ...]], spec: ModelSpec
-) -> Iterator[tuple[str, tuple[tuple[int, ...], bool]]]:
-    """Names, shapes, and whether they are matrices."""
-    for index, parts in enumerate((*spec.layers, spec.rest)):
-        row = spec.arch.layers[index] if parts is not spec.rest else None
-        prefix = "" if row is None else str(names["layer"]).format(index)
+def _tensors(checkpoint: Checkpoint, names: Names, spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
+    """The tensors that a reader with these names looks for, those of experts stacked."""
+    arch, whole = spec.arch, (*spec.layers, spec.rest)
+    decoder = Decoder(
+        **{name: value for name, value in arch._asdict().items() if name != "layers"},
+        architecture=spec.architecture,
+        num_layers=arch.num_layers,
+        max_positions=spec.max_positions,
+        names=names,
+        features={name: arch.layers[name] for name in LAYER.names or ()},
+        biases={
+            part.removesuffix("_b") for parts in whole for part in parts if PARTS[part].kind is Kind.BIAS
+        },
+        rope_tables=spec.rope_tables,
+    )
+    form = decoder.spec()
+    for own, parts in zip(whole, (*form.layers, form.rest), strict=True):
         for part, sources in parts.items():
-            of_part = names[part.removesuffix("_b")]
-            suffix = "bias" if PARTS[part].kind is Kind.BIAS else "weight"
-            outputs = sum(source.outputs for source in sources)
-            sizes = [outputs] if isinstance(of_part, str) else _pieces(part, row, outputs)
-            inputs = () if sources[0].inputs is None else (sources[0].inputs,)
-            for name, size in zip([of_part] if isinstance(of_part, str) else of_part, sizes, strict=True):
-                yield f"{prefix}{name}.{suffix}", ((size, *inputs), PARTS[part].kind is Kind.MATRIX)
-
-
-def _pieces(part: str, row: Any, outputs: int) -> list[int]:
-    """The outputs of Q, K and V, or of the gate and the linear half."""
-    if part.startswith("up"):
-        return [outputs // 2] * 2
-    heads, kv_heads, head_dim = (int(row[name]) for name in ("num_heads", "num_kv_heads", "head_dim"))
-    return [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+            types = {checkpoint.tensors[source.tensor].dtype for source in own.get(part, ())}
+            packed = "MXFP4" if types == {"MXFP4"} else ""
+            for source in sources:
+                # The gate of the shared experts has one row, which is a vector in GGUF.
+                shape = source.stored_shapes[-1 if source.shape[0] == 1 and source.inputs else 0]
+                yield source.tensor, Shape(shape, PARTS[part].kind is Kind.MATRIX, packed)
 
 
 def _keys(
@@ -196,14 +266,18 @@ def _keys(
         "block_count": arch.num_layers,
         "context_length": context,
         "embedding_length": arch.hidden_size,
-        "feed_forward_length": int(first["intermediate_size"]),
         "attention.head_count": int(first["num_heads"]),
         "attention.head_count_kv": int(first["num_kv_heads"]),
         "attention.key_length": int(first["head_dim"]),
         "attention.value_length": int(first["head_dim"]),
         f"attention.{epsilon}": arch.norm_epsilon,
         "vocab_size": arch.vocab_size,
+        **_feed_forward_keys(form, config, arch),
     }
+    if first["latent_dim"]:
+        keys |= _latent_keys(form, first)
+    if first["qkv_clip"]:
+        keys["attention.clamp_kqv"] = float(first["qkv_clip"])
     windows = arch.layers["window"]
     if (windows > 0).any():
         keys["attention.sliding_window"] = int(windows.max())
@@ -213,11 +287,11 @@ def _keys(
         keys["attn_logit_softcapping"] = float(first["attention_softcap"])
     if arch.logits_softcap:
         keys["final_logit_softcapping"] = arch.logits_softcap
-    if name in ("granite", "minicpm"):
+    if name in ("granite", "granitemoe", "minicpm"):
         keys["embedding_scale"] = arch.embedding_scale
         keys["residual_scale"] = float(first["residual_scale"])
         keys["logit_scale"] = 1 / arch.logits_scale
-    if name == "granite":
+    if name in ("granite", "granitemoe"):
         keys["attention.scale"] = float(first["attention_scale"])
         if first["rope_table"] < 0:
             keys["rope.scaling.finetuned"] = False
@@ -229,6 +303,62 @@ def _keys(
         keys["tensor_data_layout"] = "jploski"
     rope, constants = _rope(form, config, spec, checkpoint)
     return {**keys, **rope}, constants
+
+
+def _feed_forward_keys(form: Form, config: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:
+    """The width of the feed-forward, and what there is to say of experts."""
+    layers = arch.layers
+    sparse, name = layers["num_experts"] > 0, form.architecture
+    width = int(layers["intermediate_size"][~sparse].max(initial=0))
+    if not sparse.any() and not form.own_width:
+        return {"feed_forward_length": width}
+    row = layers[int(sparse.argmax())]
+    size, shared = int(row["expert_size"]), int(row["intermediate_size"]) if sparse.any() else 0
+    said = config.get("intermediate_size")
+    if not width:  # that of no layer; where experts have no key of their own it is theirs
+        width = said if form.own_width and type(said) is int and said > 0 else size
+    keys: dict[str, Any] = {"feed_forward_length": width}
+    if form.own_width:
+        keys["expert_feed_forward_length"] = size or width
+    if sparse.any():
+        keys["expert_count"] = int(row["num_experts"])
+        keys["expert_used_count"] = int(row["experts_per_token"])
+    if name == "deepseek2":
+        keys["leading_dense_block_count"] = int(sparse.argmax()) if sparse.any() else arch.num_layers
+        keys["expert_shared_count"] = shared // max(1, size)
+        keys["expert_weights_scale"] = float(row["router_scale"])
+        keys["expert_weights_norm"] = bool(row["renormalize"])
+        keys["expert_gating_func"] = _GATING[int(row["router"])]
+        if sparse.any():
+            keys["expert_group_count"] = int(row["expert_groups"])
+            keys["expert_group_used_count"] = int(row["groups_per_token"])
+    elif shared:
+        keys["expert_shared_feed_forward_length"] = shared
+    if name == "ernie4_5-moe":
+        keys["leading_dense_block_count"] = int(config.get("moe_layer_start_index", 1))
+        keys["interleave_moe_layer_step"] = int(config.get("moe_layer_interval", 1))
+        keys["expert_shared_count"] = shared // max(1, size)
+    return keys
+
+
+def _latent_keys(form: Form, row: Any) -> dict[str, Any]:
+    """The sizes of latent attention: of what is kept, and of heads, which may have keys of their own."""
+    latent, rotary = int(row["latent_dim"]), int(row["head_dim"] - row["latent_dim"])
+    key, value = int(row["nope_dim"]) + rotary, int(row["value_dim"])
+    keys = {"attention.kv_lora_rank": latent}
+    if row["query_rank"]:
+        keys["attention.q_lora_rank"] = int(row["query_rank"])
+    if form.architecture != "deepseek2":
+        heads = int(row["num_heads"])
+        return keys | {
+            "attention.head_count_kv": heads, "attention.key_length": key, "attention.value_length": value
+        }  # fmt: skip
+    return keys | {
+        "attention.key_length": latent + rotary,
+        "attention.value_length": latent,
+        "attention.key_length_mla": key,
+        "attention.value_length_mla": value,
+    }
 
 
 def _rope(
@@ -264,8 +394,10 @@ def _rope(
         for which in ("beta_fast", "beta_slow"):
             if section.get(which):
                 keys[f"rope.scaling.yarn_{which}"] = float(section[which])
-        if section.get("mscale_all_dim") and name == "mistral3":
-            keys["rope.scaling.yarn_log_multiplier"] = float(section["mscale_all_dim"])
+        if section.get("mscale_all_dim") and name in ("mistral3", "deepseek2"):
+            # Of deepseek2 a tenth: see `gguf_rope.score_factor`.
+            factor = 0.1 if name == "deepseek2" else 1.0
+            keys["rope.scaling.yarn_log_multiplier"] = factor * float(section["mscale_all_dim"])
     elif kind != "default":
         raise CheckpointError(
             f"{checkpoint.path}: rope_type: found {found(kind)}, which GGUF's {name} has no place for"
@@ -293,17 +425,39 @@ def _theta(table: RopeTable) -> float:
     return float((table.frequencies[0] / table.frequencies[1]) ** (table.rotary_dim / 2))
 
 
-def check_same(path: object, spec: ModelSpec, written: ModelSpec) -> None:
+def check_same(checkpoint: Checkpoint, spec: ModelSpec, written: ModelSpec) -> list[str]:
     """Refuses a model of which the file says something else: GGUF has no place for it there.
 
+    What llama.cpp's converter lets pass, too, because it changes next to nothing, is returned, to be said.
     Raises `CheckpointError`.
     """
+    notes: dict[str, None] = {}
+    config = _text_config(checkpoint)
     for where, own, other in _compared(spec, written):
         if not _is_same(own, other):
-            raise CheckpointError(
-                f"{path}: {where}: found {found(own)}, which GGUF's {written.architecture} has no place "
-                f"for: it would be read as {found(other)}"
-            )
+            told = _told(where.rpartition(": ")[2], config, own, other)
+            if told is None:
+                raise CheckpointError(
+                    f"{checkpoint.path}: {where}: found {found(own)}, which GGUF's {written.architecture} "
+                    f"has no place for: it would be read as {found(other)}"
+                )
+            notes[f"GGUF's {written.architecture} {told}"] = None
+    return list(notes)
+
+
+def _told(name: str, config: Mapping[str, Any], own: Any, other: Any) -> str | None:
+    """What there is to say of a difference that is no reason to refuse a model; None: it is one."""
+    if name == "latent_epsilon":
+        return (
+            f"has one epsilon for all norms: {other:g}, not {own:g}, for those of compressed queries and keys"
+        )
+    if name == "score_floor":
+        return f"divides the scores of a token's experts by {other:g} at least, not {own:g}"
+    others = {"frequencies": ()}
+    untruncated = _section(config)[0].get("truncate") is False
+    if name == "RoPE" and untruncated and own and other and _is_same(own | others, other | others):
+        return "rounds the ends of YaRN's ramp to whole dimensions, which this model does not"
+    return None
 
 
 def _compared(spec: ModelSpec, written: ModelSpec) -> Iterator[tuple[str, Any, Any]]:
@@ -314,16 +468,31 @@ def _compared(spec: ModelSpec, written: ModelSpec) -> Iterator[tuple[str, Any, A
     yield from ((name, own[name], other[name]) for name in own)
     yield "layers", len(rows), len(other_rows)
     for index, (row, other_row) in enumerate(zip(rows, other_rows, strict=False)):
-        for name in row.dtype.names or ():
-            if name == "rope_table":
-                yield f"layer {index}: RoPE", _table(spec, row), _table(written, other_row)
-            else:
-                yield f"layer {index}: {name}", row[name].item(), other_row[name].item()
-    for index, (parts, others) in enumerate(
+        yield f"layer {index}: RoPE", _table(spec, row), _table(written, other_row)
+        features, others = _features(row), _features(other_row)
+        yield from ((f"layer {index}: {name}", features[name], others[name]) for name in features)
+    for index, (parts, other_parts) in enumerate(
         zip((*spec.layers, spec.rest), (*written.layers, written.rest), strict=False)
     ):
         where = f"layer {index}: parts" if parts is not spec.rest else "parts"
-        yield where, sorted(parts), sorted(others)
+        yield where, sorted(parts), sorted(other_parts)
+
+
+def _features(row: Any) -> dict[str, Any]:
+    """What a layer computes, where two ways to say it are one."""
+    features = {name: row[name].item() for name in row.dtype.names if name != "rope_table"}
+    if not features["num_experts"]:
+        return {name: value for name, value in features.items() if name not in _ROUTING}
+    if features["expert_groups"] == 1:
+        features |= {"groups_per_token": 1, "group_best": 1}
+    if features["router"] == TOP_SOFTMAX:
+        features |= {"router": SOFTMAX, "renormalize": 1}
+    # The best experts' part of a softmax is never so little.
+    least = features["experts_per_token"] / features["num_experts"]
+    is_best = features["router"] == SOFTMAX and not features["selection_bias"]
+    if not features["renormalize"] or (is_best and features["score_floor"] < least):
+        features["score_floor"] = 0.0
+    return features
 
 
 def _table(spec: ModelSpec, row: Any) -> dict[str, Any] | None:

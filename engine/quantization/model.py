@@ -25,7 +25,7 @@ from pagellm.engine.quantization.importance import MeanSquares, by_tensor, mean_
 from pagellm.engine.quantization.mixes import ALIASES, MIXES
 from pagellm.engine.quantization.pieces import check_free, whole_directory, whole_file
 from pagellm.engine.quantization.safetensors_form import TYPES, write_safetensors
-from pagellm.engine.quantization.writing import Written, requantized, write_gguf
+from pagellm.engine.quantization.writing import Importance, Written, requantized, write_gguf
 from pagellm.kernels.architecture import lay_out
 
 SUFFIX = ".gguf"
@@ -85,22 +85,28 @@ def quantize_model(model: str, out: Path, settings: Settings, show: bool = False
     start = perf_counter()
     with open_checkpoint(path) as checkpoint:
         spec = read_spec(checkpoint)
-        _check(checkpoint, spec, out, settings)
+        _check(checkpoint, spec, out, mix, settings)
         source_bytes = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
-        means = None if calibration is None else _measure(path, spec, calibration, show)
+
+        def importance(written: ModelSpec) -> Importance:  # once it is known that the model can be written
+            if calibration is None:
+                return given
+            return by_tensor(_measure(path, spec, calibration, show), written)
+
         if is_gguf(out):
             with whole_file(out, settings.force) as (file, temporary):
                 written = write_gguf(
                     checkpoint, spec, file, temporary, mix,
                     pure=settings.pure,
-                    importance=lambda written: given if means is None else by_tensor(means, written),
+                    requantize=settings.allow_requantize,
+                    importance=importance,
                     provenance=_provenance(settings.imatrix),
                     num_threads=usable_cores(),
                     show=show,
                 )  # fmt: skip
         else:
             with whole_directory(out) as directory:
-                written = write_safetensors(checkpoint, directory, mix, usable_cores(), show)
+                written = write_safetensors(checkpoint, spec, directory, mix, usable_cores(), show)
         seconds = perf_counter() - start
         reference = _reference(checkpoint, spec, written)
         context = spec.max_positions
@@ -136,12 +142,12 @@ def _type(out: Path, settings: Settings) -> str:
     return ALIASES.get(mix, mix)
 
 
-def _check(checkpoint: Checkpoint, spec: ModelSpec, out: Path, settings: Settings) -> None:
+def _check(checkpoint: Checkpoint, spec: ModelSpec, out: Path, mix: str, settings: Settings) -> None:
     """Refuses what cannot be quantized, or would be overwritten by it."""
     if out.exists() and any(os.path.samefile(out, file.path) for file in checkpoint.files):
         raise ConfigError(f"{out}: found a file of the model itself, expected another name")
-    types = requantized(checkpoint, spec)
-    if types and not settings.allow_requantize:
+    types = requantized(checkpoint, spec, settings.pure)
+    if types and mix not in TYPES and not settings.allow_requantize:
         raise ConfigError(
             f"{checkpoint.path}: found matrices of type {', '.join(types)}, expected eight bits or "
             "more: of a model that was quantized to few bits already the errors add up; quantize the "

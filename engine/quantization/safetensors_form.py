@@ -1,6 +1,7 @@
 """A directory of safetensors in another element type, with the small files that belong to it.
 
 Tensors keep their names and shapes; all that are floating-point numbers get the type, rounded to the nearest.
+What a quantizer wrote as several tensors becomes one, of the values that its levels stand for.
 """
 
 import json
@@ -12,11 +13,15 @@ from functools import partial
 from math import prod
 from pathlib import Path
 
+import numpy as np
+
 from pagellm.engine.checkpoints import BLOCK_SIZES, Checkpoint, Tensor
 from pagellm.engine.checkpoints.huggingface import WEIGHTS_FILE
 from pagellm.engine.checkpoints.json_files import CONFIG_FILE
 from pagellm.engine.checkpoints.placed_file import PlacedFile
+from pagellm.engine.checkpoints.quantized import SETTINGS, SETTINGS_FILES, Mxfp4Tensor, QuantizedTensor
 from pagellm.engine.errors import CheckpointError
+from pagellm.engine.models import ModelSpec, is_left_over
 from pagellm.engine.progress import progress
 from pagellm.engine.quantization.pieces import PIECE_BYTES, in_turn, quantized
 from pagellm.engine.quantization.writing import Written
@@ -31,19 +36,26 @@ _LICENCES = ("LICENSE", "LICENCE", "NOTICE")
 
 
 def write_safetensors(
-    checkpoint: Checkpoint, directory: Path, dtype: str, num_threads: int = 1, show: bool = False
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    directory: Path,
+    dtype: str,
+    num_threads: int = 1,
+    show: bool = False,
 ) -> Written:
     """Writes a directory's model into another directory, which is there and empty. dtype: of `TYPES`.
 
-    Raises `CheckpointError` for a model that is no directory of plain numbers, and `OSError`.
+    Raises `CheckpointError` for a model that is no directory, and `OSError`.
     """
     if checkpoint.format != "safetensors":
         raise CheckpointError(f"{checkpoint.path}: found a GGUF file, expected a directory to make one of")
-    if checkpoint.quantization:
-        raise CheckpointError(
-            f"{checkpoint.path}: found quantized weights ({checkpoint.quantization}), expected plain numbers"
-        )
-    tensors = list(checkpoint.tensors.values())
+    parts = (*spec.layers, spec.rest)
+    used = {source.tensor for part in parts for sources in part.values() for source in sources}
+    tensors = [
+        tensor
+        for name, tensor in checkpoint.tensors.items()
+        if name in used or not is_left_over(checkpoint, name)
+    ]
     types = {tensor.name: dtype if _is_converted(tensor) else tensor.dtype for tensor in tensors}
     sizes = {
         tensor.name: prod(tensor.shape) * BLOCK_SIZES[dtype][1] if _is_converted(tensor) else tensor.num_bytes
@@ -55,7 +67,7 @@ def write_safetensors(
         places[tensor.name], end = end, end + sizes[tensor.name]
         header[tensor.name] = {
             "dtype": types[tensor.name],
-            "shape": list(tensor.shape),
+            "shape": list(_plain_shape(tensor)),
             "data_offsets": [places[tensor.name], end],
         }
     text = json.dumps(header).encode()
@@ -79,7 +91,12 @@ def write_safetensors(
 
 def _is_converted(tensor: Tensor) -> bool:
     """Masks, counters and single numbers stay as they are."""
-    return tensor.dtype in BLOCK_SIZES and len(tensor.shape) > 0
+    return isinstance(tensor, QuantizedTensor) or (tensor.dtype in BLOCK_SIZES and len(tensor.shape) > 0)
+
+
+def _plain_shape(tensor: Tensor) -> tuple[int, ...]:
+    """Experts in blocks are [outputs, inputs], and the other way round as plain numbers (GPT-OSS)."""
+    return tensor.shape[:-2] + tensor.shape[:-3:-1] if isinstance(tensor, Mxfp4Tensor) else tensor.shape
 
 
 def _jobs(tensor: Tensor, file: PlacedFile, place: int, dtype: str) -> Iterator[Callable[[], int]]:
@@ -88,6 +105,8 @@ def _jobs(tensor: Tensor, file: PlacedFile, place: int, dtype: str) -> Iterator[
         return
     row = prod(tensor.shape[1:])
     step = max(1, PIECE_BYTES // (4 * row))
+    if isinstance(tensor, QuantizedTensor):  # a few rows of some cannot be read without all others
+        step = tensor.shape[0]
     for first in range(0, tensor.shape[0], step):
         yield partial(_convert, tensor, file, place, dtype, first, min(first + step, tensor.shape[0]))
 
@@ -98,7 +117,10 @@ def _copy(tensor: Tensor, file: PlacedFile, place: int) -> int:
 
 
 def _convert(tensor: Tensor, file: PlacedFile, place: int, dtype: str, first: int, end: int) -> int:
-    rows = tensor.rows(first, end).reshape(end - first, -1)
+    rows = tensor.rows(first, end)
+    if isinstance(tensor, Mxfp4Tensor):
+        rows = np.ascontiguousarray(rows.swapaxes(1, 2))
+    rows = rows.reshape(end - first, -1)
     data = quantized(f"{tensor.file.path}: tensor {tensor.name}", dtype, rows, first)
     file.write(place + first * rows.shape[1] * BLOCK_SIZES[dtype][1], data)
     return int(data.nbytes)
@@ -108,15 +130,17 @@ def _copy_small_files(checkpoint: Checkpoint, directory: Path, dtype: str) -> No
     """Tokenizer, chat templates, licences and settings, with the new type in the place of the old one."""
     source = checkpoint.path
     for path in sorted((*source.iterdir(), *(source / _TEMPLATES).glob("*.jinja"))):
-        is_small = path.suffix in _SMALL and not path.name.endswith(_INDEX)
+        is_small = path.suffix in _SMALL and not path.name.endswith((_INDEX, *SETTINGS_FILES))
         if not path.is_file() or not (is_small or path.name.startswith(_LICENCES)):
             continue
         target = directory / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
     config = json.loads((source / CONFIG_FILE).read_text("utf-8-sig"))
-    for part in (config, config.get("text_config")):
-        for key in ("dtype", "torch_dtype"):
-            if isinstance(part, dict) and key in part:
+    for part in (config, config.get("text_config"), config.get("llm_config")):
+        for key in ("dtype", "torch_dtype", *SETTINGS) if isinstance(part, dict) else ():
+            if key in SETTINGS:
+                part.pop(key, None)
+            elif key in part:
                 part[key] = TYPES[dtype]
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -17,11 +17,17 @@ from pagellm.engine.checkpoints.quantized.fp8 import read_fp8
 from pagellm.engine.checkpoints.quantized.gptq import read_awq, read_gptq
 from pagellm.engine.checkpoints.quantized.matrix import QuantizedTensor
 from pagellm.engine.checkpoints.quantized.modules import Modules
-from pagellm.engine.checkpoints.quantized.mxfp4 import read_mxfp4
+from pagellm.engine.checkpoints.quantized.mxfp4 import Mxfp4Tensor, read_mxfp4
 from pagellm.engine.checkpoints.quantized.section import Section
 from pagellm.engine.errors import found
 
-__all__ = ["QuantizedTensor", "join_quantized"]
+__all__ = [
+    "SETTINGS",
+    "SETTINGSSETTINGS_FILES",
+    "Mxfp4Tensor",
+    "QuantizedTensor",
+    "join_quantized",
+]
 
 _READERS: Mapping[str, Callable[[Section, Modules], str]] = {
     "gptq": read_gptq,
@@ -31,9 +37,9 @@ _READERS: Mapping[str, Callable[[Section, Modules], str]] = {
     "bitsandbytes": read_bitsandbytes,
     "mxfp4": read_mxfp4,
 }
-_KEYS = ("quantization_config", "compression_config")
+SETTINGS = ("quantization_config", "compression_config")
 # What older quantizers write beside a config.json, and what of it must agree with what that says.
-_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+SETTINGS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _SAME = ("bits", "group_size", "desc_act", "sym", "zero_point", "checkpoint_format", "version")
 
 
@@ -64,11 +70,11 @@ def _section(directory: Path, config: Mapping[str, Any]) -> Section | None:
     sections = [
         Section(config_path, f"{prefix}{key}.", part[key])
         for prefix, part in parts.items()
-        for key in _KEYS
+        for key in SETTINGS
         if isinstance(part.get(key), dict)
     ]
     files = []
-    for name, method in _FILES.items():
+    for name, method in SETTINGS_FILES.items():
         if (directory / name).exists():
             values = read_json_object(directory / name)
             files.append(Section(directory / name, "", {"quant_method": method} | values))

@@ -126,14 +126,15 @@ class Words:
 
     def _columns(self, start: int, stop: int) -> tuple[Bytes, Floats, Bytes | None]:
         """Outputs that are columns: the whole tensors are read for the first ones and held for the others."""
-        if self._held is None or start == 0:
+        held = self._held  # which another thread may let go meanwhile
+        if held is None:
             zeros = None
             if self.zeros is not None:
                 zeros = self._of_outputs(_fields(_words(self.zeros, 0, self.zeros.shape[0])))
                 zeros = (zeros + np.uint8(self.zero_offset)) & np.uint8(15)
             words = _words(self.words, 0, self.words.shape[0])
-            self._held = words, self.scales.rows(0, self.scales.shape[0]), zeros
-        words, scales, zeros = self._held
+            held = words, self.scales.rows(0, self.scales.shape[0]), zeros
+        words, scales, zeros = held
         if self.layout == "gptq":
             levels = _fields(words[:, start:stop])  # [inputs / 8, outputs, 8]
             levels = levels.transpose(1, 0, 2).reshape(stop - start, -1)
@@ -141,8 +142,7 @@ class Words:
             first, last = start // _LEVELS, -(-stop // _LEVELS)
             levels = self._of_outputs(_fields(words[:, first:last]))
             levels = levels[:, start - first * _LEVELS : stop - first * _LEVELS].T
-        if stop == self.shape[0]:
-            self._held = None
+        self._held = None if stop == self.shape[0] else held
         return levels, scales[:, start:stop].T, None if zeros is None else zeros[:, start:stop].T
 
     def _of_outputs(self, fields: Bytes) -> Bytes:
