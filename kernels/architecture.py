@@ -32,11 +32,13 @@ LAYER = np.dtype(
         ("window", np.int64),  # tokens that a token sees, itself included; 0: all before it
         ("attention_softcap", np.float64),  # scores become cap * tanh(score / cap); 0: they stay as they are
         ("qk_norm", np.int64),  # of queries and keys before they are rotated: NONE, PER_HEAD or WHOLE
+        ("value_norm", np.int64),  # whether each head of values is divided by its root mean square
         ("pre_norm", np.int64),  # whether attention and feed-forward each read a normalised state,
         ("post_norm", np.int64),  # and whether what each gives is normalised before it is added
         ("sub_norm", np.int64),  # whether the inputs of the products that end both are normalised
         ("parallel", np.int64),  # whether the feed-forward reads what attention read, not what it gave
         ("residual_scale", np.float64),  # of what attention and feed-forward give
+        ("layer_scale", np.int64),  # whether the hidden state is multiplied by a number where the layer ends
         # Of multi-head latent attention (kernels.latent), whose one KV head has keys of `head_dim`: the
         # rotated dimensions that all heads share and the latent ones, which are the values, too.
         ("latent_dim", np.int64),  # 0: this is none
@@ -59,6 +61,11 @@ LAYER = np.dtype(
         ("group_best", np.int64),  # that are best by the sum of so many best experts
         ("expert_bias", np.int64),  # whether the products of experts have biases
         ("shared_gate", np.int64),  # whether the shared experts' part is times a sigmoid of the router's
+        # Whether the router and the experts read through norms of their own, and what the experts and the
+        # feed-forward beside them give is normalised, each by itself, before it is added up.
+        ("expert_norms", np.int64),
+        ("logit_scale", np.float64),  # of the router's logits
+        ("expert_scale", np.int64),  # whether what an expert gives is multiplied by a number of its own
     ],
     align=True,
 )
@@ -66,11 +73,13 @@ _DEFAULTS: dict[str, Any] = {
     "window": 0,
     "attention_softcap": 0.0,
     "qk_norm": 0,
+    "value_norm": 0,
     "pre_norm": 1,
     "post_norm": 0,
     "sub_norm": 0,
     "parallel": 0,
     "residual_scale": 1.0,
+    "layer_scale": 0,
     "latent_dim": 0,
     "nope_dim": 0,
     "value_dim": 0,
@@ -91,6 +100,9 @@ _DEFAULTS: dict[str, Any] = {
     "group_best": 1,
     "expert_bias": 0,
     "shared_gate": 0,
+    "expert_norms": 0,
+    "logit_scale": 1.0,
+    "expert_scale": 0,
 }
 
 # Of `qk_norm`: none, each head by itself, or a token's heads together.
@@ -119,15 +131,26 @@ def layer_rows(num_layers: int, **features: Any) -> NDArray[np.void]:
         raise ValueError("features: found sinks beside latent_dim, expected one of the two")
     if ((rows["activation"] == CLAMPED_SWIGLU) & (rows["gated"] == 0)).any():
         raise ValueError("features: found clamped_swiglu without a gate, expected one")
-    if ((rows["latent_dim"] > 0) & ((rows["qk_norm"] != NONE) | (rows["sub_norm"] != 0))).any():
-        raise ValueError("features: found qk_norm or sub_norm beside latent_dim, expected neither")
+    of_heads = (rows["qk_norm"] != NONE) | (rows["value_norm"] != 0) | (rows["sub_norm"] != 0)
+    if ((rows["latent_dim"] > 0) & of_heads).any():
+        raise ValueError("features: found qk_norm, value_norm or sub_norm beside latent_dim, expected none")
+    both = (rows["pre_norm"] != 0) & (rows["post_norm"] != 0) & (rows["intermediate_size"] > 0)
+    if ((rows["expert_norms"] != 0) & ~both).any():
+        raise ValueError(
+            "features: found expert_norms, expected pre_norm, post_norm and a feed-forward beside experts"
+        )
     return rows
 
 
 @shared
 def adds_at_once(row: Any) -> bool:
     """Whether what attention and feed-forward give is added to the hidden state as it is computed."""
-    return bool(row["post_norm"] == 0 and row["parallel"] == 0 and row["residual_scale"] == 1.0)
+    return bool(
+        row["post_norm"] == 0
+        and row["parallel"] == 0
+        and row["residual_scale"] == 1.0
+        and row["layer_scale"] == 0
+    )
 
 
 @shared
@@ -344,6 +367,8 @@ LAYER_PARTS = (
             int(row["intermediate_size"]),
         ),
     ),
+    *_norm("shared_post_norm", "expert_norms", _hidden_size),
+    *_norm("router_norm", "expert_norms", _hidden_size),
     # Always in float32.
     *_linear("router", lambda arch, row: (_router_size(row), arch.hidden_size)),
     Part(
@@ -351,6 +376,12 @@ LAYER_PARTS = (
         lambda arch, row: (int(row["num_experts"]) if row["selection_bias"] else 0,),
         Kind.VECTOR,
     ),
+    Part(
+        "expert_scale",
+        lambda arch, row: (int(row["num_experts"]) if row["expert_scale"] else 0,),
+        Kind.VECTOR,
+    ),
+    *_norm("expert_norm", "expert_norms", _hidden_size),
     Part(
         "expert_up",
         lambda arch, row: (int(row["num_experts"] * row["expert_size"]) * _up_pieces(row), arch.hidden_size),
@@ -377,7 +408,9 @@ LAYER_PARTS = (
         Kind.BIAS,
         lambda row: max(1, _biased_experts(row)),
     ),
+    *_norm("expert_post_norm", "expert_norms", _hidden_size),
     *_norm("mlp_post_norm", "post_norm", _hidden_size),
+    Part("layer_scale", lambda arch, row: (1 if row["layer_scale"] else 0,), Kind.VECTOR),
 )
 # The parts that belong to no layer. One without rows is not there.
 REST_PARTS = (
@@ -461,6 +494,10 @@ def lay_out(arch: Architecture, formats: Formats) -> Places:
 
     for index in range(arch.num_layers):
         place(LAYER_PARTS, arch.layers[index], layers[index], formats[index])
+        if not arch.layers[index]["expert_norms"]:  # router and experts read what a feed-forward reads
+            for name in ("router_norm", "expert_norm"):
+                for suffix in ("", "_b"):
+                    layers[index][f"{name}{suffix}"] = layers[index][f"mlp_norm{suffix}"]
     place(REST_PARTS, None, rest[0], formats[-1])
     if arch.tied:
         rest["lm_head"] = rest["embedding"]

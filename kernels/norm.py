@@ -35,6 +35,15 @@ def _mean(x, start, size):
 
 
 @kernel
+def divide_by_rms(x, start, size, epsilon):
+    """RMSNorm without weights of `x[start : start + size]`, x flat, in place."""
+    variance = _sum_of_squares(x, start, size, np.float32(0.0)) / np.float32(size)
+    scale = np.float32(1.0) / np.sqrt(variance + np.float32(epsilon))
+    for i in range(start, start + size):
+        x[i] *= scale
+
+
+@kernel
 def normalize(x, start, size, center, epsilon, weights, w_start, b_start, out):
     """`out[i] = (x[i] - mean) / sqrt(variance + epsilon) * w[i] + b[i]` for one row [size].
 

@@ -16,7 +16,7 @@ from pagellm.kernels.experts import choose_experts, group_rows, sigmoid
 from pagellm.kernels.jit import kernel, plain
 from pagellm.kernels.kv_cache import LayerCache, store_kv
 from pagellm.kernels.matmul import expert_matmul, matmul, stacked_matmul
-from pagellm.kernels.norm import normalize
+from pagellm.kernels.norm import divide_by_rms, normalize
 from pagellm.kernels.packing import (
     CHUNK,
     FLOAT32,
@@ -101,10 +101,10 @@ def normalize_rows(member, arch, weights, normalized, scale, bias, num_rows, par
 
 
 @kernel
-def add_branch(member, arch, weights, features, scale, bias, num_rows, work):
+def add_branch(member, arch, weights, features, scale, bias, sum_scale, num_rows, work):
     """Adds the rows [num_rows, hidden_size] of `work.branch` to the hidden states, normalised and scaled.
 
-    scale, bias: the places of the parts of the norm, if the layer has it.
+    scale, bias: the places of the parts of the norm, if the layer has it. sum_scale: of the sums.
     """
     stride, factor = padded(arch.hidden_size), np.float32(features.residual_scale)
     first, end = next_rows(member.counters, num_rows, member.num_threads)
@@ -117,6 +117,9 @@ def add_branch(member, arch, weights, features, scale, bias, num_rows, work):
             else:
                 for i in range(arch.hidden_size):
                     work.hidden[start + i] += factor * work.branch[start + i]
+            if sum_scale != 1.0:
+                for i in range(arch.hidden_size):
+                    work.hidden[start + i] *= sum_scale
         first, end = next_rows(member.counters, num_rows, member.num_threads)
     barrier(member.counters, member.num_threads)
 
@@ -200,6 +203,7 @@ def rotate_and_store(member, layer, arch, weights, cache, num_rows, plan, work):
         for row in range(first, end):
             start = row * stride
             k_start = start + heads * head_dim
+            v_start = k_start + kv_heads * head_dim
             if features.qk_norm:
                 _normalize_heads(
                     member, arch, weights, start, queries, heads * head_dim // queries, parts.q_norm,
@@ -209,6 +213,9 @@ def rotate_and_store(member, layer, arch, weights, cache, num_rows, plan, work):
                     member, arch, weights, k_start, keys, kv_heads * head_dim // keys, parts.k_norm,
                     parts.k_norm_b, work,
                 )  # fmt: skip
+            if features.value_norm:
+                for head in range(kv_heads):
+                    divide_by_rms(work.wide, v_start + head * head_dim, head_dim, arch.norm_epsilon)
             if features.qkv_clip > 0.0:
                 clip = np.float32(features.qkv_clip)
                 for i in range(start, start + (heads + 2 * kv_heads) * head_dim):
@@ -218,9 +225,9 @@ def rotate_and_store(member, layer, arch, weights, cache, num_rows, plan, work):
                     weights, features.rope_table, plan.positions[row], start, heads, kv_heads, head_dim, work
                 )  # fmt: skip
             store_kv(
-                cache.format, work.wide, k_start, work.wide, k_start + kv_heads * head_dim, head_dim,
-                head_dim, kv_heads, cache.block_size, plan.slot_mapping[row], cache.keys, cache.values,
-                layer_k, layer_v, member.scratch,
+                cache.format, work.wide, k_start, work.wide, v_start, head_dim, head_dim, kv_heads,
+                cache.block_size, plan.slot_mapping[row], cache.keys, cache.values, layer_k, layer_v,
+                member.scratch,
             )  # fmt: skip
         first, end = next_rows(member.counters, num_rows, member.num_threads)
     barrier(member.counters, member.num_threads)
@@ -318,10 +325,16 @@ def route_rows(member, layer, arch, weights, num_rows, work):
     while first < end:
         for row in range(first, end):
             start = row * stride
+            if features.logit_scale != 1.0:
+                for i in range(start, start + features.num_experts):
+                    work.router[i] *= np.float32(features.logit_scale)
             choose_experts(
                 features, work.router, start, weights.values, parts.selection_bias.start, member.scratch,
                 groups.chosen[row * k : (row + 1) * k], groups.weights[row * k : (row + 1) * k],
             )  # fmt: skip
+            if features.expert_scale:
+                for i in range(row * k, (row + 1) * k):
+                    groups.weights[i] *= weights.values[parts.expert_scale.start + groups.chosen[i]]
             if features.shared_gate:
                 member.scratch[0] = work.router[start + features.num_experts]
                 sigmoid(member.scratch, plain(0), plain(1), member.scratch)
@@ -344,7 +357,7 @@ def gather_rows(member, layer, arch, weights, num_rows, work):
             start = row * padded(size)
             if features.pre_norm:
                 _normalize(
-                    member, arch, weights, work.hidden, start, size, parts.mlp_norm, parts.mlp_norm_b
+                    member, arch, weights, work.hidden, start, size, parts.expert_norm, parts.expert_norm_b
                 )  # fmt: skip
             else:
                 for i in range(size):
@@ -389,23 +402,49 @@ def activate_slots(member, layer, arch, weights, num_rows, work):
 
 
 @kernel
-def combine_experts(member, layer, arch, num_rows, out, accumulate, work):
+def _sum_of_experts(row, k, stride, out, start, accumulate, work):
+    """Writes the sum of what a row's experts give, or adds it with `accumulate`, to `out[start:]`."""
+    groups = work.groups
+    for column in range(0, stride, LANES):
+        total = broadcast(np.float32(0.0))
+        for i in range(row * k, (row + 1) * k):
+            part = load(work.expert_out, groups.slots[i] * stride + column)
+            total = fma(broadcast(groups.weights[i]), part, total)
+        if accumulate:
+            total = load(out, start + column) + total
+        store(out, start + column, total)
+
+
+@kernel
+def combine_experts(member, layer, arch, weights, num_rows, out, accumulate, work):
     """Adds up what a row's experts give, times their weights and best first, [num_rows, hidden_size].
 
-    out: its rows are written or, with `accumulate`, added to.
+    out: its rows are written or, with `accumulate`, added to. Where the layer normalises both, they are what
+    the feed-forward beside the experts gave.
     """
-    stride, k, groups = padded(arch.hidden_size), arch.layers[layer].experts_per_token, work.groups
+    features, parts = arch.layers[layer], weights.layers[layer]
+    size, stride, k = arch.hidden_size, padded(arch.hidden_size), features.experts_per_token
     first, end = next_rows(member.counters, num_rows, member.num_threads)
     while first < end:
         for row in range(first, end):
-            for column in range(0, stride, LANES):
-                total = broadcast(np.float32(0.0))
-                for i in range(row * k, (row + 1) * k):
-                    part = load(work.expert_out, groups.slots[i] * stride + column)
-                    total = fma(broadcast(groups.weights[i]), part, total)
-                if accumulate:
-                    total = load(out, row * stride + column) + total
-                store(out, row * stride + column, total)
+            start = row * stride
+            if features.expert_norms:
+                _normalize(
+                    member, arch, weights, out, start, size, parts.shared_post_norm, parts.shared_post_norm_b
+                )  # fmt: skip
+                for i in range(size):
+                    out[start + i] = member.scratch[i]
+                # In the place of what the first of them gave, which nobody reads any more.
+                slot = work.groups.slots[row * k] * stride
+                _sum_of_experts(row, k, stride, work.expert_out, slot, plain(False), work)
+                _normalize(
+                    member, arch, weights, work.expert_out, slot, size, parts.expert_post_norm,
+                    parts.expert_post_norm_b,
+                )  # fmt: skip
+                for i in range(size):
+                    out[start + i] += member.scratch[i]
+            else:
+                _sum_of_experts(row, k, stride, out, start, accumulate, work)
         first, end = next_rows(member.counters, num_rows, member.num_threads)
     barrier(member.counters, member.num_threads)
 

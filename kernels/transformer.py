@@ -5,6 +5,8 @@ signature serves every model in every format: what tells models and layers apart
 `Architecture`, and where their parts lie is in `Weights`.
 """
 
+import numpy as np
+
 from pagellm.kernels.answer import answer_row
 from pagellm.kernels.architecture import (
     adds_at_once,
@@ -121,7 +123,7 @@ def _experts_block(member, layer, arch, weights, num_rows, out, accumulate, work
     features, parts = arch.layers[layer], weights.layers[layer]
     size = features.expert_size
     normalize_rows(
-        member, arch, weights, features.pre_norm, parts.mlp_norm, parts.mlp_norm_b, num_rows,
+        member, arch, weights, features.pre_norm, parts.router_norm, parts.router_norm_b, num_rows,
         parts.router, work,
     )  # fmt: skip
     linear(
@@ -142,7 +144,7 @@ def _experts_block(member, layer, arch, weights, num_rows, out, accumulate, work
     if features.intermediate_size > 0:
         _feed_forward_block(member, layer, arch, weights, num_rows, out, accumulate, work)
         accumulate = True
-    combine_experts(member, layer, arch, num_rows, out, accumulate, work)
+    combine_experts(member, layer, arch, weights, num_rows, out, accumulate, work)
 
 
 @kernel
@@ -158,14 +160,15 @@ def _layer(member, layer, arch, weights, cache, batch, plan, work):
     _attention_block(member, layer, arch, weights, cache, batch, plan, out, at_once, work)
     if not at_once and not parallel:
         norm, bias = parts.attention_post_norm, parts.attention_post_norm_b
-        add_branch(member, arch, weights, features, norm, bias, num_rows, work)
+        add_branch(member, arch, weights, features, norm, bias, np.float32(1.0), num_rows, work)
     if features.num_experts > 0:
         _experts_block(member, layer, arch, weights, num_rows, out, at_once or parallel, work)
     else:
         _feed_forward_block(member, layer, arch, weights, num_rows, out, at_once or parallel, work)
     if not at_once:
         norm, bias = parts.mlp_post_norm, parts.mlp_post_norm_b
-        add_branch(member, arch, weights, features, norm, bias, num_rows, work)
+        sum_scale = weights.values[parts.layer_scale.start] if features.layer_scale else np.float32(1.0)
+        add_branch(member, arch, weights, features, norm, bias, sum_scale, num_rows, work)
 
 
 @kernel

@@ -49,7 +49,9 @@ MANAGER, CACHE, WINDOW, SCHEDULER, BATCH, POLICIES, QUEUE, CHECKED, RANKED, USAG
         "stride",
     )
 )
-EXPERTS, MATMUL, PHASES = (f"kernels/{name}.py" for name in ("experts", "matmul", "phases"))
+EXPERTS, MATMUL, PHASES, ARCHITECTURE = (
+    f"kernels/{name}.py" for name in ("experts", "matmul", "phases", "architecture")
+)
 # What runs for a bug in a mixture of experts: its kernels are compiled anew each time.
 ROUTING = ("tests/kernels/test_experts.py", "-k", "chosen or slot")
 PRODUCTS = ("tests/kernels/test_experts.py", "-k", "bits")
@@ -1132,7 +1134,7 @@ BUGS = (
     Bug(
         "what a token's experts give is added up unweighted",
         PHASES,
-        "combine_experts",
+        "_sum_of_experts",
         "groups.weights[i]",
         "np.float32(1.0)",
         STEP,
@@ -1140,9 +1142,55 @@ BUGS = (
     Bug(
         "experts replace what the feed-forward beside them gave",
         PHASES,
-        "combine_experts",
-        "if accumulate:\n    total = load(out, row * stride + column) + total",
+        "_sum_of_experts",
+        "if accumulate:\n    total = load(out, start + column) + total",
         suite=STEP,
+    ),
+    Bug(
+        "router and experts read what the feed-forward beside them reads",
+        ARCHITECTURE,
+        "lay_out",
+        "not arch.layers[index]['expert_norms']",
+        "True",
+        STEP,
+    ),
+    Bug(
+        "what the feed-forward beside the experts gives is added as it is",
+        PHASES,
+        "combine_experts",
+        "out[start + i] = member.scratch[i]",
+        suite=STEP,
+    ),
+    Bug(
+        "what an expert gives is multiplied by the number of its rank",
+        PHASES,
+        "route_rows",
+        "groups.chosen[i]",
+        "i - row * k",
+        STEP,
+    ),
+    Bug(
+        "the router's logits stay as they are",
+        PHASES,
+        "route_rows",
+        "work.router[i] *= np.float32(features.logit_scale)",
+        suite=STEP,
+    ),
+    Bug(
+        "values stay as they are",
+        PHASES,
+        "rotate_and_store",
+        "features.value_norm",
+        "False",
+        STEP,
+    ),
+    Bug(
+        "a layer's number is for what it adds alone",
+        PHASES,
+        "add_branch",
+        "sum_scale != 1.0",
+        "False",
+        STEP,
     ),
     Bug(
         "zero points of GPTQ's first version are one too small",

@@ -138,6 +138,8 @@ def _layer(features: dict[str, Any], rope: list[dict[str, Any]]) -> list[str]:
         texts.append(
             "QK-norm of each head" if features["qk_norm"] == "per head" else "QK-norm of all heads together"
         )
+    if features["value_norm"]:
+        texts.append("values normalised")
     if not isclose(features["attention_scale"], head_dim**-0.5, rel_tol=1e-6):
         texts.append(f"scores times {features['attention_scale']:.5g}")
     if features["attention_softcap"]:
@@ -158,6 +160,8 @@ def _layer(features: dict[str, Any], rope: list[dict[str, Any]]) -> list[str]:
         texts.append(f"queries, keys and values clipped at {features['qkv_clip']:g}")
     if features["residual_scale"] != 1:
         texts.append(f"residuals times {features['residual_scale']:.4g}")
+    if features["layer_scale"]:
+        texts.append("times a number of its own")
     kind = features["activation"]
     name = (_GATED_NAMES if features["gated"] else _PLAIN_NAMES).get(
         kind, kind.replace("_", " ") + " with a gate" * features["gated"]
@@ -166,6 +170,7 @@ def _layer(features: dict[str, Any], rope: list[dict[str, Any]]) -> list[str]:
         texts.append(_experts(features, name))
     if features["intermediate_size"]:
         beside = " beside them" if features["num_experts"] else ""
+        beside += ", each with norms of its own" * features["expert_norms"]
         gate = " times a gate of its own" if features["shared_gate"] else ""
         texts.append(f"{name} {features['intermediate_size']:,} wide{beside}{gate}")
     return texts
@@ -194,6 +199,7 @@ def _experts(features: dict[str, Any], activation: str) -> str:
         text += f" in {features['groups_per_token']} of {features['expert_groups']} groups"
     if features["router_scale"] != 1:
         text += f", times {features['router_scale']:.4g}"
+    text += ", each times a number of its own" * features["expert_scale"]
     return text
 
 

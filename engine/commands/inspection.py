@@ -66,8 +66,9 @@ _ACTIVATIONS = {number: name for name, number in KINDS.items()}
 _QK_NORMS = {NONE: "none", PER_HEAD: "per head", WHOLE: "whole"}
 _ROUTERS = {SOFTMAX: "softmax", TOP_SOFTMAX: "softmax of the chosen", SIGMOID: "sigmoid"}
 _SWITCHES = (
-    *("gated", "pre_norm", "post_norm", "sub_norm", "parallel"),
+    *("gated", "value_norm", "pre_norm", "post_norm", "sub_norm", "parallel", "layer_scale"),
     *("sinks", "renormalize", "selection_bias", "expert_bias", "shared_gate"),
+    *("expert_norms", "expert_scale"),
 )
 # Where a configuration says what can be told of a model that no reader takes: GGUF's key, config.json's.
 _FACTS = {
@@ -261,16 +262,16 @@ def _of_spec(spec: ModelSpec) -> Report:
 
 def _rope(table: RopeTable) -> Report:
     """Its numbers; scaling: none, linear, or of each frequency by itself."""
-    frequencies, base, factor = table.frequencies, None, None
+    frequencies, base, factor = [one for one in table.frequencies if one], None, None
     scaling = "by frequency"
     if len(frequencies) > 1:
         ratio = frequencies[0] / frequencies[1]
         if all(abs(f / g / ratio - 1) < 1e-6 for f, g in pairwise(frequencies)):
-            base = ratio ** len(frequencies)
+            base = ratio ** len(table.frequencies)
             factor = 1 / frequencies[0]
             scaling = "none" if abs(log(factor)) < 1e-6 else "linear"
     return {
-        "rotated_dims": table.rotary_dim,
+        "rotated_dims": 2 * len(frequencies),
         "scaling": scaling,
         "base": None if base is None else round(base, 2),
         "factor": None if factor is None else round(factor, 4),

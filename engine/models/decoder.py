@@ -28,7 +28,10 @@ from pagellm.kernels.architecture import (
 # biases ("_b") among them, and have {} in the place of the expert's number where each expert has its own
 # tensors. "shared_up" and "shared_down" are the feed-forward beside experts, where it has other names.
 Names = Mapping[str, str | tuple[str, ...]]
-_NAMED_IN_FULL = ("expert_up", "expert_down", "expert_up_b", "expert_down_b", "selection_bias", "sinks")
+_NAMED_IN_FULL = (
+    *("expert_up", "expert_down", "expert_up_b", "expert_down_b", "selection_bias", "sinks"),
+    *("router_norm", "expert_scale", "layer_scale"),
+)
 # What layers without experts must not have.
 _OF_EXPERTS = ("num_experts", "experts_per_token", "selection_bias", "shared_gate")
 # Of all layers together: more than any model has, and few enough to be listed in a second or two.
@@ -57,6 +60,7 @@ class Differences(TypedDict, total=False):
     transposed: bool
     transposed_experts: Collection[str]
     interleaved_experts: bool
+    keys_as_values: Collection[int]
     num_positions: int
     first_position: int
     embedding_scale: float
@@ -74,6 +78,7 @@ class Decoder:
     grouped_qkv: a fused QKV tensor has, for each KV head, its queries, the key and the value. transposed:
     the matrices of layers are stored as [inputs, outputs]; transposed_experts: the parts of experts that are;
     interleaved_experts: outputs of an expert's gate and of its linear half take turns in one tensor.
+    keys_as_values: the layers whose values are what their keys are made of, too, so that one tensor is both.
     first_position: the row of the learned positions
     that is position 0's. repeated: of `ModelSpec`. max_positions: what the
     checkpoint says; its RoPE tables may be made for more.
@@ -96,6 +101,7 @@ class Decoder:
     transposed: bool = False
     transposed_experts: Collection[str] = ()
     interleaved_experts: bool = False
+    keys_as_values: Collection[int] = ()
     num_positions: int = 0
     first_position: int = 0
     embedding_scale: float = 1.0
@@ -158,6 +164,8 @@ class Decoder:
             if row is not None and row["num_experts"] and f"shared_{name}" in self.names:
                 name = f"shared_{name}"
         names = self.names[name]
+        if name == "qkv" and index in self.keys_as_values:
+            names = (names[0], names[1], names[1])
         prefix = "" if index is None else str(self.names["layer"]).format(index)
         return [f"{prefix}{one}{suffix}" for one in ((names,) if isinstance(names, str) else names)]
 

@@ -15,6 +15,8 @@ from pagellm.engine.models.rope import RopeTable
 
 # Every rope_type that is supported, and what it is.
 KINDS = {kind: kind for kind in ("default", "linear", "dynamic", "yarn", "longrope", "llama3")}
+# The layer types of models of which some layers have windows.
+FULL, SLIDING = "full_attention", "sliding_attention"
 # The names that Phi-3's class takes: its older files call LongRoPE otherwise.
 PHI3_KINDS = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}
 
@@ -95,6 +97,33 @@ def tables_by_layer_type(
         tables[layer_type] = asked.table(theta, None)
     sections.refuse_others(re.compile("(?!)"), "a model with rope_parameters for each layer type")
     return tables
+
+
+def tables_by_head_dim(fields: Fields, head_dims: Mapping[str, int]) -> tuple[RopeTable, ...]:
+    """The rotary embeddings of each of these layer types, whose heads differ in size, too (Gemma 4).
+
+    Every type has a section of its own, plain or "proportional". Raises `CheckpointError`.
+    """
+    sections = fields.section("rope_parameters") or Fields(fields.path, {}, "rope_parameters.")
+    kinds = {kind: kind for kind in ("default", "proportional")}
+    tables = []
+    for layer_type, head_dim in head_dims.items():
+        section = sections.section(layer_type)
+        if section is None:
+            raise sections.error(layer_type, sections.get(layer_type), "an object with a rope_theta")
+        theta, kind = section.number("rope_theta"), section.choice("rope_type", kinds, "default")
+        share, factor = section.number("partial_rotary_factor", 1.0), section.number("factor", 1.0)
+        if head_dim % 2:
+            raise CheckpointError(f"rotary embeddings: found {head_dim} dimensions, expected an even number")
+        if kind == "proportional":
+            tables.append(RopeTable(rope.proportional(head_dim, theta, share, factor)))
+        else:  # which passes over the other keys
+            tables.append(rope.plain(head_dim, theta))
+        section.refuse_others(_OTHER_SCALINGS, f"rope_type {kind}")
+    for layer_type in (FULL, SLIDING):
+        sections.get(layer_type)  # known where no layer is of this type, too
+    sections.refuse_others(re.compile("(?!)"), "a model with rope_parameters for each layer type")
+    return tuple(tables)
 
 
 class _Section:

@@ -19,7 +19,8 @@ BETA_FAST, BETA_SLOW = 32.0, 1.0
 class RopeTable:
     """How one kind of layer turns its queries and keys by their position.
 
-    frequencies: radians a position for each pair of dimensions, scaling included. attention_factor: what
+    frequencies: radians a position for each pair of dimensions, scaling included; 0 where a pair does not
+    turn. attention_factor: what
     queries and keys are multiplied by where they are rotated (YaRN). query_scale: (beta, original): whole
     queries are multiplied by 1 + beta * log(1 + floor(position / original)). max_positions: the context that
     a scaling is made for, where that can be longer than the model's own; otherwise 0.
@@ -49,10 +50,10 @@ class RopeTable:
         Above a whole turn a position, float32 angles of far positions have no exact digits left.
         """
         for index, frequency in enumerate(self.frequencies):
-            if not 0 < frequency <= 2 * math.pi:
+            if not 0 <= frequency <= 2 * math.pi:
                 raise CheckpointError(
-                    f"{where}: rotary pair {index}: found {frequency:.6g} radians a position, expected more "
-                    "than 0 and at most a whole turn"
+                    f"{where}: rotary pair {index}: found {frequency:.6g} radians a position, expected 0 to "
+                    "a whole turn"
                 )
 
 
@@ -128,6 +129,18 @@ def frequencies(rotary_dim: int, theta: float) -> tuple[float, ...]:
     if theta < 1:
         raise CheckpointError(f"rotary embeddings: found theta {theta}, expected a number from 1 on")
     return tuple(theta ** (-2.0 * i / rotary_dim) for i in range((rotary_dim + 1) // 2))
+
+
+def proportional(head_dim: int, theta: float, share: float, factor: float) -> tuple[float, ...]:
+    """Of all pairs of a head, of which only the first ones turn, a share of them (Gemma 4).
+
+    Raises `CheckpointError` if that share is more than the head.
+    """
+    turning = int(share * head_dim // 2)
+    if turning > head_dim // 2:
+        raise CheckpointError(f"rotary embeddings: found a share of {share} of a head, expected at most 1")
+    turned = linear(frequencies(head_dim, theta)[:turning], factor)
+    return turned + (0.0,) * (head_dim // 2 - turning)
 
 
 def linear(plain: Sequence[float], factor: float) -> tuple[float, ...]:

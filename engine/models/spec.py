@@ -125,7 +125,10 @@ class ModelSpec:
     def _check_experts(self, where: str, row: Any) -> None:
         """The numbers of a mixture's layer fit each other; another layer has none."""
         if row["num_experts"] == 0:
-            for name in ("experts_per_token", "shared_gate", "selection_bias"):
+            for name in (
+                *("experts_per_token", "shared_gate", "selection_bias"),
+                *("expert_norms", "expert_scale"),
+            ):
                 if row[name]:
                     raise CheckpointError(f"{where}: {name}: found {row[name]}, expected 0 without experts")
             if row["intermediate_size"] < 1:

@@ -33,8 +33,10 @@ def read_mixture(path: Path) -> dict[str, Any] | None:
     num_experts = _first(config, _EXPERTS, 0)
     if num_experts < 2 and not config.has("kv_lora_rank"):
         return None
-    if config.get("model_type") == "granitemoehybrid":
-        return None  # it has the sizes of recurrent layers even where it has no such layers
+    # One has the sizes of recurrent layers even where it has no such layers; in the other, layers differ in
+    # their heads.
+    if config.get("model_type") in ("granitemoehybrid", "gemma4_text"):
+        return None
     for name in ("index_topk", "linear_num_key_heads", "mamba_d_state", "state_size"):
         if config.has(name):
             raise config.bad(name, config.get(name), "attention over all or the latest tokens in each layer")
@@ -151,6 +153,9 @@ def _windows(config: Fields) -> list[int]:
 
 
 def _has_experts(config: Fields, index: int) -> bool:
+    kinds = config.entries("mlp_layer_types")
+    if index < len(kinds):
+        return bool(kinds[index] == "sparse")
     if index < _first(config, ("first_k_dense_replace",), 0):
         return False
     if index in config.entries("mlp_only_layers"):

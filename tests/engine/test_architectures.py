@@ -43,6 +43,6 @@ def test_every_architecture_has_a_checkpoint() -> None:
         *("cohere", "cohere2", "starcoder2", "gpt_bigcode", "falcon", "gpt_neox", "gptj", "phi", "opt"),
         *("bitnet", "llama", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "dbrx", "ernie4_5_moe"),
         *("granitemoe", "granitemoeshared", "minicpm3", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
-        "gpt_oss",
+        *("gpt_oss", "gemma4", "gemma4_text"),
     }
-    assert sum(name.endswith("model.gguf") for name in CHECKPOINTS) == 43
+    assert sum(name.endswith("model.gguf") for name in CHECKPOINTS) == 44

@@ -66,6 +66,17 @@ PUBLISHED: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {"rope_scaling": None, "max_window_layers": 28, "use_sliding_window": False}),
     ("gemma2", {"cache_implementation": "hybrid", "hidden_act": "gelu_pytorch_tanh"}),
     ("gemma3_text_old", {"cache_implementation": "hybrid", "rope_theta": 1000000}),
+    (
+        "gemma4_text_dense",
+        {
+            "use_bidirectional_attention": "vision",
+            "num_kv_shared_layers": 0,
+            "use_double_wide_mlp": False,
+            "vocab_size_per_layer_input": 262144,
+            "num_experts": None,
+            "top_k_experts": None,
+        },
+    ),
     ("phi3", {"auto_map": {"AutoModel": "x"}, "attention_bias": False, "rope_scaling": None}),
     ("phi4_mini", {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False}),
     ("smollm3", {"max_window_layers": 28, "pretraining_tp": 2, "rope_scaling": None}),
@@ -114,6 +125,21 @@ def test_a_number_under_an_unknown_key_is_refused_by_its_name(tmp_path: Path, na
         ("gemma3", {"text_config": None}, "text_config: found None, expected the language model's"),
         ("gemma3", {"audio_gain": 2}, "audio_gain: found 2, expected no such key"),
         ("gemma3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config: found 'fp8'"),
+        ("gemma4_text", {"num_kv_shared_layers": 1}, "num_kv_shared_layers: found 1, expected 0"),
+        ("gemma4_text", {"hidden_size_per_layer_input": 8}, "hidden_size_per_layer_input: found 8"),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention: found 'all'"),
+        ("gemma4_text", {"top_k_experts": 7}, "experts_per_token: found 7 with 6 experts"),
+        ("gemma4_text", {"num_experts": 5}, r"router\.proj\.weight has shape \(6, 36\)"),
+        ("gemma4_text", {"num_experts": None}, "num_experts: found None, expected an integer"),
+        ("gemma4_text", {"enable_moe_block": False}, "has no place in architecture gemma4_text"),
+        ("gemma4_text", {"attention_k_eq_v": False}, r"v_proj\.weight is missing"),
+        ("gemma4_text", {"per_layer_config": {"1": {"gain": 4}}}, r"per_layer_config\.1\.gain: found 4"),
+        ("gemma4_text", {"per_layer_config": {"1": 4}}, r"per_layer_config\.1: found 4, expected an"),
+        ("gemma4_text", {"per_layer_config": {"3": {}}}, "per_layer_config: found .3., expected the"),
+        ("gemma4_text", {"per_layer_config": {"1": {"head_dim": 16}}}, "the same heads in all layers"),
+        ("gemma4_text", {"rope_parameters": {}}, "rope_parameters.sliding_attention: found None"),
+        ("gemma4_text", {"rope_scaling": {"factor": 2.0}}, "rope_scaling: found .*, expected no such key"),
+        ("gemma4", {"video_gain": 2}, "video_gain: found 2, expected no such key"),
         ("granitemoehybrid", {"num_local_experts": 8}, "num_experts_per_tok: found 0, expected an integer"),
         ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}, "found .'linear_attention"),
         ("granitemoehybrid", {"layers_block_type": ["mamba"] * 2}, "the same as layers_block_type"),
@@ -189,6 +215,25 @@ def test_what_an_architecture_does_not_have_is_refused_by_name(
     [
         ("gemma2", {"rope__freq_base_swa": 5e5}, r"rope\.freq_base_swa: found 500000\.0"),
         ("gemma3_text", {"attention__sliding_window_pattern": np.ones(3, np.bool_)}, "window_pattern: found"),
+        ("gemma4_text", {"attention__shared_kv_layers": 1}, r"attention\.shared_kv_layers: found 1"),
+        ("gemma4_text", {"embedding_length_per_layer_input": 8}, "embedding_length_per_layer_input: found 8"),
+        (
+            "gemma4_text",
+            {"attention__sliding_window_pattern": 6},
+            "sliding_window_pattern: found 6, expected",
+        ),
+        (
+            "gemma4_text",
+            {"attention__value_length_swa": 8},
+            r"attention\.value_length_swa: found 8",
+        ),
+        (
+            "gemma4_text",
+            {"rope__dimension_count_swa": 14},
+            r"rope\.dimension_count_swa: found 14, expected an",
+        ),
+        ("gemma4_text", {"rope__scaling__type": "yarn"}, r"rope\.scaling\.type: found 'yarn'"),
+        ("gemma4_text", {"expert_count": 0}, "expert_used_count: found 3, expected 0"),
         ("glm4", {"rope__dimension_sections": np.ones(4, np.int32)}, r"rope\.dimension_sections: found"),
         ("granite", {"expert_count": 8}, "expert_used_count is missing"),
         (
@@ -251,6 +296,27 @@ def test_layers_have_the_rotary_embeddings_of_their_kind(tmp_path: Path) -> None
     assert stretched[1] == pytest.approx(1e6 ** (-2 / 8) / 8)
     assert local[1] == pytest.approx(1e4 ** (-2 / 8))
     assert spec_of(tmp_path, "smollm3").arch.layers["rope_table"].tolist() == [0, 0, 0, -1]
+    spec = spec_of(tmp_path, "gemma4_text")
+    assert spec.arch.layers["rope_table"].tolist() == [0, 1, 1]
+    assert spec.rope_tables[0].rotary_dim == 12
+    assert spec.rope_tables[1].frequencies == pytest.approx((1, 1e6 ** (-2 / 16), 0, 0, 0, 0, 0, 0))
+    of_gguf = gguf_spec("gemma4_text")
+    assert of_gguf.arch.layers["rope_table"].tolist() == [1, 0, 0]
+    assert of_gguf.rope_tables[0].frequencies == pytest.approx(spec.rope_tables[1].frequencies)
+
+
+def test_layers_that_see_everything_have_heads_of_their_own(tmp_path: Path) -> None:
+    def heads(spec: ModelSpec) -> list[tuple[int, int]]:
+        layers = spec.arch.layers
+        return list(zip(layers["head_dim"].tolist(), layers["num_kv_heads"].tolist(), strict=True))
+
+    assert heads(gguf_spec("gemma4_text")) == [(12, 2), (16, 1), (16, 1)]
+    assert heads(spec_of(tmp_path, "gemma4_text")) == [(12, 2), (16, 1), (16, 1)]
+    keys = {"per_layer_config": None, "global_head_dim": 16, "num_global_key_value_heads": 1}
+    assert heads(spec_of(tmp_path / "old", "gemma4_text", **keys)) == [(12, 2), (16, 1), (16, 1)]
+    # The last layer sees everything whatever the list says.
+    keys["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
+    assert windows(spec_of(tmp_path / "last", "gemma4_text", **keys)) == [9, 0, 0]
 
 
 def test_multipliers_are_of_the_model_and_of_its_layers(tmp_path: Path) -> None:

@@ -132,6 +132,13 @@ FEATURES = {
         "GeGLU (tanh)",
     ],
     "gemma3_text": ["a window of", "QK-norm of each head", "embedding times"],
+    "gemma4_text": [
+        "values normalised",
+        "scores times 1,",
+        "3 of 6 experts, GeGLU (tanh) 20 wide, chosen by a softmax, each times a number of its own",
+        "GeGLU (tanh) 44 wide beside them, each with norms of its own",
+        "RoPE base 1,000,000 on 4 of 16 dimensions",
+    ],
     "granite": ["residuals times 0.35", "embedding times 12", "scores times"],
     "ministral3": ["queries scaled by position"],
     "olmo2": ["QK-norm of all heads together", "norms after"],

@@ -74,6 +74,7 @@ VARIED = layer_rows(
     gated=[1, 0, 1, 1, 1, 0, 1],
     attention_softcap=[0, 2.0, 0, 0.5, 0, 0, 30.0],
     qk_norm=[PER_HEAD, WHOLE, NONE, NONE, WHOLE, PER_HEAD, NONE],
+    value_norm=[0, 1, 0, 1, 1, 0, 0],
     pre_norm=[1, 0, 1, 1, 1, 0, 1],
     post_norm=[0, 1, 1, 0, 0, 1, 0],
     sub_norm=[0, 0, 1, 0, 1, 0, 0],
@@ -105,36 +106,41 @@ LATENT = layer_rows(
 )
 # Layers with experts of every kind, and one without; each has fewer experts in a group than in all.
 MIXTURE = layer_rows(
-    7,
+    8,
     num_heads=4,
     num_kv_heads=2,
     head_dim=8,
     attention_scale=0.3,
     rope_table=0,
-    intermediate_size=[0, 48, 12, 0, 30, 20, 0],
-    activation=[0, 1, 0, 5, 1, 0, 5],
-    gated=[1, 1, 0, 1, 1, 0, 1],
-    sinks=[0, 1, 0, 1, 0, 0, 1],
-    window=[0, 5, 0, 0, 0, 0, 0],
-    parallel=[0, 0, 0, 0, 0, 1, 0],
-    post_norm=[0, 0, 0, 0, 1, 0, 0],
-    pre_norm=[1, 1, 1, 1, 0, 1, 1],
-    sub_norm=[0, 0, 1, 0, 0, 0, 0],
-    residual_scale=[1.0, 1.0, 1.0, 0.4, 1.0, 1.0, 1.0],
-    qkv_clip=[0, 0.5, 0, 0, 0.7, 0, 0],
-    num_experts=[5, 0, 8, 3, 6, 4, 40],
-    experts_per_token=[2, 0, 3, 3, 2, 1, 7],
-    expert_size=[20, 0, 33, 16, 40, 48, 9],
-    router=[SOFTMAX, SOFTMAX, SIGMOID, TOP_SOFTMAX, SOFTMAX, SIGMOID, SOFTMAX],
-    renormalize=[1, 0, 1, 0, 0, 0, 1],
-    score_floor=[0, 0, 2.0, 0, 0, 0, 1e-12],
-    router_scale=[1.0, 1.0, 2.5, 1.0, 0.7, 1.0, 1.0],
-    selection_bias=[0, 0, 1, 0, 1, 0, 0],
-    expert_groups=[1, 1, 4, 1, 3, 2, 1],
-    groups_per_token=[1, 1, 2, 1, 2, 1, 1],
-    group_best=[1, 1, 2, 1, 1, 1, 1],
-    expert_bias=[0, 0, 1, 1, 0, 0, 0],
-    shared_gate=[0, 0, 1, 0, 0, 1, 0],
+    intermediate_size=[0, 48, 12, 0, 30, 20, 0, 24],
+    activation=[0, 1, 0, 5, 1, 0, 5, 1],
+    gated=[1, 1, 0, 1, 1, 0, 1, 1],
+    sinks=[0, 1, 0, 1, 0, 0, 1, 0],
+    window=[0, 5, 0, 0, 0, 0, 0, 0],
+    parallel=[0, 0, 0, 0, 0, 1, 0, 0],
+    post_norm=[0, 0, 0, 0, 1, 0, 0, 1],
+    pre_norm=[1, 1, 1, 1, 0, 1, 1, 1],
+    sub_norm=[0, 0, 1, 0, 0, 0, 0, 0],
+    residual_scale=[1.0, 1.0, 1.0, 0.4, 1.0, 1.0, 1.0, 0.8],
+    qkv_clip=[0, 0.5, 0, 0, 0.7, 0, 0, 0],
+    num_experts=[5, 0, 8, 3, 6, 4, 40, 7],
+    experts_per_token=[2, 0, 3, 3, 2, 1, 7, 3],
+    expert_size=[20, 0, 33, 16, 40, 48, 9, 21],
+    router=[SOFTMAX, SOFTMAX, SIGMOID, TOP_SOFTMAX, SOFTMAX, SIGMOID, SOFTMAX, SOFTMAX],
+    renormalize=[1, 0, 1, 0, 0, 0, 1, 1],
+    score_floor=[0, 0, 2.0, 0, 0, 0, 1e-12, 0],
+    router_scale=[1.0, 1.0, 2.5, 1.0, 0.7, 1.0, 1.0, 1.3],
+    selection_bias=[0, 0, 1, 0, 1, 0, 0, 0],
+    expert_groups=[1, 1, 4, 1, 3, 2, 1, 1],
+    groups_per_token=[1, 1, 2, 1, 2, 1, 1, 1],
+    group_best=[1, 1, 2, 1, 1, 1, 1, 1],
+    expert_bias=[0, 0, 1, 1, 0, 0, 0, 0],
+    shared_gate=[0, 0, 1, 0, 0, 1, 0, 0],
+    value_norm=[0, 1, 0, 0, 0, 0, 0, 1],
+    layer_scale=[0, 1, 0, 0, 0, 1, 0, 1],
+    expert_norms=[0, 0, 0, 0, 0, 0, 0, 1],
+    logit_scale=[1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 1.0, 0.3],
+    expert_scale=[0, 0, 1, 0, 0, 0, 0, 1],
 )
 # All layers have a window, so that blocks are given back; and a few that are made for long contexts.
 WINDOWED = VARIED.copy()
@@ -221,10 +227,9 @@ class Definition:
             normalized = self.norm(hidden, parts, "attention_norm")
             attended = self.attention(normalized, row, parts)
             attended = row["residual_scale"] * self.norm(attended, parts, "attention_post_norm")
-            normalized = self.norm(hidden + (0 if row["parallel"] else attended), parts, "mlp_norm")
-            fed = self.feed_forward(normalized, row, parts)
+            fed = self.feed_forward(hidden + (0 if row["parallel"] else attended), row, parts)
             fed = row["residual_scale"] * self.norm(fed, parts, "mlp_post_norm")
-            hidden = hidden + attended + fed
+            hidden = (hidden + attended + fed) * (parts["layer_scale"] if row["layer_scale"] else 1)
         x = self.norm(hidden, rest, "final_norm")
         logits = oracles.matmul(x, rest["embedding" if arch.tied else "lm_head"], rest["lm_head_b"])
         return oracles.softcap(logits * arch.logits_scale, arch.logits_softcap)
@@ -279,6 +284,8 @@ class Definition:
         q, k, v = np.split(qkv, np.cumsum([heads, kv_heads]) * head_dim, axis=1)
         q = self.norm(q.reshape(len(x), -1, parts["q_norm"].size or head_dim), parts, "q_norm")
         k = self.norm(k.reshape(len(x), -1, parts["k_norm"].size or head_dim), parts, "k_norm")
+        if row["value_norm"]:
+            v = oracles.rms_norm(v.reshape(len(x), -1, head_dim), np.ones(head_dim), EPSILON)
         if row["qkv_clip"]:
             q, k, v = (np.clip(part, -row["qkv_clip"], row["qkv_clip"]) for part in (q, k, v))
         q, k, v = (part.reshape(len(x), -1, head_dim) for part in (q, k, v))
@@ -293,9 +300,10 @@ class Definition:
         attended = self.norm(attended, parts, "attention_sub_norm")
         return oracles.matmul(attended, parts["output"], parts["output_b"])
 
-    def feed_forward(self, x: Exact, row: NDArray[np.void], parts: Parts) -> Exact:
+    def feed_forward(self, hidden: Exact, row: NDArray[np.void], parts: Parts) -> Exact:
+        x = self.norm(hidden, parts, "mlp_norm")
         if row["num_experts"]:
-            return self.experts(x, row, parts)
+            return self.experts(hidden, x, row, parts)
         x = self.activated(oracles.matmul(x, parts["up"], parts["up_b"]), row)
         return oracles.matmul(self.norm(x, parts, "mlp_sub_norm"), parts["down"], parts["down_b"])
 
@@ -305,8 +313,11 @@ class Definition:
             return oracles.clamped_swiglu(gate, *linear)
         return ACTIVATIONS[row["activation"]](gate) * (linear[0] if linear else 1)
 
-    def experts(self, x: Exact, row: NDArray[np.void], parts: Parts) -> Exact:
-        """Each token's experts, times their weights, and the feed-forward that all tokens pass through."""
+    def experts(self, hidden: Exact, x: Exact, row: NDArray[np.void], parts: Parts) -> Exact:
+        """Each token's experts, times their weights, and the feed-forward that all tokens pass through.
+
+        x: what that reads, and the router and the experts, too, unless they have norms of their own.
+        """
         count, biased = int(row["num_experts"]), bool(row["expert_bias"])
         router = oracles.Router(
             ROUTERS[row["router"]], int(row["experts_per_token"]),
@@ -319,20 +330,27 @@ class Definition:
             np.split(parts[name], count) if biased else [parts[name]] * count
             for name in ("expert_up_b", "expert_down_b")
         )
-        logits = oracles.matmul(x, parts["router"], parts["router_b"])
+        routed, read = (
+            self.norm(hidden, parts, name) if row["expert_norms"] else x
+            for name in ("router_norm", "expert_norm")
+        )
+        logits = oracles.matmul(routed, parts["router"], parts["router_b"])
+        logits[:, :count] *= row["logit_scale"]
+        scales = parts["expert_scale"] if row["expert_scale"] else np.ones(count)
         out = np.zeros_like(x)
         for token in range(len(x)):
             chosen, weights = router.choose(logits[token, :count])
             self.chosen.append(chosen.tolist())
-            for expert, weight in zip(chosen, weights, strict=True):
-                passed = self.activated(oracles.matmul(x[token][None], up[expert], up_b[expert]), row)
+            for expert, weight in zip(chosen, weights * scales[chosen], strict=True):
+                passed = self.activated(oracles.matmul(read[token][None], up[expert], up_b[expert]), row)
                 out[token] += weight * oracles.matmul(passed, down[expert], down_b[expert])[0]
         if row["intermediate_size"]:
             shared = self.activated(oracles.matmul(x, parts["up"], parts["up_b"]), row)
             shared = self.norm(shared, parts, "mlp_sub_norm")
             if row["shared_gate"]:
                 shared = shared / (1 + np.exp(-logits[:, count:]))
-            out += oracles.matmul(shared, parts["down"], parts["down_b"])
+            shared = oracles.matmul(shared, parts["down"], parts["down_b"])
+            out = self.norm(out, parts, "expert_post_norm") + self.norm(shared, parts, "shared_post_norm")
         return out
 
 

@@ -72,6 +72,8 @@ FEATURES = (
     ("granitemoeshared", "bf16"),  # a softmax of the chosen, and a feed-forward beside the experts
     ("qwen2_moe", "int8"),  # which is gated
     ("ernie4_5_moe", "none"),  # experts chosen with a bias, in some layers
+    ("gemma4_text", "none"),  # experts beside a feed-forward, layers that differ in their heads
+    ("gemma4_text", "int8"),
     ("gpt_oss_mxfp4", "auto"),  # attention sinks, experts in MXFP4 with biases
 )
 # Models that quantizers wrote: each format of their levels, with inputs in an order of their own or not.

@@ -352,6 +352,7 @@ def test_a_skew_has_its_limits() -> None:
     [
         *("mixtral", "qwen2_moe", "qwen2_moe_dense", "qwen3_moe", "qwen3_moe_dense", "olmoe", "granitemoe"),
         *("granitemoeshared", "gpt_oss", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
+        "glm4_moe_lite_layers",
     ],
 )
 def test_what_is_read_of_a_mixture_is_what_the_engine_serves(name: str) -> None:
@@ -364,7 +365,7 @@ def test_what_is_read_of_a_mixture_is_what_the_engine_serves(name: str) -> None:
         assert read[key] == served[key]
 
 
-@pytest.mark.parametrize("name", ["dbrx", "ernie4_5_moe", "granitemoehybrid_experts"])
+@pytest.mark.parametrize("name", ["dbrx", "ernie4_5_moe", "granitemoehybrid_experts", "gemma4_text"])
 def test_of_other_mixtures_the_engine_is_asked(name: str) -> None:
     model = load_model(str(ARCHITECTURES / name / "config.json"))
     layers = model.layers[-1]
