@@ -270,6 +270,11 @@ def main() -> None:
         default=["Q4_K_M"],
         help=f"of --shape: {','.join(MIXES)} (default: Q4_K_M)",
     )
+    parser.add_argument(
+        "--max-gb",
+        type=float,
+        help="of --shape: as many layers as make a file of at most so many GB (every engine holds a copy)",
+    )
     parser.add_argument("--cells", type=_names(CELLS), default=list(CELLS), help=",".join(CELLS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="cores to use; all by default")
@@ -279,6 +284,8 @@ def main() -> None:
         parser.error("--rounds and --threads: expected 1 or more")
     if arguments.model and arguments.shape:
         parser.error("--model and --shape: found both, expected one of them")
+    if arguments.max_gb is not None and not (arguments.shape and arguments.max_gb > 0):
+        parser.error("--max-gb: expected a number above 0, beside --shape")
     if arguments.threads and hasattr(os, "sched_setaffinity"):
         # So that the limits are of these cores, too, and no engine finds others.
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
@@ -315,7 +322,8 @@ def _contests(arguments: argparse.Namespace) -> Iterator[Contest]:
     elif arguments.shape:
         for mix in arguments.mixes:
             _say(f"{arguments.shape} in {mix}: writing random weights, once")
-            yield contest_of_file(f"{arguments.shape} {mix}", random_model(arguments.shape, mix))
+            path = random_model(arguments.shape, mix, arguments.max_gb)
+            yield contest_of_file(f"{path.name.removesuffix(f'.{mix}.gguf')} {mix}", path)
     else:
         for name in arguments.formats:
             yield contest_of_format(name)

@@ -4,23 +4,24 @@ Blocks of quantized types are made as such, random bits under scales that give w
 floats are quantized, so that a file of 4B weights is written about as quickly as a disk takes it, piece by
 piece. The vocabulary has the right size and no meaning: prompts are random ids.
 
-Run: python bench/random_models.py SHAPE [MIX ...]
+Run: python bench/random_models.py SHAPE [MIX ...] [--max-gb 16]
 """
 
 import argparse
 import os
 import sys
 import tempfile
+from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, TokenType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, RopeScalingType, TokenType
 from numpy.typing import NDArray
 
-from bench.shapes import MIXES, SHAPES, Shape, type_of
+from bench.shapes import MIXES, SHAPES, Shape, bytes_of, type_of
 from pagellm.engine.cache import cache_dir
 from pagellm.engine.tokenizer.byte_alphabet import CHAR_OF_BYTE
 
@@ -49,19 +50,27 @@ _TOKENIZERS = {
     "qwen2": "qwen2",
     "qwen3": "qwen2",
     "qwen3moe": "qwen2",
+    "gpt-oss": "gpt-4o",
     "gemma3": "qwen2",
 }
 
 
-def random_model(shape_name: str, mix: str) -> Path:
-    """The file of a shape in a mix, written into pagellm's cache directory if it is not there."""
-    target = cache_dir() / "bench" / f"{shape_name}.{mix}.gguf"
+def random_model(shape_name: str, mix: str, max_gb: float | None = None) -> Path:
+    """The file of a shape in a mix, written into pagellm's cache directory if it is not there.
+
+    max_gb: it has as many of the layers as make no larger a file; None: all of them.
+    """
+    shape, cut = SHAPES[shape_name], ""
+    if max_gb is not None:
+        whole, shape = shape, shape.within(mix, max_gb * 1e9)
+        cut = f".{shape.layers}-layers" if shape != whole else ""
+    target = cache_dir() / "bench" / f"{shape_name}{cut}.{mix}.gguf"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=target.parent, suffix=".partial")
         os.close(descriptor)
         try:
-            write_random_model(Path(temporary), SHAPES[shape_name], mix)
+            write_random_model(Path(temporary), shape, mix)
             os.replace(temporary, target)
         except BaseException:
             os.unlink(temporary)
@@ -79,21 +88,14 @@ def write_random_model(path: Path, shape: Shape, mix: str) -> None:
     ]
     vectors = list(shape.vectors())
     if shape.rope_factors:
-        vectors.append(("rope_freqs.weight", shape.head_dim // 2))
+        vectors.append(("rope_freqs.weight", (shape.head_dim // 2,)))
     sizes = []
     for name, rows, columns, type in matrices:
-        kind = GGMLQuantizationType[type]
-        block, block_bytes = GGML_QUANT_SIZES[kind]
-        sizes.append(rows * columns // block * block_bytes)
-        writer.add_tensor_info(
-            name,
-            shape.stored_shape(name, rows, columns // block * block_bytes),
-            np.dtype(np.uint8),
-            sizes[-1],
-            kind,
-        )
-    for name, size in vectors:
-        writer.add_tensor_info(name, (size,), np.dtype(np.float32), 4 * size)
+        sizes.append(bytes_of(type, rows * columns))
+        stored = shape.stored_shape(name, rows, bytes_of(type, columns))
+        writer.add_tensor_info(name, stored, np.dtype(np.uint8), sizes[-1], GGMLQuantizationType[type])
+    for name, vector_shape in vectors:
+        writer.add_tensor_info(name, vector_shape, np.dtype(np.float32), 4 * prod(vector_shape))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -103,8 +105,8 @@ def write_random_model(path: Path, shape: Shape, mix: str) -> None:
     for (_, _, _, type), num_bytes in zip(matrices, sizes, strict=True):
         _write_blocks(file, rng, type, num_bytes)
         _pad(file)
-    for name, size in vectors:
-        file.write(_vector(rng, name, size, shape).tobytes())
+    for name, vector_shape in vectors:
+        file.write(_vector(rng, name, prod(vector_shape), shape).tobytes())
         _pad(file)
     writer.close()
 
@@ -131,6 +133,11 @@ def _add_metadata(writer: GGUFWriter, shape: Shape, mix: str) -> None:
         writer.add_expert_feed_forward_length(shape.intermediate)
     if shape.window is not None:
         writer.add_sliding_window(shape.window)
+    if shape.yarn is not None:
+        factor, original = shape.yarn
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(factor)
+        writer.add_rope_scaling_orig_ctx_len(original)
     # OpenVINO fails on a vocabulary without control tokens.
     tokens = ["<|endoftext|>", *CHAR_OF_BYTE, "Ġt"]
     tokens += [f"<unused{index}>" for index in range(len(tokens), shape.vocab)]
@@ -155,7 +162,7 @@ def _write_blocks(file: BinaryIO, rng: np.random.Generator, type: str, num_bytes
 def random_blocks(rng: np.random.Generator, type: str, count: int) -> NDArray[np.uint8]:
     """[count, bytes of a block]: valid blocks of a type, whose weights are of a usual size around 0."""
     block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type]][1]
-    if type not in _SCALED:
+    if type in ("F32", "F16", "BF16"):
         values = rng.normal(0, STANDARD_DEVIATION, count).astype(np.float32)
         if type == "F32":
             return values.view(np.uint8).reshape(count, 4)
@@ -163,6 +170,9 @@ def random_blocks(rng: np.random.Generator, type: str, count: int) -> NDArray[np
             return values.astype(np.float16).view(np.uint8).reshape(count, 2)
         return np.ascontiguousarray(values.view(np.uint16).reshape(count, 2)[:, 1:]).view(np.uint8)
     blocks = np.frombuffer(rng.bytes(count * block_bytes), np.uint8).reshape(count, block_bytes).copy()
+    if type == "MXFP4":  # an exponent, by which random levels are 2.9 large
+        blocks[:, 0] = 127 + rng.choice([-8, -7, -7], count)
+        return blocks
     at, minimum_at, deviation, mean = _SCALED[type]
     scales = STANDARD_DEVIATION / deviation * rng.uniform(0.5, 1.5, count)
     _put_float16(blocks, at, scales)
@@ -179,7 +189,7 @@ def _put_float16(blocks: NDArray[np.uint8], at: int, values: NDArray[np.float64]
 def _vector(rng: np.random.Generator, name: str, size: int, shape: Shape) -> NDArray[np.float32]:
     if name == "rope_freqs.weight":
         return _rope_factors(shape)
-    if name.endswith(".bias"):
+    if name.endswith(".bias") or "sinks" in name:
         return rng.normal(0, STANDARD_DEVIATION, size).astype(np.float32)
     return rng.uniform(0.9, 1.1, size).astype(np.float32)
 
@@ -200,11 +210,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write random weights of a real shape as GGUF.")
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("mixes", nargs="*", default=["Q4_K_M"], metavar="MIX", help=", ".join(MIXES))
+    parser.add_argument("--max-gb", type=float, help="as many layers as make a file of at most so many GB")
     arguments = parser.parse_args()
     for mix in arguments.mixes:
         if mix not in MIXES:
             parser.error(f"MIX: found {mix!r}, expected one of {', '.join(MIXES)}")
-        print(random_model(arguments.shape, mix))
+        print(random_model(arguments.shape, mix, arguments.max_gb))
 
 
 if __name__ == "__main__":

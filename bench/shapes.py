@@ -5,7 +5,9 @@ matrix) is where the mixes are from. `random_models` writes files of them.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
@@ -15,6 +17,7 @@ class Shape:
     """A decoder. rope_factors: whether it has those of Llama 3's scaling; window: of most layers.
 
     experts: of each layer, or 0; then intermediate is the width of each; a token passes through per_token.
+    yarn: the factor of that scaling and the context that it was trained with.
     """
 
     architecture: str
@@ -33,6 +36,7 @@ class Shape:
     window: int | None = None
     experts: int = 0
     per_token: int = 0
+    yarn: tuple[float, int] | None = None
 
     def matrices(self) -> Iterator[tuple[str, int, int]]:
         """Name, rows of all experts together and columns of each matrix, in the order of a file."""
@@ -63,20 +67,52 @@ class Shape:
         stacked = (self.experts, rows // self.experts) if "_exps." in name else (rows,)
         return (*stacked, row_bytes)
 
-    def vectors(self) -> Iterator[tuple[str, int]]:
-        """Name and size of each norm and bias."""
-        yield "output_norm.weight", self.hidden
-        names = [("attn_norm.weight", self.hidden), ("ffn_norm.weight", self.hidden)]
-        if self.architecture in ("qwen3", "qwen3moe", "gemma3"):
-            names += [("attn_q_norm.weight", self.head_dim), ("attn_k_norm.weight", self.head_dim)]
-        if self.architecture == "gemma3":
-            names += [("post_attention_norm.weight", self.hidden), ("post_ffw_norm.weight", self.hidden)]
-        if self.architecture == "qwen2":
-            q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-            names += [("attn_q.bias", q), ("attn_k.bias", kv), ("attn_v.bias", kv)]
+    def vectors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of each norm, bias and sink."""
+        yield "output_norm.weight", (self.hidden,)
         for layer in range(self.layers):
-            for name, size in names:
-                yield f"blk.{layer}.{name}", size
+            for name, *shape in self._layer_vectors():
+                yield f"blk.{layer}.{name}", tuple(shape)
+
+    def _layer_vectors(self) -> Iterator[tuple[Any, ...]]:
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        yield "attn_norm.weight", self.hidden
+        if self.architecture != "gpt-oss":
+            yield "ffn_norm.weight", self.hidden
+        if self.architecture in ("qwen3", "qwen3moe", "gemma3"):
+            yield "attn_q_norm.weight", self.head_dim
+            yield "attn_k_norm.weight", self.head_dim
+        if self.architecture in ("gemma3", "gpt-oss"):
+            yield "post_attention_norm.weight", self.hidden
+        if self.architecture == "gemma3":
+            yield "post_ffw_norm.weight", self.hidden
+        if self.architecture in ("qwen2", "gpt-oss"):
+            yield "attn_q.bias", q
+            yield "attn_k.bias", kv
+            yield "attn_v.bias", kv
+        if self.architecture == "gpt-oss":
+            yield "attn_output.bias", self.hidden
+            yield "attn_sinks.weight", self.heads
+            yield "ffn_gate_inp.bias", self.experts
+            yield "ffn_gate_exps.bias", self.experts, self.intermediate
+            yield "ffn_up_exps.bias", self.experts, self.intermediate
+            yield "ffn_down_exps.bias", self.experts, self.hidden
+
+    def within(self, mix: str, num_bytes: float) -> "Shape":
+        """The shape with as many of its layers as make a file of at most so many bytes; at least one."""
+        for layers in range(self.layers, 1, -1):
+            shape = replace(self, layers=layers)
+            if shape._file_bytes(mix) <= num_bytes:
+                return shape
+        return replace(self, layers=1)
+
+    def _file_bytes(self, mix: str) -> int:
+        """Of the weights."""
+        matrices = [
+            bytes_of(type_of(self, mix, name, columns), rows * columns)
+            for name, rows, columns in self.matrices()
+        ]
+        return sum(matrices) + sum(4 * prod(shape) for _, shape in self.vectors())
 
 
 def _llama3(layers: int, hidden: int, heads: int, head_dim: int, intermediate: int, tied: bool) -> Shape:
@@ -110,9 +146,26 @@ SHAPES = {
     "qwen3-1.7b": _qwen3(28, 2048, 16, 6144, True),
     "llama-3.2-3b": _llama3(28, 3072, 24, 128, 8192, True),
     "qwen3-4b": _qwen3(36, 2560, 32, 9728, True),
-    # Eight of its 48 layers: the whole takes 18 GB in Q4_K_M.
-    "qwen3-30b-a3b-8-layers": Shape(
-        "qwen3moe", 8, 2048, 32, 4, 128, 768, 151936, False, 40960, 1e6, 1e-6, experts=128, per_token=8
+    "qwen3-30b-a3b": Shape(
+        "qwen3moe", 48, 2048, 32, 4, 128, 768, 151936, False, 40960, 1e6, 1e-6, experts=128, per_token=8
+    ),
+    "gpt-oss-20b": Shape(
+        "gpt-oss",
+        24,
+        2880,
+        64,
+        8,
+        64,
+        2880,
+        201088,
+        False,
+        131072,
+        15e4,
+        1e-5,
+        window=128,
+        experts=32,
+        per_token=4,
+        yarn=(32.0, 4096),
     ),
     "llama-3.1-8b": _llama3(32, 4096, 32, 128, 14336, False),
     "qwen3-8b": _qwen3(36, 4096, 32, 12288, False),
@@ -130,6 +183,7 @@ MIXES = {
     "Q5_0": (LlamaFileType.MOSTLY_Q5_0, "Q5_0"),
     "Q4_K_M": (LlamaFileType.MOSTLY_Q4_K_M, "Q4_K"),
     "Q4_K_S": (LlamaFileType.MOSTLY_Q4_K_S, "Q4_K"),
+    "MXFP4_MOE": (LlamaFileType.MOSTLY_MXFP4_MOE, "MXFP4"),
     "IQ4_NL": (LlamaFileType.MOSTLY_IQ4_NL, "IQ4_NL"),
     "IQ4_XS": (LlamaFileType.MOSTLY_IQ4_XS, "IQ4_XS"),
     "Q4_1": (LlamaFileType.MOSTLY_Q4_1, "Q4_1"),
@@ -156,10 +210,18 @@ def type_of(shape: Shape, mix: str, name: str, columns: int) -> str:
         return base
     if ".ffn_gate_inp." in name:
         return "F32"
+    if base == "MXFP4" and "_exps." not in name:
+        return "Q8_0"
     chosen = _before_fallback(shape, mix, base, name, columns)
     if columns % _block(chosen):
         chosen = _FALLBACKS.get(chosen, chosen)
     return chosen if columns % _block(chosen) == 0 else "F16"
+
+
+def bytes_of(type: str, count: int) -> int:
+    """What so many numbers of a type take, whole rows of them."""
+    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type]]
+    return count // block * block_bytes
 
 
 def _before_fallback(shape: Shape, mix: str, base: str, name: str, columns: int) -> str:

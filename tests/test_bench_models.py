@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import gguf
@@ -30,7 +31,24 @@ TINY = replace(
 
 
 TINY_MIXTURE = replace(
-    SHAPES["qwen3-30b-a3b-8-layers"], hidden=256, heads=8, head_dim=32, intermediate=256, vocab=512, experts=9
+    SHAPES["qwen3-30b-a3b"],
+    layers=8,
+    hidden=256,
+    heads=8,
+    head_dim=32,
+    intermediate=256,
+    vocab=512,
+    experts=9,
+)
+TINY_GPT_OSS = replace(
+    SHAPES["gpt-oss-20b"],
+    layers=3,
+    hidden=96,
+    heads=8,
+    head_dim=16,
+    intermediate=160,
+    vocab=512,
+    experts=6,
 )
 
 
@@ -73,6 +91,41 @@ def test_a_mixture_of_a_shape_is_served(tmp_path: Path, mix: str) -> None:
     llm.close()
 
 
+def test_gpt_oss_is_served_with_experts_in_mxfp4(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    write_random_model(path, TINY_GPT_OSS, "MXFP4_MOE")
+    with open_checkpoint(path) as checkpoint:
+        kinds = Counter(tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) == 3)
+        others = Counter(
+            tensor.dtype for name, tensor in checkpoint.tensors.items() if name.endswith("output.weight")
+        )
+    assert kinds == {"MXFP4": 9}
+    assert others == {"Q8_0": 4}
+    report = inspect_model(path)
+    assert report["supported"]
+    assert {layer["window"] for layer in report["architecture"]["layers"]} == {0, 128}
+    assert report["weights"]["converted"] == []
+    llm = LLM(str(path), num_blocks=8, show_progress=False)
+    [output] = llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+    assert len(output.token_ids) == 3
+    llm.close()
+
+
+def test_a_shape_has_as_many_layers_as_fit(tmp_path: Path) -> None:
+    whole, path = TINY_MIXTURE, tmp_path / "m.gguf"
+    sizes = []
+    for layers in (4, 5):
+        write_random_model(path, replace(whole, layers=layers), "Q4_K_M")
+        with open_checkpoint(path) as checkpoint:
+            sizes.append(sum(tensor.num_bytes for tensor in checkpoint.tensors.values()))
+    assert whole.within("Q4_K_M", sizes[0]).layers == whole.within("Q4_K_M", sizes[1] - 1).layers == 4
+    assert whole.within("Q4_K_M", sizes[1]).layers == 5
+    assert whole.within("Q4_K_M", 1e9) == whole
+    assert whole.within("Q4_K_M", 1).layers == 1
+    assert SHAPES["gpt-oss-20b"].within("MXFP4_MOE", 16e9).layers == 24
+    assert SHAPES["qwen3-30b-a3b"].within("Q4_K_M", 16e9).layers == 41
+
+
 @pytest.mark.parametrize("mix", MIXES)
 def test_random_blocks_have_the_size_of_weights(mix: str) -> None:
     kind = MIXES[mix][1]
@@ -111,7 +164,7 @@ def test_a_step_reads_all_weights_but_an_embedding_that_is_no_output_matrix(
     output = matrices.pop("output.weight", embedding)
     num_bytes, layers, of_output = matrix_sizes(path)
     assert (layers, of_output) == (sum(matrices.values()), output)
-    vectors = sum(size for _, size in shape.vectors()) + shape.head_dim // 2
+    vectors = sum(prod(vector) for _, vector in shape.vectors()) + shape.head_dim // 2
     assert num_bytes == (layers + output) // 32 * 34 + 4 * vectors
     assert contest_of_file("m", path).products == "int8"
 
