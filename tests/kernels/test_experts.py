@@ -67,7 +67,7 @@ def chosen(row: Any, logits: Matrix, bias: Matrix) -> tuple[NDArray[np.int64], M
 @st.composite
 def routers(draw: st.DrawFn) -> tuple[Any, Matrix, Matrix]:
     """A row and a token's logits and biases: of few values, so that many are equal."""
-    groups, in_group = draw(st.sampled_from([(1, 5), (1, 40), (4, 3), (3, 8), (2, 1)]))
+    groups, in_group = draw(st.sampled_from([(1, 1), (1, 5), (1, 40), (1, 300), (4, 3), (3, 8), (2, 1)]))
     per_token = draw(st.integers(1, groups))
     size = groups * in_group
     row = row_of(
@@ -104,6 +104,21 @@ def test_experts_are_chosen_as_defined_and_the_first_of_equals(drawn: tuple[Any,
     else:
         assert len(set(experts // (row["num_experts"] // row["expert_groups"]))) <= row["groups_per_token"]
         np.testing.assert_allclose(weights.sum(), right.sum(), rtol=1e-5)
+
+
+@at_most(100)
+@given(drawn=routers(), data=st.data())
+def test_experts_are_different_ones_also_where_logits_are_no_numbers(
+    drawn: tuple[Any, Matrix, Matrix], data: st.DataObject
+) -> None:
+    """A token that comes to nothing must not write where another one's experts are."""
+    row, logits, bias = drawn
+    wrong = st.sampled_from([np.nan, np.inf, -np.inf])
+    for index in data.draw(st.sets(st.integers(0, len(logits) - 1), min_size=1)):
+        logits[index] = data.draw(wrong)
+    experts, _ = chosen(row, logits, bias)
+    assert len(set(experts)) == row["experts_per_token"]
+    assert 0 <= experts.min() <= experts.max() < row["num_experts"]
 
 
 def grouped(row: Any, chosen: NDArray[np.int64]) -> Groups:
