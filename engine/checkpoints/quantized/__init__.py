@@ -23,7 +23,7 @@ from pagellm.engine.errors import found
 
 __all__ = [
     "SETTINGS",
-    "SETTINGSSETTINGS_FILES",
+    "SETTINGS_FILES",
     "Mxfp4Tensor",
     "QuantizedTensor",
     "join_quantized",
