@@ -43,7 +43,8 @@ class EngineConfig:
     SchedulingPolicy of your own as module:Class or path/file.py:Class, as all that follow. victim: who makes
     way, where that is not as `policy` says: youngest, or a VictimPolicy. admission: who is let in at all:
     accept, or an AdmissionPolicy. eviction: which cached block is given up first: lru, or an EvictionPolicy.
-    budget: how many tokens a step and a chunk have: full, or a BudgetPolicy.
+    budget: how many tokens a step and a chunk have: full; stall_free, where prompts have a quarter of them
+    beside decodes, the default of `pagellm serve`; or a BudgetPolicy.
     preemption: what happens to the KV of a sequence that makes way: "recompute" gives it up, "swap" moves it
     to a second tier of blocks while that has room, "auto" does whichever was measured to be cheaper.
     num_swap_blocks: blocks of the second tier. None: as many as num_blocks with "swap", with a swap_dir or

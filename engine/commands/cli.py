@@ -24,7 +24,7 @@ from pagellm.engine.errors import ConfigError, RequestError
 from pagellm.engine.progress import say, say_piece
 from pagellm.engine.requests.outputs import RequestOutput
 from pagellm.engine.requests.sampling_params import SamplingParams
-from pagellm.engine.scheduling.policies import KINDS, POLICIES
+from pagellm.engine.scheduling.policies import BUDGET_POLICIES, KINDS, POLICIES
 from pagellm.engine.user_policy import import_policy
 
 if TYPE_CHECKING:
@@ -45,7 +45,11 @@ ENGINE_FLAGS = {
     "victim": Flag("who makes way: youngest or a VictimPolicy (default: as --policy says)", "NAME"),
     "admission": Flag("who is let in: accept or an AdmissionPolicy", "NAME"),
     "eviction": Flag("which cached block is given up first: lru or an EvictionPolicy", "NAME"),
-    "budget": Flag("tokens of a step and of a chunk: full or a BudgetPolicy", "NAME"),
+    "budget": Flag(
+        f"tokens of a step and of a chunk: {', '.join(BUDGET_POLICIES)} (prompts have a quarter of them "
+        "beside decodes) or a BudgetPolicy",
+        "NAME",
+    ),
     "preemption": Flag(
         "what happens to the KV of a sequence that makes way; auto: the cheaper as measured",
         choices=PREEMPTIONS,
@@ -151,13 +155,14 @@ def add_commands(commands: "argparse._SubParsersAction[Any]") -> None:
     warmup.set_defaults(command=_warmup)
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the model, --json, and a flag for each setting of the engine."""
+def add_model_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Adds the model, --json, and a flag for each setting of the engine. defaults: those of this command."""
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, help=f"a known name, a path or a hub id (default: {DEFAULT_MODEL})"
     )
     parser.add_argument("--json", action="store_true", help="print JSON for machines")
-    add_flags(parser.add_argument_group("engine"), EngineConfig, ENGINE_FLAGS)
+    add_flags(parser.add_argument_group("engine"), EngineConfig, ENGINE_FLAGS, defaults)
+    parser.set_defaults(engine_defaults=defaults)
 
 
 def _add_sampling(parser: argparse.ArgumentParser, flags: Mapping[str, Flag], **defaults: Any) -> None:
@@ -188,8 +193,8 @@ def _integers(text: str) -> list[int]:
 
 
 def engine_config(options: argparse.Namespace) -> EngineConfig:
-    """The settings that were given, the defaults of the others. Raises `ConfigError`."""
-    return EngineConfig(**given_settings(options))
+    """The settings that were given, the command's defaults of the others. Raises `ConfigError`."""
+    return EngineConfig(**options.engine_defaults | given_settings(options))
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:

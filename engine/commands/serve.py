@@ -31,7 +31,7 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
     from pagellm.engine.commands.cli import CHAT_FLAGS, GENERATION_FLAG, TOOL_FLAG, add_model_options
 
     serve = commands.add_parser("serve", help="serve the model over HTTP", description=_serve.__doc__)
-    add_model_options(serve)
+    add_model_options(serve, budget="stall_free")
     add_flags(serve.add_argument_group("sampling"), EngineConfig, GENERATION_FLAG)
     add_flags(serve.add_argument_group("chat"), EngineConfig, CHAT_FLAGS | TOOL_FLAG)
     group = serve.add_argument_group("server")

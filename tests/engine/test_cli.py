@@ -1,5 +1,6 @@
 """The command line: exact JSON, one line and status 2 for bad input, results alone on standard output."""
 
+import argparse
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import pytest
 
 from pagellm.__main__ import main
 from pagellm.engine import LLM, SamplingParams, SchedulingPolicy
+from pagellm.engine.commands.cli import add_commands, engine_config
 from pagellm.engine.scheduling.policies import SchedulerStats
 from pagellm.engine.scheduling.sequence import Sequence
 from tests.conftest import model_path
@@ -249,6 +251,18 @@ def test_settings_that_cannot_be_served_are_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "budget"),
+    [("serve", "stall_free"), ("serve --budget full", "full"), ("batch IN OUT", "full"), ("bench", "full")],
+)
+def test_who_is_served_over_http_waits_for_no_prompt_unless_it_is_asked_for(
+    command: str, budget: str
+) -> None:
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers())
+    assert engine_config(parser.parse_args(command.split())).budget == budget
 
 
 def test_the_example_of_a_policy_is_found_beside_the_user(monkeypatch: pytest.MonkeyPatch) -> None:

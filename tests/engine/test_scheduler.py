@@ -144,6 +144,25 @@ def test_a_budget_of_one_serves_the_oldest_first() -> None:
     assert not s.has_unfinished
 
 
+def test_stall_free_prompts_have_a_quarter_of_the_step_beside_decodes_and_all_of_it_else() -> None:
+    s = scheduler(num_blocks=400, max_num_batched_tokens=400, budget="stall_free")
+    a, b = add(s, prompt(390), max_tokens=2), add(s, prompt(210, 1000), max_tokens=9)
+    assert step(s) == [(a, 390, True), (b, 10, False)]
+    assert step(s) == [(a, 1, True), (b, 100, False)]
+    assert step(s) == [(b, 100, True)]  # nobody decodes any more
+    c, d = add(s, prompt(60, 2000), max_tokens=1), add(s, prompt(60, 3000), max_tokens=1)
+    assert step(s) == [(b, 1, True), (c, 60, True), (d, 40, False)]
+
+
+@pytest.mark.parametrize(("most", "beside"), [(128, 64), (66, 64), (64, 63), (2, 1)])
+def test_stall_free_prompts_have_64_tokens_beside_decodes_if_the_step_has(most: int, beside: int) -> None:
+    s = scheduler(num_blocks=400, max_num_batched_tokens=most, budget="stall_free")
+    a = add(s, prompt(1))
+    assert step(s) == [(a, 1, True)]
+    b = add(s, prompt(500, 1000))
+    assert step(s) == [(a, 1, True), (b, beside, False)]
+
+
 class NothingBesideDecodes(BudgetPolicy):
     """Once somebody decodes, no prompt goes on."""
 

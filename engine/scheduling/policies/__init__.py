@@ -1,7 +1,7 @@
 """The extension points: small classes that the scheduler and the block manager ask, and those built in."""
 
 from pagellm.engine.scheduling.policies.admission import Admission, AdmissionPolicy
-from pagellm.engine.scheduling.policies.budget import BudgetPolicy
+from pagellm.engine.scheduling.policies.budget import BUDGET_POLICIES, BudgetPolicy
 from pagellm.engine.scheduling.policies.checked import CheckedPolicies
 from pagellm.engine.scheduling.policies.eviction import EvictionPolicy
 from pagellm.engine.scheduling.policies.load import KINDS, load_policy
@@ -19,6 +19,7 @@ from pagellm.engine.scheduling.policies.victim import VictimPolicy
 from pagellm.engine.scheduling.policies.views import BlockView, SchedulerStats, SequenceView, StepView
 
 __all__ = [
+    "BUDGET_POLICIES",
     "KINDS",
     "POLICIES",
     "Admission",
