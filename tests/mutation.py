@@ -236,7 +236,7 @@ BUGS = (
         "blocks that are reused together stay findable",
         MANAGER,
         "BlockManager._take_many",
-        "self._cache.remove(evicted)",
+        "self.stats.evictions += self.block_size * self._cache.remove(blocks)",
     ),
     Bug(
         "a hash does not depend on the blocks before",
@@ -376,8 +376,8 @@ BUGS = (
     Bug(
         "who observes the cache is told that a block follows none",
         CACHE,
-        "PrefixCache.add",
-        "all_hashes[before]",
+        "PrefixCache._note_added",
+        "self._hashes[before]",
         "None",
     ),
     Bug(

@@ -62,10 +62,10 @@ def _check_cache(manager: "BlockManager", free_place: dict[int, int]) -> None:
     cache = manager._cache
     assert len(cache) == len(list(cache)), "the cache has lost count"
     for block in cache:
-        before, tokens = cache.before(block), bytes(cache.tokens(block))
+        before, tokens = cache.before(block), cache.tokens(block)
         assert before == ROOT or before in cache, "a block follows one that is not known"
         seed = cache.hash_of(before) if before != ROOT else manager._root_hash(cache.salt_of(block))
-        assert manager._hash_block(seed, tokens) == cache.hash_of(block), "a hash is not of the content"
+        assert manager._hash_block(tokens, seed) == cache.hash_of(block), "a hash is not of the content"
         found = cache.find(cache.hash_of(block), before, tokens, cache.salt_of(block))
         assert found == block, "two blocks hold the same prefix, or one cannot be found"
         if manager.window or manager.offloads:

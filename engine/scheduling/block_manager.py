@@ -81,10 +81,9 @@ class PrefixCacheStats:
     offloads: int = 0  # moved there, to make room
 
 
-def chained_hash(previous: int, tokens: bytes) -> int:
-    """The hash of a block whose predecessor has hash `previous`: xxHash's XXH3, 64 bits."""
-    digest: int = xxhash.xxh3_64_intdigest(tokens, previous)
-    return digest
+# The hash of a block: of its tokens and of the hash of the block before it, with xxHash's XXH3, 64 bits.
+HashBlock = Callable[[bytes, int], int]
+chained_hash: HashBlock = xxhash.xxh3_64_intdigest
 
 
 class BlockManager:
@@ -107,7 +106,7 @@ class BlockManager:
         block_size: int,
         enable_prefix_caching: bool = True,
         num_swap_blocks: int = 0,
-        hash_block: Callable[[int, bytes], int] = chained_hash,
+        hash_block: HashBlock = chained_hash,
         window: int = 0,
         offloads: bool = False,
     ) -> None:
@@ -593,7 +592,7 @@ class BlockManager:
         return sequence.token_ids[start : start + self.block_size].tobytes()
 
     def _root_hash(self, salt: str) -> int:
-        return self._hash_block(0, salt.encode()) if salt else 0
+        return self._hash_block(salt.encode(), 0) if salt else 0
 
     def _block_hash(self, sequence: Sequence, index: int) -> int:
         """The hash of a full block of the sequence's tokens; each is computed once."""
@@ -603,7 +602,7 @@ class BlockManager:
             run = sequence.token_ids[len(hashes) * self.block_size : (index + 1) * self.block_size].tobytes()
             num_bytes, hash_block = self.block_size * sequence.token_ids.itemsize, self._hash_block
             for start in range(0, len(run), num_bytes):
-                previous = hash_block(previous, run[start : start + num_bytes])
+                previous = hash_block(run[start : start + num_bytes], previous)
                 hashes.append(previous)
         return hashes[index]
 
@@ -635,9 +634,7 @@ class BlockManager:
             return [self._take() for _ in range(count)]  # what is evicted with one may be the next
         blocks = self._free.pop_many(count)
         if self.enable_prefix_caching:
-            evicted = self._cache.known(blocks)
-            self._cache.remove(evicted)
-            self.stats.evictions += self.block_size * len(evicted)
+            self.stats.evictions += self.block_size * self._cache.remove(blocks)
         counts = self._reference_counts
         for block in blocks:
             counts[block] = 1

@@ -54,7 +54,7 @@ class PrefixCache:
         self._hashes = array("Q", [0]) * num_blocks
         self._before = array("i", [_UNKNOWN]) * num_blocks  # the block that a block follows
         self._block_bytes = block_size * array("i").itemsize
-        self._tokens = bytearray(num_blocks * self._block_bytes)
+        self._tokens = [b""] * num_blocks
         self._salts: dict[int, str] = {}  # of first blocks that have one
         self._num_known = 0
         self._known_since = array("q", [0]) * num_blocks  # num_changes when a block became known
@@ -95,8 +95,11 @@ class PrefixCache:
         """
         first, following, mask, size = self._first, self._next, self._mask, self._block_bytes
         all_hashes, all_before, known_since = self._hashes, self._before, self._known_since
-        contents, followers, observer = self._tokens, self._followers, self.observer
-        start, num_changes = 0, self.num_changes
+        contents, is_noted = self._tokens, self._followers is not None or self.observer is not None
+        start = 0
+        num_before = num_changes = self.num_changes
+        if salt and before == ROOT:
+            is_noted = True
         for block, block_hash in zip(blocks, hashes, strict=True):
             tokens, bucket = run[start : start + size], block_hash & mask
             head = other = first[bucket]
@@ -110,20 +113,26 @@ class PrefixCache:
             all_before[block] = before
             num_changes += 1
             known_since[block] = num_changes
-            place = block * size
-            contents[place : place + size] = tokens
-            if salt and before == ROOT:
-                self._salts[block] = salt
-            if followers is not None and before != ROOT:
-                followers.add(block, before)
-            if observer is not None:
-                parent_hash = None if before == ROOT else all_hashes[before]
-                observer.stored(block_hash, parent_hash, tokens, salt if before == ROOT else "", 0)
+            contents[block] = tokens
+            if is_noted:
+                self._note_added(block, before, salt)
             before = block
             start += size
         self.num_changes = num_changes
-        self._num_known += start // size
-        return start // size
+        self._num_known += num_changes - num_before
+        return num_changes - num_before
+
+    def _note_added(self, block: int, before: int, salt: str) -> None:
+        """Takes note of a block that is known now, where it is listed beside or somebody hears of it."""
+        if before == ROOT:
+            if salt:
+                self._salts[block] = salt
+        elif self._followers is not None:
+            self._followers.add(block, before)
+        if self.observer is not None:
+            parent_hash = None if before == ROOT else self._hashes[before]
+            own_salt = salt if before == ROOT else ""
+            self.observer.stored(self._hashes[block], parent_hash, self._tokens[block], own_salt, 0)
 
     def move(self, source: int, target: int) -> None:
         """Lets what a known block holds be found in a block of the other tier, and those that follow, too.
@@ -132,7 +141,7 @@ class PrefixCache:
         many follow goes back and forth only when all others have.
         """
         block_hash, before, since = self._hashes[source], self._before[source], self._known_since[source]
-        tokens, salt = bytes(self.tokens(source)), self.salt_of(source)
+        tokens, salt = self.tokens(source), self.salt_of(source)
         near, far = self._followers, self._offloaded_followers
         assert near is not None
         assert far is not None
@@ -142,7 +151,7 @@ class PrefixCache:
         bucket = block_hash & self._mask
         self._next[target], self._first[bucket] = self._first[bucket], target
         self._hashes[target], self._before[target], self._known_since[target] = block_hash, before, since
-        self._tokens[target * self._block_bytes : (target + 1) * self._block_bytes] = tokens
+        self._tokens[target] = tokens
         self._num_known += 1
         self.num_changes -= 1  # as much is known as before
         if salt:
@@ -193,13 +202,19 @@ class PrefixCache:
         before = self._before
         return [block for block in blocks if before[block] == _UNKNOWN]
 
-    def remove(self, blocks: Iterable[int]) -> None:
-        """Forgets known blocks, in order. Those that follow one must be forgotten, too."""
+    def remove(self, blocks: Iterable[int]) -> int:
+        """Forgets those of some blocks that are known, in order; returns how many.
+
+        Those that follow one must be forgotten, too.
+        """
         first, following, mask = self._first, self._next, self._mask
         hashes, all_before = self._hashes, self._before
-        is_heard = self._followers is not None or self.observer is not None or bool(self._salts)
+        is_noted = self._followers is not None or self.observer is not None or bool(self._salts)
         num_removed = 0
         for block in blocks:
+            before = all_before[block]
+            if before == _UNKNOWN:
+                continue
             bucket = hashes[block] & mask
             other = first[bucket]
             if other == block:
@@ -208,13 +223,13 @@ class PrefixCache:
                 while following[other] != block:
                     other = following[other]
                 following[other] = following[block]
-            before = all_before[block]
             all_before[block] = _UNKNOWN
             num_removed += 1
-            if is_heard:
+            if is_noted:
                 self._note_removed(block, before)
         self._num_known -= num_removed
         self.num_changes += num_removed
+        return num_removed
 
     def _note_removed(self, block: int, before: int) -> None:
         """Takes note of it where a block that is known no more, and followed another, was listed beside."""
@@ -243,10 +258,9 @@ class PrefixCache:
                     observer.removed(self._hashes[block], 1)
             observer.cleared()
 
-    def tokens(self, block: int) -> bytearray:
+    def tokens(self, block: int) -> bytes:
         """The tokens that a known block holds, as int32."""
-        start = block * self._block_bytes
-        return self._tokens[start : start + self._block_bytes]
+        return self._tokens[block]
 
     def before(self, block: int) -> int:
         """The block that a known block follows, or `ROOT`."""

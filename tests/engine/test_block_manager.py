@@ -1,7 +1,6 @@
 """What the block manager does in each case that has a name: exact tables, exact counts."""
 
 from array import array
-from collections.abc import Callable
 from typing import NoReturn
 
 import pytest
@@ -9,6 +8,7 @@ import pytest
 from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.scheduling.block_manager import (
     BlockManager,
+    HashBlock,
     PrefixCacheStats,
     TransferKind,
     chained_hash,
@@ -92,7 +92,7 @@ def hit(manager: BlockManager, *token_ids: int, salt: str = "") -> list[int]:
     return manager.cached_prefix(sequence(*token_ids, salt=salt))
 
 
-def constant_hash(previous: int, tokens: bytes) -> int:
+def constant_hash(tokens: bytes, previous: int) -> int:
     return 1
 
 
@@ -401,8 +401,8 @@ def test_of_blocks_whose_hashes_collide_any_can_be_forgotten(evicted: int) -> No
 def test_equal_tokens_behind_another_prefix_are_another_block_even_if_the_hash_says_otherwise() -> None:
     """The second blocks collide and hold the same tokens; their keys and values differ."""
 
-    def hash_of_the_last_block(previous: int, tokens: bytes) -> int:
-        return chained_hash(0, tokens)
+    def hash_of_the_last_block(tokens: bytes, previous: int) -> int:
+        return chained_hash(tokens, 0)
 
     manager = BlockManager(num_blocks=8, block_size=2, hash_block=hash_of_the_last_block)
     serve(manager, 1, 1, 7, 7)
@@ -417,7 +417,7 @@ def test_equal_tokens_behind_another_prefix_are_another_block_even_if_the_hash_s
 
 
 @pytest.mark.parametrize("hash_block", [chained_hash, constant_hash])
-def test_a_prefix_is_found_under_its_own_salt_alone(hash_block: Callable[[int, bytes], int]) -> None:
+def test_a_prefix_is_found_under_its_own_salt_alone(hash_block: HashBlock) -> None:
     manager = BlockManager(num_blocks=12, block_size=2, hash_block=hash_block)
     tables = [serve(manager, 1, 2, 3, 4, salt=salt).block_table for salt in ("", "a", "b")]
     assert tables == [[0, 1], [2, 3], [4, 5]]
@@ -655,14 +655,14 @@ class Heard:
 def test_an_observer_hears_of_each_block_that_becomes_known_and_of_each_that_is_forgotten() -> None:
     manager, heard = BlockManager(num_blocks=3, block_size=2), Heard()
     manager.observe_cache(heard)
-    first = chained_hash(0, array("i", [1, 2]).tobytes())
-    second = chained_hash(first, array("i", [3, 4]).tobytes())
+    first = chained_hash(array("i", [1, 2]).tobytes(), 0)
+    second = chained_hash(array("i", [3, 4]).tobytes(), first)
     manager.free(serve(manager, 1, 2, 3, 4, 5))
     assert heard.events == [("stored", first, None, [1, 2], ""), ("stored", second, first, [3, 4], "")]
     manager.free(serve(manager, 1, 2, 3, 4, 5))
     assert len(heard.events) == 2, "what is known already is not told again"
     serve(manager, 7, 8, 9)
-    other = chained_hash(0, array("i", [7, 8]).tobytes())
+    other = chained_hash(array("i", [7, 8]).tobytes(), 0)
     assert heard.events[2:] == [("removed", second), ("stored", other, None, [7, 8], "")]
     manager.reset_cache()
     assert heard.events[4:] == [("cleared",)]
@@ -674,7 +674,7 @@ def test_an_observer_hears_of_a_recovery_and_of_what_comes_after_it() -> None:
     serve(manager, 1, 2)
     manager.recover()
     serve(manager, 1, 2)
-    stored = ("stored", chained_hash(0, array("i", [1, 2]).tobytes()), None, [1, 2], "")
+    stored = ("stored", chained_hash(array("i", [1, 2]).tobytes(), 0), None, [1, 2], "")
     assert heard.events == [stored, ("cleared",), stored]
 
 
@@ -762,6 +762,6 @@ def test_the_tables_that_changed_are_told_with_the_first_index_that_did() -> Non
 
 def test_the_hash_stands_for_the_whole_prefix() -> None:
     tokens = bytes(16)
-    assert chained_hash(0, tokens) == chained_hash(0, tokens)
-    assert chained_hash(1, tokens) != chained_hash(0, tokens)
-    assert 0 <= chained_hash(2**64 - 1, tokens) < 2**64
+    assert chained_hash(tokens, 0) == chained_hash(tokens, 0)
+    assert chained_hash(tokens, 1) != chained_hash(tokens, 0)
+    assert 0 <= chained_hash(tokens, 2**64 - 1) < 2**64

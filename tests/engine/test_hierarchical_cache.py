@@ -138,7 +138,7 @@ def test_an_observer_is_told_in_which_tier_a_block_is() -> None:
     manager.observe_cache(heard)
     manager.free(serve(manager, 1, 2, 3))
     flush(manager)
-    block = chained_hash(0, array("i", [1, 2]).tobytes())
+    block = chained_hash(array("i", [1, 2]).tobytes(), 0)
     stored = ("stored", block, None, [1, 2], "")
     out = [(*stored, "of tier 1"), ("removed", block)]
     assert heard.events == [stored, *out]

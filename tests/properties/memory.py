@@ -14,12 +14,12 @@ from pagellm.engine.scheduling.sequence import Sequence
 NOTHING = 0
 
 
-def two_bits(previous: int, tokens: bytes) -> int:
+def two_bits(tokens: bytes, previous: int) -> int:
     """Collides all the time, but tells some blocks apart."""
-    return chained_hash(previous, tokens) & 3
+    return chained_hash(tokens, previous) & 3
 
 
-def constant(previous: int, tokens: bytes) -> int:
+def constant(tokens: bytes, previous: int) -> int:
     """Every block collides with every other one."""
     return 7
 
@@ -31,7 +31,7 @@ def names_of_cached_blocks(manager: BlockManager) -> dict[int, tuple[str, tuple[
 
     def name_of(block: int) -> tuple[str, tuple[int, ...]]:
         if block not in names:
-            before, tokens = cache.before(block), tuple(array("i", bytes(cache.tokens(block))))
+            before, tokens = cache.before(block), tuple(array("i", cache.tokens(block)))
             salt, prefix = name_of(before) if before >= 0 else (cache.salt_of(block), ())
             names[block] = salt, prefix + tokens
         return names[block]

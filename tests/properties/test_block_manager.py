@@ -7,7 +7,7 @@ on, and a naive model that names content by its tokens and derives everything el
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import hypothesis.strategies as st
@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pagellm.engine.requests.sampling_params import SamplingParams
 from pagellm.engine.scheduling.block_manager import (
     BlockManager,
+    HashBlock,
     PrefixCacheStats,
     Transfer,
     TransferKind,
@@ -29,8 +30,6 @@ from tests.properties.covered import covered, rule
 from tests.properties.memory import Memory, constant, names_of_cached_blocks, two_bits
 
 Tokens = tuple[int, ...]
-Hash = Callable[[int, bytes], int]
-
 MOST_ALIVE = 6
 OFFLOAD = TransferKind.OFFLOAD
 
@@ -332,7 +331,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         block_size: int,
         caches: bool,
         num_swap_blocks: int,
-        hash_block: Hash,
+        hash_block: HashBlock,
         window: int,
         offloads: bool,
     ) -> None:
@@ -569,7 +568,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
             for block in cache:
                 before = cache.before(block)
                 parent = None if before == ROOT else cache.hash_of(before)
-                said = parent, bytes(cache.tokens(block)), cache.salt_of(block)
+                said = parent, cache.tokens(block), cache.salt_of(block)
                 assert self.mirror.said[cache.hash_of(block)] == said
 
     @invariant()

@@ -192,7 +192,7 @@ def test_the_blocks_of_a_prompt_are_told_as_one_chain(published: Any) -> None:
     [event] = subscriber.events
     hashes, previous = [], 0
     for start in range(0, 32, 8):
-        previous = chained_hash(previous, array("i", prompt[start : start + 8]).tobytes())
+        previous = chained_hash(array("i", prompt[start : start + 8]).tobytes(), previous)
         hashes.append(previous)
     assert event["block_hashes"] == hashes
     assert event["parent_block_hash"] is None
