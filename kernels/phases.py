@@ -26,6 +26,7 @@ from pagellm.kernels.packing import (
     pack_inputs,
     pack_row,
     padded,
+    padded_rows,
     unpack_column,
 )
 from pagellm.kernels.rope import rotate
@@ -125,13 +126,14 @@ def add_branch(member, arch, weights, features, scale, bias, sum_scale, num_rows
 
 
 @kernel
-def _add_squares(num_rows, K, start, work):
-    """Adds the squares of the packed activations [num_rows, K], float32, to `work.squares[start:]`."""
-    if start < 0:
-        return
+def _add_squares(first_row, num_rows, K, packed_start, start, work):
+    """Adds the squares of packed activations [num_rows, K], float32, to `work.squares[start:]`.
+
+    first_row: the first of them, of those whose first group begins at word `packed_start`.
+    """
     size = activation_words(plain(FLOAT32), K)
-    for row in range(num_rows):
-        at = row // GROUP * GROUP * size + row % GROUP * CHUNK
+    for row in range(first_row, first_row + num_rows):
+        at = packed_start + row // GROUP * GROUP * size + row % GROUP * CHUNK
         for k in range(K):
             value = np.float64(work.packed[at + activation_place(k)])
             work.squares[start + k] += value * value
@@ -143,8 +145,8 @@ def linear(member, weights, part, bias, num_rows, K, N, out, accumulate, work):
 
     out: flat, rows `padded(N)` apart, which are written or, with `accumulate`, added to.
     """
-    if work.squares.size > 0 and member.thread == 0:
-        _add_squares(num_rows, K, work.squares_start[part.panel], work)
+    if work.squares.size > 0 and member.thread == 0 and work.squares_start[part.panel] >= 0:
+        _add_squares(plain(0), num_rows, K, plain(0), work.squares_start[part.panel], work)
     matmul(
         member.counters, member.num_threads, weights.panels[part.panel :], work.packed, num_rows, K,
         weights.values, bias.start, N, out, accumulate, member.scratch,
@@ -158,6 +160,11 @@ def linear_by_head(member, weights, part, bias, num_rows, K, N, num_heads, out_s
 
     out: flat, the outputs of each head, whole panels, begin `out_step` behind those of the one before.
     """
+    if work.squares.size > 0 and member.thread == 0:
+        head_words = padded_rows(num_rows) * activation_words(plain(FLOAT32), K)
+        for head in range(num_heads):
+            start = work.squares_start[part.panel] + head * K
+            _add_squares(plain(0), num_rows, K, head * head_words, start, work)
     stacked_matmul(
         member.counters, member.num_threads, weights.panels[part.panel :], work.packed, num_rows, K,
         weights.values, bias.start, N, num_heads, out_step, out, plain(False), member.scratch,
@@ -374,6 +381,12 @@ def gather_rows(member, layer, arch, weights, num_rows, work):
 @kernel
 def expert_linear(member, weights, features, part, bias, K, N, out, work):
     """The packed activations of each expert's slots times its own matrix [N, K], plus its bias."""
+    if work.squares.size > 0 and member.thread == 0:
+        groups, first = work.groups, work.squares_start[part.panel]
+        for index in range(groups.totals[0]):
+            expert, num_rows = groups.experts[index], groups.num_rows[index]
+            _add_squares(groups.first_slot[index], num_rows, K, plain(0), first + expert * K, work)
+            work.squares[first + features.num_experts * K + expert] += num_rows
     expert_matmul(
         member.counters, member.num_threads, weights.panels[part.panel :], work.packed, work.groups, K,
         weights.values, bias.start, features.expert_bias, N, out, member.scratch,
