@@ -27,7 +27,8 @@ ALIASES = {"Q4_K": "Q4_K_M"}
 # Of types in blocks of 256, what rows get that are no multiple of it.
 _FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q8_0", "Q6_K": "Q8_0"}
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
-_EXPERTS = "_exps"
+# The matrices that make values, alone or among others.
+_MAKES_VALUES = ("attn_v", "attn_qkv", "attn_kv_b")
 
 
 @dataclass(frozen=True)
@@ -58,21 +59,21 @@ def _before_fallback(mix: str, base: str, model: Matrices, name: str, columns: i
     in_layer = _LAYER.fullmatch(name)
     if in_layer is None or base == "Q8_0":
         return base
-    layer, part = int(in_layer[1]), in_layer[2].removesuffix(_EXPERTS)
+    layer, part = int(in_layer[1]), in_layer[2]
     eighth = model.num_layers // 8
     # The first and the last eighth of the layers, and every third between them.
     more = layer < eighth or layer >= 7 * model.num_layers // 8 or (layer - eighth) % 3 == 2
-    if model.num_experts == 8 and part in ("attn_v", "attn_k"):
+    if model.num_experts == 8 and part in (*_MAKES_VALUES, "attn_k"):
         return "Q8_0"
     if mix != "Q4_K_M":
         return base
-    if part == "attn_v":
+    if part in _MAKES_VALUES:
         return "Q6_K" if more else base
-    if part == "attn_qkv" or (part == "attn_output" and model.num_experts == 8):
+    if part == "attn_output" and model.num_experts == 8:
         return "Q5_K"
-    if part == "ffn_down" and is_falcon:
+    if part.startswith("ffn_down") and is_falcon:
         return "Q6_K" if layer < model.num_layers // 16 else "Q5_K" if more else base
-    if part == "ffn_down":
+    if part.startswith("ffn_down"):  # of experts and shared ones, too
         return "Q6_K" if more else base
     return base
 

@@ -193,8 +193,21 @@ def test_a_mix_gives_more_bits_where_llama_cpp_does() -> None:
     assert type_of("Q4_K_M", False, Matrices("llama", 32, tied=True), "token_embd.weight", 576) == "Q8_0"
     assert type_of("Q4_K_M", False, llama, "blk.3.attn_q.weight", 576) == "Q5_0"
     assert type_of("Q4_K_M", False, llama, "blk.3.attn_q.weight", 36) == "F16"
-    assert type_of("Q4_K_M", False, Matrices("phi3", 32, tied=False), "blk.3.attn_qkv.weight", 3072) == "Q5_K"
     assert type_of("Q4_0", False, llama, "blk.3.attn_v.weight", 4096) == "Q4_0"
+
+
+LLAMA_CPP_TYPES = json.loads((ARCHITECTURES.parent / "quantizers" / "types.json").read_text())
+
+
+@pytest.mark.parametrize("name", LLAMA_CPP_TYPES)
+def test_a_mix_is_that_of_llama_cpps_quantizer(name: str) -> None:
+    case = LLAMA_CPP_TYPES[name]
+    model = Matrices(case["architecture"], 9, case["tied"], case["num_experts"])
+    for mix, by_part in case["types"].items():
+        for part, types in by_part.items():
+            for layer, dtype in enumerate(types):
+                tensor = part if "." in part else f"blk.{layer}.{part}.weight"
+                assert dtype in ("", type_of(mix, False, model, tensor, 256)), (mix, tensor)
 
 
 def test_a_tokenizer_and_its_chat_template_come_along(tmp_path: Path) -> None:
