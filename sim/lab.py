@@ -85,12 +85,19 @@ def _setting(cls: type) -> str | None:
     return next((setting for setting, kind in KINDS.items() if issubclass(cls, kind.base)), None)
 
 
-def replay(entry: Entry, trace: Trace, costs: CostModel, given: Mapping[str, Any], replicas: int) -> Report:
+def replay(
+    entry: Entry,
+    trace: Trace,
+    costs: CostModel,
+    given: Mapping[str, Any],
+    replicas: int,
+    accept_profile_error: bool = False,
+) -> Report:
     """A trace under one policy; routers serve several replicas."""
     settings = {**given, **entry.settings}
-    load: dict[str, Any] = {}
+    load: dict[str, Any] = {"accept_profile_error": accept_profile_error}
     if entry.setting == "router":
-        load = {"replicas": replicas, "router": entry.value}
+        load |= {"replicas": replicas, "router": entry.value}
     return Simulator(costs.settings(settings), costs, skip_bad=True, **load).replay(trace)
 
 

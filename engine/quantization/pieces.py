@@ -99,6 +99,8 @@ def check_free(path: Path, force: bool = False) -> None:
         is_empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{named(str(path))}: cannot be written: {error}") from None
+    if path.name in ("", ".."):  # what is there would be gone from under whoever stands in it
+        raise ConfigError(f"{path}: found no name of its own, expected a name that is free")
     if is_there and not is_file and not is_empty:
         raise ConfigError(f"{path}: found something that is no plain file, expected a name that is free")
     if is_file and not force:

@@ -8,7 +8,7 @@ from typing import Any
 from pagellm.engine.errors import ConfigError
 from pagellm.sim.commands.sweep import Progress, add_replays, add_step_times, make_sweep
 from pagellm.sim.commands.trace import add_trace_input
-from pagellm.sim.report.report import number_text, share_text
+from pagellm.sim.report.report import number_text, share_text, step_times_text
 from pagellm.sim.sweep.grid import Grid, Slo
 from pagellm.sim.sweep.plan import Answer, check_any, plan
 from pagellm.sim.sweep.report import words
@@ -70,11 +70,14 @@ def _capacity(options: argparse.Namespace) -> None:
         )
     finally:
         progress.end()
+    costs = sweep.costs.load()
     if options.json:
-        result = {"version": 1, "slo": slo.to_dict(), "rate": options.rate, "seeds": options.seeds}
+        result = {"version": 1, "profile_error": costs.error, "fit": costs.fit, "slo": slo.to_dict()}
+        result |= {"rate": options.rate, "seeds": options.seeds}
         print(json.dumps(result | {"answers": [asdict(answer) for answer in answers]}, allow_nan=False))
     else:
-        print("\n".join([f"SLO: {slo.words()}; {options.seeds} seeds", *map(_line, answers)]))
+        head = [*step_times_text(costs.error, costs.fit), f"SLO: {slo.words()}; {options.seeds} seeds"]
+        print("\n".join([*head, *map(_line, answers)]))
     check_any(answers)
 
 

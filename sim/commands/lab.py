@@ -7,9 +7,9 @@ from typing import Any
 
 from pagellm.engine.checks import integer
 from pagellm.engine.errors import ConfigError, PagellmError
-from pagellm.sim.commands.sweep import add_roofline, cost_source
+from pagellm.sim.commands.sweep import add_accept_profile_error, add_roofline, cost_source
 from pagellm.sim.lab import Confirmation, Entry, entries, replay, small
-from pagellm.sim.report.report import number_text, seconds_text, to_html
+from pagellm.sim.report.report import number_text, seconds_text, step_times_text, to_html
 from pagellm.sim.report.schema import Report
 from pagellm.sim.sweep.grid import REPLAY_SETTINGS, SWEEP_SETTINGS, Grid
 from pagellm.sim.traces.trace import Trace
@@ -26,6 +26,7 @@ def add_lab(commands: "argparse._SubParsersAction[Any]") -> None:
     times = lab.add_mutually_exclusive_group(required=True)
     times.add_argument("--profile", metavar="FILE", help="step times: a profile")
     add_roofline(times, lab)
+    add_accept_profile_error(lab)
     lab.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
         help="a setting of the engine, for all policies; may be repeated",
@@ -61,16 +62,18 @@ def _lab(options: argparse.Namespace) -> None:
     reports: list[Report] = []
     for trace in traces:
         for entry in chosen:
-            report = replay(entry, trace, costs, given, options.replicas)
+            report = replay(entry, trace, costs, given, options.replicas, options.accept_profile_error)
             reports.append(report)
             rows.append(_row(trace.name, entry, report))
     confirmed = _confirm(options, traces[0], found) if options.confirm else []
     if options.report:
         to_html(reports, options.report)
     if options.json:
-        print(json.dumps({"version": 1, "rows": rows, "confirmed": confirmed}, allow_nan=False))
+        result = {"version": 1, "profile_error": costs.error, "fit": costs.fit}
+        print(json.dumps(result | {"rows": rows, "confirmed": confirmed}, allow_nan=False))
     else:
-        print("\n".join([*_table(rows), *map(_confirmed_text, confirmed)]))
+        head = step_times_text(costs.error, costs.fit)
+        print("\n".join([*head, *_table(rows), *map(_confirmed_text, confirmed)]))
     if any(one["error"] for one in confirmed):
         raise PagellmError("lab: not every policy was confirmed")
 

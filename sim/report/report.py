@@ -174,6 +174,12 @@ def fit_text(fit: FitError | None) -> Iterator[str]:
         yield f"{fit['num_scored']:,} others: {', '.join(errors) or 'not known'}"
 
 
+def step_times_text(error: StepTimeError | None, fit: FitError | None) -> Iterator[str]:
+    """Both, as far as they are known, above a table of replays."""
+    yield from (f"step times: {words}" for words in profile_error_text(error))
+    yield from fit_text(fit)
+
+
 def _extrapolated(count: int, num_steps: int) -> Iterator[tuple[str, str]]:
     if count:
         yield "", f"{count:,} look-ups outside of what was measured, in {num_steps:,} steps"

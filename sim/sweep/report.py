@@ -12,11 +12,10 @@ from typing import Any
 
 from pagellm.sim.report.report import (
     METRICS,
-    fit_text,
     number_text,
-    profile_error_text,
     seconds_text,
     share_text,
+    step_times_text,
     write_page,
 )
 from pagellm.sim.report.schema import short_name
@@ -35,8 +34,7 @@ _Column = tuple[str, Callable[[Point], str]]
 def to_text(result: SweepResult) -> str:
     """Tables for the terminal: the grid, and the capacities where they were searched."""
     lines = [_printable(result.trace), f"simulated on {_printable(result.cost_model)}"]
-    lines += [f"step times: {words}" for words in profile_error_text(result.profile_error)]
-    lines += fit_text(result.fit)
+    lines += step_times_text(result.profile_error, result.fit)
     lines += _left_out(result.points)
     if result.slo is not None:
         lines.append(f"SLO: {result.slo.words()}")

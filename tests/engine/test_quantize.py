@@ -397,6 +397,17 @@ def report_names(directory: Path) -> list[str]:
         return list(checkpoint.tensors)
 
 
+@pytest.mark.parametrize("name", [".", "..", "", "inner/.."])
+def test_a_directory_without_a_name_of_its_own_is_no_output(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner" if name != "inner/.." else tmp_path)
+    assert main(["quantize", str(MODELS / "llama_tiny"), "-o", name, "--kl-tokens", "0"]) == 2
+    assert "expected a name that is free" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["inner"]
+
+
 def test_a_directory_is_not_made_of_or_over_what_it_cannot_be(tmp_path: Path) -> None:
     tiny = str(MODELS / "llama_tiny")
     with pytest.raises(ConfigError, match="type: found 'Q4_0', expected one of F32, F16, BF16"):

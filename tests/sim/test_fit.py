@@ -11,7 +11,7 @@ import pytest
 
 from pagellm.__main__ import main
 from pagellm.engine.errors import ConfigError, TraceError
-from pagellm.sim import CostModel, TraceRequest
+from pagellm.sim import CostModel, TraceRequest, Workload, synthesise
 from pagellm.sim.costs.constants import CONSTANTS
 from pagellm.sim.fit.fit import Fit, _solve, relative_errors, replayed
 from pagellm.sim.fit.formats import load_run, load_runs
@@ -493,6 +493,16 @@ def test_the_command_writes_costs_whose_error_every_report_repeats(
     assert f"TTFT {ttft}, TPOT {tpot}" in capsys.readouterr().out
     assert main([*sweep, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["fit"] == written["fit"]
+
+    busy = tmp_path / "busy.jsonl"
+    synthesise(Workload(num_requests=400, arrivals="poisson:4", output_len="fixed:20")).save(busy)
+    capacity = ["capacity", str(busy), *estimate, "--slo", "ttft=10", "--rate", "4", "--seeds", "1"]
+    policy = Path(__file__).parents[2] / "examples" / "policies" / "lru.py"
+    for command in ([*capacity, "--jobs", "1"], ["lab", str(policy), "--trace", str(trace), *estimate]):
+        assert main(command) == 0
+        assert f"TTFT {ttft}, TPOT {tpot}" in capsys.readouterr().out
+        assert main([*command, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["fit"] == written["fit"]
 
     assert main(["replay", str(trace), *estimate, "--set-cost", "product_bytes=0.5", "--json"]) == 0
     model = json.loads(capsys.readouterr().out)["model"]

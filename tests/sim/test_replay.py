@@ -238,6 +238,15 @@ def test_a_poor_profile_has_to_be_accepted_and_every_report_says_how_poor_it_is(
     assert main(["sweep", trace, *accept, "--jobs", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["profile_error"] == error
 
+    policy = Path(__file__).parents[2] / "examples" / "policies" / "lru.py"
+    lab = ["lab", str(policy), "--trace", trace, "--profile", str(profile)]
+    assert main(lab) == 2
+    assert "--accept-profile-error" in capsys.readouterr().err
+    assert main([*lab, "--accept-profile-error"]) == 0
+    assert capsys.readouterr().out.startswith(f"step times: {SHOWN}\n")
+    assert main([*lab, "--accept-profile-error", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["profile_error"] == error
+
 
 @pytest.mark.filterwarnings("ignore:.*asked for")
 def test_a_good_profile_is_used_as_it_is(
