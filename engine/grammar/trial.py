@@ -4,8 +4,11 @@ A grammar may take llguidance minutes, all memory, or more stack than there is, 
 costs this process alone, and whoever sent it a second. Run as a module it is that process.
 """
 
+import gc
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +22,6 @@ from typing import Any
 from pagellm.engine.errors import EngineError, RequestError
 from pagellm.engine.requests.structured import StructuredOutputs
 
-# With the start of another process, for whom the one before has taken so long, less than a second.
 _TRIAL_S = 0.5
 _START_S = 60.0
 _MEMORY_BYTES = 2 << 30
@@ -29,8 +31,10 @@ _LONGEST_MESSAGE = 300
 
 
 class Trial:
-    """The process, begun when it is needed, and again at once where it has been ended. Safe to use from
-    several threads.
+    """The process, begun when it is needed. Safe to use from several threads.
+
+    It has the vocabulary and forks one child at a time, which does the work; where a grammar has cost one,
+    the next is there within milliseconds, so that nobody waits for a process to start.
 
     tokens: the bytes of each token. special_ids, eos_ids: which of them are no text, and end one.
     """
@@ -43,26 +47,25 @@ class Trial:
         self._vocabulary.flush()
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
-        self._is_ready = False
+        self._control: socket.socket | None = None  # by which it is asked for a child
+        self._connection: Connection | None = None  # to the child
+        self._is_ready = False  # the child has said so
         self._owner = 0  # the process that began it: a fork of that begins one of its own
 
     def grammar_of(self, form: StructuredOutputs) -> str:
         """The grammar of a form, which llguidance has compiled there. Raises `RequestError`."""
         with self._lock:
             try:
-                connection = self._started()
+                connection = self._connected()
                 connection.send_bytes(json.dumps(asdict(form)).encode())
                 answer = connection.recv_bytes() if connection.poll(_TRIAL_S) else None
-            except (EOFError, OSError):  # it has ended
+            except (EOFError, OSError):  # the child has ended
                 answer = b""
             except BaseException:
                 self._end()
                 raise
             if not answer:
-                self._end()
-                with suppress(OSError):
-                    self._begin()
+                self._ask_for_child()
                 why = "more memory or depth than it may have" if answer == b"" else f"more than {_TRIAL_S} s"
                 raise RequestError(f"structured.{form.form}: found one that takes {why} to compile")
         grammar, error = json.loads(answer)
@@ -76,28 +79,31 @@ class Trial:
             self._end()
             self._vocabulary.close()
 
-    def _started(self) -> Connection:
+    def _connected(self) -> Connection:
+        """A child that waits for a form."""
         if self._owner != os.getpid():
-            self._process = self._connection = None
+            self._process = self._control = self._connection = None
         elif self._process is not None and self._process.poll() is not None:
             self._end()
+        if self._process is None:
+            self._begin()
+        elif self._is_ready and self._connection is not None and self._connection.poll():  # it is no more
+            self._ask_for_child()
         try:
-            connection = self._connection or self._begin()
-            self._is_ready = self._is_ready or (
-                connection.poll(_START_S) and connection.recv_bytes() == b"ready"
-            )
+            connection = self._connection
+            if connection is not None and not self._is_ready:
+                self._is_ready = connection.poll(_START_S) and connection.recv_bytes() == b"ready"
         except (EOFError, OSError):
             self._is_ready = False
-        if not self._is_ready:
+        if connection is None or not self._is_ready:
             self._end()
             raise EngineError("structured: the process that tries grammars does not start")
         return connection
 
-    def _begin(self) -> Connection:
+    def _begin(self) -> None:
         """Begins the process, without waiting for it."""
-        ours, theirs = Pipe()
         self._owner = os.getpid()
-        self._connection, self._is_ready = ours, False
+        self._control, theirs = socket.socketpair()
         with theirs:
             descriptors = theirs.fileno(), self._vocabulary.fileno()
             self._process = subprocess.Popen(
@@ -106,19 +112,35 @@ class Trial:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                # Nothing there computes on several threads, and what forks had better have one.
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                    "OPENBLAS_NUM_THREADS": "1",
+                },
                 start_new_session=True,  # the terminal's Ctrl-C is not for it
             )
-        return ours
+        self._ask_for_child()
+
+    def _ask_for_child(self) -> None:
+        """Asks for a new child in the place of the one there may be, without waiting for it."""
+        if self._connection is not None:
+            self._connection.close()
+        self._connection, self._is_ready = None, False
+        ours, theirs = Pipe()
+        with theirs, suppress(OSError):
+            assert self._control is not None
+            socket.send_fds(self._control, [b"\0"], [theirs.fileno()])
+            self._connection = ours
 
     def _end(self) -> None:
         process, self._process = self._process, None
-        connection, self._connection = self._connection, None
+        for end in (self._connection, self._control):  # at which the process ends its child
+            if end is not None:
+                end.close()
+        self._connection = self._control = None
         self._is_ready = False
-        if connection is not None:
-            connection.close()
         if process is not None and self._owner == os.getpid():
-            process.kill()
             process.wait()
 
 
@@ -169,20 +191,43 @@ def _encoder(tokens: Sequence[bytes]) -> Callable[[str], list[int]]:
     return encode
 
 
-def _serve(connection: Connection, vocabulary: int) -> None:
-    with suppress(ImportError, OSError, ValueError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def _fork_children(control: socket.socket, vocabulary: int) -> None:
+    """Forks a child for each descriptor that comes, which ends the one before, until there are no more."""
     from pagellm.engine.grammar.vocabulary import ll_tokenizer
 
     size = os.fstat(vocabulary).st_size  # others read it, too: the place in it is theirs
     hexes, special_ids, eos_ids = json.loads(os.pread(vocabulary, size, 0))
     tokens = list(map(bytes.fromhex, hexes))
     tokenizer = ll_tokenizer(tokens, special_ids, eos_ids, _encoder(tokens))
-    connection.send_bytes(b"ready")
+    gc.freeze()  # memory that all have in common
+    child = 0
+    while True:
+        _, descriptors, *_ = socket.recv_fds(control, 1, 1)
+        if child:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        if not descriptors:
+            return
+        child = os.fork()
+        if not child:
+            control.close()
+            threading.stack_size(_STACK_BYTES)
+            thread = threading.Thread(target=_serve, args=(Connection(descriptors[0]), tokenizer))
+            thread.start()
+            thread.join()
+            os._exit(0)
+        os.close(descriptors[0])
+
+
+def _serve(connection: Connection, tokenizer: Any) -> None:
+    """What a child does."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(EOFError, OSError):
+        connection.send_bytes(b"ready")
         while True:
             connection.send_bytes(
                 json.dumps(_compiled(tokenizer, json.loads(connection.recv_bytes()))).encode()
@@ -190,7 +235,4 @@ def _serve(connection: Connection, vocabulary: int) -> None:
 
 
 if __name__ == "__main__":
-    threading.stack_size(_STACK_BYTES)
-    thread = threading.Thread(target=_serve, args=(Connection(int(sys.argv[1])), int(sys.argv[2])))
-    thread.start()
-    thread.join()
+    _fork_children(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))

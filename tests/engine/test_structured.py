@@ -2,12 +2,15 @@
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -485,6 +488,44 @@ def test_a_form_that_is_given_up_at_its_compilation_leaves_the_next_one_as_it_is
         with pytest.raises(RequestError, match="takes more than"):
             llm.engine.compile_form(StructuredOutputs(regex="[a-y]?" * 40_000))
         llm.engine.compile_form(StructuredOutputs(regex=f"a{{{time.monotonic_ns() % 1000}}}"))
+
+
+def children_of(process_id: int) -> list[int]:
+    path = Path(f"/proc/{process_id}/task/{process_id}/children")
+    if not path.exists():
+        pytest.skip("needs a system that tells of children")
+    return [int(child) for child in path.read_text().split()]
+
+
+def test_hostile_grammars_cost_a_child_each_and_nobody_the_start_of_a_process(llm: LLM) -> None:
+    compiler = GrammarCompiler(llm.tokenizer, llm.tokenizer.vocab_size, 1)
+    compiler.compile(StructuredOutputs(regex="a"))
+    trial = compiler._trial
+    assert trial is not None
+    assert trial._process is not None
+    process_id, seen = trial._process.pid, set[int]()
+    for letter in "xyz":
+        seen.update(children_of(process_id))
+        with pytest.raises(RequestError, match="takes more than"):
+            compiler.compile(StructuredOutputs(regex=f"[a-{letter}]?" * 40_000))
+        compiler.compile(StructuredOutputs(regex=f"a{letter}"))
+        assert trial._process.pid == process_id
+    [child] = children_of(process_id)
+    assert len(seen) == 3
+    assert child not in seen
+    os.kill(child, signal.SIGKILL)  # as a system does that is short of memory
+    while trial._connection is not None and not trial._connection.poll():
+        time.sleep(0.001)
+    compiler.compile(StructuredOutputs(regex="b"))
+    os.kill(process_id, signal.SIGKILL)
+    trial._process.wait()
+    compiler.compile(StructuredOutputs(regex="c"))
+    process_id = trial._process.pid
+    [child] = children_of(process_id)
+    compiler.close()
+    for ended in (process_id, child):
+        with pytest.raises(ProcessLookupError):
+            os.kill(ended, 0)
 
 
 def test_beam_search_takes_no_form() -> None:
