@@ -392,7 +392,7 @@ class Replay:
     def _start_step(self, now: float, replica: Replica) -> Event | None:
         """The replica takes in what came for it, and schedules; what decides nothing it takes in strides."""
         if replica.inbox:
-            self._empty_inbox(now, replica)
+            self._take_in(now, replica)
         scheduler = replica.scheduler
         if not scheduler.has_unfinished:
             replica.is_busy = False
@@ -434,7 +434,8 @@ class Replay:
         When they begin, and how long they take; of the last one it is not sure that it is like the others.
         """
         next_s = self._events[0][0] if self._events else math.inf
-        most = replica.loop.most_alike(batch) if now + duration_s < next_s else 0
+        # What a scheduler that is a step ahead has not taken in is for the next step.
+        most = replica.loop.most_alike(batch) if not replica.inbox and now + duration_s < next_s else 0
         if most < 2:
             return [], []
         durations_s = replica.costs.stride_times(batch, duration_s, most + 1, next_s - now)
@@ -443,8 +444,8 @@ class Replay:
         del times[num_steps + 1 :], durations_s[num_steps:]
         return times, durations_s
 
-    def _empty_inbox(self, now: float, replica: Replica) -> None:
-        for time_s, sequence, request in replica.inbox:
+    def _take_in(self, now: float, replica: Replica) -> None:
+        for time_s, sequence, request in replica.take_in():
             if request is None:
                 if sequence in replica.unfinished:
                     replica.loop.abort(sequence)
@@ -457,7 +458,6 @@ class Replay:
                 if not self._simulator.skip_bad:
                     raise self._error(request, f"{error}; {SKIP_BAD}") from None
                 self._reject(now, replica, sequence, request, time_s)
-        replica.inbox.clear()
 
     def _reject(
         self, now: float, replica: Replica, sequence: Sequence, request: TraceRequest, time_s: float

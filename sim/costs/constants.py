@@ -78,6 +78,10 @@ CONSTANTS = {
     ),
     "sequence_overhead_s": _amount(2e-6, "scheduling and sampling of a sequence: fits the same runs"),
     "frontend_s": _amount(0.0, "HTTP and tokenizer before the engine: none, as where an engine is measured"),
+    "steps_ahead": Constant(
+        1.0, 0.0, 1.0, "that are scheduled when the one before them begins: vLLM since 0.14 (pull request "
+        "27614); a request waits for the step under way and the one behind it"
+    ),
     "memory_utilization": _share(0.9, "of what a device's memory holds: vLLM's gpu_memory_utilization"),
     "driver_bytes": _amount(
         0.45 * _GIB, "of a device's memory that processes do not see: 79.6 GiB of an H100 are 79.2 to CUDA"
@@ -94,6 +98,10 @@ CONSTANTS = {
         24.0, "of a logit of each sequence, with its copies, sorted values and indices: vLLM's profiling run"
     ),
 }  # fmt: skip
+
+
+# Of these, what is 0 or 1.
+SWITCHES = ("steps_ahead",)
 
 
 class Constants:
@@ -130,6 +138,8 @@ class Constants:
                 expected = f"one of {', '.join((*self.formats, *CONSTANTS))}"
                 raise ConfigError(f"roofline: found {found(name)}, expected {expected}")
             _, low, high, _ = CONSTANTS[name]
+            if name in SWITCHES and value not in (0, 1):
+                raise ConfigError(f"{name}: found {found(value)}, expected 0 or 1")
             words = "a number above 0 and up to 1" if high == 1 else "a finite number from 0"
             words += f" to {high:g}" if 1 < high < LARGEST else ""
             self._values[name] = number(name, value, low, high, error=ConfigError, expected=words)

@@ -86,9 +86,10 @@ class CostModel(ABC):
     constants that were fitted to a recorded run.
     frontend_s: seconds from a client's sending to an engine's having a request. place: the file that it is
     from. max_model_len: tokens that the model takes, if that is known. window: of the model, if that is
-    known: see `EngineConfig`. model_name: as a request may name it. num_devices: of one replica. num_stages:
-    of its pipeline; data_parallel: its ranks. power_w, idle_power_w: of a device while it computes, and while
-    it does not, if that is known.
+    known: see `EngineConfig`. model_name: as a request may name it. schedules_ahead: whether a step is
+    scheduled when the one before it begins, so that what comes in between is for the one behind it.
+    num_devices: of one replica. num_stages: of its pipeline; data_parallel: its ranks. power_w, idle_power_w:
+    of a device while it computes, and while it does not, if that is known.
     """
 
     name: str
@@ -100,6 +101,7 @@ class CostModel(ABC):
     max_model_len: int | None = None
     window: int | None = None
     model_name: str | None = None
+    schedules_ahead: bool = False
     num_devices: int = 1
     num_stages: int = 1
     data_parallel: int = 1

@@ -120,6 +120,8 @@ class RooflineCostModel(CostModel):
         self._overhead_s = c["step_overhead_s"] + model.num_layers * c["layer_overhead_s"]
         self._sequence_overhead_s = c["sequence_overhead_s"]
         self.frontend_s = c["frontend_s"]
+        # Batches of a pipeline follow each other anyway.
+        self.schedules_ahead = bool(c["steps_ahead"]) and pipeline_parallel == 1
         self._copy_block_s = 0.0
         self._attention: list[tuple[int, float, float, float, float]] = []
         self._set_windows(0)

@@ -232,7 +232,7 @@ class MovingReplay(Replay):
         steps = []
         for replica in instance.replicas:
             if replica.inbox:
-                self._empty_inbox(now, replica)
+                self._take_in(now, replica)
             replica.is_busy = replica.scheduler.has_unfinished
             if not replica.is_busy:
                 continue
@@ -435,8 +435,7 @@ class MovingReplay(Replay):
         not_added.update(sequence for sequence in there if self._journeys[sequence].is_under_way)
         num_computed = {sequence: sequence.num_computed_tokens for sequence in there}
         replica.unfinished.clear()
-        replica.inbox.clear()
-        replica.is_busy = False
+        replica.forget()
         replica.loop.lose(sequence for sequence in there if sequence not in not_added)
         self.metrics.note_blocks(replica.number)
         for journey in [one for one in self._journeys.values() if one.source is replica]:

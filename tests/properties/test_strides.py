@@ -119,16 +119,20 @@ def loads(draw: st.DrawFn) -> dict[str, Any]:
         "timeout_s": draw(st.sampled_from([None, None, 0.3, 2.0])),
         "slo": draw(st.sampled_from([None, {"tpot_s": 0.007, "ttft_s": 0.5}])),
         "skip_bad": True,
+        "steps_ahead": draw(st.sampled_from([0, 1])),
     }
 
 
-def costs_of(kind: type[RooflineCostModel], model: str, window: int | None) -> RooflineCostModel:
+def costs_of(
+    kind: type[RooflineCostModel], model: str, window: int | None, steps_ahead: int = 0
+) -> RooflineCostModel:
     """Step times that differ with every token of a context."""
     decoder = load_model(model)
     layers = tuple(replace(layer, window=window or 0) for layer in decoder.layers)
     if window is None:  # of two kinds, of which one sees less
         layers = (replace(layers[0], window=50), *layers)
-    return kind(load_hardware("mi300x"), replace(decoder, layers=layers), memory_utilization=0.99)
+    constants = {"memory_utilization": 0.99, "steps_ahead": steps_ahead}
+    return kind(load_hardware("mi300x"), replace(decoder, layers=layers), **constants)
 
 
 def replayed(
@@ -144,8 +148,9 @@ def replayed(
     with TemporaryDirectory() as folder:
         paths = {name: Path(folder, name) for name in ("step_log", "results", "perfetto")}
         settings = EngineConfig(**config, max_model_len=1000, step_log=str(paths["step_log"]))
-        costs = costs_of(kind, model, config["window"])
-        options = load | {"results": paths["results"], "perfetto": paths["perfetto"]}
+        options = dict(load)
+        costs = costs_of(kind, model, config["window"], options.pop("steps_ahead", 0))
+        options |= {"results": paths["results"], "perfetto": paths["perfetto"]}
         left: dict[str, Any] = {}
         try:
             if fleet is None:

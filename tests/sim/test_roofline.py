@@ -241,6 +241,13 @@ def test_a_front_end_delays_what_a_client_sees_of_the_first_token(clients: int |
     assert delayed["duration_s"] == pytest.approx(plain["duration_s"] + waits * 0.25)
 
 
+def test_an_engine_on_a_gpu_schedules_a_step_ahead_unless_it_is_said_not_to() -> None:
+    assert CostModel.roofline("l4", "smollm2-135m").schedules_ahead
+    assert not CostModel.roofline("l4", "smollm2-135m", steps_ahead=0).schedules_ahead
+    assert not CostModel.roofline("l4", "smollm2-135m", pipeline_parallel=2).schedules_ahead
+    assert not CostModel.roofline("epyc-9654", "smollm2-135m").schedules_ahead
+
+
 def test_the_known_machines_and_models_have_sources() -> None:
     data = known()
     assert all(entry["source"] for kind in data.values() for entry in kind.values())
@@ -336,6 +343,7 @@ def test_an_estimate_that_cannot_be_is_refused(arguments: tuple[Any, ...], messa
         ({"product_flops": 0}, "product_flops: found 0, expected a number above 0 and up to 1"),
         ({"product_flops": 1.01}, "product_flops: found 1.01, expected a number above 0 and up to 1"),
         ({"product_flops": "half"}, "product_flops: found 'half', expected a number above 0 and up to 1"),
+        ({"steps_ahead": 0.5}, "steps_ahead: found 0.5, expected 0 or 1"),
         ({"step_overhead_s": -1}, "step_overhead_s: found -1, expected a finite number from 0"),
         (
             {"efficency": 0.5},
@@ -405,7 +413,7 @@ def test_the_command_takes_files_and_constants_and_says_which_are_assumed(
     command += ["--set-cost", "step_overhead_s=0.25", "--report", str(page), "-o", str(report)]
     assert main(command) == 0
     shown = capsys.readouterr().out
-    assert "step times    estimated; 21 of 22 constants are assumed, not measured" in shown
+    assert "step times    estimated; 22 of 23 constants are assumed, not measured" in shown
     data = load_report(report).data
     assert data["model"].endswith(
         "config.json on 2 x l4, roofline of assumed constants, with kv=fp8, step_overhead_s=0.25"

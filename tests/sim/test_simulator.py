@@ -70,6 +70,36 @@ class Run:
         return [(r["id"], r["outcome"], r.get("last_token_s")) for r in self.results]
 
 
+class Ahead(Seconds):
+    """Of an engine that schedules a step when the one before it begins."""
+
+    schedules_ahead = True
+
+
+def test_what_comes_in_a_step_waits_for_the_one_after_next_of_an_engine_that_is_a_step_ahead(
+    tmp_path: Path,
+) -> None:
+    # The first finds nothing under way. What comes at 0.5 and 1, while the first step is under way or as it
+    # ends, is not in the second, which was scheduled at 0; at 1.5, not in the third. Behind the first two,
+    # which are over at 4 and 3, nothing is under way when the last comes.
+    trace = trace_of((0, 5, 4), (0.5, 6, 1), (1.0, 7, 1), (1.5, 8, 1), (9, 9, 1))
+    run = Run(trace, tmp_path, cost_model=Ahead())
+    assert run.events() == [
+        (0.0, [(0, 5)]),
+        (1.0, [(0, 1)]),
+        (2.0, [(0, 1), (1, 6), (2, 7)]),
+        (3.0, [(0, 1), (3, 8)]),
+        (9.0, [(4, 9)]),
+    ]
+    plain = Run(trace, tmp_path)
+    assert plain.events()[1:3] == [(1.0, [(0, 1), (1, 6), (2, 7)]), (2.0, [(0, 1), (3, 8)])]
+
+
+def test_an_engine_that_is_a_step_ahead_takes_all_in_where_nothing_goes_on(tmp_path: Path) -> None:
+    run = Run(trace_of((0, 5, 1), (0.5, 6, 1), (0.7, 7, 1)), tmp_path, cost_model=Ahead())
+    assert run.events() == [(0.0, [(0, 5)]), (1.0, [(1, 6), (2, 7)])]
+
+
 def test_one_request_alone(tmp_path: Path) -> None:
     run = Run(trace_of((2.5, 6, 3)), tmp_path)
     assert run.events() == [(2.5, [(0, 6)]), (3.5, [(0, 1)]), (4.5, [(0, 1)])]
