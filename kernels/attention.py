@@ -36,7 +36,7 @@ from pagellm.kernels.attention_products import (
     tile_blocks,
     values_of_keys,
 )
-from pagellm.kernels.jit import kernel, plain, shared
+from pagellm.kernels.jit import kernel, kernel_apart, plain, shared
 from pagellm.kernels.kv_cache import key_words, value_words
 from pagellm.kernels.packing import (
     BLOCK,
@@ -397,7 +397,7 @@ def _attend_chunk(heads, cache, block_table, item, first_key, end_key, scratch, 
         tile_start, blocks = tile_end, following
 
 
-@kernel
+@kernel_apart
 def attention(
     counters, heads_per_item, heads, queries, row_stride, cache, block_tables, tiles, states, scratch
 ):  # fmt: skip

@@ -12,7 +12,8 @@ tried out when this is imported, and else by Numba's own way: the same code, in 
 
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ import numba
 from numba.core.bytecode import FunctionIdentity
 from numba.extending import register_jitable
 
+from pagellm.kernels.second_process import SecondProcess
 from pagellm.kernels.simd.llvm import CHECKED
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -39,28 +41,28 @@ _entry_points: list[Any] = []
 FunctionIdentity._unique_ids = count(secrets.randbits(60))
 
 
-def _quick_kernel() -> Any:
-    """`QuickKernel`, or None, and a line on standard error, where it does not suit this Numba."""
+def _quick_kernels() -> tuple[Any, Any]:
+    """`QuickKernel` and `ApartKernel`, or None, and a line on standard error, where Numba is another."""
     try:
-        from pagellm.kernels.quick_jit import QuickKernel, try_out
+        from pagellm.kernels.quick_jit import ApartKernel, QuickKernel, try_out
 
         try_out(**_SETTINGS)
-        return QuickKernel
+        return QuickKernel, ApartKernel
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         print(
             f"pagellm: Numba {numba.__version__} compiles kernels its own way, which takes longer ({reason})",
             file=sys.stderr,
         )
-        return None
+        return None, None
 
 
-_QuickKernel = _quick_kernel()
+_QuickKernel, _ApartKernel = _quick_kernels()
 
 
-def _compiled(function: Callable[..., Any], **settings: Any) -> Any:
-    if _QuickKernel is not None:
-        return _QuickKernel(function, **_SETTINGS, **settings)
+def _compiled(function: Callable[..., Any], kind: Any = _QuickKernel, **settings: Any) -> Any:
+    if kind is not None:
+        return kind(function, **_SETTINGS, **settings)
     dispatcher = numba.njit(**_SETTINGS, **settings)(function)
     dispatcher.alone = dispatcher
     return dispatcher
@@ -69,6 +71,26 @@ def _compiled(function: Callable[..., Any], **settings: Any) -> Any:
 def kernel(function: Callable[..., Any]) -> Any:
     """Compiles a function that other kernels call; `alone` is what Python calls."""
     return _compiled(function)
+
+
+def kernel_apart(function: Callable[..., Any]) -> Any:
+    """Compiles a kernel without a result, which a second process may do while this one goes on."""
+    return _compiled(function, _ApartKernel)
+
+
+@contextmanager
+def two_processes() -> Iterator[None]:
+    """Compiles with a second process from now on, where there can be one: see `kernels.second_process`."""
+    second = None
+    if _ApartKernel is not None:
+        with suppress(OSError):
+            _ApartKernel.second = second = SecondProcess()
+    try:
+        yield
+    finally:
+        if second is not None:
+            _ApartKernel.second = None
+            second.close()
 
 
 def inlined(function: Callable[..., Any]) -> Any:

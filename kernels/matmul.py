@@ -16,7 +16,7 @@ from pagellm.kernels.expansion import (
     is_expanded,
     prepare_blocks,
 )
-from pagellm.kernels.jit import kernel, plain, shared
+from pagellm.kernels.jit import kernel, kernel_apart, plain, shared
 from pagellm.kernels.matmul_tiles import (
     INT_HEIGHTS,
     LEVEL_ROWS,
@@ -191,7 +191,7 @@ def _prefetching(format, M, few_rows, size):
     return (_PREFETCH_WORDS if few_rows else 0), PANEL
 
 
-@kernel
+@kernel_apart
 def _multiply_rows(
     format, rows, M, x, x_start, K, weights, start, distance, step, bias_start, out, out_start, out_stride,
     accumulate, scratch

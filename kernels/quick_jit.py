@@ -11,11 +11,17 @@ from functools import cached_property
 from typing import Any
 
 import numba
-from llvmlite.binding import Linkage
+from llvmlite.binding import Linkage, parse_bitcode
+from numba import types
+from numba.core.bytecode import FunctionIdentity
 from numba.core.codegen import CPUCodeLibrary, JITCodeLibrary
-from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core.compiler import CompilerBase, DefaultPassBuilder, compile_result
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.funcdesc import ExternalFunctionDescriptor
 from numba.core.registry import CPUDispatcher
 from numba.core.sigutils import normalize_signature
+
+from pagellm.kernels.second_process import Code, SecondProcess
 
 
 class _LinkedLibrary(JITCodeLibrary):
@@ -52,6 +58,24 @@ class _LinkedLibrary(JITCodeLibrary):
                 yield library
                 if isinstance(library, _LinkedLibrary):
                     yield from library._called(seen)
+
+
+class _PromisedLibrary(JITCodeLibrary):
+    """Code that is there by the time when it is linked. code: gives it; its function gets this one's name."""
+
+    code: Callable[[], Code]
+
+    def __init__(self, codegen: Any, name: str) -> None:
+        super().__init__(codegen, name)
+        self._finalized = True
+
+    def _get_module_for_linking(self) -> Any:
+        if self._shared_module is None:
+            name, bitcode = self.code()
+            module = parse_bitcode(bitcode)
+            module.get_function(name).name = self.name
+            self._shared_module = module
+        return self._shared_module
 
 
 class _KernelCompiler(CompilerBase):
@@ -91,6 +115,61 @@ class QuickKernel(CPUDispatcher):
         arguments, _ = normalize_signature(signature)
         result: Any = self.overloads[tuple(arguments)]
         return result.fndesc
+
+
+class ApartKernel(QuickKernel):
+    """A kernel without a result, whose callers are compiled before it if `second` compiles it meanwhile."""
+
+    second: SecondProcess | None = None
+
+    def compile(self, signature: Any) -> Any:
+        arguments = tuple(normalize_signature(signature)[0])
+        with global_compiler_lock:
+            if self.second is not None and arguments not in self.overloads:
+                self.add_overload(self._promised(arguments, self.second))
+        return super().compile(signature)
+
+    def anew(self) -> QuickKernel:
+        """The same kernel, of which nothing is compiled yet."""
+        return QuickKernel(self.py_func, **self._settings)
+
+    def _promised(self, arguments: tuple[Any, ...], second: SecondProcess) -> Any:
+        target: Any = self.targetctx
+        codegen = target.codegen()
+        function, machine = self.py_func, codegen.magic_tuple()
+        name = FunctionIdentity.from_function(function).unique_name  # in this process and among others
+        descriptor = ExternalFunctionDescriptor(f"{function.__module__}.{name}", types.none, arguments)
+        number = second.ask(function.__module__, function.__qualname__, arguments, machine)
+        library = _PromisedLibrary(codegen, descriptor.mangled_name)
+        library.code = lambda: second.answer(number) or code_of(self, arguments, machine)
+        return compile_result(
+            typing_context=self.typingctx,
+            target_context=target,
+            entry_point=descriptor,
+            signature=types.none(*arguments),
+            objectmode=False,
+            fndesc=descriptor,
+            library=library,
+        )
+
+
+def code_of(kernel: ApartKernel, arguments: tuple[Any, ...], machine: Any) -> Code:
+    """Compiles a kernel for some types of arguments.
+
+    Raises `ValueError` if this process does not compile for the machine that is meant, as Numba's
+    `magic_tuple` has it, and `TypeError` if the kernel has a result.
+    """
+    target: Any = kernel.targetctx
+    own = target.codegen().magic_tuple()
+    if own != machine:
+        raise ValueError(f"the machine: found {machine}, expected {own}")
+    compiled = kernel.anew()
+    compiled.compile(arguments)
+    result: Any = compiled.overloads[arguments]
+    if result.signature.return_type != types.none:
+        raise TypeError(f"the result of {kernel}: found {result.signature.return_type}, expected none")
+    result.library.finalize()
+    return result.fndesc.mangled_name, result.library._get_module_for_linking().as_bitcode()
 
 
 def try_out(**settings: Any) -> None:

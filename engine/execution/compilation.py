@@ -4,11 +4,9 @@ All models share one compiled step, because its signature depends on no model; s
 model, run through the ordinary runner, compiles everything.
 """
 
-import gc
 import hashlib
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from numba.core import event
 
 from pagellm import kernels
 from pagellm.engine.cache import cache_dir
-from pagellm.engine.config import EngineConfig
+from pagellm.engine.config import EngineConfig, usable_cores
 from pagellm.engine.errors import ConfigError
 from pagellm.engine.execution.kernel_cache import KernelStore, say_not_kept
 from pagellm.engine.execution.model_runner import ModelRunner
@@ -30,11 +28,13 @@ from pagellm.engine.scheduling.sequence import Sequence
 from pagellm.kernels.activation import SILU
 from pagellm.kernels.architecture import Architecture, Weights, lay_out, layer_rows
 from pagellm.kernels.encoding import encode
-from pagellm.kernels.jit import cache_compiled
+from pagellm.kernels.jit import cache_compiled, two_processes
 from pagellm.kernels.packing import FLOAT32, aligned_zeros, pack_blocks
+from pagellm.kernels.second_process import rare_collections
 from pagellm.kernels.simd.llvm import CHECKED
 
-# What a full compilation reports; a wrong number only makes the bar end early or late.
+# What a full compilation reports here, with a second process; a wrong number only makes the bar end early or
+# late.
 _NUM_COMPILATIONS = 150
 
 _ready = False
@@ -54,7 +54,7 @@ def compile_kernels(show: bool = True) -> Path | None:
     store = _open_store()
     if store is not None:
         cache_compiled(store.cache_of)
-    with _CompilationProgress(show), _rare_collections():
+    with _Compilation(show), rare_collections():
         _run_tiny_model()
     _directory = store.directory if store is not None and store.is_complete else None
     _ready = True
@@ -80,20 +80,6 @@ def _sources_key() -> str:
     for path in sorted(Path(kernels.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-@contextmanager
-def _rare_collections() -> Iterator[None]:
-    """Has Python look for cyclic garbage rarely: else that is a seventh of what compilation takes.
-
-    A compiler makes many objects that stay. Collections are not turned off, which would cost 200 MiB.
-    """
-    thresholds = gc.get_threshold()
-    gc.set_threshold(100_000, 1000, 1000)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*thresholds)
 
 
 def _run_tiny_model() -> None:
@@ -130,8 +116,8 @@ def _run_tiny_model() -> None:
     pack_blocks(FLOAT32, *encode(FLOAT32, np.zeros((1, 16), np.float32)), 0, 0, 16, values.view(np.uint32), 0)
 
 
-class _CompilationProgress(event.Listener):
-    """A progress bar that appears with the first compilation, and not at all if everything is cached."""
+class _Compilation(event.Listener):
+    """A progress bar and a second process, from the first compilation on; neither if everything is cached."""
 
     def __init__(self, show: bool) -> None:
         self._show = show
@@ -146,6 +132,8 @@ class _CompilationProgress(event.Listener):
 
     def on_start(self, _event: event.Event) -> None:
         if self._advance is None:
+            if usable_cores() > 1:
+                self._stack.enter_context(two_processes())
             label = "Compiling kernels, once for this machine"
             self._advance = self._stack.enter_context(progress(label, _NUM_COMPILATIONS, show=self._show))
 
