@@ -84,7 +84,11 @@ class LiveFeed:
                 "used": usage.used, "shared": usage.shared, "cached": manager.num_cached_blocks,
                 "states": _runs_of_states(manager.states()),
             },
-            "cache": {"queries": stats.queries, "hits": stats.hits},
+            "cache": {"queries": stats.queries, "hits": stats.hits, "host_hits": stats.host_hits},
+            "tier": manager.num_swap_blocks and {
+                "num": manager.num_swap_blocks, "swapped": usage.swap_used, "cached": usage.swap_cached,
+                "offloads": manager.offloads,
+            },
             "running": [_shown(sequence) for sequence in islice(running, _MOST_SHOWN)],
             "num_running": len(running),
             "waiting": [_shown(sequence) for sequence in waiting[:_MOST_SHOWN]],

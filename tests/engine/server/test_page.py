@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from pagellm.engine import LLM, SamplingParams
-from tests.engine.server.conftest import eventually
-from tests.engine.server.test_clients import request
+from tests.engine.server.conftest import eventually, serving, wait_until_ready
+from tests.engine.server.test_clients import ask, request
 from tests.engine.server.test_lifetime import open_stream
 from tests.sim.browser import Driven, browse_address
 
@@ -103,6 +103,31 @@ def test_the_page_shows_it(server: Any, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert width <= max(int(size.split(",")[0]), 500)  # the least that a browser without a window has
 
 
+def test_a_second_tier_is_shown_and_what_was_found_there(thinker: Path, tmp_path: Path) -> None:
+    settings = {"num_blocks": 8, "block_size": 8, "num_swap_blocks": 12, "enable_hierarchical_cache": True}
+    with serving(lambda: LLM(thinker, show_progress=False, **settings), "tiny") as server:
+        wait_until_ready(server)
+        for first in (1, 2, 1):
+            ask(server, "/v1/completions", {"prompt": [first] * 50, "max_tokens": 1})
+        manager = server.llm.engine.block_manager
+        feed = snapshots(server)
+        shown = next(feed)
+        feed.close()  # type: ignore[attr-defined]
+        assert shown["cache"] == {"queries": 150, "hits": 48, "host_hits": manager.stats.host_hits}
+        assert 0 < manager.stats.host_hits <= 48
+        assert shown["tier"] == {
+            "num": 12, "swapped": 0, "cached": manager.num_offloaded_blocks, "offloads": True
+        }  # fmt: skip
+        with Driven(f"{server.url}/", tmp_path, 390, 844) as page:
+            page.until("$('figures').children.length")
+            cells = page.evaluate("[...$('figures').children].map(one => one.textContent)")
+            assert f"of it, second tier{manager.stats.host_hits / 1.5:.1f} % of prompts" in cells
+            told = f"; second tier: 12, 0 of swapped requests, {manager.num_offloaded_blocks} cached"
+            assert page.evaluate("$('blocks').textContent").endswith(told)
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390
+            assert page.console == []
+
+
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
 def test_the_chat_box_talks_with_the_model(
     server: Any, llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, height: int
@@ -124,6 +149,10 @@ def test_the_chat_box_talks_with_the_model(
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         page.evaluate("$('anew').click()")
         assert page.evaluate("[messages.length, $('talk').children.length]") == [0, 0]
+        # What cannot be answered is told, and is no part of what the model hears next.
+        page.evaluate("$('say').value = 'word '.repeat(500); $('chat').requestSubmit()")
+        page.until("$('stop').hidden && $('talk').lastChild?.className === 'error'")
+        assert page.evaluate("messages.length") == 0
         # An answer is stopped in its midst, which frees what it held.
         monkeypatch.setattr(
             server.llm.engine, "generation_defaults", {"temperature": 0.0, "ignore_eos": True}
