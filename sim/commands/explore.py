@@ -14,7 +14,8 @@ from pagellm.engine.errors import ConfigError, PagellmError
 from pagellm.engine.scheduling.policies import POLICIES
 from pagellm.sim.commands.sweep import add_step_times, cost_source
 from pagellm.sim.commands.trace import add_trace_input, load_trace
-from pagellm.sim.sweep.grid import Grid, simulator
+from pagellm.sim.sweep.grid import Grid
+from pagellm.sim.sweep.serving import Serving, load_costs
 from pagellm.sim.traces.trace import Trace
 
 if TYPE_CHECKING:
@@ -51,25 +52,25 @@ def _explore(options: argparse.Namespace) -> None:
 
 def make_explorer(options: argparse.Namespace) -> "Explorer":
     """What serves the page, of the command's options. Raises `PagellmError`."""
-    costs = cost_source(options).load()
-    costs.check_error(options.accept_profile_error)
+    costs = cost_source(options)
+    load_costs(costs).check_error(options.accept_profile_error)
     trace = load_trace(options)
     trace = trace if options.limit is None else trace.limited(options.limit)
     next(iter(trace))
-    return Explorer(trace, costs, options.skip_bad)
+    return Explorer(trace, Serving(costs), options.skip_bad)
 
 
 class Explorer:
     """Replays one trace, one replay at a time, and knows how far it is."""
 
-    def __init__(self, trace: Trace, costs: Any, skip_bad: bool = False) -> None:
-        self._trace, self._costs, self._skip_bad = trace, costs, skip_bad
+    def __init__(self, trace: Trace, serving: Serving, skip_bad: bool = False) -> None:
+        self._trace, self._serving, self._skip_bad = trace, serving, skip_bad
         self._lock = threading.Lock()
         self.progress = {"ended": 0, "now_s": 0.0}
 
     def page(self) -> str:
         """The page with its controls."""
-        blocks = simulator({}, self._costs).config.num_blocks
+        blocks = self._serving.simulator({}).config.num_blocks
         options = "".join(f"<option>{html.escape(name)}</option>" for name in POLICIES)
         text = _PAGE.read_text("utf-8").replace("{{policies}}", options)
         return text.replace("{{blocks}}", str(blocks)).replace("{{trace}}", html.escape(self._trace.name))
@@ -84,7 +85,7 @@ class Explorer:
             raise ConfigError(f"policy: found {settings['policy']!r}, expected one of {', '.join(POLICIES)}")
         with self._lock, tempfile.TemporaryDirectory() as directory:
             self.progress = {"ended": 0, "now_s": 0.0}
-            replayer = simulator(settings, self._costs, self._skip_bad)
+            replayer = self._serving.simulator(settings, skip_bad=self._skip_bad)
             report = replace(replayer, progress=self._note).replay(self._trace)
             path = Path(directory) / "report.html"
             report.to_html(path)

@@ -11,7 +11,8 @@ from pagellm.sim.commands.sweep import add_accept_profile_error, add_roofline, c
 from pagellm.sim.lab import Confirmation, Entry, entries, replay, small
 from pagellm.sim.report.report import number_text, seconds_text, step_times_text, to_html
 from pagellm.sim.report.schema import Report
-from pagellm.sim.sweep.grid import REPLAY_SETTINGS, SWEEP_SETTINGS, Grid
+from pagellm.sim.sweep.grid import Grid
+from pagellm.sim.sweep.serving import CONFIG_TYPES
 from pagellm.sim.traces.trace import Trace
 
 
@@ -82,7 +83,7 @@ def _given(texts: list[str]) -> dict[str, Any]:
     """The settings of the engine that are for all policies. Raises `ConfigError`."""
     grid = Grid.parse(texts)
     for name in grid.axes:
-        if name in REPLAY_SETTINGS + SWEEP_SETTINGS:
+        if name not in CONFIG_TYPES:
             raise ConfigError(f"set: found key {name!r}, expected a setting of the engine")
     if len(grid) != 1:
         raise ConfigError("set: found several values of a setting, expected one, which is for all policies")

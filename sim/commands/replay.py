@@ -12,12 +12,17 @@ from pagellm.engine.commands.flags import Flag, add_flags
 from pagellm.engine.config import DEFAULT_MODEL, EngineConfig
 from pagellm.engine.errors import ConfigError, TraceError
 from pagellm.engine.user_policy import import_policy
-from pagellm.sim.commands.sweep import add_accept_profile_error, add_roofline, cost_source
+from pagellm.sim.commands.sweep import (
+    add_accept_profile_error,
+    add_fleet,
+    add_roofline,
+    cost_source,
+    has_step_times,
+)
 from pagellm.sim.commands.trace import PROGRESS_INTERVAL_S, add_trace_input, list_skipped, load_trace
 from pagellm.sim.costs.cost_model import CostModel
-from pagellm.sim.costs.devices import known
 from pagellm.sim.costs.profile import ProfileCostModel
-from pagellm.sim.fleet.fleet import disaggregated, known_link
+from pagellm.sim.fleet.fleet import disaggregated, known_link, parse_disaggregation
 from pagellm.sim.report.metrics import SLO_NAMES
 from pagellm.sim.report.report import compare, compare_json, to_html, to_text
 from pagellm.sim.report.schema import Report, load_report
@@ -48,15 +53,7 @@ def add_replay(commands: "argparse._SubParsersAction[Any]") -> None:
         "--router", default="round_robin", metavar="NAME",
         help=f"{', '.join(ROUTERS)}, or a Router of your own as module:Class or path/file.py:Class",
     )  # fmt: skip
-    load.add_argument(
-        "--fleet", metavar="FILE",
-        help="replicas that differ, as TOML or JSON; step times and settings are those of groups without any",
-    )  # fmt: skip
-    load.add_argument(
-        "--disaggregate", type=_disaggregation, metavar="P:D",
-        help="P replicas that compute prompts, and D that go on with them, over --link",
-    )  # fmt: skip
-    load.add_argument("--link", metavar="NAME", help=f"what KV goes over: {', '.join(known()['links'])}")
+    add_fleet(load)
     load.add_argument("--price", type=float, metavar="X", help="of a device an hour, in any unit")
     load.add_argument("--timeout-s", type=float, metavar="S", help="seconds after which a client gives up")
     results = replay.add_argument_group("results")
@@ -89,13 +86,6 @@ def _slo(text: str) -> dict[str, float]:
         except ValueError:
             raise argparse.ArgumentTypeError(f"{name}: found {number!r}, expected seconds") from None
     return limits
-
-
-def _disaggregation(text: str) -> tuple[int, int]:
-    prefill, _, decode = text.partition(":")
-    if not (prefill.isdecimal() and decode.isdecimal() and int(prefill) and int(decode)):
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected P:D, two numbers of replicas from 1")
-    return int(prefill), int(decode)
 
 
 def _flag(name: str) -> str:
@@ -169,7 +159,7 @@ def _simulator(options: argparse.Namespace, **others: Any) -> Simulator:
         config = alike.settings(given_settings(options))
         if options.disaggregate is None:
             return Simulator(config, alike, **others)
-        prefill, decode = options.disaggregate
+        prefill, decode = parse_disaggregation(options.disaggregate)
         price = others.pop("price_per_h")
         fleet = disaggregated(alike, config, prefill, decode, known_link(options.link), price)
         return Simulator.of_fleet(fleet, **others)
@@ -177,29 +167,13 @@ def _simulator(options: argparse.Namespace, **others: Any) -> Simulator:
         raise ConfigError("--disaggregate: not with --fleet, whose groups have roles")
     from pagellm.sim.fleet.file import read_fleet
 
-    has_costs = options.profile is not None or options.roofline is not None
-    of_costs = (
-        "set_cost",
-        "costs",
-        "pipeline_parallel",
-        "data_parallel",
-        "model",
-        "quantization",
-        "num_threads",
-    )
-    for name in of_costs:
-        if _is_given(options, name) and not has_costs:
-            raise ConfigError(f"{_flag(name)}: not without step times of all groups; a group has its own")
+    has_costs = has_step_times(options, "model", "quantization", "num_threads")
     costs = _cost_model(options) if has_costs else None
     fleet = read_fleet(options.fleet, costs, given_settings(options))
     return Simulator.of_fleet(fleet, **others)
 
 
 def _cost_model(options: argparse.Namespace) -> CostModel:
-    if (options.profile is None) == (options.roofline is None):
-        raise ConfigError(
-            "--profile, --roofline, --real: expected one of them, for what step times come from"
-        )
     costs = cost_source(options).load()
     if isinstance(costs, ProfileCostModel):
         if options.model not in (None, costs.model):

@@ -10,17 +10,12 @@ from pagellm.engine.errors import ConfigError, PagellmError
 from pagellm.sim.commands.trace import add_trace_input
 from pagellm.sim.costs.constants import CHOICES, CONSTANTS, FORMATS, parse_constants
 from pagellm.sim.costs.cost_model import MAX_PROFILE_ERROR
+from pagellm.sim.costs.devices import known
 from pagellm.sim.costs.source import CostSource
 from pagellm.sim.sweep.file import Point
-from pagellm.sim.sweep.grid import (
-    REPLAY_SETTINGS,
-    SLO_LATENCIES,
-    SLO_STATISTICS,
-    SWEEP_SETTINGS,
-    Grid,
-    Slo,
-)
+from pagellm.sim.sweep.grid import SLO_LATENCIES, SLO_STATISTICS, Grid, Slo
 from pagellm.sim.sweep.report import to_html, to_json, to_text, words
+from pagellm.sim.sweep.serving import REPLAY_SETTINGS, SWEEP_SETTINGS
 from pagellm.sim.sweep.sweep import Sweep, SweepResult, TraceFile
 
 
@@ -31,10 +26,11 @@ def add_sweep(commands: "argparse._SubParsersAction[Any]") -> None:
     sweep.add_argument(
         "--set", action="append", default=[], metavar="KEY=V1,V2,...", dest="grid",
         help="values of a setting: any of the engine's, or "
-        f"{', '.join(REPLAY_SETTINGS + SWEEP_SETTINGS)}; may be "
-        "given repeatedly, every combination is replayed",
+        f"{', '.join((*REPLAY_SETTINGS, *SWEEP_SETTINGS))}, or of a fleet's file GROUP.KEY, such as "
+        "large.count; may be given repeatedly, every combination is replayed",
     )  # fmt: skip
     add_step_times(sweep)
+    add_fleet(sweep)
     sweep.add_argument(
         "--slo", metavar="NAME=SECONDS,...",
         help=f"limits that a good point keeps, such as ttft_p99=1.0,tpot_p99=0.1; of "
@@ -54,11 +50,24 @@ def add_sweep(commands: "argparse._SubParsersAction[Any]") -> None:
 
 
 def add_step_times(parser: argparse.ArgumentParser) -> None:
-    """Adds what step times come from: --profile or --roofline, one of which is needed."""
-    costs = parser.add_mutually_exclusive_group(required=True)
+    """Adds what step times come from: --profile or --roofline, one of which is needed without a fleet."""
+    costs = parser.add_mutually_exclusive_group()
     costs.add_argument("--profile", metavar="FILE", help="step times: a profile or a step log")
     add_roofline(costs, parser)
     add_accept_profile_error(parser)
+
+
+def add_fleet(parser: "argparse._ActionsContainer") -> None:
+    """Adds --fleet, --disaggregate and --link."""
+    parser.add_argument(
+        "--fleet", metavar="FILE",
+        help="replicas that differ, as TOML or JSON; step times and settings are those of groups without any",
+    )  # fmt: skip
+    parser.add_argument(
+        "--disaggregate", metavar="P:D",
+        help="P replicas that compute prompts, and D that go on with them, over --link",
+    )  # fmt: skip
+    parser.add_argument("--link", metavar="NAME", help=f"what KV goes over: {', '.join(known()['links'])}")
 
 
 def add_replays(parser: argparse.ArgumentParser) -> None:
@@ -79,9 +88,9 @@ def add_replays(parser: argparse.ArgumentParser) -> None:
 
 
 def make_sweep(options: argparse.Namespace, grid: Grid, slo: Slo | None, progress: "Progress") -> Sweep:
-    """The sweep of the options of a trace, `add_step_times` and `add_replays`; policies are imported.
+    """The sweep of the options of a trace, `add_step_times`, `add_fleet` and `add_replays`.
 
-    Raises `ConfigError`.
+    Policies are imported. Raises `ConfigError`.
     """
     grid.import_policies()
     trace = TraceFile(
@@ -89,7 +98,7 @@ def make_sweep(options: argparse.Namespace, grid: Grid, slo: Slo | None, progres
     )
     return Sweep(
         trace,
-        cost_source(options),
+        cost_source(options) if has_step_times(options) else None,
         grid,
         slo,
         None if options.output is None else Path(options.output),
@@ -97,7 +106,30 @@ def make_sweep(options: argparse.Namespace, grid: Grid, slo: Slo | None, progres
         progress,
         options.accept_profile_error,
         options.ray,
+        options.fleet,
     )
+
+
+def has_step_times(options: argparse.Namespace, *others: str) -> bool:
+    """Whether step times are given; else there is a fleet, whose groups have their own.
+
+    others: names of options that are of step times, too. Raises `ConfigError` for what is given without any.
+    """
+    if options.profile is not None or options.roofline is not None or options.fleet is None:
+        return True
+    for name in ("set_cost", "costs", "pipeline_parallel", "data_parallel", *others):
+        value = getattr(options, name)
+        if value is not None and value != []:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag}: not without step times of all groups; a group has its own")
+    return False
+
+
+def parse_grid(options: argparse.Namespace, *more: str) -> Grid:
+    """The grid of --set, --disaggregate and --link, and of more texts. Raises `ConfigError`."""
+    given = {name: getattr(options, name) for name in ("disaggregate", "link")}
+    texts = [f"{name}={values}" for name, values in given.items() if values is not None]
+    return Grid.parse([*options.grid, *texts, *more])
 
 
 def add_accept_profile_error(parser: "argparse._ActionsContainer") -> None:
@@ -110,7 +142,7 @@ def add_accept_profile_error(parser: "argparse._ActionsContainer") -> None:
 
 def _sweep(options: argparse.Namespace) -> None:
     """Replay a trace with every combination of some settings, or search the highest load of each."""
-    grid, progress = Grid.parse(options.grid), Progress()
+    grid, progress = parse_grid(options), Progress()
     slo = None if options.slo is None else Slo.parse(options.slo, options.attainment)
     sweep = make_sweep(options, grid, slo, progress)
     try:
@@ -152,6 +184,9 @@ def add_roofline(choice: "argparse._ActionsContainer", parser: "argparse._Action
 
 def cost_source(options: argparse.Namespace) -> CostSource:
     """What step times come from, of the options of a command. Raises `ConfigError`."""
+    if (options.profile is None) == (options.roofline is None):
+        found = "neither" if options.profile is None else "both"
+        raise ConfigError(f"step times: found {found} of --profile and --roofline, expected one of them")
     roofline = None if options.roofline is None else parse_roofline(options.roofline)
     constants = tuple(parse_constants(options.set_cost).items())
     ways = options.pipeline_parallel, options.data_parallel

@@ -2,7 +2,7 @@
 
     [[group]]
     name = "large"                  # one for each group; default: group 1, group 2, ...
-    count = 2                       # replicas; default: 1
+    count = 2                       # replicas; default: 1. Of 0 the group is not there
     hardware = "h100-sxm"           # a name in hardware.json, or a file of that form
     model = "llama-3.1-8b"          # a name there, a config.json, or a GGUF file
     tensor_parallel = 2             # devices that share each layer; default: 1
@@ -39,12 +39,16 @@
     seed = 1
     groups = ["large"]
 
+At the top, before all tables:
+
+    migration_limit = 3             # how often a request goes on elsewhere after failures; default: always
+
 A group that says neither what its hardware and model are nor its profile has the step times of the caller.
 Paths are looked for beside the file first.
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass
 from dataclasses import fields as fields_of
 from pathlib import Path
@@ -63,21 +67,29 @@ from pagellm.sim.fleet.fleet import Autoscale, Failure, Fleet, Group, Link, Rand
 
 _Made = TypeVar("_Made", Link, Failure, RandomFailures, Autoscale)
 _WAYS = ("tensor_parallel", "pipeline_parallel", "data_parallel")
-_TIMES = ("hardware", "model", *_WAYS, "set_cost", "costs", "profile")
+TIMES = ("hardware", "model", *_WAYS, "set_cost", "costs", "profile")  # what says what step times are
 _NUMBERS = ("price_per_h", "power_w", "idle_power_w")
-_GROUP = ("name", "count", "role", "serves", "engine", "link", "start_s", "autoscale", *_TIMES, *_NUMBERS)
-_TOP = ("group", "link", "failure", "failures")
+_GROUP = ("name", "count", "role", "serves", "engine", "link", "start_s", "autoscale", *TIMES, *_NUMBERS)
+_TOP = ("group", "link", "failure", "failures", "migration_limit")
 # Settings of an engine that a group may have: those which decisions follow from.
 _ENGINE = tuple(name for name in EngineConfig.__dataclass_fields__ if name not in NO_DECISIONS)
 
 
-def read_fleet(file: str, costs: CostModel | None = None, settings: Mapping[str, Any] | None = None) -> Fleet:
+def read_fleet(
+    file: str,
+    costs: CostModel | None = None,
+    settings: Mapping[str, Any] | None = None,
+    others: Mapping[str, Any] | None = None,
+    load: Callable[[CostSource], CostModel] = CostSource.load,
+) -> Fleet:
     """The fleet that a file describes.
 
     costs: step times of groups that say nothing of theirs. settings: of all engines, where a group does not
-    say otherwise. Raises `ConfigError`, and what reading models and profiles raises.
+    say otherwise. others: values of keys in the place of the file's, such as large.count and failures.mtbf_s;
+    None takes a key away. load: makes step times. Raises `ConfigError`, and what reading models and profiles
+    raises.
     """
-    reader = _Reader(checked_path("fleet", file, ConfigError), costs, settings or {})
+    reader = _Reader(checked_path("fleet", file, ConfigError), costs, settings or {}, others or {}, load)
     return reader.fleet()
 
 
@@ -86,12 +98,14 @@ class _Reader:
     path: Path
     costs: CostModel | None
     settings: Mapping[str, Any]
+    others: Mapping[str, Any]
+    load: Callable[[CostSource], CostModel]
 
     def __post_init__(self) -> None:
         self._loaded: dict[CostSource, CostModel] = {}
 
     def fleet(self) -> Fleet:
-        top = self._section(self._read(), "", _TOP, "a fleet")
+        top = self._section(self._changed(self._read()), "", _TOP, "a fleet")
         links = [self._made(Link, values, f"link[{n}]") for n, values in enumerate(top.entries("link"))]
         self._links: dict[str, Link] = {}
         for link in links:
@@ -100,7 +114,11 @@ class _Reader:
                     f"{self.path}: link: found two called {found(link.name)}, expected one name for each"
                 )
             self._links[link.name] = link
-        groups = [self._group(number, values) for number, values in enumerate(top.entries("group"))]
+        groups = [
+            self._group(number, values)
+            for number, values in enumerate(top.entries("group"))
+            if not (isinstance(values, dict) and values.get("count") == 0 and type(values["count"]) is int)
+        ]
         if not groups:
             raise top.bad("group", None, "at least one [[group]]")
         failures = [
@@ -109,8 +127,9 @@ class _Reader:
         at_random = None
         if top.has("failures"):
             at_random = self._made(RandomFailures, top.get("failures"), "failures")
+        limit = top.integer("migration_limit", 0) if top.has("migration_limit") else None
         try:
-            return Fleet(tuple(groups), tuple(failures), at_random)
+            return Fleet(tuple(groups), tuple(failures), at_random, limit)
         except ConfigError as error:
             raise ConfigError(f"{self.path}: {str(error).removeprefix('fleet: ')}") from None
 
@@ -124,6 +143,33 @@ class _Reader:
             raise ConfigError(f"{self.path}: cannot be read: {error.strerror or error}") from None
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{self.path}: found {error}, expected a fleet as TOML") from None
+
+    def _changed(self, document: Any) -> Any:
+        """The document with other values of some keys."""
+        if not self.others or not isinstance(document, dict):
+            return document
+        places = {str(name): values for name, values in document.items() if isinstance(values, dict)}
+        groups = document.get("group")
+        for number, values in enumerate(groups if isinstance(groups, list) else ()):
+            if isinstance(values, dict):
+                places[str(values.get("name") or _default_name(number))] = values
+        for key, value in self.others.items():
+            # Of a group called "a.b" the keys begin with that, and not with a group's called "a".
+            name = max((name for name in places if key.startswith(f"{name}.")), key=len, default=None)
+            inner, path = document, [key]
+            if name is not None:
+                inner, path = places[name], key.removeprefix(f"{name}.").split(".")
+            elif "." in key:
+                expected = f"a key of one of {', '.join(places)}"
+                raise ConfigError(f"{self.path}: found no place for {found(key)}, expected {expected}")
+            for part in path[:-1]:
+                inner = inner.setdefault(part, {})
+                if not isinstance(inner, dict):
+                    raise ConfigError(
+                        f"{self.path}: {key}: found {found(inner)} before its end, expected keys"
+                    )
+            inner[path[-1]] = value
+        return document
 
     def _section(self, values: Any, prefix: str, names: tuple[str, ...], what: str) -> Fields:
         fields = Fields(values, str(self.path), ConfigError, prefix, what)
@@ -166,7 +212,7 @@ class _Reader:
 
     def _group(self, number: int, values: Any) -> Group:
         fields = self._section(values, f"group[{number}].", _GROUP, "a group")
-        name = fields.text("name") if fields.has("name") else f"group {number + 1}"
+        name = fields.text("name") if fields.has("name") else _default_name(number)
         costs = self._costs(fields)
         place = f"group[{number}].autoscale"
         autoscale = self._made(Autoscale, fields.get("autoscale"), place) if fields.has("autoscale") else None
@@ -194,7 +240,7 @@ class _Reader:
         return self._section(fields.get("engine"), f"group[{number}].engine.", _ENGINE, "settings").values
 
     def _costs(self, fields: Fields) -> CostModel:
-        given = [name for name in _TIMES if fields.has(name)]
+        given = [name for name in TIMES if fields.has(name)]
         if not given:
             if self.costs is None:
                 raise fields.bad("hardware", None, "the name of a device, or step times from the caller")
@@ -202,7 +248,7 @@ class _Reader:
         source = self._source(fields, given)
         if source not in self._loaded:
             try:
-                self._loaded[source] = source.load()
+                self._loaded[source] = self.load(source)
             except PagellmError as error:
                 raise _placed(error, f"{self.path}: {fields.prefix.removesuffix('.')}") from None
         return self._loaded[source]
@@ -226,6 +272,10 @@ class _Reader:
         """A path as it is from here, where the file's own directory has it; else as it is."""
         beside = self.path.parent / checked_path("fleet", name, ConfigError)
         return str(beside) if beside.exists() else name
+
+
+def _default_name(number: int) -> str:
+    return f"group {number + 1}"
 
 
 def _texts(fields: Fields, name: str) -> list[str]:

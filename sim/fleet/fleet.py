@@ -187,11 +187,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Fleet:
-    """Groups of replicas, and what befalls them. Raises `ConfigError` for what cannot be."""
+    """Groups of replicas, and what befalls them. Raises `ConfigError` for what cannot be.
+
+    migration_limit: how often a request whose replica fails goes on elsewhere with its prompt and what it has
+    of its answer (Dynamo's --migration-limit); 0: never. None: always.
+    """
 
     groups: tuple[Group, ...]
     failures: tuple[Failure, ...] = ()
     random_failures: RandomFailures | None = None
+    migration_limit: int | None = None
 
     def __post_init__(self) -> None:
         if not self.groups:
@@ -215,6 +220,8 @@ class Fleet:
                     "model, which are asked for the same prefixes"
                 )
             _check_roles(name, groups)
+        if self.migration_limit is not None:
+            integer("migration_limit", self.migration_limit, 0, error=ConfigError)
         counts = {group.name: group.count for group in self.groups}
         for failure in self.failures:
             _check_failure(failure, counts)
@@ -288,6 +295,15 @@ def disaggregated(
             for role, count in (("prefill", prefill), ("decode", decode))
         )
     )
+
+
+def parse_disaggregation(text: str) -> tuple[int, int]:
+    """Numbers of prefill and decode replicas from P:D. Raises `ConfigError`."""
+    prefill, _, decode = text.partition(":")
+    counts = [int(count) if count.isdecimal() and len(count) < 8 else 0 for count in (prefill, decode)]
+    if not all(counts):
+        raise ConfigError(f"disaggregate: found {found(text)}, expected P:D, two numbers of replicas from 1")
+    return counts[0], counts[1]
 
 
 def _check_roles(name: str, groups: list[Group]) -> None:

@@ -8,8 +8,8 @@ stops those who compute prompts.
 
 Failures. A replica that fails loses its KV, its cache and the step under way; so do those that share its
 devices. Its requests keep the tokens that their clients have: they go to others at once, which compute prompt
-and tokens anew and go on (Dynamo calls that request migration). It comes back after its repair and start-up,
-with an empty cache.
+and tokens anew and go on (Dynamo calls that request migration). One that has done so as often as the fleet's
+migration_limit says fails. The replica comes back after its repair and start-up, with an empty cache.
 
 Engines that share devices. A pipeline of so many stages has as many engines, each with a part of its memory,
 whose batches follow each other through the stages: vLLM's virtual engines. Data parallel ranks of a mixture
@@ -52,6 +52,7 @@ class Journey:
     at: the replica that has it, or that its KV travels to; None while it waits for one to be there.
     keeper, source: what keeps its blocks where its prompt was computed, and where that is; None if nothing
     does. attempt: how often its KV was sent, which tells an old arrival. is_under_way: its KV is.
+    num_migrations: how often it began anew after a failure.
     gave_up: its client has, before it was anywhere where that could be told.
     """
 
@@ -62,6 +63,7 @@ class Journey:
     keeper: Sequence | None = None
     source: Replica | None = None
     attempt: int = 0
+    num_migrations: int = 0
     is_under_way: bool = False
     gave_up: bool = False
 
@@ -100,7 +102,7 @@ class MovingReplay(Replay):
         self.instances: list[Instance] = []
         self.scaling: list[ScalingEvent] = []
         self.losses: FailureFigures = {
-            "failures": 0, "lost_requests": 0, "lost_tokens": 0, "mean_down_s": None,
+            "failures": 0, "lost_requests": 0, "lost_tokens": 0, "failed_requests": 0, "mean_down_s": None,
         }  # fmt: skip
         self._down_s: list[float] = []
         self._journeys: dict[Sequence, Journey] = {}
@@ -416,7 +418,7 @@ class MovingReplay(Replay):
         instance.fail(now)
         self._update_pools()
         self.losses["failures"] += 1
-        lost = [journey for replica in instance.replicas for journey in self._lose(replica)]
+        lost = [journey for replica in instance.replicas for journey in self._lose(now, replica)]
         if was_draining:
             instance.stop(now)
         else:
@@ -427,7 +429,7 @@ class MovingReplay(Replay):
             self._send_on(now, journey)
         return None
 
-    def _lose(self, replica: Replica) -> Iterator[Journey]:
+    def _lose(self, now: float, replica: Replica) -> Iterator[Journey]:
         """All that a replica had is gone; the requests that are to go on elsewhere, in their order."""
         gave_up = {sequence for _, sequence, request in replica.inbox if request is None}
         not_added = {sequence for _, sequence, request in replica.inbox if request is not None}
@@ -444,24 +446,37 @@ class MovingReplay(Replay):
                 if journey.at is not None:
                     journey.at.unfinished.remove(journey.sequence)
                 self._held_back.pop(journey.sequence, None)
-                yield self._begun_anew(journey, journey.sequence.num_computed_tokens)
+                yield from self._begun_anew(now, replica, journey, journey.sequence.num_computed_tokens)
         for sequence in there:
             journey = self._journeys[sequence]
             journey.gave_up = journey.gave_up or sequence in gave_up
             if journey.keeper is None:
-                yield self._begun_anew(journey, num_computed[sequence])
+                yield from self._begun_anew(now, replica, journey, num_computed[sequence])
             else:  # its KV is sent once more, from where it is kept
                 journey.is_under_way = False
                 sequence.num_computed_tokens = journey.keeper.num_computed_tokens
                 yield journey
 
-    def _begun_anew(self, journey: Journey, num_lost: int) -> Journey:
-        """A request whose computed tokens are lost; those of its answer that its client has are not."""
+    def _begun_anew(self, now: float, replica: Replica, journey: Journey, num_lost: int) -> Iterator[Journey]:
+        """A request whose computed tokens are lost; those of its answer that its client has are not.
+
+        Unless it fails, because it has begun anew too often. One that no engine had taken in has not.
+        """
+        sequence, limit = journey.sequence, self.fleet.migration_limit
         journey.is_under_way = False
-        journey.sequence.restart(journey.sequence.num_tokens)
         self.losses["lost_requests"] += 1
+        journey.num_migrations += self.metrics.knows(sequence)
+        if limit is not None and journey.num_migrations > limit:
+            self.losses["failed_requests"] += 1
+            sequence.finish_reason = FinishReason.ERROR
+            for listener in replica.loop.listeners:
+                listener.ended(sequence)
+            replica.unfinished.add(sequence)
+            self._note_end(now, replica, sequence)
+            return
         self.losses["lost_tokens"] += num_lost
-        return journey
+        sequence.restart(sequence.num_tokens)
+        yield journey
 
     def _ready(self, now: float, subject: tuple[Instance, int]) -> Event | None:
         instance, generation = subject

@@ -36,6 +36,10 @@ class _Request:
     counted_tokens: int | None = None
 
 
+# Of those that end before their time, what is no client's giving up.
+_OUTCOMES: dict[FinishReason | None, str] = {FinishReason.SHED: "shed", FinishReason.ERROR: "failed"}
+
+
 class Collected:
     """What the replicas of one run have seen together.
 
@@ -209,7 +213,7 @@ class ReplicaListener(StepListener):
             self.last_sampled.remove(sequence)
         last_s = None if request.first_token_s is None else self._last_token_s
         last_token_s = run.last_token_s.pop(sequence, last_s)
-        outcome = "shed" if sequence.finish_reason is FinishReason.SHED else "timed_out"
+        outcome = _OUTCOMES.get(sequence.finish_reason, "timed_out")
         run.counts[outcome] += 1
         self._end(sequence, request, outcome, last_token_s)
         self._note_used(self.manager.num_free_blocks)

@@ -83,6 +83,10 @@ class MetricsCollector:
         if class_ is not None:
             self._run.classes[request] = class_
 
+    def knows(self, sequence: Sequence) -> bool:
+        """Whether some replica has taken a request in, which has not ended."""
+        return sequence in self._run.requests
+
     def rejected(
         self, request_id: str, time_s: float, *, tenant: str | None = None, class_: str | None = None
     ) -> None:
@@ -169,7 +173,7 @@ class MetricsCollector:
             share = counts["good"] / counts["requests"] if counts["requests"] else None
             rate = _rate(counts["good"], duration_s)
             goodput = {"slo": dict(run.slo), "share": share, "requests_per_s": rate}
-        return {
+        summary: Summary = {
             "num_requests": counts["requests"],
             "num_finished": counts["finished"],
             "num_timed_out": counts["timed_out"],
@@ -200,6 +204,9 @@ class MetricsCollector:
             "steady": steady_state(run.timeline, has_slo=bool(run.slo)),
             "wall_s": wall_s,
         }
+        if counts["failed"]:
+            summary["num_failed"] = counts["failed"]
+        return summary
 
     def groups(self) -> list[Group]:
         """The report's figures by replica, tenant and class so far."""

@@ -87,6 +87,7 @@ METRICS = (
     Metric("requests", "finished", "count", "num_finished"),
     Metric("requests", "timed out", "count", "num_timed_out"),
     Metric("requests", "rejected", "count", "num_rejected"),
+    Metric("requests", "failed", "count", "num_failed"),
     Metric("requests", "bad records skipped", "count", "num_skipped"),
     Metric("requests", "records dropped", "count", "num_dropped"),
     Metric("requests", "steps", "count", "num_steps"),
@@ -98,7 +99,7 @@ def to_text(report: AnyReport) -> str:
     report = check_report(report)
     summary, config, load = report["summary"], report["config"], report["load"]
     cache, preemptions, kv = summary["cache"], summary["preemptions"], summary["kv"]
-    outcomes = ("finished", "timed_out", "rejected")
+    outcomes = ["finished", "timed_out", "rejected", *(["failed"] if "num_failed" in summary else [])]
     counts = ", ".join(f"{summary[f'num_{o}']:,} {o.replace('_', ' ')}" for o in outcomes)
     speed = f" ({summary['duration_s'] / summary['wall_s']:,.0f} x real time)" if summary["wall_s"] else ""
     lines = [
@@ -237,8 +238,11 @@ def _fleet(fleet: FleetData | None) -> Iterator[tuple[str, str]]:
         mean_s = failures["mean_down_s"]
         down = "" if mean_s is None else f", each down for {seconds_text(mean_s)} on average"
         yield "failures", f"{failures['failures']:,} of replicas{down}"
+        failed = failures.get("failed_requests", 0)
         lost = f"{failures['lost_tokens']:,} tokens computed anew"
-        yield "", f"{failures['lost_requests']:,} requests began anew, {lost}"
+        yield "", f"{failures['lost_requests'] - failed:,} requests began anew, {lost}"
+        if failed:
+            yield "", f"{failed:,} requests failed with them"
     if fleet.get("scaling"):
         yield "scaling", f"{len(fleet['scaling']):,} times replicas were started or stopped"
 

@@ -122,7 +122,8 @@ class Steady(TypedDict):
 class Summary(TypedDict):
     """The figures of the whole run.
 
-    num_rejected: requests that could never be computed, or that the admission policy shed.
+    num_rejected: requests that could never be computed, or that the admission policy shed. num_failed: that
+    were lost with a replica and did not go on elsewhere, where there are any.
     num_skipped, num_dropped: of the trace's records those that gave no request: bad ones, and ones with
     nothing to generate. duration_s: from the first arrival to the last token. wall_s: what the replay took.
     ttft_s: first token - arrival. e2e_s: last token - arrival. queue_s: first chunk scheduled - arrival.
@@ -134,6 +135,7 @@ class Summary(TypedDict):
     num_finished: int
     num_timed_out: int
     num_rejected: int
+    num_failed: NotRequired[int]
     num_skipped: int
     num_dropped: int
     duration_s: float
@@ -239,12 +241,13 @@ class FailureFigures(TypedDict):
     """Replicas that failed, and what was lost with them.
 
     lost_requests: that were there, or whose KV was; lost_tokens: of theirs that were computed and had to be
-    once more. mean_down_s: from a failure to being ready again.
+    once more; failed_requests: that were not begun anew. mean_down_s: from a failure to being ready again.
     """
 
     failures: int
     lost_requests: int
     lost_tokens: int
+    failed_requests: NotRequired[int]
     mean_down_s: float | None
 
 

@@ -74,8 +74,8 @@ def _verdict(
         return "short", f"{count} requests came after the warm-up, expected at least {MIN_REQUESTS}"
     if window_s < MIN_TURNOVERS * turnover_s:
         return "short", (
-            f"{window_s:.4g} s after the warm-up are {window_s / turnover_s:.2g} times the "
-            f"{turnover_s:.4g} s that a request takes, expected at least {MIN_TURNOVERS:g}: a longer trace"
+            f"{window_s:.4g} s after the warm-up are less than {MIN_TURNOVERS:g} times the "
+            f"{turnover_s:.4g} s that a request takes: a longer trace is needed"
         )
     # What is there varies like the number of independent requests in so much time.
     noise = 3 * math.sqrt((before + after) * turnover_s / (window_s / 2)) if turnover_s else 0.0

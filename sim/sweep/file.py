@@ -6,7 +6,8 @@ took: equal replays give equal lines. `key` is a hash of all that the summary fo
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any
 
 from pagellm.engine import checks
 from pagellm.engine.checks import parse_json
-from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError, ReportError
-from pagellm.sim.sweep.grid import Settings, Value, full_settings
+from pagellm.sim.sweep.serving import Settings, Value
 
-VERSION = 1
+VERSION = 2
 # What every line begins with, and by which a torn one is known.
 _BEGINNING = f'{{"pagellm_sweep":{VERSION},"key":"'.encode()
+# What serves and the defaults of settings that are not given, too: see `Serving.full_settings`.
+_Full = Callable[[Settings], dict[str, Value]]
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,17 @@ class Identity:
     def __str__(self) -> str:
         return f"{self.trace} ({self.trace_sha256[:8]}; {self.reading}) on {self.cost_model}"
 
-    def key(self, settings: Settings, defaults: EngineConfig) -> str:
-        """Names a replay with these settings, whether or not they repeat defaults."""
-        parts = [VERSION, *self.content, full_settings(settings, defaults)]
+    def key(self, full_settings: Settings) -> str:
+        """Names a replay with these settings, those that were not given among them."""
+        parts = [VERSION, *self.content, full_settings]
         return sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class Point:
     """A replay: the settings that were given, and the report's summary, or why there is none.
+
+    The summary has as "fleet" what served and what that took, too.
 
     extrapolated: look-ups of step times outside of what was measured.
     """
@@ -66,17 +70,17 @@ class Point:
 class ResultsFile:
     """The replays of one sweep that are known, in a file if there is one.
 
-    defaults: the engine's settings where none are given.
+    full: the settings of a replay with those that were not given.
 
     A last line without an end was torn by the end of its writer, and is cut off. Raises `ConfigError` for a
     file that belongs to another trace or other step times or cannot be used, `ReportError` for one that holds
     something else.
     """
 
-    def __init__(self, path: Path | None, identity: Identity, defaults: EngineConfig) -> None:
+    def __init__(self, path: Path | None, identity: Identity, full: _Full) -> None:
         self._path = path
         self._identity = identity
-        self._defaults = defaults
+        self._full = full
         self._points: dict[str, Point] = {}
         self._file = None
         if path is None:
@@ -98,12 +102,12 @@ class ResultsFile:
 
     def get(self, settings: Settings) -> Point | None:
         """The replay with these settings, if it is known."""
-        found = self._points.get(self._identity.key(settings, self._defaults))
+        found = self._points.get(self._identity.key(self._full(settings)))
         return None if found is None else Point(dict(settings), found.summary, found.extrapolated)
 
     def add(self, point: Point) -> None:
         """Takes in a replay that was finished."""
-        key = self._identity.key(point.settings, self._defaults)
+        key = self._identity.key(self._full(point.settings))
         self._points[key] = point
         if self._file is None:
             return
@@ -130,11 +134,16 @@ class ResultsFile:
             found: Mapping[str, Any] = parse_json(line)
             identity = Identity(**{name: found[name] for name in Identity.__dataclass_fields__})
             point = Point(dict(found["settings"]), dict(found["summary"]), found["extrapolated"])
+            key = found["key"]
             if found["pagellm_sweep"] != VERSION:
                 raise ValueError
-            key = found["key"]
         except (ValueError, TypeError, KeyError):
-            raise _no_line(place) from None
+            version = _version_of(line)
+            if version is None:
+                raise _no_line(place) from None
+            raise ReportError(
+                f"results: {place}: found a line of version {version}, expected {VERSION}: give another file"
+            ) from None
         if identity.content != self._identity.content:
             raise ConfigError(
                 f"results: {place}: found a sweep of {identity}, expected one of {self._identity}, "
@@ -146,6 +155,12 @@ class ResultsFile:
         return ConfigError(
             f"results: {self._path}: {error.strerror or error}, expected a file to read and write"
         )
+
+
+def _version_of(line: bytes) -> int | None:
+    """The version of a line of a sweep's results, if it is one of another version."""
+    found = re.match(rb'\{"pagellm_sweep":(\d{1,9}),"key":"', line)
+    return None if found is None or int(found[1]) == VERSION else int(found[1])
 
 
 def _no_line(place: str) -> ReportError:

@@ -8,35 +8,27 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from types import NoneType, UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 from pagellm.engine.checks import SMALLEST, number
-from pagellm.engine.config import EngineConfig
-from pagellm.engine.errors import ConfigError
+from pagellm.engine.errors import ConfigError, PagellmError
 from pagellm.engine.scheduling.policies import KINDS, load_policy
 from pagellm.engine.user_policy import import_policy
-from pagellm.sim.costs.cost_model import CostModel
 from pagellm.sim.report.metrics import SLO_NAMES
-from pagellm.sim.simulator import Simulator
-
-Value = int | float | bool | str | None
-Settings = Mapping[str, Value]
+from pagellm.sim.sweep.serving import (
+    CONFIG_TYPES,
+    REPLAY_TYPES,
+    SWEEP_SETTINGS,
+    Serving,
+    Value,
+    decides_what_serves,
+)
 
 POLICY_SETTINGS = (*KINDS, "router")
-REPLAY_SETTINGS = ("rate_factor", "clients", "replicas", "router", "timeout_s")
-# Of a sweep itself: the device, as NAME or NAME*N; and the order of the gaps between arrivals, 0 as they are.
-SWEEP_SETTINGS = ("hardware", "seed")
 SLO_LATENCIES = ("ttft", "tpot", "itl", "e2e", "queue")
 SLO_STATISTICS = ("mean", "p50", "p90", "p95", "p99")
 
-_REPLAY_TYPES = {name: kind for name, kind in get_type_hints(Simulator).items() if name in REPLAY_SETTINGS}
-# No step log: every point would write the same file. And nothing is sampled in a simulation.
-_CONFIG_TYPES = {
-    name: kind
-    for name, kind in get_type_hints(EngineConfig).items()
-    if name not in ("step_log", "generation_config", "reasoning_markers", "tool_call_parser")
-}
-_TYPES: dict[str, Any] = _CONFIG_TYPES | {"hardware": str, "seed": int} | _REPLAY_TYPES
+_TYPES: dict[str, Any] = CONFIG_TYPES | SWEEP_SETTINGS | REPLAY_TYPES
 _EXPECTED = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text"}
 
 
@@ -80,43 +72,35 @@ class Grid:
             for policy in self.axes.get(setting, ()):
                 import_policy(policy, setting)
 
-    def check(self, cost_model: CostModel) -> None:
-        """Raises `ConfigError` for a value that is bad whatever the others are."""
-        if not {"num_blocks", "hardware"} & self.axes.keys():
-            simulator({}, cost_model)
+    def check(self, serving: Serving) -> dict[str, Value]:
+        """Raises `ConfigError` for a value that is bad whatever the others are.
+
+        Returns the first values with which anything serves, of the settings that decide that.
+        """
+        serves = {name: self.axes[name] for name in self.axes if decides_what_serves(name)}
+        if not serves and "num_blocks" not in self.axes:
+            serving.simulator({})
+        base = _first_good(serving, serves)
         for name, values in self.axes.items():
-            for value in values if name not in SWEEP_SETTINGS else ():
-                simulator({"num_blocks": 1, name: value}, cost_model)
+            for value in values if name not in serves and name != "seed" else ():
+                serving.simulator({**base, name: value})
                 if name in KINDS and value is not None:
                     load_policy(str(value), name)
+        return base
 
 
-def simulator(
-    settings: Settings, cost_model: CostModel, skip_bad: bool = False, slo: Mapping[str, float] | None = None
-) -> Simulator:
-    """What replays with these settings. slo: as in `Simulator`. Raises `ConfigError`."""
-    config = {name: value for name, value in settings.items() if name in _CONFIG_TYPES}
-    replay: dict[str, Any] = {name: value for name, value in settings.items() if name in _REPLAY_TYPES}
-    # Whether a profile's error is accepted was asked once, for the whole sweep.
-    return Simulator(
-        cost_model.settings(config),
-        cost_model,
-        skip_bad=skip_bad,
-        slo=slo,
-        accept_profile_error=True,
-        **replay,
-    )
-
-
-def full_settings(settings: Settings, defaults: EngineConfig) -> dict[str, Value]:
-    """These settings and the defaults of all others, by name. defaults: those of the engine."""
-    given: dict[str, Value] = {
-        name: settings.get(name, getattr(kind, name))
-        for kind, names in ((defaults, _CONFIG_TYPES), (Simulator, _REPLAY_TYPES))
-        for name in names
-    }
-    given |= {name: settings[name] for name in SWEEP_SETTINGS if settings.get(name)}
-    return dict(sorted(given.items()))
+def _first_good(serving: Serving, axes: Mapping[str, Iterable[Value]]) -> dict[str, Value]:
+    """The first values of settings that say what serves with which anything does. Raises `ConfigError`."""
+    first: PagellmError | None = None
+    for values in product(*axes.values()):
+        base: dict[str, Value] = {"num_blocks": 1, **dict(zip(axes, values, strict=True))}
+        try:
+            serving.simulator(base)
+            return base
+        except PagellmError as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
 @dataclass(frozen=True)
@@ -177,7 +161,7 @@ class Slo:
         return cls(tuple(limit for limit in limits if limit.statistic), joint, attainment or 1.0)
 
     def holds(self, summary: Mapping[str, Any]) -> bool:
-        """Whether a replay kept it. It did not if anybody gave up, whatever the others' latencies are.
+        """Whether a replay kept it. It did not if anybody gave up or was lost, whatever the latencies are.
 
         A share of requests counts those that gave up; it is not kept where more came than was served.
 
@@ -187,7 +171,8 @@ class Slo:
         attained = steady.get("attainment") or 0.0
         if self.joint and (steady.get("verdict") == "overloaded" or attained < self.attainment):
             return False
-        if self.limits and (summary["num_timed_out"] or summary["num_rejected"]):
+        lost = (summary.get(f"num_{how}") for how in ("timed_out", "rejected", "failed"))
+        if self.limits and any(lost):
             return False
         values = ((limit.value(summary), limit.seconds) for limit in self.limits)
         return all(value is None or value <= seconds for value, seconds in values)
@@ -207,13 +192,19 @@ class Slo:
 
 
 def _type_of(name: str) -> Any:
+    """The type of a setting's values; None of a key of a fleet's file, whose values are of any."""
+    if "." in name:
+        return None
     if name not in _TYPES:
-        raise ConfigError(f"set: found key {name!r}, expected one of {', '.join(_TYPES)}")
+        expected = f"one of {', '.join(_TYPES)}, or of a fleet's file GROUP.KEY"
+        raise ConfigError(f"set: found key {name!r}, expected {expected}")
     return _TYPES[name]
 
 
 def _parse(name: str, text: str) -> Value:
     kind = _type_of(name)
+    if kind is None:
+        return _any_value(text)
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     if NoneType in kinds and text.lower() == "none":
         return None
@@ -223,6 +214,18 @@ def _parse(name: str, text: str) -> Value:
     except (ValueError, KeyError):
         or_none = " or none" if NoneType in kinds else ""
         raise ConfigError(f"{name}: found {text!r}, expected {_EXPECTED[kinds[0]]}{or_none}") from None
+
+
+def _any_value(text: str) -> Value:
+    """A number, true, false or none where it is one, else a text."""
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    for parse in (int, _finite):
+        try:
+            return parse(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _finite(text: str) -> float:
@@ -238,6 +241,7 @@ def _text(text: str) -> str:
     return text
 
 
+_WORDS: dict[str, bool | None] = {"true": True, "false": False, "none": None}
 _PARSERS: dict[type, Any] = {
     bool: lambda text: {"true": True, "false": False}[text.lower()],
     int: int,

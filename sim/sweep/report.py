@@ -21,7 +21,8 @@ from pagellm.sim.report.report import (
 from pagellm.sim.report.schema import short_name
 from pagellm.sim.sweep.capacity import HIGHEST, LOWEST
 from pagellm.sim.sweep.file import Point
-from pagellm.sim.sweep.grid import Limit, Settings
+from pagellm.sim.sweep.grid import Limit
+from pagellm.sim.sweep.serving import Settings
 from pagellm.sim.sweep.sweep import Capacity, SweepResult
 
 _PAGE = Path(__file__).with_name("page")

@@ -13,23 +13,23 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cache
-from hashlib import sha256
+from functools import cache, cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
 from random import Random
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pagellm.engine.checks import integer
 from pagellm.engine.config import usable_cores
 from pagellm.engine.errors import ConfigError, PagellmError
 from pagellm.engine.user_policy import import_policy
-from pagellm.sim.costs.cost_model import FitError, StepTimeError
+from pagellm.sim.costs.cost_model import CostModel, FitError, StepTimeError
 from pagellm.sim.costs.source import CostSource, hash_of
 from pagellm.sim.sweep.capacity import Bracket, search
 from pagellm.sim.sweep.file import Identity, Point, ResultsFile
-from pagellm.sim.sweep.grid import POLICY_SETTINGS, Grid, Settings, Slo, simulator
+from pagellm.sim.sweep.grid import POLICY_SETTINGS, Grid, Slo
 from pagellm.sim.sweep.ray_workers import start_ray_workers
+from pagellm.sim.sweep.serving import Serving, Settings, load_costs
 from pagellm.sim.sweep.workers import Worker, start_workers
 from pagellm.sim.traces.trace import Trace
 
@@ -138,6 +138,13 @@ class SweepResult:
     fit: FitError | None = None
 
 
+class _Checked(NamedTuple):
+    """What a sweep replays, and the step times of it; where they are an axis, of the first of them."""
+
+    identity: Identity
+    costs: list[CostModel]
+
+
 @dataclass(frozen=True)
 class Sweep:
     """A grid of replays.
@@ -146,10 +153,11 @@ class Sweep:
     1 replays in this one, None takes a process for each usable core. progress: called with each point, as it
     is finished or found in the file. accept_profile_error: as in `Simulator`.
     ray: the address of a Ray cluster, on whose cores replays run then; they read the files themselves.
+    fleet: the file of one; costs are of its groups that have no step times then, None if all have.
     """
 
     trace: TraceFile
-    costs: CostSource
+    costs: CostSource | None
     grid: Grid
     slo: Slo | None = None
     results: Path | None = None
@@ -157,15 +165,21 @@ class Sweep:
     progress: Callable[[Point], None] | None = field(default=None, compare=False)
     accept_profile_error: bool = False
     ray: str | None = None
+    fleet: str | None = None
+
+    @cached_property
+    def serving(self) -> Serving:
+        """What serves. Raises `ConfigError` where nothing does."""
+        return Serving(self.costs, self.fleet)
 
     def run(self) -> SweepResult:
         """Replays every point. A point that fails has its error, and the others go on.
 
         Raises `ConfigError` for a bad value, `TraceError`, `ProfileError` and `ReportError` for a bad file.
         """
-        identity = self._checked()
-        points = self._drive(identity, [_replayed(settings) for settings in self.grid])
-        return self._result(identity, points)
+        checked = self._checked()
+        points = self._drive(checked, [_replayed(settings) for settings in self.grid])
+        return self._result(checked, points)
 
     def run_capacity(self, tolerance: float = 0.02) -> SweepResult:
         """Searches the highest rate_factor at which the SLO holds at each point; see `capacity.search`.
@@ -175,14 +189,14 @@ class Sweep:
         self.needed_slo()
         self._check_searched()
         next(search(tolerance))
-        identity = self._checked()
-        capacities = self._drive(identity, self._searches(list(self.grid), tolerance))
+        checked = self._checked()
+        capacities = self._drive(checked, self._searches(list(self.grid), tolerance))
         points = [
             Point(capacity.settings, first.summary, first.extrapolated, first.error)
             for capacity in capacities
             for first in capacity.probes[:1]
         ]
-        return self._result(identity, points, capacities)
+        return self._result(checked, points, capacities)
 
     def run_searches(self, points: list[dict[str, Any]], tolerance: float = 0.02) -> list[Capacity]:
         """The same for some points, whatever the grid's are. Raises as `run` does."""
@@ -200,6 +214,10 @@ class Sweep:
         if self.slo is None:
             raise ConfigError("slo: found none, expected limits that the capacity is to keep")
         return self.slo
+
+    def step_time_errors(self) -> tuple[StepTimeError | None, FitError | None]:
+        """As `SweepResult` has them. Raises as `run` does."""
+        return _errors(self._checked().costs)
 
     def trace_rate(self) -> float:
         """Requests a second of the trace as it is. Raises `TraceError` and `ConfigError`."""
@@ -220,9 +238,9 @@ class Sweep:
                 raise ConfigError(f"clients: found {clients}, expected none where the capacity is searched")
 
     def _result(
-        self, identity: Identity, points: list[Point], capacities: list[Capacity] | None = None
+        self, checked: _Checked, points: list[Point], capacities: list[Capacity] | None = None
     ) -> SweepResult:
-        costs = _load_costs(self.costs)
+        identity, costs = checked
         return SweepResult(
             identity.trace,
             identity.cost_model,
@@ -230,31 +248,32 @@ class Sweep:
             self.slo,
             points,
             capacities,
-            costs.error,
-            costs.fit,
+            *_errors(costs),
         )
 
-    def _checked(self) -> Identity:
+    def _checked(self) -> _Checked:
         """What is replayed, if all of it can be read and every value alone is good."""
         if self.jobs is not None:
             integer("jobs", self.jobs, 1, error=ConfigError)
         _load_trace.cache_clear()
-        _load_costs.cache_clear()
-        trace, cost_model = self.trace.load(), _load_costs(self.costs)
+        load_costs.cache_clear()
+        trace = self.trace.load()
         next(iter(trace))
-        cost_model.check_error(self.accept_profile_error)
-        self.grid.check(cost_model)
-        others = [self.costs.on(str(name)).hash() for name in self.grid.axes.get("hardware", ())]
-        costs = self.costs.hash()
-        if others:
-            costs = sha256(" ".join([costs, *others]).encode()).hexdigest()
+        serving = self.serving
+        serves = self.grid.check(serving)
+        costs = serving.cost_models({} if self.fleet is None else serves)
+        for one in costs:
+            one.check_error(self.accept_profile_error)
         reading = self.trace.reading()
         if self.slo is not None and self.slo.joint:
             each = " and ".join(f"{name} {seconds:g} s" for name, seconds in self.slo.joint)
             reading += f", each within {each}"
-        return Identity(trace.name, self.trace.hash(), reading, cost_model.name, costs)
+        name = " and ".join(dict.fromkeys(one.name for one in costs))
+        name = name if self.fleet is None else f"{self.fleet}: {name}"
+        content = self.trace.hash(), reading, name, serving.hash(self.grid.axes)
+        return _Checked(Identity(trace.name, *content), costs)
 
-    def _drive(self, identity: Identity, tasks: list[_Task[_Result]]) -> list[_Result]:
+    def _drive(self, checked: _Checked, tasks: list[_Task[_Result]]) -> list[_Result]:
         """Runs tasks side by side, each a replay at a time, as many as there are workers."""
         done: dict[int, _Result] = {}
         ready = deque((number, next(task)) for number, task in enumerate(tasks))
@@ -270,7 +289,7 @@ class Sweep:
                 done[number] = end.value
 
         with ExitStack() as stack:
-            file = ResultsFile(self.results, identity, _load_costs(self.costs).settings({}))
+            file = ResultsFile(self.results, checked.identity, self.serving.full_settings)
             stack.callback(file.close)
             if self.ray is not None:
                 started = start_ray_workers(self.ray, self.jobs)
@@ -289,7 +308,7 @@ class Sweep:
                         continue
                     worker = workers.pop()
                     each = None if self.slo is None else self.slo.each
-                    future = worker.submit(_replay, self.trace, self.costs, settings, each)
+                    future = worker.submit(_replay, self.trace, self.serving, settings, each)
                     running[future] = number, settings, worker
                 for future in wait(running, _PATIENCE_S, return_when=FIRST_COMPLETED).done:
                     number, settings, worker = running.pop(future)
@@ -300,6 +319,12 @@ class Sweep:
                     advance(number, point)
                 check_interrupts()
         return [done[number] for number in range(len(tasks))]
+
+
+def _errors(costs: list[CostModel]) -> tuple[StepTimeError | None, FitError | None]:
+    """Those of the first step times of which they are known."""
+    errors = (one.error for one in costs if one.error is not None)
+    return next(errors, None), next((one.fit for one in costs if one.fit is not None), None)
 
 
 def _replayed(settings: dict[str, Any]) -> _Task[Point]:
@@ -339,11 +364,10 @@ def _point_of(future: "Future[Point]", settings: Settings) -> Point:
 # In the worker: what it has read is kept for its next replay.
 
 _load_trace = cache(TraceFile.load)
-_load_costs = cache(CostSource.load)
 
 
 def _replay(
-    trace: TraceFile, costs: CostSource, settings: dict[str, Any], slo: Mapping[str, float] | None
+    trace: TraceFile, serving: Serving, settings: dict[str, Any], slo: Mapping[str, float] | None
 ) -> Point:
     """A replay; whatever goes wrong in it is the point's error."""
     try:
@@ -351,16 +375,15 @@ def _replay(
             warnings.simplefilter("ignore")  # extrapolation is counted
             for name in POLICY_SETTINGS:
                 import_policy(settings.get(name), name)
-            hardware = settings.get("hardware")
-            source = costs if hardware is None else costs.on(hardware)
-            replayer = simulator(settings, _load_costs(source), trace.skip_bad, slo)
+            replayer = serving.simulator(settings, skip_bad=trace.skip_bad, slo=slo)
             report = replayer.replay(_reordered(_load_trace(trace), settings.get("seed") or 0))
     except PagellmError as error:
         return Point(settings, error=" ".join(str(error).split()))
     except Exception as error:  # a policy of the user's may do anything
         return Point(settings, error=f"{type(error).__name__}: {' '.join(str(error).split())}")
+    fleet = {name: value for name, value in report["fleet"].items() if name not in ("links", "scaling")}
     # As it comes back from the results file.
-    summary = json.loads(json.dumps(report.summary))
+    summary = json.loads(json.dumps({**report.summary, "fleet": fleet}))
     del summary["wall_s"]
     return Point(settings, summary, report.data["extrapolated"])
 

@@ -165,7 +165,8 @@ def test_the_cheapest_hardware_comes_first(tmp_path: Path) -> None:
     by_name = {answer.settings["hardware"]: answer for answer in answers}
     l4 = by_name["l4"]
     assert l4.cost_per_h == pytest.approx(0.7 * (l4.replicas or 0))
-    assert by_name["h100-sxm*3"].cost_per_h == 3 * 2.0 * (by_name["h100-sxm*3"].replicas or 0)
+    three = by_name["h100-sxm*3"]
+    assert three.cost_per_h == pytest.approx(3 * 2.0 * (three.replicas or 0), rel=1e-12)
     assert l4.cost_per_m == pytest.approx((l4.cost_per_h or 0) / (l4.tokens_per_s or 0) / 3600 * 1e6)
     with pytest.raises(ConfigError, match="price: found 'b200', expected the name of hardware"):
         plan(made, prices={"b200": 1.0})

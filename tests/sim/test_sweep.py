@@ -63,7 +63,7 @@ def test_a_grid_is_the_product_of_its_values() -> None:
     ("text", "message"),
     [
         ("policy", "set: found 'policy', expected key=value,value,..."),
-        ("speed=1", "set: found key 'speed', expected one of block_size, num_blocks, .*, timeout_s"),
+        ("speed=1", "set: found key 'speed', expected one of block_size, .*, timeout_s, or of a fleet's .*"),
         ("step_log=x", "set: found key 'step_log', expected one of .*"),
         ("num_blocks=1.5", "num_blocks: found '1.5', expected an integer or none"),
         ("block_size=none", "block_size: found 'none', expected an integer"),

@@ -31,7 +31,8 @@ function fleetFacts(fleet) {
     ...links.map((link) => [`KV over ${link.name}`, `${grouped(link.transfers)} times, ${FORMATS.bytes(link.bytes)}; `
       + `${FORMATS.s(link.mean_transfer_s)} each after ${FORMATS.s(link.mean_wait_s)}, on average`]),
     ["failures", failures ? `${grouped(failures.failures)} of replicas${down === null ? "" : `, down for ${FORMATS.s(down)} on average`}; `
-      + `${grouped(failures.lost_requests)} requests began anew, ${grouped(failures.lost_tokens)} tokens computed anew` : null],
+      + `${grouped(failures.lost_requests - (failures.failed_requests ?? 0))} requests began anew, ${grouped(failures.lost_tokens)} tokens computed anew`
+      + (failures.failed_requests ? `; ${grouped(failures.failed_requests)} requests failed with them` : "") : null],
     ["scaling", scaling.length ? `${grouped(scaling.length)} times replicas were started or stopped` : null],
   ].filter(([, value]) => value !== null);
 }

@@ -18,7 +18,7 @@ function metricValue(metric, report) {
 function keyFigures(report) {
   const { summary } = report;
   const { kv, cache, preemptions, goodput } = summary;
-  const others = [[summary.num_timed_out, "timed out"], [summary.num_rejected, "rejected"],
+  const others = [[summary.num_timed_out, "timed out"], [summary.num_rejected, "rejected"], [summary.num_failed ?? 0, "failed"],
     [summary.num_skipped, "bad records left out"], [summary.num_dropped, "records without a request"]];
   const speed = summary.wall_s ? summary.duration_s / summary.wall_s : null;
   const tail = (name) => `P99 ${FORMATS.s(summary[name].p99)}, mean ${FORMATS.s(summary[name].mean)}`;
@@ -123,7 +123,7 @@ function goodDirection({ group, unit, path }) {
   if (group === "throughput") return path === "duration_s" ? -1 : 1;
   if (unit === "s" || group === "preemptions") return -1;
   if (path === "cache.hit_rate" || path === "cache.host_hit_tokens") return 1;
-  return ["num_timed_out", "num_rejected", "kv.mean_unwritten_share", "cache.evicted_tokens"].includes(path) ? -1 : 0;
+  return ["num_timed_out", "num_rejected", "num_failed", "kv.mean_unwritten_share", "cache.evicted_tokens"].includes(path) ? -1 : 0;
 }
 
 // The figures by replica, tenant and class
