@@ -9,7 +9,7 @@ import re
 from dataclasses import replace
 
 from pagellm.engine.checkpoints import BLOCK_SIZES, SUPPORTED_DTYPES, Checkpoint
-from pagellm.engine.checkpoints.quantized import QuantizedTensor
+from pagellm.engine.checkpoints.quantized import QuantizedTensor, StackedTensor
 from pagellm.engine.errors import CheckpointError, found, named
 from pagellm.engine.models import (
     bitnet,
@@ -221,7 +221,7 @@ def _check_shape(checkpoint: Checkpoint, source: Source) -> None:
             f"{checkpoint.path}: tensor {source.tensor} has shape {tensor.shape}, expected "
             f"{source.stored_shapes[0]}"
         )
-    if tensor.dtype not in BLOCK_SIZES and not isinstance(tensor, QuantizedTensor):
+    if tensor.dtype not in BLOCK_SIZES and not isinstance(tensor, QuantizedTensor | StackedTensor):
         raise CheckpointError(
             f"{checkpoint.path}: tensor {source.tensor} has type {tensor.dtype}, expected one of "
             f"{SUPPORTED_DTYPES}"

@@ -19,7 +19,13 @@ from pagellm.engine.checkpoints import BLOCK_SIZES, Checkpoint, Tensor
 from pagellm.engine.checkpoints.huggingface import WEIGHTS_FILE
 from pagellm.engine.checkpoints.json_files import CONFIG_FILE
 from pagellm.engine.checkpoints.placed_file import PlacedFile
-from pagellm.engine.checkpoints.quantized import SETTINGS, SETTINGS_FILES, Mxfp4Tensor, QuantizedTensor
+from pagellm.engine.checkpoints.quantized import (
+    SETTINGS,
+    SETTINGS_FILES,
+    Mxfp4Tensor,
+    QuantizedTensor,
+    StackedTensor,
+)
 from pagellm.engine.errors import CheckpointError
 from pagellm.engine.models import ModelSpec, is_left_over
 from pagellm.engine.progress import progress
@@ -91,7 +97,9 @@ def write_safetensors(
 
 def _is_converted(tensor: Tensor) -> bool:
     """Masks, counters and single numbers stay as they are."""
-    return isinstance(tensor, QuantizedTensor) or (tensor.dtype in BLOCK_SIZES and len(tensor.shape) > 0)
+    return isinstance(tensor, QuantizedTensor | StackedTensor) or (
+        tensor.dtype in BLOCK_SIZES and len(tensor.shape) > 0
+    )
 
 
 def _plain_shape(tensor: Tensor) -> tuple[int, ...]:

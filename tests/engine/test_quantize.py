@@ -439,21 +439,23 @@ def all_rows(path: Path) -> dict[str, np.ndarray]:
 def test_what_a_quantizer_wrote_becomes_plain_numbers(name: str, tmp_path: Path) -> None:
     """Of the values that its levels stand for, which are those of its own library (test_quantized.py)."""
     source, settings = QUANTIZED / name, Settings("F32", text_tokens=0)
-    expected = all_rows(source)
+    own = all_rows(source)
     quantize_model(str(source), tmp_path / "plain", settings)
     found = all_rows(tmp_path / "plain")
-    assert expected.keys() == found.keys()
-    for tensor, values in expected.items():
+    assert own.keys() == found.keys()
+    for tensor, values in own.items():
         np.testing.assert_array_equal(found[tensor], values, err_msg=tensor)
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
-    quantize_model(str(source), tmp_path / "out.gguf", settings)
+    paths = [source, tmp_path / "plain", tmp_path / "out.gguf"]
+    if name.startswith("qwen3_moe"):  # whose first layer has no experts
+        with pytest.raises(CheckpointError, match=r"blk.0.ffn_gate_inp.weight is missing"):
+            quantize_model(str(source), paths.pop(), settings)
+    else:
+        quantize_model(str(source), paths[2], settings)
     token_ids = np.load(source / "expected.npz")["input_ids"].tolist()
-    outs = [
-        logits(path, token_ids, quantization="none")
-        for path in (source, tmp_path / "plain", tmp_path / "out.gguf")
-    ]
-    np.testing.assert_array_equal(outs[1], outs[0])
-    np.testing.assert_array_equal(outs[2], outs[0])
+    expected, *others = (logits(path, token_ids, quantization="none") for path in paths)
+    for values in others:
+        np.testing.assert_array_equal(values, expected)
 
 
 def test_zero_biases_of_quantized_matrices_do_not_come_along(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from pagellm.engine import LLM, CheckpointError, loading
 from pagellm.engine.checkpoints import open_checkpoint
 from pagellm.engine.checkpoints.quantized import QuantizedTensor
-from pagellm.engine.execution.weights import formats_of, load_weights
+from pagellm.engine.execution.weights import formats_of, load_weights, tensor_of
 from pagellm.engine.models import read_spec
 from pagellm.kernels.packing import (
     FLOAT8,
@@ -26,6 +26,7 @@ from pagellm.kernels.packing import (
     INT8_ROW,
     NF4,
     PANEL,
+    padded,
     unpack_column,
 )
 from tests.conftest import QUANTIZED, model_path
@@ -63,6 +64,8 @@ FORMATS = {
     "w4a16": INT4_ZERO,  # its scales are no float16
     "w4a16_zeros": INT4_ZERO_32,
     "w4a16_column": INT4,
+    "w4a16_order": INT4,
+    "w4a16_zeros_order": INT4_ZERO_32,
     "w8a8": INT8_ROW,
     "fp8_block": FLOAT8,
     "fp8_channel": FLOAT8,
@@ -73,9 +76,47 @@ FORMATS = {
     "nf4_double": NF4,
     "fp4": FP4,
 }
+# Of the experts of mixtures, what begins and what ends them; their inputs have no order of their own.
+EXPERT_FORMATS = {
+    "deepseek_fp8": (FLOAT32, FLOAT8),  # blocks of 64 inputs
+    "mixtral_awq": (INT4_ZERO_32, INT4_ZERO_32),
+    "mixtral_w8a8": (INT8_ROW, INT8_ROW),
+    "olmoe_nf4": (NF4, NF4),
+    "olmoe_w4a16": (INT4_ZERO_32, INT4_ZERO_32),
+    "qwen3_moe_fp8": (FLOAT8, FLOAT8),
+    "qwen3_moe_fp8_stacked": (FLOAT32, FLOAT8),
+    "qwen3_moe_gptq": (FLOAT32, FLOAT32),
+}
 
 
-@pytest.mark.parametrize("name", DIRECTORIES)
+@pytest.mark.parametrize("name", EXPERT_FORMATS)
+def test_experts_are_kept_as_they_are_with_every_value(name: str) -> None:
+    with open_checkpoint(QUANTIZED / name) as checkpoint:
+        spec = read_spec(checkpoint)
+        weights = load_weights(checkpoint, spec, formats_of(checkpoint, spec, "auto"), 8, show=False)
+        compared = 0
+        for parts, places in zip(spec.layers, weights.layers, strict=True):
+            for part, expected in zip(("expert_up", "expert_down"), EXPERT_FORMATS[name], strict=True):
+                column = 0
+                for source in parts.get(part, ()):
+                    tensor = tensor_of(checkpoint, source)
+                    assert isinstance(tensor, QuantizedTensor)
+                    [(first, end)] = source.ranges
+                    found = np.zeros((source.outputs, tensor.shape[1]), np.float32)
+                    for n in range(len(found)):
+                        panel = places[part]["panel"] + (column + n) // PANEL
+                        start, format = weights.panels[panel].tolist()
+                        assert format == expected
+                        place = (column + n) % PANEL
+                        unpack_column(format, weights.values, start, tensor.shape[1], place, found[n], 0)
+                    np.testing.assert_array_equal(found, tensor.rows(first, end), err_msg=source.tensor)
+                    column += padded(source.outputs)
+                    compared += 1
+        experts = spec.arch.layers["num_experts"].sum()
+        assert compared == 3 * experts > 0
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_matrices_are_kept_as_they_are_with_every_value(name: str) -> None:
     """What is unpacked again is what the file says, bit for bit, but for the order of its inputs."""
     with open_checkpoint(QUANTIZED / name) as checkpoint:
@@ -112,9 +153,11 @@ def test_logits_of_what_is_kept_are_near(name: str) -> None:
     llm = LLM(str(QUANTIZED / name), num_blocks=16, num_threads=2, show_progress=False)
     logits = llm.logits(expected["input_ids"].tolist())
     llm.close()
-    error = np.abs(logits - expected["logits"])
-    assert error.max() < 0.03 * np.ptp(expected["logits"])
-    assert error.mean() < 0.005 * np.ptp(expected["logits"])
+    error = np.abs(logits - expected["logits"]) / np.ptp(expected["logits"])
+    # A router's choice between two experts may be so near that a token takes the other one.
+    near = (error.max(axis=1) < 0.03).mean()
+    assert near >= 0.9 if name in EXPERT_FORMATS else near == 1
+    assert error.mean() < 0.005
 
 
 EXACT = [name for name, format in FORMATS.items() if format in (INT8_ROW, FLOAT8, INT8_127, NF4, FP4)]

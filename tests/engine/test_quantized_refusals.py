@@ -75,6 +75,10 @@ def loaded(directory: Path) -> None:
         ("w4a16", (*GROUP, "weights"), {"dynamic": True}, "weights.dynamic: found True, expected False"),
         ("w4a16", (*GROUP, "weights"), {"rounding": "up"}, "weights.rounding: found 'up', expected no"),
         ("w4a16_zeros", (*GROUP, "weights"), {"symmetric": True}, "weight_zero_point has no place"),
+        ("w4a16", (*GROUP, "weights"), {"actorder": "group"}, "weight_g_idx is missing"),
+        ("w4a16", (*GROUP, "weights"), {"actorder": True}, "weight_g_idx is missing"),
+        ("w4a16_column", (*GROUP, "weights"), {"actorder": "group"}, "actorder: found 'group', expected"),
+        ("w8a8", (*GROUP, "weights"), {"actorder": "group"}, "actorder: found 'group', .* beside 8"),
         ("w4a16_column", (*GROUP, "weights"), {"symmetric": False}, "weight_zero_point is missing"),
         ("w8a8", (*GROUP, "input_activations"), {"dynamic": False}, "dynamic: found False, expected True"),
         ("w8a8", (*GROUP, "input_activations"), {"num_bits": 4}, "input_activations.num_bits: found 4"),
@@ -136,6 +140,9 @@ def with_first(value: Any) -> Callable[[Any], Any]:
             "tensor model.layers.0.mlp.up_proj.weight is missing",
         ),
         ("w4a16_column", replaced("mlp.up_proj.weight_shape", to=with_first(9)), "found .9, 128"),
+        ("w4a16_order", replaced("mlp.up_proj.weight_g_idx", to=with_first(-1)), "found group -1 of an inp"),
+        ("w4a16_order", replaced("mlp.up_proj.weight_g_idx", to=with_first(2)), "found group 2 of an input"),
+        ("w4a16_order", replaced("mlp.up_proj.weight_g_idx", to=lambda t: t[:8]), r"g_idx has shape \(8,\)"),
         ("llm_int8", replaced("mlp.up_proj.SCB", to=lambda t: t[:3]), r"SCB has shape \(3,\), expected \(1,"),
         ("nf4", replaced("mlp.up_proj.weight.absmax", to=lambda t: t[:3]), r"absmax has shape \(3,\), exp"),
         ("nf4", replaced("mlp.up_proj.weight.quant_map", to=with_first(-2)), "found another table than that"),
@@ -243,3 +250,58 @@ def test_matrices_of_one_part_with_orders_of_their_own_become_float32(tmp_path: 
         formats = formats_of(checkpoint, read_spec(checkpoint), "auto")[0]
     assert [(run.format, run.ordered) for run in formats["qkv"]] == [(FLOAT32, False)]
     assert [(run.format, run.ordered) for run in formats["up"]] == [(INT4, True)]
+
+
+def test_an_order_of_minus_ones_is_none(tmp_path: Path) -> None:
+    """As compressed-tensors has it where it has not found one."""
+    rows = []
+    for number, keys in enumerate(({}, {"actorder": None})):
+        directory = edited(tmp_path / str(number), "w4a16_order", keys, *GROUP, "weights")
+        tensors = load_file(directory / "model.safetensors")
+        for name in [name for name in tensors if name.endswith("weight_g_idx")]:
+            tensors[name] = np.full_like(tensors[name], -1)
+            if keys:
+                del tensors[name]
+        save_file(tensors, directory / "model.safetensors")
+        with open_checkpoint(directory) as checkpoint:
+            rows.append({name: one.rows(0, one.shape[0]) for name, one in checkpoint.tensors.items()})
+    assert all(np.array_equal(values, rows[1][name]) for name, values in rows[0].items())
+
+
+STACKED = "model.layers.1.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("gate_up_proj_scale_inv", None, "tensor .*gate_up_proj_scale_inv is missing"),
+        (
+            "gate_up_proj_scale_inv",
+            (4, 8, 1),
+            r"gate_up_proj_scale_inv has shape \(8, 1\), expected \(4, 2\)",
+        ),
+        ("gate_up_proj_scale_inv", (2, 8, 2), r"gate_up_proj_scale_inv has shape \(2, 8, 2\), expected \(4"),
+        ("down_proj_scale_inv", (16,), r"down_proj_scale_inv has shape \(16,\), expected \(4"),
+    ],
+)
+def test_scales_of_stacked_experts_that_do_not_fit_are_refused(
+    tmp_path: Path, name: str, shape: tuple[int, ...] | None, message: str
+) -> None:
+    directory = edited(tmp_path, "qwen3_moe_fp8_stacked", {})
+    rewrite(directory, f"{STACKED}.{name}", shape)
+    with pytest.raises(CheckpointError, match=message):
+        loaded(directory)
+
+
+def rewrite(directory: Path, name: str, shape: tuple[int, ...] | None) -> None:
+    """The file with another shape of a tensor, or without it. Done to the header: NumPy has no FP8."""
+    path = directory / "model.safetensors"
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    if shape is None:
+        header[f"{name}_of_nothing"] = header.pop(name)
+    else:
+        header[name]["shape"] = shape
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])

@@ -15,7 +15,7 @@ from pagellm.engine.checkpoints.quantized.bitsandbytes import read_bitsandbytes
 from pagellm.engine.checkpoints.quantized.compressed_tensors import read_compressed_tensors
 from pagellm.engine.checkpoints.quantized.fp8 import read_fp8
 from pagellm.engine.checkpoints.quantized.gptq import read_awq, read_gptq
-from pagellm.engine.checkpoints.quantized.matrix import QuantizedTensor
+from pagellm.engine.checkpoints.quantized.matrix import QuantizedTensor, StackedTensor
 from pagellm.engine.checkpoints.quantized.modules import Modules
 from pagellm.engine.checkpoints.quantized.mxfp4 import Mxfp4Tensor, read_mxfp4
 from pagellm.engine.checkpoints.quantized.section import Section
@@ -26,6 +26,7 @@ __all__ = [
     "SETTINGS_FILES",
     "Mxfp4Tensor",
     "QuantizedTensor",
+    "StackedTensor",
     "join_quantized",
 ]
 

@@ -7,8 +7,6 @@ quantized. Activations of FP8 models stay floats here; those of W8A8 are quantiz
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
-
 from pagellm.engine.checkpoints.quantized.bytes import SCALES, ByteMatrix
 from pagellm.engine.checkpoints.quantized.modules import Modules, misshapen
 from pagellm.engine.checkpoints.quantized.nibbles import Words, described_groups, integers
@@ -17,6 +15,8 @@ from pagellm.engine.errors import CheckpointError, found, named
 
 _HARMLESS = frozenset({"quant_method", "quantization_status", "global_compression_ratio", "version"})
 _HARMLESS_ARGS = frozenset({"observer", "observer_kwargs", "scale_dtype", "zp_dtype"})
+# What means that groups are of inputs in the order of their activations; others are so only meanwhile.
+_ORDERED = (True, "group", "dynamic")
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 
 
@@ -30,6 +30,7 @@ class _Group(NamedTuple):
     group_size: int = -1
     symmetric: bool = True
     block: tuple[int, int] | None = None
+    ordered: bool = False  # whether inputs are in groups in an order of their own
 
 
 def read_compressed_tensors(section: Section, modules: Modules) -> str:
@@ -82,9 +83,7 @@ def _read_group(whole: Section, name: str, format: str) -> _Group:
     group.refuse_others(())
     bits, kind = weights.only("num_bits", 4, 8), weights.only("type", "int", "float", default="int")
     weights.only("dynamic", False, default=False)
-    order = weights.get("actorder", False)
-    if order not in (False, "weight", "static", "group", "dynamic"):
-        raise weights.error("actorder", order, "'weight', 'group' or none")
+    order = weights.only("actorder", False, True, "weight", "static", "group", "dynamic", default=False)
     symmetric = weights.only("symmetric", True, False, default=True)
     size = weights.get("group_size")
     strategy = weights.get("strategy", "tensor" if size is None else "channel" if size == -1 else "group")
@@ -97,7 +96,12 @@ def _read_group(whole: Section, name: str, format: str) -> _Group:
             raise weights.error("strategy", strategy, "'group' or 'channel'")
         if strategy == "group" and (type(size) is not int or size < 1):
             raise weights.error("group_size", size, "a positive integer")
-        return _Group(group, targets, own, "INT4", size if strategy == "group" else -1, symmetric)
+        if order in _ORDERED and strategy != "group":
+            raise weights.error("actorder", order, "none without groups")
+        size = size if strategy == "group" else -1
+        return _Group(group, targets, own, "INT4", size, symmetric, ordered=order in _ORDERED)
+    if order in _ORDERED:
+        raise weights.error("actorder", order, "none beside 8 bits")
     if not symmetric or own == "pack-quantized":
         raise weights.error("symmetric", symmetric, "true, and a format that is not packed, for 8 bits")
     if kind == "int":
@@ -145,9 +149,13 @@ def _read_packed(module: str, group: _Group, modules: Modules) -> None:
             f"{shape_tensor.file.path}: tensor {named(shape_tensor.name)}: found {shape}, expected the shape "
             f"of a matrix that {words.shape} words hold"
         )
+    if order is None and group.ordered:
+        order = modules.take(module, "weight_g_idx", ("I32", "I64"))  # which refuses it
     if order is not None and order.shape != (shape[1],):
         raise misshapen(order, (shape[1],))
-    groups = None if order is None else integers(order).astype(np.int32)
+    groups = None if order is None else integers(order)
+    if groups is not None and (groups == -1).all():  # as the library has it where there is no order
+        groups = None
     matrix = Words(f"{module}.weight", shape, "rows", words, scales, zeros, group.group_size, groups=groups)
     modules.put(module, matrix.tensor())
 

@@ -5,7 +5,8 @@ Their activations are quantized, too, where a GPU computes with them; here they 
 
 from pagellm.engine.checkpoints.base import Tensor
 from pagellm.engine.checkpoints.quantized.bytes import SCALES, ByteMatrix
-from pagellm.engine.checkpoints.quantized.modules import Modules
+from pagellm.engine.checkpoints.quantized.matrix import StackedTensor
+from pagellm.engine.checkpoints.quantized.modules import Modules, misshapen
 from pagellm.engine.checkpoints.quantized.section import Section, by_parts
 
 _FLOATS = "activations stay floats"
@@ -46,6 +47,34 @@ def read_fp8(section: Section, modules: Modules) -> str:
         size = _BLOCK if implied else block
         used = used or size
         modules.put(module, ByteMatrix(weight, scales, "E4M3", size).tensor())
+    _read_stacked(modules, block)
     modules.check(section, key, excluded)
     how = "one scale a matrix or output" if used is None else f"blocks of {used[0]} x {used[1]}"
     return f"FP8 (E4M3), {how}, {_FLOATS}"
+
+
+def _read_stacked(modules: Modules, block: tuple[int, int] | None) -> None:
+    """Experts that are in one tensor, [experts, outputs, inputs], as transformers has them in memory."""
+    for name in [name for name, tensor in modules.tensors.items() if _is_stacked(tensor)]:
+        weight = modules.take_whole(name, ("F8_E4M3",))
+        scales = modules.take_whole(f"{name}_scale_inv", SCALES)
+        modules.tensors.pop(f"{name}_activation_scale", None)
+        count, outputs, inputs = weight.shape
+        size = block
+        if size is None and scales.shape == (count, 2, 1) and outputs % 2 == 0:
+            size = (outputs // 2, inputs)  # of a gate and a linear half
+        if len(scales.shape) != 3 or scales.shape[0] != count:
+            raise misshapen(scales, (count, -(-outputs // (size or weight.shape[1:])[0]), 1))
+        own = weight.shape[1:], scales.shape[1:]
+        matrices = [
+            ByteMatrix(weight.part(own[0], i), scales.part(own[1], i), "E4M3", size).tensor()
+            for i in range(count)
+        ]
+        num_bytes = weight.num_bytes + scales.num_bytes
+        modules.put_whole(
+            StackedTensor(name, weight.shape, "E4M3", weight.file, weight.offset, num_bytes, matrices)
+        )
+
+
+def _is_stacked(tensor: Tensor) -> bool:
+    return tensor.dtype == "F8_E4M3" and len(tensor.shape) == 3 and ".experts." in tensor.name

@@ -1,7 +1,5 @@
 """Directories that AutoGPTQ, GPTQModel and AutoAWQ wrote."""
 
-import numpy as np
-
 from pagellm.engine.checkpoints.base import Tensor
 from pagellm.engine.checkpoints.quantized.modules import Modules, misshapen
 from pagellm.engine.checkpoints.quantized.nibbles import Words, described_groups, integers
@@ -76,7 +74,7 @@ def read_gptq(section: Section, modules: Modules) -> str:
             zeros,
             group_size,
             zero_offset=1 if version == "gptq" else 0,
-            groups=None if groups is None else integers(groups).astype(np.int32),
+            groups=None if groups is None else integers(groups),
             symmetric=symmetric is True,
         )
         modules.put(module, matrix.tensor())

@@ -3,7 +3,7 @@
 Knows what the levels of each kind stand for; does not know where a method keeps them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -111,3 +111,24 @@ class QuantizedTensor(Tensor):
         """Raises `IndexError` if the rows are not all inside."""
         if not 0 <= start <= stop <= self.shape[0]:
             raise IndexError(f"rows [{start}, {stop}) of {named(self.name)}, which has {self.shape[0]}")
+
+
+@dataclass(frozen=True)
+class StackedTensor(Tensor):
+    """Matrices of one kind, one behind the other: [matrices, outputs, inputs], as experts are."""
+
+    matrices: Sequence[QuantizedTensor] = field(repr=False, compare=False)
+
+    def rows(self, start: int, stop: int) -> Floats:
+        """As `Tensor.rows`: whole matrices."""
+        return np.stack([one.rows(0, one.shape[0]) for one in self.matrices[start:stop]])
+
+    def quantized_rows(self, start: int, stop: int) -> Bytes:
+        """As `QuantizedTensor.quantized_rows`."""
+        raise TypeError(f"{self.name}: quantized rows are pieces")
+
+    def part(self, shape: tuple[int, ...], index: int = 0) -> Tensor:
+        """As `Tensor.part`."""
+        if shape != self.matrices[index].shape:
+            return super().part(shape, index)  # which refuses it
+        return self.matrices[index]

@@ -10,7 +10,7 @@ from pagellm.engine.checkpoints.quantized.section import Section
 from pagellm.engine.errors import CheckpointError, found, named
 
 # Matrices of a decoder's layers that quantizers pass over without saying so.
-_ROUTER = re.compile(r".*\.(gate|router|shared_expert_gate)")
+_ROUTER = re.compile(r".*\.(gate|router|router\.layer|shared_expert_gate)")
 _OF_LAYER = re.compile(r"(?!.*(vision|visual|multi_modal)).*\.\d+\..*")
 
 
@@ -53,16 +53,34 @@ class Modules:
                 return tensor
         return None
 
+    def take_whole(self, name: str, dtypes: Collection[str]) -> Tensor:
+        """A tensor by its whole name, which must be there, of one of these types."""
+        module, _, last = name.rpartition(".")
+        return self.take(module, last, dtypes)
+
+    def put_whole(self, tensor: Tensor) -> None:
+        """Stacked matrices, in the place of their parts."""
+        self.tensors[tensor.name] = tensor
+        self._quantized.add(tensor.name)
+
     def put(self, module: str, tensor: QuantizedTensor) -> None:
         """The whole, in the place of its parts."""
         self.tensors[f"{module}.weight"] = tensor
         self._quantized.add(module)
 
-    def check(self, section: Section, key: str, excluded: Callable[[str], bool]) -> None:
+    def check(
+        self,
+        section: Section,
+        key: str,
+        excluded: Callable[[str], bool],
+        maybe_excluded: Callable[[str], bool] | None = None,
+    ) -> None:
         """What the configuration excludes is not quantized, and what it does not exclude is.
 
+        maybe_excluded: what some library takes the configuration to exclude; None: the same.
         Raises `CheckpointError` for the first module of which that is not true, and if none is quantized.
         """
+        maybe_excluded = maybe_excluded or excluded
         if not self._quantized:
             place = section.prefix.removesuffix(".") or "quant_method"
             method = found(section.get("quant_method", "bitsandbytes"))
@@ -84,7 +102,7 @@ class Modules:
                 and not isinstance(tensor, QuantizedTensor)
                 and _OF_LAYER.fullmatch(module)
                 and not _ROUTER.fullmatch(module)
-                and not excluded(module)
+                and not maybe_excluded(module)
             ):
                 raise CheckpointError(
                     f"{self.directory}: {named(module)}: found weights of type {tensor.dtype}, expected "

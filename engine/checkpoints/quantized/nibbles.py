@@ -39,7 +39,7 @@ class Words:
     zeros: Tensor | None
     group_size: int
     zero_offset: int = 0
-    groups: NDArray[np.int32] | None = None
+    groups: NDArray[np.int64] | None = None
     symmetric: bool = False
 
     def __post_init__(self) -> None:
@@ -79,12 +79,13 @@ class Words:
         """The group of each input; None where they follow each other."""
         if self.groups is None or (self.groups == np.arange(self.shape[1]) // size).all():
             return None
-        if self.groups.min() < 0 or self.groups.max() >= groups:
+        wrong = self.groups[(self.groups < 0) | (self.groups >= groups)]
+        if len(wrong):
             raise CheckpointError(
-                f"{self.words.file.path}: {named(self.name)}: found group {self.groups.max()} of an input, "
-                f"expected one from 0 to {groups - 1}"
+                f"{self.words.file.path}: {named(self.name)}: found group {wrong[0]} of an input, expected "
+                f"one from 0 to {groups - 1}"
             )
-        return self.groups
+        return self.groups.astype(np.int32)
 
     def _is_kept(self, size: int) -> bool:
         """Whether groups are runs of whole blocks once inputs are sorted by group."""
