@@ -277,13 +277,16 @@ class MistralParser(ToolParser):
 class GptOssParser(ToolParser):
     """<|channel|>commentary to=functions.name <|constrain|>json<|message|>{...}<|call|>, of gpt-oss.
 
-    What is said to the channel `analysis` is a thought.
+    What is said to the channel `analysis` is a thought. A prompt ends within the first message's header, so
+    that an answer may begin with ` to=functions.name`.
     """
 
     _HEADER = _Markers(("<|start|>", "<|channel|>"))
     _MESSAGE = "<|message|>"
     _ENDS = _Markers(("<|end|>", "<|call|>", "<|return|>", "<|start|>"))
+    _RECIPIENT = "to=functions."
     _TO = re.compile(r"to=functions\.([\w.:/-]+)")
+    _is_first = True  # nothing has been read yet
 
     def __init__(self, names: Sequence[str] = (), unsaid: Sequence[str] = ()) -> None:
         super().__init__(names, unsaid)
@@ -319,12 +322,19 @@ class GptOssParser(ToolParser):
     def _begin(self, parts: list[Part], is_end: bool) -> bool:
         """Reads a message's header, or what is said without one."""
         at, marker, _ = self._HEADER.first_in(self._text)
+        if self._is_first and self._may_be_recipient(self._text[:at]):
+            if marker is None and not is_end:
+                return False
+            if marker == "<|channel|>":
+                at = 0
         if marker is None:
+            self._is_first = False
             self._say_up_to_start(parts, is_end)
             return False
         end = self._text.find(self._MESSAGE, at)
         if end < 0 and not is_end:
             return False
+        self._is_first = False
         said, rest = self._text[:at], self._text[at:]
         self._text = said
         if said:
@@ -336,6 +346,10 @@ class GptOssParser(ToolParser):
         self._header = rest[: end - at]
         self._text = rest[end - at + len(self._MESSAGE) :]
         return True
+
+    def _may_be_recipient(self, text: str) -> bool:
+        words = text.lstrip()
+        return self._RECIPIENT.startswith(words) or re.fullmatch(f"{self._TO.pattern}\\s*", words) is not None
 
 
 _KINDS: dict[str, type[ToolParser]] = {

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -139,7 +140,30 @@ CASES: list[tuple[str, str, list[Part]]] = [
         ["<|channel|>commentary to=functions.f<|message|>{oh"],
     ),
     (GPT_OSS, "plain", ["plain"]),
+    (GPT_OSS, " to=functions.f<|channel|>commentary json<|message|>{}", [OTHER]),
+    (GPT_OSS, " to=functions.f and so on", [" to=functions.f and so on"]),
+    (GPT_OSS, " to=functions.f", [" to=functions.f"]),
+    (GPT_OSS, "to", ["to"]),
+    (
+        GPT_OSS,
+        "<|channel|>final<|message|>to=functions.f<|end|><|start|>assistant<|channel|>final<|message|>.",
+        ["to=functions.f."],
+    ),
+    (GPT_OSS, "tor<|channel|>final<|message|>.", ["tor."]),
 ]
+
+
+PUBLISHED = json.loads((Path(__file__).parents[1] / "fixtures/tool_calls/published.json").read_text())
+
+
+@pytest.mark.parametrize("case", PUBLISHED, ids=lambda case: f"{case['source']}: {case['text'][:60]}")
+@pytest.mark.parametrize("by_character", [False, True])
+def test_what_the_models_publishers_write_is_read_as_they_read_it(case: Any, by_character: bool) -> None:
+    found = parts(case["kind"], *(case["text"] if by_character else [case["text"]]))
+    calls = [[one.name, json.loads(one.arguments)] for one in found if isinstance(one, ToolCall)]
+    assert calls == case["calls"]
+    assert "".join(one for one in found if isinstance(one, str)) == case["said"]
+    assert "".join(one.text for one in found if isinstance(one, Thought)) == case["thought"]
 
 
 @pytest.mark.parametrize(("kind", "text", "expected"), CASES)
