@@ -50,8 +50,9 @@ def add_replay(commands: "argparse._SubParsersAction[Any]") -> None:
     load.add_argument("--clients", type=int, metavar="N", help="closed loop: N clients in the place of times")
     load.add_argument("--replicas", type=int, default=1, metavar="N", help="engines behind a router")
     load.add_argument(
-        "--router", default="round_robin", metavar="NAME",
-        help=f"{', '.join(ROUTERS)}, or a Router of your own as module:Class or path/file.py:Class",
+        "--router", metavar="NAME",
+        help=f"{', '.join(ROUTERS)} (default: round_robin), or a Router of your own as module:Class or "
+        "path/file.py:Class",
     )  # fmt: skip
     add_fleet(load)
     load.add_argument("--price", type=float, metavar="X", help="of a device an hour, in any unit")
@@ -131,14 +132,15 @@ def _compare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> No
 
 
 def _simulate(trace: Trace, options: argparse.Namespace) -> Report:
-    import_policy(options.router, "router")
+    router = "round_robin" if options.router is None else options.router
+    import_policy(router, "router")
     return _simulator(
         options,
         rate_factor=options.rate_factor,
         clients=options.clients,
         replicas=options.replicas,
         price_per_h=options.price,
-        router=options.router,
+        router=router,
         timeout_s=options.timeout_s,
         skip_bad=options.skip_bad,
         slo=options.slo,
@@ -191,6 +193,10 @@ def _replay_for_real(trace: Trace, options: argparse.Namespace) -> Report:
     for name in (*simulated, *ways, "fleet", "link", "price"):
         if _is_given(options, name):
             raise ConfigError(f"{_flag(name)}: not with --real, which serves on this machine")
+    if options.router is not None:
+        raise ConfigError(
+            "--router: not with --real, which is one engine: `lab --confirm` confirms routers on several"
+        )
     if options.replicas != 1:
         raise ConfigError(f"--replicas: found {options.replicas} with --real, expected 1")
     config = engine_config(options)

@@ -12,6 +12,7 @@ from collections.abc import Sequence as Items
 from dataclasses import replace
 from itertools import repeat
 from operator import attrgetter
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypedDict
 
 from pagellm.engine import checks
@@ -89,7 +90,8 @@ class CostModel(ABC):
     known: see `EngineConfig`. model_name: as a request may name it. schedules_ahead: whether a step is
     scheduled when the one before it begins, so that what comes in between is for the one behind it.
     num_devices: of one replica. num_stages: of its pipeline; data_parallel: its ranks. power_w, idle_power_w:
-    of a device while it computes, and while it does not, if that is known.
+    of a device while it computes, and while it does not, if that is known; assumed_powers: of these those
+    that are assumed, and from what.
     """
 
     name: str
@@ -107,6 +109,7 @@ class CostModel(ABC):
     data_parallel: int = 1
     power_w: float | None = None
     idle_power_w: float | None = None
+    assumed_powers: Mapping[str, str] = MappingProxyType({})
 
     @property
     def num_engines(self) -> int:

@@ -17,6 +17,8 @@ from pagellm.engine.checks import SMALLEST
 from pagellm.engine.errors import ConfigError, found
 from pagellm.sim.fields import Fields, read_json
 
+_POWERS = ("power_w", "idle_power_w")
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -26,7 +28,8 @@ class Hardware:
     is faster. memory_bytes: as the card reports them. link_bytes_per_s: to the other devices,
     host_bytes_per_s: to the host's memory; in one direction. link_latency_s: of an exchange among devices,
     however small. max_num_batched_tokens, max_num_seqs: of an engine on it that nobody has set.
-    power_w, idle_power_w: while it computes and while it does not; None where that is not known.
+    power_w, idle_power_w: while it computes and while it does not; None where that is not known. assumed: of
+    these those that nobody has measured or stated, each with where it is from.
     constants: what is known of this device in the place of the defaults.
     """
 
@@ -43,6 +46,7 @@ class Hardware:
     max_num_seqs: int = 256
     power_w: float | None = None
     idle_power_w: float | None = None
+    assumed: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, float | str] = field(default_factory=dict)
 
     def flops_of(self, weights: str) -> float:
@@ -79,7 +83,13 @@ def _read(values: Fields) -> Hardware:
         required = one.default is MISSING and one.default_factory is MISSING
         if not required and not values.has(one.name):
             continue
-        if one.name == "constants":
+        if one.name == "assumed":
+            assumed = values.section(one.name)
+            for name in assumed.values:
+                if name not in _POWERS:
+                    raise assumed.bad(str(name), assumed.get(name), f"no such field: {' or '.join(_POWERS)}")
+            read[one.name] = {name: assumed.text(name) for name in assumed.values}
+        elif one.name == "constants":
             read[one.name] = dict(values.section(one.name).values)
         elif one.type is int:
             read[one.name] = values.integer(one.name)

@@ -82,6 +82,7 @@ class RooflineCostModel(CostModel):
         self._shares = _stage_shares(model.num_layers, pipeline_parallel)
         self._num_groups = self._groups_of_experts()
         self.power_w, self.idle_power_w = hardware.power_w, hardware.idle_power_w
+        self.assumed_powers = hardware.assumed
         self._choose_formats()
         flops, bytes_per_s, n = hardware.flops_per_s, hardware.memory_bytes_per_s, num_devices
 

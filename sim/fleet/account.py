@@ -64,7 +64,7 @@ def _figures(group: Group, uses: list[Use], whole: tuple[float, float]) -> Fleet
         idle_w, busy_w = group.powers_w
         energy = group.num_devices * (busy_s * busy_w + max(0.0, paid_s - busy_s) * idle_w) / _HOUR_S
     price = group.price_per_h
-    return {
+    figures: FleetGroup = {
         "name": group.name,
         "role": group.role,
         "model": group.model,
@@ -75,6 +75,9 @@ def _figures(group: Group, uses: list[Use], whole: tuple[float, float]) -> Fleet
         "energy_wh": energy,
         "cost": None if price is None else price * group.num_devices * paid_s / _HOUR_S,
     }
+    if group.powers:
+        figures["powers"] = group.powers
+    return figures
 
 
 def _sum(values: Iterable[float | None]) -> float | None:

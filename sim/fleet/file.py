@@ -120,7 +120,10 @@ class _Reader:
             if not (isinstance(values, dict) and values.get("count") == 0 and type(values["count"]) is int)
         ]
         if not groups:
-            raise top.bad("group", None, "at least one [[group]]")
+            found_ = "groups of no replica" if top.entries("group") else "nothing"
+            raise ConfigError(
+                f"{self.path}: group: found {found_}, expected at least one [[group]] with some"
+            )
         failures = [
             self._made(Failure, values, f"failure[{n}]") for n, values in enumerate(top.entries("failure"))
         ]

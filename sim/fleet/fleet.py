@@ -6,11 +6,12 @@ A description, checked when it is made; what happens to it in a replay is the bu
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from pagellm.engine.checks import SMALLEST, flag, integer, number
 from pagellm.engine.config import CompleteConfig, EngineConfig
 from pagellm.engine.errors import ConfigError, found
-from pagellm.sim.costs.cost_model import CostModel
+from pagellm.sim.costs.cost_model import CostConstant, CostModel
 from pagellm.sim.costs.devices import known
 
 ROLES = ("both", "prefill", "decode")
@@ -177,6 +178,28 @@ class Group:
         idle = self.costs.idle_power_w if self.idle_power_w is None else self.idle_power_w
         busy = self.costs.power_w if self.power_w is None else self.power_w
         return None if busy is None else (idle or 0.0, busy)
+
+    @property
+    def powers(self) -> list[CostConstant]:
+        """The same as constants, with where they are from; none where nothing is known."""
+        if self.powers_w is None:
+            return []
+        idle_w, busy_w = self.powers_w
+        table: list[CostConstant] = []
+        for name, watts, given, device, source in (
+            ("power_w", busy_w, self.power_w, self.costs.power_w, "the most that a device may draw"),
+            ("idle_power_w", idle_w, self.idle_power_w, self.costs.idle_power_w, ""),
+        ):
+            origin: Literal["given", "device", "assumed"] = "device"
+            assumed = self.costs.assumed_powers.get(name)
+            if given is not None:
+                origin, source = "given", ""
+            elif device is None:
+                origin, source = "assumed", "nothing is known of it"
+            elif assumed is not None:
+                origin, source = "assumed", assumed
+            table.append({"name": name, "value": watts, "origin": origin, "source": source})
+        return table
 
     def block_token_bytes(self) -> float | None:
         """Bytes of a token in a KV block, if they are known."""

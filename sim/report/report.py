@@ -54,7 +54,7 @@ class Metric:
 
     def value(self, report: AnyReport) -> float | None:
         """The report's value, None if it has none."""
-        value: Any = report["summary"]
+        value: Any = report["summary"] if self.group != "fleet" else report
         for name in self.path.split("."):
             value = None if value is None else value.get(name)
         return None if value is None else value
@@ -84,6 +84,8 @@ METRICS = (
     Metric("preemptions", "by recompute", "count", "preemptions.recompute"),
     Metric("preemptions", "by swap", "count", "preemptions.swap"),
     Metric("preemptions", "requests preempted", "count", "preemptions.requests"),
+    Metric("fleet", "Wh a million tokens", "count", "fleet.wh_per_million"),
+    Metric("fleet", "cost a million tokens", "count", "fleet.cost_per_million"),
     Metric("requests", "finished", "count", "num_finished"),
     Metric("requests", "timed out", "count", "num_timed_out"),
     Metric("requests", "rejected", "count", "num_rejected"),
@@ -225,6 +227,7 @@ def _fleet(fleet: FleetData | None) -> Iterator[tuple[str, str]]:
     if fleet["energy_wh"] is not None:
         million = f", {number_text(fleet['wh_per_million'])} Wh a million output tokens"
         yield "energy", f"{number_text(fleet['energy_wh'])} Wh of devices{million}"
+        yield from (("", words) for words in _powers(fleet))
     if fleet["cost"] is not None:
         million = f", {number_text(fleet['cost_per_million'])} a million output tokens"
         yield "cost", f"{number_text(fleet['cost'])} in the unit of prices{million}"
@@ -245,6 +248,19 @@ def _fleet(fleet: FleetData | None) -> Iterator[tuple[str, str]]:
             yield "", f"{failed:,} requests failed with them"
     if fleet.get("scaling"):
         yield "scaling", f"{len(fleet['scaling']):,} times replicas were started or stopped"
+
+
+def _powers(fleet: FleetData) -> Iterator[str]:
+    """What the energy of devices rests on."""
+    powers = [(group["name"], power) for group in fleet["groups"] for power in group.get("powers", [])]
+    if any(power["name"] == "power_w" and power["origin"] == "device" for _, power in powers):
+        yield "at most: as if each drew all that it may while a step is under way"
+    for name, what in (("power_w", "power"), ("idle_power_w", "idle power")):
+        all_of = [group for group, power in powers if power["name"] == name]
+        assumed = [group for group, power in powers if power["name"] == name and power["origin"] == "assumed"]
+        if assumed:
+            of = "" if assumed == all_of else f" of {_name(', '.join(assumed), 30)}"
+            yield f"{what}{of} is assumed, not measured"
 
 
 def _fleet_table(report: AnyReport) -> Iterator[str]:

@@ -213,7 +213,8 @@ class FleetGroup(TypedDict):
 
     replicas: the most that there were at once; devices: of one. paid_s: seconds of all its replicas, from
     when they were started; busy_s: in which they had steps under way. energy_wh, cost: null where powers or
-    prices are not known.
+    prices are not known. powers: of a device, power_w as long as a step is under way and idle_power_w else,
+    each with where it is from.
     """
 
     name: str
@@ -225,6 +226,7 @@ class FleetGroup(TypedDict):
     busy_s: float
     energy_wh: float | None
     cost: float | None
+    powers: NotRequired[list[CostConstant]]
 
 
 class LinkFigures(TypedDict):

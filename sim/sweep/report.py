@@ -141,7 +141,7 @@ def _left_out(points: Sequence[Point]) -> Iterator[str]:
 
 def _grid_table(result: SweepResult) -> Iterator[str]:
     columns = [*_axes(result), _rate("requests/s", "requests_per_s")]
-    columns += [_rate("tokens/s", "output_tokens_per_s"), *_limits(result)]
+    columns += [_rate("tokens/s", "output_tokens_per_s"), *_limits(result), *_amounts(result)]
     slo = result.slo
     if slo is not None:
         columns.append(("SLO", lambda p: "holds" if p.summary and slo.holds(p.summary) else "broken"))
@@ -219,6 +219,17 @@ def _limits(result: SweepResult) -> list[_Column]:
     if slo is not None and slo.joint:
         columns.append(("within", lambda p: _attained(p.summary)))
     return columns
+
+
+def _amounts(result: SweepResult) -> Iterator[_Column]:
+    """What a million tokens of output take, where that is known of any point."""
+
+    def column(label: str, name: str) -> _Column:
+        return label, lambda point: number_text(point.summary["fleet"][name]) if point.summary else ""
+
+    for label, name in (("Wh/M", "wh_per_million"), ("cost/M", "cost_per_million")):
+        if any(point.summary and point.summary["fleet"][name] is not None for point in result.points):
+            yield column(label, name)
 
 
 def _attained(summary: Mapping[str, Any] | None) -> str:

@@ -94,6 +94,37 @@ def test_energy_and_cost_are_of_the_time_that_devices_compute_and_are_there() ->
     assert data["cost_per_million"] == pytest.approx((data["cost"] or 0) / 7e-6)
 
 
+def test_it_is_said_which_powers_are_assumed(tmp_path: Path) -> None:
+    def powers(hardware: str, **options: Any) -> list[tuple[Any, ...]]:
+        costs = CostModel.roofline(hardware, "smollm2-135m")
+        fleet = Fleet((group(costs, name="a", **options),))
+        report = Simulator.of_fleet(fleet).replay(requests((0, 4, 2)))
+        told.append(to_text(report))
+        return [tuple(one.values()) for one in report["fleet"]["groups"][0]["powers"]]
+
+    told: list[str] = []
+    most = "the most that a device may draw"
+    assert powers("h100-sxm") == [("power_w", 700, "device", most), ("idle_power_w", 140, "device", "")]
+    assert powers("l4")[1] == ("idle_power_w", 11, "assumed", "15 % of power_w")
+    assert powers("h200-sxm")[1] == ("idle_power_w", 140, "assumed", "an H100's")
+    card = CARD | {"assumed": {"power_w": "a guess"}}
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    assert powers(str(tmp_path / "card.json")) == [
+        ("power_w", 200, "assumed", "a guess"), ("idle_power_w", 0, "assumed", "nothing is known of it"),
+    ]  # fmt: skip
+    assert powers("l4", power_w=50.0, idle_power_w=5.0) == [
+        ("power_w", 50.0, "given", ""), ("idle_power_w", 5.0, "given", ""),
+    ]  # fmt: skip
+    is_bound = ["at most: as if each drew all that it may" in text for text in told]
+    is_assumed = ["idle power is assumed, not measured" in text for text in told]
+    assert (is_bound, is_assumed) == ([True, True, True, False, False], [False, True, True, True, False])
+    (tmp_path / "card.json").write_text(json.dumps(CARD | {"assumed": {"price": "high"}}))
+    with pytest.raises(
+        ConfigError, match=r"assumed\.price: found 'high', expected no such field: power_w or"
+    ):
+        powers(str(tmp_path / "card.json"))
+
+
 def test_what_is_not_known_of_one_group_is_not_known_of_all() -> None:
     fleet = Fleet((group(name="a", price_per_h=1.0, power_w=5.0), group(name="b")))
     data = Simulator.of_fleet(fleet).replay(requests((0, 4, 1))).data["fleet"]
@@ -250,7 +281,8 @@ L4 = {"hardware": "l4", "model": "smollm2-135m"}
         ({}, "group: found nothing, expected at least one"),
         ({"groups": []}, r"groups: found \[\], expected no such key: one of group"),
         ({"group": [{"hardwear": "l4"}]}, r"group\[0\].hardwear: found 'l4', expected no such key: one"),
-        ({"group": [L4 | {"count": 0}]}, r"group\[0\].count: found 0, expected a positive integer"),
+        ({"group": [L4 | {"count": -1}]}, r"group\[0\].count: found -1, expected a positive integer"),
+        ({"group": [L4 | {"count": 0}]}, r"group: found groups of no replica, expected at least one"),
         ({"group": [L4 | {"role": "draft"}]}, r"group\[0\].*role: found 'draft', expected one of both"),
         ({"group": [L4 | {"price_per_h": -1}]}, r"group\[0\].price_per_h: found -1, expected a finite"),
         ({"group": [L4 | {"serves": [1]}]}, r"group\[0\].serves: found 1, expected a list of names"),
@@ -296,6 +328,7 @@ def test_a_file_that_is_no_fleet_is_refused(tmp_path: Path) -> None:
         (["--fleet", "f.toml", "--num-threads", "3"], "--num-threads: not without step times of all groups"),
         (["--fleet", "f.toml", "--data-parallel", "3"], "--data-parallel: not without step times of all"),
         (["--fleet", "f.toml", "--data-parallel", "0"], "--data-parallel: not without step times of all"),
+        (["--real", "--router", "least_loaded"], "--router: not with --real, which is one engine"),
         (["--fleet", "f.toml", "--real"], "--fleet: not with --real"),
         (["--roofline", "l4,smollm2-135m", "--price", "-2"], "price_per_h: found -2.0, expected"),
     ],

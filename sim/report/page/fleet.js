@@ -1,6 +1,16 @@
 "use strict";
 // What served: each group of replicas and what it took, the links, failures and starts.
 
+// What devices draw, and what of that is assumed.
+function powerWords(groups) {
+  const words = groups.map(({ powers = [] }) => powers.map(({ name, value, origin, source }) =>
+    `${grouped(value)}${NARROW}W ${name === "power_w" ? "while a step is under way" : "idle"}, `
+      + `${[ORIGINS[origin], source].filter(Boolean).join(": ")}`).join("; "));
+  if (words.every((one) => !one)) return null;
+  const alike = words.every((one) => one === words[0]);
+  return alike ? words[0] : groups.map(({ name }, index) => `${name}: ${words[index] || NONE}`).join("; ");
+}
+
 const perMillion = (amount, unit) => (amount === null ? null : `${significant(amount)}${unit} a million output tokens`);
 
 function fleetParts(report) {
@@ -27,7 +37,7 @@ function fleetFacts(fleet) {
   const { failures, links = [], scaling = [] } = fleet;
   const down = failures?.mean_down_s ?? null;
   return [
-    ["energy", perMillion(fleet.wh_per_million, " Wh")], ["cost", perMillion(fleet.cost_per_million, "")],
+    ["energy", perMillion(fleet.wh_per_million, " Wh")], ["power of a device", powerWords(fleet.groups)], ["cost", perMillion(fleet.cost_per_million, "")],
     ...links.map((link) => [`KV over ${link.name}`, `${grouped(link.transfers)} times, ${FORMATS.bytes(link.bytes)}; `
       + `${FORMATS.s(link.mean_transfer_s)} each after ${FORMATS.s(link.mean_wait_s)}, on average`]),
     ["failures", failures ? `${grouped(failures.failures)} of replicas${down === null ? "" : `, down for ${FORMATS.s(down)} on average`}; `

@@ -10,7 +10,7 @@ const DISTRIBUTIONS = [
 ];
 
 function metricValue(metric, report) {
-  return metric.path.split(".").reduce((value, name) => value?.[name] ?? null, report.summary);
+  return metric.path.split(".").reduce((value, name) => value?.[name] ?? null, metric.group === "fleet" ? report : report.summary);
 }
 
 // Key figures
@@ -121,7 +121,7 @@ function difference(metric, base, value) {
 // 1 where more is better, -1 where less is, 0 where neither is.
 function goodDirection({ group, unit, path }) {
   if (group === "throughput") return path === "duration_s" ? -1 : 1;
-  if (unit === "s" || group === "preemptions") return -1;
+  if (unit === "s" || group === "preemptions" || group === "fleet") return -1;
   if (path === "cache.hit_rate" || path === "cache.host_hit_tokens") return 1;
   return ["num_timed_out", "num_rejected", "num_failed", "kv.mean_unwritten_share", "cache.evicted_tokens"].includes(path) ? -1 : 0;
 }
@@ -172,10 +172,10 @@ function settings(reports) {
 }
 
 // The constants of estimated step times, each with whether it was assumed and where that is from.
+const ORIGINS = { assumed: "assumed", device: "of this device", fitted: "fitted", given: "given" };
 function constantsTable(report) {
-  const origins = { assumed: "assumed", device: "of this device", fitted: "fitted", given: "given" };
   const row = ({ name, value, origin, source }) => html("div", {}, html("dt", {}, name),
-    html("dd", {}, `${value} ${origins[origin]}${source ? `: ${source}` : ""}`));
+    html("dd", {}, `${value} ${ORIGINS[origin]}${source ? `: ${source}` : ""}`));
   return html("dl", { class: "constants" }, report.constants.map(row));
 }
 

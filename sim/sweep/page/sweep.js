@@ -6,8 +6,8 @@ const keys = Object.keys(data.grid);
 const varied = keys.filter((key) => data.grid[key].length > 1);
 
 const valueOf = (metric, point) => point.summary === null ? null
-  : metric.path.split(".").reduce((value, name) => (value === null ? null : value[name]), point.summary);
-const metricName = ({ group, label }) => (label.includes("/s") ? label : `${group} ${label}`);
+  : metric.path.split(".").reduce((value, name) => value?.[name] ?? null, point.summary);
+const metricName = ({ group, label }) => (label.includes("/s") || group === "fleet" ? label : `${group} ${label}`);
 // The metric that a limit of the SLO speaks of: ttft_p99 is ttft_s.p99.
 const limitPath = (name) => name.replace("_", "_s.");
 const limitOf = (metric) =>
@@ -149,7 +149,9 @@ const settingCells = (settings) => keys.map((key) => html("td", {}, settingText(
 
 function gridTable() {
   const paths = ["requests_per_s", "output_tokens_per_s", "ttft_s.p50", "ttft_s.p99", "tpot_s.p99", "e2e_s.p99"];
-  const wanted = new Set([...paths, ...Object.keys(data.slo ?? {}).map(limitPath)]);
+  const known = data.metrics.filter((metric) => metric.group === "fleet"
+    && data.points.some((point) => valueOf(metric, point) !== null));
+  const wanted = new Set([...paths, ...known.map(({ path }) => path), ...Object.keys(data.slo ?? {}).map(limitPath)]);
   const shown = data.metrics.filter(({ path }) => wanted.has(path));
   const slo = (point) => html("td", { class: point.slo_holds ? "better" : "worse" }, point.slo_holds ? "holds" : "broken");
   return table([...keys, ...(data.slo ? ["SLO"] : []), ...shown.map(metricName)], data.points.map((point) => [
