@@ -305,3 +305,35 @@ def rewrite(directory: Path, name: str, shape: tuple[int, ...] | None) -> None:
         header[name]["shape"] = shape
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+
+def plain(tmp_path: Path, name: str, chosen: Callable[[str], bool], keys: dict[str, Any]) -> Path:
+    """A copy of a fixture of which some modules are not quantized."""
+    directory = edited(tmp_path, name, keys)
+    tensors = load_file(directory / "model.safetensors")
+    with open_checkpoint(QUANTIZED / name) as checkpoint:
+        modules = [one.removesuffix(".weight") for one in checkpoint.tensors if chosen(one)]
+        rows = {f"{one}.weight": checkpoint.tensors[f"{one}.weight"] for one in modules}
+        values = {one: tensor.rows(0, tensor.shape[0]) for one, tensor in rows.items()}
+    kept = {
+        one: tensor for one, tensor in tensors.items() if not one.startswith(tuple(f"{m}." for m in modules))
+    }
+    save_file(kept | values, directory / "model.safetensors")
+    return directory
+
+
+def test_experts_of_bitsandbytes_directories_may_be_as_they_were(tmp_path: Path) -> None:
+    """transformers 5 has the experts of a layer in one tensor, which bitsandbytes passes over."""
+    loaded(plain(tmp_path / "all", "olmoe_nf4", lambda name: ".experts." in name, {}))
+    with pytest.raises(CheckpointError, match=r"experts.2.down_proj: found weights of type F32, expected"):
+        loaded(plain(tmp_path / "some", "olmoe_nf4", lambda name: ".experts.2." in name, {}))
+    with pytest.raises(CheckpointError, match=r"q_proj: found weights of type F32, expected quantized ones"):
+        loaded(plain(tmp_path / "q", "olmoe_nf4", lambda name: "q_proj" in name, {}))
+
+
+def test_an_excluded_part_of_a_name_is_that_of_awq(tmp_path: Path) -> None:
+    keys = {"modules_to_not_convert": ["gate"]}
+    loaded(plain(tmp_path / "gates", "awq", lambda name: "gate_proj" in name, keys))
+    loaded(edited(tmp_path / "none", "awq", keys))  # as transformers goes by it
+    with pytest.raises(CheckpointError, match=r"up_proj: found weights of type F32, expected quantized ones"):
+        loaded(plain(tmp_path / "up", "awq", lambda name: "up_proj" in name, keys))

@@ -27,6 +27,7 @@ _HARMLESS = frozenset(
 )
 _STATES = tuple(f"weight.quant_state.bitsandbytes__{name}" for name in ("nf4", "fp4"))
 _MAX_STATE_BYTES = 1 << 12
+_EXPERT = ".experts."
 
 
 def read_bitsandbytes(section: Section, modules: Modules) -> str:
@@ -39,17 +40,25 @@ def read_bitsandbytes(section: Section, modules: Modules) -> str:
     section.only("bnb_4bit_quant_storage", "uint8", default="uint8")
     kind = section.only("bnb_4bit_quant_type", "nf4", "fp4", default="fp4")
     double = section.only("bnb_4bit_use_double_quant", True, False, default=False)
-    excluded = by_parts(section.names("llm_int8_skip_modules"), section, "llm_int8_skip_modules")
+    names = section.names("llm_int8_skip_modules")
+    excluded = by_parts(names, section, "llm_int8_skip_modules")
     section.refuse_others(_HARMLESS)
+
+    def maybe_excluded(module: str) -> bool:
+        """transformers 5 has the experts of a layer in one tensor, and leaves those as they are."""
+        if excluded(module) or module.endswith(tuple(names)):
+            return True
+        return _EXPERT in module and not any(_EXPERT in one for one in modules.quantized)
+
     if in_8_bits:
         for module in modules.with_tensor("SCB"):
             _read_int8(module, modules)
-        modules.check(section, "llm_int8_skip_modules", excluded)
+        modules.check(section, "llm_int8_skip_modules", excluded, maybe_excluded)
         return "LLM.int8(), activations stay floats"
     for suffix in _STATES:
         for module in modules.with_tensor(suffix):
             _read_table(module, suffix, kind, modules)
-    modules.check(section, "llm_int8_skip_modules", excluded)
+    modules.check(section, "llm_int8_skip_modules", excluded, maybe_excluded)
     return f"bitsandbytes, 4 bits ({kind.upper()}{', double quantization' * double})"
 
 

@@ -34,7 +34,8 @@ def read_fp8(section: Section, modules: Modules) -> str:
     block = None if section.get("weight_block_size") is None else section.pair("weight_block_size")
     used = block
     key = "modules_to_not_convert" if section.get("modules_to_not_convert") else "ignored_layers"
-    excluded = by_parts(section.names(key), section, key)
+    names = section.names(key)
+    excluded = by_parts(names, section, key)
     section.get("modules_to_convert")
     section.refuse_others(_HARMLESS)
     for module in modules.with_tensor("weight", "F8_E4M3"):
@@ -48,7 +49,7 @@ def read_fp8(section: Section, modules: Modules) -> str:
         used = used or size
         modules.put(module, ByteMatrix(weight, scales, "E4M3", size).tensor())
     _read_stacked(modules, block)
-    modules.check(section, key, excluded)
+    modules.check(section, key, excluded, lambda module: excluded(module) or module.endswith(tuple(names)))
     how = "one scale a matrix or output" if used is None else f"blocks of {used[0]} x {used[1]}"
     return f"FP8 (E4M3), {how}, {_FLOATS}"
 

@@ -103,14 +103,20 @@ def read_awq(section: Section, modules: Modules) -> str:
     if section.get("modules_in_block_to_quantize"):
         value = section.get("modules_in_block_to_quantize")
         raise section.error("modules_in_block_to_quantize", value, "none: modules_to_not_convert says it")
-    excluded = by_parts(section.names("modules_to_not_convert"), section, "modules_to_not_convert")
+    names = section.names("modules_to_not_convert")
+    excluded = by_parts(names, section, "modules_to_not_convert")
     section.refuse_others(_HARMLESS)
     for module in modules.with_tensor("qweight"):
         words, scales, zeros = _take(module, modules)
         shape = words.shape[1] * 8, words.shape[0]
         matrix = Words(f"{module}.weight", shape, "awq", words, scales, zeros, group_size)
         modules.put(module, matrix.tensor())
-    modules.check(section, "modules_to_not_convert", excluded)
+
+    def maybe_excluded(module: str) -> bool:
+        """AutoAWQ goes by any part of a name: gate is one of gate_proj, too."""
+        return excluded(module) or any(name in module for name in names)
+
+    modules.check(section, "modules_to_not_convert", excluded, maybe_excluded)
     return f"AWQ, 4 bits, {described_groups(group_size)}"
 
 

@@ -20,7 +20,7 @@ class Modules:
     def __init__(self, directory: Path, tensors: dict[str, Tensor]) -> None:
         self.directory = directory
         self.tensors = tensors
-        self._quantized: set[str] = set()
+        self.quantized: set[str] = set()
 
     def with_tensor(self, suffix: str, *dtypes: str) -> list[str]:
         """The modules that have a tensor of this name, and of one of these types if any are named."""
@@ -61,12 +61,12 @@ class Modules:
     def put_whole(self, tensor: Tensor) -> None:
         """Stacked matrices, in the place of their parts."""
         self.tensors[tensor.name] = tensor
-        self._quantized.add(tensor.name)
+        self.quantized.add(tensor.name)
 
     def put(self, module: str, tensor: QuantizedTensor) -> None:
         """The whole, in the place of its parts."""
         self.tensors[f"{module}.weight"] = tensor
-        self._quantized.add(module)
+        self.quantized.add(module)
 
     def check(
         self,
@@ -81,14 +81,14 @@ class Modules:
         Raises `CheckpointError` for the first module of which that is not true, and if none is quantized.
         """
         maybe_excluded = maybe_excluded or excluded
-        if not self._quantized:
+        if not self.quantized:
             place = section.prefix.removesuffix(".") or "quant_method"
             method = found(section.get("quant_method", "bitsandbytes"))
             raise CheckpointError(
                 f"{section.path}: {place}: found {method}, expected weights that it has quantized: "
                 f"{self.directory} has none"
             )
-        for module in sorted(self._quantized):
+        for module in sorted(self.quantized):
             if excluded(module):
                 raise CheckpointError(
                     f"{self.directory}: {named(module)}: found quantized weights, expected others: "
