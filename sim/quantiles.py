@@ -3,6 +3,7 @@
 import math
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from math import ceil, log
 from typing import TypedDict
 
 
@@ -85,15 +86,17 @@ class LogHistogram:
         if not values:
             return
         low, high = min(values), max(values)
-        if self._bin(low) == self._bin(high):
-            key = self._bin(low)
+        key = self._bin(low)
+        if key == self._bin(high):
             self._counts[key] = self._counts.get(key, 0) + count * len(values)
         else:
             for key in map(self._bin, values):
                 self._counts[key] = self._counts.get(key, 0) + count
         self._count += count * len(values)
+        total = self._sum
         for value in values:
-            self._sum += value * count
+            total += value * count
+        self._sum = total
         self._min, self._max = min(self._min, low), max(self._max, high)
 
     def merge(self, other: "LogHistogram") -> None:
@@ -134,7 +137,7 @@ class LogHistogram:
             if value <= 0:
                 return self._ZERO
             value = min(max(value, self._SMALLEST), self._LARGEST)
-        return math.ceil(math.log(value) * self._PER_LOG)
+        return ceil(log(value) * self._PER_LOG)
 
     def _value(self, key: int) -> float:
         if key == self._ZERO:

@@ -226,6 +226,7 @@ class Replay:
         self._trace = trace
         scaled = trace if simulator.rate_factor == 1 else trace.scaled(simulator.rate_factor)
         self._sessions = Sessions(scaled, keeps_times=simulator.clients is None)
+        self._has_sessions = bool(self._sessions)
         self._requests = self._sessions.openers()
         self._requests_of: dict[Sequence, TraceRequest] = {}  # where there are sessions
         self.replicas: list[Replica] = []
@@ -340,7 +341,7 @@ class Replay:
         """A request reaches the replica that the router chooses; it counts as arrived since it was sent."""
         sent_s, request = subject
         sequence = self._new_sequence(request)
-        if self._sessions:
+        if self._has_sessions:
             self._requests_of[sequence] = request
         replica = self._place(sent_s, sequence, request)
         if replica is not None:
@@ -349,7 +350,7 @@ class Replay:
         if self._simulator.timeout_s is not None:
             timeout = max(now, sent_s + self._simulator.timeout_s)
             heappush(self._events, (timeout, EventKind.TIMEOUT, sequence.seq_id, (replica, sequence)))
-        if self._simulator.clients is None and not self._sessions.waits(request):
+        if self._simulator.clients is None and not (self._has_sessions and self._sessions.waits(request)):
             upcoming = next(self._requests, None)
             if upcoming is not None:
                 heappush(self._events, self._arrival(upcoming.arrival_time, upcoming))
@@ -451,7 +452,8 @@ class Replay:
                     replica.loop.abort(sequence)
                     self._note_end(now, replica, sequence)
                 continue
-            self.metrics.note_class(sequence, request.class_)
+            if request.class_ is not None:
+                self.metrics.note_class(sequence, request.class_)
             try:
                 replica.loop.add(sequence, time_s)
             except RequestError as error:
@@ -491,7 +493,7 @@ class Replay:
         self._num_ended += 1
         if self._simulator.progress is not None:
             self._simulator.progress(self._num_ended, now)
-        if self._sessions:
+        if self._has_sessions:
             self._go_on(now, sequence)
         elif self._simulator.clients is not None:
             self._ask_next(now)

@@ -451,14 +451,14 @@ BUGS = (
     Bug(
         "blocks behind the window are given back first to last",
         MANAGER,
-        "BlockManager._fill_table",
+        "BlockManager._begin_table",
         "reversed(prefix[:behind])",
         "prefix[:behind]",
     ),
     Bug(
         "a hit does not count as use of what lies behind the window",
         MANAGER,
-        "BlockManager._fill_table",
+        "BlockManager._begin_table",
         "free.append(number)",
         "free.prepend(number)",
     ),
@@ -627,10 +627,10 @@ BUGS = (
     ),
     Bug(
         "blocks are given back only where there is a prefix cache",
-        SCHEDULER,
-        "Scheduler.commit",
-        "manager.enable_prefix_caching or bool(manager.window)",
-        "manager.enable_prefix_caching",
+        MANAGER,
+        "BlockManager.__init__",
+        "enable_prefix_caching or window > 0",
+        "enable_prefix_caching",
     ),
     Bug(
         "a swap is priced as if nothing had been given back",

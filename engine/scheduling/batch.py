@@ -92,7 +92,8 @@ class ScheduledBatch:
     @property
     def num_sampled(self) -> int:
         """How many get a token."""
-        return sum(self.samples) + sum(map(len, self.forks.values()))
+        num_sampled = sum(self.samples)
+        return num_sampled + sum(map(len, self.forks.values())) if self.forks else num_sampled
 
     @property
     def sampled(self) -> list[Sequence]:

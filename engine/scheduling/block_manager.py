@@ -116,6 +116,8 @@ class BlockManager:
         self.num_swap_blocks = num_swap_blocks
         self.window = BlockWindow(window, block_size)
         self.stats = PrefixCacheStats()
+        # Whether full blocks are to be entered into the cache, or given back behind the window.
+        self.registers = enable_prefix_caching or window > 0
         self.num_releases = 0  # how often a block became free: what did not fit before may fit after
         self.offloads = offloads and enable_prefix_caching and num_swap_blocks > 0
         self._hash_block = hash_block
@@ -147,12 +149,12 @@ class BlockManager:
     @property
     def num_free_blocks(self) -> int:
         """Blocks that no sequence references, whether they hold a known prefix or not."""
-        return len(self._free)
+        return self._free.size
 
     @property
     def num_shared(self) -> int:
         """References to blocks beyond the first of each."""
-        return self._num_references - self.num_blocks + len(self._free)
+        return self._num_references - self.num_blocks + self._free.size
 
     @property
     def num_cached_blocks(self) -> int:
@@ -245,11 +247,11 @@ class BlockManager:
         num_computed: tokens that are computed then, if there are more than the cached ones.
         """
         num_reused = len(prefix)
-        if self.window:
+        if self.window.tokens:
             behind = self.window.num_behind(num_computed or len(prefix) * self.block_size)
             prefix, num_reused = prefix[behind:], max(behind, num_reused)
         reused = sum(1 for block in prefix if self._reference_counts[block] == 0) if prefix else 0
-        return self.blocks_for(num_tokens) - num_reused + reused + spare <= len(self._free)
+        return self.blocks_for(num_tokens) - num_reused + reused + spare <= self._free.size
 
     def allocate(self, sequence: Sequence, prefix: list[int], num_tokens: int) -> None:
         """Gives a sequence without blocks its cached prefix and new blocks, `num_tokens` tokens in all.
@@ -270,10 +272,10 @@ class BlockManager:
         num_tokens: up to which; None: all.
         """
         num_tokens = num_tokens or len(sequence.token_ids)
-        if len(self._free) >= num_tokens - sequence.num_computed_tokens:
+        if self._free.size >= num_tokens - sequence.num_computed_tokens:
             return True  # a token takes one block at most
         num_new = self.blocks_for(num_tokens) - len(sequence.block_table)
-        return max(0, num_new) + self.needs_copy(sequence) <= len(self._free)
+        return max(0, num_new) + self.needs_copy(sequence) <= self._free.size
 
     def would_offload(self, count: int) -> bool:
         """Whether to take so many free blocks would move what one of them holds to the second tier."""
@@ -350,7 +352,7 @@ class BlockManager:
         if self.enable_prefix_caching:
             self._offer_blocks(sequence, full)
         sequence.num_registered_blocks = full
-        if self.window:
+        if self.window.tokens:
             self._give_back(sequence)
 
     def _offer_blocks(self, sequence: Sequence, full: int) -> None:
@@ -524,8 +526,18 @@ class BlockManager:
         check_blocks(self)
 
     def _fill_table(self, sequence: Sequence, prefix: list[int], num_tokens: int) -> None:
-        behind = self.window.num_behind(sequence.num_computed_tokens)
-        table = sequence.block_table
+        behind, table = 0, sequence.block_table
+        if prefix or self.window.tokens:
+            behind = self._begin_table(sequence, prefix)
+        table += self._take_many(self.blocks_for(num_tokens) - len(table))
+        sequence.num_registered_blocks = max(behind, len(prefix))
+        sequence.num_slots = len(table) * self.block_size
+        self._holders[sequence.seq_id] = sequence
+        self._note_change(sequence, 0)
+
+    def _begin_table(self, sequence: Sequence, prefix: list[int]) -> int:
+        """Lets a table begin with cached blocks; returns how many of the first ones lie behind the window."""
+        behind, table = self.window.num_behind(sequence.num_computed_tokens), sequence.block_table
         table.extend([GIVEN_BACK] * behind)
         table.extend(prefix[behind:])
         if self._ranked is not None:
@@ -541,11 +553,7 @@ class BlockManager:
                 free.append(number)
         if self.offloads and self._cache.num_offloaded:
             self._load(sequence, prefix, behind)
-        table += self._take_many(self.blocks_for(num_tokens) - len(table))
-        sequence.num_registered_blocks = max(behind, len(prefix))
-        sequence.num_slots = len(sequence.block_table) * self.block_size
-        self._holders[sequence.seq_id] = sequence
-        self._note_change(sequence, 0)
+        return behind
 
     def _load(self, sequence: Sequence, prefix: list[int], behind: int) -> None:
         """Gives a sequence blocks for what it references of the second tier, to which that is moved."""

@@ -5,7 +5,10 @@ from collections.abc import Iterable, Iterator
 
 
 class FreeList:
-    """A queue of block numbers that any member can leave in O(1): a doubly linked list in two arrays."""
+    """A queue of block numbers that any member can leave in O(1): a doubly linked list in two arrays.
+
+    size: how many there are.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         end = num_blocks  # a sentinel that closes the ring
@@ -14,10 +17,10 @@ class FreeList:
         self._previous = array("i", [end])
         self._previous.extend(range(num_blocks))
         self._end = end
-        self._size = num_blocks
+        self.size = num_blocks
 
     def __len__(self) -> int:
-        return self._size
+        return self.size
 
     def __iter__(self) -> Iterator[int]:
         block = self._next[self._end]
@@ -39,7 +42,7 @@ class FreeList:
             blocks.append(block)
             block = following[block]
         following[self._end], self._previous[block] = block, self._end
-        self._size -= count
+        self.size -= count
         return blocks
 
     def remove(self, block: int) -> None:
@@ -47,7 +50,7 @@ class FreeList:
         before, after = self._previous[block], self._next[block]
         self._next[before] = after
         self._previous[after] = before
-        self._size -= 1
+        self.size -= 1
 
     def append(self, block: int) -> None:
         """Puts a block behind all others."""
@@ -55,14 +58,14 @@ class FreeList:
 
     def extend(self, blocks: Iterable[int]) -> None:
         """Puts blocks behind all others, one after the other."""
-        previous, following, size = self._previous, self._next, self._size
+        previous, following, size = self._previous, self._next, self.size
         last = previous[self._end]
         for block in blocks:
             following[last], previous[block] = block, last
             last = block
             size += 1
         following[last], previous[self._end] = self._end, last
-        self._size = size
+        self.size = size
 
     def prepend(self, block: int) -> None:
         """Puts a block before all others."""
@@ -71,4 +74,4 @@ class FreeList:
     def _insert(self, block: int, before: int, after: int) -> None:
         self._previous[block], self._next[block] = before, after
         self._next[before] = self._previous[after] = block
-        self._size += 1
+        self.size += 1

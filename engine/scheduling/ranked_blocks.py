@@ -37,6 +37,11 @@ class RankedBlocks:
         self._last_used = array("q", [0]) * num_blocks
 
     def __len__(self) -> int:
+        return self.size
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
         return len(self._empty) + len(self._known)
 
     @property

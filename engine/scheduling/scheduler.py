@@ -177,14 +177,13 @@ class Scheduler:
             self.policies.on_commit(batch, self.stats)
         finished: list[Sequence] = []
         manager = self.block_manager
-        registers, block_size = manager.enable_prefix_caching or bool(manager.window), manager.block_size
+        registers, block_size = manager.registers, manager.block_size
         num_dropped = 0
         given, to_forks = batch.by_sequence(token_ids)
         try:
             for sequence, count, new in zip(batch.sequences, batch.num_new_tokens, given, strict=True):
                 if sequence.block_table:
-                    computed = sequence.num_computed_tokens + count
-                    sequence.num_computed_tokens = computed
+                    sequence.num_computed_tokens = computed = sequence.num_computed_tokens + count
                     if registers and computed >= (sequence.num_registered_blocks + 1) * block_size:
                         manager.register(sequence)
                 else:  # it was aborted
@@ -192,10 +191,11 @@ class Scheduler:
                     new = ()
                 if to_forks and sequence in to_forks:
                     num_dropped += self._commit_forks(sequence, to_forks[sequence], finished)
-                own, most, stops = sequence.token_ids, sequence.max_len, sequence.stop_token_ids
+                own = sequence.token_ids
                 for token_id in new:
                     own.append(token_id)
-                    ends = len(own) >= most or (stops and token_id in stops)
+                    stops = sequence.stop_token_ids
+                    ends = len(own) >= sequence.max_len or (stops and token_id in stops)
                     if ends and self._finish_if_ended(sequence, finished):
                         num_dropped += computed + len(new) - len(own)
                         break
@@ -289,7 +289,8 @@ class Scheduler:
         sequence.finish_reason = reason
         if not sequence.was_admitted:
             self._no_longer_to_come(sequence)
-        self.policies.on_finish(sequence, self.stats)
+        if self.policies.hears_ends:
+            self.policies.on_finish(sequence, self.stats)
 
     def lets_nobody_in(self, num_decodes: int) -> bool:
         """Whether a step of so many decodes lets nobody in, and asks no policy for it."""
@@ -353,7 +354,8 @@ class Scheduler:
             most = new.num_prompt_tokens + (max_tokens or 0)  # it may come with tokens that it got elsewhere
             new.max_len = self.max_len if max_tokens is None else min(most, self.max_len)
             new.group = group if forks else None
-            self.policies.on_add(new, self.stats)
+            if self.policies.hears_adds:
+                self.policies.on_add(new, self.stats)
 
     def _let_in(self, batch: ScheduledBatch) -> None:
         """Asks about those that are held back; the first goes on where there is nothing else to do."""
@@ -461,10 +463,10 @@ class Scheduler:
         fits = True
         if self._is_guaranteed(sequence):
             num_tokens = max(num_tokens, sequence.max_len - 1)  # the last token needs no slot
-            fits = not manager.window or self._can_guarantee(sequence)
+            fits = not manager.window.tokens or self._can_guarantee(sequence)
         swapped = sequence.status is SequenceStatus.SWAPPED
         num_computed = max(sequence.num_computed_tokens, len(prefix) * manager.block_size)
-        if manager.window:
+        if manager.window.tokens:
             most = manager.window.num_behind(num_computed) + self._most_blocks(num_tokens)
             num_tokens = min(num_tokens, most * manager.block_size)
         spare = self._watermark if self.running else 0
@@ -508,7 +510,7 @@ class Scheduler:
         """Gives a running sequence slots for its next tokens, preempting for it, if need be itself."""
         manager = self.block_manager
         num_tokens = len(sequence.token_ids)
-        if manager.window:
+        if manager.window.tokens:
             num_tokens = min(num_tokens, sequence.num_computed_tokens + self._max_chunk)
         while not manager.can_grow(sequence, num_tokens):
             candidates = [s for s in self.running if not self._is_guaranteed(s)]

@@ -101,17 +101,17 @@ def advance(
     """
     sequences, manager, policies = batch.sequences, scheduler.block_manager, scheduler.policies
     size, num_replaced, num_steps = manager.block_size, policies.num_replaced, len(durations_s)
-    registers = manager.enable_prefix_caching or bool(manager.window)
-    num_computed = [sequence.num_computed_tokens for sequence in sequences]
+    registers = manager.registers
     tokens = array("i", (token_id,)) * num_steps
-    # Steps in which a sequence fills a block or ends, and its place.
-    events = [
-        (step, place)
-        for place, sequence in enumerate(sequences)
-        if (step := _next_event(sequence, num_computed[place], size, registers)) < num_steps
-    ]
+    num_computed, num_unwritten = [], 0
+    events = []  # steps in which a sequence fills a block or ends, and its place
+    for place, sequence in enumerate(sequences):
+        computed = sequence.num_computed_tokens
+        num_computed.append(computed)
+        num_unwritten += sequence.num_slots - computed
+        if (step := _next_event(sequence, computed, size, registers)) < num_steps:
+            events.append((step, place))
     heapify(events)
-    num_unwritten = sum([sequence.num_slots for sequence in sequences]) - sum(num_computed)
     stride = Stride(batch, times, durations_s, num_unwritten, manager.num_cached_blocks, [], [])
     following = ScheduledBatch(sequences, batch.num_new_tokens, batch.samples)
     is_decided, is_updated = False, False
@@ -174,7 +174,7 @@ def _next_event(sequence: Sequence, num_computed: int, block_size: int, register
         full = block
     if sequence.max_len <= full:
         full = sequence.max_len - 1  # the last token is not computed
-    return max(0, full - num_computed - 1)
+    return full - num_computed - 1 if full > num_computed else 0
 
 
 def _change(step: int, num_new_blocks: int, manager: "BlockManager") -> Change:

@@ -3,7 +3,6 @@
 Knows ranks and sort keys; what a policy is, and when somebody is let in, is the business of others.
 """
 
-from collections import Counter
 from collections.abc import Hashable, Iterator
 from heapq import heapify, heappop, heappush
 from typing import Any
@@ -27,7 +26,7 @@ class WaitingQueue:
         self._policy = policy
         self._entries: dict[int, list[Any]] = {}  # by seq_id: [key, number, sequence or None, queue]
         self._heaps: dict[tuple[int, Hashable], list[list[Any]]] = {}
-        self._num_live: Counter[tuple[int, Hashable]] = Counter()  # entries of each heap that still wait
+        self._num_live: dict[tuple[int, Hashable], int] = {}  # entries of each heap that still wait
         self._num_pushed = 0
         self._num_replaced = policy.num_replaced
 
@@ -51,14 +50,18 @@ class WaitingQueue:
         self._num_pushed += 1
         entry = [key, self._num_pushed, sequence, queue]
         self._entries[sequence.seq_id] = entry
+        heap = self._heaps.get(queue)
+        if heap is None:
+            self._heaps[queue], self._num_live[queue] = [entry], 1
+            return
+        heappush(heap, entry)
         self._num_live[queue] += 1
-        heappush(self._heaps.setdefault(queue, []), entry)
 
     def ask_again(self, stats: SchedulerStats) -> None:
         """Asks for all keys anew, and for the queues if another policy answers; O(n log n)."""
         if self._policy.num_replaced != self._num_replaced:
             entries = [entry for heap in self._heaps.values() for entry in heap if entry[2] is not None]
-            self._entries, self._heaps, self._num_live = {}, {}, Counter()
+            self._entries, self._heaps, self._num_live = {}, {}, {}
             for _, _, sequence, (rank, _) in sorted(entries, key=lambda entry: entry[1]):
                 self.push(sequence, stats, rank == _GUARANTEED, rank == _ORDINARY)
             # Read at the end: the policy in its place may have failed, and then all is asked once more.

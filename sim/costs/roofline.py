@@ -309,11 +309,14 @@ class RooflineCostModel(CostModel):
             num_decodes, context, prefills = shape_of(batch, window)
             total += (context + num_decodes) * decode_s
             if prefills:
-                pairs = sum(count * before + count * (count + 1) // 2 for count, before in prefills)
-                read = sum(count + before for count, before in prefills)
+                pairs = read = num_before = 0
+                for count, before in prefills:
+                    pairs += count * before + count * (count + 1) // 2
+                    read += count + before
+                    num_before += before
                 total += max(pairs * pair_s, read * token_s)
                 if widen_s:
-                    total += sum(before for _, before in prefills) * widen_s
+                    total += num_before * widen_s
         total += num_tokens * (self._vector_token_s + self._exchange_token_s) + self._exchange_s
         total += num_samples * (self._sample_s + self._exchange_sample_s)
         if batch.transfers:
@@ -336,7 +339,7 @@ class RooflineCostModel(CostModel):
             times = [
                 total + (context + count) * decode_s for total, context in zip(times, contexts, strict=True)
             ]
-        return [duration_s, *(total + vectors_s + samples_s for total in times)]
+        return [duration_s, *[total + vectors_s + samples_s for total in times]]
 
     def _before_attention(
         self, num_sequences: int, num_tokens: int, num_samples: int, num_expert_tokens: int

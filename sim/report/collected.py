@@ -119,10 +119,12 @@ class ReplicaListener(StepListener):
             self._take_over(sequence)
             return
         run.arrive(sequence.arrival_time)
-        class_ = run.classes.pop(sequence, None) or run.classes.pop(sequence.request_id, None)
-        request = run.requests[sequence] = _Request(sequence.arrival_time)
-        request.groups = run.groups.of(self._number, sequence.sampling_params.tenant, class_, self._group)
-        for group in request.groups:
+        class_ = None
+        if run.classes:
+            class_ = run.classes.pop(sequence, None) or run.classes.pop(sequence.request_id, None)
+        groups = run.groups.of(self._number, sequence.sampling_params.tenant, class_, self._group)
+        run.requests[sequence] = _Request(sequence.arrival_time, None, None, groups)
+        for group in groups:
             group.counts["requests"] += 1
 
     def left(self, sequence: Sequence, why: str) -> None:
@@ -153,7 +155,8 @@ class ReplicaListener(StepListener):
         bucket = self._timeline.at(now)
         if batch.admitted:
             self._note_admissions(batch, now)
-            self.swapped.difference_update(admitted.sequence for admitted in batch.admitted)
+            if self.swapped:
+                self.swapped.difference_update(admitted.sequence for admitted in batch.admitted)
             stats = self.manager.stats
             bucket.query_tokens += stats.queries - self._queries
             bucket.hit_tokens += stats.hits - self._hits
@@ -174,7 +177,7 @@ class ReplicaListener(StepListener):
 
     def committed(self, end: StepEnd) -> None:
         batch, sampled, finished, now = end.batch, end.sampled, end.finished, end.now
-        num_tokens = batch.num_tokens
+        num_tokens = sum(batch.num_new_tokens)
         num_decodes = len(batch.sequences)
         if num_tokens > num_decodes:
             num_decodes = batch.num_new_tokens.count(1)
@@ -196,8 +199,10 @@ class ReplicaListener(StepListener):
         num_steps, num_sequences = len(times) - 1, len(sequences)
         self._note_steps(stride)
         spans = list(map(sub, times[1:], times))
+        busy_s = self.busy_s
         for span_s in spans:
-            self.busy_s += span_s
+            busy_s += span_s
+        self.busy_s = busy_s
         self._note_tokens(sequences, times[1])
         self._itl.add_each(spans[1:], num_sequences)
         self._last_token_s = run.last_token_at_s = times[-1]
@@ -364,8 +369,9 @@ class ReplicaListener(StepListener):
         assert request.first_scheduled_s is not None
         measured = {"e2e_s": time_s - request.arrival_s}
         run.latencies["e2e"].add(measured["e2e_s"])
-        if sequence.num_output_tokens > 1:
-            measured["tpot_s"] = (time_s - request.first_token_s) / (sequence.num_output_tokens - 1)
+        num_gaps = sequence.num_output_tokens - 1
+        if num_gaps > 0:
+            measured["tpot_s"] = (time_s - request.first_token_s) / num_gaps
             run.latencies["tpot"].add(measured["tpot_s"])
         run.counts["finished"] += 1
         for group in request.groups:

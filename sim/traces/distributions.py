@@ -42,7 +42,12 @@ def length(name: str, spec: str) -> DrawLength:
     if kind == "empirical" and path:
         return _empirical(path, name)
     draw = _described(name, spec, _LENGTHS, "empirical:PATH")
-    return lambda random: min(max(1, round(draw(random))), MAX_LEN)
+
+    def drawn(random: Random) -> int:
+        tokens = round(draw(random))
+        return 1 if tokens < 1 else MAX_LEN if tokens > MAX_LEN else tokens
+
+    return drawn
 
 
 def arrivals(name: str, spec: str) -> Arrivals:
@@ -79,7 +84,8 @@ def _uniform_integers(low: float, high: float) -> Draw:
 
 def _lognormal(median: float, sigma: float) -> Draw:
     _require(median > 0 and sigma <= 10)
-    return lambda random: random.lognormvariate(math.log(median), sigma)
+    mu = math.log(median)
+    return lambda random: random.lognormvariate(mu, sigma)
 
 
 def _exponential(mean: float) -> Draw:

@@ -74,15 +74,16 @@ class TraceRequest:
         if self.priority != 0 or type(self.priority) is not int:
             self.priority = check_integer("priority", self.priority, -MAX_LEN)
         check_text("id", self.id, empty=True)
-        for name, value in (
-            ("session", self.session),
-            ("tenant", self.tenant),
-            ("class", self.class_),
-            ("model", self.model),
-            ("continues", self.continues),
-        ):
-            if value is not None:
-                check_text(name, value)
+        if self.session is not None:
+            check_text("session", self.session)
+        if self.tenant is not None:
+            check_text("tenant", self.tenant)
+        if self.class_ is not None:
+            check_text("class", self.class_)
+        if self.model is not None:
+            check_text("model", self.model)
+        if self.continues is not None:
+            check_text("continues", self.continues)
         if self.deadline_s is not None:
             self.deadline_s = check_seconds("deadline_s", self.deadline_s)
         if self.delay_s is not None:

@@ -43,8 +43,8 @@ class CheckedPolicies:
     victim: None: the scheduling policy says who makes way, too.
 
     order_changes: as in `SchedulingPolicy`. prefills_alone, asks_queues, makes_way, admits, has_budget,
-    counts_batches, hears_ends: whether there is anything to ask for; block_events: what is to be told of
-    blocks. What nobody overrides costs nothing.
+    hears_adds, counts_batches, hears_ends: whether there is anything to ask for; block_events: what is to be
+    told of blocks. What nobody overrides costs nothing.
     """
 
     def __init__(
@@ -231,7 +231,7 @@ class CheckedPolicies:
             method: [setting for setting, one in self._policies.items() if _overrides(one, Policy, method)]
             for method in ("on_add", "on_commit", "on_finish")
         }
-        self.counts_batches, self.hears_ends = bool(self._hear["on_commit"]), bool(self._hear["on_finish"])
+        self.hears_adds, self.counts_batches, self.hears_ends = map(bool, self._hear.values())
 
     def _replace(self, setting: str, method: str, error: Exception) -> None:
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
