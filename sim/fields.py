@@ -88,12 +88,23 @@ class Fields:
         return NOTHING if value is None else value
 
 
+def read_bounded(path: Path, error: type[PagellmError]) -> bytes:
+    """All of a file, of at most `MAX_LINE_BYTES`."""
+    try:
+        with path.open("rb") as file:
+            check_no_device(path, file, error)
+            content = file.read(MAX_LINE_BYTES + 1)
+    except OSError as bad:
+        raise error(f"{path}: cannot be read: {bad.strerror or bad}") from None
+    if len(content) > MAX_LINE_BYTES:
+        raise error(f"{path}: found more than {MAX_LINE_BYTES} bytes, expected less")
+    return content
+
+
 def read_json(path: Path, what: str, error: type[PagellmError]) -> Any:
     """The JSON of a file, which is to be `what`."""
     try:
-        return checks.parse_json(path.read_bytes())
-    except OSError as bad:
-        raise error(f"{path}: cannot be read: {bad.strerror or bad}") from None
+        return checks.parse_json(read_bounded(path, error))
     except checks.JsonError as bad:
         raise error(f"{path}: found {bad}, expected {what} as JSON") from None
 

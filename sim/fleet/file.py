@@ -62,7 +62,7 @@ from pagellm.engine.step_log import NO_DECISIONS
 from pagellm.sim.costs.constants import FILES
 from pagellm.sim.costs.cost_model import CostModel
 from pagellm.sim.costs.source import CostSource
-from pagellm.sim.fields import Fields, read_json
+from pagellm.sim.fields import Fields, read_bounded, read_json
 from pagellm.sim.fleet.fleet import Autoscale, Failure, Fleet, Group, Link, RandomFailures, known_link
 
 _Made = TypeVar("_Made", Link, Failure, RandomFailures, Autoscale)
@@ -140,10 +140,7 @@ class _Reader:
         if self.path.suffix == ".json":
             return read_json(self.path, "a fleet", ConfigError)
         try:
-            with self.path.open("rb") as opened:
-                return tomllib.load(opened)
-        except OSError as error:
-            raise ConfigError(f"{self.path}: cannot be read: {error.strerror or error}") from None
+            return tomllib.loads(read_bounded(self.path, ConfigError).decode())
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{self.path}: found {error}, expected a fleet as TOML") from None
 

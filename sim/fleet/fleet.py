@@ -16,6 +16,9 @@ from pagellm.sim.costs.devices import known
 
 ROLES = ("both", "prefill", "decode")
 RULES = ("concurrency", "waiting", "kv_usage")
+# Each takes some 200 kB; and events of each that are closer together than this are no replay to wait for.
+MAX_ENGINES = 1 << 14
+_SHORTEST_S = 1e-3
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,8 @@ class Autoscale:
             raise ConfigError(
                 f"autoscale: rule: found {found(self.rule)}, expected one of {', '.join(RULES)}"
             )
-        for name in ("target", "interval_s"):
-            number(f"autoscale: {name}", getattr(self, name), SMALLEST, error=ConfigError, expected="above 0")
+        number("autoscale: target", self.target, SMALLEST, error=ConfigError, expected="above 0")
+        number("autoscale: interval_s", self.interval_s, _SHORTEST_S, error=ConfigError)
         number("autoscale: down_after_s", self.down_after_s, 0, error=ConfigError)
 
 
@@ -97,7 +100,7 @@ class RandomFailures:
     groups: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        number("failures: mtbf_s", self.mtbf_s, SMALLEST, error=ConfigError, expected="seconds above 0")
+        number("failures: mtbf_s", self.mtbf_s, _SHORTEST_S, error=ConfigError)
         number("failures: mttr_s", self.mttr_s, 0, error=ConfigError)
         integer("failures: seed", self.seed, 0, error=ConfigError)
 
@@ -224,6 +227,11 @@ class Fleet:
     def __post_init__(self) -> None:
         if not self.groups:
             raise ConfigError("fleet: found no group, expected at least one")
+        if self.max_engines > MAX_ENGINES:
+            raise ConfigError(
+                f"fleet: found {self.max_engines} engines, in replicas and their data and pipeline parallel "
+                f"ranks, expected at most {MAX_ENGINES}"
+            )
         names = [group.name for group in self.groups]
         for name in names:
             if names.count(name) > 1:

@@ -27,6 +27,7 @@ from random import Random
 from statistics import fmean
 from typing import Any
 
+from pagellm.engine.errors import ConfigError
 from pagellm.engine.requests.outputs import FinishReason
 from pagellm.engine.scheduling.batch import ScheduledBatch
 from pagellm.engine.scheduling.sequence import Sequence
@@ -43,6 +44,7 @@ from pagellm.sim.traces.request import TraceRequest
 from pagellm.sim.traces.trace import Trace
 
 MAX_SCALING_EVENTS = 1000  # that a report lists
+_FRUITLESS = 10_000  # failures of each instance in a row, after which no request will get a token either
 
 
 @dataclass(eq=False)
@@ -109,6 +111,7 @@ class MovingReplay(Replay):
         self._held_back: dict[Sequence, Journey] = {}  # that wait for a replica, in order
         self._instance_of: dict[Replica, Instance] = {}
         self._num_pushed = 0  # events of its own
+        self._progress, self._failures_before = (0, 0, 0), 0
         super().__init__(simulator, trace)
         self._scalers = {
             group.name: Scaler(group.autoscale) for group in self.fleet.groups if group.autoscale is not None
@@ -418,6 +421,7 @@ class MovingReplay(Replay):
         instance.fail(now)
         self._update_pools()
         self.losses["failures"] += 1
+        self._check_progress()
         lost = [journey for replica in instance.replicas for journey in self._lose(now, replica)]
         if was_draining:
             instance.stop(now)
@@ -428,6 +432,20 @@ class MovingReplay(Replay):
         for journey in lost:
             self._send_on(now, journey)
         return None
+
+    def _check_progress(self) -> None:
+        """Raises `ConfigError` where replicas fail so often that the replay would never end."""
+        num_failures = self.losses["failures"]
+        if num_failures - self._failures_before < _FRUITLESS * len(self.instances):
+            return
+        num_tokens = sum(len(sequence.token_ids) for sequence in self._journeys)
+        progress = self._num_arrivals, self._num_ended, num_tokens
+        if self._journeys and progress == self._progress:
+            raise ConfigError(
+                f"failures: found {num_failures - self._failures_before:,} in a row in which no request got "
+                "a token, expected a longer time between failures, mtbf_s, or a migration_limit"
+            )
+        self._progress, self._failures_before = progress, num_failures
 
     def _lose(self, now: float, replica: Replica) -> Iterator[Journey]:
         """All that a replica had is gone; the requests that are to go on elsewhere, in their order."""

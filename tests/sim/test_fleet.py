@@ -318,6 +318,15 @@ def test_a_file_that_is_no_fleet_is_refused(tmp_path: Path) -> None:
         read_fleet(str(tmp_path / "none.toml"))
 
 
+@pytest.mark.parametrize("option", ["--fleet", "--costs", "--set-cost=expert_loads", "--compare"])
+def test_a_device_without_an_end_is_not_read(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    value = ["/dev/zero", "/dev/zero"] if option == "--compare" else ["/dev/zero"]
+    given = [f"{option}=/dev/zero"] if "=" in option else [option, *value]
+    trace = [] if option == "--compare" else [TRACE, "--roofline", "h200-sxm,mixtral-8x7b"]
+    assert main(["replay", *trace, *given]) == 2
+    assert "/dev/zero: found a device, expected a file or a pipe" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -262,6 +262,14 @@ def test_failures_at_random_are_those_of_their_seed() -> None:
     assert found[0] == found[1] != found[2]
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_replicas_that_fail_before_any_prompt_is_computed_end_the_replay(count: int) -> None:
+    """A step takes a second, and no replica lives as long."""
+    fleet = Fleet((group(count=count),), random_failures=RandomFailures(mtbf_s=0.001))
+    with pytest.raises(ConfigError, match=r"failures: found \d0,000 in a row in which no request got"):
+        Simulator.of_fleet(fleet).replay(requests((0.0, 4, 5)))
+
+
 SCALED = Autoscale(max=3, target=2.0, interval_s=10.0, down_after_s=20.0)
 
 
@@ -489,7 +497,13 @@ def test_the_command_takes_prefill_and_decode_apart(capsys: pytest.CaptureFixtur
         (lambda p, d: Fleet((p, d), (Failure(1.0, "q"),)), "failure: group: found 'q', expected one of p, d"),
         (lambda p, d: Fleet((p, d), (Failure(1.0, "d", 1),)), "failure: replica: found 1, expected an int"),
         (lambda p, d: Fleet((p, d), (Failure(-1.0, "d"),)), "failure: time_s: found -1.0, expected"),
-        (lambda p, d: RandomFailures(0.0), "failures: mtbf_s: found 0.0, expected seconds above 0"),
+        (lambda p, d: RandomFailures(1e-4), "failures: mtbf_s: found 0.0001, expected"),
+        (lambda p, d: Autoscale(2, 1.0, interval_s=1e-9), "autoscale: interval_s: found 1e-09, expected"),
+        (lambda p, d: Fleet((replace(p, count=10**9), d)), "fleet: found 1000000001 engines, in replicas"),
+        (
+            lambda p, d: Fleet((replace(p, autoscale=Autoscale(10**9, 1.0)), d)),
+            "fleet: found 1000000001 engines, in replicas",
+        ),
         (lambda p, d: Fleet((p, d), (), RandomFailures(1.0, groups=("q",))), "failures: groups: found 'q'"),
         (lambda p, d: Fleet((p, d), migration_limit=-1), "migration_limit: found -1, expected"),
         (lambda p, d: Link("l", 0.0), "link l: bytes_per_s: found 0.0, expected above 0"),
