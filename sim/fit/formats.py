@@ -14,6 +14,7 @@ from typing import Any
 from pagellm.engine import checks
 from pagellm.engine.checks import JsonError, parse_json
 from pagellm.engine.errors import TraceError, found
+from pagellm.engine.scheduling.policies import KINDS
 from pagellm.sim.fields import Fields, check_no_device
 from pagellm.sim.fit.recorded_run import RecordedRun, Served, experiment_of, settings_of
 from pagellm.sim.fit.stages import is_stages, read_stages
@@ -226,7 +227,15 @@ def _step_log(path: Path, records: Iterable[Fields]) -> RecordedRun:
     settings: dict[str, Any] = {}
     for record in records:
         if record.has("config"):
-            settings = settings_of(record.section("config"))
+            config = record.section("config")
+            # Those that are built in: a user's policy is code, which no file names.
+            policies = {
+                name: value
+                for name, kind in KINDS.items()
+                for value in [config.get(name)]
+                if isinstance(value, str) and value in kind.built_in
+            }
+            settings = {**settings_of(config), **policies}
         if record.has("replica"):
             raise record.bad("replica", record.get("replica"), "the steps of one engine")
         for values in record.entries("added"):

@@ -308,9 +308,12 @@ def test_a_step_log_is_a_run_of_our_own_engine(tmp_path: Path) -> None:
     trace.write_text(jsonl([one.to_dict() for one in requests_of(served)]))
     log, lines = tmp_path / "log.jsonl", tmp_path / "results.jsonl"
     command = ["replay", str(trace), "--roofline", "l4,smollm2-135m", "--num-blocks", "99"]
+    command += ["--budget", "stall_free", "--eviction", "pagellm.engine.scheduling.policies:EvictionPolicy"]
     assert main([*command, "--step-log", str(log), "--results", str(lines)]) == 0
     [by_steps], [by_results] = load_run(log).experiments, load_run(lines).experiments
     assert by_steps.settings["num_blocks"] == 99
+    assert by_steps.settings["budget"] == "stall_free"
+    assert "eviction" not in by_steps.settings, "which is a user's, for all that is known"
     for a, b in ((by_steps.fitted, by_results.fitted), (by_steps.scored, by_results.scored)):
         assert a is not None
         assert b is not None
