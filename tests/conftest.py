@@ -3,13 +3,15 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
-from pagellm.engine import LLM, CheckpointError
 from pagellm.engine.scheduling.sequence import Sequence
+
+if TYPE_CHECKING:  # tests of what is pure Python do without Numba: tests/mutation.py runs them many times
+    from pagellm.engine import LLM
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
 ARCHITECTURES = Path(__file__).parent / "fixtures" / "architectures"
@@ -36,8 +38,10 @@ def model_path(name: str) -> Path:
     return directory if (directory / "config.json").exists() else directory / "model.gguf"
 
 
-def real_weights(model: str, **settings: Any) -> LLM:
+def real_weights(model: str, **settings: Any) -> "LLM":
     """A known model; without its weights the test is skipped, and in CI it fails."""
+    from pagellm.engine import LLM, CheckpointError
+
     try:
         return LLM(model, show_progress=False, **settings)
     except CheckpointError as error:
@@ -52,7 +56,7 @@ def output_of(sequence: Sequence) -> list[int]:
 
 
 @pytest.fixture(scope="session")
-def smollm() -> Iterator[LLM]:
+def smollm() -> Iterator["LLM"]:
     """The default model with its real weights."""
     llm = real_weights("smollm2-135m-instruct", max_model_len=2048)
     yield llm
@@ -60,7 +64,7 @@ def smollm() -> Iterator[LLM]:
 
 
 @pytest.fixture(scope="session")
-def gemma() -> Iterator[LLM]:
+def gemma() -> Iterator["LLM"]:
     """Gemma 3 270M with its real weights, as its file has them."""
     llm = real_weights("gemma-3-270m", max_model_len=2048)
     yield llm

@@ -1370,6 +1370,7 @@ def unnoticed(bug: Bug) -> str | None:
             "-q",
             "-p",
             "no:cacheprovider",
+            "--assert=plain",  # that it fails is all; else half of a run is to prepare a better message
             "--hypothesis-profile=unshrunk",
         ]
         environment = os.environ | {"PYTHONPATH": directory, "PYTHONDONTWRITEBYTECODE": "1"}
