@@ -77,6 +77,10 @@ CONSTANTS = {
         1.2e-5, "starting the kernels of a layer from a CUDA graph, about ten: fits the same runs"
     ),
     "sequence_overhead_s": _amount(2e-6, "scheduling and sampling of a sequence: fits the same runs"),
+    "sort_s": _amount(
+        0.0, "sorting the logits of a sequence, 131,072 of them, where a token is one of the most likely: "
+        "none, as of greedy sampling"
+    ),
     "frontend_s": _amount(0.0, "HTTP and tokenizer before the engine: none, as where an engine is measured"),
     "steps_ahead": Constant(
         1.0, 0.0, 1.0, "that are scheduled when the one before them begins: vLLM since 0.14 (pull request "
@@ -100,6 +104,12 @@ CONSTANTS = {
 }  # fmt: skip
 
 
+# Of a server that a client measures: vLLM's own TTFT is 8 to 12 ms shorter than its client's (pull request
+# 54628), BLIS's trained constants have 15.6.
+CLIENT_FRONTEND_S = 0.010
+# PyTorch's sort, which vLLM takes for top_p: 60 us a row of 131,072 logits and as much as ten rows in each
+# step, by the tables of its pull requests 32558 and 51507.
+SORT_S, SORT_ROWS = 6e-5, 10
 # Of these, what is 0 or 1.
 SWITCHES = ("steps_ahead",)
 

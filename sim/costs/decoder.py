@@ -81,7 +81,8 @@ class Model:
     """What of a decoder's shape matters for its time.
 
     num_parameters: all numbers. vocab_size: rows of the embedding and of the output head. tied_embeddings:
-    whether the two are one matrix. max_model_len: tokens that it takes, None for no limit. layer_bytes,
+    whether the two are one matrix. takes_top: whether its own generation_config.json samples of the most
+    likely tokens alone (top_p, top_k). max_model_len: tokens that it takes, None for no limit. layer_bytes,
     head_bytes: of a number of the layers' matrices and of the head, where a file of weights says.
     """
 
@@ -90,6 +91,7 @@ class Model:
     layers: tuple[Layers, ...]
     vocab_size: int = 0
     tied_embeddings: bool = True
+    takes_top: bool = False
     max_model_len: int | None = None
     layer_bytes: float | None = None
     head_bytes: float | None = None

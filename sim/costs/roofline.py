@@ -15,7 +15,7 @@ from pagellm.engine.checks import integer
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError
 from pagellm.engine.scheduling.batch import PreemptionCosts, ScheduledBatch
-from pagellm.sim.costs.constants import AUTO, FORMATS, Constants
+from pagellm.sim.costs.constants import AUTO, FORMATS, SORT_ROWS, Constants
 from pagellm.sim.costs.cost_model import CostConstant, CostModel, decode_contexts, shape_of
 from pagellm.sim.costs.decoder import Layers, Model, load_model
 from pagellm.sim.costs.devices import Hardware, load_hardware
@@ -116,9 +116,11 @@ class RooflineCostModel(CostModel):
         vector_rate = bytes_per_s * c["vector_bytes"]
         vectors = sum(layer.count * _vector_numbers(layer, model.hidden_size, n) for layer in model.layers)
         self._vector_token_s = vectors * _STATE_BYTES / vector_rate
-        self._sample_s = _LOGIT_PASSES * 4 * model.vocab_size / vector_rate
+        sort_s = c["sort_s"] * model.vocab_size / 2**17
+        self._sample_s = _LOGIT_PASSES * 4 * model.vocab_size / vector_rate + sort_s
         self._set_exchanges()
         self._overhead_s = c["step_overhead_s"] + model.num_layers * c["layer_overhead_s"]
+        self._overhead_s += SORT_ROWS * sort_s
         self._sequence_overhead_s = c["sequence_overhead_s"]
         self.frontend_s = c["frontend_s"]
         # Batches of a pipeline follow each other anyway.

@@ -4,18 +4,22 @@ What is held against each other are the figures of one half of the run: the loga
 measured, each weighed by how well a simulation can hit it. A constant is moved in logarithms as well, and
 held to its default by a weak spring, so that one of which a run says nothing stays where it was. The search
 is Levenberg's and Marquardt's, with derivatives by differences, from the defaults and from slower constants:
-a derivative does not see beyond the point where arithmetic takes over from traffic. Nothing in it is random.
+a derivative does not see beyond the point where arithmetic takes over from traffic. Requests that are far off
+when all others agree had something else happen to them: they are left out, and the search is repeated; they
+count where constants are scored. Nothing in it is random.
 """
 
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from pagellm.engine.errors import ConfigError, found
-from pagellm.sim.costs.constants import CONSTANTS, Constants
+from pagellm.sim.costs.constants import CLIENT_FRONTEND_S, CONSTANTS, SORT_S, Constants
 from pagellm.sim.costs.cost_model import FIT_METRICS, FitError
 from pagellm.sim.costs.decoder import Model, load_model
 from pagellm.sim.costs.devices import Hardware, load_hardware
@@ -29,10 +33,15 @@ MIN_CONSTANTS, MAX_CONSTANTS = 2, 6
 # The error of a figure that weighs as much as a constant that is off by a factor of e.
 # A half's throughput is decided by whichever request ends last, and of a quantile by a few.
 _TOLERANCES = {"throughput": 0.03, "ttft": 0.04, "tpot": 0.01, "e2e": 0.03}
-_QUANTILE_TOLERANCE = 4.0  # times that of the mean
+# Times that of the mean: of the largest hundredth, which follows from a few requests, and of other quantiles.
+_TAIL_TOLERANCE, _QUANTILE_TOLERANCE = 8.0, 2.0
+# How far off a request is that is left out: in deviations of the others, and at least by such a factor; and
+# which share of them is, at most.
+_FAR, _FAR_RATIO, _MAX_FAR = 6.0, 1.5, 0.1
 _SPRING = 2.0  # how many factors of e a constant may be off before it weighs
 _STEP = 0.05  # of a logarithm, for derivatives: steps of a replay are too coarse for a small one
 _MAX_ROUNDS = 6
+_MAX_SEARCHES = 3
 _SLOWER = (0.5, 1.0, 2.0, 3.0)  # of a logarithm: of these the second search begins at the best
 _ENOUGH = 1e-2  # of the sum of squares: no round that brings less is followed by another
 
@@ -66,13 +75,30 @@ class Fit:
         _check_constants(self.constants, self._given)
         self._progress = progress
         self._num_replays = 0
-        self._start = Constants(self._given, self._hardware.constants)
+        known = dict(run.constants)
+        if run.at_client:
+            known.setdefault("frontend_s", CLIENT_FRONTEND_S)
+        if run.samples_as_model and self._model.takes_top:
+            known.setdefault("sort_s", SORT_S)
+        self._known = {name: value for name, value in known.items() if name not in self._given}
+        self._start = Constants({**self._known, **self._given}, self._hardware.constants)
 
     def search(self) -> FittedCosts:
         """The constants, and their error on what was held out. Raises `ConfigError` and `TraceError`."""
         fitted = [(one, one.fitted) for one in self._run.experiments if one.fitted is not None]
         if not fitted:
             raise ConfigError(f"{self._run.path}: found one stage, expected two or more: one is to be scored")
+        values: dict[str, float | str] = {}
+        usual: list[tuple[Experiment, Half]] = []
+        for _ in range(_MAX_SEARCHES):
+            before, usual = usual, [(one, self._usual(one, half, values)) for one, half in fitted]
+            if usual == before:
+                break
+            values = self._values(self._search(usual))
+        return FittedCosts({**self._known, **self._given, **values}, self.score(values), *self._names)
+
+    def _search(self, fitted: Sequence[tuple[Experiment, Half]]) -> list[float]:
+        """The point at which halves are met best."""
 
         def residuals(point: Sequence[float]) -> list[float]:
             values = self._values(point)
@@ -87,8 +113,28 @@ class Fit:
         point, _ = min(
             (_levenberg_marquardt(residuals, start) for start in starts), key=lambda found: found[1]
         )
-        values = self._values(point)
-        return FittedCosts(values, self.score(values), *self._names)
+        return point
+
+    def _usual(self, experiment: Experiment, half: Half, values: Mapping[str, float | str]) -> Half:
+        """A half without the requests that are far off where most agree; the same where there are none."""
+        if experiment.served is None:
+            return half
+        simulated = self.replay(experiment, values)
+        far: set[int] = set()
+        for name in ("first_token_s", "last_token_s"):
+            off = {
+                position: _log_latency(simulated[position], name)
+                - _log_latency(experiment.served[position], name)
+                for position in half.positions
+            }
+            middle = median(off.values())
+            spread = 1.4826 * median(abs(x - middle) for x in off.values())
+            limit = max(_FAR * spread, math.log(_FAR_RATIO))
+            far.update(position for position, x in off.items() if abs(x - middle) > limit)
+        if not far or len(far) > _MAX_FAR * len(half.positions):
+            return half
+        kept = [position for position in half.positions if position not in far]
+        return replace(half, positions=kept, measured=figures([experiment.served[i] for i in kept]))
 
     def score(self, values: Mapping[str, float | str]) -> FitError:
         """The error of constants on the half that is scored, each figure the mean over experiments."""
@@ -109,7 +155,8 @@ class Fit:
 
     def replay(self, experiment: Experiment, values: Mapping[str, float | str]) -> list[Served]:
         """An experiment simulated with constants."""
-        costs = cost_model(self._hardware, self._model, self._names[2], {**values, **self._given})
+        values = {**self._known, **values, **self._given}
+        costs = cost_model(self._hardware, self._model, self._names[2], values)
         served = replayed(experiment, costs, self._settings)
         self._num_replays += 1
         if self._progress is not None:
@@ -126,8 +173,12 @@ class Fit:
         return values
 
 
+def _log_latency(one: Served, name: str) -> float:
+    return math.log(max(getattr(one, name) - one.arrival_s, 1e-9))
+
+
 # Where a search begins of a constant whose default is 0.
-_TYPICAL = {"frontend_s": 0.005, "graph_bytes": 2.0**30}
+_TYPICAL = {"frontend_s": CLIENT_FRONTEND_S, "sort_s": SORT_S, "graph_bytes": 2.0**30}
 
 
 def cost_model(
@@ -183,7 +234,8 @@ def _differences(simulated: Sequence[Served], half: Half) -> list[float]:
     off = []
     for name, error in relative_errors(simulated, half).items():
         metric, _, quantile = name.partition("_")
-        tolerance = _TOLERANCES[metric] * (_QUANTILE_TOLERANCE if quantile else 1.0)
+        wider = _TAIL_TOLERANCE if quantile == "p99" else _QUANTILE_TOLERANCE
+        tolerance = _TOLERANCES[metric] * (wider if quantile else 1.0)
         off.append(math.log(max(1 + error, 1e-9)) / tolerance)
     return off
 
@@ -191,13 +243,16 @@ def _differences(simulated: Sequence[Served], half: Half) -> list[float]:
 def _default_constants(run: RecordedRun, num_devices: int) -> list[str]:
     """What a run says most of: products by arithmetic and traffic, attention's traffic, what a step costs.
 
-    Where a client took the times also what was before the engine, and of several devices their links.
+    Where a client took the times also what was before the engine, and of several devices their links. Where
+    tokens are sampled as a model has it, and its prompts are cached, sorting in the place of arithmetic.
     """
     names = ["product_flops", "product_bytes", "decode_bytes", "step_overhead_s"]
     if num_devices > 1:
         names.append("link_bytes")
     if run.at_client:
         names.append("frontend_s")
+    if run.samples_as_model:
+        names[0] = "sort_s"
     return names
 
 

@@ -7,6 +7,7 @@ came, how long they were and when they had their tokens is refused by the name o
 import csv
 import io
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ _FILES = (
     "requests.jsonl", "vllm/requests.jsonl", "profile_export.jsonl", "benchmarks.json",
     "per_request_lifecycle_metrics.json", "results/per_request_lifecycle_metrics.json",
 )  # fmt: skip
+# Our own engine schedules a step when it begins.
+_OWN = {"steps_ahead": 0.0}
 # Seconds of a unit that a file names.
 _UNITS = {"s": 1.0, "sec": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 _KNOWN = (
@@ -216,7 +219,7 @@ def _results(path: Path, records: Iterable[Fields]) -> RecordedRun:
         reading.add_record(
             record, "arrival_s", "prompt_tokens", "output_tokens", "first_token_s", "last_token_s"
         )
-    return reading.run("results of a replay", at_client=False)
+    return reading.run("results of a replay", at_client=False, constants=_OWN)
 
 
 def _step_log(path: Path, records: Iterable[Fields]) -> RecordedRun:
@@ -260,7 +263,7 @@ def _step_log(path: Path, records: Iterable[Fields]) -> RecordedRun:
             reading.add(place, arrival, prompt_len, int(count), first, last)
         else:
             reading.num_left_out += 1
-    return reading.run("step log", at_client=False, settings=settings)
+    return reading.run("step log", at_client=False, settings=settings, constants=_OWN)
 
 
 def _llmservingsim(path: Path, records: list[Fields]) -> RecordedRun:
@@ -301,7 +304,15 @@ def _llmservingsim(path: Path, records: list[Fields]) -> RecordedRun:
             known["hardware"] = hardware.text("device_name")
         if engine.has("tensor_parallel_size"):
             known["num_devices"] = engine.integer("tensor_parallel_size")
+        if (version := _version(meta.get("vllm_version"))) is not None and version < (0, 14):
+            known["constants"] = {"steps_ahead": 0.0}
     return reading.run("LLMServingSim", at_client=False, settings=settings, **known)
+
+
+def _version(text: Any) -> tuple[int, int] | None:
+    """The first two numbers of a version."""
+    numbers = re.match(r"v?(\d+)\.(\d+)", text) if isinstance(text, str) else None
+    return None if numbers is None else (int(numbers[1]), int(numbers[2]))
 
 
 def _vllm_bench(path: Path, document: dict[str, Any]) -> RecordedRun:

@@ -53,7 +53,8 @@ class Half:
 class Experiment:
     """Requests that one server had together.
 
-    settings: of the engine that served, as far as they are known, by the names of `EngineConfig`.
+    settings: of the engine that served, as far as they are known, by the names of `EngineConfig`. served:
+    each request as it was measured, None where only figures of all are known.
     published: what simulators have predicted of what was measured, by their names.
     """
 
@@ -62,6 +63,7 @@ class Experiment:
     fitted: Half | None
     scored: Half | None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    served: Sequence[Served] | None = None
     published: Mapping[str, Figures] = field(default_factory=dict)
 
 
@@ -71,7 +73,8 @@ class RecordedRun:
 
     format: its name. at_client: whether a client took the times, so that they have HTTP and tokenizer in
     them. num_left_out: requests that failed, or were no part of what is measured. model, hardware,
-    num_devices: as the file names them; None where it does not.
+    num_devices: as the file names them; None where it does not. constants: of step times, that are known of
+    how it was served. samples_as_model: whether requests left it to the model how tokens are sampled.
     """
 
     path: str
@@ -82,6 +85,8 @@ class RecordedRun:
     model: str | None = None
     hardware: str | None = None
     num_devices: int | None = None
+    constants: Mapping[str, float] = field(default_factory=dict)
+    samples_as_model: bool = False
 
     @property
     def num_fitted(self) -> int:
@@ -106,7 +111,7 @@ def experiment_of(
 
     Raises `TraceError` where they are too few.
     """
-    ordered = sorted(served)
+    ordered = sorted(served, key=lambda one: one.arrival_s)  # those that came together stay in order
     if len(ordered) < 2 * MIN_REQUESTS:
         raise TraceError(
             f"{place}: found {len(ordered)} requests that were served, expected {2 * MIN_REQUESTS} or more"
@@ -123,7 +128,7 @@ def experiment_of(
     middle = len(ordered) // 2
     halves = range(middle), range(middle, len(ordered))
     fitted, scored = (Half(half, figures([ordered[i] for i in half])) for half in halves)
-    return Experiment(place, requests_of(ordered), fitted, scored, settings or {})
+    return Experiment(place, requests_of(ordered), fitted, scored, settings or {}, ordered)
 
 
 def requests_of(served: Sequence[Served]) -> list[TraceRequest]:

@@ -4,18 +4,27 @@ A JSON list with an object for each stage: requests that arrive at random at req
 system_prompts prompts of system_len tokens before question_len tokens of their own, and output_len tokens of
 an answer; what a client measured, in milliseconds; and what simulators predicted, in the same terms. The
 earlier stages of an experiment are fitted to, the last one scores.
+
+Such loads are of inference-perf, whose shared prefixes have so many users each, and every user asks the same
+question again and again (`users_per_system_prompt`; 5 in BLIS's profiles, where a file does not say). So all
+but a user's first prompt is in the prefix cache. A stage comes behind others: its requests begin when each
+question has been asked once. Nothing is said of sampling, so that vLLM samples as the model's own
+generation_config.json has it.
 """
 
+from array import array
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from pagellm.engine.errors import TraceError
 from pagellm.sim.fields import Fields
-from pagellm.sim.fit.recorded_run import Experiment, Half, RecordedRun, Served, requests_of, settings_of
+from pagellm.sim.fit.recorded_run import Experiment, Half, RecordedRun, settings_of
+from pagellm.sim.traces.request import TraceRequest
 
 # Enough for means to settle: requests, and seconds of the load.
 _NUM_REQUESTS, _SECONDS = 300, 120.0
+_USERS = 5
 
 
 def is_stages(document: list[Any]) -> bool:
@@ -43,6 +52,7 @@ def _run(path: Path, name: str, stages: list[Fields]) -> RecordedRun:
         "stages",
         at_client=True,
         experiments=read,
+        samples_as_model=True,
         model=first.text("model"),
         hardware=first.text("hardware"),
         num_devices=first.integer("tp"),
@@ -51,22 +61,30 @@ def _run(path: Path, name: str, stages: list[Fields]) -> RecordedRun:
 
 def _stage(name: str, stage: Fields, is_scored: bool) -> Experiment:
     rate = stage.number("request_rate_per_s", 1e-6)
-    num_prompts = stage.integer("system_prompts", 0)
-    system_len, question_len = stage.integer("system_len", 0), stage.integer("question_len")
     output_len = stage.integer("output_len")
-    random, now, served = Random(0), 0.0, []
+    prompts = _prompts(stage)
     # The rate is met exactly: what is left to chance is who comes close to whom.
+    random, gaps = Random(0), []
     for _ in range(max(_NUM_REQUESTS, round(rate * _SECONDS))):
-        prefix = (f"system prompt {random.randrange(num_prompts)}", system_len) if num_prompts else ("", 0)
-        served.append(Served(now, prefix[1] + question_len, output_len, 0.0, 0.0, prefix))
-        now += random.expovariate(rate)
-    stretch = len(served) / rate / now
-    served = [one._replace(arrival_s=stretch * one.arrival_s) for one in served]
-    half = Half(range(len(served)), _seconds(stage.section("measured_ms"), output_len))
+        gaps.append(random.expovariate(rate))
+    stretch = len(gaps) / rate / sum(gaps)
+    asked = [*prompts, *random.choices(prompts, k=len(gaps))]
+    times, now = [], 0.0
+    for gap in [*(1 / rate for _ in prompts), *(stretch * gap for gap in gaps)]:
+        times.append(now)
+        now += gap
+    requests = [
+        TraceRequest(
+            arrival_time=time, prompt_token_ids=prompt, output_len=output_len, id=str(index), index=index
+        )
+        for index, (time, prompt) in enumerate(zip(times, asked, strict=True))
+    ]
+    measured = _seconds(stage.section("measured_ms"), output_len)
+    half = Half(range(len(prompts), len(requests)), measured)
     published = Fields(stage.get("predicted_ms") or {}, stage.place, TraceError, "predicted_ms.")
     return Experiment(
         name,
-        requests_of(served),
+        requests,
         fitted=None if is_scored else half,
         scored=half if is_scored else None,
         settings=settings_of(stage),
@@ -74,6 +92,21 @@ def _stage(name: str, stage: Fields, is_scored: bool) -> Experiment:
             simulator: _seconds(published.section(simulator), output_len) for simulator in published.values
         },
     )
+
+
+def _prompts(stage: Fields) -> list["array[int]"]:
+    """What users ask, the tokens of each."""
+    num_systems, system_len = stage.integer("system_prompts", 0), stage.integer("system_len", 0)
+    question_len = stage.integer("question_len")
+    name = "users_per_system_prompt"
+    num_users = stage.integer(name) if stage.has(name) else _USERS
+    prompts, upcoming = [], num_systems * system_len
+    for system in range(num_systems) if num_systems else (-1,):
+        begins = range(system * system_len, (system + 1) * system_len) if num_systems else range(0)
+        for _ in range(num_users):
+            prompts.append(array("i", [*begins, *range(upcoming, upcoming + question_len)]))
+            upcoming += question_len
+    return prompts
 
 
 def _seconds(values: Fields, output_len: int) -> dict[str, float]:

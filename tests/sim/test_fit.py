@@ -12,7 +12,7 @@ import pytest
 from pagellm.__main__ import main
 from pagellm.engine.errors import ConfigError, TraceError
 from pagellm.sim import CostModel, TraceRequest, Workload, synthesise
-from pagellm.sim.costs.constants import CONSTANTS
+from pagellm.sim.costs.constants import CLIENT_FRONTEND_S, CONSTANTS, SORT_S
 from pagellm.sim.fit.fit import Fit, _solve, relative_errors, replayed
 from pagellm.sim.fit.formats import load_run, load_runs
 from pagellm.sim.fit.recorded_run import Experiment, Half, Served, experiment_of, figures, requests_of
@@ -404,6 +404,44 @@ def test_the_front_end_is_fitted_where_a_client_took_the_times(tmp_path: Path) -
     assert "frontend_s" in Fit(load_run(path), "l4", "qwen2.5-0.5b").constants
 
 
+def test_what_a_run_says_of_its_server_is_assumed_where_nothing_is_given(tmp_path: Path) -> None:
+    path = tmp_path / "stages.json"
+    path.write_text(stages(2, 3))
+    fit = Fit(load_run(path), "l4", "qwen2.5-0.5b")
+    first = fit.replay(load_run(path).experiments[0], {})[-1]
+    known = {"frontend_s": CLIENT_FRONTEND_S, "sort_s": SORT_S}
+    other = Fit(load_run(path), "l4", "qwen2.5-0.5b", given=known).replay(load_run(path).experiments[0], {})[
+        -1
+    ]
+    assert first == other
+    none = Fit(load_run(path), "l4", "qwen2.5-0.5b", given=dict.fromkeys(known, 0.0))
+    assert none.replay(load_run(path).experiments[0], {})[-1].last_token_s < first.last_token_s
+    path.write_text(results(ones()))
+    assert load_run(path).constants == {"steps_ahead": 0}
+
+
+def test_a_few_requests_to_which_something_else_happened_move_nothing(tmp_path: Path) -> None:
+    served = busy_run()
+    spoilt = [
+        one._replace(first_token_s=one.first_token_s + 40.0, last_token_s=one.last_token_s + 40.0)
+        if index in (3, 17)
+        else one
+        for index, one in enumerate(served)
+    ]
+    path, found = tmp_path / "run.jsonl", []
+    for run in (served, spoilt):
+        path.write_text(plain(as_ones(run)))
+        fit = Fit(
+            load_run(path), "l4", "qwen2.5-0.5b", settings=SETTINGS,
+            constants=["product_flops", "step_overhead_s"],
+            given={name: TRUE[name] for name in ("product_bytes", "decode_bytes")},
+        )  # fmt: skip
+        found.append(fit.search())
+    for name in ("product_flops", "step_overhead_s"):
+        assert found[1].constants[name] == pytest.approx(found[0].constants[name], rel=0.1)
+    assert found[1].constants["product_bytes"] == 0.6
+
+
 @pytest.mark.parametrize(
     ("constants", "given", "message"),
     [
@@ -452,8 +490,16 @@ def test_stages_have_their_last_one_score(tmp_path: Path) -> None:
     assert last.published == {"other": {"ttft": 0.02, "e2e": 0.12, "tpot": pytest.approx(0.005)}}
     rate = len(last.requests) / last.requests[-1].arrival_time
     assert rate == pytest.approx(3, rel=0.15)
-    begins = {tuple(one.prompt_token_ids or ())[:32] for one in last.requests}
+    begins, prompts = (
+        {tuple(one.prompt_token_ids or ())[:size] for one in last.requests} for size in (32, 99)
+    )
     assert (len(begins), last.requests[0].prompt_len, last.requests[0].output_len) == (3, 92, 21)
+    # Of each of three prompts five users, who ask the same again; each has done so once before it counts.
+    assert len(prompts) == 15
+    assert {tuple(one.prompt_token_ids or ()) for one in last.requests[:15]} == prompts
+    assert list(last.scored.positions) == list(range(15, len(last.requests)))
+    path.write_text(stages(2, 3).replace('"output_len"', '"users_per_system_prompt": 2, "output_len"'))
+    assert len({tuple(one.prompt_token_ids or ()) for one in load_run(path).experiments[0].requests}) == 6
     path.write_text(stages(2))
     with pytest.raises(ConfigError, match="found one stage, expected two or more: one is to be scored"):
         Fit(load_run(path), "l4", "qwen2.5-0.5b").search()

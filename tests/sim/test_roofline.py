@@ -413,7 +413,7 @@ def test_the_command_takes_files_and_constants_and_says_which_are_assumed(
     command += ["--set-cost", "step_overhead_s=0.25", "--report", str(page), "-o", str(report)]
     assert main(command) == 0
     shown = capsys.readouterr().out
-    assert "step times    estimated; 22 of 23 constants are assumed, not measured" in shown
+    assert "step times    estimated; 23 of 24 constants are assumed, not measured" in shown
     data = load_report(report).data
     assert data["model"].endswith(
         "config.json on 2 x l4, roofline of assumed constants, with kv=fp8, step_overhead_s=0.25"
