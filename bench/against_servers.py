@@ -63,7 +63,8 @@ def find(folder: Path) -> Iterator[RecordedRun]:
         sys.exit(f"{folder}: not found, expected recorded runs")
     paths = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
     for path in paths:
-        if path.suffix not in (".json", ".jsonl", ".csv") or path.name in ("meta.json", "config.json"):
+        name = path.name.removesuffix(".gz")
+        if not name.endswith((".json", ".jsonl", ".csv")) or name in ("meta.json", "config.json"):
             continue
         try:
             yield from load_runs(path)

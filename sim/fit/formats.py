@@ -1,13 +1,16 @@
 """Recorded runs as benchmarks write them down: a reader a format, which decides what its numbers mean.
 
-A run is told by its content, a directory by the file in it that is known. What does not carry when requests
-came, how long they were and when they had their tokens is refused by the name of what is missing.
+A run is told by its content, a directory by the file in it that is known, or that is the one run in it; a
+file may be compressed by gzip. What does not carry when requests came, how long they were and when they had
+their tokens is refused by the name of what is missing; requests that failed, or got no token, are left out.
 """
 
 import csv
+import gzip
 import io
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -103,9 +106,10 @@ def load_runs(path: str | os.PathLike[str]) -> list[RecordedRun]:
     """All runs in a file, of which only one with stages has several. Raises `TraceError`."""
     path = checks.path("run", path, TraceError)
     if path.is_dir():
-        names = [path / name for name in _FILES if (path / name).is_file()]
+        names = [path / f"{name}{end}" for name in _FILES for end in ("", ".gz")]
+        names = [name for name in names if name.is_file()]
         if not names:
-            raise TraceError(f"{path}: found a directory without a recorded run, expected {_KNOWN}")
+            return _of_directory(path)
         path = names[0]
     text = _read(path)
     document = _document(text)
@@ -115,10 +119,28 @@ def load_runs(path: str | os.PathLike[str]) -> list[RecordedRun]:
         return read_stages(path, document) if is_stages(document) else [_inference_perf(path, document)]
     first = text.lstrip().split("\n", 1)[0]
     if first.startswith("{"):
-        return [_of_records(path, list(_json_lines(path, text)))]
+        records = list(_json_lines(path, text))
+        if _is_vllm_bench(records[0].values):  # --append-result
+            return [_vllm_bench(path, record) for record in records]
+        return [_of_records(path, records)]
     if "arrival_time_us" in (name.strip(' "') for name in first.split(",")):
         return [_trace_v2(path, text)]
     raise _unknown(path, first)
+
+
+def _of_directory(folder: Path) -> list[RecordedRun]:
+    """The runs in a directory whose files have names of their own; others in it are passed over."""
+    runs: list[RecordedRun] = []
+    why = ""
+    for path in sorted(folder.iterdir()):
+        if path.name.removesuffix(".gz").endswith((".json", ".jsonl", ".csv")) and path.is_file():
+            try:
+                runs += load_runs(path)
+            except TraceError as error:
+                why = why or f"; {error}"
+    if not runs:
+        raise TraceError(f"{folder}: found a directory without a recorded run, expected {_KNOWN}{why}")
+    return runs
 
 
 def _read(path: Path) -> str:
@@ -126,8 +148,11 @@ def _read(path: Path) -> str:
         with path.open("rb") as file:
             check_no_device(path, file, TraceError)
             data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise TraceError(f"{path}: cannot be read: {error.strerror or error}") from None
+            if data.startswith(b"\x1f\x8b"):
+                with gzip.open(io.BytesIO(data)) as unpacked:
+                    data = unpacked.read(MAX_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise TraceError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(data) > MAX_BYTES:
         raise TraceError(f"{path}: found more than {MAX_BYTES} bytes, expected a recorded run")
     try:
@@ -151,8 +176,8 @@ def _unknown(path: Path, value: Any) -> TraceError:
 def _of_object(path: Path, document: dict[str, Any]) -> RecordedRun:
     if "benchmarks" in document:
         return _guidellm(path, document)
-    if "request_throughput" in document or "input_lens" in document:
-        return _vllm_bench(path, document)
+    if _is_vllm_bench(document):
+        return _vllm_bench(path, Fields(document, str(path), TraceError))
     if "successes" in document and "load_summary" in document:
         raise TraceError(
             f"{path}: found the summary of a stage, expected its requests: inference-perf writes them to "
@@ -315,9 +340,15 @@ def _version(text: Any) -> tuple[int, int] | None:
     return None if numbers is None else (int(numbers[1]), int(numbers[2]))
 
 
-def _vllm_bench(path: Path, document: dict[str, Any]) -> RecordedRun:
-    """What `vllm bench serve --save-result --save-detailed` writes: a list of each, all in seconds."""
-    fields = Fields(document, str(path), TraceError)
+def _is_vllm_bench(document: Mapping[Any, Any]) -> bool:
+    return "request_throughput" in document or "input_lens" in document
+
+
+def _vllm_bench(path: Path, fields: Fields) -> RecordedRun:
+    """What `vllm bench serve --save-result --save-detailed` writes: a list of each, all in seconds.
+
+    A request that failed has no output, whether it says why or not.
+    """
     columns = []
     for name in ("start_times", "input_lens", "output_lens", "ttfts", "itls"):
         values = fields.get(name)
@@ -332,7 +363,7 @@ def _vllm_bench(path: Path, document: dict[str, Any]) -> RecordedRun:
     reading = _Reading(path)
     for index, (start, prompt_len, output_len, ttft, itls) in enumerate(zip(*columns, strict=True)):
         place = f"{path}: request {index}"
-        if index < len(errors) and errors[index]:
+        if (index < len(errors) and errors[index]) or output_len == 0:
             reading.num_left_out += 1
             continue
         if not isinstance(itls, list):
@@ -400,6 +431,9 @@ def _guidellm(path: Path, document: dict[str, Any]) -> RecordedRun:
             reading.num_left_out += len(requests.entries(status))
         _check_whole(benchmark, len(served))
         for number, one in enumerate(served):
+            if isinstance(one, dict) and one.get("output_tokens") == 0:
+                reading.num_left_out += 1
+                continue
             _guidellm_request(
                 reading, Fields(one, str(path), TraceError, f"benchmarks[{index}].requests[{number}].")
             )
@@ -438,7 +472,7 @@ def _inference_perf(path: Path, document: list[Any]) -> RecordedRun:
     reading = _Reading(path)
     for index, values in enumerate(document):
         one = Fields(values, str(path), TraceError, f"[{index}].")
-        if one.has("error"):
+        if one.has("error") or _got_nothing(one):
             reading.num_left_out += 1
             continue
         begin = _time(one, "start_time")
@@ -456,6 +490,13 @@ def _inference_perf(path: Path, document: list[Any]) -> RecordedRun:
             _time(moments, "first"), _time(moments, "last"),
         )  # fmt: skip
     return reading.run("inference-perf", at_client=True)
+
+
+def _got_nothing(one: Fields) -> bool:
+    """Whether a request ended without any token."""
+    info = one.get("info")
+    response = info.get("response_metrics", info) if isinstance(info, dict) else None
+    return isinstance(response, dict) and response.get("output_tokens") == 0
 
 
 def _input_tokens(info: Fields) -> int:
@@ -488,7 +529,7 @@ def _trace_v2(path: Path, text: str) -> RecordedRun:
     known: dict[str, Any] = {}
     for number, row in enumerate(_csv_rows(path, text), 2):
         place = f"{path}:{number}"
-        if row.get("status") not in (None, "", "ok"):
+        if row.get("status") not in (None, "", "ok") or row.get("output_tokens") == "0":
             reading.num_left_out += 1
             continue
         cells = {name: cell_value((cell or "").strip()) for name, cell in row.items() if name}

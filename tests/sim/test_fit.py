@@ -1,5 +1,6 @@
 """Constants fitted to recorded runs: what each format says, what is refused, and what is found again."""
 
+import gzip
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -207,6 +208,63 @@ def test_a_directory_is_told_by_its_file(name: str, files: dict[str, Any], tmp_p
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text(write(ones()))
     assert load_run(tmp_path).format == name
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_run_may_be_compressed_and_alone_in_a_directory(name: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.json").write_text('{"a": 1}')
+    (tmp_path / "what-i-measured.json.gz").write_bytes(gzip.compress(FORMATS[name](ones()).encode()))
+    run = load_run(tmp_path)
+    assert (run.format, run.num_fitted) == (name.partition(",")[0], 20)
+    (tmp_path / "what-i-measured.json.gz").write_bytes(gzip.compress(FORMATS[name](ones()).encode())[:-9])
+    with pytest.raises(TraceError, match="cannot be read: Compressed file ended before the end-of-stream"):
+        load_run(tmp_path / "what-i-measured.json.gz")
+    with pytest.raises(TraceError, match="found a directory without a recorded run"):
+        load_run(tmp_path)
+
+
+def test_results_that_vllm_appended_are_runs_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text("\n".join([vllm_bench(ones())] * 2))
+    assert [run.num_fitted for run in load_runs(path)] == [20, 20]
+    with pytest.raises(TraceError, match="found 2 runs"):
+        load_run(path)
+
+
+def failed(name: str) -> str:
+    """A run whose first request has no output, and no reason."""
+    if name == "vLLM bench serve":
+        document = json.loads(vllm_bench(ones()))
+        for key, value in {"output_lens": 0, "ttfts": 0.0, "itls": [], "start_times": 0.0}.items():
+            document[key][0] = value
+        return json.dumps(document)
+    if name == "BLIS TraceV2":
+        header, first, *rest = trace_v2(ones()).splitlines()
+        cells = first.split(",")
+        cells[5], cells[10:12] = "0", ["0", "0"]
+        return "\n".join([header, ",".join(cells), *rest])
+    document = json.loads(inference_perf(ones()) if name == "inference-perf" else guidellm(ones()))
+    if name == "inference-perf":
+        document[0]["info"]["response_metrics"] = {"output_tokens": 0, "output_token_times": []}
+    else:
+        one = document["benchmarks"][0]["requests"]["successful"][0]
+        one |= {"output_tokens": 0, "info": {"timings": {"request_start": 1.0}}}
+    return json.dumps(document)
+
+
+@pytest.mark.parametrize("name", ["vLLM bench serve", "BLIS TraceV2", "inference-perf", "GuideLLM"])
+def test_a_request_without_output_is_left_out(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.write_text(failed(name))
+    run = load_run(path)
+    assert (run.format, run.num_left_out, run.num_fitted + run.num_scored) == (name, 1, 39)
+
+
+def test_requests_that_come_together_are_halved_in_their_order(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.write_text(plain([One(5, 3000 - n, 1 + n, 9 + n, 99 + n) for n in range(20)]))
+    [experiment] = load_run(path).experiments
+    assert [one.prompt_len for one in experiment.requests] == [3000 - n for n in range(20)]
 
 
 def test_what_a_server_was_set_to_is_read_beside_its_requests(tmp_path: Path) -> None:
