@@ -161,7 +161,7 @@ def _layer(features: dict[str, Any], rope: list[dict[str, Any]]) -> list[str]:
     if features["residual_scale"] != 1:
         texts.append(f"residuals times {features['residual_scale']:.4g}")
     if features["layer_scale"]:
-        texts.append("times a number of its own")
+        texts.append("the sum of each layer times a number")
     kind = features["activation"]
     name = (_GATED_NAMES if features["gated"] else _PLAIN_NAMES).get(
         kind, kind.replace("_", " ") + " with a gate" * features["gated"]

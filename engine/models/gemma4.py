@@ -167,7 +167,8 @@ def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
     fields.expect("attention.shared_kv_layers", 0)
     fields.expect("embedding_length_per_layer_input", 0)
     slides, window = fields.get(name), fields.integer("attention.sliding_window", maximum=1 << 30)
-    if not isinstance(slides, np.ndarray) or slides.shape != (model.num_layers,) or slides.dtype != bool:
+    whole = isinstance(slides, np.ndarray) and slides.dtype.kind in "bui"
+    if not whole or slides.shape != (model.num_layers,) or not np.isin(slides, (0, 1)).all():
         raise fields.error(name, slides, f"true or false for each of {model.num_layers} layers")
     head_dim = fields.integer("attention.key_length_swa")
     fields.expect("attention.value_length_swa", head_dim)

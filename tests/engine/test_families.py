@@ -222,6 +222,8 @@ def test_what_an_architecture_does_not_have_is_refused_by_name(
             {"attention__sliding_window_pattern": 6},
             "sliding_window_pattern: found 6, expected",
         ),
+        ("gemma4_text", {"attention__sliding_window_pattern": np.array([1, 2, 0])}, "window_pattern: found"),
+        ("gemma4_text", {"attention__sliding_window_pattern": np.array([True])}, "window_pattern: found"),
         (
             "gemma4_text",
             {"attention__value_length_swa": 8},
@@ -287,6 +289,11 @@ def test_windows_of_gguf_files_follow_a_list_or_a_period() -> None:
     assert windows(gguf_spec("gemma3_text", attention__sliding_window=0)) == [0] * 7
     pattern = np.array([False, True, False, True])
     assert windows(gguf_spec("olmo3", attention__sliding_window_pattern=pattern)) == [0, 9, 0, 9]
+    assert windows(gguf_spec("gemma4_text")) == [9, 0, 0]
+    pattern = np.array([1, 0, 0], np.int32)  # for which llama.cpp takes numbers, too
+    assert windows(gguf_spec("gemma4_text", attention__sliding_window_pattern=pattern)) == [9, 0, 0]
+    with pytest.raises(CheckpointError, match=r"blk\.0\.attn_q\.weight has shape"):
+        gguf_spec("gemma4_text", attention__sliding_window_pattern=pattern[::-1])
 
 
 def test_layers_have_the_rotary_embeddings_of_their_kind(tmp_path: Path) -> None:

@@ -517,6 +517,20 @@ def test_a_parallel_layer_has_no_norm_behind_its_halves() -> None:
         layer_rows(3, **FEATURES, parallel=[0, 1, 1], post_norm=[1, 0, 1])
 
 
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ({"expert_norms": 1}, "found expert_norms, expected pre_norm, post_norm and a feed-forward"),
+        ({"expert_norms": 1, "post_norm": 1, "intermediate_size": 0}, "found expert_norms"),
+        ({"expert_norms": 1, "post_norm": 1, "pre_norm": 0}, "found expert_norms"),
+        ({"latent_dim": 4, "value_norm": 1}, "found qk_norm, value_norm or sub_norm beside latent_dim"),
+    ],
+)
+def test_features_that_exclude_each_other_are_refused(features: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        layer_rows(1, **FEATURES | features)
+
+
 def test_architectures_are_equal_if_all_of_their_numbers_are() -> None:
     arch = ARCHITECTURES["rms_norm"]
     assert arch == arch._replace(layers=VARIED.copy())
