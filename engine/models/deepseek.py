@@ -222,8 +222,8 @@ def _gguf_mixture(model: GgufModel, sparse: Sequence[bool]) -> tuple[dict[str, A
     shared = fields.whole_number("expert_shared_count") * features["expert_size"]
     dense = fields.integer("feed_forward_length")
     features = some_with_experts(sparse, features, shared, dense)
-    features["selection_bias"] = [
-        one and f"blk.{index}.exp_probs_b.bias" in tensors for index, one in enumerate(sparse)
-    ]
+    biases = [f"blk.{index}.exp_probs_b.bias" for index, one in enumerate(sparse) if one]
+    has_bias = any(name in tensors for name in biases)  # then all layers with experts must have one
+    features["selection_bias"] = [one and has_bias for one in sparse]
     stacked = f"blk.{sparse.index(True)}.ffn_gate_up_exps.weight"
     return features, {"expert_up": "ffn_gate_up_exps.weight"} if stacked in tensors else {}

@@ -177,8 +177,9 @@ def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
         raise fields.error("rope.dimension_count_swa", rotary_dim, f"an even number up to {head_dim}")
     local = rope.plain(rotary_dim, fields.number("rope.freq_base_swa", rope.DEFAULT_THETA))
 
-    def having(tensor: str) -> list[bool]:
-        return [f"blk.{index}.{tensor}" in tensors for index in range(model.num_layers)]
+    def has(tensor: str, layers: Sequence[int] = range(model.num_layers)) -> bool:
+        """Whether one of the layers has it; then all must."""
+        return any(f"blk.{index}.{tensor}" in tensors for index in layers)
 
     features = {
         **_FEATURES,
@@ -186,28 +187,29 @@ def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
         "window": [window if one else 0 for one in slides],
         "head_dim": [head_dim if one else model.head_dim for one in slides],
         "rope_table": [int(one) for one in slides],
-        "layer_scale": having(str(_GGUF_NAMES["layer_scale"])),
+        "layer_scale": has(str(_GGUF_NAMES["layer_scale"])),
     }
     names = dict(_GGUF_NAMES)
     if model.has_experts():
         features |= model.experts(
             **_MIXTURE,
             intermediate_size=fields.integer("feed_forward_length"),
-            expert_scale=having(str(names["expert_scale"])),
+            expert_scale=has(str(names["expert_scale"])),
             logit_scale=model.hidden_size**-0.5,
         )
-        if any(having(_STACKED)):
+        if has(_STACKED):
             names["expert_up"] = _STACKED
     for name, neutral in (("rope.scaling.type", "none"), ("rope.scaling.attn_factor", 1.0)):
         fields.expect(name, neutral)
     if not slides.all() and "rope_freqs.weight" not in tensors:
         raise CheckpointError(f"{checkpoint.path}: tensor rope_freqs.weight is missing: it says what turns")
-    fused, has_values = any(having("attn_qkv.weight")), having("attn_v.weight")
+    full = [index for index, one in enumerate(slides) if not one]
+    have_values = has("attn_v.weight", full) or has("attn_qkv.weight")
     return model.spec(
         features,
         names,
         embedding_scale=model.hidden_size**0.5,
         logits_softcap=fields.number_or_zero("final_logit_softcapping", 30.0),
-        keys_as_values=[index for index, one in enumerate(has_values) if not (one or fused)],
+        keys_as_values=() if have_values else full,
         rope_tables=(model.rope_table(), local),
     )

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -257,6 +258,26 @@ def test_what_a_gguf_file_asks_for_and_is_not_there_is_refused_by_name(
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         gguf_spec(name, **keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("gemma4_text", "blk.0.attn_v.weight"),  # only layers that see everything may have none
+        ("gemma4_text", "blk.1.layer_output_scale.weight"),
+        ("gemma4_text", "blk.2.ffn_down_exps.scale"),
+        ("gemma4_text", "blk.2.ffn_gate_inp.scale"),
+        ("gemma4_text", "blk.1.post_ffw_norm_1.weight"),
+        ("gemma4_text", "rope_freqs.weight"),
+        ("deepseek_v3", "blk.2.exp_probs_b.bias"),
+    ],
+)
+def test_a_tensor_that_one_layer_of_many_lacks_is_missing(name: str, tensor: str) -> None:
+    with open_checkpoint(ARCHITECTURES / name / "model.gguf") as checkpoint:
+        assert tensor in checkpoint.tensors
+        rest = {key: value for key, value in checkpoint.tensors.items() if key != tensor}
+        with pytest.raises(CheckpointError, match=rf"tensor {re.escape(tensor)} is missing"):
+            read_spec(replace(checkpoint, tensors=rest))
 
 
 def windows(spec: ModelSpec) -> list[int]:
