@@ -33,6 +33,7 @@ _WORKLOAD_FLAGS = {
     "system_prompt_skew": Flag("exponent of their popularity"),
     "turns": Flag("requests of a conversation, as a length", "SPEC"),
     "think_time_s": Flag("seconds between them: fixed uniform lognormal exponential", "SPEC"),
+    "models": Flag("models that conversations ask for", "NAME=SHARE,..."),
     "seed": Flag("the same seed gives the same trace"),
 }
 PROGRESS_INTERVAL_S = 0.2

@@ -14,7 +14,7 @@ from xxhash import xxh3_64_intdigest
 
 from pagellm.engine.errors import TraceError
 from pagellm.sim.traces.files import Record, json_lines
-from pagellm.sim.traces.parsing import Fields, Parse, integer, pieces, section, text_of
+from pagellm.sim.traces.parsing import Fields, Parse, integer, model_of, pieces, section, text_of
 from pagellm.sim.traces.prompt_tokens import Encoder
 from pagellm.sim.traces.request import MAX_HASH_ID, bad_value, check_integer, check_number, check_text
 
@@ -35,7 +35,7 @@ def llmservingsim(_: Encoder | None) -> Parse:
     num_sessions = 0
 
     def call(record: Mapping[str, Any], name: str) -> Fields:
-        fields: Fields = {"output_len": integer(record, "output_toks", 0)}
+        fields: Fields = {"output_len": integer(record, "output_toks", 0), **model_of(record)}
         ids = record.get("input_tok_ids")
         length = integer(record, "input_toks", 1)
         if ids is None:
@@ -110,7 +110,8 @@ def aiperf(tokenizer: Encoder | None) -> Parse:
     def content(row: Mapping[str, Any]) -> tuple[Fields, bool]:
         """What a row asks, and whether it is new behind what was said before."""
         output = row.get("output_length")
-        fields: Fields = {"output_len": None if output is None else check_integer("output_length", output, 0)}
+        output_len = None if output is None else check_integer("output_length", output, 0)
+        fields: Fields = {"output_len": output_len, **model_of(row)}
         if row.get("input_length") is not None:
             length = integer(row, "input_length", 1)
             if row.get("hash_ids") is None:
@@ -242,6 +243,7 @@ def weka(_: Encoder | None) -> Parse:
                 "id": f"{name}.{len(requests)}",
                 "session": session,
                 "after": [other["id"] for other in after],
+                **model_of(call),
             }
             think = call.get("think_time")
             if after and think is not None:
@@ -371,6 +373,7 @@ def _request_end(event: Mapping[str, Any]) -> tuple[Fields, float]:
         "id": check_text("request.request_id", request.get("request_id")),
         "agent": _agent(context, "trajectory_id", "session_id"),
         "parent": _agent(context, "parent_trajectory_id", "parent_session_id"),
+        **model_of(request),
     }
     if context.get("session_type_id") is not None:
         fields["class_"] = str(context["session_type_id"])

@@ -8,7 +8,7 @@ custom data set. What has no times comes one a second, in the file's order; a ba
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pagellm.sim.traces.parsing import Fields, Parse, integer, lengths, pieces, section, text_of
+from pagellm.sim.traces.parsing import Fields, Parse, integer, lengths, model_of, pieces, section, text_of
 from pagellm.sim.traces.prompt_tokens import Encoder
 from pagellm.sim.traces.request import MAX_HASH_ID, bad_value, check_integer, check_number, check_text
 
@@ -89,6 +89,7 @@ def openai_batch(_: Encoder | None) -> Parse:
             "arrival_time": 0,
             "output_len": None if name is None else check_integer(f"body.{name}", body[name], 0),
             "id": check_text("custom_id", record.get("custom_id")),
+            **model_of(body),
         }
         if "messages" in body:
             yield fields | {"prompt": text_of(body["messages"], "body.messages")}

@@ -7,7 +7,7 @@ conversations those met last: what comes back after half a million others counts
 import json
 import math
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from pagellm.sim.traces.trace import Trace
 _MAX_REMEMBERED = 2**19
 # Pieces in which ids and texts are compared, where the trace itself names none.
 _PIECE_TOKENS = 16
+_MAX_MODELS = 100
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Description:
     shared_prefix_share: of all prompt tokens, those in a prefix that an earlier prompt began with as well, or
     an earlier prompt and its answer without the last token, which is never computed: what a prefix cache of
     unlimited size finds.
+    models: requests by the model that they ask for, those of most first; at most 100 are told apart.
     num_sessions: conversations that requests name. num_waiting: requests that wait for others to end.
     is_exact: whether these two are; else the share is at least so large, the number at most.
     num_skipped, num_dropped: as in `Trace`. format: of the file, None for a trace that is from none.
@@ -63,6 +65,7 @@ class Description:
     output_len: Lengths
     num_estimated: int
     shared_prefix_share: float
+    models: dict[str, int]
     num_sessions: int
     num_waiting: int
     is_exact: bool
@@ -91,6 +94,9 @@ class Description:
             + f"{f'; {self.num_waiting:,} requests wait for an answer' if self.num_waiting else ''}",
             f"{'tokens':<14} {'total':>15} {'mean':>10} {'P50':>10} {'P90':>10} {'P99':>10} {'max':>10}",
         ]
+        if self.models:
+            counts = ", ".join(f"{name} {count:,}" for name, count in self.models.items())
+            lines.insert(-1, f"models         {''.join(c if c.isprintable() else '?' for c in counts)}")
         for name, n in (("prompt", self.prompt_len), ("output", self.output_len)):
             middle = " ".join(f"{value:>10,.1f}" for value in (n.mean, n.p50, n.p90, n.p99))
             lines.append(f"{name:<14} {n.total:>15,} {middle} {n.max:>10,}")
@@ -107,7 +113,10 @@ def describe(trace: Trace) -> Description:
     prefixes, sessions = _Recent(), _Recent()
     num_estimated = num_shared = num_sessions = num_waiting = 0
     turns = _Turns()
+    models: Counter[str] = Counter()
     for request in trace:
+        if request.model is not None and (request.model in models or len(models) < _MAX_MODELS):
+            models[request.model] += 1
         context, is_waiting = turns.context(request)
         num_waiting += is_waiting
         prompt_lens.append(request.expected_prompt_len + context.num_before)
@@ -134,6 +143,7 @@ def describe(trace: Trace) -> Description:
         output_len=_lengths(output_lens),
         num_estimated=num_estimated,
         shared_prefix_share=num_shared / sum(prompt_lens),
+        models=dict(models.most_common()),
         num_sessions=num_sessions,
         num_waiting=num_waiting,
         is_exact=prefixes.num_forgotten == sessions.num_forgotten == 0,

@@ -66,7 +66,7 @@ def _native(_: Encoder | None) -> Parse:
         fields = {name: record[name] for name in names if record.get(name) is not None}
         if record.get("class") is not None:
             fields["class_"] = record["class"]
-        for name in ("id", "session", "tenant", "class_", "continues"):
+        for name in ("id", "session", "tenant", "class_", "model", "continues"):
             if type(fields.get(name)) is int:
                 fields[name] = str(fields[name])
         if "after" in fields:

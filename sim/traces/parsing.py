@@ -7,7 +7,7 @@ from typing import Any
 
 from pagellm.sim.traces.files import Record
 from pagellm.sim.traces.prompt_tokens import Encoder
-from pagellm.sim.traces.request import bad_value, check_integer, check_number
+from pagellm.sim.traces.request import bad_value, check_integer, check_number, check_text
 
 Fields = dict[str, Any]
 # The requests of a record as fields of TraceRequest, arrival_time in ticks of the format's clock.
@@ -84,6 +84,11 @@ def text_of(messages: Any, name: str = "messages") -> str:
             raise bad_value(f"{name}[{place}].content", content, "a text, or parts that are texts")
         texts.append(content or "")
     return "\n".join(texts)
+
+
+def model_of(record: Mapping[str, Any]) -> Fields:
+    """The model that is asked for, where an object inside of a record names one."""
+    return {"model": check_text("model", record["model"])} if record.get("model") else {}
 
 
 def pieces(ids: Any, prompt_len: int, size: int, rest: int) -> Fields:

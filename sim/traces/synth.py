@@ -36,6 +36,7 @@ class Workload:
     turns: requests of a conversation. The prompt of each begins with all prompts and answers before it.
     think_time_s: from an answer's end to the next request of its conversation. The trace gives that request
     the time at which it would arrive if answers took none.
+    models: what conversations ask for, NAME=SHARE,NAME=SHARE,...; none: nothing.
     """
 
     num_requests: int = 1000
@@ -47,6 +48,7 @@ class Workload:
     system_prompt_skew: float = 1.0
     turns: str = "fixed:1"
     think_time_s: str = "exponential:30"
+    models: str = ""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -83,6 +85,7 @@ class _Conversation:
     turns_left: int
     hash_ids: list[int]
     num_tokens: int
+    model: str | None
     delay_s: float | None = None  # of the next request
 
 
@@ -96,6 +99,7 @@ class _Synthesis:
         self._output_len: DrawLength = length("output_len", workload.output_len)
         self._turns: DrawLength = length("turns", workload.turns)
         self._think_time: Draw = duration("think_time_s", workload.think_time_s)
+        self._models = _models(workload.models)
         self._system_prompt = zipf(workload.system_prompt_skew, max(1, workload.num_system_prompts))
         # A system prompt is a conversation's first piece, so its end is the end of what is shared.
         self._piece_size = workload.system_prompt_len or DEFAULT_HASH_BLOCK_SIZE
@@ -103,8 +107,8 @@ class _Synthesis:
     def requests(self) -> Iterator[TraceRequest]:
         """All requests in the order of their arrival, without an end."""
         # Each kind of chance has its own stream: other lengths leave the arrivals as they are.
-        times, lengths, shapes = (
-            Random(f"{self._workload.seed} {kind}") for kind in ("times", "lengths", "shapes")
+        times, lengths, shapes, models = (
+            Random(f"{self._workload.seed} {kind}") for kind in ("times", "lengths", "shapes", "models")
         )
         piece_ids = count(self._workload.num_system_prompts)
         going_on: list[tuple[float, int, _Conversation]] = []
@@ -116,17 +120,19 @@ class _Synthesis:
                 time, _, conversation = heappop(going_on)
             else:
                 time, next_begin = next_begin, next(begins)
-                conversation = self._begin(str(num_conversations), shapes)
+                conversation = self._begin(str(num_conversations), shapes, models)
                 num_conversations += 1
             yield self._turn(conversation, index, time, lengths, piece_ids)
             if conversation.turns_left > 0:
                 conversation.delay_s = self._think_time(shapes)
                 heappush(going_on, (time + conversation.delay_s, index, conversation))
 
-    def _begin(self, session: str, random: Random) -> _Conversation:
+    def _begin(self, session: str, random: Random, models: Random) -> _Conversation:
         has_system_prompt = self._workload.num_system_prompts > 0
         hash_ids = [self._system_prompt(random) - 1] if has_system_prompt else []
-        return _Conversation(session, self._turns(random), hash_ids, self._workload.system_prompt_len)
+        names, shares = self._models
+        model = models.choices(names, shares)[0] if names else None
+        return _Conversation(session, self._turns(random), hash_ids, self._workload.system_prompt_len, model)
 
     def _turn(
         self, conversation: _Conversation, index: int, time: float, random: Random, piece_ids: Iterator[int]
@@ -149,7 +155,25 @@ class _Synthesis:
             output_len=output_len,
             id=str(index),
             session=conversation.session,
+            model=conversation.model,
             delay_s=conversation.delay_s,
             index=index,
             **contents,
         )
+
+
+def _models(text: str) -> tuple[list[str], list[float]]:
+    """Names of models and their shares from NAME=SHARE,NAME=SHARE,... Raises `TraceError`."""
+    shares: dict[str, float] = {}
+    for part in text.split(",") if text else ():
+        name, _, share = part.rpartition("=")
+        try:
+            number = float(share)
+        except ValueError:
+            number = 0.0
+        if not name or not 0 < number < 1e9:
+            raise bad_value("models", part, "NAME=SHARE, a number above 0")
+        if name in shares:
+            raise bad_value("models", text, f"one share of {name}")
+        shares[name] = number
+    return list(shares), list(shares.values())

@@ -228,13 +228,18 @@ class _Reader:
         parse = self.form.parser(self._tokenizer)
         for record in self.form.records(self._path):
             try:
-                requests = [self._with_output_len(fields) for fields in parse(_value(record))]
+                value = _value(record)
+                requests = [self._with_output_len(fields) for fields in parse(value)]
             except TraceError as error:
                 self._refuse(record, error)
                 continue
             requests = [fields for fields in requests if fields["output_len"] > 0]
             self.left_out.num_dropped += not requests
+            model = value.get("model")
             for fields in requests:
+                # As the record has it, in any format, where a request of it does not say otherwise.
+                if model and "model" not in fields and isinstance(model, str):
+                    fields["model"] = model
                 yield record, fields
 
     def _with_output_len(self, fields: Fields) -> Fields:

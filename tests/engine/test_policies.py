@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from pagellm.engine.scheduling.scheduler import Scheduler
 from pagellm.engine.scheduling.sequence import Sequence, SequenceStatus
 from pagellm.engine.scheduling.waiting_queue import WaitingQueue
 
+GALLERY = Path(__file__).parents[2] / "examples" / "policies"
 _ids = iter(range(10**9))
 
 
@@ -195,6 +197,27 @@ def test_a_decoded_token_costs_two_and_a_prompts_one() -> None:
     assert policy.counters == {"a": 7.0, "b": 5.0}
     step(s)
     assert policy.counters == {"a": 10.0, "b": 8.0}
+
+
+def test_the_gallerys_virtual_token_counter_is_the_papers() -> None:
+    """A token of a prompt costs 1 and one of an answer 2; who comes back begins where those that wait are."""
+    policy: Any = load_policy(str(GALLERY / "vtc.py:VTC"))
+    s = scheduler(policy, max_num_seqs=2)
+    add(s, 5, tenant="a", max_tokens=3)
+    add(s, 3, tenant="b")
+    step(s)
+    assert policy.served == {"a": 5 + 2, "b": 3 + 2}
+    late = add(s, 1, tenant="c")  # nobody waits, and b left the queue last
+    assert policy.served["c"] == 5
+    add(s, 1, tenant="a")  # has 7, and c, which waits, 5
+    assert policy.served["a"] == 7
+    step(s)
+    step(s)
+    assert (policy.served["a"], policy.served["b"]) == (5 + 3 * 2, 3 + 3 * 2)
+    assert late.status is SequenceStatus.WAITING
+    step(s)
+    assert policy.served["c"] == 5 + 1 + 2, "c, which has 5, goes before a, which has 11"
+    assert (policy.last_left, list(policy.waiting.values())) == ("c", ["a"])
 
 
 def test_a_chunk_that_gives_no_token_costs_its_tokens_alone() -> None:

@@ -22,6 +22,14 @@ def hashed(prompt_len: int, *hash_ids: int) -> TraceRequest:
     return request(prompt_len=prompt_len, hash_ids=hash_ids, hash_block_size=10)
 
 
+def test_models_are_counted() -> None:
+    models = ["b", "a", "b", None]
+    found = describe(Trace.from_requests(request(model=model) for model in models))
+    assert found.models == {"b": 2, "a": 1}
+    assert "models         b 2, a 1" in found.to_text().splitlines()
+    assert "models" not in describe(Trace.from_requests([request()])).to_text()
+
+
 @given(st.lists(st.integers(1, 10**6), min_size=2))
 def test_lengths(values: list[int]) -> None:
     found = describe(Trace.from_requests(request(output_len=value) for value in values)).output_len

@@ -252,6 +252,25 @@ def test_the_fleet_in_the_readme_is_one(tmp_path: Path) -> None:
     assert fleet.random_failures is not None
 
 
+def test_the_trace_of_two_models_in_the_readme_is_served_by_its_fleet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    [described] = re.findall(r"```toml\n(.*?)```", readme, re.DOTALL)
+    Path("fleet.toml").write_text(described)
+    [synth] = re.findall(r"pagellm (trace synth --models .*?) +#", readme)
+    assert main(synth.split()) == 0
+    models = [request.model for request in Trace.load("two.jsonl")]
+    assert main(["replay", "two.jsonl", "--fleet", "fleet.toml", "--limit", "60", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    by_group = {one["name"]: one["num_requests"] for one in report["groups"] if one["by"] == "group"}
+    assert by_group == {
+        "large": models[:60].count("llama-3.1-70b"), "small": models[:60].count("gpt-4o-mini"),
+    }  # fmt: skip
+    assert all(by_group.values())
+
+
 def test_devices_are_not_busy_for_longer_than_they_are_paid_for() -> None:
     # The last token is there at 2; the step behind it is of a request whose client has given up by then.
     fleet = Fleet((group(),))

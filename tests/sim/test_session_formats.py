@@ -228,6 +228,50 @@ def test_dynamo(tmp_path: Path) -> None:
     assert {(r.session, r.class_) for r in trace} == {("planner", "research"), ("researcher", "research")}
 
 
+MODEL = {"model": "m"}
+CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
+MOONCAKE = {"timestamp": 5, "input_length": 9, "output_length": 2, "hash_ids": [1]}
+ASKED = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+LENGTHS = {"input_length": 9, "output_length": 2}
+TOKENS = {"input_toks": 3, "output_toks": 2}
+TURN = {"text": "a", "output_length": 2}
+NATIVE = {"arrival_time": 0, "prompt_len": 3, "output_len": 2}
+
+
+@pytest.mark.parametrize(
+    ("form", "lines"),
+    [
+        ("jsonl", [NATIVE | MODEL]),
+        ("json", [{"requests": [NATIVE | MODEL]}]),
+        ("mooncake", [MOONCAKE | MODEL]),
+        ("aiperf", [LENGTHS | MODEL]),
+        ("aiperf", [{"turns": [TURN, TURN], **MODEL}]),
+        ("aiperf", [{"turns": [TURN | MODEL], "model": "other"}]),
+        ("agentic-mooncake", [LENGTHS | {"request_id": "a", "wait_for": [], **MODEL}]),
+        ("weka", [WEKA]),
+        ("llmservingsim", [{"arrival_time_ns": 0, **TOKENS, **MODEL}]),
+        ("llmservingsim", [{"arrival_time_ns": 0, "sub_requests": [TOKENS | MODEL]}]),
+        ("vllm-custom", [{"prompt": "Hi", "output_tokens": 3} | MODEL]),
+        ("openai-batch", [{"custom_id": "a", "body": CHAT | MODEL}]),
+        ("sharegpt", [{"items": ASKED, **MODEL}]),
+        ("burstgpt", ["Timestamp,Model,Request tokens,Response tokens\n", "5,m,9,2\n"]),
+        ("vidur", ["arrived_at,num_prefill_tokens,num_decode_tokens,model\n", "0,9,2,m\n"]),
+    ],
+)  # fmt: skip
+def test_the_model_that_a_request_asks_for_is_kept(form: str, lines: list[Any], tmp_path: Path) -> None:
+    trace = load(tmp_path, *lines)
+    assert trace.format == form
+    assert {request.model for request in trace} == {"m"}
+    trace.save(tmp_path / "converted.jsonl")
+    assert {request.model for request in Trace.load(tmp_path / "converted.jsonl")} == {"m"}
+
+
+def test_a_dynamo_request_names_its_model(tmp_path: Path) -> None:
+    row = end("p0", 1000, 2000, "planner")
+    row["request"]["model"] = "m"
+    assert [request.model for request in load(tmp_path, row)] == ["m"]
+
+
 def test_servegen(tmp_path: Path) -> None:
     trace = load(tmp_path, "request_id,timestamp,input_tokens,output_tokens\n", "0,0.25,9,4\n", "1,2.5,5,3\n")
     assert (trace.format, shape(trace)) == ("servegen", [(0.25, 9, 4), (2.5, 5, 3)])

@@ -3,6 +3,7 @@
 import statistics
 import tracemalloc
 from collections import Counter, defaultdict
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 from random import Random
@@ -137,6 +138,24 @@ def test_a_seed_determines_the_trace() -> None:
     assert [r.arrival_time for r in requests] == sorted(r.arrival_time for r in requests)
     assert (requests[0].arrival_time, [r.index for r in requests]) == (0, list(range(300)))
     assert list(synthesise(Workload(**vars(BUSY) | {"seed": 6}))) != requests
+
+
+def test_conversations_ask_for_models_by_their_shares() -> None:
+    found = list(synthesise(Workload(**vars(BUSY) | {"models": "large=1,small v2=3", "num_requests": 4000})))
+    by_session: dict[str | None, set[str | None]] = {}
+    for request in found:
+        by_session.setdefault(request.session, set()).add(request.model)
+    assert {len(models) for models in by_session.values()} == {1}
+    share = sum(models == {"large"} for models in by_session.values()) / len(by_session)
+    assert share == pytest.approx(0.25, abs=0.04)
+    plain = synthesise(Workload(**vars(BUSY) | {"num_requests": 4000}))
+    assert [replace(request, model=None) for request in found] == list(plain)
+
+
+@pytest.mark.parametrize("models", ["large", "large=0", "=1", "a=1,a=2", "a=x", "a=1,"])
+def test_shares_of_models_that_cannot_be_are_refused(models: str) -> None:
+    with pytest.raises(TraceError, match=r"^models: found "):
+        synthesise(Workload(models=models))
 
 
 def test_other_lengths_leave_the_arrivals_as_they_are() -> None:
