@@ -274,3 +274,28 @@ def test_zero_biases_that_nobody_asked_for_are_left_alone(tmp_path: Path) -> Non
         pytest.raises(CheckpointError, match=r"up_proj\.bias has no place"),
     ):
         read_spec(checkpoint)
+
+
+@pytest.mark.parametrize("matrix", ["lm_head", "model.embed_tokens"])
+@pytest.mark.parametrize("name", ["gptq", "llm_int8"])
+def test_what_belongs_to_no_layer_may_be_quantized_too(tmp_path: Path, name: str, matrix: str) -> None:
+    quantize, section = METHODS[name]
+    for copy in ("quantized", "plain"):
+        shutil.copytree(QUANTIZED / name, tmp_path / copy)
+    config = json.loads((tmp_path / "quantized" / "config.json").read_text())
+    config["quantization_config"] |= section
+    (tmp_path / "quantized" / "config.json").write_text(json.dumps(config))
+    tensors = load_file(QUANTIZED / name / "model.safetensors")
+    parts = quantize(tensors.pop(f"{matrix}.weight").astype(np.float32))
+    parts = {f"{matrix}.{part}": np.ascontiguousarray(one) for part, one in parts.items()}
+    save_file(tensors | parts, tmp_path / "quantized" / "model.safetensors")
+    with open_checkpoint(tmp_path / "quantized") as checkpoint:
+        tensor = checkpoint.tensors[f"{matrix}.weight"]
+        assert isinstance(tensor, QuantizedTensor)
+        plain = {f"{matrix}.weight": tensor.rows(0, tensor.shape[0])}
+    save_file(tensors | plain, tmp_path / "plain" / "model.safetensors")
+    logits = []
+    for copy in ("quantized", "plain"):
+        with LLM(str(tmp_path / copy), num_blocks=16, quantization="none", show_progress=False) as llm:
+            logits.append(llm.logits(list(range(20))))
+    np.testing.assert_array_equal(*logits)

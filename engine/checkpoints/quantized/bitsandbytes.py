@@ -22,7 +22,6 @@ from pagellm.engine.errors import CheckpointError, found, named
 _HARMLESS = frozenset(
     {
         *("quant_method", "bnb_4bit_compute_dtype", "llm_int8_threshold", "llm_int8_enable_fp32_cpu_offload"),
-        *("_load_in_4bit", "_load_in_8bit"),
     }
 )
 _STATES = tuple(f"weight.quant_state.bitsandbytes__{name}" for name in ("nf4", "fp4"))
@@ -36,6 +35,8 @@ def read_bitsandbytes(section: Section, modules: Modules) -> str:
     in_8_bits = section.only("load_in_8bit", True, False, default=section.get("_load_in_8bit", False))
     if in_4_bits == in_8_bits:
         raise section.error("load_in_4bit", in_4_bits, "one of load_in_4bit and load_in_8bit")
+    for name, value in (("_load_in_4bit", in_4_bits), ("_load_in_8bit", in_8_bits)):
+        section.only(name, value, default=value)
     section.only("llm_int8_has_fp16_weight", False, default=False)
     section.only("bnb_4bit_quant_storage", "uint8", default="uint8")
     kind = section.only("bnb_4bit_quant_type", "nf4", "fp4", default="fp4")

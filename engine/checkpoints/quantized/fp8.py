@@ -33,7 +33,8 @@ def read_fp8(section: Section, modules: Modules) -> str:
     section.only("expert_dtype", "fp8", default="fp8")
     block = None if section.get("weight_block_size") is None else section.pair("weight_block_size")
     used = block
-    key = "modules_to_not_convert" if section.get("modules_to_not_convert") else "ignored_layers"
+    skipped = section.get("modules_to_not_convert")
+    key = "ignored_layers" if skipped is None or skipped == [] else "modules_to_not_convert"
     names = section.names(key)
     excluded = by_parts(names, section, key)
     section.get("modules_to_convert")

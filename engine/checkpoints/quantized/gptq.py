@@ -4,6 +4,7 @@ from pagellm.engine.checkpoints.base import Tensor
 from pagellm.engine.checkpoints.quantized.modules import Modules, misshapen
 from pagellm.engine.checkpoints.quantized.nibbles import Words, described_groups, integers
 from pagellm.engine.checkpoints.quantized.section import Section, by_parts
+from pagellm.engine.errors import named
 
 # How the weights were found, by whom, and what some kernels want to know.
 _HARMLESS = frozenset(
@@ -44,7 +45,7 @@ def read_gptq(section: Section, modules: Modules) -> str:
     """Joins the tensors of each matrix; what the method is called in reports."""
     section.only("bits", 4)
     group_size = section.integer("group_size", 128)
-    section.only("desc_act", True, False, default=False)
+    has_order = section.only("desc_act", True, False, None)
     symmetric = section.only("sym", True, False, None)
     version = section.get("checkpoint_format", section.get("format", "gptq"))
     if version not in ("gptq", "gptq_v2"):
@@ -77,7 +78,10 @@ def read_gptq(section: Section, modules: Modules) -> str:
             groups=None if groups is None else integers(groups),
             symmetric=symmetric is True,
         )
-        modules.put(module, matrix.tensor())
+        tensor = matrix.tensor()
+        if tensor.groups is not None and has_order is False:
+            raise section.error("desc_act", False, f"true: the g_idx of {named(module)} has an order")
+        modules.put(module, tensor)
 
     def is_excluded(module: str) -> bool:
         return bool(names) and not any(module.endswith(f".{name}") for name in names)
