@@ -16,13 +16,16 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from multiprocessing.connection import Connection, Pipe
+from queue import LifoQueue
 from typing import Any
 
 from pagellm.engine.errors import EngineError, RequestError
 from pagellm.engine.requests.structured import StructuredOutputs
 
-_TRIAL_S = 0.5
+_TRIAL_S = 0.6
+_MOST_CHILDREN = 2  # one more than keeps others waiting; more would keep cores from whom they are to serve
 _START_S = 60.0
 _MEMORY_BYTES = 2 << 30
 # Less than the stacks of the threads that compile what passes here.
@@ -30,11 +33,70 @@ _STACK_BYTES = 2 << 20
 _LONGEST_MESSAGE = 300
 
 
+class _Child:
+    """One that tries grammars, one after the other; only its place is known while there is none.
+
+    ask: gives one end of a connection to the process, which forks a child for it in the place of the last.
+    """
+
+    def __init__(self, ask: Callable[[Connection], None]) -> None:
+        self._ask = ask
+        self._connection: Connection | None = None
+        self._is_ready = False  # it has said so
+        self._owner = 0  # the process that it works for: a fork of that has one of its own
+
+    def answer_to(self, form: StructuredOutputs) -> bytes | None:
+        """What it says of a form; b"" if that has ended it, None if it takes too long: then comes another."""
+        try:
+            connection = self._connected()
+            connection.send_bytes(json.dumps(asdict(form)).encode())
+            answer = connection.recv_bytes() if connection.poll(_TRIAL_S) else None
+        except (EOFError, OSError):  # it has ended
+            answer = b""
+        except BaseException:
+            self.leave()
+            raise
+        if not answer:
+            self._begin()
+        return answer
+
+    def leave(self) -> None:
+        """Lets it end, which it does unless it is at work."""
+        connection, self._connection = self._connection, None
+        self._is_ready = False
+        if connection is not None:
+            connection.close()
+
+    def _connected(self) -> Connection:
+        connection = self._connection
+        if connection is None or self._owner != os.getpid() or (self._is_ready and connection.poll()):
+            self._begin()  # there is none, or none any more
+        connection = self._connection
+        try:
+            if connection is not None and not self._is_ready:
+                self._is_ready = connection.poll(_START_S) and connection.recv_bytes() == b"ready"
+        except (EOFError, OSError):
+            self._is_ready = False
+        if connection is None or not self._is_ready:
+            self.leave()
+            raise EngineError("structured: the process that tries grammars does not start")
+        return connection
+
+    def _begin(self) -> None:
+        """Asks for one, without waiting for it."""
+        self.leave()
+        self._owner = os.getpid()
+        ours, theirs = Pipe()
+        with theirs, suppress(OSError):
+            self._ask(theirs)
+            self._connection = ours
+
+
 class Trial:
     """The process, begun when it is needed. Safe to use from several threads.
 
-    It has the vocabulary and forks one child at a time, which does the work; where a grammar has cost one,
-    the next is there within milliseconds, so that nobody waits for a process to start.
+    It has the vocabulary and forks children, which do the work, each for one grammar at a time; where a
+    grammar has cost one, the next is there within milliseconds, so that nobody waits for a process to start.
 
     tokens: the bytes of each token. special_ids, eos_ids: which of them are no text, and end one.
     """
@@ -47,58 +109,47 @@ class Trial:
         self._vocabulary.flush()
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._control: socket.socket | None = None  # by which it is asked for a child
-        self._connection: Connection | None = None  # to the child
-        self._is_ready = False  # the child has said so
-        self._owner = 0  # the process that began it: a fork of that begins one of its own
+        self._control: socket.socket | None = None  # by which it is asked for children
+        self._owner = os.getpid()  # of the process; a fork of that begins one of its own
+        self._children = [_Child(partial(self._ask_for_child, place)) for place in range(_MOST_CHILDREN)]
+        self._idle: LifoQueue[_Child] = LifoQueue()  # the one that was at work last is the first to be again
+        for child in self._children:
+            self._idle.put(child)
 
     def grammar_of(self, form: StructuredOutputs) -> str:
         """The grammar of a form, which llguidance has compiled there. Raises `RequestError`."""
-        with self._lock:
-            try:
-                connection = self._connected()
-                connection.send_bytes(json.dumps(asdict(form)).encode())
-                answer = connection.recv_bytes() if connection.poll(_TRIAL_S) else None
-            except (EOFError, OSError):  # the child has ended
-                answer = b""
-            except BaseException:
-                self._end()
-                raise
-            if not answer:
-                self._ask_for_child()
-                why = "more memory or depth than it may have" if answer == b"" else f"more than {_TRIAL_S} s"
-                raise RequestError(f"structured.{form.form}: found one that takes {why} to compile")
+        child = self._idle.get()
+        try:
+            answer = child.answer_to(form)
+        finally:
+            self._idle.put(child)
+        if not answer:
+            why = "more memory or depth than it may have" if answer == b"" else f"more than {_TRIAL_S} s"
+            raise RequestError(f"structured.{form.form}: found one that takes {why} to compile")
         grammar, error = json.loads(answer)
         if error is not None:
             raise RequestError(f"structured.{form.form}: {error}")
         return str(grammar)
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process, and its children with it."""
+        for child in self._children:
+            child.leave()
         with self._lock:
             self._end()
             self._vocabulary.close()
 
-    def _connected(self) -> Connection:
-        """A child that waits for a form."""
-        if self._owner != os.getpid():
-            self._process = self._control = self._connection = None
-        elif self._process is not None and self._process.poll() is not None:
-            self._end()
-        if self._process is None:
-            self._begin()
-        elif self._is_ready and self._connection is not None and self._connection.poll():  # it is no more
-            self._ask_for_child()
-        try:
-            connection = self._connection
-            if connection is not None and not self._is_ready:
-                self._is_ready = connection.poll(_START_S) and connection.recv_bytes() == b"ready"
-        except (EOFError, OSError):
-            self._is_ready = False
-        if connection is None or not self._is_ready:
-            self._end()
-            raise EngineError("structured: the process that tries grammars does not start")
-        return connection
+    def _ask_for_child(self, place: int, connection: Connection) -> None:
+        """Asks for a child at the other end of this, in the place of the one there may be."""
+        with self._lock:
+            if self._owner != os.getpid():
+                self._process = self._control = None
+            elif self._process is not None and self._process.poll() is not None:
+                self._end()
+            if self._process is None:
+                self._begin()
+            assert self._control is not None
+            socket.send_fds(self._control, [bytes([place])], [connection.fileno()])
 
     def _begin(self) -> None:
         """Begins the process, without waiting for it."""
@@ -120,26 +171,12 @@ class Trial:
                 },
                 start_new_session=True,  # the terminal's Ctrl-C is not for it
             )
-        self._ask_for_child()
-
-    def _ask_for_child(self) -> None:
-        """Asks for a new child in the place of the one there may be, without waiting for it."""
-        if self._connection is not None:
-            self._connection.close()
-        self._connection, self._is_ready = None, False
-        ours, theirs = Pipe()
-        with theirs, suppress(OSError):
-            assert self._control is not None
-            socket.send_fds(self._control, [b"\0"], [theirs.fileno()])
-            self._connection = ours
 
     def _end(self) -> None:
         process, self._process = self._process, None
-        for end in (self._connection, self._control):  # at which the process ends its child
-            if end is not None:
-                end.close()
-        self._connection = self._control = None
-        self._is_ready = False
+        if self._control is not None:
+            self._control.close()
+        self._control = None
         if process is not None and self._owner == os.getpid():
             process.wait()
 
@@ -192,7 +229,7 @@ def _encoder(tokens: Sequence[bytes]) -> Callable[[str], list[int]]:
 
 
 def _fork_children(control: socket.socket, vocabulary: int) -> None:
-    """Forks a child for each descriptor that comes, which ends the one before, until there are no more."""
+    """Forks a child for each descriptor that comes, and ends the one before in its place; at last all end."""
     from pagellm.engine.grammar.vocabulary import ll_tokenizer
 
     size = os.fstat(vocabulary).st_size  # others read it, too: the place in it is theirs
@@ -200,16 +237,18 @@ def _fork_children(control: socket.socket, vocabulary: int) -> None:
     tokens = list(map(bytes.fromhex, hexes))
     tokenizer = ll_tokenizer(tokens, special_ids, eos_ids, _encoder(tokens))
     gc.freeze()  # memory that all have in common
-    child = 0
+    children: dict[bytes, int] = {}
     while True:
-        _, descriptors, *_ = socket.recv_fds(control, 1, 1)
-        if child:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        if not descriptors:
+        place, descriptors, *_ = socket.recv_fds(control, 1, 1)
+        for ended in [place] if place else list(children):
+            if ended in children:
+                child = children.pop(ended)
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+        if not place:
             return
-        child = os.fork()
-        if not child:
+        children[place] = os.fork()
+        if not children[place]:
             control.close()
             threading.stack_size(_STACK_BYTES)
             thread = threading.Thread(target=_serve, args=(Connection(descriptors[0]), tokenizer))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -513,19 +514,49 @@ def test_hostile_grammars_cost_a_child_each_and_nobody_the_start_of_a_process(ll
     [child] = children_of(process_id)
     assert len(seen) == 3
     assert child not in seen
+    connection = trial._children[-1]._connection
+    assert connection is not None
     os.kill(child, signal.SIGKILL)  # as a system does that is short of memory
-    while trial._connection is not None and not trial._connection.poll():
+    while not connection.poll():
         time.sleep(0.001)
     compiler.compile(StructuredOutputs(regex="b"))
     os.kill(process_id, signal.SIGKILL)
     trial._process.wait()
+    with pytest.raises(RequestError, match="takes more than"):
+        compiler.compile(StructuredOutputs(regex="[b-z]?" * 40_000))
     compiler.compile(StructuredOutputs(regex="c"))
-    process_id = trial._process.pid
-    [child] = children_of(process_id)
+    assert trial._process.pid != process_id
+    check_ends(compiler)
+
+
+def check_ends(compiler: GrammarCompiler) -> None:
+    trial = compiler._trial
+    assert trial is not None
+    assert trial._process is not None
+    under_way = [trial._process.pid, *children_of(trial._process.pid)]
+    assert len(under_way) > 1
     compiler.close()
-    for ended in (process_id, child):
+    for ended in under_way:
         with pytest.raises(ProcessLookupError):
             os.kill(ended, 0)
+
+
+def test_hostile_grammars_that_come_together_are_tried_side_by_side(llm: LLM) -> None:
+    compiler = GrammarCompiler(llm.tokenizer, llm.tokenizer.vocab_size, 1)
+    forms = [StructuredOutputs(regex=f"[a-{letter}]?" * 40_000) for letter in "uvwxyz"]
+    forms += [StructuredOutputs(regex=f"{letter}+") for letter in "abcd"]
+
+    def said(form: StructuredOutputs) -> str:
+        try:
+            return repr(compiler.compile(form).new_matcher().is_error())
+        except RequestError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(forms)) as pool:
+        answers = list(pool.map(said, forms))
+    assert all("takes more than" in answer for answer in answers[:6])
+    assert answers[6:] == ["False"] * 4
+    check_ends(compiler)
 
 
 def test_beam_search_takes_no_form() -> None:
