@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from pagellm.engine import checks
 from pagellm.engine.errors import CheckpointError, ConfigError, found
 from pagellm.sim.costs.devices import known
 from pagellm.sim.costs.mixtures import read_mixture
+from pagellm.sim.costs.quantizers import read_quantizer
+from pagellm.sim.fields import Fields, read_json
 
 _MAX_MESSAGE = 600
 
@@ -83,7 +85,8 @@ class Model:
     num_parameters: all numbers. vocab_size: rows of the embedding and of the output head. tied_embeddings:
     whether the two are one matrix. takes_top: whether its own generation_config.json samples of the most
     likely tokens alone (top_p, top_k). max_model_len: tokens that it takes, None for no limit. layer_bytes,
-    head_bytes: of a number of the layers' matrices and of the head, where a file of weights says.
+    head_bytes: of a number of the layers' matrices and of the head, where a file of weights says, or a
+    quantizer, which is named so. arithmetic: the format in which weights are multiplied.
     """
 
     num_parameters: int
@@ -95,6 +98,8 @@ class Model:
     max_model_len: int | None = None
     layer_bytes: float | None = None
     head_bytes: float | None = None
+    quantizer: str | None = None
+    arithmetic: str = "bf16"
 
     @property
     def num_layers(self) -> int:
@@ -152,6 +157,30 @@ def load_model(name: str) -> Model:
     if not checks.is_path(name) or not Path(name).exists():
         expected = f"one of {', '.join(models)}, or the path of a config.json or a GGUF file"
         raise ConfigError(f"models: found {found(name)}, expected {expected}")
+    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+    if path.suffix == ".json" and path.is_file():
+        return _configured(_read_shape(name), path)
+    return _read_shape(name)
+
+
+def _configured(model: Model, path: Path) -> Model:
+    """A model with what its configurations say of its weights, and of how tokens are sampled."""
+    beside = path.with_name("generation_config.json")
+    if beside.is_file():
+        sampling = Fields(read_json(beside, "a configuration", CheckpointError), str(beside), CheckpointError)
+        top_p, top_k = sampling.get("top_p"), sampling.get("top_k")
+        few = (isinstance(top_p, int | float) and top_p < 1) or (isinstance(top_k, int) and top_k > 0)
+        model = replace(model, takes_top=few and sampling.get("do_sample") is not False)
+    quantized = read_quantizer(path)
+    if quantized is None:
+        return model
+    products, experts = model.product_parameters, model.expert_parameters
+    others = 2.0 if quantized.experts_only else quantized.num_bytes
+    size = (experts * quantized.num_bytes + products * others) / (experts + products)
+    return replace(model, layer_bytes=size, quantizer=quantized.name, arithmetic=quantized.arithmetic)
+
+
+def _read_shape(name: str) -> Model:
     mixture = read_mixture(Path(name))
     if mixture is not None:
         return _model(mixture)

@@ -13,8 +13,6 @@ from pagellm.sim.fields import Fields, read_json
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _PER_TOKEN = ("num_experts_per_tok", "experts_per_token", "num_experts_per_token")
-# Bytes of a number of matrices that were quantized by these methods, and whether only experts' are.
-_QUANTIZED = {"fp8": (1.0, False), "mxfp4": (0.5 + 1 / 32, True)}
 _WHOLE, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 
@@ -57,7 +55,7 @@ def read_mixture(path: Path) -> dict[str, Any] | None:
         "tied_embeddings": tied,
         "max_model_len": config.integer("max_position_embeddings"),
         "layers": [{"count": count} | dict(kind) for kind, count in kinds.items()],
-        "layer_bytes": _layer_bytes(whole, config, products, experts),
+        "layer_bytes": None,
         "head_bytes": None,
     }
 
@@ -165,16 +163,3 @@ def _has_experts(config: Fields, index: int) -> bool:
     if config.has("moe_layer_freq"):
         return index % config.integer("moe_layer_freq") == 0
     return (index + 1) % _first(config, ("decoder_sparse_step", "interleave_moe_layer_step"), 1, low=1) == 0
-
-
-def _layer_bytes(whole: Fields, config: Fields, products: int, experts: int) -> float | None:
-    """Of a number of the matrices, on average, where the model is a quantized one."""
-    quantized = whole.get("quantization_config") or config.get("quantization_config")
-    if not quantized:
-        return None
-    method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-    if not isinstance(method, str) or method not in _QUANTIZED:
-        expected = f"{' or '.join(_QUANTIZED)}, or none and --set-cost weights=FORMAT"
-        raise whole.bad("quantization_config.quant_method", method, expected)
-    size, experts_only = _QUANTIZED[method]
-    return (experts * size + products * (2.0 if experts_only else size)) / (experts + products)

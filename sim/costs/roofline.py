@@ -41,7 +41,9 @@ class RooflineCostModel(CostModel):
         products            a step's tokens times the matrices of all layers, which are read once
         experts             of a mixture: a step's tokens times those that they choose, each of them read once
         head                a state of each sequence that gets a token times the output head; none, no time
-        prefill attention   of the sequences of which several tokens are computed, their contexts read once
+        prefill attention   of the sequences of which several tokens are computed, their contexts read once;
+                            latent keys and values are widened for it, as vLLM does (pagellm's own engine
+                            meets them as they are kept, in prefills too: its times are measured, in profiles)
         decode attention    of the others
         vectors             norms, rotation, activation and sampling: traffic alone
         communication       a ring all-reduce after attention and after the feed-forward, and of the logits;
@@ -72,7 +74,9 @@ class RooflineCostModel(CostModel):
             expected = f"at most as many stages as the {model.num_layers} layers of the model"
             raise ConfigError(f"pipeline_parallel: found {pipeline_parallel}, expected {expected}")
         self.constants = c = Constants(given, hardware.constants, fitted and fitted.constants)
-        self.name = name + _words(c)
+        is_as_written = c.formats["weights"] == AUTO
+        quantizer = f", {model.quantizer} weights" if is_as_written and model.quantizer else ""
+        self.name = name + _words(c) + quantizer
         if fitted is not None:
             self.fit = fitted.error
         self.max_model_len, self.window = model.max_model_len, model.window or None
@@ -86,7 +90,8 @@ class RooflineCostModel(CostModel):
         self._choose_formats()
         flops, bytes_per_s, n = hardware.flops_per_s, hardware.memory_bytes_per_s, num_devices
 
-        product_flops = hardware.flops_of(c.formats["weights"]) * c["product_flops"] * n
+        weights = model.arithmetic if is_as_written else c.formats["weights"]
+        product_flops = hardware.flops_of(weights) * c["product_flops"] * n
         self._product_token_s = 2 * model.product_parameters / product_flops
         self._fill_tokens = c["product_fill_tokens"]
         self._products_s = (

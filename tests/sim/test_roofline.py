@@ -315,6 +315,84 @@ def test_a_shape_is_the_same_with_and_without_the_weights(name: str) -> None:
     assert without.product_parameters == sum(sizes)
 
 
+GROUP = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "group_size": 128}}
+BYTES = {"num_bits": 8, "type": "float", "strategy": "channel"}
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "num_bytes", "arithmetic"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8", 1.0, "fp8"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "int4 (GPTQ)", 0.5 + 2.5 / 128, "bf16"),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1}, "int8 (GPTQ)", 1.0, "bf16"),
+        ({"quant_method": "awq", "w_bit": 4, "q_group_size": 64}, "int4 (AWQ)", 0.5 + 2.5 / 64, "bf16"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "4-bit (bitsandbytes)", 0.5625, "bf16"),
+        ({"load_in_8bit": True}, "int8 (bitsandbytes)", 1.0, "int8"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "fp4 (ModelOpt)", 0.5625, "fp4"),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"group_0": GROUP}},
+            "int4 (compressed-tensors)", 0.5 + 2 / 128, "bf16",
+        ),
+        (
+            {"quant_method": "compressed-tensors",
+             "config_groups": {"a": {"weights": BYTES, "input_activations": BYTES}}},
+            "fp8 (compressed-tensors)", 1.0, "fp8",
+        ),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": BYTES}}},
+            "fp8 (compressed-tensors)", 1.0, "bf16",
+        ),
+    ],
+)  # fmt: skip
+def test_a_configuration_says_how_its_weights_were_quantized(
+    section: dict[str, Any], name: str, num_bytes: float, arithmetic: str, tmp_path: Path
+) -> None:
+    plain = load_model(written(tmp_path / "config.json"))
+    path = written(tmp_path / "config.json", quantization_config=section)
+    model = load_model(path)
+    assert (model.quantizer, model.layer_bytes, model.arithmetic) == (name, num_bytes, arithmetic)
+    assert replace(model, quantizer=None, layer_bytes=None, arithmetic="bf16") == plain
+    costs = CostModel.roofline("h100-sxm", path)
+    assert costs.name.endswith(f"roofline of assumed constants, {name} weights")
+    assert CostModel.roofline("h100-sxm", path, weights="bf16").name.endswith("with weights=bf16")
+
+
+def test_fp8_weights_are_half_as_long_to_read_and_half_as_long_to_multiply(tmp_path: Path) -> None:
+    fp8 = replace(TINY, layer_bytes=1.0, quantizer="fp8", arithmetic="fp8")
+    assert bare(model=fp8).step_time(batch_of((1, 49))) == pytest.approx(
+        bare(weights="fp8").step_time(batch_of((1, 49)))
+    )
+    prompt = batch_of((1000, 0))
+    assert bare(model=fp8).step_time(prompt) == pytest.approx(bare(weights="fp8").step_time(prompt))
+    assert bare(model=fp8, weights="bf16").step_time(prompt) == pytest.approx(bare().step_time(prompt))
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"quant_method": "aqlm"}, "quantization_config.quant_method: found 'aqlm', expected fp8"),
+        ({"quant_method": "gptq", "bits": 5}, "quantization_config.bits: found 5, expected 2, 3, 4 or 8 b"),
+        ({"quant_method": "modelopt"}, "quantization_config.quant_algo: found nothing, expected FP8 or NV"),
+        (
+            {"quant_method": "compressed-tensors",
+             "config_groups": {"a": GROUP, "b": {"weights": BYTES}}},
+            r"config_groups: found \['a', 'b'\], expected groups that are quantized alike",
+        ),
+        ("fp8", "quantization_config: found 'fp8', expected an object"),
+    ],
+)  # fmt: skip
+def test_a_quantizer_that_is_not_known_is_refused_by_name(section: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_model(written(tmp_path / "config.json", quantization_config=section))
+
+
+def test_how_a_model_samples_is_said_beside_its_configuration(tmp_path: Path) -> None:
+    path = written(tmp_path / "config.json")
+    for values, few in (({"top_p": 0.9}, True), ({"top_k": 20}, True), ({"temperature": 1.0}, False)):
+        (tmp_path / "generation_config.json").write_text(json.dumps(values))
+        assert load_model(path).takes_top is few
+
+
 def test_a_gguf_file_says_what_its_weights_take() -> None:
     model = load_model(str(model_path("gguf_llama_q8_0")))
     assert model.layer_bytes == pytest.approx(34 / 32)  # 32 numbers and a scale of 2 bytes
