@@ -33,6 +33,10 @@ _STACK_BYTES = 2 << 20
 _LONGEST_MESSAGE = 300
 
 
+class CostlyGrammarError(RequestError):
+    """A grammar that takes more time, memory or depth to compile than it may have."""
+
+
 class _Child:
     """One that tries grammars, one after the other; only its place is known while there is none.
 
@@ -117,7 +121,10 @@ class Trial:
             self._idle.put(child)
 
     def grammar_of(self, form: StructuredOutputs) -> str:
-        """The grammar of a form, which llguidance has compiled there. Raises `RequestError`."""
+        """The grammar of a form, which llguidance has compiled there.
+
+        Raises `CostlyGrammarError`, and `RequestError` for other reasons.
+        """
         child = self._idle.get()
         try:
             answer = child.answer_to(form)
@@ -125,7 +132,7 @@ class Trial:
             self._idle.put(child)
         if not answer:
             why = "more memory or depth than it may have" if answer == b"" else f"more than {_TRIAL_S} s"
-            raise RequestError(f"structured.{form.form}: found one that takes {why} to compile")
+            raise CostlyGrammarError(f"structured.{form.form}: found one that takes {why} to compile")
         grammar, error = json.loads(answer)
         if error is not None:
             raise RequestError(f"structured.{form.form}: {error}")

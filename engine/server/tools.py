@@ -27,6 +27,7 @@ from pagellm.engine.checks import flag
 from pagellm.engine.errors import RequestError, found
 from pagellm.engine.grammar.forms import closed_where_unsaid
 from pagellm.engine.grammar.tool_grammar import Tool, ToolGrammars, answer_rule
+from pagellm.engine.grammar.trial import CostlyGrammarError
 from pagellm.engine.llm import LLM
 from pagellm.engine.requests.structured import StructuredOutputs
 from pagellm.engine.requests.tool_calls import (
@@ -235,7 +236,10 @@ def _form(
     llm: LLM, writer: ToolGrammars, tools: list[Tool], may_say: bool, is_parallel: bool,
     answer_form: StructuredOutputs | None,
 ) -> StructuredOutputs:  # fmt: skip
-    """The form of an answer that calls these tools; a schema that is not strict may go unheeded."""
+    """The form of an answer that calls these tools; a schema that is not strict may go unheeded.
+
+    One that is costly is refused, strict or not, before others are tried.
+    """
     answer = None if answer_form is None or not may_say else answer_rule(answer_form)
 
     def written(tools: list[Tool]) -> StructuredOutputs:
@@ -244,6 +248,8 @@ def _form(
     bound = [_with_any_arguments(tool) if may_say and not tool.is_strict else tool for tool in tools]
     try:
         llm.engine.compile_form(written(bound))
+    except CostlyGrammarError as whole:
+        raise RequestError(f"tools: {str(whole).removeprefix('structured.grammar: ')}") from None
     except RequestError as whole:
         kept = []
         for tool in bound:
@@ -251,7 +257,7 @@ def _form(
                 llm.engine.compile_form(StructuredOutputs(json=tool.parameters))
                 kept.append(tool)
             except RequestError as error:
-                if tool.is_strict:
+                if tool.is_strict or isinstance(error, CostlyGrammarError):
                     message = str(error).removeprefix("structured.json: ")
                     place = f"tools[{tool.place}].function.parameters"
                     raise RequestError(f"{place}: {message}") from None

@@ -72,6 +72,30 @@ def test_a_tool_that_cannot_be_had_is_refused_by_the_name_of_its_field(
     assert re.search(message, error["message"])
 
 
+def test_tools_that_would_take_long_to_compile_are_refused_at_once(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pagellm.engine.grammar.trial._TRIAL_S", 0.0)
+    tools = [function(name, a={"type": "string"}) for name in ("f", "g")]
+    body = {**BRIEF, **QUIET, "tools": tools, "tool_choice": "required"}
+    error = refusal(server, "/v1/chat/completions", body)
+    assert error["param"] == "tools"
+    assert error["message"] == "tools: found one that takes more than 0.0 s to compile"
+    bad = function("h", a={"not": {}})
+    monkeypatch.undo()
+    compile_form, seen = server.llm.engine.compile_form, []
+
+    def compile_slower(form: Any) -> None:
+        monkeypatch.setattr("pagellm.engine.grammar.trial._TRIAL_S", 0.0 if seen else 60.0)
+        seen.append(form)
+        compile_form(form)
+
+    monkeypatch.setattr(server.llm.engine, "compile_form", compile_slower)
+    error = refusal(server, "/v1/chat/completions", {**body, "tools": [*tools, bad]})
+    assert error["message"].startswith("tools[0].function.parameters: found one that takes more than 0.0 s")
+    assert len(seen) == 2
+
+
 @pytest.mark.parametrize("tools", ["all", 1, [{"type": "web"}], [ADD, ADD]])
 def test_who_counts_the_tokens_of_a_chat_is_told_the_same_of_its_tools(server: Any, tools: Any) -> None:
     told = [
