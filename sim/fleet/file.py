@@ -124,6 +124,10 @@ class _Reader:
             raise ConfigError(
                 f"{self.path}: group: found {found_}, expected at least one [[group]] with some"
             )
+        if self.costs is not None and all(map(_has_step_times, top.entries("group"))):
+            raise ConfigError(
+                f"{self.path}: found step times of its own in every group, expected none given beside it"
+            )
         failures = [
             self._made(Failure, values, f"failure[{n}]") for n, values in enumerate(top.entries("failure"))
         ]
@@ -139,8 +143,9 @@ class _Reader:
     def _read(self) -> Any:
         if self.path.suffix == ".json":
             return read_json(self.path, "a fleet", ConfigError)
+        content = read_bounded(self.path, ConfigError)
         try:
-            return tomllib.loads(read_bounded(self.path, ConfigError).decode())
+            return tomllib.loads(content.decode())
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{self.path}: found {error}, expected a fleet as TOML") from None
 
@@ -272,6 +277,10 @@ class _Reader:
         """A path as it is from here, where the file's own directory has it; else as it is."""
         beside = self.path.parent / checked_path("fleet", name, ConfigError)
         return str(beside) if beside.exists() else name
+
+
+def _has_step_times(group: Any) -> bool:
+    return isinstance(group, dict) and any(group.get(name) is not None for name in TIMES)
 
 
 def _default_name(number: int) -> str:

@@ -156,7 +156,8 @@ def _sought(sweep: Sweep, rate: float | None, seek: tuple[str, ...]) -> _Sought:
     if seek and (rate is None or are_alike):
         expected = "--rate, which is to be served" if rate is None else "a fleet, or prefill and decode apart"
         raise ConfigError(f"seek: found {shown!r}, expected {expected}")
-    if len(set(seek)) < len(seek) or len(seek) > 2 or (are_apart and not set(seek) <= set(_APART)):
+    are_names = "" not in seek and len(set(seek)) == len(seek) <= 2
+    if not are_names or (are_apart and not set(seek) <= set(_APART)):
         expected = "prefill, decode, or both" if are_apart else "one or two of the fleet's groups"
         raise ConfigError(f"seek: found {shown!r}, expected {expected}")
     sought = _Sought(("replicas",) if are_alike and rate is not None else seek, are_apart)

@@ -329,6 +329,7 @@ def test_the_best_comes_first(objective: str, trace: TraceFile, fleet: str) -> N
         ({"seek": ("small",)}, [], True, "seek: found 'small', expected --rate, which is to be served"),
         ({"rate": 1.0, "seek": ("all",)}, [], False, "seek: found 'all', expected a fleet, or prefill and"),
         ({"rate": 1.0, "seek": ("a", "b", "c")}, [], True, "seek: found 'a,b,c', expected one or two of the"),
+        ({"rate": 1.0, "seek": ("",)}, [], True, "seek: found '', expected one or two of the fleet's groups"),
         ({"rate": 1.0, "seek": ("a", "a")}, [], True, "seek: found 'a,a', expected one or two of the"),
         (
             {"rate": 1.0, "seek": ("small",)}, ["small.count=1"], True,
