@@ -24,6 +24,8 @@ class GroupFigures:
     def to_dict(self, duration_s: float, has_slo: bool) -> Group:
         """As the report has it."""
         counts = self.counts
+        # Requests that went on elsewhere keep the SLO there, or do not.
+        has_slo = has_slo and (self.kind not in PLACES or counts["finished"] > 0)
         return {
             "by": self.kind,
             "name": self.name,

@@ -261,7 +261,12 @@ class Sweep:
         next(iter(trace))
         serving = self.serving
         serves = self.grid.check(serving)
-        costs = serving.cost_models({} if self.fleet is None else serves)
+        try:
+            costs = serving.cost_models({})
+        except PagellmError:  # a fleet may need other values
+            if self.fleet is None:
+                raise
+            costs = serving.cost_models(serves)
         for one in costs:
             one.check_error(self.accept_profile_error)
         reading = self.trace.reading()

@@ -12,6 +12,7 @@ import pytest
 
 from pagellm.sim import Workload, synthesise
 from pagellm.sim.commands.explore import add_explore, make_explorer
+from tests.sim.browser import Driven
 
 
 @pytest.fixture
@@ -41,6 +42,21 @@ def test_a_replay_is_seen_with_other_settings(address: str) -> None:
     assert (data["load"]["rate_factor"], data["load"]["replicas"]) == (2, 2)
     assert (data["config"]["num_blocks"], data["config"]["policy"]) == (900, "fair")
     assert json.loads(get(f"{address}/progress"))["ended"] == 12
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_in_a_browser(width: int, address: str, tmp_path: Path) -> None:
+    with Driven(f"{address}/", tmp_path / "browser", width, 844) as page:
+        said = "document.querySelector('output').textContent"
+        page.until(f"{said} === 'done'")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        inside = "document.querySelector('iframe').contentDocument.body.textContent"
+        assert "12 of 12" in page.until(inside)
+        page.evaluate("document.querySelector('[name=num_blocks]').value = 2")
+        page.evaluate("document.querySelector('button').click()")
+        page.until(f"{said} === 'refused, as is said below'")
+        page.until(f"{inside}.includes('expected at most 32')")
+        assert page.console == []
 
 
 @pytest.mark.parametrize("query", ["replicas=0", "policy=nobody:Policy", "step_log=x", "num_blocks=a"])

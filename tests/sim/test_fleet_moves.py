@@ -59,6 +59,12 @@ def test_a_prompt_is_computed_here_its_kv_travels_and_the_answer_goes_on_there(t
     assert ends(fleet, requests((0, 6, 3)), tmp_path) == [("0", 1, 1.0, 6.5)]
 
 
+def test_whoever_only_computes_prompts_keeps_no_slo_and_breaks_none() -> None:
+    report = Simulator.of_fleet(Fleet(apart()), slo={"e2e_s": 99}).replay(requests((0, 6, 3)))
+    shares = {one["name"]: one["goodput_share"] for one in report["groups"] if one["by"] == "group"}
+    assert shares == {"p": None, "d": 1.0}
+
+
 def test_an_answer_of_one_token_does_not_travel(tmp_path: Path) -> None:
     report = Simulator.of_fleet(Fleet(apart())).replay(requests((0, 6, 1)))
     assert report.summary["e2e_s"]["max"] == 1.0

@@ -128,9 +128,9 @@ def test_a_page_tells_of_a_fleet(tmp_path: Path) -> None:
     assert_shows(rows[1][8], report["fleet"]["groups"][1]["cost"])
     section = next(one for one in document.all("section") if one.attributes.get("aria-label") == "Fleet")
     facts = {one.one("dt").text: one.one("dd").text for one in section.all("div") if one.all("dt")}
-    assert list(facts) == ["energy", "power of a device", "cost", "KV over roce", "failures", "scaling"]
-    assert facts["power of a device"] == (
-        "72 W while a step is under way, of this device: the most that a device may draw; "
+    assert list(facts) == ["energy", "cost", "KV over roce", "failures", "scaling"]
+    assert section.one("p", _class="hint power").text == (
+        "Power of a device: 72 W while a step is under way, of this device: the most that a device may draw; "
         "11 W idle, assumed: 15 % of power_w"
     )
     assert facts["failures"].startswith("1 of replicas, down for 1.00 s on average; ")
@@ -279,6 +279,18 @@ def test_a_sweep_is_shown_as_it_is(tmp_path: Path) -> None:
     probes = [p for c in result.capacities for p in c.probes if p.summary is not None]
     assert len(plots[0].all("circle")) == len(probes)
     assert len(plots[1].all("circle")) == sum(point.summary is not None for point in result.points)
+
+
+def test_a_sweep_says_its_slo_and_what_a_million_tokens_take(tmp_path: Path) -> None:
+    document = sweep_page(tmp_path, "price_per_h=1,2", Slo.parse("ttft_p99=1,ttft=0.5,tpot=0.05", 0.9))
+    said = document.one("p", _class="subtitle").text
+    assert "SLO ttft_p99 1 s, 90.0 % of requests within ttft 500 ms and tpot 50 ms" in said
+    head, *rows = document.one("section", aria_label="Grid").one("table").rows()
+    energies, costs = (
+        [float(row[head.index(name)]) for row in rows] for name in ("Wh/M tokens", "cost/M tokens")
+    )
+    assert energies[0] == energies[1] > 0
+    assert costs[1] == pytest.approx(2 * costs[0], rel=0.01)
 
 
 def test_titles_are_names_and_no_paths(tmp_path: Path) -> None:

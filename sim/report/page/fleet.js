@@ -15,7 +15,8 @@ const perMillion = (amount, unit) => (amount === null ? null : `${significant(am
 
 function fleetParts(report) {
   const { fleet } = report;
-  return [wideTable(fleetTable(fleet)), html("dl", { class: "settings facts" }, fleetFacts(fleet).map(([name, value]) =>
+  const power = powerWords(fleet.groups);
+  return [wideTable(fleetTable(fleet)), power && html("p", { class: "hint power" }, `Power of a device: ${power}`), html("dl", { class: "settings facts" }, fleetFacts(fleet).map(([name, value]) =>
     html("div", {}, html("dt", {}, name), html("dd", {}, value))))];
 }
 
@@ -37,7 +38,7 @@ function fleetFacts(fleet) {
   const { failures, links = [], scaling = [] } = fleet;
   const down = failures?.mean_down_s ?? null;
   return [
-    ["energy", perMillion(fleet.wh_per_million, " Wh")], ["power of a device", powerWords(fleet.groups)], ["cost", perMillion(fleet.cost_per_million, "")],
+    ["energy", perMillion(fleet.wh_per_million, " Wh")], ["cost", perMillion(fleet.cost_per_million, "")],
     ...links.map((link) => [`KV over ${link.name}`, `${grouped(link.transfers)} times, ${FORMATS.bytes(link.bytes)}; `
       + `${FORMATS.s(link.mean_transfer_s)} each after ${FORMATS.s(link.mean_wait_s)}, on average`]),
     ["failures", failures ? `${grouped(failures.failures)} of replicas${down === null ? "" : `, down for ${FORMATS.s(down)} on average`}; `

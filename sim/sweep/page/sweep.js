@@ -184,7 +184,12 @@ function section(title, hint, ...content) {
 }
 
 function begin() {
-  const limits = Object.entries(data.slo ?? {}).map(([name, seconds]) => `${name} ${trimmed(FORMATS.s(seconds))}`);
+  // Limits of each request are kept by a share of them.
+  const { attainment, ...seconds } = data.slo ?? {};
+  const words = ([name, limit]) => `${name} ${trimmed(FORMATS.s(limit))}`;
+  const all = Object.entries(seconds).filter(([name]) => name.includes("_")).map(words);
+  const each = Object.entries(seconds).filter(([name]) => !name.includes("_")).map(words);
+  const limits = [...all, ...(attainment === undefined ? [] : [`${FORMATS.share(attainment)} of requests within ${each.join(" and ")}`])];
   const plots = [data.capacities ? new CapacityPlot() : null, keys.length ? new GridPlot() : null];
   const [capacity, grid] = plots;
   document.getElementById("page").replaceChildren(
