@@ -206,8 +206,18 @@ METHODS = {
     "gptq": (quantized_gptq, {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}),
     "llm_int8": (quantized_int8, {"quant_method": "bitsandbytes", "load_in_8bit": True}),
 }
-# Fused projections, grouped or not; biases; rotary pairs; experts, one a matrix.
-ARCHITECTURES = ("qwen2", "cohere", "glm4", "falcon_40b", "starcoder2", "mixtral", "qwen2_moe", "qwen3_moe")
+# Fused projections, grouped or not; biases; rotary pairs; experts, one a matrix or stacked; keys as values.
+ARCHITECTURES = (
+    "qwen2",
+    "cohere",
+    "glm4",
+    "falcon_40b",
+    "starcoder2",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "gemma4_text",
+)
 
 
 @pytest.mark.parametrize(
