@@ -53,6 +53,11 @@ _NAMES: Names = {
     "expert_down": "experts.down_proj",
     "expert_post_norm": "post_feedforward_layernorm_2",
 }
+# Those of files in which each expert has its own, as quantizers write them.
+_APART: Names = {
+    "expert_up": ("experts.{}.gate_proj.weight", "experts.{}.up_proj.weight"),
+    "expert_down": "experts.{}.down_proj.weight",
+}
 _GGUF_NAMES: Names = {
     "layer_scale": "layer_output_scale.weight",
     "shared_up": ("ffn_gate", "ffn_up"),
@@ -95,9 +100,10 @@ def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
         "layer_scale": True,
         **_experts(model),
     }
+    apart = any(".experts.0." in name for name in checkpoint.tensors)
     return model.spec(
         features,
-        _NAMES,
+        {**_NAMES, **_APART} if apart else _NAMES,
         GELU_OR_RELU,
         biases=model.biases(attention_bias=ATTENTION),
         embedding_scale=model.hidden_size**0.5,

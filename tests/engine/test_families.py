@@ -408,6 +408,26 @@ def logits(path: Path, quantization: str) -> np.ndarray:
     return result
 
 
+def test_experts_that_are_apart_give_the_bits_of_stacked_ones(tmp_path: Path) -> None:
+    stacked, apart = ARCHITECTURES / "gemma4_text", tmp_path / "apart"
+    shutil.copytree(stacked, apart)
+    tensors = {}
+    with open_checkpoint(stacked) as checkpoint:
+        for name, tensor in checkpoint.tensors.items():
+            values = tensor.rows(0, tensor.shape[0]).reshape(tensor.shape)
+            if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                tensors[name] = values
+                continue
+            before, _, part = name.rpartition(".")
+            halves = {"gate_proj": 0, "up_proj": 1} if part == "gate_up_proj" else {part: 0}
+            for expert, matrix in enumerate(values):
+                for half, index in halves.items():
+                    piece = np.split(matrix, len(halves))[index]
+                    tensors[f"{before}.{expert}.{half}.weight"] = np.ascontiguousarray(piece)
+    save_file(tensors, apart / "model.safetensors")
+    np.testing.assert_array_equal(logits(apart, "int8"), logits(stacked, "int8"))
+
+
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 def test_a_fused_tensor_gives_the_bits_of_its_pieces(tmp_path: Path, quantization: str) -> None:
     plain = tmp_path / "plain"
