@@ -53,6 +53,7 @@ class EventKind(IntEnum):
     ARRIVAL = 5
     SCALING = 6
     STEP_START = 7
+    STRIDE_STEP_START = 8
 
 
 # Sampling parameters that are kept to be used again.
@@ -62,6 +63,8 @@ _THEN = "the replay ends here"  # after a policy has failed
 
 # Time, kind, a number that is unique among events of the kind, and what it is about.
 Event = tuple[float, EventKind, int, Any]
+# What happens then; it may return an event that follows.
+Handler = Callable[[float, Any], Event | None]
 
 
 def foresee(
@@ -246,6 +249,8 @@ class Replay:
         self._events: list[Event] = []
         self._num_arrivals = self._num_sequences = self._num_ended = 0
         self._make_replicas()
+        # Whether its one engine's requests and steps are all that happens.
+        self._is_alone = fleet.max_engines == 1 and not fleet.moves
         foresee([one.scheduler for one in self.replicas], trace, simulator.prompt_tokens, fleet.moves)
 
     def _make_replicas(self) -> None:
@@ -273,13 +278,14 @@ class Replay:
         uses = [Use(one.group, whole, self.metrics.busy_s(one.number)) for one in self.replicas]
         return account(self.fleet, uses, self.metrics)
 
-    def _handlers(self) -> dict[EventKind, Callable[[float, Any], Event | None]]:
-        """What happens at each kind of event; each may return an event that follows."""
+    def _handlers(self) -> dict[EventKind, Handler]:
+        """What happens at each kind of event."""
         return {
             EventKind.STEP_END: self._end_step,
             EventKind.TIMEOUT: self._time_out,
             EventKind.ARRIVAL: self._arrive,
             EventKind.STEP_START: self._start_step,
+            EventKind.STRIDE_STEP_START: self._start_last_step,
         }
 
     def run(self) -> None:
@@ -288,7 +294,7 @@ class Replay:
         events += self._first_arrivals()
         heapify(events)
         found = self._handlers()
-        handlers = [found.get(kind, self._end_step) for kind in EventKind]  # by kind
+        handlers: list[Handler] = [found.get(kind, self._end_step) for kind in EventKind]  # by kind
         following: Event | None = None
         while events or following:
             now, kind, _, subject = heappop(events) if following is None else heappushpop(events, following)
@@ -406,13 +412,21 @@ class Replay:
                 self._none_computed(replica, batch, now)
                 return None
             duration_s = self._duration_s(now, replica, batch)
-            times, durations_s = self._next_steps(now, replica, batch, duration_s)
+            next_s = self._events[0][0] if self._events else math.inf
+            times, durations_s, goes_on = self._next_steps(now, replica, batch, duration_s, next_s)
             if len(durations_s) < 2:
                 break
-            last_s = durations_s.pop()
-            del times[-1]
-            stride, following = replica.loop.advance(batch, self._output_tokens[0], times, durations_s)
-            now = stride.times[-1]
+            if goes_on:
+                last_s = durations_s.pop()
+                del times[-1]
+            token_id = self._output_tokens[0]
+            stride, following = replica.loop.advance(batch, token_id, times, durations_s, goes_on)
+            last_start_s, now = stride.times[-2:]
+            if now >= next_s:
+                end = (now, EventKind.STEP_END, replica.number, (replica, None, stride.finished))
+                if last_start_s < next_s:
+                    return end
+                return (last_start_s, EventKind.STRIDE_STEP_START, replica.number, (replica, end))
             if stride.finished:
                 return self._ended(now, replica, stride.finished)
             replica.scheduler.policies.raise_error(_THEN)
@@ -428,22 +442,36 @@ class Replay:
         return checked_seconds(costs, seconds)
 
     def _next_steps(
-        self, now: float, replica: Replica, batch: ScheduledBatch, duration_s: float
-    ) -> tuple[list[float], list[float]]:
+        self, now: float, replica: Replica, batch: ScheduledBatch, duration_s: float, next_s: float
+    ) -> tuple[list[float], list[float], bool]:
         """The step that has begun and those behind it that are like it, up to one in which something happens.
 
-        When they begin, and how long they take; of the last one it is not sure that it is like the others.
+        next_s: when that is. What comes in a step is for the next one, and if the scheduler is a step ahead,
+        for the one behind that; so where nobody else looks at the engine meanwhile, as a router does, these
+        are steps like the others. Returns when they begin, how long they take, and whether the engine goes
+        on behind all but the last, of which it is not sure then that it is like the others.
         """
-        next_s = self._events[0][0] if self._events else math.inf
+        is_ahead = self._is_alone and replica.costs.schedules_ahead
         # What a scheduler that is a step ahead has not taken in is for the next step.
-        most = replica.loop.most_alike(batch) if not replica.inbox and now + duration_s < next_s else 0
+        if replica.inbox or not (is_ahead or now + duration_s < next_s):
+            return [], [], True
+        most = replica.loop.most_alike(batch)
         if most < 2:
-            return [], []
+            return [], [], True
         durations_s = replica.costs.stride_times(batch, duration_s, most + 1, next_s - now)
         times = list(accumulate(durations_s, initial=now))
         num_steps = bisect_left(times, next_s)
+        goes_on = not self._is_alone or num_steps > most
+        if not goes_on:
+            num_steps = min(num_steps + is_ahead, most)
         del times[num_steps + 1 :], durations_s[num_steps:]
-        return times, durations_s
+        return times, durations_s, goes_on
+
+    def _start_last_step(self, now: float, subject: tuple[Replica, Event]) -> Event:
+        """The last step of a stride begins, behind one in which something came."""
+        replica, end = subject
+        replica.note_seen()
+        return end
 
     def _take_in(self, now: float, replica: Replica) -> None:
         for time_s, sequence, request in replica.take_in():
@@ -473,9 +501,15 @@ class Replay:
         num_waiting = replica.scheduler.stats.num_waiting
         raise PagellmError(f"the scheduler has {num_waiting} requests and computes none")
 
-    def _end_step(self, now: float, step: tuple[Replica, ScheduledBatch, float]) -> Event | None:
-        """The replica has its step's tokens; what came meanwhile is for the next one."""
-        replica, batch, duration_s = step
+    def _end_step(self, now: float, step: tuple[Replica, ScheduledBatch | None, Any]) -> Event | None:
+        """The replica has its step's tokens; what came meanwhile is for the next one.
+
+        step: with how long it took; without a batch it is a stride's last one, with those that it ended.
+        """
+        replica, batch, rest = step
+        if batch is None:
+            return self._ended(now, replica, rest)
+        duration_s: float = rest
         token_ids = [self._output_tokens] * batch.num_sampled
         return self._ended(now, replica, replica.loop.end(batch, token_ids, now, duration_s=duration_s))
 

@@ -170,13 +170,18 @@ class StepLoop:
         return most_alike(self.scheduler, batch)
 
     def advance(
-        self, batch: ScheduledBatch, token_id: int, times: Items[float], durations_s: Items[float]
+        self,
+        batch: ScheduledBatch,
+        token_id: int,
+        times: Items[float],
+        durations_s: Items[float],
+        goes_on: bool = True,
     ) -> tuple[Stride, ScheduledBatch | None]:
         """Ends the step that has begun and takes those behind it: see `stride.advance`.
 
         What it returns as the batch behind them has begun; where it is None, `begin` must follow.
         """
-        stride, following = advance(self.scheduler, batch, token_id, times, durations_s)
+        stride, following = advance(self.scheduler, batch, token_id, times, durations_s, goes_on)
         for listener in self.listeners:
             listener.strode(stride)
         if following is not None:

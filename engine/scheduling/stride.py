@@ -90,11 +90,12 @@ def advance(
     token_id: int,
     times: Items[float],
     durations_s: Items[float],
+    goes_on: bool = True,
 ) -> tuple[Stride, ScheduledBatch | None]:
     """Commits a batch and those that follow it; each sequence gets a token in each of these steps.
 
     times, durations_s: as in `Stride`, for `most_alike` steps at most. It ends before the first step that may
-    have something to decide.
+    have something to decide. goes_on: whether nobody will have come when all these steps are over.
 
     Returns the stride, and the batch that is scheduled when it ends, if that has nothing to decide; None if
     `Scheduler.schedule` is to say.
@@ -132,6 +133,7 @@ def advance(
         growing = [s for s in map(sequences.__getitem__, due) if len(s.token_ids) > s.num_slots]
         if (
             stride.finished
+            or (step + 1 == num_steps and not goes_on)
             or len(growing) > manager.num_free_blocks
             or manager.would_offload(len(growing))
             or any(map(manager.needs_copy, growing))
@@ -154,7 +156,7 @@ def advance(
         if sequence.block_table:  # else it has ended
             _catch_up(sequence, before + num_steps, tokens)
     stride.times, stride.durations_s = times[: num_steps + 1], durations_s[:num_steps]
-    if is_decided:
+    if is_decided or not goes_on:
         if stride.finished:
             scheduler.running = [s for s in sequences if s.block_table]
         return stride, None

@@ -42,6 +42,10 @@ class Replica:
         self._num_seen = len(self.inbox)
         return taken
 
+    def note_seen(self) -> None:
+        """A step begins that takes in nothing, whatever has come."""
+        self._num_seen = len(self.inbox)
+
     def forget(self) -> None:
         """Nothing has come, and nothing is under way any more."""
         self.inbox.clear()
