@@ -7,9 +7,11 @@ from typing import Any
 from pagellm.engine.commands.cli import ENGINE_FLAGS, given_settings
 from pagellm.engine.commands.flags import add_flags
 from pagellm.engine.config import DEFAULT_MODEL, EngineConfig
+from pagellm.engine.errors import ConfigError
 from pagellm.sim.calibration.calibrate import DEFAULT_SECONDS, calibrate
 from pagellm.sim.costs.cost_model import MAX_PROFILE_ERROR
-from pagellm.sim.costs.profile import ProfileCostModel, check_writable, write_profile
+from pagellm.sim.costs.profile import ProfileCostModel, write_profile
+from pagellm.sim.outputs import check_writable
 
 # Of the engine; the others change nothing that is measured.
 _SETTINGS = (
@@ -40,7 +42,7 @@ def add_calibrate(commands: "argparse._SubParsersAction[Any]") -> None:
 
 def _calibrate(options: argparse.Namespace) -> None:
     """Measure how long the steps of a model take on this machine, for `pagellm replay --profile`."""
-    check_writable(options.output)
+    check_writable("output", options.output, ConfigError)
     config = EngineConfig(num_swap_blocks=_NUM_SWAP_BLOCKS, **given_settings(options))
     from pagellm.engine.llm_engine import LLMEngine
     from pagellm.engine.progress import progress

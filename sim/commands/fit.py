@@ -15,6 +15,7 @@ from pagellm.sim.costs.fitted import FittedCosts
 from pagellm.sim.fit.fit import MAX_CONSTANTS, MIN_CONSTANTS, Fit
 from pagellm.sim.fit.formats import load_run
 from pagellm.sim.fit.recorded_run import RecordedRun
+from pagellm.sim.outputs import check_writable
 from pagellm.sim.report.report import fit_text
 
 # Of the engine that served, where the run does not say.
@@ -50,6 +51,7 @@ def add_fit(commands: "argparse._SubParsersAction[Any]") -> None:
 
 def _fit(options: argparse.Namespace) -> None:
     """Fit constants of estimated step times to one half of a recorded run, and score them by the other."""
+    check_writable("output", options.output, ConfigError)
     run = load_run(options.run)
     hardware, model, num_devices = parse_roofline(options.roofline)
     if run.num_devices not in (None, num_devices):

@@ -9,6 +9,7 @@ from pagellm.engine.checks import integer
 from pagellm.engine.errors import ConfigError, PagellmError
 from pagellm.sim.commands.sweep import add_accept_profile_error, add_roofline, cost_source
 from pagellm.sim.lab import Confirmation, Entry, entries, replay, small
+from pagellm.sim.outputs import check_writable
 from pagellm.sim.report.report import number_text, seconds_text, step_times_text, to_html
 from pagellm.sim.report.schema import Report
 from pagellm.sim.sweep.grid import Grid
@@ -49,6 +50,8 @@ def add_lab(commands: "argparse._SubParsersAction[Any]") -> None:
 
 def _lab(options: argparse.Namespace) -> None:
     """Replay policies on traces beside what is built in, and confirm their decisions and bits for real."""
+    if options.report:
+        check_writable("report", options.report, ConfigError)
     given = _given(options.settings)
     integer("confirm_requests", options.confirm_requests, 1, error=ConfigError)
     found = list(entries(options.policies))

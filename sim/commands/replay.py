@@ -23,6 +23,7 @@ from pagellm.sim.commands.trace import PROGRESS_INTERVAL_S, add_trace_input, lis
 from pagellm.sim.costs.cost_model import CostModel
 from pagellm.sim.costs.profile import ProfileCostModel
 from pagellm.sim.fleet.fleet import disaggregated, known_link, parse_disaggregation
+from pagellm.sim.outputs import check_writable
 from pagellm.sim.report.metrics import SLO_NAMES
 from pagellm.sim.report.report import compare, compare_json, to_html, to_text
 from pagellm.sim.report.schema import Report, load_report
@@ -95,6 +96,9 @@ def _flag(name: str) -> str:
 
 def _replay(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Replay a trace against the scheduler, simulated or for real, and report what came of it."""
+    for name in ("output", "report"):
+        if getattr(options, name):
+            check_writable(name, getattr(options, name), ConfigError)
     if options.compare is not None:
         _compare(parser, options)
         return

@@ -12,6 +12,7 @@ from pagellm.sim.costs.constants import CHOICES, CONSTANTS, FORMATS, parse_const
 from pagellm.sim.costs.cost_model import MAX_PROFILE_ERROR
 from pagellm.sim.costs.devices import known
 from pagellm.sim.costs.source import CostSource
+from pagellm.sim.outputs import check_writable
 from pagellm.sim.sweep.file import Point
 from pagellm.sim.sweep.grid import SLO_LATENCIES, SLO_STATISTICS, Grid, Slo
 from pagellm.sim.sweep.report import to_html, to_json, to_text, words
@@ -142,6 +143,8 @@ def add_accept_profile_error(parser: "argparse._ActionsContainer") -> None:
 
 def _sweep(options: argparse.Namespace) -> None:
     """Replay a trace with every combination of some settings, or search the highest load of each."""
+    if options.report is not None:
+        check_writable("report", options.report, ConfigError)
     grid, progress = parse_grid(options), Progress()
     slo = None if options.slo is None else Slo.parse(options.slo, options.attainment)
     sweep = make_sweep(options, grid, slo, progress)

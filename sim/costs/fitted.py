@@ -20,6 +20,7 @@ from pagellm.engine.errors import ConfigError
 from pagellm.sim.costs.constants import Constants
 from pagellm.sim.costs.cost_model import FIT_METRICS, FitError
 from pagellm.sim.fields import Fields, read_json
+from pagellm.sim.outputs import write_whole
 
 FORMAT, VERSION = "pagellm-costs", 1
 
@@ -46,12 +47,8 @@ class FittedCosts(NamedTuple):
         }
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes a file. Raises `ConfigError`."""
-        path = checks.path("costs", path, ConfigError)
-        try:
-            path.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", "utf-8")
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
+        """Writes a file, whole or not at all. Raises `ConfigError`."""
+        write_whole("costs", path, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", ConfigError)
 
 
 def read_costs(path: str | os.PathLike[str]) -> FittedCosts:

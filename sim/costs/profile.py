@@ -28,22 +28,20 @@ Axes increase and have two points or more. "mixed" may be missing; the two parts
 
 import json
 import os
-import tempfile
 import warnings
 from bisect import bisect_right
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pagellm.engine import checks
 from pagellm.engine.checks import LARGEST, number
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError, ProfileError
 from pagellm.engine.scheduling.batch import PreemptionCosts, ScheduledBatch
 from pagellm.sim.costs.cost_model import CostModel, StepTimeError, shape_of
 from pagellm.sim.fields import Fields, read_json
+from pagellm.sim.outputs import write_whole
 
 FORMAT = "pagellm-profile"
 VERSION = 1
@@ -214,46 +212,9 @@ class ProfileCostModel(CostModel):
 
 
 def write_profile(profile: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes a profile, whole or not at all; a pipe or device is written as it is, and a link stays one.
-
-    Raises `ProfileError`.
-    """
+    """Writes a profile, whole or not at all. Raises `ProfileError`."""
     text = json.dumps(profile, indent=1, allow_nan=False) + "\n"
-    path = checks.path("profile", path, ProfileError)
-    try:
-        if path.exists() and not path.is_file():
-            path.write_text(text, "utf-8")
-        else:
-            _replace(path.resolve(), text)
-    except OSError as error:
-        raise ProfileError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raises `ProfileError` if a profile could not be written there; leaves nothing behind."""
-    path = checks.path("profile", path, ProfileError)
-    if path.is_dir():
-        raise ProfileError(f"{path}: found a directory, expected a file to write")
-    if path.exists() and not path.is_file():
-        return
-    try:
-        with tempfile.TemporaryFile(dir=path.resolve().parent):
-            pass
-    except OSError as error:
-        raise ProfileError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def _replace(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-        try:
-            file.write(text)
-            file.close()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(file.name)
-            raise
+    write_whole("profile", path, text, ProfileError)
 
 
 def check_version(profile: Fields) -> None:

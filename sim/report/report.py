@@ -16,11 +16,11 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any, cast
 
-from pagellm.engine import checks
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ReportError
 from pagellm.engine.scheduling.policies import KINDS
 from pagellm.sim.costs.cost_model import FIT_METRICS, CostConstant, FitError, StepTimeError
+from pagellm.sim.outputs import write_whole
 from pagellm.sim.report.schema import (
     Cache,
     FleetData,
@@ -440,12 +440,7 @@ def write_page(
     template = (_PAGE / "page.html").read_text(encoding="utf-8")
     # One pass, so that what looks like a placeholder in the data stays as it is.
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
-    path = checks.path("report", path, ReportError)
-    try:
-        # A name may hold half of a surrogate pair, which UTF-8 has no bytes for.
-        path.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-    except OSError as error:
-        raise ReportError(f"{path}: cannot be written: {error.strerror or error}") from error
+    write_whole("report", path, page, ReportError)
 
 
 def _joined(names: Sequence[str | Path]) -> str:

@@ -26,6 +26,7 @@ from pagellm.engine import checks
 from pagellm.engine.errors import ReportError
 from pagellm.sim.costs.cost_model import CostConstant, FitError, Signed, StepTimeError
 from pagellm.sim.fields import read_json
+from pagellm.sim.outputs import write_whole
 from pagellm.sim.quantiles import Distribution
 
 VERSION: Literal[1] = 1
@@ -359,11 +360,7 @@ class Report(Mapping[str, Any]):
         """The report as JSON, written to a file as well if one is named. Raises `ReportError`."""
         text = json.dumps(self.data, allow_nan=False)
         if path is not None:
-            path = checks.path("report", path, ReportError)
-            try:
-                path.write_text(text + "\n", "utf-8")
-            except OSError as error:
-                raise ReportError(f"{path}: cannot be written: {error.strerror}") from error
+            write_whole("report", path, text + "\n", ReportError)
         return text
 
 

@@ -23,7 +23,8 @@ from pagellm.sim import CostModel
 from pagellm.sim.calibration.calibrate import _continued, _level, calibrate
 from pagellm.sim.calibration.staged_steps import DECODE_STEPS, Stage, StepShape
 from pagellm.sim.commands.calibrate import add_calibrate
-from pagellm.sim.costs.profile import ProfileCostModel, check_writable, write_profile
+from pagellm.sim.costs.profile import ProfileCostModel, write_profile
+from pagellm.sim.outputs import check_writable
 from tests.conftest import model_path
 from tests.sim.batches import batch_of
 
@@ -260,11 +261,11 @@ def test_an_output_that_cannot_be_written_is_an_error_before_anything_is_measure
 ) -> None:
     monkeypatch.setattr("pagellm.sim.commands.calibrate.calibrate", lambda *_, **__: pytest.fail("measured"))
     for path in (tmp_path, tmp_path / "missing" / "profile.json"):
-        with pytest.raises(ProfileError, match=r"expected a file|cannot be written"):
+        with pytest.raises(PagellmError, match=r"expected a file|cannot be written"):
             run("-o", str(path), *SMALL)
         with pytest.raises(ProfileError):
             write_profile({}, path)
-    check_writable(tmp_path / "new.json")
+    check_writable("output", tmp_path / "new.json", ProfileError)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -272,7 +273,7 @@ def test_an_output_that_cannot_be_written_is_an_error_before_anything_is_measure
 def test_a_device_in_the_place_of_a_profile_is_written_and_not_replaced(tmp_path: Path) -> None:
     for device in ("null", "full"):
         (tmp_path / device).symlink_to(f"/dev/{device}")
-        check_writable(tmp_path / device)
+        check_writable("output", tmp_path / device, ProfileError)
     write_profile({}, tmp_path / "null")
     with pytest.raises(ProfileError, match="full: cannot be written: No space left on device"):
         write_profile({}, tmp_path / "full")

@@ -248,6 +248,26 @@ def test_a_poor_profile_has_to_be_accepted_and_every_report_says_how_poor_it_is(
     assert json.loads(capsys.readouterr().out)["profile_error"] == error
 
 
+@pytest.mark.parametrize("name", ["", "missing/file"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["replay", "TRACE", "--roofline", "l4,smollm2-135m", "-o"],
+        ["replay", "TRACE", "--roofline", "l4,smollm2-135m", "--report"],
+        ["sweep", "TRACE", "--roofline", "l4,smollm2-135m", "--report"],
+        ["lab", "lru.py", "--trace", "TRACE", "--roofline", "l4,smollm2-135m", "--report"],
+        ["fit", "TRACE", "--roofline", "l4,smollm2-135m", "-o"],
+    ],
+)
+def test_a_result_that_could_not_be_written_is_an_error_before_the_work(
+    command: list[str], name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The trace, which is not there, is not looked for first."""
+    assert main([*command, str(tmp_path / name)]) == 2
+    assert re.search("expected a file to write|cannot be written: No such file", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.filterwarnings("ignore:.*asked for")
 def test_a_good_profile_is_used_as_it_is(
     capsys: pytest.CaptureFixture[str], trace: str, tmp_path: Path
