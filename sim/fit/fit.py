@@ -204,7 +204,8 @@ def replayed(
     served: dict[int, Served] = {}
     with TemporaryDirectory() as folder:
         results = Path(folder) / "results.jsonl"
-        Simulator(config, costs, results=results).replay(Trace(lambda: iter(requests), experiment.name))
+        simulator = Simulator(config, costs, results=results, clients=experiment.clients)
+        simulator.replay(Trace(lambda: iter(requests), experiment.name))
         with results.open(encoding="utf-8") as lines:
             for line in lines:
                 record = json.loads(line)

@@ -8,6 +8,7 @@ their tokens is refused by the name of what is missing; requests that failed, or
 import csv
 import gzip
 import io
+import math
 import os
 import re
 import zlib
@@ -86,10 +87,15 @@ class _Reading:
         )
 
     def run(
-        self, format: str, at_client: bool, settings: Mapping[str, Any] | None = None, **known: Any
+        self,
+        format: str,
+        at_client: bool,
+        settings: Mapping[str, Any] | None = None,
+        clients: int | None = None,
+        **known: Any,
     ) -> RecordedRun:
         """The run of what was read. Raises `TraceError`."""
-        experiment = experiment_of(str(self.path), self.served, settings)
+        experiment = experiment_of(str(self.path), self.served, settings, clients)
         return RecordedRun(str(self.path), format, at_client, [experiment], self.num_left_out, **known)
 
 
@@ -347,7 +353,8 @@ def _is_vllm_bench(document: Mapping[Any, Any]) -> bool:
 def _vllm_bench(path: Path, fields: Fields) -> RecordedRun:
     """What `vllm bench serve --save-result --save-detailed` writes: a list of each, all in seconds.
 
-    A request that failed has no output, whether it says why or not.
+    A request that failed has no output, whether it says why or not. Where all were asked for at once and
+    max_concurrency let so many through, each of these was followed by another when it had ended.
     """
     columns = []
     for name in ("start_times", "input_lens", "output_lens", "ttfts", "itls"):
@@ -376,7 +383,10 @@ def _vllm_bench(path: Path, fields: Fields) -> RecordedRun:
         last = first + sum(gaps.seconds(name) for name in gaps.values)
         reading.add(place, begin, one.integer("input_lens"), one.integer("output_lens"), first, last)
     known: dict[str, Any] = {"model": fields.text("model_id")} if fields.has("model_id") else {}
-    return reading.run("vLLM bench serve", at_client=True, **known)
+    clients = None
+    if fields.has("max_concurrency") and fields.get("request_rate") in (None, "inf", math.inf):
+        clients = fields.integer("max_concurrency")
+    return reading.run("vLLM bench serve", at_client=True, clients=clients, **known)
 
 
 def _aiperf(path: Path, records: Iterable[Fields]) -> RecordedRun:

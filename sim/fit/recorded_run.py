@@ -54,7 +54,8 @@ class Experiment:
     """Requests that one server had together.
 
     settings: of the engine that served, as far as they are known, by the names of `EngineConfig`. served:
-    each request as it was measured, None where only figures of all are known.
+    each request as it was measured, None where only figures of all are known. clients: where so many asked,
+    each again when it had its answer; their requests came when they did because of that.
     published: what simulators have predicted of what was measured, by their names.
     """
 
@@ -64,6 +65,7 @@ class Experiment:
     scored: Half | None
     settings: Mapping[str, Any] = field(default_factory=dict)
     served: Sequence[Served] | None = None
+    clients: int | None = None
     published: Mapping[str, Figures] = field(default_factory=dict)
 
 
@@ -105,7 +107,10 @@ def settings_of(fields: Fields) -> dict[str, int]:
 
 
 def experiment_of(
-    place: str, served: Iterable[Served], settings: Mapping[str, Any] | None = None
+    place: str,
+    served: Iterable[Served],
+    settings: Mapping[str, Any] | None = None,
+    clients: int | None = None,
 ) -> Experiment:
     """The experiment of requests in any order: the earlier half of them is fitted to, the later one scores.
 
@@ -128,7 +133,7 @@ def experiment_of(
     middle = len(ordered) // 2
     halves = range(middle), range(middle, len(ordered))
     fitted, scored = (Half(half, figures([ordered[i] for i in half])) for half in halves)
-    return Experiment(place, requests_of(ordered), fitted, scored, settings or {}, ordered)
+    return Experiment(place, requests_of(ordered), fitted, scored, settings or {}, ordered, clients)
 
 
 def requests_of(served: Sequence[Served]) -> list[TraceRequest]:

@@ -478,6 +478,21 @@ def test_what_a_run_says_of_its_server_is_assumed_where_nothing_is_given(tmp_pat
     assert load_run(path).constants == {"steps_ahead": 0}
 
 
+def test_clients_that_wait_for_their_answers_are_replayed_as_such(tmp_path: Path) -> None:
+    path, document = tmp_path / "run.json", json.loads(vllm_bench(ones()))
+    closed = document | {"max_concurrency": 3, "request_rate": "inf"}
+    for values, clients in ((closed, 3), (closed | {"request_rate": 4.0}, None), (document, None)):
+        path.write_text(json.dumps(values))
+        assert load_run(path).experiments[0].clients == clients
+    path.write_text(json.dumps(closed))
+    [experiment] = load_run(path).experiments
+    served = Fit(load_run(path), "l4", "qwen2.5-0.5b", given={"frontend_s": 0.0}).replay(experiment, {})
+    assert [one.prompt_len for one in served] == [one.prompt_len for one in ones()]
+    # Three begin at once, and each of the others when one has ended.
+    ends = sorted(one.last_token_s for one in served)
+    assert [one.arrival_s for one in served] == [0.0] * 3 + ends[:-3]
+
+
 def test_a_few_requests_to_which_something_else_happened_move_nothing(tmp_path: Path) -> None:
     served = busy_run()
     spoilt = [
