@@ -533,12 +533,43 @@ def _csv_rows(path: Path, text: str) -> Iterator[dict[str | Any, str | Any]]:
         raise TraceError(f"{path}: found {error}, expected comma-separated values") from None
 
 
+def _trace_header(path: Path) -> dict[str, str]:
+    """What the YAML beside a TraceV2 says, all of it scalars in one section or none: names and texts.
+
+    It has the name of the data, or as BLIS's examples call the two.
+    """
+    stem = path.name.removesuffix(".gz").removesuffix(".csv")
+    names = (f"{stem}.yaml", f"{stem}.yml", stem.replace("data", "header") + ".yaml", "trace_header.yaml")
+    header = next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
+    found_: dict[str, str] = {}
+    for line in _read(header).splitlines() if header else ():
+        name, colon, value = line.partition(":")
+        if colon and not line.lstrip().startswith("#"):
+            found_[name.strip()] = value.partition(" #")[0].strip().strip("\"'")
+    unit = found_.get("time_unit", "microseconds")
+    if unit != "microseconds":
+        raise TraceError(f"{header}: time_unit: found {found(unit)}, expected 'microseconds'")
+    return found_
+
+
 def _trace_v2(path: Path, text: str) -> RecordedRun:
-    """BLIS's TraceV2: moments in microseconds by the client's clock; a request's begins when it was sent."""
+    """BLIS's TraceV2: moments in microseconds by the client's clock; a request's begins when it was sent.
+
+    A header beside it may say what served, and how many requests warmed it up.
+    """
     reading = _Reading(path)
-    known: dict[str, Any] = {}
+    header = _trace_header(path)
+    said = Fields({name: cell_value(text) for name, text in header.items()}, str(path), TraceError, "server.")
+    settings = settings_of(said)
+    known: dict[str, Any] = {"model": header["model"]} if header.get("model") else {}
+    if said.has("tensor_parallel"):
+        known["num_devices"] = said.integer("tensor_parallel")
+    num_warm = said.integer("warm_up_requests", 0) if said.has("warm_up_requests") else 0
     for number, row in enumerate(_csv_rows(path, text), 2):
         place = f"{path}:{number}"
+        if number < num_warm + 2:
+            reading.num_left_out += 1
+            continue
         if row.get("status") not in (None, "", "ok") or row.get("output_tokens") == "0":
             reading.num_left_out += 1
             continue
@@ -564,4 +595,4 @@ def _trace_v2(path: Path, text: str) -> RecordedRun:
             place, _time(one, begin, 1e-6), prompt_len, one.integer("output_tokens"),
             _time(one, "first_chunk_time_us", 1e-6), _time(one, "last_chunk_time_us", 1e-6), prefix,
         )  # fmt: skip
-    return reading.run("BLIS TraceV2", at_client=True, **known)
+    return reading.run("BLIS TraceV2", at_client=True, settings=settings, **known)

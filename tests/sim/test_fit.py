@@ -478,6 +478,24 @@ def test_what_a_run_says_of_its_server_is_assumed_where_nothing_is_given(tmp_pat
     assert load_run(path).constants == {"steps_ahead": 0}
 
 
+@pytest.mark.parametrize("names", [("trace.csv", "trace.yaml"), ("trace_data.csv", "trace_header.yaml")])
+def test_the_header_of_a_trace_says_what_served(names: tuple[str, str], tmp_path: Path) -> None:
+    data, header = (tmp_path / name for name in names)
+    data.write_text(trace_v2(ones()).replace(",m,", ",,"))
+    header.write_text(
+        "trace_version: 2\ntime_unit: microseconds\nmode: real\nwarm_up_requests: 4\nserver:\n"
+        '  type: vllm\n  model: "Qwen/Qwen3-8B"\n  tensor_parallel: 2\n  max_num_seqs: 64 # at most\n'
+        "  block_size: 16\nnetwork:\n  measured_rtt_ms: 0.5\n"
+    )
+    for path in (data, tmp_path):
+        run = load_run(path)
+        assert (run.model, run.num_devices, run.num_left_out) == ("Qwen/Qwen3-8B", 2, 4)
+        assert run.experiments[0].settings == {"max_num_seqs": 64, "block_size": 16}
+    header.write_text("time_unit: fortnights\n")
+    with pytest.raises(TraceError, match="time_unit: found 'fortnights', expected 'microseconds'"):
+        load_run(data)
+
+
 def test_clients_that_wait_for_their_answers_are_replayed_as_such(tmp_path: Path) -> None:
     path, document = tmp_path / "run.json", json.loads(vllm_bench(ones()))
     closed = document | {"max_concurrency": 3, "request_rate": "inf"}
