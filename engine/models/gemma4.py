@@ -22,7 +22,7 @@ from pagellm.engine.models.spec import ModelSpec
 from pagellm.kernels.activation import GELU_TANH
 from pagellm.kernels.architecture import PER_HEAD, SOFTMAX
 
-_DEFAULTS = {
+DEFAULTS = {
     "vocab_size": 262144,
     "hidden_size": 2304,
     "intermediate_size": 9216,
@@ -58,7 +58,7 @@ _APART: Names = {
     "expert_up": ("experts.{}.gate_proj.weight", "experts.{}.up_proj.weight"),
     "expert_down": "experts.{}.down_proj.weight",
 }
-_GGUF_NAMES: Names = {
+GGUF_NAMES: Names = {
     "layer_scale": "layer_output_scale.weight",
     "shared_up": ("ffn_gate", "ffn_up"),
     "shared_down": "ffn_down",
@@ -68,7 +68,7 @@ _GGUF_NAMES: Names = {
     "expert_norm": "pre_ffw_norm_2",
     "expert_post_norm": "post_ffw_norm_2",
 }
-_STACKED = "ffn_gate_up_exps.weight"
+STACKED = "ffn_gate_up_exps.weight"
 _NOTHING = re.compile("(?!)")
 # Of every layer, and of one with experts.
 _FEATURES = {"attention_scale": 1.0, "qk_norm": PER_HEAD, "value_norm": True, "post_norm": True}
@@ -77,7 +77,7 @@ _MIXTURE = {"router": SOFTMAX, "renormalize": True, "expert_norms": True}
 
 def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
     """Reads a config.json of model_type gemma4_text, or gemma4 with a text_config of it."""
-    model = HubModel(checkpoint, _DEFAULTS, gemma2.KEYS)
+    model = HubModel(checkpoint, DEFAULTS, gemma2.KEYS)
     fields = model.fields
     fields.expect("use_bidirectional_attention", "vision")  # among the tokens of an image
     fields.expect("num_kv_shared_layers", 0)
@@ -193,9 +193,9 @@ def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
         "window": [window if one else 0 for one in slides],
         "head_dim": [head_dim if one else model.head_dim for one in slides],
         "rope_table": [int(one) for one in slides],
-        "layer_scale": has(str(_GGUF_NAMES["layer_scale"])),
+        "layer_scale": has(str(GGUF_NAMES["layer_scale"])),
     }
-    names = dict(_GGUF_NAMES)
+    names = dict(GGUF_NAMES)
     if model.has_experts():
         features |= model.experts(
             **_MIXTURE,
@@ -203,8 +203,8 @@ def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
             expert_scale=has(str(names["expert_scale"])),
             logit_scale=model.hidden_size**-0.5,
         )
-        if has(_STACKED):
-            names["expert_up"] = _STACKED
+        if has(STACKED):
+            names["expert_up"] = STACKED
     for name, neutral in (("rope.scaling.type", "none"), ("rope.scaling.attn_factor", 1.0)):
         fields.expect(name, neutral)
     if not slides.all() and "rope_freqs.weight" not in tensors:

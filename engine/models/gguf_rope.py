@@ -17,7 +17,7 @@ _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 TENSORS = (_DIVISORS, _LONG, _SHORT)
 
 # A divisor from which on a pair does not turn.
-_STILL = 1e30
+STILL = 1e30
 _KINDS = {kind: kind for kind in ("none", "linear", "yarn", "longrope")}
 
 
@@ -148,4 +148,4 @@ def _read(checkpoint: Checkpoint, name: str, size: int) -> list[float] | None:
             raise CheckpointError(
                 f"{checkpoint.path}: tensor {name}: found {divisor} at {index}, expected a number above zero"
             )
-    return [math.inf if divisor >= _STILL else divisor for divisor in divisors]
+    return [math.inf if divisor >= STILL else divisor for divisor in divisors]

@@ -7,7 +7,7 @@ the spec that was read back, too.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 
 from pagellm.engine.checkpoints import Checkpoint
 from pagellm.engine.errors import CheckpointError, found
-from pagellm.engine.models import ModelSpec
+from pagellm.engine.models import ModelSpec, Source, gemma4
 from pagellm.engine.models.decoder import Decoder, Names
 from pagellm.engine.models.gguf import NAMES
 from pagellm.engine.models.gguf_latent import latent_names
+from pagellm.engine.models.gguf_rope import STILL
+from pagellm.engine.models.hub_rope import FULL, SLIDING
 from pagellm.engine.models.multimodal import TEXT_TYPES
 from pagellm.engine.models.rope import LongRope, RopeTable
 from pagellm.kernels.architecture import LAYER, PARTS, SIGMOID, SOFTMAX, TOP_SOFTMAX, Architecture, Kind
@@ -64,6 +66,7 @@ FORMS = {
     "falcon": Form("falcon", {**_FUSED_QKV, **_ONE_NORM}, biases=(), square=True),
     "gemma2": Form("gemma2", tied=True),
     "gemma3_text": Form("gemma3"),
+    "gemma4_text": Form("gemma4", {**gemma4.GGUF_NAMES, "expert_up": gemma4.STACKED}, own_width=True),
     "glm": Form("chatglm", _FUSED_UP, square=True),
     "glm4": Form("glm4", _FUSED_UP),
     "glm4_moe_lite": _DEEPSEEK,
@@ -236,6 +239,7 @@ def _tensors(checkpoint: Checkpoint, names: Names, spec: ModelSpec) -> Iterator[
         max_positions=spec.max_positions,
         names=names,
         features={name: arch.layers[name] for name in LAYER.names or ()},
+        keys_as_values=[index for index, parts in enumerate(spec.layers) if _has_one_tensor(parts["qkv"])],
         biases={
             part.removesuffix("_b") for parts in whole for part in parts if PARTS[part].kind is Kind.BIAS
         },
@@ -250,6 +254,11 @@ def _tensors(checkpoint: Checkpoint, names: Names, spec: ModelSpec) -> Iterator[
                 # The gate of the shared experts has one row, which is a vector in GGUF.
                 shape = source.stored_shapes[-1 if source.shape[0] == 1 and source.inputs else 0]
                 yield source.tensor, Shape(shape, PARTS[part].kind is Kind.MATRIX, packed)
+
+
+def _has_one_tensor(qkv: Sequence[Source]) -> bool:
+    """Whether keys and values are all that one tensor makes."""
+    return len(qkv) == 3 and qkv[1] == qkv[2]
 
 
 def _keys(
@@ -276,12 +285,14 @@ def _keys(
     }
     if first["latent_dim"]:
         keys |= _latent_keys(form, first)
+    if name == "gemma4":
+        keys |= _gemma4_keys(config, arch)
     if first["qkv_clip"]:
         keys["attention.clamp_kqv"] = float(first["qkv_clip"])
     windows = arch.layers["window"]
     if (windows > 0).any():
         keys["attention.sliding_window"] = int(windows.max())
-        if name == "olmo2":
+        if name in ("olmo2", "gemma4"):
             keys["attention.sliding_window_pattern"] = [bool(window) for window in windows]
     if first["attention_softcap"]:
         keys["attn_logit_softcapping"] = float(first["attention_softcap"])
@@ -310,7 +321,9 @@ def _feed_forward_keys(form: Form, config: Mapping[str, Any], arch: Architecture
     layers = arch.layers
     sparse, name = layers["num_experts"] > 0, form.architecture
     width = int(layers["intermediate_size"][~sparse].max(initial=0))
-    if not sparse.any() and not form.own_width:
+    if name == "gemma4":  # where it is beside experts
+        width = int(layers["intermediate_size"].max())
+    if not sparse.any() and name != "deepseek2":
         return {"feed_forward_length": width}
     row = layers[int(sparse.argmax())]
     size, shared = int(row["expert_size"]), int(row["intermediate_size"]) if sparse.any() else 0
@@ -332,13 +345,31 @@ def _feed_forward_keys(form: Form, config: Mapping[str, Any], arch: Architecture
         if sparse.any():
             keys["expert_group_count"] = int(row["expert_groups"])
             keys["expert_group_used_count"] = int(row["groups_per_token"])
-    elif shared:
+    elif shared and name != "gemma4":
         keys["expert_shared_feed_forward_length"] = shared
     if name == "ernie4_5-moe":
         keys["leading_dense_block_count"] = int(config.get("moe_layer_start_index", 1))
         keys["interleave_moe_layer_step"] = int(config.get("moe_layer_interval", 1))
         keys["expert_shared_count"] = shared // max(1, size)
     return keys
+
+
+def _gemma4_keys(config: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:
+    """The heads of layers that see everything and of those that do not, which differ in size."""
+    layers = arch.layers
+    slides = layers["window"] > 0
+    full, local = (int(layers[rows]["head_dim"].max(initial=0)) for rows in (~slides, slides))
+    return {
+        "attention.head_count_kv": layers["num_kv_heads"].tolist(),
+        "attention.key_length": full,
+        "attention.value_length": full,
+        "attention.key_length_swa": local or full,
+        "attention.value_length_swa": local or full,
+        "attention.shared_kv_layers": 0,
+        "embedding_length_per_layer_input": 0,
+        "attention.sliding_window": int(config.get("sliding_window", 512)),
+        "attention.sliding_window_pattern": slides.tolist(),
+    }
 
 
 def _latent_keys(form: Form, row: Any) -> dict[str, Any]:
@@ -367,6 +398,8 @@ def _rope(
     """How queries and keys are rotated, in layers that see everything and in those with a window."""
     if not spec.rope_tables:
         return {}, {}
+    if form.architecture == "gemma4":
+        return _gemma4_rope(config, spec)
     table, name = spec.rope_tables[0], form.architecture
     section, kind = _section(config)
     theta = section.get("rope_theta", config.get("rope_theta", config.get("rotary_emb_base")))
@@ -406,6 +439,32 @@ def _rope(
         keys["attention.temperature_scale"] = table.query_scale[0]
     if len(spec.rope_tables) > 1:
         keys["rope.freq_base_swa"] = _theta(spec.rope_tables[1])
+    return keys, constants
+
+
+def _gemma4_rope(
+    config: Mapping[str, Any], spec: ModelSpec
+) -> tuple[dict[str, Any], dict[str, NDArray[np.float32]]]:
+    """Of layers that see everything, of whose pairs some do not turn, and of the others."""
+    layers = spec.arch.layers
+    keys: dict[str, Any] = {}
+    constants: dict[str, NDArray[np.float32]] = {}
+    sections: Any = config.get("rope_parameters") or gemma4.DEFAULTS["rope_parameters"]
+    for suffix, kind, rows in (
+        ("", FULL, layers[layers["window"] == 0]),
+        ("_swa", SLIDING, layers[layers["window"] > 0]),
+    ):
+        if not len(rows):
+            continue
+        table = spec.rope_tables[int(rows[0]["rope_table"])]
+        theta = float(sections[kind]["rope_theta"])
+        keys[f"rope.freq_base{suffix}"] = theta
+        keys[f"rope.dimension_count{suffix}"] = table.rotary_dim
+        if not suffix:
+            turned = np.array(table.frequencies)
+            plain = theta ** (-2.0 * np.arange(len(turned)) / table.rotary_dim)
+            divisors = np.divide(plain, turned, out=np.full(len(turned), STILL), where=turned > 0)
+            constants["rope_freqs.weight"] = divisors.astype(np.float32)
     return keys, constants
 
 

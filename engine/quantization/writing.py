@@ -126,7 +126,7 @@ def write_gguf(
         tokenizer = tokenizer_metadata(checkpoint.path, spec.vocab_size)
         metadata = {key: encode_value(value) for key, value in {**form.metadata, **tokenizer}.items()}
         architecture, shapes, constants = form.architecture, form.tensors, form.constants
-        notes = form.notes + ((f"{spec.left_alone}, and not written",) if spec.left_alone else ())
+        notes = form.notes + ((f"not written: {spec.left_alone}",) if spec.left_alone else ())
     num_experts = int(spec.arch.layers["num_experts"].max())
     model = Matrices(architecture, spec.arch.num_layers, spec.arch.tied, num_experts)
     infos = []

@@ -44,6 +44,7 @@ REFUSED = {
     "gemma2_scalar": "attention_scale",
     "gemma3": "RoPE",
     "gemma3_text_old": "attention_scale",
+    "gemma4_text_dense": "a bias of output",
     "glm4_moe_lite_layers": "a bias of output",
     "glm_epsilon": "48 wide beside a hidden state of 32",
     "gpt2_original_names": "activation",
@@ -524,7 +525,7 @@ def test_what_llama_cpp_has_otherwise_is_told(tmp_path: Path) -> None:
     notes = " ".join(report.written.notes)
     assert "one epsilon for all norms: 1e-05, not 1e-06, for those of compressed queries and keys" in notes
     assert "divides the scores of a token's experts by 6.10352e-05 at least, not 1e-20" in notes
-    assert "the layers that predict tokens further on are left alone, and not written" in notes
+    assert "not written: the layers that predict tokens further on are left alone" in notes
     report = quantize_model(
         str(model_path("deepseek_v3_halves")), tmp_path / "v3.gguf", Settings("F32", text_tokens=0)
     )
@@ -548,3 +549,12 @@ def test_what_has_no_form_in_gguf_becomes_a_directory(name: str, tmp_path: Path)
     token_ids = np.load(model_path(name) / "expected.npz")["input_ids"].tolist()
     outs = [logits(path, token_ids, quantization="none") for path in (model_path(name), tmp_path / "out")]
     np.testing.assert_array_equal(*outs)
+
+
+def test_gemma_4_without_experts_is_written_too(tmp_path: Path) -> None:
+    model = edited(tmp_path, "gemma4_text_dense", attention_bias=False)
+    plain = {name: values for name, values in all_rows(model).items() if not name.endswith("_proj.bias")}
+    save_file(plain, model / "model.safetensors")
+    quantize_model(str(model), tmp_path / "out.gguf", Settings("F32", text_tokens=0))
+    outs = [logits(path, list(range(40)), quantization="none") for path in (model, tmp_path / "out.gguf")]
+    assert np.abs(outs[0] - outs[1]).max() < 1e-5 * np.ptp(outs[0])
