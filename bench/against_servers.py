@@ -7,7 +7,8 @@ Each run under --runs, of any format that `pagellm fit` reads, is replayed three
     others     what has been published of the same run, in its own file or in published_runs.json
 
 Errors are simulated / measured - 1 of the mean. Which device and model a run is of is read from the run
-itself (meta.json, the stages), else from its path. --chunks TRACE shows instead how chunk sizes rank.
+itself (meta.json, the stages), else from its path, else it is as --roofline says. --chunks TRACE shows
+instead how chunk sizes rank.
 
 Run: python bench/against_servers.py --runs DIR [--json], or --chunks TRACE [--json].
 """
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pagellm.engine.errors import PagellmError
 from pagellm.sim import CostModel, Simulator, Trace
+from pagellm.sim.commands.sweep import parse_roofline
 from pagellm.sim.costs.cost_model import FIT_METRICS
 from pagellm.sim.costs.devices import known
 from pagellm.sim.fit.fit import Fit, relative_errors
@@ -41,6 +43,9 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--runs", metavar="DIR", help="recorded runs")
     what.add_argument("--chunks", metavar="TRACE", help="a trace on which chunk sizes are ranked")
+    parser.add_argument(
+        "--roofline", metavar="HARDWARE,MODEL[,N]", help="of runs that do not say it, as in `pagellm replay`"
+    )
     parser.add_argument("--no-fit", action="store_true", help="assumed constants only")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N requests of the trace")
     parser.add_argument("--json", action="store_true")
@@ -48,7 +53,8 @@ def main() -> None:
     if options.chunks:
         rows = list(chunks(options.chunks, options.limit))
     else:
-        rows = [row for run in find(Path(options.runs)) for row in ledger(run, not options.no_fit)]
+        runs = find(Path(options.runs))
+        rows = [row for run in runs for row in ledger(run, not options.no_fit, options.roofline)]
     if options.json:
         print(json.dumps(rows, indent=1))
     elif options.chunks:
@@ -72,9 +78,12 @@ def find(folder: Path) -> Iterator[RecordedRun]:
             print(f"passed over: {error}", file=sys.stderr)
 
 
-def ledger(run: RecordedRun, with_fit: bool) -> Iterator[dict[str, Any]]:
-    """The rows of a run."""
+def ledger(run: RecordedRun, with_fit: bool, unsaid: str | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a run. unsaid: device, model and number of devices of one that does not say them."""
     hardware, model, num_devices = identify(run)
+    if unsaid is not None:
+        names = parse_roofline(unsaid)
+        hardware, model, num_devices = hardware or names[0], model or names[1], num_devices or names[2]
     entry = next(
         (
             entry
@@ -86,17 +95,20 @@ def ledger(run: RecordedRun, with_fit: bool) -> Iterator[dict[str, Any]]:
     )
     num_devices = num_devices or entry.get("num_devices", 1)
     about = {"run": run.path, "hardware": hardware, "model": model, "num_devices": num_devices}
-    unsaid = entry.get("settings", {}) if run.format != "stages" else {}
+    settings = entry.get("settings", {}) if run.format != "stages" else {}
     try:
         if hardware is None or model is None:
             missing = "device" if hardware is None else "model"
-            raise PagellmError(f"{run.path}: found no {missing} that is known, in the run or in its path")
+            raise PagellmError(
+                f"{run.path}: found no {missing} that is known, in the run or in its path: --roofline may "
+                "say it"
+            )
         if entry.get("engines", 1) > 1:
             raise PagellmError(
                 f"{run.path}: found {entry['engines']} engines that share experts, expected one"
             )
         # With what is known of the server beside the run.
-        experiments = [replace(one, settings={**unsaid, **one.settings}) for one in run.experiments]
+        experiments = [replace(one, settings={**settings, **one.settings}) for one in run.experiments]
         run = replace(run, experiments=experiments)
         fit = Fit(run, hardware, model, num_devices)
         for experiment in run.experiments:
@@ -139,6 +151,8 @@ HARDWARE = {
     "h100": "h100-sxm",
     "h200": "h200-sxm",
     "a100": "a100-80gb",
+    "a100sxm440gb": "a100-40gb",
+    "a100pcie40gb": "a100-40gb",
     # LLMServingSim's is the Server Edition, as its meta.json has it.
     "rtxpro6000": "rtx-pro-6000-server",
     "rtxpro6000blackwellserveredition": "rtx-pro-6000-server",

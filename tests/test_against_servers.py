@@ -21,6 +21,10 @@ from tests.sim.test_fit import as_ones, busy_run, plain, stages
                      "num_devices": 4}, ("h100-sxm", "llama-3.1-70b", 4)),
         ("a.json", {"hardware": "L40S", "model": "Qwen/Qwen2.5-7B-Instruct"}, ("l40s", "qwen2.5-7b", None)),
         ("tp2/a100/qwen3-8b.csv", {}, ("a100-80gb", "qwen3-8b", 2)),
+        ("a.csv", {"hardware": "NVIDIA A100-SXM4-40GB", "model": "m"}, ("a100-40gb", None, None)),
+        ("a.csv", {"hardware": "NVIDIA A100-SXM4-80GB", "model": "m"}, ("a100-80gb", None, None)),
+        ("a.csv", {"hardware": "NVIDIA H100 PCIe", "model": "Qwen3-8B"}, ("h100-pcie", "qwen3-8b", None)),
+        ("a.csv", {"hardware": "NVIDIA RTX 6000 Ada Generation", "model": "m"}, ("rtx-6000-ada", None, None)),
         ("somewhere/else.json", {}, (None, None, None)),
     ],
 )  # fmt: skip
@@ -53,6 +57,10 @@ def test_everybody_is_held_against_the_same_figures(
     assert len(ours) == 3
     [refused] = [row for row in rows if "refused" in row]
     assert "found no device that is known" in refused["refused"]
+    [run] = against_servers.load_runs(tmp_path / "unknown.jsonl")
+    [row] = against_servers.ledger(run, False, "l40s,qwen2.5-0.5b,2")
+    assert (row["hardware"], row["model"], row["num_devices"]) == ("l40s", "qwen2.5-0.5b", 2)
+    assert isinstance(row["e2e"], float)
     monkeypatch.setattr("sys.argv", arguments)
     against_servers.main()
     assert "-33.3 %" in capsys.readouterr().out
