@@ -66,7 +66,13 @@ def _lab(options: argparse.Namespace) -> None:
     reports: list[Report] = []
     for trace in traces:
         for entry in chosen:
-            report = replay(entry, trace, costs, given, options.replicas, options.accept_profile_error)
+            try:
+                report = replay(entry, trace, costs, given, options.replicas, options.accept_profile_error)
+            except PagellmError as error:
+                if entry.value is None:  # nobody's policy is to blame
+                    raise
+                rows.append(_row(trace.name, entry, None, str(error)))
+                continue
             reports.append(report)
             rows.append(_row(trace.name, entry, report))
     confirmed = _confirm(options, traces[0], found) if options.confirm else []
@@ -78,6 +84,9 @@ def _lab(options: argparse.Namespace) -> None:
     else:
         head = step_times_text(costs.error, costs.fit)
         print("\n".join([*head, *_table(rows), *map(_confirmed_text, confirmed)]))
+    failed = [row["error"] for row in rows if row["error"]]
+    if failed:
+        raise PagellmError(f"lab: {len(failed)} of {len(rows)} replays failed; the first: {failed[0]}")
     if any(one["error"] for one in confirmed):
         raise PagellmError("lab: not every policy was confirmed")
 
@@ -95,12 +104,13 @@ def _given(texts: list[str]) -> dict[str, Any]:
     return given
 
 
-def _row(trace: str, entry: Entry, report: Report) -> dict[str, Any]:
+def _row(trace: str, entry: Entry, report: Report | None, error: str | None = None) -> dict[str, Any]:
+    """What a policy made of a trace, or why its replay failed."""
+    row = {"trace": trace, "policy": entry.name, "kind": entry.setting, "error": error}
+    if report is None:
+        return row
     summary = report.summary
-    return {
-        "trace": trace,
-        "policy": entry.name,
-        "kind": entry.setting,
+    return row | {
         "requests_per_s": summary["requests_per_s"],
         "ttft_mean_s": summary["ttft_s"]["mean"],
         "ttft_p99_s": summary["ttft_s"]["p99"],
@@ -146,7 +156,9 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
             f"{'hits':>8}{'preempted':>11}{'refused':>9}"
         )
         for row in rows:
-            if row["trace"] == trace:
+            if row["trace"] == trace and row["error"]:
+                lines.append(f"{row['policy'][:15]:<16}{row['kind'] or '':<11}failed: {row['error']}")
+            elif row["trace"] == trace:
                 hits = "-" if row["hit_rate"] is None else f"{row['hit_rate']:.1%}"
                 lines.append(
                     f"{row['policy'][:15]:<16}{row['kind'] or '':<11}{number_text(row['requests_per_s']):>11}"

@@ -117,7 +117,7 @@ class _Reader:
         groups = [
             self._group(number, values)
             for number, values in enumerate(top.entries("group"))
-            if not (isinstance(values, dict) and values.get("count") == 0 and type(values["count"]) is int)
+            if not _is_empty(values)
         ]
         if not groups:
             found_ = "groups of no replica" if top.entries("group") else "nothing"
@@ -277,6 +277,12 @@ class _Reader:
         """A path as it is from here, where the file's own directory has it; else as it is."""
         beside = self.path.parent / checked_path("fleet", name, ConfigError)
         return str(beside) if beside.exists() else name
+
+
+def _is_empty(group: Any) -> bool:
+    """Whether a group has no replicas, and never will."""
+    is_fixed = isinstance(group, dict) and group.get("autoscale") is None
+    return is_fixed and type(group.get("count")) is int and group["count"] == 0
 
 
 def _has_step_times(group: Any) -> bool:

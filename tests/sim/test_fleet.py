@@ -301,6 +301,10 @@ L4 = {"hardware": "l4", "model": "smollm2-135m"}
         ({"groups": []}, r"groups: found \[\], expected no such key: one of group"),
         ({"group": [{"hardwear": "l4"}]}, r"group\[0\].hardwear: found 'l4', expected no such key: one"),
         ({"group": [L4 | {"count": -1}]}, r"group\[0\].count: found -1, expected a positive integer"),
+        (
+            {"group": [L4 | {"count": 0, "autoscale": {"max": 2, "target": 1, "min": 0}}]},
+            r"group\[0\].count: found 0, expected a positive integer",
+        ),
         ({"group": [L4 | {"count": 0}]}, r"group: found groups of no replica, expected at least one"),
         ({"group": [L4 | {"role": "draft"}]}, r"group\[0\].*role: found 'draft', expected one of both"),
         ({"group": [L4 | {"price_per_h": -1}]}, r"group\[0\].price_per_h: found -1, expected a finite"),

@@ -8,7 +8,7 @@ import pytest
 from pagellm.__main__ import main
 from pagellm.engine import ConfigError
 from pagellm.engine.errors import PagellmError
-from pagellm.sim import Trace, TraceRequest
+from pagellm.sim import Trace, TraceRequest, Workload, synthesise
 from pagellm.sim.lab import Confirmation, entries, small
 from tests.conftest import model_path
 
@@ -128,3 +128,28 @@ def test_what_is_confirmed_is_a_crowd_that_shares_prompts() -> None:
     ids = [request.hash_ids or () for request in requests]
     assert len({first for first, *_ in ids}) < len(requests)
     assert [request.index for request in requests] == list(range(24))
+
+
+def test_a_policy_that_fails_costs_its_own_replays_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Belady's needs prompts that are known, and a turn that waits for an answer is not."""
+    (tmp_path / "boom.py").write_text(
+        "from pagellm import SchedulingPolicy\n"
+        "class Boom(SchedulingPolicy):\n"
+        "    def order(self, sequence, stats):\n"
+        "        return sequence.output_len\n"
+    )
+    trace = tmp_path / "turns.jsonl"
+    synthesise(Workload(num_requests=20, turns="fixed:2")).save(trace)
+    gallery = Path(__file__).parents[2] / "examples" / "policies"
+    files = [str(tmp_path / "boom.py"), str(gallery / "belady.py"), str(gallery / "lru.py")]
+    arguments = ["lab", *files, "--trace", str(trace), "--roofline", "l4,smollm2-135m", "--json"]
+    assert main([*arguments, "--report", str(tmp_path / "lab.html")]) == 2
+    out, err = capsys.readouterr()
+    rows = {row["policy"]: row for row in json.loads(out)["rows"]}
+    assert "asks for 'output_len', which a policy cannot see" in rows["Boom"]["error"]
+    assert "with a trace whose turns wait for answers" in rows["Belady"]["error"]
+    assert rows["LRU"]["error"] is rows["built in"]["error"] is None
+    assert rows["LRU"]["requests_per_s"] > 0
+    assert "lab: 2 of 4 replays failed; the first: policy Boom: order(): " in err
