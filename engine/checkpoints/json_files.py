@@ -1,5 +1,6 @@
 """The JSON files of a model's directory, which are small and hold an object."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +26,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def config_parts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration, and what in it describes the language model of a larger one.
+
+    By what stands before the names of their keys: nothing, or a section's name and a dot.
+    """
+    sections = {f"{name}.": config.get(name) for name in ("text_config", "llm_config")}
+    return {"": config} | {prefix: part for prefix, part in sections.items() if isinstance(part, dict)}

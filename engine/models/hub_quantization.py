@@ -5,11 +5,11 @@ transformers has `quantization_config` in config.json, as most quantizers write 
 What `checkpoints.quantized` has read is not refused; the tensors of others would be taken for something else.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from pagellm.engine.checkpoints import SUPPORTED_DTYPES, Checkpoint
-from pagellm.engine.checkpoints.json_files import read_json_object
+from pagellm.engine.checkpoints.json_files import config_parts, read_json_object
+from pagellm.engine.checkpoints.quantized import SETTINGS, SETTINGS_FILES
 from pagellm.engine.errors import CheckpointError, found
 from pagellm.engine.models.fields import Fields
 
@@ -18,12 +18,8 @@ _SUPPORTED = (
     "quantized by GPTQ, AWQ, compressed-tensors, FP8, bitsandbytes or MXFP4, or a GGUF file of any of these "
     f"types: {SUPPORTED_DTYPES}"
 )
-_KEYS = ("quantization_config", "compression_config", "quantization")
-_FILES = {
-    "quantize_config.json": "gptq",
-    "quant_config.json": "awq",
-    "hf_quant_config.json": "modelopt",
-}
+_KEYS = (*SETTINGS, "quantization")
+_FILES = {**SETTINGS_FILES, "hf_quant_config.json": "modelopt"}
 # What tells variants of a method apart, in the order in which it is shown.
 _DETAILS = (
     "mode",
@@ -48,7 +44,7 @@ def refuse_quantized(fields: Fields, checkpoint: Checkpoint) -> None:
     if checkpoint.config_only:
         return  # whoever asks for a shape alone reads for himself what its weights take
     is_read = bool(checkpoint.quantization)
-    for prefix, section in [("", fields.values), *_nested(fields.values)]:
+    for prefix, section in config_parts(fields.values).items():
         for key in _KEYS[-1:] if is_read else _KEYS:
             if section.get(key) is not None:
                 raise CheckpointError(
@@ -61,12 +57,6 @@ def refuse_quantized(fields: Fields, checkpoint: Checkpoint) -> None:
             inner = values.get("quantization")
             described = _method({"quant_method": method} | (inner if isinstance(inner, dict) else values))
             raise CheckpointError(f"{path}: found {described}, expected {_SUPPORTED}")
-
-
-def _nested(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """The sections that describe the language model of a larger one, and what stands before their keys."""
-    sections = ((name, config.get(name)) for name in ("text_config", "llm_config"))
-    return [(f"{name}.", section) for name, section in sections if isinstance(section, dict)]
 
 
 def _method(section: Any) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from pagellm.engine.checkpoints import BLOCK_SIZES, Checkpoint, Tensor
 from pagellm.engine.checkpoints.huggingface import WEIGHTS_FILE
-from pagellm.engine.checkpoints.json_files import CONFIG_FILE
+from pagellm.engine.checkpoints.json_files import CONFIG_FILE, config_parts
 from pagellm.engine.checkpoints.placed_file import PlacedFile
 from pagellm.engine.checkpoints.quantized import (
     SETTINGS,
@@ -145,10 +145,9 @@ def _copy_small_files(checkpoint: Checkpoint, directory: Path, dtype: str) -> No
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
     config = json.loads((source / CONFIG_FILE).read_text("utf-8-sig"))
-    for part in (config, config.get("text_config"), config.get("llm_config")):
-        for key in ("dtype", "torch_dtype", *SETTINGS) if isinstance(part, dict) else ():
-            if key in SETTINGS:
-                part.pop(key, None)
-            elif key in part:
-                part[key] = TYPES[dtype]
+    for part in config_parts(config).values():
+        for key in SETTINGS:
+            part.pop(key, None)
+        for key in {"dtype", "torch_dtype"} & part.keys():
+            part[key] = TYPES[dtype]
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pagellm.engine.checkpoints.base import Tensor
-from pagellm.engine.checkpoints.json_files import CONFIG_FILE, read_json_object
+from pagellm.engine.checkpoints.json_files import CONFIG_FILE, config_parts, read_json_object
 from pagellm.engine.checkpoints.quantized.bitsandbytes import read_bitsandbytes
 from pagellm.engine.checkpoints.quantized.compressed_tensors import read_compressed_tensors
 from pagellm.engine.checkpoints.quantized.fp8 import read_fp8
@@ -63,14 +63,9 @@ def join_quantized(
 def _section(directory: Path, config: Mapping[str, Any]) -> Section | None:
     """What says that the weights were quantized by a known method, and how."""
     config_path = directory / CONFIG_FILE
-    parts = {"": config} | {
-        f"{name}.": config[name]
-        for name in ("text_config", "llm_config")
-        if isinstance(config.get(name), dict)
-    }
     sections = [
         Section(config_path, f"{prefix}{key}.", part[key])
-        for prefix, part in parts.items()
+        for prefix, part in config_parts(config).items()
         for key in SETTINGS
         if isinstance(part.get(key), dict)
     ]
