@@ -7,7 +7,7 @@ this runs unless somebody asks for it.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from itertools import repeat
+from itertools import count, repeat
 from typing import Any, NotRequired, TypedDict
 
 import orjson
@@ -212,8 +212,15 @@ class StepRecorder(StepListener):
         record = self._record
         assert record is not None
         batch = stride.batch
-        seq_ids = [sequence.seq_id for sequence in batch.sequences]
-        computed = [num_computed for _, num_computed, *_ in record["scheduled"]]
+        num_sequences = len(batch.sequences)
+        # What is scheduled in each step behind the first: a token more of each sequence.
+        scheduled = zip(
+            *[
+                zip(repeat(seq_id), count(num_computed + 1), repeat(1), repeat(True), strict=False)
+                for seq_id, num_computed, *_ in record["scheduled"]
+            ],
+            strict=False,
+        )
         quiet, blocks = self._quiet.copy(), record["blocks"]
         for name in ("running", "waiting", "swapped", "cache"):
             quiet[name] = record[name]
@@ -227,10 +234,9 @@ class StepRecorder(StepListener):
                 record = quiet.copy()
                 record["step"], record["start_s"] = self._num_steps, start_s
                 self._num_steps += 1
-                computed = [num_computed + 1 for num_computed in computed]
-                record["scheduled"] = list(zip(seq_ids, computed, repeat(1), repeat(True), strict=False))
+                record["scheduled"] = list(next(scheduled))
                 blocks = blocks.copy()
-                blocks["unwritten_slots"] -= len(seq_ids)
+                blocks["unwritten_slots"] -= num_sequences
                 if change is not None and change.step == step:
                     record["tables"] = self._tables_of(change, batch)
                     used = self._scheduler.block_manager.num_blocks - change.num_free_blocks
