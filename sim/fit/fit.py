@@ -70,7 +70,9 @@ class Fit:
         self._names = hardware, model, num_devices
         self._hardware, self._model = load_hardware(hardware), load_model(model)
         self.constants = tuple(constants) or tuple(
-            name for name in _default_constants(run, num_devices) if name not in self._given
+            name
+            for name in _default_constants(run, num_devices, self._model.takes_top)
+            if name not in self._given
         )
         _check_constants(self.constants, self._given)
         self._progress = progress
@@ -241,19 +243,19 @@ def _differences(simulated: Sequence[Served], half: Half) -> list[float]:
     return off
 
 
-def _default_constants(run: RecordedRun, num_devices: int) -> list[str]:
+def _default_constants(run: RecordedRun, num_devices: int, takes_top: bool) -> list[str]:
     """What a run says most of: products by arithmetic and traffic, attention's traffic, what a step costs.
 
     Where a client took the times also what was before the engine, and of several devices their links. Where
-    tokens are sampled as a model has it, and its prompts are cached, sorting in the place of arithmetic.
+    tokens are sampled of the most likely, as a model has it, sorting, and be it in the place of arithmetic.
     """
     names = ["product_flops", "product_bytes", "decode_bytes", "step_overhead_s"]
     if num_devices > 1:
         names.append("link_bytes")
     if run.at_client:
         names.append("frontend_s")
-    if run.samples_as_model:
-        names[0] = "sort_s"
+    if run.samples_as_model and takes_top:
+        names = [*(names if len(names) < MAX_CONSTANTS else names[1:]), "sort_s"]
     return names
 
 

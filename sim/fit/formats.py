@@ -21,7 +21,7 @@ from pagellm.engine.checks import JsonError, parse_json
 from pagellm.engine.errors import TraceError, found
 from pagellm.engine.scheduling.policies import KINDS
 from pagellm.sim.fields import Fields, check_no_device
-from pagellm.sim.fit.recorded_run import RecordedRun, Served, experiment_of, settings_of
+from pagellm.sim.fit.recorded_run import RecordedRun, Served, experiment_of, settings_of, with_texts
 from pagellm.sim.fit.stages import is_stages, read_stages
 from pagellm.sim.traces.files import cell_value
 
@@ -478,8 +478,14 @@ def _guidellm_request(reading: _Reading, one: Fields) -> None:
 
 
 def _inference_perf(path: Path, document: list[Any]) -> RecordedRun:
-    """inference-perf's per_request_lifecycle_metrics.json: moments in seconds, of each token as well."""
+    """inference-perf's per_request_lifecycle_metrics.json: moments in seconds, of each token as well.
+
+    What was asked is there, too, as JSON in a text: it tells which prompts begin alike, and whether sampling
+    was left to the model.
+    """
     reading = _Reading(path)
+    texts: list[str] = []
+    asked: list[dict[str, Any]] = []
     for index, values in enumerate(document):
         one = Fields(values, str(path), TraceError, f"[{index}].")
         if one.has("error") or _got_nothing(one):
@@ -499,7 +505,23 @@ def _inference_perf(path: Path, document: list[Any]) -> RecordedRun:
             f"{path}: request {index}", begin, _input_tokens(info), output_len,
             _time(moments, "first"), _time(moments, "last"),
         )  # fmt: skip
-    return reading.run("inference-perf", at_client=True)
+        body = _document(one.get("request")) if isinstance(one.get("request"), str) else None
+        if isinstance(body, dict):
+            asked.append(body)
+            texts.append(_prompt_text(body))
+    if texts and len(texts) == len(reading.served) and all(texts):
+        reading.served = with_texts(reading.served, texts)
+    is_left = bool(asked) and not any("temperature" in body for body in asked)
+    return reading.run("inference-perf", at_client=True, samples_as_model=is_left)
+
+
+def _prompt_text(body: Mapping[str, Any]) -> str:
+    """The prompt of a request to an OpenAI server; empty where it is none that is known."""
+    messages = body.get("messages")
+    if isinstance(messages, list):
+        return "".join(str(message) for message in messages)
+    prompt = body.get("prompt")
+    return prompt if isinstance(prompt, str) else ""
 
 
 def _got_nothing(one: Fields) -> bool:

@@ -7,8 +7,10 @@ the business of formats.py; times here are seconds from the first arrival.
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import fmean
 from typing import Any, NamedTuple
+from zlib import crc32
 
 from pagellm.engine.errors import TraceError
 from pagellm.sim.fields import Fields
@@ -26,7 +28,7 @@ class Served(NamedTuple):
     """A request as it was served.
 
     prefix: the name of a content that prompts begin with, and how many tokens of it this one has; prompts of
-    one name share these.
+    one name share these. tokens: that stand for the prompt, where its text is known.
     """
 
     arrival_s: float
@@ -35,6 +37,7 @@ class Served(NamedTuple):
     first_token_s: float
     last_token_s: float
     prefix: tuple[str, int] = ("", 0)
+    tokens: "array[int] | None" = None
 
 
 # By name: output tokens a second, and seconds: means, and quantiles such as ttft_p90.
@@ -157,12 +160,30 @@ def requests_of(served: Sequence[Served]) -> list[TraceRequest]:
             tokens.extend(range(upcoming, upcoming + own))
             upcoming += own
             prompt = {"prompt_token_ids": tokens}
+        if one.tokens is not None:
+            prompt = {"prompt_token_ids": one.tokens}
         requests.append(
             TraceRequest(
                 arrival_time=one.arrival_s, output_len=one.output_len, id=str(index), index=index, **prompt
             )
         )
     return requests
+
+
+def with_texts(served: Sequence[Served], texts: Sequence[str]) -> list[Served]:
+    """Requests with tokens that stand for their prompts, which begin alike as far as the texts do.
+
+    No tokenizer is asked: all are cut into pieces as long as a token is on average, as many as a prompt has.
+    """
+    num_tokens, num_chars = sum(one.prompt_len for one in served), sum(map(len, texts))
+    size = num_chars / num_tokens
+    found = []
+    for index, (one, text) in enumerate(zip(served, texts, strict=True)):
+        cuts = [round(place * size) for place in range(one.prompt_len + 1)]
+        pieces = (text[a:b] or f"{index}, {a}" for a, b in pairwise(cuts))
+        tokens = array("i", (crc32(piece.encode("utf-8", "replace")) >> 2 for piece in pieces))
+        found.append(one._replace(tokens=tokens))
+    return found
 
 
 def figures(served: Sequence[Served]) -> dict[str, float]:

@@ -478,6 +478,30 @@ def test_what_a_run_says_of_its_server_is_assumed_where_nothing_is_given(tmp_pat
     assert load_run(path).constants == {"steps_ahead": 0}
 
 
+def test_prompts_whose_texts_are_known_share_what_these_do(tmp_path: Path) -> None:
+    path, document = tmp_path / "run.json", json.loads(inference_perf(ones()))
+    system, length = "You are kind. " * 40, 1000
+    for index, entry in enumerate(document):
+        text = (system + f"{index % 3}? " * 200)[:length]
+        entry["request"] = json.dumps({"prompt": text, "max_tokens": 9})
+        entry["info"]["request_metrics"]["text"]["input_tokens"] = 250
+    path.write_text(json.dumps(document))
+    run = load_run(path)
+    assert run.samples_as_model
+    prompts = [tuple(one.prompt_token_ids or ()) for one in run.experiments[0].requests]
+    assert {len(prompt) for prompt in prompts} == {250}
+    assert len(set(prompts)) == 3
+    # Of 1,000 characters and 250 tokens, 560 are of the system's prompt.
+    shared = sum(a == b for a, b in zip(prompts[0], prompts[1], strict=True))
+    assert shared == pytest.approx(560 / 4, abs=2)
+    document[0]["request"] = json.dumps({"messages": [{"role": "user", "content": "x"}], "temperature": 0})
+    path.write_text(json.dumps(document))
+    assert not load_run(path).samples_as_model
+    del document[0]["request"]
+    path.write_text(json.dumps(document))
+    assert load_run(path).experiments[0].requests[0].prompt_token_ids is None
+
+
 @pytest.mark.parametrize("names", [("trace.csv", "trace.yaml"), ("trace_data.csv", "trace_header.yaml")])
 def test_the_header_of_a_trace_says_what_served(names: tuple[str, str], tmp_path: Path) -> None:
     data, header = (tmp_path / name for name in names)
