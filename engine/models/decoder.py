@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypedDict
 from pagellm.engine.errors import CheckpointError
 from pagellm.engine.models import latent
 from pagellm.engine.models.rope import RopeTable
-from pagellm.engine.models.spec import ModelSpec, Parts, Source
+from pagellm.engine.models.spec import OF_EXPERTS, ModelSpec, Parts, Source
 from pagellm.kernels.architecture import (
     LAYER_PARTS,
     PER_HEAD,
@@ -32,8 +32,6 @@ _NAMED_IN_FULL = (
     *("expert_up", "expert_down", "expert_up_b", "expert_down_b", "selection_bias", "sinks"),
     *("router_norm", "expert_scale", "layer_scale"),
 )
-# What layers without experts must not have.
-_OF_EXPERTS = ("num_experts", "experts_per_token", "selection_bias", "shared_gate")
 # Of all layers together: more than any model has, and few enough to be listed in a second or two.
 _MAX_EXPERTS = 1 << 17
 
@@ -45,7 +43,7 @@ def some_with_experts(
 
     shared: how wide the feed-forward beside the experts is, 0 where there is none; dense: that of the others.
     """
-    alone = {name: [features[name] * one for one in sparse] for name in _OF_EXPERTS if name in features}
+    alone = {name: [features[name] * one for one in sparse] for name in OF_EXPERTS if name in features}
     return {**features, **alone, "intermediate_size": [shared if one else dense for one in sparse]}
 
 

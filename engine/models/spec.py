@@ -12,6 +12,16 @@ from pagellm.engine.errors import CheckpointError
 from pagellm.engine.models.rope import RopeTable
 from pagellm.kernels.architecture import LAYER_PARTS, REST_PARTS, Architecture, Kind, Part
 
+# Features that a layer without experts must not have.
+OF_EXPERTS = (
+    "num_experts",
+    "experts_per_token",
+    "shared_gate",
+    "selection_bias",
+    "expert_norms",
+    "expert_scale",
+)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -125,10 +135,7 @@ class ModelSpec:
     def _check_experts(self, where: str, row: Any) -> None:
         """The numbers of a mixture's layer fit each other; another layer has none."""
         if row["num_experts"] == 0:
-            for name in (
-                *("experts_per_token", "shared_gate", "selection_bias"),
-                *("expert_norms", "expert_scale"),
-            ):
+            for name in OF_EXPERTS:
                 if row[name]:
                     raise CheckpointError(f"{where}: {name}: found {row[name]}, expected 0 without experts")
             if row["intermediate_size"] < 1:
