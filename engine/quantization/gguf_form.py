@@ -119,17 +119,18 @@ _ROUTING = (
     *("expert_groups", "groups_per_token", "group_best"),
 )
 
+# What was published in few bits, and has no original that could be quantized instead.
+KEPT = "MXFP4"
 # Of a number that float32 has rounded.
 _ROUNDED = 1e-6
 
 
 class Shape(NamedTuple):
-    """Of a tensor to write. packed: the type of blocks that all that it is made of has already, if it is one
-    of GGUF's."""
+    """Of a tensor to write. is_packed: whether all that it is made of is in blocks of the type `KEPT`."""
 
     shape: tuple[int, ...]
     is_matrix: bool
-    packed: str = ""
+    is_packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -249,11 +250,10 @@ def _tensors(checkpoint: Checkpoint, names: Names, spec: ModelSpec) -> Iterator[
     for own, parts in zip(whole, (*form.layers, form.rest), strict=True):
         for part, sources in parts.items():
             types = {checkpoint.tensors[source.tensor].dtype for source in own.get(part, ())}
-            packed = "MXFP4" if types == {"MXFP4"} else ""
             for source in sources:
                 # The gate of the shared experts has one row, which is a vector in GGUF.
                 shape = source.stored_shapes[-1 if source.shape[0] == 1 and source.inputs else 0]
-                yield source.tensor, Shape(shape, PARTS[part].kind is Kind.MATRIX, packed)
+                yield source.tensor, Shape(shape, PARTS[part].kind is Kind.MATRIX, types == {KEPT})
 
 
 def _has_one_tensor(qkv: Sequence[Source]) -> bool:

@@ -27,7 +27,7 @@ from pagellm.engine.errors import CheckpointError
 from pagellm.engine.execution.weights import pair, plain_rows, tensor_of
 from pagellm.engine.models import ModelSpec, Source, gguf_rope, read_spec
 from pagellm.engine.progress import progress
-from pagellm.engine.quantization.gguf_form import Shape, check_same, gguf_form
+from pagellm.engine.quantization.gguf_form import KEPT, Shape, check_same, gguf_form
 from pagellm.engine.quantization.mixes import MIXES, Matrices, type_of
 from pagellm.engine.quantization.pieces import PIECE_BYTES, in_turn, quantized
 from pagellm.engine.tokenizer.to_gguf_metadata import tokenizer_metadata
@@ -36,8 +36,6 @@ from pagellm.kernels.architecture import PARTS, Kind
 _QUANTIZATION_VERSION = 2
 # Of a weight that may be rounded once more.
 _FULL_BITS = 8
-# What was published in few bits, and has no original that could be quantized instead.
-_KEPT = "MXFP4"
 
 Importance = Mapping[str, NDArray[np.float32]]
 Rows = Callable[[int, int], NDArray[np.float32]]
@@ -113,7 +111,7 @@ def write_gguf(
     if is_gguf:
         matrices = {source.tensor for source in _matrix_sources(spec)}
         shapes = {
-            name: Shape(tensor.shape, name in matrices, _packed_type(tensor))
+            name: Shape(tensor.shape, name in matrices, tensor.dtype == KEPT)
             for name, tensor in checkpoint.tensors.items()
         }
         entries = read_metadata_bytes(checkpoint.path)
@@ -130,15 +128,15 @@ def write_gguf(
     num_experts = int(spec.arch.layers["num_experts"].max())
     model = Matrices(architecture, spec.arch.num_layers, spec.arch.tied, num_experts)
     infos = []
-    for name, (shape, is_matrix, packed) in shapes.items():
+    for name, (shape, is_matrix, is_packed) in shapes.items():
         dtype = "F32" if not is_gguf else checkpoint.tensors[name].dtype
-        if packed and not (pure or requantize):
-            dtype = packed
+        if is_packed and not (pure or requantize):
+            dtype = KEPT
         elif is_matrix and "ffn_gate_inp" not in name:
             dtype = type_of(mix, pure, model, name, shape[-1])
         infos.append(TensorInfo(name, shape, dtype))
     file_type = MIXES[mix][0]
-    if any(shapes[info.name].is_matrix and info.dtype == _KEPT for info in infos):
+    if any(shapes[info.name].is_matrix and info.dtype == KEPT for info in infos):
         file_type = LlamaFileType.MOSTLY_MXFP4_MOE
     added = {
         "general.file_type": int(file_type),
@@ -193,11 +191,7 @@ def requantized(checkpoint: Checkpoint, spec: ModelSpec, pure: bool = False) -> 
     """
     tensors = {source.tensor: checkpoint.tensors[source.tensor] for source in _matrix_sources(spec)}
     few = {tensor.dtype for tensor in tensors.values() if bits_per_weight(tensor) < _FULL_BITS}
-    return sorted(few if pure else few - {_KEPT})
-
-
-def _packed_type(tensor: Tensor) -> str:
-    return _KEPT if tensor.dtype == _KEPT else ""
+    return sorted(few if pure else few - {KEPT})
 
 
 def _matrix_sources(spec: ModelSpec) -> Iterator[Source]:
@@ -348,7 +342,7 @@ def _jobs(
         end = min(first + step, segment.end)
         if copied is not None:
             yield partial(_copy, writer, info, copied, columns, first, end)
-        elif info.dtype == _KEPT and segment.packed is not None:
+        elif info.dtype == KEPT and segment.packed is not None:
             yield partial(_copy_packed, writer, info, segment.packed, columns, first, end)
         else:
             yield partial(_quantize, checkpoint, writer, info, segment.rows, columns, first, end, count)
