@@ -39,7 +39,7 @@ from pagellm.engine.checks import LARGEST, number
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError, ProfileError
 from pagellm.engine.scheduling.batch import PreemptionCosts, ScheduledBatch
-from pagellm.sim.costs.cost_model import CostModel, StepTimeError, shape_of
+from pagellm.sim.costs.cost_model import CostModel, StepTimeError, decode_contexts, shape_of
 from pagellm.sim.fields import Fields, read_json
 from pagellm.sim.outputs import write_whole
 
@@ -180,6 +180,23 @@ class ProfileCostModel(CostModel):
         if num_decodes and self._saved is not None:
             both_s -= self._saved(chunk, num_decodes)
         return total + max(0.0, prefill_s, decode_s, both_s)
+
+    def stride_times(self, batch: ScheduledBatch, duration_s: float, most: int, span_s: float) -> list[float]:
+        """Steps whose shapes lie within what was measured; each other one is looked up, and counted."""
+        decode, count = self._decode, len(batch.sequences)
+        if not decode.xs[0] <= count <= decode.xs[-1]:
+            return []
+        total = self._measured.step_s + self._measured.sequence_s * count
+        least_s = total + max(0.0, min(map(min, decode.rows)))
+        num_more = most - 1
+        if least_s > 0:
+            num_more = int(min(num_more, (span_s - duration_s) / least_s + 1))
+        times = [duration_s]
+        for context in decode_contexts(batch, self._window, num_more):
+            if not decode.ys[0] <= context / count <= decode.ys[-1]:
+                break
+            times.append(total + max(0.0, decode(count, context / count)))
+        return times
 
     @property
     def extrapolated(self) -> int:

@@ -23,6 +23,7 @@ from pagellm.engine.scheduling.step_loop import StepLoop
 from pagellm.sim import CostModel, Simulator, Trace, TraceRequest
 from pagellm.sim.costs.decoder import load_model
 from pagellm.sim.costs.devices import load_hardware
+from pagellm.sim.costs.profile import ProfileCostModel
 from pagellm.sim.costs.roofline import RooflineCostModel
 from pagellm.sim.fleet.fleet import Autoscale, Fleet, Group, Link, RandomFailures
 from pagellm.sim.router import ROUTERS
@@ -47,6 +48,37 @@ CLASSES = {
 
 
 class StepByStep(RooflineCostModel):
+    """The same times, each asked for alone."""
+
+    stride_times = CostModel.stride_times
+
+
+# What of it is measured is often left behind.
+PROFILE: dict[str, Any] = {
+    "format": "pagellm-profile",
+    "version": 1,
+    "model": "tiny",
+    "quantization": "int8",
+    "num_threads": 2,
+    "machine": "a desk",
+    "block_size": 16,
+    "block_bytes": 1600,
+    "prefill": {
+        "chunk_tokens": [1, 64],
+        "context_tokens": [0, 500],
+        "seconds": [[0.001, 0.002], [0.01, 0.03]],
+    },
+    "decode": {
+        "num_sequences": [1, 3, 20],
+        "context_tokens": [0, 50, 300],
+        "seconds": [[0.001, 0.0012, 0.002], [0.002, 0.0017, 0.003], [0.004, 0.005, 0.009]],
+    },
+    "overhead": {"step_s": 0.001, "sequence_s": 0.0001},
+    "transfer": {"copy_block_s": 0.00025, "swap_block_s": 0.0005},
+}
+
+
+class ProfileStepByStep(ProfileCostModel):
     """The same times, each asked for alone."""
 
     stride_times = CostModel.stride_times
@@ -123,10 +155,13 @@ def loads(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def costs_of(
-    kind: type[RooflineCostModel], model: str, window: int | None, steps_ahead: int = 0
-) -> RooflineCostModel:
+Kind = type[RooflineCostModel] | type[ProfileCostModel]
+
+
+def costs_of(kind: Kind, model: str, window: int | None, steps_ahead: int = 0) -> CostModel:
     """Step times that differ with every token of a context."""
+    if issubclass(kind, ProfileCostModel):
+        return kind(PROFILE)
     decoder = load_model(model)
     layers = tuple(replace(layer, window=window or 0) for layer in decoder.layers)
     if window is None:  # of two kinds, of which one sees less
@@ -136,7 +171,7 @@ def costs_of(
 
 
 def replayed(
-    kind: type[RooflineCostModel],
+    kind: Kind,
     model: str,
     config: dict[str, Any],
     load: dict[str, Any],
@@ -167,7 +202,7 @@ def replayed(
 
 
 def fleet_of(
-    costs: RooflineCostModel, config: EngineConfig, counts: tuple[int, int], scale: str | None, mtbf_s: float
+    costs: CostModel, config: EngineConfig, counts: tuple[int, int], scale: str | None, mtbf_s: float
 ) -> Fleet:
     """Replicas that prefill, if there are any, and others; they may be scaled, and fail."""
     num_prefill, count = counts
@@ -197,6 +232,16 @@ def test_strides_are_steps(config: dict[str, Any], load: dict[str, Any], trace: 
     assert replayed(RooflineCostModel, model, config, load, trace) == replayed(
         StepByStep, model, config, load, trace
     )
+
+
+@pytest.mark.filterwarnings("ignore:.*asked for")
+@at_most(50)
+@given(configs(), loads(), traces())
+def test_strides_of_a_profile_are_its_steps(
+    config: dict[str, Any], load: dict[str, Any], trace: Trace
+) -> None:
+    one, other = (replayed(kind, "", config, load, trace) for kind in (ProfileCostModel, ProfileStepByStep))
+    assert one == other
 
 
 def test_a_stride_tells_of_the_second_tier_what_its_steps_tell() -> None:
