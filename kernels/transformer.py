@@ -37,6 +37,7 @@ from pagellm.kernels.phases import (
     rotate_and_store,
     route_rows,
 )
+from pagellm.kernels.references import reference_to
 from pagellm.kernels.threads import barrier, next_item, share_call
 
 
@@ -207,7 +208,11 @@ def step(thread, mailbox, arch, weights, cache, batch, plan, outputs, work):
     derives from the batch.
     """
     num_threads = share_call(thread, mailbox)
-    member = Member(thread, num_threads, work.counters, work.scratch[thread])
+    member = reference_to(Member(thread, num_threads, work.counters, work.scratch[thread]))
+    arch, weights, cache = reference_to(arch), reference_to(weights), reference_to(cache)
+    batch, plan, outputs, work = (
+        reference_to(batch), reference_to(plan), reference_to(outputs), reference_to(work)
+    )  # fmt: skip
     if thread == 0:
         plan_batch(cache, batch, plan, work)
     barrier(work.counters, num_threads)
