@@ -1,6 +1,7 @@
 """What operators ask: the highest load, the fewest replicas, the cheapest hardware, or why not."""
 
 import json
+import socket
 import sys
 from concurrent.futures import Future
 from dataclasses import replace
@@ -228,9 +229,14 @@ def test_a_ray_cluster_does_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "ray", fake)
     made = sweep(trace(tmp_path, 60), "policy=fcfs,shortest_job")
     here = made.run().points
-    there = sweep(trace(tmp_path, 60), "policy=fcfs,shortest_job", ray="head:6379", jobs=None).run().points
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        there = sweep(trace(tmp_path, 60), "policy=fcfs,shortest_job", ray=address, jobs=None).run().points
     assert there == here
-    assert asked == ["head:6379", "shutdown"]
+    assert asked == [address, "shutdown"]
+    refused = rf"^ray: {address}: .*[Cc]onnection refused, expected the address of a cluster"
+    with pytest.raises(ConfigError, match=refused):
+        sweep(trace(tmp_path, 60), ray=address).run()
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match="ray: found no package ray, expected it installed"):
-        sweep(trace(tmp_path, 60), ray="head:6379").run()
+        sweep(trace(tmp_path, 60), ray=address).run()
