@@ -11,6 +11,9 @@ from typing import Any
 
 from pagellm.engine.errors import CheckpointError, found, named
 
+# Of `Fields.refuse_others`, where no other key is harmless.
+NOTHING = re.compile("(?!)")
+
 REQUIRED = object()
 
 

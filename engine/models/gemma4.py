@@ -4,7 +4,6 @@ The text model, also where a checkpoint has towers for images and sound beside i
 of E2B and E4B: their last layers use the keys and values of earlier ones, and each layer has an embedding.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from pagellm.engine.checkpoints import Checkpoint
 from pagellm.engine.errors import CheckpointError
 from pagellm.engine.models import gemma2, hub_rope, rope
 from pagellm.engine.models.decoder import Names
-from pagellm.engine.models.fields import Fields
+from pagellm.engine.models.fields import NOTHING, Fields
 from pagellm.engine.models.gguf import GgufModel
 from pagellm.engine.models.hub import ATTENTION, GELU_OR_RELU, HubModel
 from pagellm.engine.models.hub_rope import FULL, SLIDING
@@ -69,7 +68,6 @@ GGUF_NAMES: Names = {
     "expert_post_norm": "post_ffw_norm_2",
 }
 STACKED = "ffn_gate_up_exps.weight"
-_NOTHING = re.compile("(?!)")
 # Of every layer, and of one with experts.
 _FEATURES = {"attention_scale": 1.0, "qk_norm": PER_HEAD, "value_norm": True, "post_norm": True}
 _MIXTURE = {"router": SOFTMAX, "renormalize": True, "expert_norms": True}
@@ -138,7 +136,7 @@ def _heads(model: HubModel, types: Sequence[str], same: bool) -> dict[str, list[
             raise fields.error(f"{name}.{index}", values, "an object")
         own = Fields(fields.path, values, f"{fields.prefix}{name}.{index}.")
         heads.append((own.integer("head_dim", model.head_dim), own.integer("num_key_value_heads", kv_heads)))
-        own.refuse_others(_NOTHING, "a layer")
+        own.refuse_others(NOTHING, "a layer")
         if of_kind.setdefault(kind, heads[-1]) != heads[-1]:
             raise fields.error(f"{name}.{index}", values, f"the same heads in all layers of {kind}")
     for key in overrides:

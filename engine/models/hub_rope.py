@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from pagellm.engine.errors import CheckpointError, found
 from pagellm.engine.models import rope
-from pagellm.engine.models.fields import Fields
+from pagellm.engine.models.fields import NOTHING, Fields
 from pagellm.engine.models.rope import RopeTable
 
 # Every rope_type that is supported, and what it is.
@@ -95,7 +95,7 @@ def tables_by_layer_type(
             # transformers reads this key beside the sections, where it cannot be.
             raise section.error("truncate", section.get("truncate"), "true in a section of a layer type")
         tables[layer_type] = asked.table(theta, None)
-    sections.refuse_others(re.compile("(?!)"), "a model with rope_parameters for each layer type")
+    sections.refuse_others(NOTHING, "a model with rope_parameters for each layer type")
     return tables
 
 
@@ -122,7 +122,7 @@ def tables_by_head_dim(fields: Fields, head_dims: Mapping[str, int]) -> tuple[Ro
         section.refuse_others(_OTHER_SCALINGS, f"rope_type {kind}")
     for layer_type in (FULL, SLIDING):
         sections.get(layer_type)  # known where no layer is of this type, too
-    sections.refuse_others(re.compile("(?!)"), "a model with rope_parameters for each layer type")
+    sections.refuse_others(NOTHING, "a model with rope_parameters for each layer type")
     return tuple(tables)
 
 
