@@ -1266,7 +1266,7 @@ BUGS = (
         "a module that the configuration excludes must be quantized",
         MODULES,
         "Modules.check",
-        "not excluded(module)",
+        "not maybe_excluded(module)",
         suite=REFUSALS,
     ),
     Bug(
