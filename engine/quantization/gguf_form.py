@@ -8,7 +8,7 @@ the spec that was read back, too.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +32,7 @@ class Form:
     """What a model_type is in GGUF, and what llama.cpp's loader of it asks for.
 
     names: of tensors that are called otherwise than llama's. biases: the parts that may have one; needed:
-    that must. tied: whether the output matrix has to be the embedding, or may not; None: either. square:
+    that must. tied: whether the output matrix is the embedding or is there; None: either. square:
     whether a layer's heads together have to be as wide as its hidden state. own_width: whether the width of
     experts has a key of its own.
     """
@@ -146,6 +146,15 @@ class GgufModel:
     tensors: Mapping[str, Shape]
     constants: Mapping[str, NDArray[np.float32]]
     notes: tuple[str, ...]
+
+
+def as_written(spec: ModelSpec) -> ModelSpec:
+    """The model with an output matrix of its own, a copy of the embedding, where its form must have one."""
+    form = FORMS.get(spec.architecture)
+    if form is None or form.tied is not False or not spec.arch.tied:
+        return spec
+    rest = {**spec.rest, "lm_head": spec.rest["embedding"]}
+    return replace(spec, arch=spec.arch._replace(tied=False), rest=rest)
 
 
 def gguf_form(checkpoint: Checkpoint, spec: ModelSpec) -> GgufModel:

@@ -27,7 +27,7 @@ from pagellm.engine.errors import CheckpointError
 from pagellm.engine.execution.weights import pair, plain_rows, tensor_of
 from pagellm.engine.models import ModelSpec, Source, gguf_rope, read_spec
 from pagellm.engine.progress import progress
-from pagellm.engine.quantization.gguf_form import KEPT, Shape, check_same, gguf_form
+from pagellm.engine.quantization.gguf_form import KEPT, Shape, as_written, check_same, gguf_form
 from pagellm.engine.quantization.mixes import MIXES, Matrices, type_of
 from pagellm.engine.quantization.pieces import PIECE_BYTES, in_turn, quantized
 from pagellm.engine.tokenizer.to_gguf_metadata import tokenizer_metadata
@@ -120,11 +120,13 @@ def write_gguf(
         tables = [checkpoint.tensors[name] for name in gguf_rope.TENSORS if name in checkpoint.tensors]
         constants = {table.name: table.rows(0, table.shape[0]) for table in tables if table.dtype == "F32"}
     else:
+        if as_written(spec) is not spec:
+            spec, notes = as_written(spec), ("the output matrix is a copy of the embedding",)
         form = gguf_form(checkpoint, spec)
         tokenizer = tokenizer_metadata(checkpoint.path, spec.vocab_size)
         metadata = {key: encode_value(value) for key, value in {**form.metadata, **tokenizer}.items()}
         architecture, shapes, constants = form.architecture, form.tensors, form.constants
-        notes = form.notes + ((f"not written: {spec.left_alone}",) if spec.left_alone else ())
+        notes += form.notes + ((f"not written: {spec.left_alone}",) if spec.left_alone else ())
     num_experts = int(spec.arch.layers["num_experts"].max())
     model = Matrices(architecture, spec.arch.num_layers, spec.arch.tied, num_experts)
     infos = []

@@ -558,3 +558,15 @@ def test_gemma_4_without_experts_is_written_too(tmp_path: Path) -> None:
     quantize_model(str(model), tmp_path / "out.gguf", Settings("F32", text_tokens=0))
     outs = [logits(path, list(range(40)), quantization="none") for path in (model, tmp_path / "out.gguf")]
     assert np.abs(outs[0] - outs[1]).max() < 1e-5 * np.ptp(outs[0])
+
+
+@pytest.mark.parametrize("name", ["olmoe", "qwen2_moe", "olmo2"])
+def test_an_output_matrix_is_copied_where_a_form_must_have_one(name: str, tmp_path: Path) -> None:
+    model = edited(tmp_path, name, tie_word_embeddings=True)
+    tensors = {key: values for key, values in all_rows(model).items() if key != "lm_head.weight"}
+    save_file(tensors, model / "model.safetensors")
+    report = quantize_model(str(model), tmp_path / "out.gguf", Settings("F32", text_tokens=0))
+    assert "the output matrix is a copy of the embedding" in report.written.notes
+    assert "output.weight" in {tensor.name for tensor in GGUFReader(tmp_path / "out.gguf").tensors}
+    outs = [logits(path, list(range(40)), quantization="none") for path in (model, tmp_path / "out.gguf")]
+    assert np.abs(outs[0] - outs[1]).max() < 1e-5 * np.ptp(outs[0])
