@@ -35,6 +35,9 @@ from pagellm.sim.fit.recorded_run import Experiment, RecordedRun
 
 PUBLISHED = json.loads(Path(__file__).with_name("published_runs.json").read_text())
 CHUNKS = (512, 1024, 2048, 4096, 8192)
+# Device, model and number of devices; None of what is not said.
+Served = tuple[str | None, str | None, int | None]
+_NOTHING: Served = (None, None, None)
 
 
 def main() -> None:
@@ -50,11 +53,17 @@ def main() -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N requests of the trace")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.roofline and options.chunks:
+        parser.error("--roofline: found it beside --chunks, expected it beside --runs")
+    try:
+        unsaid = parse_roofline(options.roofline) if options.roofline else _NOTHING
+    except PagellmError as error:
+        parser.error(str(error))
     if options.chunks:
         rows = list(chunks(options.chunks, options.limit))
     else:
         runs = find(Path(options.runs))
-        rows = [row for run in runs for row in ledger(run, not options.no_fit, options.roofline)]
+        rows = [row for run in runs for row in ledger(run, not options.no_fit, unsaid)]
     if options.json:
         print(json.dumps(rows, indent=1))
     elif options.chunks:
@@ -78,12 +87,11 @@ def find(folder: Path) -> Iterator[RecordedRun]:
             print(f"passed over: {error}", file=sys.stderr)
 
 
-def ledger(run: RecordedRun, with_fit: bool, unsaid: str | None = None) -> Iterator[dict[str, Any]]:
+def ledger(run: RecordedRun, with_fit: bool, unsaid: Served = _NOTHING) -> Iterator[dict[str, Any]]:
     """The rows of a run. unsaid: device, model and number of devices of one that does not say them."""
     hardware, model, num_devices = identify(run)
-    if unsaid is not None:
-        names = parse_roofline(unsaid)
-        hardware, model, num_devices = hardware or names[0], model or names[1], num_devices or names[2]
+    if hardware is None or model is None:  # of others it may be published how many devices they had
+        hardware, model, num_devices = hardware or unsaid[0], model or unsaid[1], num_devices or unsaid[2]
     entry = next(
         (
             entry
@@ -93,7 +101,7 @@ def ledger(run: RecordedRun, with_fit: bool, unsaid: str | None = None) -> Itera
         ),
         {},
     )
-    num_devices = num_devices or entry.get("num_devices", 1)
+    num_devices = num_devices or entry.get("num_devices", unsaid[2] or 1)
     about = {"run": run.path, "hardware": hardware, "model": model, "num_devices": num_devices}
     settings = entry.get("settings", {}) if run.format != "stages" else {}
     try:
@@ -137,7 +145,7 @@ def scored(fit: Fit, experiment: Experiment) -> dict[str, float]:
     return {name: sum(one[name] for one in errors) / len(errors) for name in FIT_METRICS if name in errors[0]}
 
 
-def identify(run: RecordedRun) -> tuple[str | None, str | None, int | None]:
+def identify(run: RecordedRun) -> Served:
     """Device, model and number of devices, by the names of hardware.json; None for what is not said."""
     where = run.path.replace("\\", "/")
     hardware = match(run.hardware or where, known()["hardware"], HARDWARE)

@@ -58,9 +58,13 @@ def test_everybody_is_held_against_the_same_figures(
     [refused] = [row for row in rows if "refused" in row]
     assert "found no device that is known" in refused["refused"]
     [run] = against_servers.load_runs(tmp_path / "unknown.jsonl")
-    [row] = against_servers.ledger(run, False, "l40s,qwen2.5-0.5b,2")
+    [row] = against_servers.ledger(run, False, ("l40s", "qwen2.5-0.5b", 2))
     assert (row["hardware"], row["model"], row["num_devices"]) == ("l40s", "qwen2.5-0.5b", 2)
     assert isinstance(row["e2e"], float)
+    monkeypatch.setattr("sys.argv", [*arguments, "--roofline", "l40s"])
+    with pytest.raises(SystemExit, match="2"):
+        against_servers.main()
+    assert "--roofline: found 'l40s', expected HARDWARE,MODEL" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", arguments)
     against_servers.main()
     assert "-33.3 %" in capsys.readouterr().out
@@ -79,6 +83,8 @@ def test_what_a_published_run_was_served_by_is_known_where_it_does_not_say(tmp_p
     rows = list(against_servers.ledger(run, with_fit=False))
     assert [row["num_devices"] for row in rows] == [2, 2]
     assert rows[1]["simulator"] == "LLMServingSim"
+    others = ("l40s", "qwen2.5-0.5b", 1)  # told for runs that say nothing
+    assert list(against_servers.ledger(run, False, others)) == rows
     path = path.rename(tmp_path / "rtxpro6000_qwen3-30b-a3b.jsonl")
     [run] = against_servers.load_runs(path)
     assert (
