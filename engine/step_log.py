@@ -32,6 +32,7 @@ NO_DECISIONS = (
     "tool_call_parser",
 )
 
+_LINE = orjson.OPT_APPEND_NEWLINE
 _BUFFER_BYTES = 2**17  # of a file's lines that are written together
 
 
@@ -229,11 +230,11 @@ class StepRecorder(StepListener):
         changes = iter((*stride.changes, None))
         change = next(changes)
         ends = zip(stride.times, stride.durations_s, strict=False)
+        first, last, write = record["step"], len(stride.durations_s) - 1, self._write
         for step, (start_s, duration_s) in enumerate(ends):
             if step:
                 record = quiet.copy()
-                record["step"], record["start_s"] = self._num_steps, start_s
-                self._num_steps += 1
+                record["step"], record["start_s"] = first + step, start_s
                 record["scheduled"] = list(next(scheduled))
                 blocks = blocks.copy()
                 blocks["unwritten_slots"] -= num_sequences
@@ -250,9 +251,10 @@ class StepRecorder(StepListener):
                     change = next(changes)
                 record["blocks"] = blocks
             record["duration_s"] = duration_s
-            if step == len(stride.durations_s) - 1 and stride.finished:
+            if step == last and stride.finished:
                 record["finished"] = self._finished(stride.finished)
-            self._write(record)
+            write(record)
+        self._num_steps += last
         self._record = None
 
     def _tables_of(self, change: Change, batch: ScheduledBatch) -> list[tuple[int, int, list[int]]]:
@@ -365,7 +367,7 @@ class StepLogFile:
 
     def write(self, record: StepRecord) -> None:
         """Appends a record. Raises `OSError`."""
-        self._file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+        self._file.write(orjson.dumps(record, option=_LINE))
         if self._is_live:
             self._file.flush()
 
