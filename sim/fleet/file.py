@@ -153,6 +153,8 @@ class _Reader:
         """The document with other values of some keys."""
         if not self.others or not isinstance(document, dict):
             return document
+        if any(key.startswith("failures.") for key in self.others):
+            document.setdefault("failures", {})
         places = {str(name): values for name, values in document.items() if isinstance(values, dict)}
         groups = document.get("group")
         for number, values in enumerate(groups if isinstance(groups, list) else ()):
@@ -174,6 +176,8 @@ class _Reader:
                         f"{self.path}: {key}: found {found(inner)} before its end, expected keys"
                     )
             inner[path[-1]] = value
+        if self.others.get("failures.mtbf_s", 0) is None:  # without them there are none at random
+            del document["failures"]
         return document
 
     def _section(self, values: Any, prefix: str, names: tuple[str, ...], what: str) -> Fields:

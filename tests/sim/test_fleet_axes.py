@@ -252,6 +252,20 @@ def test_what_is_said_of_a_group_goes_by_its_whole_name(tmp_path: Path) -> None:
     assert [(group.count, group.price_per_h) for group in made.groups] == [(1, None), (3, 0.7)]
 
 
+def test_failures_are_an_axis_whether_the_file_has_any_or_not(trace: TraceFile, fleet: str) -> None:
+    axes = ["failures.mtbf_s=2,none", "failures.mttr_s=0.5", "migration_limit=0"]
+    often, never = sweep(trace, *axes, costs=None, fleet=fleet).run().points
+    assert (often.error, never.error) == (None, None)
+    assert often.summary is not None
+    assert never.summary is not None
+    assert often.summary["fleet"]["failures"]["failures"] > 0
+    assert often.summary["num_failed"] == often.summary["fleet"]["failures"]["failed_requests"] > 0
+    assert "failures" not in never.summary["fleet"]
+    Path(fleet).write_text(FLEET + "[failures]\nmtbf_s = 2\n")
+    [again] = sweep(trace, *axes[1:], costs=None, fleet=fleet).run().points
+    assert again.summary == often.summary
+
+
 # What operators ask
 
 
