@@ -74,9 +74,7 @@ class RooflineCostModel(CostModel):
             expected = f"at most as many stages as the {model.num_layers} layers of the model"
             raise ConfigError(f"pipeline_parallel: found {pipeline_parallel}, expected {expected}")
         self.constants = c = Constants(given, hardware.constants, fitted and fitted.constants)
-        is_as_written = c.formats["weights"] == AUTO
-        quantizer = f", {model.quantizer} weights" if is_as_written and model.quantizer else ""
-        self.name = name + _words(c) + quantizer
+        self.name = name + _words(c)
         if fitted is not None:
             self.fit = fitted.error
         self.max_model_len, self.window = model.max_model_len, model.window or None
@@ -90,7 +88,7 @@ class RooflineCostModel(CostModel):
         self._choose_formats()
         flops, bytes_per_s, n = hardware.flops_per_s, hardware.memory_bytes_per_s, num_devices
 
-        weights = model.arithmetic if is_as_written else c.formats["weights"]
+        weights = model.arithmetic if c.formats["weights"] == AUTO else c.formats["weights"]
         product_flops = hardware.flops_of(weights) * c["product_flops"] * n
         self._product_token_s = 2 * model.product_parameters / product_flops
         self._fill_tokens = c["product_fill_tokens"]
@@ -200,7 +198,9 @@ class RooflineCostModel(CostModel):
         Constants(given)
         fitted = None if costs is None else read_costs(costs)
         device, decoder = load_hardware(hardware), load_model(model)
-        name = name_of(hardware, model, num_devices, pipeline_parallel, data_parallel)
+        others = {**(fitted.constants if fitted is not None else {}), **given}
+        quantizer = decoder.quantizer if others.get("weights", AUTO) == AUTO else None
+        name = name_of(hardware, model, num_devices, pipeline_parallel, data_parallel, quantizer)
         made = cls(
             device,
             decoder,
@@ -428,10 +428,20 @@ class RooflineCostModel(CostModel):
         return usable - reserved - max(states, logits) - weights
 
 
-def name_of(hardware: str, model: str, num_devices: int, pipeline: int = 1, data: int = 1) -> str:
+def name_of(
+    hardware: str,
+    model: str,
+    num_devices: int,
+    pipeline: int = 1,
+    data: int = 1,
+    quantizer: str | None = None,
+) -> str:
     """What an estimate is of, by the names of files where they are files."""
     ways = [f"{pipeline} stages"] * (pipeline > 1) + [f"{data} data parallel"] * (data > 1)
-    return f"{', '.join([f'{_short(model)} on {num_devices} x {_short(hardware)}', *ways])}, roofline"
+    weights = f" in {quantizer}" if quantizer else ""
+    return (
+        f"{', '.join([f'{_short(model)}{weights} on {num_devices} x {_short(hardware)}', *ways])}, roofline"
+    )
 
 
 def _stage_shares(num_layers: int, num_stages: int) -> list[float]:

@@ -353,7 +353,7 @@ def test_a_configuration_says_how_its_weights_were_quantized(
     assert (model.quantizer, model.layer_bytes, model.arithmetic) == (name, num_bytes, arithmetic)
     assert replace(model, quantizer=None, layer_bytes=None, arithmetic="bf16") == plain
     costs = CostModel.roofline("h100-sxm", path)
-    assert costs.name.endswith(f"roofline of assumed constants, {name} weights")
+    assert f"config.json in {name} on 1 x h100-sxm, roofline of assumed constants" in costs.name
     assert CostModel.roofline("h100-sxm", path, weights="bf16").name.endswith("with weights=bf16")
 
 
