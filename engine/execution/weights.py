@@ -296,7 +296,8 @@ def plain_rows(tensor: Tensor, source: Source, first: int, last: int) -> NDArray
     """Rows of a tensor in float32, in the order and with the summand that the source says."""
     rows = tensor.rows(first, last)
     rows = _unpair(rows if source.transposed else rows[:: source.step], source)
-    return rows + np.float32(source.add) if source.add else rows
+    with np.errstate(invalid="ignore"):  # what is no number, of a damaged file, stays none
+        return rows + np.float32(source.add) if source.add else rows
 
 
 def _unpair(rows: NDArray[Any], source: Source) -> NDArray[Any]:

@@ -13,6 +13,8 @@ from pagellm.sim.fields import Fields, read_json
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _PER_TOKEN = ("num_experts_per_tok", "experts_per_token", "num_experts_per_token")
+# More than any model has: no file can ask for endless work.
+_MAX_LAYERS, _MAX_EXPERTS = 1 << 14, 1 << 17
 _WHOLE, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 
@@ -28,7 +30,7 @@ def read_mixture(path: Path) -> dict[str, Any] | None:
         return None
     whole = Fields(read_json(path, "a configuration", CheckpointError), str(path), CheckpointError)
     config = whole.section("text_config") if whole.has("text_config") else whole
-    num_experts = _first(config, _EXPERTS, 0)
+    num_experts = _first(config, _EXPERTS, 0, high=_MAX_EXPERTS)
     if num_experts < 2 and not config.has("kv_lora_rank"):
         return None
     # One has the sizes of recurrent layers even where it has no such layers; in the other, layers differ in
@@ -131,7 +133,7 @@ def _attention(config: Fields) -> dict[str, Any]:
 
 def _windows(config: Fields) -> list[int]:
     """The tokens that each layer sees; 0: all before it."""
-    count = config.integer("num_hidden_layers")
+    count = config.integer("num_hidden_layers", high=_MAX_LAYERS)
     sliding = _first(config, ("sliding_window",), 0) if config.get("use_sliding_window") is not False else 0
     types = config.get("layer_types")
     chunk = _first(config, ("attention_chunk_size",), 0)

@@ -146,6 +146,11 @@ def test_what_is_kept_of_a_token_is_latent_and_each_device_has_all_of_it(tmp_pat
         ({"moe_layer_freq": [0, 1]}, r"moe_layer_freq: found \[0, 1\], expected a positive integer"),
         ({"mlp_only_layers": 3}, "mlp_only_layers: found 3, expected a list"),
         ({"moe_layers": "odd"}, "moe_layers: found 'odd', expected a list"),
+        (
+            {"num_hidden_layers": 2**40},
+            "num_hidden_layers: found 1099511627776, expected .* to 16384",
+        ),
+        ({"num_experts": 2**40}, "num_experts: found 1099511627776, expected .* to 131072"),
     ],
 )
 def test_what_would_change_the_work_is_refused_by_name(
