@@ -301,7 +301,7 @@ def _keys(
     windows = arch.layers["window"]
     if (windows > 0).any():
         keys["attention.sliding_window"] = int(windows.max())
-        if name in ("olmo2", "gemma4"):
+        if name == "olmo2":
             keys["attention.sliding_window_pattern"] = [bool(window) for window in windows]
     if first["attention_softcap"]:
         keys["attn_logit_softcapping"] = float(first["attention_softcap"])
@@ -480,7 +480,7 @@ def _gemma4_rope(
 def _section(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     """What the configuration says of the layers that see everything, and the kind of scaling."""
     current, legacy = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
-    current = current.get("full_attention", current)
+    current = current.get(FULL, current)
     section = {**current, **legacy}
     kind = str(legacy.get("rope_type", legacy.get("type", current.get("rope_type", "default"))))
     return section, {"su": "longrope"}.get(kind, kind)
