@@ -49,7 +49,9 @@ def loaded(directory: Path) -> None:
         ("gptq", (), {"group_size": 64}, r"has shape \(8, 128\), expected \(4, 128\)"),
         ("gptq", (), {"checkpoint_format": "marlin"}, "checkpoint_format: found 'marlin', expected"),
         ("gptq", (), {"is_marlin_format": True}, "is_marlin_format: found True, expected False"),
-        ("gptq", (), {"dynamic": {"-:.*k_proj.*": {}}}, "dynamic: found .*, expected none"),
+        ("gptq", (), {"dynamic": {"-:.*k_proj.*": {}}}, "k_proj: found quantized .*dynamic excludes it"),
+        ("gptq", (), {"dynamic": {"+:.*k_proj": {"bits": 8}}}, r"dynamic: found '\+:.*', expected '-:' and"),
+        ("gptq", (), {"dynamic": {"-:(": {}}}, r"dynamic: found '\(', expected a regular expression"),
         ("gptq", (), {"checkpoint_format": "gptq_v2"}, "found zero point 7, expected 8 for all, as"),
         ("gptq", (), {"rotated_by": 3}, "rotated_by: found 3, expected no such key"),
         (
@@ -340,3 +342,11 @@ def test_an_excluded_part_of_a_name_is_that_of_awq(tmp_path: Path) -> None:
     loaded(edited(tmp_path / "none", "awq", keys))  # as transformers goes by it
     with pytest.raises(CheckpointError, match=r"up_proj: found weights of type F32, expected quantized ones"):
         loaded(plain(tmp_path / "up", "awq", lambda name: "up_proj" in name, keys))
+
+
+def test_modules_that_gptqmodel_leaves_may_be_as_they_were(tmp_path: Path) -> None:
+    keys, left = {"dynamic": {"-:.*k_proj": {}, "-:.*mlp\\.gate": {}}}, ["k_proj", "gate_proj"]
+    loaded(plain(tmp_path / "left", "gptq", lambda name: any(one in name for one in left), keys))
+    left.append("q_proj")
+    with pytest.raises(CheckpointError, match=r"q_proj: found weights of type F32, expected quantized ones"):
+        loaded(plain(tmp_path / "more", "gptq", lambda name: any(one in name for one in left), keys))

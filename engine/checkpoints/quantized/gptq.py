@@ -1,9 +1,11 @@
 """Directories that AutoGPTQ, GPTQModel and AutoAWQ wrote."""
 
+from collections.abc import Callable
+
 from pagellm.engine.checkpoints.base import Tensor
 from pagellm.engine.checkpoints.quantized.modules import Modules, misshapen
 from pagellm.engine.checkpoints.quantized.nibbles import Words, described_groups, integers
-from pagellm.engine.checkpoints.quantized.section import Section, by_parts
+from pagellm.engine.checkpoints.quantized.section import Section, by_parts, by_regex
 from pagellm.engine.errors import named
 
 # How the weights were found, by whom, and what some kernels want to know.
@@ -52,7 +54,8 @@ def read_gptq(section: Section, modules: Modules) -> str:
         raise section.error("checkpoint_format", version, "'gptq' or 'gptq_v2'")
     section.only("is_marlin_format", False, default=False)
     section.only("pack_dtype", "int32", default="int32")
-    for key in ("dynamic", "adapter", "rotation"):
+    skipped = _skipped(section)
+    for key in ("adapter", "rotation"):
         if section.get(key):
             raise section.error(key, section.get(key), "none")
     lists = section.get("modules_in_block_to_quantize", [])
@@ -84,10 +87,24 @@ def read_gptq(section: Section, modules: Modules) -> str:
         modules.put(module, tensor)
 
     def is_excluded(module: str) -> bool:
-        return bool(names) and not any(module.endswith(f".{name}") for name in names)
+        return skipped(module) or (bool(names) and not any(module.endswith(f".{name}") for name in names))
 
-    modules.check(section, "modules_in_block_to_quantize", is_excluded)
+    key = "dynamic" if section.get("dynamic") else "modules_in_block_to_quantize"
+    modules.check(section, key, is_excluded)
     return f"GPTQ, 4 bits, {described_groups(group_size)}"
+
+
+def _skipped(section: Section) -> Callable[[str], bool]:
+    """What GPTQModel leaves as it is: modules whose names match an expression behind "-:".
+
+    Raises `CheckpointError` for modules that are to be quantized otherwise than the others.
+    """
+    rules = section.section("dynamic")
+    for name in rules.values if rules is not None else ():
+        if not name.startswith("-:"):
+            raise section.error("dynamic", name, "'-:' and a regular expression: modules that are left")
+    patterns = [name.replace("-:", "re:", 1) for name in (rules.values if rules is not None else ())]
+    return by_regex(patterns, section, "dynamic")
 
 
 def read_awq(section: Section, modules: Modules) -> str:
