@@ -469,7 +469,8 @@ def _guidellm_request(reading: _Reading, one: Fields) -> None:
     if isinstance(timings, dict):
         times = Fields(timings, one.place, TraceError, "info.timings.")
         end = "last_token_iteration" if times.has("last_token_iteration") else "request_end"
-        names = ("request_start", "first_token_iteration", end)
+        late = times.has("resolve_start") and not times.has("request_start")
+        names = ("resolve_start" if late else "request_start", "first_token_iteration", end)
     else:
         times, names = one, ("start_time", "first_token_time", "last_token_time")
     begin, first, last = (_time(times, name) for name in names)

@@ -159,6 +159,9 @@ FORMATS: dict[str, Callable[[list[One]], str]] = {
     "AIPerf": aiperf,
     "GuideLLM": guidellm,
     "GuideLLM, old": lambda all_: guidellm(all_, old=True),
+    "GuideLLM, without a request's start": lambda all_: guidellm(all_).replace(
+        "request_start", "resolve_start"
+    ),
     "inference-perf": inference_perf,
     "inference-perf, old": lambda all_: inference_perf(all_, version=1),
     "inference-perf, older": lambda all_: inference_perf(all_, version=0),
