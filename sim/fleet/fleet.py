@@ -14,6 +14,7 @@ from pagellm.engine.errors import ConfigError, found
 from pagellm.sim.costs.cost_model import CostConstant, CostModel
 from pagellm.sim.costs.devices import known
 
+_MOST_POWER = "the most that a device may draw, so an upper bound"
 ROLES = ("both", "prefill", "decode")
 RULES = ("concurrency", "waiting", "kv_usage")
 # Each takes some 200 kB; and events of each that are closer together than this are no replay to wait for.
@@ -190,7 +191,13 @@ class Group:
         idle_w, busy_w = self.powers_w
         table: list[CostConstant] = []
         for name, watts, given, device, source in (
-            ("power_w", busy_w, self.power_w, self.costs.power_w, "the most that a device may draw"),
+            (
+                "power_w",
+                busy_w,
+                self.power_w,
+                self.costs.power_w,
+                "the most that a device may draw, so an upper bound",
+            ),
             ("idle_power_w", idle_w, self.idle_power_w, self.costs.idle_power_w, ""),
         ):
             origin: Literal["given", "device", "assumed"] = "device"

@@ -103,7 +103,7 @@ def test_it_is_said_which_powers_are_assumed(tmp_path: Path) -> None:
         return [tuple(one.values()) for one in report["fleet"]["groups"][0]["powers"]]
 
     told: list[str] = []
-    most = "the most that a device may draw"
+    most = "the most that a device may draw, so an upper bound"
     assert powers("h100-sxm") == [("power_w", 700, "device", most), ("idle_power_w", 140, "device", "")]
     assert powers("l4")[1] == ("idle_power_w", 11, "assumed", "15 % of power_w")
     assert powers("h200-sxm")[1] == ("idle_power_w", 140, "assumed", "an H100's")

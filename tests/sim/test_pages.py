@@ -130,8 +130,8 @@ def test_a_page_tells_of_a_fleet(tmp_path: Path) -> None:
     facts = {one.one("dt").text: one.one("dd").text for one in section.all("div") if one.all("dt")}
     assert list(facts) == ["energy", "cost", "KV over roce", "failures", "scaling"]
     assert section.one("p", _class="hint power").text == (
-        "Power of a device: 72 W while a step is under way, of this device: the most that a device may draw; "
-        "11 W idle, assumed: 15 % of power_w"
+        "Power of a device: 72 W while a step is under way, of this device: the most that a device may draw, "
+        "so an upper bound; 11 W idle, assumed: 15 % of power_w"
     )
     assert facts["failures"].startswith("1 of replicas, down for 1.00 s on average; ")
     assert "Replicas" in [one.text.split(" ")[0] for one in document.all("figcaption")]
