@@ -191,13 +191,7 @@ class Group:
         idle_w, busy_w = self.powers_w
         table: list[CostConstant] = []
         for name, watts, given, device, source in (
-            (
-                "power_w",
-                busy_w,
-                self.power_w,
-                self.costs.power_w,
-                "the most that a device may draw, so an upper bound",
-            ),
+            ("power_w", busy_w, self.power_w, self.costs.power_w, _MOST_POWER),
             ("idle_power_w", idle_w, self.idle_power_w, self.costs.idle_power_w, ""),
         ):
             origin: Literal["given", "device", "assumed"] = "device"
