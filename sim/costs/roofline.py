@@ -216,12 +216,19 @@ class RooflineCostModel(CostModel):
 
     def _read_loads(self) -> list[list[float]] | None:
         """How often each expert was measured to be chosen, if a file is given."""
-        path = self.constants.formats["expert_loads"]
+        path, skew = self.constants.formats["expert_loads"], self.constants["expert_skew"]
+        for name, value, neutral in (
+            ("expert_loads", path, AUTO),
+            ("expert_skew", skew, 0.0),
+            ("experts", self.constants.formats["experts"], AUTO),
+        ):
+            if value != neutral and not self._experts:
+                raise ConfigError(f"{name}: found {value} for a model without experts, expected none")
         if path == AUTO:
             return None
+        if skew:
+            raise ConfigError(f"expert_skew: found {skew} beside expert_loads, expected one of them")
         rows = read_loads(path)
-        if not self._experts:
-            raise ConfigError(f"expert_loads: found {path} for a model without experts, expected none")
         for layer, *_ in self._experts:
             check_loads(path, rows, layer)
         return rows

@@ -230,8 +230,8 @@ class Fleet:
             raise ConfigError("fleet: found no group, expected at least one")
         if self.max_engines > MAX_ENGINES:
             raise ConfigError(
-                f"fleet: found {self.max_engines} engines, in replicas and their data and pipeline parallel "
-                f"ranks, expected at most {MAX_ENGINES}"
+                f"replicas: found {self.max_engines} engines, data and pipeline parallel ranks among "
+                f"them, expected at most {MAX_ENGINES}"
             )
         names = [group.name for group in self.groups]
         for name in names:

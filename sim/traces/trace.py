@@ -152,7 +152,7 @@ class Trace:
 
     def limited(self, n: int) -> "Trace":
         """The first n requests, or all if there are fewer."""
-        check_integer("n", n, 1)
+        check_integer("limit", n, 1)
         return self.through(lambda requests: islice(requests, n))
 
     def retimed(self, begin: Callable[[], Iterable[float]]) -> "Trace":

@@ -106,7 +106,7 @@ def test_synth_takes_every_setting_of_a_workload(tmp_path: Path, capsys: pytest.
     [
         (("describe", "missing.json"), "missing.json: cannot be read"),
         (("describe", MOONCAKE, "--format", "azure"), "TIMESTAMP|row"),
-        (("convert", MOONCAKE, "--limit", "0"), "n: found 0"),
+        (("convert", MOONCAKE, "--limit", "0"), "limit: found 0"),
         (("convert", MOONCAKE, "--arrivals", "daily"), "arrivals: found 'daily'"),
         (("synth", "--num-requests", "0"), "num_requests: found 0"),
         (("synth", "--turns", "many"), "turns: found 'many'"),

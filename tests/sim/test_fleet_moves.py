@@ -505,10 +505,10 @@ def test_the_command_takes_prefill_and_decode_apart(capsys: pytest.CaptureFixtur
         (lambda p, d: Fleet((p, d), (Failure(-1.0, "d"),)), "failure: time_s: found -1.0, expected"),
         (lambda p, d: RandomFailures(1e-4), "failures: mtbf_s: found 0.0001, expected"),
         (lambda p, d: Autoscale(2, 1.0, interval_s=1e-9), "autoscale: interval_s: found 1e-09, expected"),
-        (lambda p, d: Fleet((replace(p, count=10**9), d)), "fleet: found 1000000001 engines, in replicas"),
+        (lambda p, d: Fleet((replace(p, count=10**9), d)), "replicas: found 1000000001 engines, data"),
         (
             lambda p, d: Fleet((replace(p, autoscale=Autoscale(10**9, 1.0)), d)),
-            "fleet: found 1000000001 engines, in replicas",
+            "replicas: found 1000000001 engines, data",
         ),
         (lambda p, d: Fleet((p, d), (), RandomFailures(1.0, groups=("q",))), "failures: groups: found 'q'"),
         (lambda p, d: Fleet((p, d), migration_limit=-1), "migration_limit: found -1, expected"),

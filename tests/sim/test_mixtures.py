@@ -343,6 +343,20 @@ def test_loads_that_are_not_of_these_experts_are_refused(
         CostModel.roofline("h100-sxm", model, 4, expert_loads=str(file))
 
 
+@pytest.mark.parametrize("given", [{"expert_skew": 0.8}, {"experts": "expert"}, {"expert_loads": "x.json"}])
+def test_what_is_said_of_experts_is_refused_where_there_are_none(given: dict[str, Any]) -> None:
+    [(name, value)] = given.items()
+    with pytest.raises(
+        ConfigError, match=f"{name}: found {value} for a model without experts, expected none"
+    ):
+        CostModel.roofline("h100-sxm", "llama-3.1-8b", **given)
+
+
+def test_a_skew_is_not_taken_beside_measured_loads() -> None:
+    with pytest.raises(ConfigError, match=r"expert_skew: found 0\.8 beside expert_loads, expected one"):
+        CostModel.roofline("h100-sxm", "qwen3-30b-a3b", expert_skew=0.8, expert_loads="x.json")
+
+
 def test_a_skew_has_its_limits() -> None:
     with pytest.raises(ConfigError, match="expert_skew: found 11, expected a finite number from 0 to 10"):
         CostModel.roofline("h100-sxm", "qwen3-30b-a3b", expert_skew=11)
