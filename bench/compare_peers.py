@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument(
         "--max-gb",
         type=float,
-        help="of --shape: as many layers as make a file of at most so many GB (every engine holds a copy)",
+        help="of --shape: as many layers as so many GB have room for, or one (every engine holds a copy)",
     )
     parser.add_argument("--cells", type=_names(CELLS), default=list(CELLS), help=",".join(CELLS))
     parser.add_argument("--rounds", type=int, default=3)

@@ -58,7 +58,7 @@ _TOKENIZERS = {
 def random_model(shape_name: str, mix: str, max_gb: float | None = None) -> Path:
     """The file of a shape in a mix, written into pagellm's cache directory if it is not there.
 
-    max_gb: it has as many of the layers as make no larger a file; None: all of them.
+    max_gb: it has as many of the layers as make no larger a file, one at least; None: all of them.
     """
     shape, cut = SHAPES[shape_name], ""
     if max_gb is not None:
@@ -210,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write random weights of a real shape as GGUF.")
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("mixes", nargs="*", default=["Q4_K_M"], metavar="MIX", help=", ".join(MIXES))
-    parser.add_argument("--max-gb", type=float, help="as many layers as make a file of at most so many GB")
+    parser.add_argument("--max-gb", type=float, help="as many layers as so many GB have room for, or one")
     arguments = parser.parse_args()
     for mix in arguments.mixes:
         if mix not in MIXES:
