@@ -100,11 +100,11 @@ def _skipped(section: Section) -> Callable[[str], bool]:
     Raises `CheckpointError` for modules that are to be quantized otherwise than the others.
     """
     rules = section.section("dynamic")
-    for name in rules.values if rules is not None else ():
+    names = [] if rules is None else list(rules.values)
+    for name in names:
         if not name.startswith("-:"):
             raise section.error("dynamic", name, "'-:' and a regular expression: modules that are left")
-    patterns = [name.replace("-:", "re:", 1) for name in (rules.values if rules is not None else ())]
-    return by_regex(patterns, section, "dynamic")
+    return by_regex([name.replace("-:", "re:", 1) for name in names], section, "dynamic")
 
 
 def read_awq(section: Section, modules: Modules) -> str:
