@@ -180,6 +180,8 @@ def _simulator(options: argparse.Namespace, **others: Any) -> Simulator:
 
 
 def _cost_model(options: argparse.Namespace) -> CostModel:
+    if options.profile is None and options.roofline is None:
+        raise ConfigError("--profile, --roofline, --real: expected one of them")
     costs = cost_source(options).load()
     if isinstance(costs, ProfileCostModel):
         if options.model not in (None, costs.model):
