@@ -67,11 +67,13 @@ class MaskWorker:
         masks = np.zeros((len(matchers), self._num_words), np.uint32)
         worker = self._started()
         pairs = [(matcher, row) for row, matcher in enumerate(matchers)]
-        future = worker.submit(
-            self._executor.unsafe_compute_mask_ptr, pairs, masks.ctypes.data, masks.strides[0], len(masks)
-        )
+        future = worker.submit(self._compute, pairs, masks)
         time.sleep(0)  # lets the worker have the interpreter's lock, which it gives back at once
         return MaskJob(masks, future)
+
+    def _compute(self, pairs: list[tuple[Any, int]], masks: NDArray[np.uint32]) -> None:
+        """Has the masks as an argument, as they must be there even if those who wanted them are gone."""
+        self._executor.unsafe_compute_mask_ptr(pairs, masks.ctypes.data, masks.strides[0], len(masks))
 
     def close(self) -> None:
         """Ends the worker."""

@@ -61,7 +61,12 @@ def test_gpt2s_published_sizes_are_configurations_alone(
         map(str, range(12 * layers + 4))
     )  # only their number matters before shapes are checked
     checkpoint = SimpleNamespace(
-        path=Path("gpt2"), format="safetensors", config=config, tensors=tensors, quantization=""
+        path=Path("gpt2"),
+        format="safetensors",
+        config=config,
+        tensors=tensors,
+        quantization="",
+        config_only=False,
     )
     spec = gpt2.from_huggingface(cast(Checkpoint, checkpoint))
     assert num_parameters(spec) == parameters

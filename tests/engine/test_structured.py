@@ -1,12 +1,15 @@
 """Structured output: what has a form has it, whoever else is being served, and costs others nothing."""
 
+import gc
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
@@ -32,6 +35,7 @@ from pagellm.engine import (
     StructuredOutputs,
 )
 from pagellm.engine.grammar.compiler import GrammarCompiler
+from pagellm.engine.grammar.masks import MaskWorker
 from pagellm.engine.grammar.state import GrammarState
 from pagellm.engine.tokenizer import Tokenizer, load_tokenizer
 from tests.conftest import model_path
@@ -557,6 +561,30 @@ def test_hostile_grammars_that_come_together_are_tried_side_by_side(llm: LLM) ->
     assert all("takes more than" in answer for answer in answers[:6])
     assert answers[6:] == ["False"] * 4
     check_ends(compiler)
+
+
+def test_masks_that_nobody_waits_for_any_more_are_there_until_they_are_computed() -> None:
+    """They are written by their address: where they had been would be somebody else's by then."""
+    has_begun, goes_on = threading.Event(), threading.Event()
+
+    class Slow:
+        def unsafe_compute_mask_ptr(self, *_: object) -> None:
+            has_begun.set()
+            goes_on.wait()
+
+    worker = MaskWorker(64, 1)
+    worker._started()
+    worker._executor = Slow()
+    job = worker.begin([None])
+    masks = weakref.ref(job._masks)
+    try:
+        assert has_begun.wait(60)
+        del job
+        gc.collect()
+        assert masks() is not None
+    finally:
+        goes_on.set()
+        worker.close()
 
 
 def test_beam_search_takes_no_form() -> None:
