@@ -1266,7 +1266,7 @@ BUGS = (
         "a module that the configuration excludes must be quantized",
         MODULES,
         "Modules.check",
-        "not maybe_excluded(module)",
+        "not excluded(module)",
         suite=REFUSALS,
     ),
     Bug(

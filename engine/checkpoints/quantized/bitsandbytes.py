@@ -47,7 +47,7 @@ def read_bitsandbytes(section: Section, modules: Modules) -> str:
 
     def maybe_excluded(module: str) -> bool:
         """transformers 5 has the experts of a layer in one tensor, and leaves those as they are."""
-        if excluded(module) or module.endswith(tuple(names)):
+        if module.endswith(tuple(names)):
             return True
         return _EXPERT in module and not any(_EXPERT in one for one in modules.quantized)
 

@@ -13,8 +13,6 @@ _FLOATS = "activations stay floats"
 _HARMLESS = frozenset(
     {"quant_method", "activation_scheme", "scale_fmt", "dequantize", "is_checkpoint_fp8_serialized"}
 )
-
-
 # What transformers takes for a `weight_block_size` that is not there.
 _BLOCK = (128, 128)
 
@@ -50,7 +48,7 @@ def read_fp8(section: Section, modules: Modules) -> str:
         used = used or size
         modules.put(module, ByteMatrix(weight, scales, "E4M3", size).tensor())
     _read_stacked(modules, block)
-    modules.check(section, key, excluded, lambda module: excluded(module) or module.endswith(tuple(names)))
+    modules.check(section, key, excluded, lambda module: module.endswith(tuple(names)))
     how = "one scale a matrix or output" if used is None else f"blocks of {used[0]} x {used[1]}"
     return f"FP8 (E4M3), {how}, {_FLOATS}"
 

@@ -135,7 +135,7 @@ def read_awq(section: Section, modules: Modules) -> str:
 
     def maybe_excluded(module: str) -> bool:
         """AutoAWQ goes by any part of a name: gate is one of gate_proj, too."""
-        return excluded(module) or any(name in module for name in names)
+        return any(name in module for name in names)
 
     modules.check(section, "modules_to_not_convert", excluded, maybe_excluded)
     return f"AWQ, 4 bits, {described_groups(group_size)}"

@@ -73,14 +73,13 @@ class Modules:
         section: Section,
         key: str,
         excluded: Callable[[str], bool],
-        maybe_excluded: Callable[[str], bool] | None = None,
+        maybe_excluded: Callable[[str], bool] = lambda module: False,
     ) -> None:
         """What the configuration excludes is not quantized, and what it does not exclude is.
 
-        maybe_excluded: what some library takes the configuration to exclude; None: the same.
+        maybe_excluded: what some library takes the configuration to exclude besides.
         Raises `CheckpointError` for the first module of which that is not true, and if none is quantized.
         """
-        maybe_excluded = maybe_excluded or excluded
         if not self.quantized:
             place = section.prefix.removesuffix(".") or "quant_method"
             method = found(section.get("quant_method", "bitsandbytes"))
@@ -102,6 +101,7 @@ class Modules:
                 and not isinstance(tensor, QuantizedTensor)
                 and _OF_LAYER.fullmatch(module)
                 and not _ROUTER.fullmatch(module)
+                and not excluded(module)
                 and not maybe_excluded(module)
             ):
                 raise CheckpointError(
