@@ -212,6 +212,8 @@ def main() -> None:
     parser.add_argument("mixes", nargs="*", default=["Q4_K_M"], metavar="MIX", help=", ".join(MIXES))
     parser.add_argument("--max-gb", type=float, help="as many layers as so many GB have room for, or one")
     arguments = parser.parse_args()
+    if arguments.max_gb is not None and not arguments.max_gb > 0:
+        parser.error("--max-gb: expected a number above 0")
     for mix in arguments.mixes:
         if mix not in MIXES:
             parser.error(f"MIX: found {mix!r}, expected one of {', '.join(MIXES)}")
