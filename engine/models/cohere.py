@@ -6,6 +6,7 @@ The later model_type, cohere2, has windows in three of four layers, and RoPE in 
 from pagellm.engine.checkpoints import Checkpoint
 from pagellm.engine.models.gguf import GgufModel
 from pagellm.engine.models.hub import ATTENTION, HubModel
+from pagellm.engine.models.hub_rope import FULL, SLIDING
 from pagellm.engine.models.spec import ModelSpec
 
 _DEFAULTS = {
@@ -50,9 +51,7 @@ def cohere2_from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
     period = model.fields.integer("sliding_window_pattern", _PERIOD)
     model.fields.expect("layer_switch", period)
     model.fields.integer("sliding_window", maximum=1 << 30)
-    types = [
-        "sliding_attention" if (index + 1) % period else "full_attention" for index in range(model.num_layers)
-    ]
+    types = [SLIDING if (index + 1) % period else FULL for index in range(model.num_layers)]
     windows = model.windows(types)
     return _spec(model, {"window": windows, "rope_table": [0 if window else -1 for window in windows]})
 

@@ -5,6 +5,7 @@ from typing import Any
 from pagellm.engine.checkpoints import Checkpoint
 from pagellm.engine.models.gguf import GgufModel
 from pagellm.engine.models.hub import ATTENTION, GELU_OR_RELU, HubModel
+from pagellm.engine.models.hub_rope import FULL, SLIDING
 from pagellm.engine.models.spec import ModelSpec
 from pagellm.kernels.activation import GELU_TANH
 
@@ -36,7 +37,7 @@ def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
     """Reads a config.json of model_type gemma2."""
     model = HubModel(checkpoint, DEFAULTS, KEYS)
     cap = model.fields.number_or_zero("attn_logit_softcapping")
-    types = [("sliding_attention", "full_attention")[index % 2] for index in range(model.num_layers)]
+    types = [(SLIDING, FULL)[index % 2] for index in range(model.num_layers)]
     return hub_spec(model, {"attention_softcap": cap, "window": model.windows(types)})
 
 

@@ -7,6 +7,7 @@ from pagellm.engine.checkpoints import Checkpoint
 from pagellm.engine.models import gemma2, rope
 from pagellm.engine.models.gguf import GgufModel
 from pagellm.engine.models.hub import HubModel
+from pagellm.engine.models.hub_rope import FULL, SLIDING
 from pagellm.engine.models.spec import ModelSpec
 from pagellm.kernels.architecture import PER_HEAD
 
@@ -19,7 +20,7 @@ _DEFAULTS = {
     "rope_theta": 1e6,
     "rope_local_base_freq": 1e4,
 }
-_THETAS = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
+_THETAS = {FULL: "rope_theta", SLIDING: "rope_local_base_freq"}
 
 
 def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
@@ -27,10 +28,8 @@ def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
     model = HubModel(checkpoint, _DEFAULTS, gemma2.KEYS)
     model.fields.expect("attn_logit_softcapping", 0.0)  # which the class names and passes over
     period = model.fields.integer("sliding_window_pattern")
-    types = [
-        "sliding_attention" if (index + 1) % period else "full_attention" for index in range(model.num_layers)
-    ]
-    types = list(model.layer_types("full_attention", "sliding_attention") or types)
+    types = [SLIDING if (index + 1) % period else FULL for index in range(model.num_layers)]
+    types = list(model.layer_types(FULL, SLIDING) or types)
     tables = model.rope_tables_by_type(_THETAS)
     features = {
         "qk_norm": PER_HEAD,

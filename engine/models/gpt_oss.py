@@ -6,6 +6,7 @@ from pagellm.engine.checkpoints import Checkpoint
 from pagellm.engine.models.decoder import Names
 from pagellm.engine.models.gguf import GgufModel
 from pagellm.engine.models.hub import ATTENTION, MIXTURE_HARMLESS, HubModel
+from pagellm.engine.models.hub_rope import FULL, SLIDING
 from pagellm.engine.models.spec import ModelSpec
 from pagellm.kernels.activation import CLAMPED_SWIGLU
 from pagellm.kernels.architecture import TOP_SOFTMAX
@@ -53,7 +54,7 @@ def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
     fields.expect("swiglu_limit", 7.0, 7)
     fields.expect("swiglu_alpha", 1.702)
     fields.get("initial_context_length")  # of the first, the original one of YaRN
-    types = ["full_attention" if index % 2 else "sliding_attention" for index in range(model.num_layers)]
+    types = [FULL if index % 2 else SLIDING for index in range(model.num_layers)]
     per_token = fields.integer("num_experts_per_tok", 4)
     fields.expect("experts_per_token", per_token)
     features = {

@@ -10,6 +10,7 @@ from pagellm.engine.checkpoints import Checkpoint
 from pagellm.engine.models.fields import REQUIRED
 from pagellm.engine.models.gguf import GgufModel
 from pagellm.engine.models.hub import ATTENTION, MIXTURE_HARMLESS, MLP, HubModel
+from pagellm.engine.models.hub_rope import FULL
 from pagellm.engine.models.spec import ModelSpec
 from pagellm.kernels.architecture import TOP_SOFTMAX
 
@@ -50,7 +51,7 @@ def hybrid_from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
     if old is not None and fields.get("layer_types") != old:
         raise fields.error("layer_types", fields.get("layer_types"), "the same as layers_block_type")
     fields.get("layers_block_type")
-    model.layer_types("full_attention")
+    model.layer_types(FULL)
     fields.expect("normalization_function", "rmsnorm")
     features, scales = _multipliers(model)
     # transformers rotates for "rope" alone; without the key nothing is rotated.

@@ -14,6 +14,7 @@ from pagellm.engine.models import hub_rope
 from pagellm.engine.models.decoder import Decoder, Differences, Names
 from pagellm.engine.models.fields import Fields
 from pagellm.engine.models.hub_quantization import refuse_quantized
+from pagellm.engine.models.hub_rope import FULL, SLIDING
 from pagellm.engine.models.names import count_layers, embedding_and_head, hub_prefixes
 from pagellm.engine.models.rope import RopeTable
 from pagellm.engine.models.spec import ModelSpec
@@ -112,7 +113,7 @@ GELU_OR_RELU = {
     "relu": "relu",
 }
 # What transformers took for a kind of layer before it agreed on names.
-_OLD_LAYER_TYPES = {"attention": "full_attention", "mamba": "linear_attention"}
+_OLD_LAYER_TYPES = {"attention": FULL, "mamba": "linear_attention"}
 # The tensors that have a bias where a key of the configuration says that attention, or the feed-forward part,
 # has biases.
 ATTENTION, MLP = ("qkv", "output"), ("up", "down")
@@ -161,18 +162,18 @@ class HubModel:
         types: the kinds of layers, where `layer_types` lists none; None: all layers slide and no list may say
         otherwise.
         """
-        fields, kinds = self.fields, ("full_attention", "sliding_attention")
+        fields = self.fields
         for name in ("use_sliding_window", "max_window_layers"):
             fields.get(name)  # known, also where the class passes over them
-        listed = self.layer_types(*kinds)
+        listed = self.layer_types(FULL, SLIDING)
         size = fields.integer_or_none("sliding_window", maximum=1 << 30)
         off = "sliding_window is null" if size is None else "use_sliding_window is false"
-        if listed and kinds[1] in listed and (size is None or not fields.get("use_sliding_window", True)):
-            raise fields.error("layer_types", listed, f"{kinds[0]} alone where {off}")
-        if size and types is None and listed and kinds[0] in listed:
-            raise fields.error("layer_types", listed, f"{kinds[1]} alone, as {self.model_type} has it")
-        types = listed or types or [kinds[1]] * self.num_layers
-        return [size or 0 if kind == kinds[1] else 0 for kind in types]
+        if listed and SLIDING in listed and (size is None or not fields.get("use_sliding_window", True)):
+            raise fields.error("layer_types", listed, f"{FULL} alone where {off}")
+        if size and types is None and listed and FULL in listed:
+            raise fields.error("layer_types", listed, f"{SLIDING} alone, as {self.model_type} has it")
+        types = listed or types or [SLIDING] * self.num_layers
+        return [size or 0 if kind == SLIDING else 0 for kind in types]
 
     def rope_table(self, **how: Any) -> RopeTable:
         """The rotary embeddings of all layers; see `hub_rope.table`."""

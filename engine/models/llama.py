@@ -7,6 +7,7 @@ What every other reader says differences from: Llama's names, defaults and featu
 from pagellm.engine.checkpoints import Checkpoint
 from pagellm.engine.models.gguf import GgufModel
 from pagellm.engine.models.hub import ATTENTION, MLP, HubModel
+from pagellm.engine.models.hub_rope import FULL
 from pagellm.engine.models.spec import ModelSpec
 
 
@@ -14,7 +15,7 @@ def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
     """Reads a config.json of model_type llama."""
     model = HubModel(checkpoint)
     biases = model.biases(attention_bias=ATTENTION, mlp_bias=MLP)
-    model.layer_types("full_attention")
+    model.layer_types(FULL)
     for name in ("use_sliding_window", "max_window_layers", "sliding_window"):
         model.fields.get(name)  # known, and passed over by the class
     return model.spec(biases=biases)

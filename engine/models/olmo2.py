@@ -4,6 +4,7 @@ from pagellm.engine.checkpoints import Checkpoint
 from pagellm.engine.models import rope
 from pagellm.engine.models.gguf import GgufModel
 from pagellm.engine.models.hub import ATTENTION, HubModel
+from pagellm.engine.models.hub_rope import FULL, SLIDING
 from pagellm.engine.models.spec import ModelSpec
 from pagellm.kernels.architecture import WHOLE
 
@@ -14,7 +15,7 @@ _NAMES = {
 }
 _FEATURES = {"pre_norm": False, "post_norm": True, "qk_norm": WHOLE}
 # The class of OLMo 3 takes the top level's rope_theta for its full layers alone.
-_THETAS: dict[str, str | float] = {"full_attention": "rope_theta", "sliding_attention": 5e5}
+_THETAS: dict[str, str | float] = {FULL: "rope_theta", SLIDING: 5e5}
 
 
 def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
@@ -26,10 +27,8 @@ def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
 def olmo3_from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
     """Reads a config.json of model_type olmo3: windows in three of four layers, and RoPE by kind of layer."""
     model = HubModel(checkpoint, {**_DEFAULTS, "rope_theta": 5e5})
-    types = [
-        "sliding_attention" if (index + 1) % 4 else "full_attention" for index in range(model.num_layers)
-    ]
-    types = list(model.layer_types("full_attention", "sliding_attention") or types)
+    types = [SLIDING if (index + 1) % 4 else FULL for index in range(model.num_layers)]
+    types = list(model.layer_types(FULL, SLIDING) or types)
     features = {
         **_FEATURES,
         "window": model.windows(types),

@@ -3,6 +3,7 @@
 from pagellm.engine.checkpoints import Checkpoint
 from pagellm.engine.models.gguf import GgufModel
 from pagellm.engine.models.hub import HubModel
+from pagellm.engine.models.hub_rope import FULL, SLIDING
 from pagellm.engine.models.spec import ModelSpec
 
 DEFAULTS = {
@@ -31,7 +32,7 @@ def windows(model: HubModel) -> list[int]:
     if type(first) is not int:
         raise fields.error("max_window_layers", first, "an integer")
     slides = [enabled and index >= first for index in range(model.num_layers)]
-    return model.windows(["sliding_attention" if one else "full_attention" for one in slides])
+    return model.windows([SLIDING if one else FULL for one in slides])
 
 
 def from_gguf(checkpoint: Checkpoint) -> ModelSpec:

@@ -6,6 +6,7 @@ from pagellm.engine.checkpoints import Checkpoint
 from pagellm.engine.models.decoder import Names, some_with_experts
 from pagellm.engine.models.gguf import GgufModel
 from pagellm.engine.models.hub import ATTENTION, EXPERT_NAMES, MIXTURE_HARMLESS, HubModel
+from pagellm.engine.models.hub_rope import FULL, SLIDING
 from pagellm.engine.models.spec import ModelSpec
 from pagellm.kernels.architecture import PER_HEAD, SOFTMAX
 
@@ -97,10 +98,10 @@ def _qwen2_windows(model: HubModel) -> list[int]:
         raise fields.error("max_window_layers", end, "an integer")
     if not fields.boolean("use_sliding_window"):
         fields.get("sliding_window")  # transformers writes 0
-        model.layer_types("full_attention")
+        model.layer_types(FULL)
         return [0] * model.num_layers
     slides = [index % 2 == 0 and index < end for index in range(model.num_layers)]
-    return model.windows(["sliding_attention" if one else "full_attention" for one in slides])
+    return model.windows([SLIDING if one else FULL for one in slides])
 
 
 def from_gguf(checkpoint: Checkpoint) -> ModelSpec:

@@ -3,6 +3,7 @@
 from pagellm.engine.checkpoints import Checkpoint
 from pagellm.engine.models.gguf import GgufModel
 from pagellm.engine.models.hub import ATTENTION, MLP, HubModel
+from pagellm.engine.models.hub_rope import FULL, SLIDING
 from pagellm.engine.models.spec import ModelSpec
 
 _INTERVAL = 4
@@ -26,7 +27,7 @@ def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
     model = HubModel(checkpoint, _DEFAULTS)
     rotated = _rotated_layers(model)
     enabled = model.fields.boolean("use_sliding_window")
-    types = ["full_attention" if one or not enabled else "sliding_attention" for one in rotated]
+    types = [FULL if one or not enabled else SLIDING for one in rotated]
     features = {"rope_table": [one - 1 for one in rotated], "window": model.windows(types)}
     return model.spec(
         features,
