@@ -46,14 +46,15 @@ class EventKind(IntEnum):
     """What happens, in the order in which it does where times are equal."""
 
     STEP_END = 0
-    TIMEOUT = 1
-    FAILURE = 2
-    READY = 3
-    KV_ARRIVAL = 4
-    ARRIVAL = 5
-    SCALING = 6
-    STEP_START = 7
-    STRIDE_STEP_START = 8
+    STRIDE_END = 1
+    TIMEOUT = 2
+    FAILURE = 3
+    READY = 4
+    KV_ARRIVAL = 5
+    ARRIVAL = 6
+    SCALING = 7
+    STEP_START = 8
+    STRIDE_STEP_START = 9
 
 
 # Sampling parameters that are kept to be used again.
@@ -282,6 +283,7 @@ class Replay:
         """What happens at each kind of event."""
         return {
             EventKind.STEP_END: self._end_step,
+            EventKind.STRIDE_END: self._end_stride,
             EventKind.TIMEOUT: self._time_out,
             EventKind.ARRIVAL: self._arrive,
             EventKind.STEP_START: self._start_step,
@@ -423,7 +425,7 @@ class Replay:
             stride, following = replica.loop.advance(batch, token_id, times, durations_s, goes_on)
             last_start_s, now = stride.times[-2:]
             if now >= next_s:
-                end = (now, EventKind.STEP_END, replica.number, (replica, None, stride.finished))
+                end = (now, EventKind.STRIDE_END, replica.number, (replica, stride.finished))
                 if last_start_s < next_s:
                     return end
                 return (last_start_s, EventKind.STRIDE_STEP_START, replica.number, (replica, end))
@@ -501,17 +503,16 @@ class Replay:
         num_waiting = replica.scheduler.stats.num_waiting
         raise PagellmError(f"the scheduler has {num_waiting} requests and computes none")
 
-    def _end_step(self, now: float, step: tuple[Replica, ScheduledBatch | None, Any]) -> Event | None:
-        """The replica has its step's tokens; what came meanwhile is for the next one.
-
-        step: with how long it took; without a batch it is a stride's last one, with those that it ended.
-        """
-        replica, batch, rest = step
-        if batch is None:
-            return self._ended(now, replica, rest)
-        duration_s: float = rest
+    def _end_step(self, now: float, step: tuple[Replica, ScheduledBatch, float]) -> Event | None:
+        """The replica has its step's tokens; what came meanwhile is for the next one."""
+        replica, batch, duration_s = step
         token_ids = [self._output_tokens] * batch.num_sampled
         return self._ended(now, replica, replica.loop.end(batch, token_ids, now, duration_s=duration_s))
+
+    def _end_stride(self, now: float, stride: tuple[Replica, list[Sequence]]) -> Event | None:
+        """A stride in which something came is over; its sequences have their tokens, and some have ended."""
+        replica, finished = stride
+        return self._ended(now, replica, finished)
 
     def _ended(self, now: float, replica: Replica, finished: list[Sequence]) -> Event | None:
         """A replica's step is over, and some of its sequences with it."""
