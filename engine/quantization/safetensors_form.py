@@ -113,7 +113,7 @@ def _jobs(tensor: Tensor, file: PlacedFile, place: int, dtype: str) -> Iterator[
         return
     row = prod(tensor.shape[1:])
     step = max(1, PIECE_BYTES // (4 * row))
-    if isinstance(tensor, QuantizedTensor):  # a few rows of some cannot be read without all others
+    if isinstance(tensor, QuantizedTensor) and tensor.by_columns:
         step = tensor.shape[0]
     for first in range(0, tensor.shape[0], step):
         yield partial(_convert, tensor, file, place, dtype, first, min(first + step, tensor.shape[0]))

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from pagellm.engine.checkpoints import BLOCK_SIZES, Checkpoint, Tensor, bits_per_weight
 from pagellm.engine.checkpoints.gguf import read_gguf, read_metadata_bytes
 from pagellm.engine.checkpoints.gguf_writer import GgufWriter, TensorInfo, encode_value
+from pagellm.engine.checkpoints.quantized import QuantizedTensor
 from pagellm.engine.errors import CheckpointError
 from pagellm.engine.execution.weights import pair, plain_rows, tensor_of
 from pagellm.engine.models import ModelSpec, Source, gguf_rope, read_spec
@@ -271,7 +272,8 @@ def _segments(
 
 def _is_read_whole(checkpoint: Checkpoint, source: Source) -> bool:
     """Whether a few outputs of it cannot be read without all others."""
-    return source.transposed or checkpoint.tensors[source.tensor].dtype in ("INT4", "INT4_ZERO")
+    tensor = checkpoint.tensors[source.tensor]
+    return source.transposed or (isinstance(tensor, QuantizedTensor) and tensor.by_columns)
 
 
 def _head_size(source: Source) -> int:

@@ -60,13 +60,14 @@ class QuantizedTensor(Tensor):
     float32), INT8 (signed, beside activations that are quantized, too), INT8_127 (signed, in 127ths), E4M3,
     NF4, FP4. group_size: how many inputs share a scale. read: the rows from one to another. groups: the group
     of each input, if they are not one after the other. is_kept: whether the groups are such that a format can
-    hold them.
+    hold them. by_columns: whether the file has outputs as columns, of which a few cannot be read without all.
     """
 
     group_size: int
     read: Callable[[int, int], Pieces] = field(repr=False, compare=False)
     groups: NDArray[np.int32] | None = field(repr=False, compare=False, default=None)
     is_kept: bool = True
+    by_columns: bool = False
 
     def rows(self, start: int, stop: int) -> Floats:
         """As `Tensor.rows`: each value rounded once, from the float32 that the method's own library has."""

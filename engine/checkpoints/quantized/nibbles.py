@@ -73,6 +73,7 @@ class Words:
             self.read,
             self._checked_groups(groups, size),
             self._is_kept(size),
+            self.layout != "rows",
         )
 
     def _checked_groups(self, groups: int, size: int) -> NDArray[np.int32] | None:
@@ -104,8 +105,10 @@ class Words:
             scales = self.scales.rows(start, stop)
             zeros = None
             if self.zeros is not None:
-                packed = _fields(_words(self.zeros, 0, self.zeros.shape[0]).T)  # [groups, words, 8]
-                zeros = packed.reshape(self.zeros.shape[1], -1)[:, start:stop].T
+                first, last = start // _LEVELS, -(-stop // _LEVELS)
+                packed = _fields(_words(self.zeros, first, last).T)  # [groups, words, 8]
+                zeros = packed.reshape(self.zeros.shape[1], -1)
+                zeros = zeros[:, start - first * _LEVELS : stop - first * _LEVELS].T
         else:
             levels, scales, zeros = self._columns(start, stop)
         if zeros is not None and self.symmetric:
