@@ -58,6 +58,10 @@ def loaded(directory: Path) -> None:
             "gptq", (), {"modules_in_block_to_quantize": [["self_attn.q_proj"]]},
             "down_proj: found quantized weights, expected others: .*in_block_to_quantize excludes it",
         ),
+        (
+            "gptq", (), {"dynamic": {"-:none": {}}, "modules_in_block_to_quantize": [["self_attn.q_proj"]]},
+            "down_proj: found quantized .*dynamic or modules_in_block_to_quantize excludes it",
+        ),
         ("gptq_order", (), {"desc_act": False}, "desc_act: found False, expected true: the g_idx"),
         ("awq", (), {"bits": 8}, "bits: found 8, expected 4"),
         ("awq", (), {"version": "gemv"}, "version: found 'gemv', expected 'gemm'"),

@@ -89,8 +89,8 @@ def read_gptq(section: Section, modules: Modules) -> str:
     def is_excluded(module: str) -> bool:
         return skipped(module) or (bool(names) and not any(module.endswith(f".{name}") for name in names))
 
-    key = "dynamic" if section.get("dynamic") else "modules_in_block_to_quantize"
-    modules.check(section, key, is_excluded)
+    keys = [key for key in ("dynamic", "modules_in_block_to_quantize") if section.get(key)]
+    modules.check(section, " or ".join(keys) or "modules_in_block_to_quantize", is_excluded)
     return f"GPTQ, 4 bits, {described_groups(group_size)}"
 
 
