@@ -363,8 +363,8 @@ BUGS = (
         "the second tier is used beyond its size",
         MANAGER,
         "BlockManager.can_swap_out",
-        "len(self._free_swap)",
-        "len(self._free_swap) + 1",
+        "self._free_swap.size",
+        "self._free_swap.size + 1",
     ),
     Bug(
         "a reset leaves something in the cache",

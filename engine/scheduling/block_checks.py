@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def check_blocks(manager: "BlockManager") -> None:
     """Asserts all that is asked of a block manager, as it stands between two operations."""
     free = list(manager._free)
-    assert len(free) == len(set(free)) == len(manager._free), "the free list names a block twice"
+    assert len(free) == len(set(free)) == manager._free.size, "the free list names a block twice"
     num_blocks = manager.num_blocks
     counts = [0] * (num_blocks + manager.num_swap_blocks)
     free_swap = list(manager._free_swap)

@@ -140,7 +140,7 @@ class BlockManager:
         """Lets the eviction policy of several say which blocks are given up first, before any is used."""
         self._policies = policies
         if policies.ranks_blocks and self.enable_prefix_caching:
-            assert len(self._free) == self.num_blocks, "blocks are in use"
+            assert self._free.size == self.num_blocks, "blocks are in use"
             self._cache = self._new_cache(knows_followers=True)
             self._ranked = RankedBlocks(self.num_blocks, self._cache, policies, self.window.tokens > 0)
             self._free = self._ranked
@@ -174,7 +174,7 @@ class BlockManager:
     @property
     def num_free_swap_blocks(self) -> int:
         """Blocks of the second tier that no swapped sequence holds; they may hold a known prefix."""
-        return len(self._free_swap)
+        return self._free_swap.size
 
     @property
     def num_swapped(self) -> int:
@@ -426,7 +426,7 @@ class BlockManager:
 
     def can_swap_out(self, sequence: Sequence) -> bool:
         """Whether the second tier has room for what a running sequence has computed."""
-        return 0 < self.held_blocks(sequence.num_computed_tokens) <= len(self._free_swap)
+        return 0 < self.held_blocks(sequence.num_computed_tokens) <= self._free_swap.size
 
     def swap_out(self, sequence: Sequence) -> None:
         """Moves what a running sequence has computed to the second tier and takes all its blocks."""
@@ -655,7 +655,7 @@ class BlockManager:
             self._cache.remove((block,))
             self.stats.evictions += self.block_size
             return
-        if self.offloads and len(self._free_swap):
+        if self.offloads and self._free_swap.size:
             slot, before = self._take_swap(), self._cache.before(block)
             if block in self._cache:  # it may have followed what that slot held
                 self._cache.move(block, self.num_blocks + slot)

@@ -19,9 +19,6 @@ class FreeList:
         self._end = end
         self.size = num_blocks
 
-    def __len__(self) -> int:
-        return self.size
-
     def __iter__(self) -> Iterator[int]:
         block = self._next[self._end]
         while block != self._end:

@@ -36,9 +36,6 @@ class RankedBlocks:
         self._known_since = array("q", [0]) * num_blocks
         self._last_used = array("q", [0]) * num_blocks
 
-    def __len__(self) -> int:
-        return self.size
-
     @property
     def size(self) -> int:
         """How many there are."""
