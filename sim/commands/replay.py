@@ -22,6 +22,7 @@ from pagellm.sim.commands.sweep import (
 from pagellm.sim.commands.trace import PROGRESS_INTERVAL_S, add_trace_input, list_skipped, load_trace
 from pagellm.sim.costs.cost_model import CostModel
 from pagellm.sim.costs.profile import ProfileCostModel
+from pagellm.sim.fleet.file import read_fleet
 from pagellm.sim.fleet.fleet import disaggregated, known_link, parse_disaggregation
 from pagellm.sim.outputs import check_writable
 from pagellm.sim.report.metrics import SLO_NAMES
@@ -171,8 +172,6 @@ def _simulator(options: argparse.Namespace, **others: Any) -> Simulator:
         return Simulator.of_fleet(fleet, **others)
     if options.disaggregate is not None:
         raise ConfigError("--disaggregate: not with --fleet, whose groups have roles")
-    from pagellm.sim.fleet.file import read_fleet
-
     has_costs = has_step_times(options, "model", "quantization", "num_threads")
     costs = _cost_model(options) if has_costs else None
     fleet = read_fleet(options.fleet, costs, given_settings(options))

@@ -47,7 +47,6 @@ A group that says neither what its hardware and model are nor its profile has th
 Paths are looked for beside the file first.
 """
 
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass
 from dataclasses import fields as fields_of
@@ -143,6 +142,8 @@ class _Reader:
     def _read(self) -> Any:
         if self.path.suffix == ".json":
             return read_json(self.path, "a fleet", ConfigError)
+        import tomllib  # others have no use for it, and a replay without a fleet should start at once
+
         content = read_bounded(self.path, ConfigError)
         try:
             return tomllib.loads(content.decode())
