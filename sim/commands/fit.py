@@ -10,9 +10,9 @@ from pagellm.engine.commands.flags import add_flags
 from pagellm.engine.config import EngineConfig
 from pagellm.engine.errors import ConfigError
 from pagellm.sim.commands.sweep import parse_roofline
-from pagellm.sim.costs.constants import CONSTANTS, parse_constants
+from pagellm.sim.costs.constants import parse_constants
 from pagellm.sim.costs.fitted import FittedCosts
-from pagellm.sim.fit.fit import MAX_CONSTANTS, MIN_CONSTANTS, Fit
+from pagellm.sim.fit.fit import FITTABLE, MAX_CONSTANTS, MIN_CONSTANTS, Fit
 from pagellm.sim.fit.formats import load_run
 from pagellm.sim.fit.recorded_run import RecordedRun
 from pagellm.sim.outputs import check_writable
@@ -38,7 +38,7 @@ def add_fit(commands: "argparse._SubParsersAction[Any]") -> None:
     parser.add_argument(
         "--constants", metavar="NAME,...",
         help=f"{MIN_CONSTANTS} to {MAX_CONSTANTS} that are fitted (default: as fits the run), of "
-        f"{', '.join(CONSTANTS)}",
+        f"{', '.join(FITTABLE)}",
     )  # fmt: skip
     parser.add_argument(
         "--set-cost", action="append", default=[], metavar="KEY=VALUE", help="a constant that is held"

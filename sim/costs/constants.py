@@ -110,7 +110,7 @@ CLIENT_FRONTEND_S = 0.010
 # PyTorch's sort, which vLLM takes for top_p: 60 us a row of 131,072 logits and as much as ten rows in each
 # step, by the tables of its pull requests 32558 and 51507.
 SORT_S, SORT_ROWS = 6e-5, 10
-# Of these, what is 0 or 1.
+# Of the constants, those that are 0 or 1.
 SWITCHES = ("steps_ahead",)
 
 

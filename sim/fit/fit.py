@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pagellm.engine.errors import ConfigError, found
-from pagellm.sim.costs.constants import CLIENT_FRONTEND_S, CONSTANTS, SORT_S, Constants
+from pagellm.sim.costs.constants import CLIENT_FRONTEND_S, CONSTANTS, SORT_S, SWITCHES, Constants
 from pagellm.sim.costs.cost_model import FIT_METRICS, FitError
 from pagellm.sim.costs.decoder import Model, load_model
 from pagellm.sim.costs.devices import Hardware, load_hardware
@@ -30,6 +30,8 @@ from pagellm.sim.simulator import Simulator
 from pagellm.sim.traces.trace import Trace
 
 MIN_CONSTANTS, MAX_CONSTANTS = 2, 6
+# What a search may move: a switch has nothing between on and off.
+FITTABLE = tuple(name for name in CONSTANTS if name not in SWITCHES)
 # The error of a figure that weighs as much as a constant that is off by a factor of e.
 # A half's throughput is decided by whichever request ends last, and of a quantile by a few.
 _TOLERANCES = {"throughput": 0.03, "ttft": 0.04, "tpot": 0.01, "e2e": 0.03}
@@ -261,8 +263,8 @@ def _default_constants(run: RecordedRun, num_devices: int, takes_top: bool) -> l
 
 def _check_constants(names: Sequence[str], given: Mapping[str, float | str]) -> None:
     for name in names:
-        if name not in CONSTANTS:
-            raise ConfigError(f"constants: found {found(name)}, expected some of {', '.join(CONSTANTS)}")
+        if name not in FITTABLE:
+            raise ConfigError(f"constants: found {found(name)}, expected some of {', '.join(FITTABLE)}")
         if name in given:
             raise ConfigError(f"constants: found {name}, which is given, expected one that is to be fitted")
     if len(set(names)) != len(names) or not MIN_CONSTANTS <= len(names) <= MAX_CONSTANTS:

@@ -567,6 +567,7 @@ def test_a_few_requests_to_which_something_else_happened_move_nothing(tmp_path: 
         (["product_flops"] * 2, {}, "found product_flops, product_flops, expected 2 to 6 different ones"),
         (list(CONSTANTS)[:7], {}, "expected 2 to 6 different ones"),
         (["product_flops", "speed"], {}, "constants: found 'speed', expected some of product_flops"),
+        (["product_flops", "steps_ahead"], {}, "found 'steps_ahead', expected some of product_flops"),
         (
             ["product_flops", "head_flops"],
             {"head_flops": 0.5},
