@@ -109,7 +109,10 @@ def load_run(path: str | os.PathLike[str]) -> RecordedRun:
 
 
 def load_runs(path: str | os.PathLike[str]) -> list[RecordedRun]:
-    """All runs in a file, of which only one with stages has several. Raises `TraceError`."""
+    """All runs in a file or directory: stages, appended results and directories may have several.
+
+    Raises `TraceError`.
+    """
     path = checks.path("run", path, TraceError)
     if path.is_dir():
         names = [path / f"{name}{end}" for name in _FILES for end in ("", ".gz")]
@@ -556,23 +559,24 @@ def _csv_rows(path: Path, text: str) -> Iterator[dict[str | Any, str | Any]]:
         raise TraceError(f"{path}: found {error}, expected comma-separated values") from None
 
 
-def _trace_header(path: Path) -> dict[str, str]:
-    """What the YAML beside a TraceV2 says, all of it scalars in one section or none: names and texts.
+def _trace_header(path: Path) -> Fields:
+    """What the YAML beside a TraceV2 says, all of it scalars in one section or none; nothing without one.
 
     It has the name of the data, or as BLIS's examples call the two.
     """
     stem = path.name.removesuffix(".gz").removesuffix(".csv")
     names = (f"{stem}.yaml", f"{stem}.yml", stem.replace("data", "header") + ".yaml", "trace_header.yaml")
     header = next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
-    found_: dict[str, str] = {}
+    values: dict[str, Any] = {}
     for line in _read(header).splitlines() if header else ():
         name, colon, value = line.partition(":")
         if colon and not line.lstrip().startswith("#"):
-            found_[name.strip()] = value.partition(" #")[0].strip().strip("\"'")
-    unit = found_.get("time_unit", "microseconds")
+            values[name.strip()] = cell_value(value.partition(" #")[0].strip().strip("\"'"))
+    said = Fields(values, str(header), TraceError)
+    unit = values.get("time_unit", "microseconds")
     if unit != "microseconds":
-        raise TraceError(f"{header}: time_unit: found {found(unit)}, expected 'microseconds'")
-    return found_
+        raise said.bad("time_unit", unit, "'microseconds'")
+    return said
 
 
 def _trace_v2(path: Path, text: str) -> RecordedRun:
@@ -582,12 +586,10 @@ def _trace_v2(path: Path, text: str) -> RecordedRun:
     """
     reading = _Reading(path)
     header = _trace_header(path)
-    said = Fields({name: cell_value(text) for name, text in header.items()}, str(path), TraceError, "server.")
-    settings = settings_of(said)
-    known: dict[str, Any] = {"model": header["model"]} if header.get("model") else {}
-    if said.has("tensor_parallel"):
-        known["num_devices"] = said.integer("tensor_parallel")
-    num_warm = said.integer("warm_up_requests", 0) if said.has("warm_up_requests") else 0
+    known: dict[str, Any] = {"model": str(header.get("model"))} if header.has("model") else {}
+    if header.has("tensor_parallel"):
+        known["num_devices"] = header.integer("tensor_parallel")
+    num_warm = header.integer("warm_up_requests", 0) if header.has("warm_up_requests") else 0
     for number, row in enumerate(_csv_rows(path, text), 2):
         place = f"{path}:{number}"
         if number < num_warm + 2:
@@ -618,4 +620,4 @@ def _trace_v2(path: Path, text: str) -> RecordedRun:
             place, _time(one, begin, 1e-6), prompt_len, one.integer("output_tokens"),
             _time(one, "first_chunk_time_us", 1e-6), _time(one, "last_chunk_time_us", 1e-6), prefix,
         )  # fmt: skip
-    return reading.run("BLIS TraceV2", at_client=True, settings=settings, **known)
+    return reading.run("BLIS TraceV2", at_client=True, settings=settings_of(header), **known)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -518,9 +519,14 @@ def test_the_header_of_a_trace_says_what_served(names: tuple[str, str], tmp_path
         run = load_run(path)
         assert (run.model, run.num_devices, run.num_left_out) == ("Qwen/Qwen3-8B", 2, 4)
         assert run.experiments[0].settings == {"max_num_seqs": 64, "block_size": 16}
-    header.write_text("time_unit: fortnights\n")
-    with pytest.raises(TraceError, match="time_unit: found 'fortnights', expected 'microseconds'"):
-        load_run(data)
+    for line, message in (
+        ("time_unit: fortnights", "time_unit: found 'fortnights', expected 'microseconds'"),
+        ("block_size: many", "block_size: found 'many', expected a positive integer"),
+        ("warm_up_requests: -1", "warm_up_requests: found -1, expected a"),
+    ):
+        header.write_text(f"{line}\n")
+        with pytest.raises(TraceError, match=re.escape(f"{header}: {message}")):
+            load_run(data)
 
 
 def test_clients_that_wait_for_their_answers_are_replayed_as_such(tmp_path: Path) -> None:
