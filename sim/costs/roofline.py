@@ -200,7 +200,7 @@ class RooflineCostModel(CostModel):
         device, decoder = load_hardware(hardware), load_model(model)
         others = {**(fitted.constants if fitted is not None else {}), **given}
         quantizer = decoder.quantizer if others.get("weights", AUTO) == AUTO else None
-        name = name_of(hardware, model, num_devices, pipeline_parallel, data_parallel, quantizer)
+        name = _name_of(hardware, model, num_devices, pipeline_parallel, data_parallel, quantizer)
         made = cls(
             device,
             decoder,
@@ -435,20 +435,14 @@ class RooflineCostModel(CostModel):
         return usable - reserved - max(states, logits) - weights
 
 
-def name_of(
-    hardware: str,
-    model: str,
-    num_devices: int,
-    pipeline: int = 1,
-    data: int = 1,
-    quantizer: str | None = None,
+def _name_of(
+    hardware: str, model: str, num_devices: int, pipeline: int, data: int, quantizer: str | None
 ) -> str:
     """What an estimate is of, by the names of files where they are files."""
-    ways = [f"{pipeline} stages"] * (pipeline > 1) + [f"{data} data parallel"] * (data > 1)
     weights = f" in {quantizer}" if quantizer else ""
-    return (
-        f"{', '.join([f'{_short(model)}{weights} on {num_devices} x {_short(hardware)}', *ways])}, roofline"
-    )
+    parts = [f"{_short(model)}{weights} on {num_devices} x {_short(hardware)}"]
+    parts += [f"{pipeline} stages"] * (pipeline > 1) + [f"{data} data parallel"] * (data > 1)
+    return f"{', '.join(parts)}, roofline"
 
 
 def _stage_shares(num_layers: int, num_stages: int) -> list[float]:

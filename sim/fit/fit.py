@@ -12,7 +12,6 @@ count where constants are scored. Nothing in it is random.
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -138,7 +137,7 @@ class Fit:
         if not far or len(far) > _MAX_FAR * len(half.positions):
             return half
         kept = [position for position in half.positions if position not in far]
-        return replace(half, positions=kept, measured=figures([experiment.served[i] for i in kept]))
+        return Half(kept, figures([experiment.served[i] for i in kept]))
 
     def score(self, values: Mapping[str, float | str]) -> FitError:
         """The error of constants on the half that is scored, each figure the mean over experiments."""
