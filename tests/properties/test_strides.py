@@ -29,6 +29,7 @@ from pagellm.sim.fleet.fleet import Autoscale, Fleet, Group, Link, RandomFailure
 from pagellm.sim.router import ROUTERS
 from tests.conftest import at_most
 from tests.properties import extensions
+from tests.sim.test_cost_profile import PROFILE
 
 GALLERY = Path(__file__).parents[2] / "examples" / "policies"
 # Of each setting the gallery's policies.
@@ -54,15 +55,8 @@ class StepByStep(RooflineCostModel):
 
 
 # What of it is measured is often left behind.
-PROFILE: dict[str, Any] = {
-    "format": "pagellm-profile",
-    "version": 1,
-    "model": "tiny",
-    "quantization": "int8",
-    "num_threads": 2,
-    "machine": "a desk",
-    "block_size": 16,
-    "block_bytes": 1600,
+QUICK = PROFILE | {
+    "mixed": None,
     "prefill": {
         "chunk_tokens": [1, 64],
         "context_tokens": [0, 500],
@@ -161,7 +155,7 @@ Kind = type[RooflineCostModel] | type[ProfileCostModel]
 def costs_of(kind: Kind, model: str, window: int | None, steps_ahead: int = 0) -> CostModel:
     """Step times that differ with every token of a context."""
     if issubclass(kind, ProfileCostModel):
-        return kind(PROFILE)
+        return kind(QUICK)
     decoder = load_model(model)
     layers = tuple(replace(layer, window=window or 0) for layer in decoder.layers)
     if window is None:  # of two kinds, of which one sees less
