@@ -34,7 +34,7 @@ class Form:
     names: of tensors that are called otherwise than llama's. biases: the parts that may have one; needed:
     that must. tied: whether the output matrix is the embedding or is there; None: either. square:
     whether a layer's heads together have to be as wide as its hidden state. own_width: whether the width of
-    experts has a key of its own.
+    experts has a key of its own; one_width: whether what is beside them has that of a feed-forward alone.
     """
 
     architecture: str
@@ -44,6 +44,7 @@ class Form:
     tied: bool | None = None
     square: bool = False
     own_width: bool = False
+    one_width: bool = False
 
 
 _ONE_NORM = {"mlp_norm": "attn_norm"}
@@ -66,7 +67,9 @@ FORMS = {
     "falcon": Form("falcon", {**_FUSED_QKV, **_ONE_NORM}, biases=(), square=True),
     "gemma2": Form("gemma2", tied=True),
     "gemma3_text": Form("gemma3"),
-    "gemma4_text": Form("gemma4", {**gemma4.GGUF_NAMES, "expert_up": gemma4.STACKED}, own_width=True),
+    "gemma4_text": Form(
+        "gemma4", {**gemma4.GGUF_NAMES, "expert_up": gemma4.STACKED}, own_width=True, one_width=True
+    ),
     "glm": Form("chatglm", _FUSED_UP, square=True),
     "glm4": Form("glm4", _FUSED_UP),
     "glm4_moe_lite": _DEEPSEEK,
@@ -329,9 +332,7 @@ def _feed_forward_keys(form: Form, config: Mapping[str, Any], arch: Architecture
     """The width of the feed-forward, and what there is to say of experts."""
     layers = arch.layers
     sparse, name = layers["num_experts"] > 0, form.architecture
-    width = int(layers["intermediate_size"][~sparse].max(initial=0))
-    if name == "gemma4":  # where it is beside experts
-        width = int(layers["intermediate_size"].max())
+    width = int((layers if form.one_width else layers[~sparse])["intermediate_size"].max(initial=0))
     if not sparse.any() and name != "deepseek2":
         return {"feed_forward_length": width}
     row = layers[int(sparse.argmax())]
@@ -354,7 +355,7 @@ def _feed_forward_keys(form: Form, config: Mapping[str, Any], arch: Architecture
         if sparse.any():
             keys["expert_group_count"] = int(row["expert_groups"])
             keys["expert_group_used_count"] = int(row["groups_per_token"])
-    elif shared and name != "gemma4":
+    elif shared and not form.one_width:
         keys["expert_shared_feed_forward_length"] = shared
     if name == "ernie4_5-moe":
         keys["leading_dense_block_count"] = int(config.get("moe_layer_start_index", 1))
