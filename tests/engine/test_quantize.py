@@ -24,7 +24,7 @@ from pagellm.engine import LLM, CheckpointError, ConfigError, EngineConfig, Page
 from pagellm.engine.checkpoints import open_checkpoint
 from pagellm.engine.models import read_spec
 from pagellm.engine.quantization import pieces, safetensors_form, writing
-from pagellm.engine.quantization.gguf_form import FORMS
+from pagellm.engine.quantization.gguf_architectures import FORMS
 from pagellm.engine.quantization.mixes import Matrices, type_of
 from pagellm.engine.quantization.model import Settings, quantize_model
 from pagellm.engine.tokenizer import load_tokenizer
