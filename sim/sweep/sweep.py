@@ -217,7 +217,7 @@ class Sweep:
 
     def step_time_errors(self) -> tuple[StepTimeError | None, FitError | None]:
         """As `SweepResult` has them. Raises as `run` does."""
-        return _errors(self._checked().costs)
+        return _errors(self._cost_models())
 
     def trace_rate(self) -> float:
         """Requests a second of the trace as it is. Raises `TraceError` and `ConfigError`."""
@@ -259,24 +259,28 @@ class Sweep:
         load_costs.cache_clear()
         trace = self.trace.load()
         next(iter(trace))
-        serving = self.serving
-        serves = self.grid.check(serving)
-        try:
-            costs = serving.cost_models({})
-        except PagellmError:  # a fleet may need other values
-            if self.fleet is None:
-                raise
-            costs = serving.cost_models(serves)
-        for one in costs:
-            one.check_error(self.accept_profile_error)
+        costs = self._cost_models()
         reading = self.trace.reading()
         if self.slo is not None and self.slo.joint:
             each = " and ".join(f"{name} {seconds:g} s" for name, seconds in self.slo.joint)
             reading += f", each within {each}"
         name = " and ".join(dict.fromkeys(one.name for one in costs))
         name = name if self.fleet is None else f"{self.fleet}: {name}"
-        content = self.trace.hash(), reading, name, serving.hash(self.grid.axes)
+        content = self.trace.hash(), reading, name, self.serving.hash(self.grid.axes)
         return _Checked(Identity(trace.name, *content), costs)
+
+    def _cost_models(self) -> list[CostModel]:
+        """The step times; where they are an axis, the first of them. Every value alone is good then."""
+        serves = self.grid.check(self.serving)
+        try:
+            costs = self.serving.cost_models({})
+        except PagellmError:  # a fleet may need other values
+            if self.fleet is None:
+                raise
+            costs = self.serving.cost_models(serves)
+        for one in costs:
+            one.check_error(self.accept_profile_error)
+        return costs
 
     def _drive(self, checked: _Checked, tasks: list[_Task[_Result]]) -> list[_Result]:
         """Runs tasks side by side, each a replay at a time, as many as there are workers."""
