@@ -17,7 +17,9 @@ from pagellm.sim.commands.sweep import (
     add_fleet,
     add_roofline,
     cost_source,
+    flag,
     has_step_times,
+    refuse,
 )
 from pagellm.sim.commands.trace import PROGRESS_INTERVAL_S, add_trace_input, list_skipped, load_trace
 from pagellm.sim.costs.cost_model import CostModel
@@ -91,10 +93,6 @@ def _slo(text: str) -> dict[str, float]:
     return limits
 
 
-def _flag(name: str) -> str:
-    return "TRACE" if name == "trace" else f"--{name.replace('_', '-')}"
-
-
 def _replay(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Replay a trace against the scheduler, simulated or for real, and report what came of it."""
     for name in ("output", "report"):
@@ -117,16 +115,11 @@ def _replay(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Non
     print(report.to_json() if options.json else to_text(report))
 
 
-def _is_given(options: argparse.Namespace, name: str) -> bool:
-    """Whether an option was used; a number that is 0 was."""
-    value = getattr(options, name)
-    return value is not None and value is not False and value != []
-
-
 def _compare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     for name, value in vars(options).items():
         if value != parser.get_default(name) and name not in ("compare", "report", "json"):
-            raise ConfigError(f"{_flag(name)}: not with --compare, which reads reports")
+            shown = "TRACE" if name == "trace" else flag(name)
+            raise ConfigError(f"{shown}: not with --compare, which reads reports")
     if len(options.compare) < 2:
         raise ConfigError(f"--compare: found one report, {options.compare[0]}, expected at least two")
     first, *others = reports = [load_report(path) for path in options.compare]
@@ -160,7 +153,7 @@ def _simulator(options: argparse.Namespace, **others: Any) -> Simulator:
     for name in ("disaggregate", "link"):
         other = "link" if name == "disaggregate" else "disaggregate"
         if getattr(options, name) is not None and getattr(options, other) is None:
-            raise ConfigError(f"{_flag(name)}: not without {_flag(other)}")
+            raise ConfigError(f"{flag(name)}: not without {flag(other)}")
     if options.fleet is None:
         alike = _cost_model(options)
         config = alike.settings(given_settings(options))
@@ -186,18 +179,16 @@ def _cost_model(options: argparse.Namespace) -> CostModel:
         if options.model not in (None, costs.model):
             raise ConfigError(f"--model: found {options.model!r}, expected the profile's, {costs.model!r}")
         return costs
-    for name in ("model", "quantization", "num_threads"):
-        if getattr(options, name) is not None:
-            raise ConfigError(f"{_flag(name)}: not with step times that are of one model and machine already")
+    why = "not with step times that are of one model and machine already"
+    refuse(options, ("model", "quantization", "num_threads"), why)
     return costs
 
 
 def _replay_for_real(trace: Trace, options: argparse.Namespace) -> Report:
     simulated = ("profile", "roofline", "set_cost", "costs", "timeout_s", "accept_profile_error")
     ways = "pipeline_parallel", "data_parallel", "disaggregate"
-    for name in (*simulated, *ways, "fleet", "link", "price"):
-        if _is_given(options, name):
-            raise ConfigError(f"{_flag(name)}: not with --real, which serves on this machine")
+    why = "not with --real, which serves on this machine"
+    refuse(options, (*simulated, *ways, "fleet", "link", "price"), why)
     if options.router is not None:
         raise ConfigError(
             "--router: not with --real, which is one engine: `lab --confirm` confirms routers on several"

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,22 @@ def has_step_times(options: argparse.Namespace, *others: str) -> bool:
     """
     if options.profile is not None or options.roofline is not None or options.fleet is None:
         return True
-    for name in ("set_cost", "costs", "pipeline_parallel", "data_parallel", *others):
-        value = getattr(options, name)
-        if value is not None and value != []:
-            flag = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{flag}: not without step times of all groups; a group has its own")
+    of_them = ("set_cost", "costs", "pipeline_parallel", "data_parallel", *others)
+    refuse(options, of_them, "not without step times of all groups; a group has its own")
     return False
+
+
+def refuse(options: argparse.Namespace, names: Iterable[str], why: str) -> None:
+    """Raises `ConfigError` for the first of some options that was used; a number that is 0 was."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value is not False and value != []:
+            raise ConfigError(f"{flag(name)}: {why}")
+
+
+def flag(name: str) -> str:
+    """How an option is written."""
+    return f"--{name.replace('_', '-')}"
 
 
 def parse_grid(options: argparse.Namespace, *more: str) -> Grid:
