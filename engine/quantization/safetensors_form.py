@@ -17,7 +17,7 @@ import numpy as np
 
 from pagellm.engine.checkpoints import BLOCK_SIZES, Checkpoint, Tensor
 from pagellm.engine.checkpoints.huggingface import WEIGHTS_FILE
-from pagellm.engine.checkpoints.json_files import CONFIG_FILE, config_parts
+from pagellm.engine.checkpoints.json_files import CONFIG_FILE, config_parts, read_json_object
 from pagellm.engine.checkpoints.placed_file import PlacedFile
 from pagellm.engine.checkpoints.quantized import (
     SETTINGS,
@@ -144,10 +144,10 @@ def _copy_small_files(checkpoint: Checkpoint, directory: Path, dtype: str) -> No
         target = directory / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
-    config = json.loads((source / CONFIG_FILE).read_text("utf-8-sig"))
+    config = read_json_object(source / CONFIG_FILE)
     for part in config_parts(config).values():
         for key in SETTINGS:
             part.pop(key, None)
         for key in {"dtype", "torch_dtype"} & part.keys():
             part[key] = TYPES[dtype]
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")

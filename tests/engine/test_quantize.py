@@ -398,6 +398,18 @@ def report_names(directory: Path) -> list[str]:
         return list(checkpoint.tensors)
 
 
+def test_a_configuration_may_be_any_json_that_can_be_read(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(MODELS / "llama_tiny", source)
+    config = json.loads((source / "config.json").read_text()) | {"_name_or_path": "\ud800"}
+    (source / "config.json").write_bytes(json.dumps(config).encode("utf-16"))
+    quantize_model(str(source), tmp_path / "out", Settings("F32", text_tokens=0))
+    written = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
+    assert written["_name_or_path"] == "\ud800"
+    with open_checkpoint(tmp_path / "out") as checkpoint:
+        read_spec(checkpoint)
+
+
 @pytest.mark.parametrize("name", [".", "..", "", "inner/.."])
 def test_a_directory_without_a_name_of_its_own_is_no_output(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
