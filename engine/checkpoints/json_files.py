@@ -7,6 +7,7 @@ from typing import Any
 from pagellm.engine.checks import JsonError, parse_json
 from pagellm.engine.errors import CheckpointError
 from pagellm.engine.files import read_plain
+from pagellm.engine.quantized_config import PARTS
 
 CONFIG_FILE = "config.json"
 # Of a configuration and of an index of shards.
@@ -33,5 +34,5 @@ def config_parts(config: Mapping[str, Any]) -> dict[str, Any]:
 
     By what stands before the names of their keys: nothing, or a section's name and a dot.
     """
-    sections = {f"{name}.": config.get(name) for name in ("text_config", "llm_config")}
+    sections = {f"{name}.": config.get(name) for name in PARTS}
     return {"": config} | {prefix: part for prefix, part in sections.items() if isinstance(part, dict)}

@@ -9,17 +9,15 @@ from typing import Any
 
 from pagellm.engine.checkpoints import SUPPORTED_DTYPES, Checkpoint
 from pagellm.engine.checkpoints.json_files import config_parts, read_json_object
-from pagellm.engine.checkpoints.quantized import SETTINGS, SETTINGS_FILES
 from pagellm.engine.errors import CheckpointError, found
 from pagellm.engine.models.fields import Fields
+from pagellm.engine.quantized_config import ALL_SETTINGS, ALL_SETTINGS_FILES, SETTINGS, is_bitsandbytes
 
 _SUPPORTED = (
     "weights in float32, float16 or bfloat16, which the setting quantization converts while loading, or "
     "quantized by GPTQ, AWQ, compressed-tensors, FP8, bitsandbytes or MXFP4, or a GGUF file of any of these "
     f"types: {SUPPORTED_DTYPES}"
 )
-_KEYS = (*SETTINGS, "quantization")
-_FILES = {**SETTINGS_FILES, "hf_quant_config.json": "modelopt"}
 # What tells variants of a method apart, in the order in which it is shown.
 _DETAILS = (
     "mode",
@@ -39,18 +37,18 @@ def refuse_quantized(fields: Fields, checkpoint: Checkpoint) -> None:
 
     That is, by a method that is not read.
     """
-    for key in _KEYS:
+    for key in ALL_SETTINGS:
         fields.get(key)
     if checkpoint.config_only:
         return  # whoever asks for a shape alone reads for himself what its weights take
     is_read = bool(checkpoint.quantization)
     for prefix, section in config_parts(fields.values).items():
-        for key in _KEYS[-1:] if is_read else _KEYS:
-            if section.get(key) is not None:
+        for key in ALL_SETTINGS:
+            if section.get(key) is not None and not (is_read and key in SETTINGS):
                 raise CheckpointError(
                     f"{fields.path}: {prefix}{key}: found {_method(section[key])}, expected {_SUPPORTED}"
                 )
-    for name, method in _FILES.items() if not is_read else ():
+    for name, method in ALL_SETTINGS_FILES.items() if not is_read else ():
         path = fields.path.with_name(name)
         if path.exists():
             values = read_json_object(path)
@@ -66,6 +64,5 @@ def _method(section: Any) -> str:
     name = section.get("quant_method")
     if not name:
         # Those that write no name: bitsandbytes at first, and MLX.
-        loads = any(section.get(key) is True for key in ("load_in_4bit", "load_in_8bit"))
-        name = "bitsandbytes" if loads else "mlx" if "bits" in section else section
+        name = "bitsandbytes" if is_bitsandbytes(section) else "mlx" if "bits" in section else section
     return ", ".join([found(name)] + [f"{key} {found(section[key])}" for key in _DETAILS if key in section])

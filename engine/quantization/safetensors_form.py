@@ -19,18 +19,13 @@ from pagellm.engine.checkpoints import BLOCK_SIZES, Checkpoint, Tensor
 from pagellm.engine.checkpoints.huggingface import WEIGHTS_FILE
 from pagellm.engine.checkpoints.json_files import CONFIG_FILE, config_parts, read_json_object
 from pagellm.engine.checkpoints.placed_file import PlacedFile
-from pagellm.engine.checkpoints.quantized import (
-    SETTINGS,
-    SETTINGS_FILES,
-    Mxfp4Tensor,
-    QuantizedTensor,
-    StackedTensor,
-)
+from pagellm.engine.checkpoints.quantized import Mxfp4Tensor, QuantizedTensor, StackedTensor
 from pagellm.engine.errors import CheckpointError
 from pagellm.engine.models import ModelSpec, is_left_over
 from pagellm.engine.progress import progress
 from pagellm.engine.quantization.pieces import PIECE_BYTES, in_turn, quantized
 from pagellm.engine.quantization.writing import Written
+from pagellm.engine.quantized_config import SETTINGS, SETTINGS_FILES
 
 TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pagellm.engine.errors import CheckpointError
+from pagellm.engine.quantized_config import ALL_SETTINGS_FILES, PARTS, SETTINGS, is_bitsandbytes
 from pagellm.sim.costs.constants import FORMATS
 from pagellm.sim.fields import Fields, read_json
 
@@ -15,9 +16,6 @@ _METHODS = (
     "fp8, fbgemm_fp8, ptpc_fp8, gptq, gptq_marlin, awq, awq_marlin, compressed-tensors, bitsandbytes, "
     "modelopt or mxfp4"
 )
-_KEYS = ("quantization_config", "compression_config")
-# What older quantizers write beside a config.json that says nothing.
-_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 _ELSE = "or none and --set-cost weights=FORMAT"
 
 
@@ -41,13 +39,13 @@ def read_quantizer(path: Path) -> Quantized | None:
     """
     config = Fields(read_json(path, "a configuration", CheckpointError), str(path), CheckpointError)
     parts = [config]
-    parts += [config.section(name) for name in ("text_config", "llm_config") if config.has(name)]
+    parts += [config.section(name) for name in PARTS if config.has(name)]
     for part in parts:
-        for key in _KEYS:
+        for key in SETTINGS:
             if part.has(key):
                 section = part.section(key)
                 return _read(section, section.get("quant_method"))
-    for name, method in _FILES.items():
+    for name, method in ALL_SETTINGS_FILES.items():
         beside = path.with_name(name)
         if beside.is_file():
             values = Fields(read_json(beside, "a quantizer", CheckpointError), str(beside), CheckpointError)
@@ -57,7 +55,7 @@ def read_quantizer(path: Path) -> Quantized | None:
 
 
 def _read(section: Fields, method: object) -> Quantized:
-    if method is None and any(section.get(name) is True for name in ("load_in_4bit", "load_in_8bit")):
+    if method is None and is_bitsandbytes(section.values):
         method = "bitsandbytes"
     match method:
         case "fp8" | "fbgemm_fp8" | "ptpc_fp8":

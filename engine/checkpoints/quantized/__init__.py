@@ -20,10 +20,9 @@ from pagellm.engine.checkpoints.quantized.modules import Modules
 from pagellm.engine.checkpoints.quantized.mxfp4 import Mxfp4Tensor, read_mxfp4
 from pagellm.engine.checkpoints.quantized.section import Section
 from pagellm.engine.errors import found
+from pagellm.engine.quantized_config import SETTINGS, SETTINGS_FILES, is_bitsandbytes
 
 __all__ = [
-    "SETTINGS",
-    "SETTINGS_FILES",
     "Mxfp4Tensor",
     "QuantizedTensor",
     "StackedTensor",
@@ -38,9 +37,7 @@ _READERS: Mapping[str, Callable[[Section, Modules], str]] = {
     "bitsandbytes": read_bitsandbytes,
     "mxfp4": read_mxfp4,
 }
-SETTINGS = ("quantization_config", "compression_config")
-# What older quantizers write beside a config.json, and what of it must agree with what that says.
-SETTINGS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+# What of a file beside a config.json must agree with what that says.
 _SAME = ("bits", "group_size", "desc_act", "sym", "zero_point", "checkpoint_format", "version")
 
 
@@ -93,6 +90,6 @@ def _section(directory: Path, config: Mapping[str, Any]) -> Section | None:
 
 def _method(values: Mapping[str, Any]) -> str:
     name = values.get("quant_method")
-    if name is None and any(values.get(key) is True for key in ("load_in_4bit", "load_in_8bit")):
+    if name is None and is_bitsandbytes(values):
         return "bitsandbytes"
     return name if isinstance(name, str) else ""
