@@ -77,9 +77,8 @@ class Decoder:
     the matrices of layers are stored as [inputs, outputs]; transposed_experts: the parts of experts that are;
     interleaved_experts: outputs of an expert's gate and of its linear half take turns in one tensor.
     keys_as_values: the layers whose values are what their keys are made of, too, so that one tensor is both.
-    first_position: the row of the learned positions
-    that is position 0's. repeated: of `ModelSpec`. max_positions: what the
-    checkpoint says; its RoPE tables may be made for more.
+    first_position: the row of the learned positions that is position 0's. repeated: of `ModelSpec`.
+    max_positions: what the checkpoint says; its RoPE tables may be made for more.
     """
 
     architecture: str

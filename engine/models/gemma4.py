@@ -84,10 +84,8 @@ def from_huggingface(checkpoint: Checkpoint) -> ModelSpec:
         fields.get(name)  # of what is refused
     types = [FULL if (index + 1) % _PERIOD == 0 else SLIDING for index in range(model.num_layers)]
     types = [*(model.layer_types(FULL, SLIDING) or types)[:-1], FULL]  # the last one whatever a list says
-    window, same = (
-        fields.integer("sliding_window", maximum=1 << 30),
-        fields.boolean("attention_k_eq_v", False),
-    )
+    window = fields.integer("sliding_window", maximum=1 << 30)
+    same = fields.boolean("attention_k_eq_v", False)
     heads = _heads(model, types, same)
     head_dims = dict(zip(types, heads["head_dim"], strict=True))
     features = {

@@ -20,10 +20,10 @@ class RopeTable:
     """How one kind of layer turns its queries and keys by their position.
 
     frequencies: radians a position for each pair of dimensions, scaling included; 0 where a pair does not
-    turn. attention_factor: what
-    queries and keys are multiplied by where they are rotated (YaRN). query_scale: (beta, original): whole
-    queries are multiplied by 1 + beta * log(1 + floor(position / original)). max_positions: the context that
-    a scaling is made for, where that can be longer than the model's own; otherwise 0.
+    turn. attention_factor: what queries and keys are multiplied by where they are rotated (YaRN).
+    query_scale: (beta, original): whole queries are multiplied by
+    1 + beta * log(1 + floor(position / original)). max_positions: the context that a scaling is made for,
+    where that can be longer than the model's own; otherwise 0.
     """
 
     frequencies: tuple[float, ...]
