@@ -490,6 +490,8 @@ class Replay:
                 if not self._simulator.skip_bad:
                     raise self._error(request, f"{error}; {SKIP_BAD}") from None
                 self._reject(now, replica, sequence, request, time_s)
+        if replica.inbox and not replica.scheduler.has_unfinished:  # all that went on has given up
+            self._take_in(now, replica)
 
     def _reject(
         self, now: float, replica: Replica, sequence: Sequence, request: TraceRequest, time_s: float

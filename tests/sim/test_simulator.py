@@ -100,6 +100,14 @@ def test_an_engine_that_is_a_step_ahead_takes_all_in_where_nothing_goes_on(tmp_p
     assert run.events() == [(0.0, [(0, 5)]), (1.0, [(1, 6), (2, 7)])]
 
 
+def test_who_comes_to_an_engine_a_step_ahead_as_the_last_one_gives_up_is_served(tmp_path: Path) -> None:
+    # It hears at 3 that the first gave up at 1.5, and then nothing is under way.
+    trace = trace_of((0, 5, 100), (2.8, 9, 1))
+    run = Run(trace, tmp_path, cost_model=Ahead(), timeout_s=1.5)
+    assert run.events() == [(0.0, [(0, 5)]), (1.0, [(0, 1)]), (2.0, [(0, 1)]), (3.0, [(1, 9)])]
+    assert [run.report.summary[f"num_{name}"] for name in ("finished", "timed_out")] == [1, 1]
+
+
 def test_one_request_alone(tmp_path: Path) -> None:
     run = Run(trace_of((2.5, 6, 3)), tmp_path)
     assert run.events() == [(2.5, [(0, 6)]), (3.5, [(0, 1)]), (4.5, [(0, 1)])]
