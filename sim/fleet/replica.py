@@ -36,7 +36,7 @@ class Replica:
         for the next. Where nothing was under way, it is all.
         """
         is_ahead = self.costs.schedules_ahead and self.scheduler.has_unfinished
-        num_taken = min(self._num_seen, len(self.inbox)) if is_ahead else len(self.inbox)
+        num_taken = self._num_seen if is_ahead else len(self.inbox)
         taken = self.inbox[:num_taken]
         del self.inbox[:num_taken]
         self._num_seen = len(self.inbox)
