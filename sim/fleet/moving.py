@@ -383,7 +383,11 @@ class MovingReplay(Replay):
             super()._reject(now, replica, sequence, request, time_s)
             return
         # It was served elsewhere, and cannot go on here.
-        sequence.finish_reason = FinishReason.SHED
+        self._cut_off(now, replica, sequence, FinishReason.SHED)
+
+    def _cut_off(self, now: float, replica: Replica, sequence: Sequence, reason: FinishReason) -> None:
+        """A request that was served before ends where it is, though its scheduler does not have it."""
+        sequence.finish_reason = reason
         for listener in replica.loop.listeners:
             listener.ended(sequence)
         self._note_end(now, replica, sequence)
@@ -486,11 +490,8 @@ class MovingReplay(Replay):
         journey.num_migrations += self.metrics.knows(sequence)
         if limit is not None and journey.num_migrations > limit:
             self.losses["failed_requests"] += 1
-            sequence.finish_reason = FinishReason.ERROR
-            for listener in replica.loop.listeners:
-                listener.ended(sequence)
             replica.unfinished.add(sequence)
-            self._note_end(now, replica, sequence)
+            self._cut_off(now, replica, sequence, FinishReason.ERROR)
             return
         self.losses["lost_tokens"] += num_lost
         sequence.restart(sequence.num_tokens)
