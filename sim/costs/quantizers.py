@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pagellm.engine.errors import CheckpointError
-from pagellm.engine.quantized_config import ALL_SETTINGS_FILES, PARTS, SETTINGS, is_bitsandbytes
+from pagellm.engine.quantized_config import ALL_SETTINGS, ALL_SETTINGS_FILES, PARTS, is_bitsandbytes
 from pagellm.sim.costs.constants import FORMATS
 from pagellm.sim.fields import Fields, read_json
 
@@ -41,7 +41,7 @@ def read_quantizer(path: Path) -> Quantized | None:
     parts = [config]
     parts += [config.section(name) for name in PARTS if config.has(name)]
     for part in parts:
-        for key in SETTINGS:
+        for key in ALL_SETTINGS:
             if part.has(key):
                 section = part.section(key)
                 return _read(section, section.get("quant_method"))

@@ -386,6 +386,12 @@ def test_a_quantizer_that_is_not_known_is_refused_by_name(section: Any, message:
         load_model(written(tmp_path / "config.json", quantization_config=section))
 
 
+def test_weights_that_mlx_wrote_are_refused_by_its_own_key(tmp_path: Path) -> None:
+    path = written(tmp_path / "config.json", quantization={"group_size": 64, "bits": 4})
+    with pytest.raises(CheckpointError, match=r"config.json: quantization.quant_method: found nothing, exp"):
+        load_model(path)
+
+
 def test_how_a_model_samples_is_said_beside_its_configuration(tmp_path: Path) -> None:
     path = written(tmp_path / "config.json")
     for values, few in (({"top_p": 0.9}, True), ({"top_k": 20}, True), ({"temperature": 1.0}, False)):
