@@ -127,6 +127,7 @@ class ProfileCostModel(CostModel):
             self.name += ", of unknown error"
         self._prefill = read_table(fields, "prefill", "chunk_tokens", "context_tokens")
         self._decode = read_table(fields, "decode", "num_sequences", "context_tokens")
+        self._least_decode_s = min(map(min, self._decode.rows))
         self._saved = self._read_saved(fields) if fields.has("mixed") else None
         overhead, transfer = fields.section("overhead"), fields.section("transfer")
         self._measured = _Overheads(
@@ -187,7 +188,7 @@ class ProfileCostModel(CostModel):
         if not decode.xs[0] <= count <= decode.xs[-1]:
             return []
         total = self._measured.step_s + self._measured.sequence_s * count
-        least_s = total + max(0.0, min(map(min, decode.rows)))
+        least_s = total + self._least_decode_s
         num_more = most - 1
         if least_s > 0:
             num_more = int(min(num_more, (span_s - duration_s) / least_s + 1))
