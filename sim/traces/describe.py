@@ -81,6 +81,8 @@ class Description:
         at_least, at_most = ("", "") if self.is_exact else ("at least ", "at most ")
         rate = "all at once" if self.rate_per_s is None else f"{self.rate_per_s:,.3f} requests a second"
         gaps = "" if self.gap_cv is None else f", coefficient of variation of the gaps {self.gap_cv:.2f}"
+        models = ", ".join(f"{name} {count:,}" for name, count in self.models.items())
+        models = "".join(c if c.isprintable() else "?" for c in models)
         lines = [
             f"{self.name}",
             *([] if self.format is None else [f"format         {format_text(self.format)}"]),
@@ -92,11 +94,9 @@ class Description:
             f"shared prefix  {at_least}{self.shared_prefix_share:.1%} of prompt tokens",
             f"sessions       {at_most}{self.num_sessions:,}"
             + f"{f'; {self.num_waiting:,} requests wait for an answer' if self.num_waiting else ''}",
+            *([f"models         {models}"] if models else []),
             f"{'tokens':<14} {'total':>15} {'mean':>10} {'P50':>10} {'P90':>10} {'P99':>10} {'max':>10}",
         ]
-        if self.models:
-            counts = ", ".join(f"{name} {count:,}" for name, count in self.models.items())
-            lines.insert(-1, f"models         {''.join(c if c.isprintable() else '?' for c in counts)}")
         for name, n in (("prompt", self.prompt_len), ("output", self.output_len)):
             middle = " ".join(f"{value:>10,.1f}" for value in (n.mean, n.p50, n.p90, n.p99))
             lines.append(f"{name:<14} {n.total:>15,} {middle} {n.max:>10,}")
